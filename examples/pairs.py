@@ -1,0 +1,129 @@
+"""Instruction data: pairs of a prompt and its completion, from Python's own standard library or from a JSONL file."""
+
+import ast
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INSTRUCTION = "In one line, what does this Python function do?"
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "lib-dynload", "__pycache__"}
+LONGEST_SIGNATURE = 160
+SHORTEST_SUMMARY = 12
+
+KEYS = (("prompt", "completion"), ("question", "answer"))
+"""What a line of a JSONL file may be called by; the second is GSM8K's."""
+
+
+class DataError(ValueError):
+    """A data file that can't be used: says which file, which line, and what was found there."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """group: pairs of one group are never split between training and held-out."""
+
+    prompt: str
+    completion: str
+    group: str
+
+
+def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """(train, held out): a tenth of the groups is held out, chosen by a hash of the name, so always the same ones.
+
+    Raises DataError if there is only one group.
+    """
+    groups = sorted({pair.group for pair in pairs}, key=lambda group: zlib.crc32(group.encode()))
+    if len(groups) < 2:
+        raise DataError(f"{len(pairs)} pairs of one prompt: wanted two prompts at least, one to train on, one held out")
+    held_out = set(groups[: max(1, len(groups) // 10)])
+    return [p for p in pairs if p.group not in held_out], [p for p in pairs if p.group in held_out]
+
+
+# ---- the standard library -----------------------------------------------------------------------
+
+
+def stdlib_pairs() -> list[Pair]:
+    """Signature -> summary line for every documented function of the standard library, by module.
+
+    The source is parsed, never imported.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
+    kept = [path for path in paths if SKIPPED_FOLDERS.isdisjoint(path.parts)]
+    return [pair for path in kept for pair in module_pairs((root / path).read_bytes(), path)]
+
+
+def module_pairs(source: bytes, path: Path) -> Iterator[Pair]:
+    """The pairs of one file; `path` is relative to the library, and its first part is the group."""
+    name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    for qualified, function in functions(ast.parse(source), name):
+        signature, summary = f"{qualified}({ast.unparse(function.args)})", summary_line(function)
+        if summary and len(signature) <= LONGEST_SIGNATURE:
+            yield Pair(f"{INSTRUCTION}\n\n{signature}", summary, name.partition(".")[0])
+
+
+def functions(node: ast.AST, name: str) -> Iterator[tuple[str, Any]]:
+    """(qualified name, definition) of each function of a module and each method of its classes."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from functions(child, f"{name}.{child.name}")
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{name}.{child.name}", child
+
+
+def summary_line(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
+    """The first line of the docstring, if it is a sentence: not cut off by a line break, and not an example."""
+    first, _, rest = (ast.get_docstring(function) or "").strip().partition("\n")
+    whole = first.endswith(".") or not rest.partition("\n")[0].strip()
+    return first.rstrip() if whole and len(first) >= SHORTEST_SUMMARY and first[0].isalpha() else None
+
+
+# ---- JSONL --------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path) -> list[Pair]:
+    """One JSON object a line, with `prompt` and `completion`, or with GSM8K's `question` and `answer`.
+
+    Raises DataError.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is not a file\n  --data takes a JSONL file of {_wanted()}")
+    with path.open(encoding="utf-8") as lines:
+        pairs = [line_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not pairs:
+        raise DataError(f"{path} is empty\n  wanted a JSON object a line, of {_wanted()}")
+    return pairs
+
+
+def line_pair(line: str, where: str) -> Pair:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error})\n  found: {_short(line)}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a JSON {type(record).__name__}, wanted an object of {_wanted()}\n  found: {_short(line)}")
+    for prompt, completion in KEYS:
+        if prompt in record and completion in record:
+            texts = [text_of(record, key, where) for key in (prompt, completion)]
+            return Pair(*texts, group=texts[0])
+    raise DataError(f"{where}: missing keys, wanted {_wanted()}\n  found: {', '.join(map(repr, record)) or 'no key'}")
+
+
+def text_of(record: dict[str, Any], key: str, where: str) -> str:
+    text = record[key]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: {key!r} is not text\n  found: {_short(json.dumps(text))}")
+    return text.strip()
+
+
+def _wanted() -> str:
+    return " or ".join(f"{prompt!r} and {completion!r}" for prompt, completion in KEYS)
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 100 else f"{text[:100]}…"

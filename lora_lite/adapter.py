@@ -1,0 +1,234 @@
+"""The handle on an attached adapter, where to find it, and its scale.
+
+An adapter's tensors are parameters and buffers of the layers that it adapts. Each of these layers
+keeps a `Slot` per adapter, and the model that `attach` was given keeps a `Session`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import quant
+from .config import dtype_name
+from .errors import CheckpointError, ConfigError, TargetError
+from .layer import AdapterState, Slot
+
+_SLOTS = "_lora_lite"
+_SESSION = "_lora_lite_session"
+
+
+@dataclass(eq=False)
+class Session:
+    """What attach changed on a model beside the adapted layers; the last detach undoes it."""
+
+    adapters: dict[str, AdapterState] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
+    """Base parameters that required a gradient."""
+    kept_layout: list[str] = field(default_factory=list)
+    """4-bit layers that were free to repack."""
+
+
+class Adapter:
+    """A handle on one attached adapter; keep it, or get it again from `adapters(model)`."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._model = model
+        self.name = name
+
+    @property
+    def config(self) -> Any:
+        """The config it was attached with."""
+        return self._state.cfg
+
+    @property
+    def variant(self) -> str:
+        """The name of its method in REGISTRY."""
+        return self.config.variant
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What it was attached to: the `base` record of an adapter file."""
+        return self._state.base
+
+    @property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """Path of each adapted layer, relative to the model given to `attach`, with its (d_in, d_out)."""
+        return {slot.path: (slot.d_in, slot.d_out) for _, slot in self.slots()}
+
+    @property
+    def scale(self) -> float:
+        """The coefficient c: 0 is the base, bit for bit; 1 the method; otherwise y + c·(f(y) - y)."""
+        return self._state.scale
+
+    @scale.setter
+    def scale(self, c: float) -> None:
+        if not math.isfinite(c):
+            raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
+        self._state.scale = float(c)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True once fully_shard has taken its parameters: to save it is then a call for all processes."""
+        return any(quant.is_sharded(tensor) for _, tensor in self.named_tensors())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""
+        for module, slot in self.slots():
+            for tensor in slot.tensors:
+                yield file_key(slot.path, tensor), getattr(module, slot.state.attribute(tensor))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable tensors, for an optimiser."""
+        for _, tensor in self.named_tensors():
+            if isinstance(tensor, nn.Parameter):
+                yield tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor by its key in a file, detached; a sharded one stays sharded."""
+        return {key: tensor.detach() for key, tensor in self.named_tensors()}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values in place: an optimiser keeps its parameters, and a sharded one takes its shard.
+
+        Raises CheckpointError, before anything is copied, unless keys and shapes are exactly this adapter's.
+        """
+        own = dict(self.named_tensors())
+        check_shapes(
+            {key: tuple(t.shape) for key, t in tensors.items()},
+            {key: tuple(t.shape) for key, t in own.items()},
+            f"adapter {self.name!r}",
+        )
+        for key, tensor in own.items():
+            value = tensors[key].to(tensor.device, tensor.dtype)
+            if quant.is_sharded(tensor):
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)
+
+    def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
+        """Each adapted layer, with this adapter's slot on it."""
+        found = [(module, slots_of(module)[self.name]) for module in self._model.modules() if self.name in slots_of(module)]
+        if not found:
+            raise TargetError(_not_attached(self.name, self._model))
+        return iter(found)
+
+    @property
+    def _state(self) -> AdapterState:
+        return session_of(self._model)[1].adapters[self.name]
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        base = self.base["quantization"]
+        kind = f"{base['quant_type']}, {base['method']}" if base else self.base["dtype"]
+        return (
+            f"{self.variant} {self.name!r}: {len(self.targets)} layers, {count:,} trainable parameters in "
+            f"{dtype_name(self.config.dtype)}, on {self.base['class']} ({kind})"
+        )
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on a model (or on what a wrapper holds), by name, in the order attached."""
+    root, session = session_of(model)
+    return {name: Adapter(root, name) for name in session.adapters}
+
+
+def get_adapter(model: nn.Module, name: str) -> Adapter:
+    """The adapter of that name. Raises TargetError."""
+    found = adapters(model)
+    if name not in found:
+        raise TargetError(_not_attached(name, model))
+    return found[name]
+
+
+@contextmanager
+def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None]:
+    """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
+
+    Raises ConfigError unless c is finite, TargetError for an unknown name.
+    """
+    chosen = adapters(model).values() if name is None else [get_adapter(model, name)]
+    before = [(adapter, adapter.scale) for adapter in chosen]
+    try:
+        for adapter, _ in before:
+            adapter.scale = c
+        yield
+    finally:
+        for adapter, old in before:
+            adapter.scale = old
+
+
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """Within the block, the model is its base, bit for bit."""
+    return scaled(model, 0.0)
+
+
+# ---- for the runtime and the checkpoints --------------------------------------------------------
+
+
+def slots_of(module: nn.Module) -> dict[str, Slot]:
+    """The adapters at one layer, in the order attached; an empty dict that isn't kept if there is none."""
+    return module.__dict__.get(_SLOTS, {})
+
+
+def keep_slot(module: nn.Module, slot: Slot) -> None:
+    """Remember an adapter at a layer."""
+    module.__dict__.setdefault(_SLOTS, {})[slot.state.name] = slot
+
+
+def drop_slot(module: nn.Module, name: str) -> Slot | None:
+    """Forget an adapter at a layer; leaves no trace of the last one."""
+    slot = slots_of(module).pop(name, None)
+    if not slots_of(module):
+        module.__dict__.pop(_SLOTS, None)
+    return slot
+
+
+def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
+    """The module that adapters were attached to, inside any wrapper, and its record; a new one if there is none."""
+    for module in model.modules():
+        if has_session(module):
+            return module, module.__dict__[_SESSION]
+    return getattr(model, "_orig_mod", model), Session()
+
+
+def has_session(module: nn.Module) -> bool:
+    """True for a module that adapters were attached to."""
+    return _SESSION in module.__dict__
+
+
+def keep_session(root: nn.Module, session: Session) -> None:
+    """Store the record on the model while it has adapters, and take it off after the last."""
+    if session.adapters:
+        root.__dict__[_SESSION] = session
+    else:
+        root.__dict__.pop(_SESSION, None)
+
+
+def file_key(path: str, tensor: str) -> str:
+    """The key of a tensor in `state_dict()` and in a file; the path of a bare layer is empty."""
+    return f"{path}.{tensor}" if path else tensor
+
+
+def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """CheckpointError unless both sides have the same keys with the same shapes."""
+    missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
+    wrong = [f"{key} {got[key]}, wanted {wanted[key]}" for key in wanted if key in got and got[key] != wanted[key]]
+    for problem, keys in (("missing keys", missing), ("unexpected keys", extra), ("wrong shapes", wrong)):
+        if keys:
+            raise CheckpointError(
+                f"{where}: {len(keys)} {problem}; {len(got)} tensors where {len(wanted)} are wanted\n"
+                f"  such as {'; '.join(keys[:3])}\n"
+                f"  an adapter is loaded whole or not at all"
+            )
+
+
+def _not_attached(name: str, model: nn.Module) -> str:
+    attached = ", ".join(session_of(model)[1].adapters) or "none"
+    return f"no adapter {name!r} on this {type(model).__name__}\n  attached: {attached}"

@@ -1,0 +1,152 @@
+"""load_base: a transformers model, dense or on bitsandbytes, ready for an adapter."""
+
+import logging
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import nn
+
+from . import quant
+from .config import dtype_name
+from .errors import BaseModelError, ConfigError
+
+CASCADE = (torch.float16, torch.bfloat16, torch.float32)
+"""What dtype="auto" tries after the checkpoint's own dtype."""
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+
+_trusted: set[str] = set()
+"""Models whose own code has been needed and has worked, on the caller's word, in this process."""
+
+
+def load_base(
+    model_id: str,
+    dtype: str | torch.dtype = "auto",
+    quantization: str | None = None,
+    *,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    double_quant: bool = True,
+    device_map: Any = None,
+    trust_remote_code: bool | None = None,
+    auto_class: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a base model that works: each try ends with a forward of one token.
+
+    model_id           a hub id or a folder
+    dtype              "auto": the checkpoint's dtype, then float16, bfloat16 and float32, until the forward runs and
+                       gives finite logits; the reason for each fallback is logged. A torch dtype or its name: just that
+    quantization       None, "nf4", "fp4" (4-bit) or "int8", through bitsandbytes
+    compute_dtype      of a 4-bit base. Weights are dequantised to it on every forward and the layer multiplies in it;
+                       bitsandbytes' own default, float32, doubles the cost of both. bfloat16 has float32's range
+    double_quant       quantise the 4-bit scales too: 0.37 bits a weight less (QLoRA, arXiv:2305.14314, section 3)
+    device_map         as in transformers. None: the CPU for a dense base, the accelerator if any for a quantised one
+    trust_remote_code  True runs code that comes with the model. None: only if an earlier call for this model_id in
+                       this process said True, and the model did need its own code, and loaded
+    auto_class         default: transformers.AutoModelForCausalLM
+    kwargs             for from_pretrained
+
+    Returns the model, in eval mode. Raises ConfigError, BaseModelError when no dtype works, ImportError without
+    transformers (extra "hf") or bitsandbytes ("bnb"), and what from_pretrained raises for a model that isn't there.
+    """
+    import transformers
+
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(f"quantization={quantization!r}: wanted None or one of {QUANTIZATIONS}")
+    trust = model_id in _trusted if trust_remote_code is None else trust_remote_code
+    options = {"device_map": device_map, "trust_remote_code": trust, **kwargs}
+    if quantization is not None:
+        options["quantization_config"] = _bnb_config(quantization, compute_dtype, double_quant)
+        options["device_map"] = device_map or {"": _accelerator()}
+    load = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
+    reasons: list[str] = []
+    for attempt in _attempts(dtype):
+        try:
+            model = load(model_id, dtype=attempt, **options)
+            for layer in quant.repackable(model).values():
+                quant.keep_layout(layer, True)
+            _one_token(model)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            reasons.append(f"{_name(attempt)}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            logger.warning(f"{model_id} does not work in {reasons[-1]}")
+            continue
+        if trust and type(model).__module__.startswith("transformers_modules"):
+            _trusted.add(model_id)
+        _report(model_id, model, quantization, compute_dtype)
+        return model
+    raise BaseModelError(
+        f"{model_id} works in none of {len(reasons)} dtypes on {', '.join(devices())}\n  " + "\n  ".join(reasons)
+    )
+
+
+def devices() -> list[str]:
+    """Every device that torch sees here, by its name."""
+    names = [f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"]
+    kind = torch.accelerator.current_accelerator()
+    if kind is not None:
+        backend = torch.get_device_module(kind)
+        for i in range(torch.accelerator.device_count()):
+            label = backend.get_device_name(i) if hasattr(backend, "get_device_name") else kind.type
+            names.append(f"{kind.type}:{i} ({label})")
+    return names
+
+
+def _bnb_config(quantization: str, compute_dtype: torch.dtype, double_quant: bool) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_said_once)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=double_quant,
+    )
+
+
+def _said_once(record: logging.LogRecord) -> bool:
+    """bitsandbytes warns of float16 inputs for each layer of each forward; `_report` says it once."""
+    return "inputs will be cast" not in str(record.msg)
+
+
+def _accelerator() -> Any:
+    kind = torch.accelerator.current_accelerator()
+    return "cpu" if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
+
+
+def _attempts(dtype: str | torch.dtype) -> Iterator[Any]:
+    yield dtype
+    if dtype == "auto":
+        yield from CASCADE
+
+
+@torch.no_grad()
+def _one_token(model: Any) -> None:
+    config = model.config.get_text_config()
+    token = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
+    inputs = {"input_ids": torch.tensor([[token]], device=model.device)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    logits = model(**inputs).logits
+    if not logits.isfinite().all():
+        raise RuntimeError("the logits of one token are not finite")
+
+
+def _report(model_id: str, model: nn.Module, quantization: str | None, compute_dtype: torch.dtype) -> None:
+    how = _name(model.dtype)
+    if quantization == "int8":
+        how = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {how}"
+    elif quantization is not None:
+        how = f"4 bit ({quantization}, computing in {_name(compute_dtype)}), all else in {how}"
+    where = sorted({str(parameter.device) for parameter in model.parameters()})
+    logger.info(f"loaded {model_id} in {how}, on {', '.join(where)} of {'; '.join(devices())}")
+
+
+def _name(dtype: Any) -> str:
+    return dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)

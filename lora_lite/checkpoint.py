@@ -1,0 +1,290 @@
+"""One safetensors file per adapter: save, load, and restore into an attached one.
+
+Keys are full `state_dict()` paths with the plain names (`model.layers.0.mlp.up_proj.lora_A`), for an adapter of
+any name. Metadata key `lora_lite`, JSON:
+
+    {"format": 1, "variant", "config", "targets": {path: [d_in, d_out]}, "base": {class, name_or_path, dtype,
+     quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, modules}, fingerprint},
+     "library": version}
+"""
+
+import json
+import os
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import quant
+from .adapter import Adapter, check_shapes, file_key, get_adapter, session_of
+from .config import BaseConfig
+from .errors import CheckpointError, LoraLiteError
+from .runtime import checked_specs, installed
+from .targets import Target
+from .variant import ParamSpec, lookup
+from .version import __version__
+
+FORMAT = 1
+
+_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.")
+"""What wrappers put before every path."""
+_INFIXES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What wrappers of inner modules put within a path."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A validated adapter file: nothing in it has been matched to a model yet."""
+
+    path: Path
+    cfg: BaseConfig
+    targets: dict[str, tuple[int, int]]
+    base: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
+    """Write one adapter to a safetensors file. A crash leaves the old file or the new one, never a part.
+
+    Under FSDP2 every process must call this: shards are gathered, and the first process writes.
+
+    Raises TargetError for an unknown name, CheckpointError if path is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
+    adapter = get_adapter(model, name)
+    tensors = {key: _whole(tensor) for key, tensor in adapter.state_dict().items()}
+    meta = {
+        "format": FORMAT,
+        "variant": adapter.variant,
+        "config": adapter.config.to_dict(),
+        "targets": {target: list(shape) for target, shape in adapter.targets.items()},
+        "base": adapter.base,
+        "library": __version__,
+    }
+    if not adapter.is_sharded or torch.distributed.get_rank() == 0:
+        _write(path, tensors, {"format": "pt", "lora_lite": json.dumps(meta)})
+        logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    if adapter.is_sharded:
+        torch.distributed.barrier()
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", verify_base: bool = True) -> Adapter:
+    """Attach the adapter of a file: no init, no SVD, no data; parameters and outputs are bit-equal to what was saved.
+
+    verify_base=False turns the error for a method that depends on its base weight (PiSSA, DoRA) on another base
+    into the warning that other methods give.
+
+    Raises CheckpointError unless every key and shape fits, and what attach raises; the model is then as it was.
+    """
+    file = _read(path)
+    targets, kept = _match(model, file)
+    tensors = {file_key(targets[at].path, tensor): file.tensors[file_key(at, tensor)] for at, tensor in kept}
+
+    def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return tensors[key].to(device)
+
+    with installed(model, file.cfg, name, list(targets.values()), values) as adapter:
+        _check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base)
+    logger.info(f"loaded {adapter} from {path}")
+    return adapter
+
+
+def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
+    """Copy a file's values into an adapter that is attached: training goes on with the same parameters.
+
+    Under FSDP2 each process takes its shards. Raises CheckpointError unless variant, keys and shapes are the same,
+    TargetError for an unknown name; nothing has changed then.
+    """
+    file, adapter = _read(path), get_adapter(model, name)
+    if file.cfg.variant != adapter.variant:
+        raise CheckpointError(
+            f"{file.path} holds {file.cfg.variant!r}, and adapter {name!r} is {adapter.variant!r}\n"
+            f"  detach it and use lora_lite.load"
+        )
+    adapter.load_state_dict(file.tensors)
+    logger.info(f"restored {adapter} from {path}")
+    return adapter
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; shards are gathered, by all processes together."""
+    if quant.is_sharded(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[operator]
+    return tensor.cpu().contiguous()
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Temporary file in the same folder, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        _sync(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _sync(path: str | Path) -> None:
+    if os.name == "nt" and Path(path).is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def _read(path: str | os.PathLike[str]) -> _File:
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file\n  an adapter is one file, as lora_lite.save writes it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        with path.open("rb") as handle:
+            pickled = handle.read(2).startswith((b"PK", b"\x80"))
+        kind = "looks like a pickle, which is never opened: it can run code" if pickled else "is cut short or damaged"
+        raise CheckpointError(f"{path} is no safetensors file; it {kind}\n  {error}\n  copy or save it again") from error
+    meta = _metadata(path, metadata)
+    variant = lookup(meta["variant"])
+    try:
+        cfg = variant.config.from_dict(meta["config"])
+        targets = {target: (int(d_in), int(d_out)) for target, (d_in, d_out) in meta["targets"].items()}
+    except (LoraLiteError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
+    return _File(path, cfg, targets, meta["base"], tensors)
+
+
+def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "lora_lite" not in metadata:
+        raise CheckpointError(
+            f"{path} has no lora_lite metadata, so it was not written by lora_lite.save\n"
+            f"  its metadata has {sorted(metadata) or 'nothing'}"
+        )
+    try:
+        meta = json.loads(metadata["lora_lite"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: its lora_lite metadata is not JSON: {error}") from error
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found!r}, and this is lora_lite {__version__}, which reads format {FORMAT}\n"
+            f"  read it with the version that wrote it: {meta.get('library') if isinstance(meta, dict) else None}"
+        )
+    missing = {"variant", "config", "targets", "base"} - meta.keys()
+    if missing:
+        raise CheckpointError(f"{path}: its lora_lite metadata lacks {sorted(missing)}")
+    return meta
+
+
+# ---- from a file to a model ---------------------------------------------------------------------
+
+
+def _match(model: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[str, str]]]:
+    """The model's layer for each path of the file, and all (path, tensor) pairs; CheckpointError unless all fit."""
+    root, _ = session_of(model)
+    mapping = _resolve(file, root)
+    modules = dict(root.named_modules())
+    targets, wanted = {}, {}
+    for at, shape in file.targets.items():
+        module = modules[mapping[at]]
+        found = quant.features(module)
+        if found != shape:
+            raise CheckpointError(
+                f"{file.path}: {at} was saved from a layer with (d_in, d_out) = {shape}, and {mapping[at]} of "
+                f"this {type(root).__name__} has {found}\n  this is another base model"
+            )
+        targets[at] = Target(mapping[at], *shape, quant.describe(module))
+        for tensor, spec in checked_specs(lookup(file.cfg.variant), targets[at], file.cfg).items():
+            wanted[at, tensor] = tuple(spec.shape)
+    check_shapes(
+        {key: tuple(t.shape) for key, t in file.tensors.items()},
+        {file_key(*pair): shape for pair, shape in wanted.items()},
+        str(file.path),
+    )
+    return targets, list(wanted)
+
+
+def _resolve(file: _File, root: nn.Module) -> dict[str, str]:
+    """File path -> model path: the same, or the one that remains the same without what wrappers add."""
+    paths = {path for path, _ in root.named_modules()}
+    if file.targets.keys() <= paths:
+        return {path: path for path in file.targets}
+    by_core = defaultdict(list)
+    for path in paths:
+        by_core[_core(path)].append(path)
+    mapping = {path: by_core[_core(path)] for path in file.targets}
+    uses = Counter(found[0] for found in mapping.values() if found)
+    bad = {path: found for path, found in mapping.items() if len(found) != 1 or uses[found[0]] > 1}
+    if bad:
+        path, found = next(iter(bad.items()))
+        near = sorted(p for p in paths if p.rpartition(".")[2] == path.rpartition(".")[2])[:3]
+        raise CheckpointError(
+            f"{file.path}: {len(bad)} of its {len(mapping)} target layers "
+            f"{'match more than one' if found else 'are not'} in this {type(root).__name__}\n"
+            f"  file:  {path}\n"
+            f"  model: {', '.join(found or near) or 'no layer of such a name'}\n"
+            f"  prefixes that are understood: {', '.join(_PREFIXES)}"
+        )
+    return {path: found[0] for path, found in mapping.items()}
+
+
+def _core(path: str) -> str:
+    path = ".".join(part for part in path.split(".") if part not in _INFIXES)
+    while prefix := next((p for p in _PREFIXES if path.startswith(p)), None):
+        path = path.removeprefix(prefix)
+    return path
+
+
+def _check_base(file: _File, adapter: Adapter, mapping: Mapping[str, str], verify: bool) -> None:
+    try:
+        saved = {mapping[path]: values for path, values in file.base["fingerprint"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file.path}: its metadata has a bad base fingerprint: {error!r}") from error
+    here = adapter.base
+    if saved.keys() == here["fingerprint"].keys() and quant.same_base(saved, here["fingerprint"]):
+        return
+    message = (
+        f"{file.path} was trained on another base than this one\n"
+        f"  file:  {_base_line(file.base)}\n"
+        f"  model: {_base_line(here)}"
+    )
+    if verify and lookup(adapter.variant).base_weight != "unused":
+        raise CheckpointError(
+            f"{message}\n  {adapter.variant!r} depends on the values of its base weight: load it on its own base, or "
+            f"say verify_base=False if you know that the difference does not matter"
+        )
+    logger.warning(f"{message}\n  its outputs will not be those that it was trained for")
+
+
+def _base_line(base: Mapping[str, Any]) -> str:
+    how = base.get("quantization") or {}
+    return f"{base.get('class')} {base.get('name_or_path') or ''} {how.get('quant_type', base.get('dtype'))}"

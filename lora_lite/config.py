@@ -1,0 +1,122 @@
+"""Adapter configs: frozen, valid once constructed, and the same after a trip through JSON."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from .errors import ConfigError
+
+ROLES = ("reader", "writer", "inner")
+STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Config = TypeVar("Config", bound="BaseConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """What every method has: which layers it adapts, and how its parameters are stored.
+
+    The filters are a conjunction; a filter left at its default lets everything pass. Each takes a list or a tuple
+    (a single regex may stand alone) and becomes a tuple.
+
+    target_names    regexes, searched in the full module path. Default: every linear layer of the
+                    block stack, so neither embeddings nor the output head. A regex can name any
+                    linear layer, the head included.
+    exclude_names   regexes; a path that matches one is left out
+    target_roles    any of "reader" (reads the residual stream: d_in is the model width), "writer"
+                    (writes it: d_out is) and "inner" (neither)
+    layers          block indices, negative ones from the end
+    layer_range     depth fractions: (0.2, 0.8) keeps the middle 60 % of the blocks
+    dtype           in which parameters are stored. float32 by default: bfloat16 masters lose
+                    optimiser steps below 2^-9 of a parameter's size
+
+    Raises ConfigError.
+    """
+
+    variant: str
+    target_names: Sequence[str] = ()
+    exclude_names: Sequence[str] = ()
+    target_roles: Sequence[str] = ()
+    layers: Sequence[int] | None = None
+    layer_range: Sequence[float] | None = None
+    dtype: torch.dtype = torch.float32
+
+    FILTERS: ClassVar[tuple[str, ...]] = (
+        "target_names",
+        "exclude_names",
+        "target_roles",
+        "layers",
+        "layer_range",
+    )
+
+    def __post_init__(self) -> None:
+        for name in self.FILTERS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, (value,))
+            elif value is not None:
+                object.__setattr__(self, name, tuple(value))
+        self._require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
+        for name in ("target_names", "exclude_names"):
+            for pattern in getattr(self, name):
+                self._require(_compiles(pattern), name, "regexes that compile")
+        self._require(set(self.target_roles) <= set(ROLES), "target_roles", f"any of {ROLES}")
+        if self.layers is not None:
+            ok = bool(self.layers) and all(type(i) is int for i in self.layers)
+            self._require(ok, "layers", "one or more block indices")
+        if self.layer_range is not None:
+            ok = len(self.layer_range) == 2 and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
+            self._require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
+
+    def _require(self, ok: bool, field: str, wanted: str) -> None:
+        if not ok:
+            got = getattr(self, field)
+            raise ConfigError(f"{type(self).__name__}({field}={got!r}): wanted {wanted}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON values; the dtype by its name."""
+        out: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.dtype):
+                value = dtype_name(value)
+            out[field.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The config that `to_dict` wrote. An unknown or missing field raises ConfigError."""
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
+            raise ConfigError(
+                f"{cls.__name__}: the stored fields are not this version's\n"
+                f"  unknown: {sorted(set(values) - known)}, missing: {sorted(known - set(values))}"
+            )
+        return cls(**{**values, "dtype": getattr(torch, values["dtype"], None)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(BaseConfig):
+    """A BaseConfig with a rank: the config of a low-rank variant that brings none of its own."""
+
+    r: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(type(self.r) is int and self.r > 0, "r", "a rank of at least 1")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _compiles(pattern: Any) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError):
+        return False
+    return True

@@ -1,0 +1,145 @@
+"""One adapter at one layer: what is kept there, and the view of it that a variant works on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import quant
+from .errors import VariantError
+
+
+@dataclass(eq=False)
+class AdapterState:
+    """What all layers of one adapter share. Its tensors live on the layers."""
+
+    name: str
+    cfg: Any
+    base: dict[str, Any]
+    scale: float = 1.0
+
+    def attribute(self, tensor: str) -> str:
+        """The name on the layer of this adapter's `tensor`: `lora_A`, or `lora_A__fr` for adapter fr."""
+        return tensor if self.name == "default" else f"{tensor}__{self.name}"
+
+
+@dataclass(eq=False)
+class Slot:
+    """What one adapter keeps at one target layer, beside its tensors."""
+
+    state: AdapterState
+    path: str
+    d_in: int
+    d_out: int
+    base_weight: str
+    tensors: dict[str, bool] = field(default_factory=dict)
+    """Names of the tensors; True for those that keep their storage dtype in `forward`."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+    memo: tuple[list[Tensor], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"memo": None}
+
+
+class Layer:
+    """A target layer as one adapter sees it: made for one call, holding no tensor of its own.
+
+    layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
+                           (the activation's), unless their ParamSpec says keep_dtype
+    layer.cfg, .scale      the adapter's config; its coefficient c
+    layer.in_features, .out_features, .bias, .training
+    layer.weight           (d_out, d_in), of a dense layer only
+    """
+
+    def __init__(self, module: nn.Module, slot: Slot, dtype: torch.dtype | None = None) -> None:
+        self._module = module
+        self._slot = slot
+        self._dtype = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        slot = self._slot
+        if name not in slot.tensors:
+            raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
+        tensor = getattr(self._module, slot.state.attribute(name))
+        if self._dtype is None or slot.tensors[name]:
+            return tensor
+        return tensor.to(self._dtype)
+
+    @property
+    def cfg(self) -> Any:
+        return self._slot.state.cfg
+
+    @property
+    def scale(self) -> float:
+        return self._slot.state.scale
+
+    @property
+    def path(self) -> str:
+        """The layer's path in the model, for messages."""
+        return self._slot.path
+
+    @property
+    def in_features(self) -> int:
+        return self._slot.d_in
+
+    @property
+    def out_features(self) -> int:
+        return self._slot.d_out
+
+    @property
+    def training(self) -> bool:
+        return self._module.training
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(d_out,), cast to the compute dtype, or None."""
+        bias = getattr(self._module, "bias", None)
+        return bias if bias is None or self._dtype is None else bias.to(self._dtype)
+
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """The weight as stored. Raises QuantizedWeightError on a quantised layer."""
+        self._may_read("weight")
+        return quant.plain_weight(self._module, self.path)
+
+    def dense_weight(self) -> Float[Tensor, "o i"]:
+        """A float32 copy of the numbers that the layer computes with; dequantises. For `init`."""
+        self._may_read("dense_weight()")
+        return quant.dense_weight(self._module, self.path)
+
+    def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        """t Wᵀ in t's dtype through the layer's own kernel: no bias, no hooks, nothing dequantised here."""
+        self._may_read("linear()")
+        return quant.linear(self._module, t, self.path)
+
+    def cached(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """compute(*inputs), kept in eval mode without gradients for as long as the inputs stay equal.
+
+        Equal means by value, against kept copies: neither an edit through `.data`, a swapped tensor
+        nor a reshard can leave a stale result, as version counters or addresses would. The
+        comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight. One result
+        per slot.
+        """
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+            return compute(*inputs)
+        memo = self._slot.memo
+        if memo is not None and len(memo[0]) == len(inputs) and all(map(_same, memo[0], inputs)):
+            return memo[1]
+        result = compute(*inputs)
+        self._slot.memo = ([t.clone() for t in inputs], result)
+        return result
+
+    def _may_read(self, what: str) -> None:
+        if self._slot.base_weight == "unused":
+            raise VariantError(
+                f"{self.path}: {what} was used by a variant whose base_weight is 'unused'\n"
+                f"  declare base_weight = 'read' (dequantised values will do) or 'dense' on the variant class"
+            )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)

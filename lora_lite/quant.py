@@ -1,0 +1,270 @@
+"""What a base weight is, and the two right ways to use one that isn't plain numbers.
+
+The only file that knows bitsandbytes' layers. Facts that it rests on, bitsandbytes 0.50:
+
+- A Linear8bitLt keeps int8 codes and per-row scales on `weight.CB/SCB` until its first forward,
+  on `state.CB/SCB` after it.
+- On a CPU with AVX512-BF16, an eval forward without gradients repacks a Linear4bit weight in
+  place. From then on dequantising gives garbage (relative error 1.4), and in train mode no
+  gradient reaches the layer's input. `support_avx512bf16_for_cpu = False` keeps the layout.
+"""
+
+import enum
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from .config import dtype_name
+from .errors import BaseModelError, QuantizedWeightError
+
+ROWS = 1024
+"""Rows of a dense weight that are cast at a time."""
+
+SAMPLES = 4
+"""Stored weight elements per target that tell one base from another."""
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Kind(enum.Enum):
+    """The kinds of base weight that the runtime can tell apart."""
+
+    DENSE = "dense"
+    BNB_4BIT = "bitsandbytes 4-bit"
+    BNB_8BIT = "bitsandbytes 8-bit"
+    UNKNOWN = "unknown"
+
+
+def _loaded(module: str, name: str) -> type | None:
+    """A class of an optional package, or None while nothing has imported it (so nothing is one)."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _is(value: Any, module: str, name: str) -> bool:
+    cls = _loaded(module, name)
+    return cls is not None and isinstance(value, cls)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, as fully_shard makes of every parameter."""
+    return _is(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """True for transformers' Conv1D (GPT-2), whose weight is (d_in, d_out)."""
+    return _is(layer, "transformers.pytorch_utils", "Conv1D")
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of anything that has the shape of a linear layer, else None."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if is_transposed(layer):
+        return weight.shape[0], weight.shape[1]
+    d_in, d_out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
+
+
+def kind_of(layer: nn.Module) -> Kind:
+    """What the layer's weight is. Never a guess: what isn't recognised is UNKNOWN."""
+    weight = layer.weight
+    if _is(layer, "bitsandbytes.nn", "Linear4bit"):
+        return Kind.BNB_4BIT if _quant_state(layer) is not None else Kind.UNKNOWN
+    if _is(layer, "bitsandbytes.nn", "Linear8bitLt"):
+        return Kind.UNKNOWN if layer.state.has_fp16_weights else Kind.BNB_8BIT
+    plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+    return Kind.DENSE if plain and weight.ndim == 2 and weight.dtype in _FLOATS else Kind.UNKNOWN
+
+
+def describe(layer: nn.Module) -> str:
+    """The weight's kind for a person: "bfloat16", "nf4, 4-bit bitsandbytes", ..."""
+    kind = kind_of(layer)
+    if kind is Kind.BNB_4BIT:
+        return f"{_quant_state(layer).quant_type}, 4-bit bitsandbytes"
+    if kind is Kind.BNB_8BIT:
+        return "int8, 8-bit bitsandbytes"
+    name = dtype_name(layer.weight.dtype)
+    return name if kind is Kind.DENSE else f"unknown ({type(layer.weight).__name__}, {name})"
+
+
+def plain_weight(layer: nn.Module, path: str) -> Tensor:
+    """The weight (d_out, d_in) of a dense layer, in its own dtype.
+
+    Raises QuantizedWeightError where the stored numbers aren't the weight.
+    """
+    if kind_of(layer) is not Kind.DENSE:
+        raise QuantizedWeightError(
+            f"{path}: .weight of a layer that is {describe(layer)} holds codes, not numbers\n"
+            f"  use layer.dense_weight() in init, or layer.linear(t) for t Wᵀ"
+        )
+    return layer.weight.mT if is_transposed(layer) else layer.weight
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Module, path: str) -> Float[Tensor, "o i"]:
+    """The numbers that the layer computes with, as a float32 matrix (d_out, d_in) of its own.
+
+    Raises QuantizedWeightError on an unknown kind and on a repacked layer, BaseModelError on a
+    NaN or an infinity.
+    """
+    kind = kind_of(layer)
+    if kind is Kind.DENSE:
+        weight = plain_weight(layer, path).to(torch.float32, copy=True)
+    elif kind is Kind.BNB_4BIT:
+        raise_if_repacked(layer, path)
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(layer.weight.data, _quant_state(layer)).float()
+    elif kind is Kind.BNB_8BIT:
+        codes, scales = _int8(layer)
+        weight = codes.float() * scales.float()[:, None]
+    else:
+        raise QuantizedWeightError(
+            f"{path}: the weight is {describe(layer)}, so its values can't be read\n"
+            f'  use a variant whose base_weight is "unused", or a dense or bitsandbytes base'
+        )
+    if not weight.isfinite().all():
+        raise BaseModelError(
+            f"{path}: {int((~weight.isfinite()).sum())} of {weight.numel()} base weights are NaN or infinite\n"
+            f"  this variant reads the weight; check the checkpoint or the dtype it was loaded in"
+        )
+    return weight
+
+
+def linear(layer: nn.Module, t: Float[Tensor, "*b i"], path: str) -> Float[Tensor, "*b o"]:
+    """t Wᵀ in t's dtype: no bias, no hooks, differentiable in t, W cast at most ROWS rows at a time.
+
+    4-bit layers use bitsandbytes' kernel. 8-bit layers multiply by the int8 codes as numbers and
+    scale the columns: their own kernel would round t to int8 as well (0.5 to 1 % of the result).
+    """
+    kind = kind_of(layer)
+    if kind is Kind.BNB_4BIT:
+        raise_if_repacked(layer, path)
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(t, layer.weight, quant_state=_quant_state(layer))
+    if kind is Kind.BNB_8BIT:
+        codes, scales = _int8(layer)
+        return _linear_by_rows(t, codes) * scales.to(t.dtype)
+    weight = plain_weight(layer, path)
+    return F.linear(t, weight) if weight.dtype == t.dtype else _linear_by_rows(t, weight)
+
+
+def _linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
+    return torch.cat([F.linear(t, rows.to(t.dtype)) for rows in weight.split(ROWS)], dim=-1)
+
+
+def samples(layer: nn.Module, n: int) -> list[float]:
+    """n stored elements of the weight, evenly spaced: numbers of a dense weight, codes of any other.
+
+    Cheap at any size, and enough to tell one base from another.
+    """
+    weight = _int8(layer)[0] if kind_of(layer) is Kind.BNB_8BIT else layer.weight.detach()
+    flat = weight.reshape(-1)
+    at = torch.linspace(0, flat.numel() - 1, n, dtype=torch.float64, device="cpu").long()
+    return flat[at.to(flat.device)].float().tolist()
+
+
+def quantization(model: nn.Module) -> dict[str, Any] | None:
+    """How the model was quantised, for the record in an adapter file, or None."""
+    layers = {p: m for p, m in model.named_modules() if features(m) and kind_of(m) is not Kind.DENSE}
+    record: dict[str, Any] = {"modules": sorted(layers)}
+    for layer in layers.values():
+        if kind_of(layer) is Kind.BNB_4BIT:
+            state = _quant_state(layer)
+            compute = layer.compute_dtype
+            return {
+                "method": "bitsandbytes-4bit",
+                "quant_type": state.quant_type,
+                "blocksize": state.blocksize,
+                "double_quant": bool(state.nested),
+                "compute_dtype": None if compute is None else dtype_name(compute),
+            } | record
+        if kind_of(layer) is Kind.BNB_8BIT:
+            return {
+                "method": "bitsandbytes-8bit",
+                "quant_type": "int8",
+                "blocksize": None,
+                "double_quant": False,
+                "compute_dtype": None,
+            } | record
+    return None
+
+
+def base_record(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What an adapter was attached to, for its file.
+
+    The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements.
+    """
+    config = getattr(model, "config", None)
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {
+        "class": type(model).__name__,
+        "name_or_path": getattr(config, "_name_or_path", None) or None,
+        "dtype": dtype_name(floating),
+        "quantization": quantization(model),
+        "fingerprint": {path: [dtype_name(m.weight.dtype), *samples(m, SAMPLES)] for path, m in targets.items()},
+    }
+
+
+def same_base(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> bool:
+    """Do two fingerprints come from one base? Equal dtypes: equal elements. Else equal to the coarser dtype's rounding."""
+    return all(_same_weight(a[path], b[path]) for path in a)
+
+
+def _same_weight(a: list[Any], b: list[Any]) -> bool:
+    if a[0] == b[0]:
+        return a[1:] == b[1:]
+    dtypes = [getattr(torch, name) for name in (a[0], b[0])]
+    if not all(dtype in _FLOATS for dtype in dtypes):
+        return False
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
+    return all(abs(x - y) <= eps * abs(x) + tiny for x, y in zip(a[1:], b[1:], strict=True))
+
+
+def repackable(model: nn.Module) -> dict[str, nn.Module]:
+    """Every 4-bit layer, by path, that an eval forward on this CPU would repack.
+
+    Raises QuantizedWeightError if one has been repacked: gradients don't pass through it, so it spoils the
+    adapters below it, whether it is a target or not.
+    """
+    layers = {p: m for p, m in model.named_modules() if _is(m, "bitsandbytes.nn", "Linear4bit")}
+    for path, layer in layers.items():
+        raise_if_repacked(layer, path)
+    return {path: layer for path, layer in layers.items() if layer.support_avx512bf16_for_cpu}
+
+
+def keep_layout(layer: nn.Module, keep: bool) -> None:
+    """Forbid (or allow again) that a forward repacks this 4-bit layer for AVX512-BF16."""
+    layer.support_avx512bf16_for_cpu = not keep
+
+
+def raise_if_repacked(layer: nn.Module, path: str) -> None:
+    """QuantizedWeightError if an eval forward has repacked this 4-bit layer."""
+    if getattr(_quant_state(layer), "packing_format_for_cpu", False):
+        raise QuantizedWeightError(
+            f"{path}: an eval forward has repacked this 4-bit weight for AVX512-BF16; it can't be read or "
+            f"trained through any more\n"
+            f"  load the model again, with lora_lite.load_base(...) or with attach before the first forward"
+        )
+
+
+def _quant_state(layer: nn.Module) -> Any:
+    """Of a Linear4bit; FSDP leaves it on the module only."""
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.quant_state if state is None else state
+
+
+def _int8(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Codes (d_out, d_in) and scales (d_out,) of a Linear8bitLt: weight = codes · scales."""
+    state, weight = layer.state, layer.weight
+    codes = weight.CB if state.CB is None else state.CB
+    scales = weight.SCB if state.SCB is None else state.SCB
+    return (weight.data if codes is None else codes), scales / 127

@@ -1,0 +1,144 @@
+"""The contract between the runtime and an adapter method, and the registry of methods."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig, BaseConfig
+from .errors import VariantError
+from .layer import Layer
+
+__all__ = ["REGISTRY", "Layer", "ParamSpec", "Variant", "config_for", "lookup", "register"]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of an adapter at one layer.
+
+    shape       of the tensor
+    init        "zeros", "ones", "kaiming" (uniform, a = √5: PyTorch's and PEFT's for a linear
+                layer), "normal" (std 0.02), or a callable that fills the tensor in place
+    trainable   a Parameter if true, else a buffer; either way it is saved
+    keep_dtype  in `forward` the view hands tensors out in the compute dtype; with keep_dtype this
+                one comes as stored, for a difference or a norm that must be formed in float32
+    """
+
+    shape: tuple[int, ...]
+    init: str | Callable[[Tensor], Any] = "zeros"
+    trainable: bool = True
+    keep_dtype: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.init, str) and self.init not in _FILL:
+            raise VariantError(f"ParamSpec(init={self.init!r}): wanted {sorted(_FILL)} or a callable")
+
+    @torch.no_grad()
+    def fill(self, tensor: Tensor) -> None:
+        """Give the tensor its starting values, in place."""
+        (_FILL[self.init] if isinstance(self.init, str) else self.init)(tensor)
+
+
+_FILL: dict[str, Callable[[Tensor], Any]] = {
+    "zeros": nn.init.zeros_,
+    "ones": nn.init.ones_,
+    "kaiming": lambda t: nn.init.kaiming_uniform_(t, a=math.sqrt(5)),
+    "normal": lambda t: nn.init.normal_(t, std=0.02),
+}
+
+
+@runtime_checkable
+class Variant(Protocol):
+    """An adapter method: static maths over a Layer view, and what it asks of the runtime.
+
+    The class itself is used, it is never instantiated. A registered class needs `name`, `param_specs` and at least one of `forward` and
+    `forward_input`. `register` gives it the defaults below for all else, so the runtime reads a
+    declared attribute and never probes.
+
+    base_weight        "unused": any kind of layer. "read": its values, dequantised ones too.
+                       "dense": an unquantised layer only
+    has_identity_init  a fresh adapter leaves every output bit-exact
+    handles_scale      the maths uses `layer.scale` itself; otherwise the runtime blends
+                       y + c·(f(y) - y)
+    needs_calibration  `group_init` needs `attach(..., calibration_data=...)`
+    default_lr         a learning rate for AdamW that works, with the reason in the variant's file
+    """
+
+    name: str
+    config: type[BaseConfig] = AdapterConfig
+    base_weight: Literal["unused", "read", "dense"] = "unused"
+    has_identity_init: bool = True
+    handles_scale: bool = False
+    needs_calibration: bool = False
+    default_lr: float = 1e-3
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
+        """The tensors at a layer (d_out, d_in), by a name that starts with `lora_`."""
+        ...
+
+    @staticmethod
+    def init(layer: Layer, cfg: Any) -> None:
+        """Fill what `ParamSpec.init` could not, from the layer's weight. Never run by a load."""
+
+    @staticmethod
+    def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibration_data: Any) -> None:
+        """As `init`, once for all layers, after it; `targets` maps path to view."""
+
+    forward: Callable[[Layer, Tensor, Tensor], Tensor] | None = None
+    """`(layer, x, y) -> y_new`, with x (*b, d_in) and y (*b, d_out), the layer's output, of one dtype."""
+
+    forward_input: Callable[[Layer, Tensor], Tensor] | None = None
+    """`(layer, x) -> x_new`, before the layer."""
+
+
+REGISTRY: dict[str, Variant] = {}
+"""Every registered variant, by name."""
+
+_DEFAULTS = (
+    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "default_lr"),
+    *("init", "group_init", "forward", "forward_input"),
+)
+
+V = TypeVar("V")
+
+
+def register(cls: type[V]) -> type[V]:
+    """Class decorator: make a variant known under `cls.name`. Raises VariantError."""
+    missing = [item for item in ("name", "param_specs") if not hasattr(cls, item)]
+    if not (hasattr(cls, "forward") or hasattr(cls, "forward_input")):
+        missing.append("forward or forward_input")
+    if missing:
+        raise VariantError(f"variant class {cls.__name__} lacks {', '.join(missing)}")
+    name = cls.name  # type: ignore[attr-defined]
+    if name in REGISTRY:
+        raise VariantError(
+            f"variant {name!r} is registered already, by {REGISTRY[name].__module__}.{REGISTRY[name].__qualname__}\n"
+            f"  give {cls.__module__}.{cls.__qualname__} another name"
+        )
+    for item in _DEFAULTS:
+        if not hasattr(cls, item):
+            setattr(cls, item, Variant.__dict__[item])
+    if cls.base_weight not in ("unused", "read", "dense"):  # type: ignore[attr-defined]
+        raise VariantError(f"variant {name!r}: base_weight is 'unused', 'read' or 'dense', got {cls.base_weight!r}")  # type: ignore[attr-defined]
+    REGISTRY[name] = cls  # type: ignore[assignment]
+    return cls
+
+
+def lookup(name: str) -> Variant:
+    """The variant registered under a name. Raises VariantError."""
+    if name not in REGISTRY:
+        raise VariantError(
+            f"no variant is registered as {name!r}\n"
+            f"  registered: {', '.join(sorted(REGISTRY))}\n"
+            f"  a variant of your own: import the file that has its @lora_lite.register first"
+        )
+    return REGISTRY[name]
+
+
+def config_for(name: str) -> type[BaseConfig]:
+    """The config class of a registered variant. Raises VariantError."""
+    return lookup(name).config

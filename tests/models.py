@@ -1,0 +1,80 @@
+"""Small models for tests, built from configs: nothing is downloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import lora_lite as ll
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, *, seed: int = 0, bias: bool = False, **overrides: Any) -> Any:
+    """Two blocks, width 64; k and v are narrower than q, so nothing but q and o is square."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "attention_bias": bias,
+        "mlp_bias": bias,
+        "pad_token_id": 0,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | overrides)))
+    if bias:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+    return model.to(dtype).eval()
+
+
+def tiny_folder(folder: Path, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The tiny Llama as a folder for from_pretrained."""
+    tiny_llama(dtype, hidden_size=128, intermediate_size=256).save_pretrained(folder)
+    return str(folder)
+
+
+def quantized(folder: str, quantization: str, **kwargs: Any) -> Any:
+    """The tiny folder on a bitsandbytes base."""
+    return ll.load_base(folder, dtype=torch.bfloat16, quantization=quantization, **kwargs)
+
+
+class OneLinear(nn.Module):
+    """One linear layer, with a forward that passes x on."""
+
+    def __init__(self, d_in: int = 16, d_out: int = 24, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.proj = nn.Linear(d_in, d_out, bias=bias, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)
+
+
+def config(variant: str, **overrides: Any) -> Any:
+    """A registered variant's own config, on every linear layer of the blocks."""
+    return ll.config_for(variant)(**({"target_names": (r"_proj$",)} | overrides))
+
+
+@torch.no_grad()
+def perturb(adapter: ll.Adapter, size: float = 0.05, seed: int = 1) -> None:
+    """Move every trainable tensor away from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """The language-model loss on fixed tokens."""
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+__all__ = ["IDS", "AutoModelForCausalLM", "OneLinear", "config", "loss_of", "perturb", "quantized", "tiny_folder", "tiny_llama"]

@@ -1,0 +1,42 @@
+"""Each variant's equation on explicit float64 matrices: the paper's formula, with no runtime and no shortcut.
+
+An oracle takes the dense weight W (o, i), the bias b (o,) or zeros, the config, the adapter's tensors by name and the
+input x (n, i), and gives y (n, o).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Oracle = Callable[[Tensor, Tensor, Any, dict[str, Tensor], Tensor], Tensor]
+
+
+def lora(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    alpha = cfg.alpha or cfg.r
+    s = alpha / cfg.r**0.5 if cfg.rslora else alpha / cfg.r
+    return x @ (W + s * t["lora_B"] @ t["lora_A"]).T + b
+
+
+def pissa(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    s = (cfg.alpha or cfg.r) / cfg.r
+    residual = W - s * t["lora_B0"] @ t["lora_A0"]
+    return x @ (residual + s * t["lora_B"] @ t["lora_A"]).T + b
+
+
+def dora(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    s = (cfg.alpha or cfg.r) / (cfg.r**0.5 if cfg.rslora else cfg.r)
+    direction = W + s * t["lora_B"] @ t["lora_A"]
+    unit = direction / direction.norm(dim=1, keepdim=True)
+    return x @ (t["lora_m"][:, None] * unit).T + b
+
+
+def ia3(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return t["lora_l"] * (x @ W.T + b)
+
+
+def ia3_ff(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return (x * t["lora_l"]) @ W.T + b
+
+
+ORACLES: dict[str, Oracle] = {"lora": lora, "pissa": pissa, "dora": dora, "ia3": ia3, "ia3_ff": ia3_ff}

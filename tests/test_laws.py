@@ -1,0 +1,337 @@
+"""Laws that hold for every registered variant. A new variant gets them all by registering, and owes an oracle."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import IDS, OneLinear, config, loss_of, perturb, quantized, tiny_llama
+from oracles import ORACLES
+from torch import nn
+
+import lora_lite as ll
+
+VARIANTS = sorted(ll.REGISTRY)
+per_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def attached(variant: str, dtype: torch.dtype = torch.float32, *, moved: bool = True) -> tuple[Any, ll.Adapter]:
+    model = tiny_llama(dtype, bias=True)
+    adapter = ll.attach(model, config(variant))
+    if moved:
+        perturb(adapter)
+    return model, adapter
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    out: torch.Tensor = model(input_ids=ids).logits
+    return out
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that attach could leave behind."""
+    return {
+        "state": {key: (value.clone(), value.dtype) for key, value in model.state_dict().items()},
+        "grad": {path: p.requires_grad for path, p in model.named_parameters()},
+        "hooks": {
+            path: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs), sorted(m.__dict__))
+            for path, m in model.named_modules()
+        },
+    }
+
+
+def same_snapshot(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    assert a["state"].keys() == b["state"].keys()
+    assert all(torch.equal(a["state"][k][0], b["state"][k][0]) and a["state"][k][1] == b["state"][k][1] for k in a["state"])
+    assert a["grad"] == b["grad"]
+    assert a["hooks"] == b["hooks"]
+    return True
+
+
+def test_every_variant_has_an_oracle() -> None:
+    assert set(VARIANTS) == set(ORACLES)
+
+
+@per_variant
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("overrides", [{}, {"alpha": 3.0}, {"rslora": True}], ids=["default", "alpha", "rslora"])
+def test_output_is_the_papers_formula(variant: str, bias: bool, overrides: dict[str, Any]) -> None:
+    if not set(overrides) <= set(ll.config_for(variant).__dataclass_fields__):
+        pytest.skip(f"{variant} has no {list(overrides)}")
+    model = OneLinear(bias=bias).double()
+    cfg = config(variant, target_names="proj", dtype=torch.float64, **overrides)
+    adapter = ll.attach(model, cfg)
+    perturb(adapter, 0.3)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    tensors = {key.removeprefix("proj."): value for key, value in adapter.state_dict().items()}
+    b = model.proj.bias if bias else torch.zeros(24, dtype=torch.float64)
+    wanted = ORACLES[variant](model.proj.weight, b, cfg, tensors, x)
+    # DoRA's norm is formed in float32 whatever the dtype, so its last digits are float32's.
+    torch.testing.assert_close(model(x), wanted, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(model(x), nn.functional.linear(x, model.proj.weight, b), atol=1e-3)
+
+
+@per_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_is_the_identity_bit_for_bit(variant: str, dtype: torch.dtype) -> None:
+    model = tiny_llama(dtype, bias=True)
+    base = logits(model)
+    ll.attach(model, config(variant))
+    if ll.REGISTRY[variant].has_identity_init:
+        assert torch.equal(logits(model), base)
+
+
+@per_variant
+def test_the_base_is_read_only(variant: str) -> None:
+    model = tiny_llama(bias=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    adapter = ll.attach(model, config(variant))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    for _ in range(2):
+        loss_of(model).backward()
+        optimizer.step()
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@per_variant
+@pytest.mark.parametrize("trained", [False, True])
+def test_detach_restores_everything(variant: str, trained: bool) -> None:
+    model = tiny_llama(bias=True)
+    model.model.embed_tokens.weight.requires_grad_(False)  # a flag of the user's own
+    before, base = snapshot(model), logits(model)
+    adapter = ll.attach(model, config(variant))
+    if trained:
+        perturb(adapter)
+        loss_of(model).backward()
+        assert not torch.equal(logits(model), base)
+    ll.detach(model)
+    assert same_snapshot(before, snapshot(model))
+    assert torch.equal(logits(model), base)
+
+
+@per_variant
+def test_a_failure_in_the_middle_of_attach_changes_nothing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(bias=True)
+    before, base, calls = snapshot(model), logits(model), []
+
+    def init(layer: ll.Layer, cfg: Any) -> None:
+        calls.append(layer.path)
+        if len(calls) == 5:
+            raise ZeroDivisionError("in the fifth layer")
+
+    monkeypatch.setattr(ll.REGISTRY[variant], "init", staticmethod(init))
+    with pytest.raises(ZeroDivisionError, match="fifth"):
+        ll.attach(model, config(variant))
+    assert same_snapshot(before, snapshot(model))
+    assert torch.equal(logits(model), base)
+
+
+@per_variant
+def test_only_adapter_parameters_get_gradients_and_each_moves(variant: str) -> None:
+    model = tiny_llama(bias=True)
+    adapter = ll.attach(model, config(variant))
+    start = [p.detach().clone() for p in adapter.parameters()]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(2):  # LoRA's A has a zero gradient in the first
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    assert {path for path, p in model.named_parameters() if p.requires_grad} == {
+        path for path, _ in model.named_parameters() if ".lora_" in path
+    }
+    assert all(p.grad is None for path, p in model.named_parameters() if ".lora_" not in path)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+    assert not any(torch.equal(p, before) for p, before in zip(adapter.parameters(), start, strict=True))
+
+
+@per_variant
+@pytest.mark.parametrize("name", ["default", "fr"])
+def test_save_and_load_are_bit_equal_and_run_no_init(
+    variant: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(bias=True)
+    perturb(ll.attach(model, config(variant), name=name))
+    ll.save(model, tmp_path / "a.safetensors", name=name)
+    wanted, tensors = logits(model), ll.adapters(model)[name].state_dict()
+    assert all(".lora_" in key and not key.endswith("__fr") for key in tensors)
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("load ran an init")
+
+    for function in ("init", "group_init"):
+        monkeypatch.setattr(ll.REGISTRY[variant], function, staticmethod(forbidden))
+    monkeypatch.setattr(ll.ParamSpec, "fill", forbidden)
+    monkeypatch.setattr(torch.linalg, "svd", forbidden)
+    fresh = tiny_llama(bias=True)
+    adapter = ll.load(fresh, tmp_path / "a.safetensors", name="other")
+    assert torch.equal(logits(fresh), wanted)
+    assert adapter.config == ll.adapters(model)[name].config
+    loaded = adapter.state_dict()
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[key], tensors[key]) and loaded[key].dtype == tensors[key].dtype for key in tensors)
+
+
+@per_variant
+def test_an_adapter_that_was_cast_is_saved_as_it_is(variant: str, tmp_path: Path) -> None:
+    model, _ = attached(variant)
+    model.to(torch.bfloat16)
+    ll.save(model, tmp_path / "a.safetensors")
+    fresh = tiny_llama(bias=True).to(torch.bfloat16)
+    ll.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(logits(fresh), logits(model))
+
+
+@per_variant
+def test_to_dtype_keeps_a_fresh_adapter_the_identity(variant: str) -> None:
+    model, _ = attached(variant, moved=False)
+    model.to(torch.bfloat16)
+    with_adapter = logits(model)
+    ll.detach(model)
+    assert torch.equal(with_adapter, logits(model))
+
+
+@per_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_bases_keep_their_dtype_and_float32_masters(variant: str, dtype: torch.dtype) -> None:
+    exact, exact_adapter = attached(variant)
+    model = tiny_llama(torch.float32, bias=True).to(dtype)
+    adapter = ll.attach(model, config(variant))
+    adapter.load_state_dict(exact_adapter.state_dict())
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    assert logits(model).dtype == dtype
+    effect = logits(exact).float() - logits(tiny_llama(bias=True)).float()
+    error = logits(model).float() - logits(exact)
+    assert error.norm() < 0.03 * logits(exact).norm()
+    assert effect.norm() > 0.001 * logits(exact).norm()
+    loss_of(model).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+@per_variant
+def test_scale_zero_is_the_base_and_one_the_method(variant: str) -> None:
+    base = logits(tiny_llama(bias=True))
+    model, adapter = attached(variant)
+    full = logits(model)
+    with ll.scaled(model, 0.0):
+        assert torch.equal(logits(model), base)
+    with ll.disabled(model):
+        assert torch.equal(logits(model), base)
+    assert adapter.scale == 1.0
+    assert torch.equal(logits(model), full)
+
+
+@per_variant
+@pytest.mark.parametrize("c", [-1.0, 0.5, 2.0])
+def test_scale_c_blends_base_and_method_at_each_layer(variant: str, c: float) -> None:
+    model = OneLinear()
+    x = torch.randn(5, 16)
+    base = model(x)
+    adapter = ll.attach(model, config(variant, target_names="proj"))
+    perturb(adapter, 0.3)
+    full = model(x)
+    adapter.scale = c
+    torch.testing.assert_close(model(x), base + c * (full - base), rtol=1e-4, atol=1e-5)
+
+
+@per_variant
+def test_deepcopy_and_pickle_are_independent_copies(variant: str) -> None:
+    model, adapter = attached(variant)
+    wanted = logits(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), wanted)
+        perturb(ll.adapters(twin)["default"], 1.0)
+        ll.adapters(twin)["default"].scale = 0.5
+        assert adapter.scale == 1.0
+        assert torch.equal(logits(model), wanted)
+        ll.detach(twin)
+        assert torch.equal(logits(twin), logits(tiny_llama(bias=True)))
+        assert torch.equal(logits(model), wanted)
+
+
+@per_variant
+def test_functional_call_uses_the_given_tensors(variant: str) -> None:
+    model, adapter = attached(variant, moved=False)
+    twin, _ = attached(variant)
+    given = {path: p for path, p in twin.named_parameters() if ".lora_" in path}
+    with torch.no_grad():
+        out = torch.func.functional_call(model, given, (), {"input_ids": IDS}).logits
+    assert torch.equal(out, logits(twin))
+    assert torch.equal(logits(model), logits(tiny_llama(bias=True)))
+
+
+@per_variant
+def test_layers_may_be_called_by_keyword(variant: str) -> None:
+    model = OneLinear()
+    perturb(ll.attach(model, config(variant, target_names="proj")))
+    x = torch.randn(5, 16)
+    assert torch.equal(model.proj(input=x), model.proj(x))
+
+
+@per_variant
+def test_a_bare_layer_can_be_the_model(variant: str, tmp_path: Path) -> None:
+    layer = nn.Linear(16, 24)
+    perturb(ll.attach(layer, ll.config_for(variant)(target_names="^$")))
+    ll.save(layer, tmp_path / "a.safetensors")
+    twin = nn.Linear(16, 24)
+    twin.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    ll.load(twin, tmp_path / "a.safetensors")
+    x = torch.randn(3, 16)
+    assert torch.equal(twin(x), layer(x))
+
+
+@per_variant
+def test_eval_outputs_follow_every_way_to_change_a_parameter(variant: str) -> None:
+    """Whatever is cached in eval mode must never be stale."""
+    model, adapter = attached(variant)
+    logits(model)
+
+    def uncached() -> torch.Tensor:
+        return logits(copy.deepcopy(model))  # a copy starts without a memo
+
+    parameters = list(adapter.parameters())
+    with torch.no_grad():
+        parameters[0].mul_(1.5)
+    assert torch.equal(logits(model), uncached())
+    parameters[-1].data.mul_(1.5)  # bumps no version counter
+    assert torch.equal(logits(model), uncached())
+    for parameter in parameters:
+        parameter.data = parameter.data * 1.1
+    assert torch.equal(logits(model), uncached())
+    adapter.load_state_dict({key: value * 0.9 for key, value in adapter.state_dict().items()})
+    assert torch.equal(logits(model), uncached())
+
+
+@per_variant
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_quantised_bases_are_right_or_refused(variant: str, quantization: str, tiny: str, tmp_path: Path) -> None:
+    model = quantized(tiny, quantization)
+    base = logits(model)
+    if ll.REGISTRY[variant].base_weight == "dense":
+        before = sorted(model.state_dict())
+        with pytest.raises(ll.QuantizedWeightError, match=r"needs a dense weight, and this one is .*bitsandbytes"):
+            ll.attach(model, config(variant))
+        assert sorted(model.state_dict()) == before
+        return
+    adapter = ll.attach(model, config(variant))
+    assert torch.equal(logits(model), base)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    start = [p.detach().clone() for p in adapter.parameters()]
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    assert not any(torch.equal(p, before) for p, before in zip(adapter.parameters(), start, strict=True))
+    model.eval()
+    trained = logits(model)
+    assert not torch.equal(trained, base)
+    ll.save(model, tmp_path / "a.safetensors")
+    fresh = quantized(tiny, quantization)
+    ll.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(logits(fresh), trained)
+    ll.detach(model)
+    assert torch.equal(logits(model), base)
