@@ -92,8 +92,11 @@ def read_jsonl(path: Path) -> list[Pair]:
     """
     if not path.is_file():
         raise DataError(f"{path} is not a file\n  --data takes a JSONL file of {_wanted()}")
-    with path.open(encoding="utf-8") as lines:
-        pairs = [line_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
+    pairs = [line_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise DataError(f"{path} is empty\n  wanted a JSON object a line, of {_wanted()}")
     return pairs
@@ -105,11 +108,13 @@ def line_pair(line: str, where: str) -> Pair:
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error})\n  found: {_short(line)}") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}, wanted an object of {_wanted()}\n  found: {_short(line)}")
+        raise DataError(
+            f"{where}: a JSON {type(record).__name__}, wanted an object of {_wanted()}\n  found: {_short(line)}"
+        )
     for prompt, completion in KEYS:
         if prompt in record and completion in record:
-            texts = [text_of(record, key, where) for key in (prompt, completion)]
-            return Pair(*texts, group=texts[0])
+            text = text_of(record, prompt, where)
+            return Pair(text, text_of(record, completion, where), group=text)
     raise DataError(f"{where}: missing keys, wanted {_wanted()}\n  found: {', '.join(map(repr, record)) or 'no key'}")
 
 

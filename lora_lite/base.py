@@ -128,9 +128,8 @@ def _attempts(dtype: str | torch.dtype) -> Iterator[Any]:
 
 @torch.no_grad()
 def _one_token(model: Any) -> None:
-    config = model.config.get_text_config()
-    token = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
-    inputs = {"input_ids": torch.tensor([[token]], device=model.device)}
+    bos = getattr(model.config.get_text_config(), "bos_token_id", None)
+    inputs = {"input_ids": torch.tensor([[bos if isinstance(bos, int) else 0]], device=model.device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     logits = model(**inputs).logits

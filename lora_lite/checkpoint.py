@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import quant
-from .adapter import Adapter, check_shapes, file_key, get_adapter, session_of
+from .adapter import Adapter, check_shapes, file_key, get_adapter
 from .config import BaseConfig
 from .errors import CheckpointError, LoraLiteError
-from .runtime import checked_specs, installed
+from .runtime import attachable, checked_specs, installed
 from .targets import Target
 from .variant import ParamSpec, lookup
 from .version import __version__
@@ -86,14 +86,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
 
     Raises CheckpointError unless every key and shape fits, and what attach raises; the model is then as it was.
     """
-    file = _read(path)
-    targets, kept = _match(model, file)
+    file, root = _read(path), attachable(model)
+    targets, kept = _match(root, file)
     tensors = {file_key(targets[at].path, tensor): file.tensors[file_key(at, tensor)] for at, tensor in kept}
 
     def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         return tensors[key].to(device)
 
-    with installed(model, file.cfg, name, list(targets.values()), values) as adapter:
+    with installed(root, file.cfg, name, list(targets.values()), values) as adapter:
         _check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base)
     logger.info(f"loaded {adapter} from {path}")
     return adapter
@@ -208,9 +208,8 @@ def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 # ---- from a file to a model ---------------------------------------------------------------------
 
 
-def _match(model: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[str, str]]]:
+def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[str, str]]]:
     """The model's layer for each path of the file, and all (path, tensor) pairs; CheckpointError unless all fit."""
-    root, _ = session_of(model)
     mapping = _resolve(file, root)
     modules = dict(root.named_modules())
     targets, wanted = {}, {}

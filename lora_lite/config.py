@@ -95,7 +95,10 @@ class BaseConfig:
                 f"{cls.__name__}: the stored fields are not this version's\n"
                 f"  unknown: {sorted(set(values) - known)}, missing: {sorted(known - set(values))}"
             )
-        return cls(**{**values, "dtype": getattr(torch, values["dtype"], None)})
+        dtypes = {dtype_name(dtype): dtype for dtype in STORAGE_DTYPES}
+        if values["dtype"] not in dtypes:
+            raise ConfigError(f"{cls.__name__}: stored dtype {values['dtype']!r}: wanted one of {sorted(dtypes)}")
+        return cls(**{**values, "dtype": dtypes[values["dtype"]]})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,16 +50,16 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
     Raises ConfigError, VariantError, TargetError, QuantizedWeightError or BaseModelError, and whatever a variant's
     own code raises; the model is then exactly as it was.
     """
-    variant = checked_variant(cfg)
+    variant, root = checked_variant(cfg), attachable(model)
     if variant.needs_calibration and calibration_data is None:
         raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
     if calibration_data is not None and variant.group_init is Variant.group_init:
         raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data")
-    with installed(model, cfg, name, find_targets(model, cfg), _fresh) as adapter, torch.no_grad():
+    with installed(root, cfg, name, find_targets(root, cfg), _fresh) as adapter, torch.no_grad():
         views = {slot.path: Layer(module, slot) for module, slot in adapter.slots()}
         for view in views.values():
             variant.init(view, cfg)
-        variant.group_init(model, views, cfg, calibration_data)
+        variant.group_init(root, views, cfg, calibration_data)
     logger.info(f"attached {adapter}")
     for path, (d_in, d_out) in adapter.targets.items():
         logger.trace(f"attached {name!r} at {path} ({d_in} -> {d_out})")
@@ -88,13 +88,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 
 @contextmanager
-def installed(model: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], values: Values) -> Iterator[Adapter]:
+def installed(root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], values: Values) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises."""
     variant = checked_variant(cfg)
-    root, session = session_of(model)
+    _, session = session_of(root)
     modules = dict(root.named_modules())
     _check_name(name, session, root)
-    _check_model(model, root)
     specs = {target.path: checked_specs(variant, target, cfg) for target in targets}
     for target in targets:
         _check_target(target, modules[target.path], variant, session)
@@ -204,6 +203,20 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 # ---- checks, all before anything changes --------------------------------------------------------
 
 
+def attachable(model: nn.Module) -> nn.Module:
+    """The module that adapters go on: the model itself, or what torch.compile has wrapped. Raises TargetError."""
+    root: nn.Module = getattr(model, "_orig_mod", model)
+    for path, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            raise TargetError(
+                f"{type(module).__name__} has registered the parameters already, and would never reduce the "
+                f"gradients of new ones\n  attach first, then wrap"
+            )
+        if module is not root and has_session(module):
+            raise TargetError(f"{path}: adapters were attached to this part alone\n  attach to the same module each time")
+    return root
+
+
 def checked_variant(cfg: BaseConfig) -> Variant:
     """The config's variant. Raises VariantError if there is none, ConfigError if this isn't its config class."""
     variant = lookup(cfg.variant)
@@ -240,17 +253,6 @@ def _check_name(name: str, session: Session, root: nn.Module) -> None:
             f"adapter {name!r} is attached to this {type(root).__name__} already\n"
             f"  give the new one another name, detach the old one, or lora_lite.restore a file's values into it"
         )
-
-
-def _check_model(model: nn.Module, root: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, DistributedDataParallel | DataParallel):
-            raise TargetError(
-                f"{type(module).__name__} has registered the parameters already, and would never reduce the "
-                f"gradients of new ones\n  attach first, then wrap"
-            )
-        if module is not root and has_session(module):
-            raise TargetError(f"{path}: adapters were attached to this part alone\n  attach to the same module each time")
 
 
 def _check_target(target: Target, module: nn.Module, variant: Variant, session: Session) -> None:

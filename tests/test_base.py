@@ -1,0 +1,158 @@
+"""load_base: quantisation, the dtype cascade, remote code, and what it says."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import IDS, tiny_llama
+
+import lora_lite as ll
+from lora_lite import base
+
+
+def test_nf4_with_double_quantisation_is_the_default_and_compute_dtype_is_explicit(tiny: str) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [m for m in ll.load_base(tiny, quantization="nf4").modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 14
+    assert {(m.weight.quant_state.quant_type, m.weight.quant_state.nested, m.compute_dtype) for m in layers} == {
+        ("nf4", True, torch.bfloat16)
+    }
+    plain = ll.load_base(tiny, quantization="fp4", compute_dtype=torch.float32, double_quant=False)
+    layer = plain.model.layers[0].mlp.up_proj
+    assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested, layer.compute_dtype) == (
+        "fp4",
+        False,
+        torch.float32,
+    )
+    assert plain.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_an_unknown_quantization_is_refused(tiny: str) -> None:
+    with pytest.raises(ll.ConfigError, match=r"quantization='int4': wanted None or one of \('nf4', 'fp4', 'int8'\)"):
+        ll.load_base(tiny, quantization="int4")
+
+
+@pytest.mark.parametrize(("quantization", "message"), [("nf4", r"4 bit \(nf4, computing in bfloat16\)"), ("int8", "8 bit")])
+def test_one_message_says_how_a_quantised_model_was_loaded_and_where(
+    quantization: str, message: str, tiny: str, log: list[str]
+) -> None:
+    ll.load_base(tiny, quantization=quantization)
+    assert len(log) == 1
+    assert re.search(rf"INFO loaded {tiny} in {message}.*, on cpu of cpu \(.+, \d+ threads\)", log[0])
+
+
+def test_the_checkpoints_dtype_is_tried_first(tiny: str) -> None:
+    assert ll.load_base(tiny).dtype == torch.bfloat16
+    assert ll.load_base(tiny, torch.float16).dtype == torch.float16
+    assert not ll.load_base(tiny).training
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path) -> str:
+    """Finite in bfloat16 and float32, infinite in float16: one weight is above 65504."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_the_cascade_falls_back_and_says_why(overflowing: str, log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def no_float32(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.dtype == torch.float32:
+            raise RuntimeError("no float32 kernel on this device\nwith a long trace")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", no_float32)
+    model = ll.load_base(overflowing)
+    assert model.dtype == torch.bfloat16
+    assert log[0].endswith("does not work in auto: RuntimeError: no float32 kernel on this device")
+    assert log[1].endswith("does not work in float16: RuntimeError: the logits of one token are not finite")
+    assert log[2].startswith(f"INFO loaded {overflowing} in bfloat16")
+
+
+def test_an_explicit_dtype_has_no_fallback(overflowing: str) -> None:
+    message = r"works in none of 1 dtypes on cpu .*\n  float16: RuntimeError: the logits of one token are not finite"
+    with pytest.raises(ll.BaseModelError, match=message):
+        ll.load_base(overflowing, torch.float16)
+
+
+def test_a_model_that_is_not_there_is_not_tried_four_times(tmp_path: Path, log: list[str]) -> None:
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        ll.load_base(str(tmp_path))
+    assert log == []
+
+
+CUSTOM = """
+from transformers import LlamaForCausalLM
+from .configuration_custom import CustomConfig
+
+class CustomForCausalLM(LlamaForCausalLM):
+    config_class = CustomConfig
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path) -> str:
+    """A model that brings its own code."""
+    tiny_llama().save_pretrained(tmp_path)
+    (tmp_path / "modeling_custom.py").write_text(CUSTOM)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_type"] = "customllama"
+    config["auto_map"] = {
+        "AutoConfig": "configuration_custom.CustomConfig",
+        "AutoModelForCausalLM": "modeling_custom.CustomForCausalLM",
+    }
+    (tmp_path / "configuration_custom.py").write_text(
+        "from transformers import LlamaConfig\n\nclass CustomConfig(LlamaConfig):\n    model_type = 'customllama'\n"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def test_remote_code_runs_on_the_callers_word_only_and_is_remembered_once_it_worked(
+    custom: str, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    monkeypatch.setattr(base, "_trusted", set())
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        ll.load_base(custom, trust_remote_code=False)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        ll.load_base(custom)
+    model = ll.load_base(custom, trust_remote_code=True)
+    assert type(model).__name__ == "CustomForCausalLM"
+    assert base._trusted == {custom}
+    assert type(ll.load_base(custom)).__name__ == "CustomForCausalLM"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        ll.load_base(custom, trust_remote_code=False)
+    ll.load_base(tiny, trust_remote_code=True)  # has no code of its own, so there is nothing to remember
+    assert base._trusted == {custom}
+
+
+def test_a_load_that_failed_is_not_remembered(custom: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_trusted", set())
+
+    def broken(model: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(base, "_one_token", broken)
+    with pytest.raises(ll.BaseModelError, match="works in none of 4 dtypes"):
+        ll.load_base(custom, trust_remote_code=True)
+    assert base._trusted == set()
+
+
+def test_other_auto_classes(tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+
+    config = T5Config(num_layers=1, d_model=32, d_kv=8, num_heads=4, d_ff=64, vocab_size=64)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = ll.load_base(str(tmp_path), auto_class=AutoModelForSeq2SeqLM)
+    assert model(input_ids=IDS, decoder_input_ids=IDS).logits.isfinite().all()

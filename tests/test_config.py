@@ -1,0 +1,69 @@
+"""Configs: valid once constructed, frozen, JSON round trip."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import lora_lite as ll
+
+VARIANTS = sorted(ll.REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, r"LoRAConfig\(r=0\): wanted a rank of at least 1"),
+        ({"r": -3}, r"LoRAConfig\(r=-3\)"),
+        ({"alpha": 0.0}, r"alpha=0.0\): wanted a number above 0"),
+        ({"dropout": 1.0}, r"dropout=1.0\): wanted a probability below 1"),
+        ({"dtype": torch.int8}, r"dtype=torch.int8\): wanted a floating dtype"),
+        ({"target_names": ("(",)}, r"target_names=\('\(',\)\): wanted regexes that compile"),
+        ({"exclude_names": "["}, r"exclude_names=\('\[',\)\)"),
+        ({"target_roles": ("head",)}, r"target_roles=\('head',\)\): wanted any of \('reader', 'writer', 'inner'\)"),
+        ({"layers": ()}, r"layers=\(\)\): wanted one or more block indices"),
+        ({"layer_range": (0.8, 0.2)}, r"layer_range=\(0.8, 0.2\)\): wanted two fractions"),
+        ({"layer_range": (0.2,)}, r"layer_range=\(0.2,\)\)"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.LoRAConfig(**fields)
+
+
+def test_configs_hold_only_fields_of_their_method() -> None:
+    with pytest.raises(TypeError, match="alpha"):
+        ll.IA3Config(alpha=8.0)  # type: ignore[call-arg]
+    assert "r" not in {field.name for field in dataclasses.fields(ll.IA3Config)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_json_round_trip(variant: str) -> None:
+    cls = ll.config_for(variant)
+    cfg = cls(target_names=["a", "b"], layers=[0, -1], layer_range=[0.0, 0.5], dtype=torch.bfloat16)
+    assert cls.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    assert cls.from_dict(json.loads(json.dumps(cls().to_dict()))) == cls()
+    assert cfg.variant == variant
+
+
+def test_from_dict_takes_exactly_the_fields() -> None:
+    values = ll.LoRAConfig().to_dict()
+    with pytest.raises(ll.ConfigError, match=r"unknown: \['beta'\], missing: \['alpha'\]"):
+        ll.LoRAConfig.from_dict({**{k: v for k, v in values.items() if k != "alpha"}, "beta": 1})
+    with pytest.raises(ll.ConfigError, match=r"stored dtype 'float99': wanted one of \['bfloat16'"):
+        ll.LoRAConfig.from_dict({**values, "dtype": "float99"})
+
+
+def test_configs_are_frozen_and_a_single_regex_may_stand_alone() -> None:
+    cfg = ll.LoRAConfig(target_names="q_proj")
+    assert cfg.target_names == ("q_proj",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.r = 4  # type: ignore[misc]
+
+
+def test_scaling() -> None:
+    assert ll.LoRAConfig(r=16).scaling == 1.0
+    assert ll.LoRAConfig(r=16, alpha=32.0).scaling == 2.0
+    assert ll.LoRAConfig(r=16, alpha=32.0, rslora=True).scaling == 8.0

@@ -1,0 +1,261 @@
+"""What people train with: a plain loop, autocast, gradient checkpointing, Accelerate, generate, casts, Trainer."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import IDS, OneLinear, config, loss_of, perturb, quantized, tiny_llama
+from test_laws import VARIANTS, logits
+
+import lora_lite as ll
+from lora_lite.trainer import AdapterTrainer
+
+per_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def attached(variant: str = "lora", model: Any = None) -> tuple[Any, ll.Adapter]:
+    model = tiny_llama() if model is None else model
+    adapter = ll.attach(model, config(variant))
+    perturb(adapter)
+    return model, adapter
+
+
+def gradients(adapter: ll.Adapter) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+
+
+def test_a_plain_loop_learns() -> None:
+    model = tiny_llama()
+    adapter = ll.attach(model, config("lora"))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = loss_of(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@per_variant
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(variant: str, use_reentrant: bool) -> None:
+    model, adapter = attached(variant)
+    model.train()
+    loss_of(model).backward()
+    wanted = gradients(adapter)
+    twin, twin_adapter = attached(variant)
+    twin.train()
+    twin.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    loss_of(twin).backward()
+    torch.testing.assert_close(gradients(twin_adapter), wanted)
+
+
+def test_gradient_checkpointing_repeats_the_dropout_mask() -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        adapter = ll.attach(model, config("lora", dropout=0.5))
+        perturb(adapter)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(7)
+        loss_of(model).backward()
+        grads.append(gradients(adapter))
+    torch.testing.assert_close(*grads)
+
+
+@per_variant
+def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(variant: str) -> None:
+    model, adapter = attached(variant)
+    exact = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(input_ids=IDS).logits
+        assert model.model.layers[0].mlp.up_proj(torch.ones(1, 64)).dtype == torch.bfloat16
+        loss_of(model).backward()
+    assert (out.float() - exact).norm() < 0.02 * exact.norm()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+@per_variant
+def test_autocast_keeps_a_fresh_adapter_the_identity(variant: str) -> None:
+    model = tiny_llama()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        base = model(input_ids=IDS).logits
+        ll.attach(model, config(variant))
+        assert torch.equal(model(input_ids=IDS).logits, base)
+
+
+@per_variant
+def test_generate_with_a_cache_is_generate_without(variant: str) -> None:
+    model, _ = attached(variant)
+    with_cache, without = (
+        model.generate(IDS[:, :4], max_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0) for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
+@per_variant
+def test_the_model_can_be_cast_and_cast_back(variant: str) -> None:
+    model, adapter = attached(variant)
+    model.to(torch.float64)
+    assert {t.dtype for _, t in adapter.named_tensors()} == {torch.float64}
+    assert logits(model).dtype == torch.float64
+    model.to(torch.bfloat16)
+    assert logits(model).isfinite().all()
+
+
+def test_accelerate() -> None:
+    from accelerate import Accelerator
+
+    model, adapter = attached()
+    loss_of(model).backward()
+    wanted = gradients(adapter)
+    twin, twin_adapter = attached()
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(twin, torch.optim.AdamW(twin_adapter.parameters(), lr=1e-2))
+    accelerator.backward(loss_of(prepared))
+    torch.testing.assert_close(gradients(twin_adapter), wanted)
+    before = [p.detach().clone() for p in twin_adapter.parameters()]
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, twin_adapter.parameters(), strict=True))
+    assert "default" in ll.adapters(accelerator.unwrap_model(prepared))
+
+
+def test_weights_cannot_be_reached_through_a_data_parallel_wrapper_that_came_first() -> None:
+    wrapped = torch.nn.DataParallel(OneLinear())
+    with pytest.raises(ll.TargetError, match="DataParallel has registered the parameters already"):
+        ll.attach(wrapped, config("lora", target_names="proj"))
+
+
+# ---- transformers' Trainer ----------------------------------------------------------------------
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Counting from different starts: something to learn in a few steps."""
+
+    def __init__(self, n: int = 32) -> None:
+        self.ids = (torch.arange(12) + torch.arange(n)[:, None]) % 95 + 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+
+def arguments(folder: Path, **overrides: Any) -> Any:
+    from transformers import TrainingArguments
+
+    options: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(str(folder), **(options | overrides))
+
+
+def training_base(kind: str, folder: str) -> Any:
+    return ll.load_base(folder, torch.float32) if kind == "dense" else quantized(folder, kind)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # torch's, on a machine without an accelerator
+@pytest.mark.parametrize("kind", ["dense", "nf4", "int8"])
+def test_trainer_saves_adapters_alone_and_resumes_to_the_same_end(kind: str, tiny: str, tmp_path: Path) -> None:
+    model = training_base(kind, tiny)
+    ll.attach(model, config("lora"))
+    start = ll.adapters(model)["default"].state_dict()
+    start = {key: value.clone() for key, value in start.items()}
+    trainer = AdapterTrainer(model, arguments(tmp_path), train_dataset=Tokens())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    names = {file.name for file in (tmp_path / "checkpoint-3").iterdir()}
+    assert "default.safetensors" in names
+    assert not any(name.startswith(("model", "pytorch_model", "adapter_model")) for name in names)
+    assert (tmp_path / "checkpoint-3" / "default.safetensors").stat().st_size < 300_000
+
+    again = training_base(kind, tiny)
+    ll.attach(again, config("lora"))
+    resumed = AdapterTrainer(again, arguments(tmp_path), train_dataset=Tokens())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    a, b = (ll.adapters(each)["default"].state_dict() for each in (model, again))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], start[key]) for key in a)
+
+    fresh = training_base(kind, tiny)
+    ll.load(fresh, tmp_path / "checkpoint-6" / "default.safetensors")
+    assert torch.equal(logits(fresh), logits(model.eval()))
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_trainer_loads_the_best_adapter_at_the_end(tiny: str, tmp_path: Path) -> None:
+    model = training_base("dense", tiny)
+    ll.attach(model, config("lora"), name="fr")
+    args = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, learning_rate=1.0, max_grad_norm=1e9
+    )
+    trainer = AdapterTrainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(8))
+    trainer.train()
+    best = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["best_model_checkpoint"]
+    twin = training_base("dense", tiny)
+    ll.load(twin, Path(best) / "fr.safetensors")
+    assert torch.equal(logits(twin), logits(model.eval()))
+
+
+def test_trainer_without_an_adapter_or_with_another_checkpoint(tiny: str, tmp_path: Path) -> None:
+    model = training_base("dense", tiny)
+    with pytest.raises(ll.TargetError, match="has no adapter to train\n  lora_lite.attach one first"):
+        AdapterTrainer(model, arguments(tmp_path))
+    ll.attach(model, config("lora"), name="fr")
+    trainer = AdapterTrainer(model, arguments(tmp_path / "run"), train_dataset=Tokens())
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ll.CheckpointError, match=r"checkpoint-1 is no checkpoint of these adapters\n  missing: .*fr.safetensors"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_trainer_with_gradient_checkpointing_on_a_quantised_base(use_reentrant: bool, tiny: str, tmp_path: Path) -> None:
+    model = quantized(tiny, "nf4")
+    ll.attach(model, config("lora"))
+    args = arguments(
+        tmp_path,
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        save_strategy="no",
+    )
+    trainer = AdapterTrainer(model, args, train_dataset=Tokens())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert "_hf_peft_config_loaded" not in model.__dict__
+
+
+def test_two_poles_in_one_step_give_the_gradients_of_two_models() -> None:
+    model, adapter = attached()
+    total = torch.zeros(())
+    for c in (1.0, -1.0):
+        with ll.scaled(model, c):
+            total = total + loss_of(model)
+    total.backward()
+    wanted = torch.zeros_like(gradients(adapter))
+    for c in (1.0, -1.0):
+        twin = copy.deepcopy(model)
+        twin.zero_grad()
+        twin_adapter = ll.adapters(twin)["default"]
+        twin_adapter.scale = c
+        loss_of(twin).backward()
+        wanted += gradients(twin_adapter)
+    torch.testing.assert_close(gradients(adapter), wanted)

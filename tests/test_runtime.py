@@ -1,0 +1,276 @@
+"""Attach, detach and scale: several adapters, bad input, and models that are left exactly as they were."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import IDS, OneLinear, config, loss_of, perturb, tiny_llama
+from test_laws import logits, same_snapshot, snapshot
+from torch import nn
+
+import lora_lite as ll
+
+
+def test_adapters_stack_each_with_its_own_config_scale_and_parameters() -> None:
+    model = tiny_llama()
+    base = logits(model)
+    first = ll.attach(model, ll.LoRAConfig(r=2))
+    second = ll.attach(model, ll.DoRAConfig(r=4, target_names="up_proj"), name="fr")
+    assert "model.layers.0.mlp.up_proj.lora_A__fr" in model.state_dict()
+    assert list(ll.adapters(model)) == ["default", "fr"]
+    assert all(p.requires_grad for a in (first, second) for p in a.parameters())
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+    perturb(first)
+    one = logits(model)
+    perturb(second)
+    both = logits(model)
+    second.scale = 0.0
+    assert torch.equal(logits(model), one)
+    second.scale = 1.0
+    ll.detach(model, "default")
+    assert list(ll.adapters(model)) == ["fr"]
+    assert not any(p.requires_grad for path, p in model.named_parameters() if "__fr" not in path)
+    assert not torch.equal(logits(model), both)
+    ll.detach(model)
+    assert torch.equal(logits(model), base)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_come_off_in_any_order() -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    for name in ("a", "b", "c"):
+        ll.attach(model, config("lora"), name=name)
+    for name in ("b", "a", "c"):
+        ll.detach(model, name)
+    assert same_snapshot(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a.b", "a__b", "_a", "a-", "é", "a/b"])
+def test_odd_adapter_names_are_refused(name: str) -> None:
+    model = OneLinear()
+    with pytest.raises(ll.ConfigError, match="use letters and digits, with single '_' or '-' between them"):
+        ll.attach(model, config("lora", target_names="proj"), name=name)
+    assert list(model.state_dict()) == ["proj.weight", "proj.bias"]
+
+
+@pytest.mark.parametrize("name", ["fr", "round_2", "a-b", "2"])
+def test_plain_adapter_names_work(name: str) -> None:
+    model = OneLinear()
+    perturb(ll.attach(model, config("lora", target_names="proj"), name=name))
+    assert f"proj.lora_A__{name}" in model.state_dict()
+
+
+def test_attaching_a_name_twice_is_refused_and_keeps_the_first() -> None:
+    model = tiny_llama()
+    perturb(ll.attach(model, config("lora")))
+    before = snapshot(model)
+    with pytest.raises(ll.TargetError, match="adapter 'default' is attached to this LlamaForCausalLM already"):
+        ll.attach(model, config("ia3"))
+    assert same_snapshot(before, snapshot(model))
+
+
+def bad_rank(model: Any) -> None:
+    ll.attach(model, config("pissa", r=33))
+
+
+def nan_in_weight(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    ll.attach(model, config("dora"))
+
+
+def zero_row(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = 0
+    ll.attach(model, config("dora"))
+
+
+def meta_target(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.to("meta")
+    ll.attach(model, config("lora"))
+
+
+def taken_name(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.lora_B = None
+    ll.attach(model, config("lora"))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "message"),
+    [
+        (bad_rank, ll.ConfigError, r"k_proj: PiSSAConfig\(r=33\): a \(32, 64\) weight has 32 directions"),
+        (nan_in_weight, ll.BaseModelError, r"layers.1.mlp.up_proj: 1 of 8192 base weights are NaN or infinite"),
+        (zero_row, ll.BaseModelError, r"layers.1.mlp.up_proj: 1 rows of the weight are zero"),
+        (meta_target, ll.TargetError, r"layers.1.mlp.up_proj: its weight is on the meta device"),
+        (taken_name, ll.TargetError, r"layers.1.mlp.up_proj: it has lora_B already, put there by something else"),
+    ],
+)
+def test_bad_input_is_a_clear_error_and_changes_nothing(break_it: Any, error: Any, message: str) -> None:
+    model = tiny_llama()
+    flags = {path: p.requires_grad for path, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    with pytest.raises(error, match=message):
+        break_it(model)
+    assert list(model.state_dict()) == keys
+    assert {path: p.requires_grad for path, p in model.named_parameters()} == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert ll.adapters(model) == {}
+
+
+def test_a_rank_above_the_layers_is_fine_where_the_method_can() -> None:
+    assert ll.attach(OneLinear(), config("lora", r=99, target_names="proj")).targets
+
+
+def test_a_failing_attach_keeps_the_adapters_that_were_there() -> None:
+    model = tiny_llama()
+    perturb(ll.attach(model, config("lora")))
+    before, out = snapshot(model), logits(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ll.BaseModelError, match="down_proj"):
+        ll.attach(model, config("dora"), name="b")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.copy_(before["state"]["model.layers.1.mlp.down_proj.weight"][0])
+    assert same_snapshot(before, snapshot(model))
+    assert torch.equal(logits(model), out)
+
+
+def test_a_second_attach_leaves_a_base_parameter_that_the_user_trains() -> None:
+    """What the user unfroze between two attaches is frozen by the second and given back by the last detach."""
+    model = tiny_llama()
+    ll.attach(model, config("lora"))
+    model.model.norm.weight.requires_grad_(True)
+    ll.attach(model, config("lora"), name="b")
+    assert not model.model.norm.weight.requires_grad
+    ll.detach(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_same_module_must_be_given_each_time() -> None:
+    model = tiny_llama()
+    ll.attach(model.model, config("lora"))
+    with pytest.raises(ll.TargetError, match="model: adapters were attached to this part alone"):
+        ll.attach(model, config("lora"), name="b")
+    with pytest.raises(ll.TargetError, match=r"q_proj: adapters \['default'\] were attached to a module around this one"):
+        ll.attach(model.model.layers[0], config("lora"), name="b")
+    assert list(ll.adapters(model)) == ["default"]
+
+
+def test_detach_of_an_unknown_name() -> None:
+    model = tiny_llama()
+    ll.attach(model, config("lora"), name="fr")
+    with pytest.raises(ll.TargetError, match="no adapter 'default' on this LlamaForCausalLM\n  attached: fr"):
+        ll.detach(model, "default")
+    ll.detach(model)
+    ll.detach(model)  # nothing left is fine
+
+
+def test_scaled_nests_by_name_and_restores_after_an_error() -> None:
+    model = OneLinear()
+    a = ll.attach(model, config("lora", target_names="proj"), name="a")
+    b = ll.attach(model, config("lora", target_names="proj"), name="b")
+    a.scale = 0.5
+    with pytest.raises(ZeroDivisionError), ll.scaled(model, 2.0):
+        assert (a.scale, b.scale) == (2.0, 2.0)
+        with ll.scaled(model, -1.0, "a"):
+            assert (a.scale, b.scale) == (-1.0, 2.0)
+        assert (a.scale, b.scale) == (2.0, 2.0)
+        raise ZeroDivisionError
+    assert (a.scale, b.scale) == (0.5, 1.0)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ll.ConfigError, match="wanted a finite number"), ll.scaled(model, bad):
+            pass
+    with pytest.raises(ll.TargetError, match="no adapter 'c'"), ll.scaled(model, 1.0, "c"):
+        pass
+    assert (a.scale, b.scale) == (0.5, 1.0)
+
+
+def test_load_state_dict_is_whole_or_nothing() -> None:
+    adapter = ll.attach(OneLinear(), config("lora", r=2, target_names="proj"))
+    good = {key: value.clone() for key, value in adapter.state_dict().items()}
+    bad = {**good, "proj.lora_A": torch.ones(3, 16)}
+    with pytest.raises(ll.CheckpointError, match=r"1 wrong shapes; .*\n  such as proj.lora_A \(3, 16\), wanted \(2, 16\)"):
+        adapter.load_state_dict({**bad, "proj.lora_B": good["proj.lora_B"] + 1})
+    assert all(torch.equal(value, good[key]) for key, value in adapter.state_dict().items())
+
+
+def test_dropout_acts_in_train_mode_only() -> None:
+    for variant in ("lora", "dora"):
+        model = OneLinear()
+        perturb(ll.attach(model, config(variant, target_names="proj", dropout=0.5)))
+        x = torch.randn(4, 16)
+        model.eval()
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert not torch.equal(model(x), model(x))
+        mean = torch.stack([model(x) for _ in range(2000)]).mean(0)
+        model.eval()
+        assert (mean - model(x)).norm() < 0.05 * model(x).norm()
+
+
+def test_one_log_line_an_operation(log: list[str], tmp_path: Any) -> None:
+    model = tiny_llama()
+    ll.attach(model, ll.LoRAConfig(r=4))
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.detach(model)
+    ll.load(model, tmp_path / "a.safetensors")
+    about = "lora 'default': 14 layers, 8,192 trainable parameters in float32, on LlamaForCausalLM (float32)"
+    about = about.replace("8,192", f"{sum(4 * (i + o) for i, o in ll.adapters(model)['default'].targets.values()):,}")
+    assert log[0] == f"INFO attached {about}"
+    assert log[1].startswith(f"INFO saved {about} to {tmp_path / 'a.safetensors'} (")
+    assert log[2] == "INFO detached default from LlamaForCausalLM"
+    assert log[3] == f"INFO loaded {about} from {tmp_path / 'a.safetensors'}"
+    assert len(log) == 4
+
+
+def test_fast_svd_is_seeded_close_and_reports_its_error(log: list[str]) -> None:
+    left, right = (torch.linalg.qr(torch.randn(64, 64))[0] for _ in range(2))
+    model = OneLinear(64, 64)
+    with torch.no_grad():
+        model.proj.weight.copy_(left @ torch.diag(0.8 ** torch.arange(64.0)) @ right)
+    products = []
+    for svd in ("exact", "fast", "fast"):
+        state = torch.random.get_rng_state()
+        tensors = ll.attach(model, config("pissa", target_names="proj", svd=svd)).state_dict()
+        assert torch.equal(torch.random.get_rng_state(), state)
+        products.append(tensors["proj.lora_B0"] @ tensors["proj.lora_A0"])
+        ll.detach(model)
+    exact, fast, again = products
+    assert torch.equal(fast, again)
+    assert (fast - exact).norm() < 1e-3 * exact.norm()
+    reports = [line for line in log if "randomised SVD" in line]
+    assert len(reports) == 2
+    assert float(reports[0].rpartition("= ")[2]) < 1e-3
+
+
+def test_doras_norm_is_right_where_the_terms_cancel() -> None:
+    """W + sBA nearly vanishes: the factored form has no digits left, the direct one does."""
+    torch.manual_seed(0)
+    model = OneLinear(bias=False)
+    b, a = torch.randn(24, 8), torch.randn(8, 16)
+    with torch.no_grad():
+        model.proj.weight.copy_(b @ a + 1e-4 * torch.randn(24, 16))
+    adapter = ll.attach(model, config("dora", target_names="proj"))
+    tensors = adapter.state_dict() | {"proj.lora_A": -a, "proj.lora_B": b}
+    adapter.load_state_dict(tensors)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    small = model.proj.weight.double() - b.double() @ a.double()
+    wanted = x @ (tensors["proj.lora_m"].double()[:, None] * small / small.norm(dim=1, keepdim=True)).T
+    g = tensors["proj.lora_m"].double() / small.norm(dim=1)
+    rounding = 1e-6 * g * (model.proj.weight.double().norm(dim=1) * x.norm())
+    for train in (True, False):
+        model.train(train)
+        assert ((model(x.float()) - wanted).abs() <= rounding).all()
+
+
+def test_only_trainable_tensors_of_the_adapter_are_optimised() -> None:
+    model = tiny_llama()
+    adapter = ll.attach(model, config("pissa"))
+    frozen = {key: t.clone() for key, t in adapter.state_dict().items() if key.endswith("0")}
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    loss_of(model, IDS).backward()
+    optimizer.step()
+    after = adapter.state_dict()
+    assert len(frozen) == 28
+    assert all(torch.equal(after[key], value) for key, value in frozen.items())

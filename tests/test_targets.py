@@ -1,0 +1,178 @@
+"""Targeting: by shape and path, in every block naming; the errors; the printed plan."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import OneLinear, config, tiny_llama
+from torch import nn
+
+import lora_lite as ll
+
+SMALL: dict[str, Any] = {"vocab_size": 64}
+FAMILIES = {
+    "llama": lambda: tiny_llama(num_hidden_layers=3),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_embd=32, n_head=4, **SMALL)),
+    "mpt": lambda: transformers.MptForCausalLM(transformers.MptConfig(n_layers=3, d_model=32, n_heads=4, **SMALL)),
+    "bert": lambda: transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            num_hidden_layers=3, hidden_size=32, num_attention_heads=4, intermediate_size=64, pad_token_id=0, **SMALL
+        )
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(num_layers=3, d_model=32, d_kv=8, num_heads=4, d_ff=64, **SMALL)
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            num_hidden_layers=3, hidden_size=32, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4
+        )
+    ),
+}
+LINEAR_LAYERS_A_BLOCK = {"llama": 7, "gpt2": 4, "mpt": 4, "bert": 6, "t5": None, "vit": 6}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_is_every_linear_layer_of_the_blocks(family: str) -> None:
+    model = FAMILIES[family]()
+    targets = ll.plan(model, ll.LoRAConfig())
+    per_block = LINEAR_LAYERS_A_BLOCK[family]
+    if per_block is None:  # T5: 6 in an encoder block, 10 in a decoder block
+        assert len(targets) == 3 * 6 + 3 * 10
+    else:
+        assert len(targets) == 3 * per_block
+    assert {target.block for target in targets} == {0, 1, 2}
+    assert not any(part in target.path for target in targets for part in ("lm_head", "embed", "classifier", "wte"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_train_on_every_block_naming(family: str) -> None:
+    model = FAMILIES[family]().eval()
+    adapter = ll.attach(model, ll.LoRAConfig(layers=(-1,), r=2))
+    ids = torch.arange(8)[None]
+    inputs = {"pixel_values": torch.ones(1, 3, 8, 8)} if family == "vit" else {"input_ids": ids}
+    if family == "t5":
+        inputs["decoder_input_ids"] = ids
+    model(**inputs).logits.square().sum().backward()
+    grads = {key: tensor.grad for key, tensor in adapter.named_tensors() if key.endswith("lora_B")}
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
+    assert all(".2." in key for key in grads)
+
+
+def test_conv1d_is_seen_as_a_linear_layer() -> None:
+    """GPT-2's Conv1D keeps its weight transposed; the view and the maths don't."""
+    from transformers.pytorch_utils import Conv1D
+
+    layer, x = Conv1D(24, 16), torch.randn(5, 16)
+    model = OneLinear()
+    model.proj = layer
+    base = model(x)
+    for variant in ("lora", "dora", "pissa"):
+        adapter = ll.attach(model, config(variant, target_names="proj"))
+        assert adapter.targets == {"proj": (16, 24)}
+        assert torch.equal(model(x), base)
+        ll.detach(model)
+    assert ll.plan(model, config("lora", target_names="proj")).targets[0].d_out == 24
+
+
+def test_layers_and_ranges() -> None:
+    model = tiny_llama(num_hidden_layers=10)
+
+    def blocks(**fields: Any) -> list[int]:
+        return sorted({t.block for t in ll.plan(model, ll.LoRAConfig(**fields)) if t.block is not None})
+
+    assert blocks(layers=(0, -1)) == [0, 9]
+    assert blocks(layer_range=(0.2, 0.8)) == [2, 3, 4, 5, 6, 7]  # the middle 60 %
+    assert blocks(layer_range=(0.0, 1.0)) == list(range(10))
+    assert blocks(layer_range=(0.0, 0.5), layers=(4, 5)) == [4]
+    with pytest.raises(ll.TargetError, match=r"layers=\(10,\): \[10\] name no block; stacks: \{'model.layers.': 10\}"):
+        blocks(layers=(10,))
+
+
+def test_names_are_searched_in_the_full_path_and_exclusion_wins() -> None:
+    model = tiny_llama()
+
+    def paths(**fields: Any) -> list[str]:
+        return [t.path for t in ll.plan(model, ll.LoRAConfig(**fields))]
+
+    assert paths(target_names=r"layers\.1\..*up_proj") == ["model.layers.1.mlp.up_proj"]
+    assert paths(target_names=("up_proj", "down_proj"), exclude_names=r"\.0\.") == [
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+    assert paths(target_names="lm_head") == ["lm_head"]
+
+
+def test_roles() -> None:
+    model = tiny_llama()
+
+    def names(**fields: Any) -> set[str]:
+        return {t.path.rpartition(".")[2] for t in ll.plan(model, ll.LoRAConfig(**fields))}
+
+    square = r"(q|o)_proj"
+    assert names(target_roles="writer", exclude_names=square) == {"down_proj"}
+    assert names(target_roles="reader", exclude_names=square) == {"k_proj", "v_proj", "gate_proj", "up_proj"}
+    with pytest.raises(ll.TargetError, match=r"4 layers are 64 x 64, so they could be readers or writers\n  such as model"):
+        names(target_roles="writer")
+    assert names() >= {"q_proj", "o_proj"}  # a square layer blocks nothing when no role is asked for
+
+
+def test_the_width_comes_from_a_nested_config_and_is_never_guessed() -> None:
+    text = SimpleNamespace(hidden_size=16)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(16, 99), "down": nn.Linear(99, 16)})])})
+    with pytest.raises(ll.TargetError, match="no config that gives its width"):
+        ll.plan(model, ll.LoRAConfig(target_roles="writer"))
+    model.config = SimpleNamespace(get_text_config=lambda: text)  # type: ignore[assignment]
+    assert [t.path for t in ll.plan(model, ll.LoRAConfig(target_roles="writer"))] == ["layers.0.down"]
+
+
+def test_no_match_lists_the_nearest_names() -> None:
+    message = (
+        r"no layer matched target_names=\('q_poj',\) in LlamaForCausalLM\n"
+        r"  15 linear layers searched; nearest: model.layers.0.self_attn.q_proj, .*\n"
+        r"  preview with lora_lite.plan\(model, cfg\)"
+    )
+    for call in (ll.plan, ll.attach):
+        with pytest.raises(ll.TargetError, match=message):
+            call(tiny_llama(), ll.LoRAConfig(target_names="q_poj"))
+    with pytest.raises(ll.TargetError, match="no layer matched the defaults of 'lora' in ReLU"):
+        ll.plan(nn.ReLU(), ll.LoRAConfig())
+
+
+def test_a_model_without_blocks_is_adapted_whole() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert [t.path for t in ll.plan(model, ll.LoRAConfig(r=2))] == ["0", "2"]
+
+
+def test_a_shared_layer_is_adapted_once() -> None:
+    layer = nn.Linear(8, 8)
+    adapter = ll.attach(nn.Sequential(layer, nn.ReLU(), layer), ll.LoRAConfig(r=2))
+    assert list(adapter.targets) == ["0"]
+
+
+def test_an_attention_output_that_is_never_called_is_refused() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(ll.TargetError, match=r"self_attn.out_proj: nn.MultiheadAttention reads this weight without calling"):
+        ll.attach(model, ll.LoRAConfig(r=2))
+    assert len(ll.attach(model, ll.LoRAConfig(r=2, exclude_names="out_proj")).targets) == 2
+
+
+def test_plan_prints_one_row_for_a_kind_of_layer() -> None:
+    text = str(ll.plan(tiny_llama(), ll.LoRAConfig(r=4, target_names=("up_proj", "k_proj"))))
+    assert text.splitlines() == [
+        "lora on LlamaForCausalLM: 4 layers, 2,304 trainable parameters",
+        "layer                            in -> out  role    base     n",
+        "model.layers.*.self_attn.k_proj  64 -> 32   reader  float32  2",
+        "model.layers.*.mlp.up_proj       64 -> 128  reader  float32  2",
+    ]
+
+
+def test_plan_agrees_with_attach_and_leaves_the_model_alone() -> None:
+    model = tiny_llama()
+    keys = list(model.state_dict())
+    plan = ll.plan(model, ll.LoRAConfig(r=4))
+    assert list(model.state_dict()) == keys
+    adapter = ll.attach(model, ll.LoRAConfig(r=4))
+    assert adapter.targets == {t.path: (t.d_in, t.d_out) for t in plan}
+    assert plan.parameters == sum(p.numel() for p in adapter.parameters())

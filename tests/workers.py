@@ -1,0 +1,192 @@
+"""What runs in processes of its own: compiled models (runtime shape checks can't be traced) and two gloo processes.
+
+    python tests/workers.py compile VARIANT
+    python tests/workers.py ddp|fsdp FOLDER VARIANT
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from loguru import logger
+from models import IDS, OneLinear, config, loss_of, perturb, tiny_llama
+from torch.distributed.tensor import DTensor
+
+import lora_lite as ll
+
+WORLD, STEPS = 2, 3
+BATCH = torch.arange(48).reshape(4, 12)
+
+
+def gradients(adapter: ll.Adapter) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+
+
+# ---- compile ------------------------------------------------------------------------------------
+
+
+def compiled(variant: str) -> None:
+    """One graph, forward and backward; an attach, a new scale and a detach after the first call are all seen.
+
+    The whole model is traced and differentiated ahead of time; a single layer goes through the code generator as well.
+    """
+    if shutil.which("g++"):
+        layer = OneLinear()
+        perturb(ll.attach(layer, config(variant, target_names="proj")))
+        x = torch.randn(5, 16)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
+    model = tiny_llama(num_hidden_layers=1)
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    base = fast(input_ids=IDS).logits
+    adapter = ll.attach(fast, config(variant))
+    perturb(adapter)
+
+    def check(train: bool) -> None:
+        model.train(train)
+        model.zero_grad()
+        loss_of(model).backward()
+        wanted, out = gradients(adapter), model(input_ids=IDS).logits
+        model.zero_grad()
+        loss_of(fast).backward()
+        torch.testing.assert_close(gradients(adapter), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast(input_ids=IDS).logits, out, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(out, base, atol=1e-4)
+
+    check(train=True)
+    check(train=False)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+        perturb(adapter, seed=5)
+        torch.testing.assert_close(fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+        graphs = []
+        for c in (0.5, 0.25, -2.0, 3.0):
+            with ll.scaled(model, c):
+                torch.testing.assert_close(fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert graphs[1] == graphs[-1], f"a new scale recompiles: {graphs}"
+        ll.detach(model)
+        torch.testing.assert_close(fast(input_ids=IDS).logits, base)
+
+
+# ---- two processes ------------------------------------------------------------------------------
+
+
+def train(model: Any, adapter: ll.Adapter, batch: torch.Tensor) -> list[float]:
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2, eps=1e-4)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def alone(variant: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training in one process."""
+    model = tiny_llama()
+    adapter = ll.attach(model, config(variant))
+    return train(model, adapter, BATCH), adapter.state_dict()
+
+
+def same_as_alone(losses: list[float], variant: str, file: Path) -> None:
+    mine = torch.tensor(losses)
+    dist.all_reduce(mine)
+    wanted, state = alone(variant)
+    torch.testing.assert_close(mine / WORLD, torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+    fresh = tiny_llama()
+    loaded = ll.load(fresh, file).state_dict()
+    for key, value in state.items():
+        torch.testing.assert_close(loaded[key], value, rtol=1e-3, atol=1e-4)
+
+
+def ddp(rank: int, folder: str, variant: str) -> None:
+    join(rank, folder)
+    file = Path(folder) / "ddp.safetensors"
+    model = tiny_llama()
+    adapter = ll.attach(model, config(variant))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    losses = train(wrapped, adapter, BATCH.chunk(WORLD)[rank])
+    try:
+        ll.attach(wrapped, config("lora"), name="late")
+        raise AssertionError("attached behind DDP's back")
+    except ll.TargetError as error:
+        assert "attach first, then wrap" in str(error)
+    ll.save(wrapped, file)
+    dist.barrier()
+    same_as_alone(losses, variant, file)
+    with torch.no_grad():
+        out = wrapped(input_ids=BATCH).logits
+        fresh = tiny_llama()
+        ll.load(fresh, file)
+        assert torch.equal(fresh(input_ids=BATCH).logits, out)
+    dist.destroy_process_group()
+
+
+def fsdp(rank: int, folder: str, variant: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model: Any) -> Any:
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    join(rank, folder)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    file = Path(folder) / "fsdp.safetensors"
+    model = tiny_llama()
+    adapter = ll.attach(model, config(variant))
+    shard(model)
+    assert adapter.is_sharded
+    assert all(isinstance(t, DTensor) for _, t in adapter.named_tensors() if isinstance(t, torch.nn.Parameter))
+    losses = train(model, adapter, BATCH.chunk(WORLD)[rank])
+    ll.save(model, file)
+    same_as_alone(losses, variant, file)
+
+    with torch.no_grad():
+        out = model(input_ids=BATCH).logits
+        for first in ("load, then shard", "attach, shard, then restore"):
+            other = tiny_llama()
+            if first.startswith("load"):
+                ll.load(other, file)
+                shard(other)
+            else:
+                ll.attach(other, config(variant))
+                shard(other)
+                ll.restore(other, file)
+            torch.testing.assert_close(other(input_ids=BATCH).logits, out)
+        with ll.disabled(model):
+            torch.testing.assert_close(model(input_ids=BATCH).logits, tiny_llama()(input_ids=BATCH).logits)
+    for act, message in (
+        (lambda: ll.detach(model), "sharded by fully_shard"),
+        (lambda: ll.attach(shard(tiny_llama()), config("lora")), "attach first, then fully_shard"),
+    ):
+        try:
+            act()
+            raise AssertionError(f"wanted: {message}")
+        except ll.TargetError as error:
+            assert message in str(error), error
+    dist.destroy_process_group()
+
+
+def join(rank: int, folder: str) -> None:
+    logger.disable("lora_lite")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logger.disable("lora_lite")
+    job, *rest = sys.argv[1:]
+    if job == "compile":
+        compiled(*rest)
+    else:
+        mp.spawn({"ddp": ddp, "fsdp": fsdp}[job], args=tuple(rest), nprocs=WORLD)
