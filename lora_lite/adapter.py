@@ -105,23 +105,22 @@ class Adapter:
             f"adapter {self.name!r}",
         )
         for key, tensor in own.items():
-            value = tensors[key].to(tensor.device, tensor.dtype)
-            if quant.is_sharded(tensor):
-                from torch.distributed.tensor import distribute_tensor
-
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-            tensor.copy_(value)
+            tensor.copy_(quant.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
 
     def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
         """Each adapted layer, with this adapter's slot on it."""
-        found = [(module, slots_of(module)[self.name]) for module in self._model.modules() if self.name in slots_of(module)]
-        if not found:
-            raise TargetError(_not_attached(self.name, self._model))
-        return iter(found)
+        state = self._state
+        for module in self._model.modules():
+            slot = slots_of(module).get(self.name)
+            if slot is not None and slot.state is state:
+                yield module, slot
 
     @property
     def _state(self) -> AdapterState:
-        return session_of(self._model)[1].adapters[self.name]
+        session: Session = self._model.__dict__.get(_SESSION, Session())
+        if self.name not in session.adapters:
+            raise TargetError(_not_attached(self.name, self._model))
+        return session.adapters[self.name]
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -191,10 +190,18 @@ def drop_slot(module: nn.Module, name: str) -> Slot | None:
 
 
 def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
-    """The module that adapters were attached to, inside any wrapper, and its record; a new one if there is none."""
-    for module in model.modules():
-        if has_session(module):
-            return module, module.__dict__[_SESSION]
+    """The module that adapters were attached to, inside any wrapper, and its record; a new one if there is none.
+
+    Raises TargetError if there are several such modules.
+    """
+    found = {path: module for path, module in model.named_modules() if has_session(module)}
+    if len(found) > 1:
+        raise TargetError(
+            f"adapters were attached to several parts of this {type(model).__name__}: {', '.join(found)}\n"
+            f"  call this for each part by itself"
+        )
+    for root in found.values():
+        return root, root.__dict__[_SESSION]
     return getattr(model, "_orig_mod", model), Session()
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
 
     Under FSDP2 every process must call this: shards are gathered, and the first process writes.
 
-    Raises TargetError for an unknown name, CheckpointError if path is a folder.
+    Raises TargetError for an unknown name, CheckpointError if path is a folder or if a tensor has lost its shape, as
+    under a partitioning that this library doesn't know (gather it first).
     """
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
     adapter = get_adapter(model, name)
-    tensors = {key: _whole(tensor) for key, tensor in adapter.state_dict().items()}
+    tensors = {key: quant.whole(tensor).cpu().contiguous() for key, tensor in adapter.state_dict().items()}
+    check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(adapter), f"adapter {name!r} in memory")
     meta = {
         "format": FORMAT,
         "variant": adapter.variant,
@@ -91,7 +93,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     tensors = {file_key(targets[at].path, tensor): file.tensors[file_key(at, tensor)] for at, tensor in kept}
 
     def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return tensors[key].to(device)
+        return tensors[key].to(device, copy=True)
 
     with installed(root, file.cfg, name, list(targets.values()), values) as adapter:
         _check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base)
@@ -102,28 +104,39 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
 def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
     """Copy a file's values into an adapter that is attached: training goes on with the same parameters.
 
-    Under FSDP2 each process takes its shards. Raises CheckpointError unless variant, keys and shapes are the same,
+    Under FSDP2 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes are the same,
     TargetError for an unknown name; nothing has changed then.
     """
     file, adapter = _read(path), get_adapter(model, name)
-    if file.cfg.variant != adapter.variant:
+    differ = {
+        field: (value, adapter.config.to_dict().get(field))
+        for field, value in file.cfg.to_dict().items()
+        if field not in (*file.cfg.FILTERS, "dtype") and value != adapter.config.to_dict().get(field)
+    }
+    if differ:
         raise CheckpointError(
-            f"{file.path} holds {file.cfg.variant!r}, and adapter {name!r} is {adapter.variant!r}\n"
+            f"{file.path} and adapter {name!r} are not of one config\n"
+            f"  (file, adapter): {differ}\n"
             f"  detach it and use lora_lite.load"
         )
-    adapter.load_state_dict(file.tensors)
+    mapping = _resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
+    moved = {key: f"{mapping[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}".lstrip(".") for key in file.tensors}
+    _check_base(file, adapter, mapping, verify=True)
+    adapter.load_state_dict({moved[key]: tensor for key, tensor in file.tensors.items()})
     logger.info(f"restored {adapter} from {path}")
     return adapter
 
 
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    variant = lookup(adapter.variant)
+    return {
+        file_key(path, tensor): tuple(spec.shape)
+        for path, shape in adapter.targets.items()
+        for tensor, spec in variant.param_specs(*shape, adapter.config).items()
+    }
+
+
 # ---- writing ------------------------------------------------------------------------------------
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU; shards are gathered, by all processes together."""
-    if quant.is_sharded(tensor):
-        tensor = tensor.full_tensor()  # type: ignore[operator]
-    return tensor.cpu().contiguous()
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -167,12 +180,14 @@ def _read(path: str | os.PathLike[str]) -> _File:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     except SafetensorError as error:
         with path.open("rb") as handle:
             pickled = handle.read(2).startswith((b"PK", b"\x80"))
         kind = "looks like a pickle, which is never opened: it can run code" if pickled else "is cut short or damaged"
-        raise CheckpointError(f"{path} is no safetensors file; it {kind}\n  {error}\n  copy or save it again") from error
+        raise CheckpointError(
+            f"{path} is no safetensors file; it {kind}\n  {error}\n  copy or save it again"
+        ) from error
     meta = _metadata(path, metadata)
     variant = lookup(meta["variant"])
     try:
@@ -210,8 +225,8 @@ def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[str, str]]]:
     """The model's layer for each path of the file, and all (path, tensor) pairs; CheckpointError unless all fit."""
-    mapping = _resolve(file, root)
     modules = dict(root.named_modules())
+    mapping = _resolve(file.path, file.targets, set(modules), type(root).__name__)
     targets, wanted = {}, {}
     for at, shape in file.targets.items():
         module = modules[mapping[at]]
@@ -232,23 +247,23 @@ def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[
     return targets, list(wanted)
 
 
-def _resolve(file: _File, root: nn.Module) -> dict[str, str]:
+def _resolve(file: Path, wanted: Iterable[str], paths: set[str], model: str) -> dict[str, str]:
     """File path -> model path: the same, or the one that remains the same without what wrappers add."""
-    paths = {path for path, _ in root.named_modules()}
-    if file.targets.keys() <= paths:
-        return {path: path for path in file.targets}
+    wanted = list(wanted)
+    if set(wanted) <= paths:
+        return {path: path for path in wanted}
     by_core = defaultdict(list)
     for path in paths:
         by_core[_core(path)].append(path)
-    mapping = {path: by_core[_core(path)] for path in file.targets}
+    mapping = {path: by_core[_core(path)] for path in wanted}
     uses = Counter(found[0] for found in mapping.values() if found)
     bad = {path: found for path, found in mapping.items() if len(found) != 1 or uses[found[0]] > 1}
     if bad:
         path, found = next(iter(bad.items()))
         near = sorted(p for p in paths if p.rpartition(".")[2] == path.rpartition(".")[2])[:3]
         raise CheckpointError(
-            f"{file.path}: {len(bad)} of its {len(mapping)} target layers "
-            f"{'match more than one' if found else 'are not'} in this {type(root).__name__}\n"
+            f"{file}: {len(bad)} of its {len(mapping)} target layers "
+            f"{'match more than one layer' if found else 'are not'} in this {model}\n"
             f"  file:  {path}\n"
             f"  model: {', '.join(found or near) or 'no layer of such a name'}\n"
             f"  prefixes that are understood: {', '.join(_PREFIXES)}"

@@ -116,22 +116,20 @@ class Layer:
         self._may_read("linear()")
         return quant.linear(self._module, t, self.path)
 
-    def cached(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """compute(*inputs), kept in eval mode without gradients for as long as the inputs stay equal.
+    def constant(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """compute(*inputs) as a constant: no gradient, no autocast, and remembered in eval while the inputs stay equal.
 
-        Equal means by value, against kept copies: neither an edit through `.data`, a swapped tensor
-        nor a reshard can leave a stale result, as version counters or addresses would. The
-        comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight. One result
-        per slot.
+        Equal means by value, against kept copies: neither an edit through `.data`, a swapped tensor nor a reshard can
+        leave a stale result, as version counters or addresses would. The comparison reads (r, d) tensors where the
+        result reads the (d_out, d_in) weight. One result per slot.
         """
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
-            return compute(*inputs)
-        memo = self._slot.memo
-        if memo is not None and len(memo[0]) == len(inputs) and all(map(_same, memo[0], inputs)):
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            if torch.compiler.is_compiling() or self.training:
+                return compute(*inputs)
+            memo = self._slot.memo
+            if memo is None or not all(map(_same, memo[0], inputs)):
+                memo = self._slot.memo = ([t.clone() for t in inputs], compute(*inputs))
             return memo[1]
-        result = compute(*inputs)
-        self._slot.memo = ([t.clone() for t in inputs], result)
-        return result
 
     def _may_read(self, what: str) -> None:
         if self._slot.base_weight == "unused":

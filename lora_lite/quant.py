@@ -31,6 +31,10 @@ SAMPLES = 4
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+Linear = Any
+"""A module with the shape of a linear layer; typed as nn.Module, its attributes would be tensors or modules only."""
+
+
 class Kind(enum.Enum):
     """The kinds of base weight that the runtime can tell apart."""
 
@@ -55,12 +59,28 @@ def is_sharded(tensor: Tensor) -> bool:
     return _is(tensor, "torch.distributed.tensor", "DTensor")
 
 
-def is_transposed(layer: nn.Module) -> bool:
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of a sharded one all shards, gathered by all processes together."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def sharded_like(tensor: Tensor, value: Tensor) -> Tensor:
+    """The value itself; where the tensor is sharded, this process's shard of it."""
+    if not is_sharded(tensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = tensor
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements)
+
+
+def is_transposed(layer: Linear) -> bool:
     """True for transformers' Conv1D (GPT-2), whose weight is (d_in, d_out)."""
     return _is(layer, "transformers.pytorch_utils", "Conv1D")
 
 
-def features(layer: nn.Module) -> tuple[int, int] | None:
+def features(layer: Linear) -> tuple[int, int] | None:
     """(d_in, d_out) of anything that has the shape of a linear layer, else None."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
@@ -71,7 +91,7 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
 
-def kind_of(layer: nn.Module) -> Kind:
+def kind_of(layer: Linear) -> Kind:
     """What the layer's weight is. Never a guess: what isn't recognised is UNKNOWN."""
     weight = layer.weight
     if _is(layer, "bitsandbytes.nn", "Linear4bit"):
@@ -82,7 +102,7 @@ def kind_of(layer: nn.Module) -> Kind:
     return Kind.DENSE if plain and weight.ndim == 2 and weight.dtype in _FLOATS else Kind.UNKNOWN
 
 
-def describe(layer: nn.Module) -> str:
+def describe(layer: Linear) -> str:
     """The weight's kind for a person: "bfloat16", "nf4, 4-bit bitsandbytes", ..."""
     kind = kind_of(layer)
     if kind is Kind.BNB_4BIT:
@@ -93,7 +113,7 @@ def describe(layer: nn.Module) -> str:
     return name if kind is Kind.DENSE else f"unknown ({type(layer.weight).__name__}, {name})"
 
 
-def plain_weight(layer: nn.Module, path: str) -> Tensor:
+def plain_weight(layer: Linear, path: str) -> Tensor:
     """The weight (d_out, d_in) of a dense layer, in its own dtype.
 
     Raises QuantizedWeightError where the stored numbers aren't the weight.
@@ -107,7 +127,7 @@ def plain_weight(layer: nn.Module, path: str) -> Tensor:
 
 
 @torch.no_grad()
-def dense_weight(layer: nn.Module, path: str) -> Float[Tensor, "o i"]:
+def dense_weight(layer: Linear, path: str) -> Float[Tensor, "o i"]:
     """The numbers that the layer computes with, as a float32 matrix (d_out, d_in) of its own.
 
     Raises QuantizedWeightError on an unknown kind and on a repacked layer, BaseModelError on a
@@ -137,7 +157,7 @@ def dense_weight(layer: nn.Module, path: str) -> Float[Tensor, "o i"]:
     return weight
 
 
-def linear(layer: nn.Module, t: Float[Tensor, "*b i"], path: str) -> Float[Tensor, "*b o"]:
+def linear(layer: Linear, t: Float[Tensor, "*b i"], path: str) -> Float[Tensor, "*b o"]:
     """t Wᵀ in t's dtype: no bias, no hooks, differentiable in t, W cast at most ROWS rows at a time.
 
     4-bit layers use bitsandbytes' kernel. 8-bit layers multiply by the int8 codes as numbers and
@@ -160,7 +180,7 @@ def _linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> 
     return torch.cat([F.linear(t, rows.to(t.dtype)) for rows in weight.split(ROWS)], dim=-1)
 
 
-def samples(layer: nn.Module, n: int) -> list[float]:
+def samples(layer: Linear, n: int) -> list[float]:
     """n stored elements of the weight, evenly spaced: numbers of a dense weight, codes of any other.
 
     Cheap at any size, and enough to tell one base from another.
@@ -197,7 +217,7 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def base_record(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
+def base_record(model: nn.Module, targets: Mapping[str, Linear]) -> dict[str, Any]:
     """What an adapter was attached to, for its file.
 
     The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements.
@@ -214,7 +234,7 @@ def base_record(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str,
 
 
 def same_base(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> bool:
-    """Do two fingerprints come from one base? Equal dtypes: equal elements. Else equal to the coarser dtype's rounding."""
+    """Do two fingerprints come from one base? In one dtype: equal elements; else equal to the coarser rounding."""
     return all(_same_weight(a[path], b[path]) for path in a)
 
 
@@ -241,12 +261,12 @@ def repackable(model: nn.Module) -> dict[str, nn.Module]:
     return {path: layer for path, layer in layers.items() if layer.support_avx512bf16_for_cpu}
 
 
-def keep_layout(layer: nn.Module, keep: bool) -> None:
+def keep_layout(layer: Linear, keep: bool) -> None:
     """Forbid (or allow again) that a forward repacks this 4-bit layer for AVX512-BF16."""
     layer.support_avx512bf16_for_cpu = not keep
 
 
-def raise_if_repacked(layer: nn.Module, path: str) -> None:
+def raise_if_repacked(layer: Linear, path: str) -> None:
     """QuantizedWeightError if an eval forward has repacked this 4-bit layer."""
     if getattr(_quant_state(layer), "packing_format_for_cpu", False):
         raise QuantizedWeightError(
@@ -256,13 +276,13 @@ def raise_if_repacked(layer: nn.Module, path: str) -> None:
         )
 
 
-def _quant_state(layer: nn.Module) -> Any:
+def _quant_state(layer: Linear) -> Any:
     """Of a Linear4bit; FSDP leaves it on the module only."""
     state = getattr(layer.weight, "quant_state", None)
     return layer.quant_state if state is None else state
 
 
-def _int8(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _int8(layer: Linear) -> tuple[Tensor, Tensor]:
     """Codes (d_out, d_in) and scales (d_out,) of a Linear8bitLt: weight = codes · scales."""
     state, weight = layer.state, layer.weight
     codes = weight.CB if state.CB is None else state.CB

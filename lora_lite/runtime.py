@@ -80,7 +80,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 f"  use lora_lite.disabled(model), or load the base again"
             )
     for each in names:
-        for module, _ in Adapter(root, each).slots():
+        for module, _ in list(Adapter(root, each).slots()):
             _uninstall(module, each)
         del session.adapters[each]
     _release(root, session)
@@ -122,7 +122,7 @@ def installed(root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target]
 
 
 def _install(
-    module: nn.Module, target: Target, specs: Mapping[str, ParamSpec], state: AdapterState, values: Values
+    module: quant.Linear, target: Target, specs: Mapping[str, ParamSpec], state: AdapterState, values: Values
 ) -> None:
     variant = lookup(state.cfg.variant)
     slot = Slot(state, target.path, target.d_in, target.d_out, variant.base_weight)
@@ -213,7 +213,9 @@ def attachable(model: nn.Module) -> nn.Module:
                 f"gradients of new ones\n  attach first, then wrap"
             )
         if module is not root and has_session(module):
-            raise TargetError(f"{path}: adapters were attached to this part alone\n  attach to the same module each time")
+            raise TargetError(
+                f"{path}: adapters were attached to this part alone\n  attach to the same module each time"
+            )
     return root
 
 
@@ -255,7 +257,7 @@ def _check_name(name: str, session: Session, root: nn.Module) -> None:
         )
 
 
-def _check_target(target: Target, module: nn.Module, variant: Variant, session: Session) -> None:
+def _check_target(target: Target, module: quant.Linear, variant: Variant, session: Session) -> None:
     path, kind = target.path, quant.kind_of(module)
     if module.weight.is_meta:
         raise TargetError(f"{path}: its weight is on the meta device\n  load the model's weights before attach")
@@ -279,12 +281,15 @@ def _check_target(target: Target, module: nn.Module, variant: Variant, session: 
     foreign = [slot.state.name for slot in slots_of(module).values() if slot.state not in session.adapters.values()]
     if foreign:
         raise TargetError(
-            f"{path}: adapters {foreign} were attached to a module around this one\n  attach to the same module each time"
+            f"{path}: adapters {foreign} were attached to a module around this one\n"
+            f"  attach to the same module each time"
         )
 
 
 def _check_free(path: str, module: nn.Module, specs: Mapping[str, ParamSpec], name: str) -> None:
-    taken = [attribute for attribute in map(AdapterState(name, None, {}).attribute, specs) if hasattr(module, attribute)]
+    taken = [
+        attribute for attribute in map(AdapterState(name, None, {}).attribute, specs) if hasattr(module, attribute)
+    ]
     if taken:
         raise TargetError(
             f"{path}: it has {', '.join(taken)} already, put there by something else\n"

@@ -14,7 +14,7 @@ from .errors import TargetError
 from .variant import lookup
 
 _BLOCK = re.compile(r"(?:^|(?<=\.))(layers?|h|blocks?)\.(\d+)(?=\.|$)")
-"""A transformer block in a path: `layers.3` (Llama), `h.3` (GPT-2), `blocks.3` (MPT), `layer.3` (BERT), `block.3` (T5)."""
+"""A block in a path: `layers.3` (Llama), `h.3` (GPT-2), `blocks.3` (MPT), `layer.3` (BERT), `block.3` (T5)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Target:
     block: int | None = None
 
     def role(self, d_model: int) -> str | None:
-        """"reader", "writer" or "inner" by the model width; None for a square layer, which could be either."""
+        """ "reader", "writer" or "inner" by the model width; None for a square layer, which could be either."""
         reads, writes = self.d_in == d_model, self.d_out == d_model
         if reads and writes:
             return None
@@ -86,10 +86,10 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
 def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
     """The linear layers that every filter of the config lets pass, in module order. Raises TargetError."""
     everything = linear_layers(model)
-    blocks = defaultdict(set)
+    depth: dict[str, int] = {}  # of each stack of blocks
     for target in everything:
-        blocks[target.stack].add(target.block)
-    depth = {stack: max(indices) + 1 for stack, indices in blocks.items() if stack is not None}
+        if target.stack is not None and target.block is not None:
+            depth[target.stack] = max(depth.get(target.stack, 0), target.block + 1)
     _check_layers(cfg, depth)
     head = _output_head(model)
     named = [t for t in everything if _named(t, cfg, default=bool(t.stack) if depth else t.path != head)]
@@ -138,7 +138,8 @@ def _named(target: Target, cfg: BaseConfig, default: bool) -> bool:
 
 def _output_head(model: nn.Module) -> str | None:
     """The path of a transformers model's output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     return next((path for path, module in model.named_modules() if module is head), None)
 
 

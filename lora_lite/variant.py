@@ -54,15 +54,15 @@ _FILL: dict[str, Callable[[Tensor], Any]] = {
 class Variant(Protocol):
     """An adapter method: static maths over a Layer view, and what it asks of the runtime.
 
-    The class itself is used, it is never instantiated. A registered class needs `name`, `param_specs` and at least one of `forward` and
-    `forward_input`. `register` gives it the defaults below for all else, so the runtime reads a
-    declared attribute and never probes.
+    The class itself is used; it is never instantiated. A registered class needs `name`, `param_specs` and at least one
+    of `forward` and `forward_input`. `register` gives it the defaults below for all else, so that the runtime reads
+    declared attributes and never probes.
 
     base_weight        "unused": any kind of layer. "read": its values, dequantised ones too.
                        "dense": an unquantised layer only
     has_identity_init  a fresh adapter leaves every output bit-exact
-    handles_scale      the maths uses `layer.scale` itself; otherwise the runtime blends
-                       y + c·(f(y) - y)
+    handles_scale      the maths uses `layer.scale` itself; otherwise the runtime blends y + c·(f(y) - y), which
+                       rounds a small change to y's dtype twice
     needs_calibration  `group_init` needs `attach(..., calibration_data=...)`
     default_lr         a learning rate for AdamW that works, with the reason in the variant's file
     """
@@ -116,8 +116,7 @@ def register(cls: type[V]) -> type[V]:
     name = cls.name  # type: ignore[attr-defined]
     if name in REGISTRY:
         raise VariantError(
-            f"variant {name!r} is registered already, by {REGISTRY[name].__module__}.{REGISTRY[name].__qualname__}\n"
-            f"  give {cls.__module__}.{cls.__qualname__} another name"
+            f"variant {name!r} is registered already, by {_origin(REGISTRY[name])}\n  give {_origin(cls)} another name"
         )
     for item in _DEFAULTS:
         if not hasattr(cls, item):
@@ -126,6 +125,10 @@ def register(cls: type[V]) -> type[V]:
         raise VariantError(f"variant {name!r}: base_weight is 'unused', 'read' or 'dense', got {cls.base_weight!r}")  # type: ignore[attr-defined]
     REGISTRY[name] = cls  # type: ignore[assignment]
     return cls
+
+
+def _origin(cls: Any) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def lookup(name: str) -> Variant:

@@ -77,4 +77,14 @@ def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return loss
 
 
-__all__ = ["IDS", "AutoModelForCausalLM", "OneLinear", "config", "loss_of", "perturb", "quantized", "tiny_folder", "tiny_llama"]
+__all__ = [
+    "IDS",
+    "AutoModelForCausalLM",
+    "OneLinear",
+    "config",
+    "loss_of",
+    "perturb",
+    "quantized",
+    "tiny_folder",
+    "tiny_llama",
+]

@@ -36,7 +36,9 @@ def test_an_unknown_quantization_is_refused(tiny: str) -> None:
         ll.load_base(tiny, quantization="int4")
 
 
-@pytest.mark.parametrize(("quantization", "message"), [("nf4", r"4 bit \(nf4, computing in bfloat16\)"), ("int8", "8 bit")])
+@pytest.mark.parametrize(
+    ("quantization", "message"), [("nf4", r"4 bit \(nf4, computing in bfloat16\)"), ("int8", "8 bit")]
+)
 def test_one_message_says_how_a_quantised_model_was_loaded_and_where(
     quantization: str, message: str, tiny: str, log: list[str]
 ) -> None:

@@ -95,7 +95,8 @@ def test_autocast_keeps_a_fresh_adapter_the_identity(variant: str) -> None:
 def test_generate_with_a_cache_is_generate_without(variant: str) -> None:
     model, _ = attached(variant)
     with_cache, without = (
-        model.generate(IDS[:, :4], max_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0) for cache in (True, False)
+        model.generate(IDS[:, :4], max_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0)
+        for cache in (True, False)
     )
     assert torch.equal(with_cache, without)
 
@@ -216,18 +217,22 @@ def test_trainer_loads_the_best_adapter_at_the_end(tiny: str, tmp_path: Path) ->
 
 def test_trainer_without_an_adapter_or_with_another_checkpoint(tiny: str, tmp_path: Path) -> None:
     model = training_base("dense", tiny)
-    with pytest.raises(ll.TargetError, match="has no adapter to train\n  lora_lite.attach one first"):
+    with pytest.raises(ll.TargetError, match="has no adapter to train"):
         AdapterTrainer(model, arguments(tmp_path))
     ll.attach(model, config("lora"), name="fr")
     trainer = AdapterTrainer(model, arguments(tmp_path / "run"), train_dataset=Tokens())
     (tmp_path / "checkpoint-1").mkdir()
-    with pytest.raises(ll.CheckpointError, match=r"checkpoint-1 is no checkpoint of these adapters\n  missing: .*fr.safetensors"):
+    with pytest.raises(
+        ll.CheckpointError, match=r"checkpoint-1 is no checkpoint of these adapters\n  missing: .*fr.safetensors"
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_trainer_with_gradient_checkpointing_on_a_quantised_base(use_reentrant: bool, tiny: str, tmp_path: Path) -> None:
+def test_trainer_with_gradient_checkpointing_on_a_quantised_base(
+    use_reentrant: bool, tiny: str, tmp_path: Path
+) -> None:
     model = quantized(tiny, "nf4")
     ll.attach(model, config("lora"))
     args = arguments(

@@ -37,7 +37,12 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "state": {key: (value.clone(), value.dtype) for key, value in model.state_dict().items()},
         "grad": {path: p.requires_grad for path, p in model.named_parameters()},
         "hooks": {
-            path: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs), sorted(m.__dict__))
+            path: (
+                len(m._forward_hooks),
+                len(m._forward_pre_hooks),
+                len(m._forward_hooks_with_kwargs),
+                sorted(m.__dict__),
+            )
             for path, m in model.named_modules()
         },
     }
@@ -45,7 +50,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 def same_snapshot(a: dict[str, Any], b: dict[str, Any]) -> bool:
     assert a["state"].keys() == b["state"].keys()
-    assert all(torch.equal(a["state"][k][0], b["state"][k][0]) and a["state"][k][1] == b["state"][k][1] for k in a["state"])
+    assert all(
+        torch.equal(a["state"][k][0], b["state"][k][0]) and a["state"][k][1] == b["state"][k][1] for k in a["state"]
+    )
     assert a["grad"] == b["grad"]
     assert a["hooks"] == b["hooks"]
     return True
@@ -254,7 +261,7 @@ def test_deepcopy_and_pickle_are_independent_copies(variant: str) -> None:
 
 @per_variant
 def test_functional_call_uses_the_given_tensors(variant: str) -> None:
-    model, adapter = attached(variant, moved=False)
+    model, _ = attached(variant, moved=False)
     twin, _ = attached(variant)
     given = {path: p for path, p in twin.named_parameters() if ".lora_" in path}
     with torch.no_grad():

@@ -27,7 +27,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], Any]]] = {
         {"r": R, "alpha": 6.0},
         lambda: peft.LoraConfig(r=R, lora_alpha=6, init_lora_weights="pissa", target_modules=ALL),
     ),
-    "dora": ("dora", {"r": R, "alpha": 6.0}, lambda: peft.LoraConfig(r=R, lora_alpha=6, use_dora=True, target_modules=ALL)),
+    "dora": (
+        "dora",
+        {"r": R, "alpha": 6.0},
+        lambda: peft.LoraConfig(r=R, lora_alpha=6, use_dora=True, target_modules=ALL),
+    ),
     "ia3": (
         "ia3",
         IA3_NAMES,
@@ -64,7 +68,10 @@ def pair(case: str) -> tuple[Any, Any, list[tuple[torch.nn.Parameter, torch.nn.P
     assert len(pairs) == sum(p.requires_grad for p in named.values())
     if variant == "pissa":  # an SVD's signs are free: take PEFT's factors as the initial ones
         adapter.load_state_dict(
-            {key: named[f"base_model.model.{key.removesuffix('0')}.default.weight"] for key, _ in adapter.named_tensors()}
+            {
+                key: named[f"base_model.model.{key.removesuffix('0')}.default.weight"]
+                for key, _ in adapter.named_tensors()
+            }
         )
     perturb(adapter)
     with torch.no_grad():

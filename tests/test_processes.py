@@ -10,7 +10,10 @@ from test_laws import VARIANTS
 
 def run(*args: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("workers.py")), *args], capture_output=True, text=True, timeout=400
+        [sys.executable, str(Path(__file__).with_name("workers.py")), *args],
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

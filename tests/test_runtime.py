@@ -152,9 +152,20 @@ def test_the_same_module_must_be_given_each_time() -> None:
     ll.attach(model.model, config("lora"))
     with pytest.raises(ll.TargetError, match="model: adapters were attached to this part alone"):
         ll.attach(model, config("lora"), name="b")
-    with pytest.raises(ll.TargetError, match=r"q_proj: adapters \['default'\] were attached to a module around this one"):
+    with pytest.raises(
+        ll.TargetError, match=r"q_proj: adapters \['default'\] were attached to a module around this one"
+    ):
         ll.attach(model.model.layers[0], config("lora"), name="b")
     assert list(ll.adapters(model)) == ["default"]
+
+
+def test_parts_with_adapters_of_their_own_are_not_taken_for_one(tmp_path: Any) -> None:
+    both = nn.ModuleDict({"a": OneLinear(), "b": OneLinear()})
+    for part in both.values():
+        ll.attach(part, config("lora", target_names="proj"))
+    with pytest.raises(ll.TargetError, match="attached to several parts of this ModuleDict: a, b"):
+        ll.save(both, tmp_path / "a.safetensors")
+    ll.save(both["a"], tmp_path / "a.safetensors")
 
 
 def test_detach_of_an_unknown_name() -> None:
@@ -190,7 +201,9 @@ def test_load_state_dict_is_whole_or_nothing() -> None:
     adapter = ll.attach(OneLinear(), config("lora", r=2, target_names="proj"))
     good = {key: value.clone() for key, value in adapter.state_dict().items()}
     bad = {**good, "proj.lora_A": torch.ones(3, 16)}
-    with pytest.raises(ll.CheckpointError, match=r"1 wrong shapes; .*\n  such as proj.lora_A \(3, 16\), wanted \(2, 16\)"):
+    with pytest.raises(
+        ll.CheckpointError, match=r"1 wrong shapes; .*\n  such as proj.lora_A \(3, 16\), wanted \(2, 16\)"
+    ):
         adapter.load_state_dict({**bad, "proj.lora_B": good["proj.lora_B"] + 1})
     assert all(torch.equal(value, good[key]) for key, value in adapter.state_dict().items())
 
@@ -262,6 +275,33 @@ def test_doras_norm_is_right_where_the_terms_cancel() -> None:
     for train in (True, False):
         model.train(train)
         assert ((model(x.float()) - wanted).abs() <= rounding).all()
+
+
+def test_doras_norm_is_float32_under_autocast() -> None:
+    ratios = []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        model = OneLinear(bias=False)
+        perturb(ll.attach(model, config("dora", target_names="proj")), 0.5)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.eval()(torch.randn(2, 16))
+        slot = next(iter(model.proj._lora_lite.values()))
+        assert slot.memo[1].dtype == torch.float32
+        ratios.append(slot.memo[1])
+    assert torch.equal(*ratios)
+
+
+def test_dora_remembers_its_norm_in_eval_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    linear = ll.Layer.linear
+    monkeypatch.setattr(ll.Layer, "linear", lambda self, t: calls.append(1) or linear(self, t))
+    model = OneLinear()
+    perturb(ll.attach(model, config("dora", target_names="proj")))
+    for train, count in ((False, 1), (True, 4)):
+        model.train(train)
+        for _ in range(3):
+            model(torch.ones(1, 16))
+        assert len(calls) == count
 
 
 def test_only_trainable_tensors_of_the_adapter_are_optimised() -> None:

@@ -113,14 +113,18 @@ def test_roles() -> None:
     square = r"(q|o)_proj"
     assert names(target_roles="writer", exclude_names=square) == {"down_proj"}
     assert names(target_roles="reader", exclude_names=square) == {"k_proj", "v_proj", "gate_proj", "up_proj"}
-    with pytest.raises(ll.TargetError, match=r"4 layers are 64 x 64, so they could be readers or writers\n  such as model"):
+    with pytest.raises(
+        ll.TargetError, match=r"4 layers are 64 x 64, so they could be readers or writers\n  such as model"
+    ):
         names(target_roles="writer")
     assert names() >= {"q_proj", "o_proj"}  # a square layer blocks nothing when no role is asked for
 
 
 def test_the_width_comes_from_a_nested_config_and_is_never_guessed() -> None:
     text = SimpleNamespace(hidden_size=16)
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(16, 99), "down": nn.Linear(99, 16)})])})
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(16, 99), "down": nn.Linear(99, 16)})])}
+    )
     with pytest.raises(ll.TargetError, match="no config that gives its width"):
         ll.plan(model, ll.LoRAConfig(target_roles="writer"))
     model.config = SimpleNamespace(get_text_config=lambda: text)  # type: ignore[assignment]
@@ -153,7 +157,9 @@ def test_a_shared_layer_is_adapted_once() -> None:
 
 def test_an_attention_output_that_is_never_called_is_refused() -> None:
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(ll.TargetError, match=r"self_attn.out_proj: nn.MultiheadAttention reads this weight without calling"):
+    with pytest.raises(
+        ll.TargetError, match=r"self_attn.out_proj: nn.MultiheadAttention reads this weight without calling"
+    ):
         ll.attach(model, ll.LoRAConfig(r=2))
     assert len(ll.attach(model, ll.LoRAConfig(r=2, exclude_names="out_proj")).targets) == 2
 

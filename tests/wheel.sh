@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The wheel, in an empty environment: it imports and works with no extra installed.
+set -euo pipefail
+wheel=$(realpath "$1")
+constraints=$(realpath constraints.txt)
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+cd "$place"
+"${PYTHON:-python3}" -m venv env
+env/bin/python -m pip install -q --disable-pip-version-check -c "$constraints" "$wheel"
+env/bin/python - <<'PY'
+import importlib.util, sys
+import torch
+import lora_lite as ll
+
+for extra in ("transformers", "bitsandbytes", "accelerate", "peft", "beartype"):
+    assert importlib.util.find_spec(extra) is None, f"{extra} came with the core"
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+x = torch.ones(1, 8)
+base = model(x)
+for variant in ll.REGISTRY:
+    ll.attach(model, ll.config_for(variant)(**({"r": 2} if "r" in ll.config_for(variant)().to_dict() else {}), target_names="0"))
+    assert torch.equal(model(x), base)
+    ll.save(model, "adapter.safetensors")
+    ll.detach(model)
+    ll.load(model, "adapter.safetensors")
+    ll.detach(model)
+print(f"lora_lite {ll.__version__} works from its wheel, with no extras")
+PY
