@@ -1,29 +1,16 @@
-"""torch.compile(fullgraph=True), DDP and FSDP2, each in processes of their own."""
+"""torch.compile(fullgraph=True), DDP and FSDP2 in processes of their own, over all registered variants."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_laws import VARIANTS
 
 
-def run(*args: str) -> None:
+@pytest.mark.parametrize("job", ["compile", "ddp", "fsdp"])
+def test_every_variant(job: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("workers.py")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("workers.py")), *args],
-        capture_output=True,
-        text=True,
-        timeout=400,
+        [sys.executable, str(script), job, str(tmp_path)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compile_fullgraph(variant: str) -> None:
-    run("compile", variant)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("job", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(job: str, variant: str, tmp_path: Path) -> None:
-    run(job, str(tmp_path), variant)

@@ -59,7 +59,16 @@ def test_importing_the_library_imports_no_extra() -> None:
     code = "import sys, lora_lite; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not loaded & {"transformers", "bitsandbytes", "accelerate", "peft", "typer", "rich", "matplotlib", "beartype"}
+    assert not loaded & {
+        "transformers",
+        "bitsandbytes",
+        "accelerate",
+        "peft",
+        "typer",
+        "rich",
+        "matplotlib",
+        "beartype",
+    }
 
 
 def test_variants_import_nothing_of_the_runtime_and_the_runtime_names_no_variant() -> None:

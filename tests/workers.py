@@ -4,9 +4,9 @@ python tests/workers.py compile VARIANT
 python tests/workers.py ddp|fsdp FOLDER VARIANT
 """
 
-import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
-from models import IDS, OneLinear, config, loss_of, perturb, tiny_llama
+from models import IDS, OneLinear, config, perturb, tiny_llama
 from torch.distributed.tensor import DTensor
 
 import lora_lite as ll
@@ -31,11 +31,12 @@ def gradients(adapter: ll.Adapter) -> torch.Tensor:
 # ---- compile ------------------------------------------------------------------------------------
 
 
-def compiled(variant: str) -> None:
+def compiled(variant: str, folder: Path) -> None:
     """One graph, forward and backward; an attach, a new scale and a detach after the first call are all seen.
 
     The whole model is traced and differentiated ahead of time; a single layer goes through the code generator as well.
     """
+    torch._dynamo.reset()
     if shutil.which("g++"):
         layer = OneLinear()
         perturb(ll.attach(layer, config(variant, target_names="proj")))
@@ -43,29 +44,26 @@ def compiled(variant: str) -> None:
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
     model = tiny_llama(num_hidden_layers=1)
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
-    base = fast(input_ids=IDS).logits
+    with torch.no_grad():
+        base = fast(input_ids=IDS).logits
     adapter = ll.attach(fast, config(variant))
     perturb(adapter)
 
-    def check(train: bool) -> None:
-        model.train(train)
+    model.train()
+    both = []
+    for each in (fast, model):
         model.zero_grad()
-        loss_of(model).backward()
-        wanted, out = gradients(adapter), model(input_ids=IDS).logits
-        model.zero_grad()
-        loss_of(fast).backward()
-        torch.testing.assert_close(gradients(adapter), wanted, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(fast(input_ids=IDS).logits, out, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(out, base, atol=1e-4)
+        out = each(input_ids=IDS, labels=IDS)
+        out.loss.backward()
+        both.append((out.logits, gradients(adapter)))
+    torch.testing.assert_close(both[0], both[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(both[0][0], base, atol=1e-4)
 
-    check(train=True)
-    check(train=False)
+    model.eval()
+    graphs = []
     with torch.no_grad():
-        torch.testing.assert_close(fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
-        perturb(adapter, seed=5)
-        torch.testing.assert_close(fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
-        graphs = []
-        for c in (0.5, 0.25, -2.0, 3.0):
+        for c in (1.0, 0.5, 0.25, -2.0, 3.0):
+            perturb(adapter, seed=len(graphs))
             with ll.scaled(model, c):
                 torch.testing.assert_close(
                     fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5
@@ -109,9 +107,8 @@ def same_as_alone(losses: list[float], variant: str, file: Path) -> None:
         torch.testing.assert_close(loaded[key], value, rtol=1e-3, atol=1e-4)
 
 
-def ddp(rank: int, folder: str, variant: str) -> None:
-    join(rank, folder)
-    file = Path(folder) / "ddp.safetensors"
+def ddp(variant: str, folder: Path) -> None:
+    rank, file = dist.get_rank(), folder / f"{variant}.safetensors"
     model = tiny_llama()
     adapter = ll.attach(model, config(variant))
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -126,10 +123,9 @@ def ddp(rank: int, folder: str, variant: str) -> None:
         fresh = tiny_llama()
         ll.load(fresh, file)
         assert torch.equal(fresh(input_ids=BATCH).logits, out)
-    dist.destroy_process_group()
 
 
-def fsdp(rank: int, folder: str, variant: str) -> None:
+def fsdp(variant: str, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -138,9 +134,8 @@ def fsdp(rank: int, folder: str, variant: str) -> None:
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
 
-    join(rank, folder)
     mesh = init_device_mesh("cpu", (WORLD,))
-    file = Path(folder) / "fsdp.safetensors"
+    rank, file = dist.get_rank(), folder / f"{variant}.safetensors"
     model = tiny_llama()
     adapter = ll.attach(model, config(variant))
     shard(model)
@@ -168,20 +163,27 @@ def fsdp(rank: int, folder: str, variant: str) -> None:
         ll.detach(model)
     with pytest.raises(ll.TargetError, match="attach first, then fully_shard"):
         ll.attach(shard(tiny_llama()), config("lora"))
+
+
+def each_variant(job: Callable[[str, Path], None], folder: str) -> None:
+    logger.disable("lora_lite")
+    for variant in sorted(ll.REGISTRY):
+        try:
+            job(variant, Path(folder))
+        except Exception as error:
+            raise RuntimeError(f"{job.__name__}: {variant}") from error
+
+
+def member(rank: int, job: Callable[[str, Path], None], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    each_variant(job, folder)
     dist.destroy_process_group()
 
 
-def join(rank: int, folder: str) -> None:
-    logger.disable("lora_lite")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logger.disable("lora_lite")
-    job, *rest = sys.argv[1:]
-    if job == "compile":
-        compiled(*rest)
+    _, name, folder = sys.argv
+    if name == "compile":
+        each_variant(compiled, folder)
     else:
-        mp.spawn({"ddp": ddp, "fsdp": fsdp}[job], args=tuple(rest), nprocs=WORLD)
+        mp.spawn(member, args=({"ddp": ddp, "fsdp": fsdp}[name], folder), nprocs=WORLD)
