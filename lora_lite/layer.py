@@ -117,14 +117,16 @@ class Layer:
         return quant.linear(self._module, t, self.path)
 
     def constant(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """compute(*inputs) as a constant: no gradient, no autocast, and remembered in eval while the inputs stay equal.
+        """compute(*inputs) as a constant, without gradient or autocast; remembered while the inputs stay equal.
 
-        Equal means by value, against kept copies: neither an edit through `.data`, a swapped tensor nor a reshard can
+        It is remembered in eval mode with gradients off, so that a training step, a functorch transform and compile never
+        meet a kept tensor. Equal means by value, against kept copies: neither an edit through `.data`, a swapped tensor nor a reshard can
         leave a stale result, as version counters or addresses would. The comparison reads (r, d) tensors where the
         result reads the (d_out, d_in) weight. One result per slot.
         """
+        remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-            if torch.compiler.is_compiling() or self.training:
+            if not remember:
                 return compute(*inputs)
             memo = self._slot.memo
             if memo is None or not all(map(_same, memo[0], inputs)):

@@ -82,8 +82,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for each in names:
         for module, _ in list(Adapter(root, each).slots()):
             _uninstall(module, each)
-        del session.adapters[each]
-    _release(root, session)
+        if list(session.adapters) == [each]:
+            _give_back(root, session, session.frozen, session.kept_layout)
+        _forget(root, session, each)
     logger.info(f"detached {', '.join(names) or 'nothing'} from {type(root).__name__}")
 
 
@@ -104,15 +105,15 @@ def installed(root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target]
     base = {path: p for path, p in root.named_parameters() if p.requires_grad and id(p) not in adapted}
 
     with ExitStack() as undo:
-        undo.callback(_release, root, session)
-        undo.callback(session.adapters.pop, name)
+        undo.callback(_forget, root, session, name)
         session.adapters[name] = state
         keep_session(root, session)
-        for path, layer in repackable.items():
-            session.kept_layout.append(path)
+        undo.callback(_give_back, root, session, list(base), list(repackable))
+        session.frozen.extend(base)
+        session.kept_layout.extend(repackable)
+        for layer in repackable.values():
             quant.keep_layout(layer, True)
-        for path, parameter in base.items():
-            session.frozen.append(path)
+        for parameter in base.values():
             parameter.requires_grad_(False)
         for target in targets:
             undo.callback(_uninstall, modules[target.path], name)
@@ -152,15 +153,20 @@ def _uninstall(module: nn.Module, name: str) -> None:
         delattr(module, slot.state.attribute(tensor))
 
 
-def _release(root: nn.Module, session: Session) -> None:
-    """Once no adapter is left, give the base back as it was found."""
-    keep_session(root, session)
-    if session.adapters:
-        return
-    for path in session.frozen:
+def _give_back(root: nn.Module, session: Session, frozen: list[str], kept_layout: list[str]) -> None:
+    """Undo what attach changed on the base."""
+    for path in frozen:
         root.get_parameter(path).requires_grad_(True)
-    for path in session.kept_layout:
+    for path in kept_layout:
         quant.keep_layout(root.get_submodule(path), False)
+    session.frozen = [path for path in session.frozen if path not in frozen]
+    session.kept_layout = [path for path in session.kept_layout if path not in kept_layout]
+
+
+def _forget(root: nn.Module, session: Session, name: str) -> None:
+    """Take an adapter out of the record, and the record off the model after the last."""
+    del session.adapters[name]
+    keep_session(root, session)
 
 
 def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -313,6 +313,30 @@ def test_eval_outputs_follow_every_way_to_change_a_parameter(variant: str) -> No
 
 
 @per_variant
+def test_function_transforms_and_inference_mode_mix_with_what_is_remembered(variant: str) -> None:
+    """Neither may leave a tensor behind that a later forward can't use."""
+    model, adapter = attached(variant)
+    wanted = logits(model)
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=IDS).logits, wanted)
+    given = {path: p.detach() for path, p in model.named_parameters() if ".lora_" in path}
+
+    def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        out = torch.func.functional_call(model, tensors, (), {"input_ids": IDS}).logits
+        return out.square().mean()
+
+    grads = torch.func.grad(loss)(given)
+    with torch.no_grad():
+        torch.func.jvp(loss, (given,), (given,))
+    assert torch.equal(logits(model), wanted)
+    model(input_ids=IDS).logits.square().mean().backward()
+    for path, parameter in model.named_parameters():
+        if path in given:
+            torch.testing.assert_close(parameter.grad, grads[path], rtol=1e-4, atol=1e-7)
+    assert adapter.scale == 1.0
+
+
+@per_variant
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_quantised_bases_are_right_or_refused(variant: str, quantization: str, tiny: str, tmp_path: Path) -> None:
     model = quantized(tiny, quantization)

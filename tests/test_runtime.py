@@ -125,6 +125,7 @@ def test_a_rank_above_the_layers_is_fine_where_the_method_can() -> None:
 def test_a_failing_attach_keeps_the_adapters_that_were_there() -> None:
     model = tiny_llama()
     perturb(ll.attach(model, config("lora")))
+    model.model.norm.weight.requires_grad_(True)  # a flag of the user's own, set since
     before, out = snapshot(model), logits(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
@@ -134,6 +135,8 @@ def test_a_failing_attach_keeps_the_adapters_that_were_there() -> None:
         model.model.layers[1].mlp.down_proj.weight.copy_(before["state"]["model.layers.1.mlp.down_proj.weight"][0])
     assert same_snapshot(before, snapshot(model))
     assert torch.equal(logits(model), out)
+    ll.detach(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_second_attach_leaves_a_base_parameter_that_the_user_trains() -> None:
@@ -299,8 +302,9 @@ def test_dora_remembers_its_norm_in_eval_alone(monkeypatch: pytest.MonkeyPatch) 
     perturb(ll.attach(model, config("dora", target_names="proj")))
     for train, count in ((False, 1), (True, 4)):
         model.train(train)
-        for _ in range(3):
-            model(torch.ones(1, 16))
+        with torch.no_grad():
+            for _ in range(3):
+                model(torch.ones(1, 16))
         assert len(calls) == count
 
 
