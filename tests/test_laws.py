@@ -326,8 +326,6 @@ def test_function_transforms_and_inference_mode_mix_with_what_is_remembered(vari
         return out.square().mean()
 
     grads = torch.func.grad(loss)(given)
-    with torch.no_grad():
-        torch.func.jvp(loss, (given,), (given,))
     assert torch.equal(logits(model), wanted)
     model(input_ids=IDS).logits.square().mean().backward()
     for path, parameter in model.named_parameters():
