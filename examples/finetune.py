@@ -55,7 +55,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="JSONL with prompt/completion or question/answer.")] = None,
     r: Annotated[int | None, typer.Option(help="Rank. Default: the method's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the method's.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 80,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs in a step.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Longer pairs, in tokens, are left out.")] = 256,
     eval_pairs: Annotated[int, typer.Option(min=1, help="Held-out pairs to measure the loss on.")] = 64,

@@ -11,7 +11,7 @@ from typing import Any
 
 INSTRUCTION = "In one line, what does this Python function do?"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "lib-dynload", "__pycache__"}
-LONGEST_SIGNATURE = 160
+LONGEST_SIGNATURE = 80
 SHORTEST_SUMMARY = 12
 
 KEYS = (("prompt", "completion"), ("question", "answer"))

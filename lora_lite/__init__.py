@@ -14,8 +14,9 @@ from .errors import (
     VariantError,
 )
 from .layer import Layer
+from .preflight import Plan, plan
 from .runtime import attach, detach
-from .targets import Plan, Target, plan
+from .targets import Target
 from .variant import REGISTRY, ParamSpec, Variant, config_for, register
 from .variants import DoRAConfig, IA3Config, IA3FFConfig, LoRAConfig, PiSSAConfig
 from .version import __version__

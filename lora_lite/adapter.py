@@ -58,7 +58,7 @@ class Adapter:
     @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """Path of each adapted layer, relative to the model given to `attach`, with its (d_in, d_out)."""
-        return {slot.path: (slot.d_in, slot.d_out) for _, slot in self.slots()}
+        return dict(self._state.targets)
 
     @property
     def scale(self) -> float:
@@ -67,9 +67,7 @@ class Adapter:
 
     @scale.setter
     def scale(self, c: float) -> None:
-        if not math.isfinite(c):
-            raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
-        self._state.scale = float(c)
+        self._state.scale = _finite(c)
 
     @property
     def is_sharded(self) -> bool:
@@ -106,6 +104,10 @@ class Adapter:
         )
         for key, tensor in own.items():
             tensor.copy_(quant.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
+
+    def trained_on(self, base: dict[str, Any]) -> None:
+        """Set the `base` record: a loaded adapter keeps that of the base its values belong to."""
+        self._state.base = base
 
     def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
         """Each adapted layer, with this adapter's slot on it."""
@@ -150,17 +152,20 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
 def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None]:
     """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
 
+    Under gradient checkpointing call backward inside the block as well: it runs the forward once more.
+
     Raises ConfigError unless c is finite, TargetError for an unknown name.
     """
-    chosen = adapters(model).values() if name is None else [get_adapter(model, name)]
-    before = [(adapter, adapter.scale) for adapter in chosen]
+    c, session = _finite(c), session_of(model)[1]
+    names = list(session.adapters) if name is None else [get_adapter(model, name).name]
+    before = [(session.adapters[each], session.adapters[each].scale) for each in names]
     try:
-        for adapter, _ in before:
-            adapter.scale = c
+        for state, _ in before:
+            state.scale = c
         yield
     finally:
-        for adapter, old in before:
-            adapter.scale = old
+        for state, old in before:
+            state.scale = old
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -192,7 +197,7 @@ def drop_slot(module: nn.Module, name: str) -> Slot | None:
 def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
     """The module that adapters were attached to, inside any wrapper, and its record; a new one if there is none.
 
-    Raises TargetError if there are several such modules.
+    Raises TargetError if there are several such modules, or if the model is a part of one.
     """
     found = {path: module for path, module in model.named_modules() if has_session(module)}
     if len(found) > 1:
@@ -202,6 +207,11 @@ def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
         )
     for root in found.values():
         return root, root.__dict__[_SESSION]
+    if any(slots_of(module) for module in model.modules()):
+        raise TargetError(
+            f"this {type(model).__name__} is a part of a model that adapters were attached to\n"
+            f"  give the whole model, the one that attach was given"
+        )
     return getattr(model, "_orig_mod", model), Session()
 
 
@@ -236,6 +246,12 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
             )
 
 
+def _finite(c: float) -> float:
+    if not math.isfinite(c):
+        raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
+    return float(c)
+
+
 def _not_attached(name: str, model: nn.Module) -> str:
     attached = ", ".join(session_of(model)[1].adapters) or "none"
-    return f"no adapter {name!r} on this {type(model).__name__}\n  attached: {attached}"
+    return f"no adapter {name!r} on this {type(model).__name__}\n  attached: {attached}; attach or load it first"

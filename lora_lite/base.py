@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from loguru import logger
-from torch import nn
 
 from . import quant
 from .config import dtype_name
@@ -56,6 +55,10 @@ def load_base(
 
     if quantization not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantization={quantization!r}: wanted None or one of {QUANTIZATIONS}")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigError(f"dtype={dtype!r}: wanted 'auto', a torch dtype or its name")
+        dtype = getattr(torch, dtype)
     trust = model_id in _trusted if trust_remote_code is None else trust_remote_code
     options = {"device_map": device_map, "trust_remote_code": trust, **kwargs}
     if quantization is not None:
@@ -64,6 +67,7 @@ def load_base(
     load = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
     reasons: list[str] = []
     for attempt in _attempts(dtype):
+        model = None  # what failed must be gone before the next is loaded
         try:
             model = load(model_id, dtype=attempt, **options)
             for layer in quant.repackable(model).values():
@@ -71,13 +75,13 @@ def load_base(
             _one_token(model)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError) as error:
+        except RuntimeError as error:
             reasons.append(f"{_name(attempt)}: {type(error).__name__}: {str(error).splitlines()[0]}")
             logger.warning(f"{model_id} does not work in {reasons[-1]}")
             continue
         if trust and type(model).__module__.startswith("transformers_modules"):
             _trusted.add(model_id)
-        _report(model_id, model, quantization, compute_dtype)
+        _report(model_id, model)
         return model
     raise BaseModelError(
         f"{model_id} works in none of {len(reasons)} dtypes on {', '.join(devices())}\n  " + "\n  ".join(reasons)
@@ -132,17 +136,17 @@ def _one_token(model: Any) -> None:
     inputs = {"input_ids": torch.tensor([[bos if isinstance(bos, int) else 0]], device=model.device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    logits = model(**inputs).logits
-    if not logits.isfinite().all():
+    output = model(**inputs)[0]  # logits, or the last hidden state of a model without a head
+    if not output.isfinite().all():
         raise RuntimeError("the logits of one token are not finite")
 
 
-def _report(model_id: str, model: nn.Module, quantization: str | None, compute_dtype: torch.dtype) -> None:
-    how = _name(model.dtype)
-    if quantization == "int8":
+def _report(model_id: str, model: Any) -> None:
+    how, record = _name(model.dtype), quant.quantization(model)
+    if record and record["method"] == "bitsandbytes-8bit":
         how = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {how}"
-    elif quantization is not None:
-        how = f"4 bit ({quantization}, computing in {_name(compute_dtype)}), all else in {how}"
+    elif record:
+        how = f"4 bit ({record['quant_type']}, computing in {record['compute_dtype']}), all else in {how}"
     where = sorted({str(parameter.device) for parameter in model.parameters()})
     logger.info(f"loaded {model_id} in {how}, on {', '.join(where)} of {'; '.join(devices())}")
 

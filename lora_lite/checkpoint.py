@@ -10,7 +10,7 @@ any name. Metadata key `lora_lite`, JSON:
 
 import json
 import os
-import tempfile
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from loguru import logger
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from . import quant
 from .adapter import Adapter, check_shapes, file_key, get_adapter
-from .config import BaseConfig
+from .config import STORAGE_DTYPES, BaseConfig
 from .errors import CheckpointError, LoraLiteError
-from .runtime import attachable, checked_specs, installed
+from .preflight import attachable, specs_at
+from .runtime import installed
 from .targets import Target
 from .variant import ParamSpec, lookup
 from .version import __version__
@@ -63,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
     adapter = get_adapter(model, name)
-    tensors = {key: quant.whole(tensor).cpu().contiguous() for key, tensor in adapter.state_dict().items()}
+    tensors = {key: quant.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()}
     check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(adapter), f"adapter {name!r} in memory")
     meta = {
         "format": FORMAT,
@@ -96,7 +97,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         return tensors[key].to(device, copy=True)
 
     with installed(root, file.cfg, name, list(targets.values()), values) as adapter:
-        _check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base)
+        adapter.trained_on(_check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base))
     logger.info(f"loaded {adapter} from {path}")
     return adapter
 
@@ -120,19 +121,23 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
             f"  detach it and use lora_lite.load"
         )
     mapping = _resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
-    moved = {key: f"{mapping[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}".lstrip(".") for key in file.tensors}
+    moved = {
+        file_key(at, tensor): file_key(mapping[at], tensor)
+        for at, shape in file.targets.items()
+        for tensor in specs_at(at, *shape, file.cfg)
+    }
     _check_base(file, adapter, mapping, verify=True)
-    adapter.load_state_dict({moved[key]: tensor for key, tensor in file.tensors.items()})
+    adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors.items()})
     logger.info(f"restored {adapter} from {path}")
     return adapter
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    variant = lookup(adapter.variant)
+    """What its config says that each tensor must be."""
     return {
         file_key(path, tensor): tuple(spec.shape)
         for path, shape in adapter.targets.items()
-        for tensor, spec in variant.param_specs(*shape, adapter.config).items()
+        for tensor, spec in specs_at(path, *shape, adapter.config).items()
     }
 
 
@@ -142,32 +147,27 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Temporary file in the same folder, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        _sync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
+        with temporary.open("xb") as handle:
+            handle.write(to_bytes(tensors, metadata=metadata))
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(temporary, path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _sync(path: str | Path) -> None:
-    if os.name == "nt" and Path(path).is_dir():
+def _sync_folder(path: Path) -> None:
+    """Make a rename last through a power cut, where folders can be opened."""
+    if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -189,12 +189,22 @@ def _read(path: str | os.PathLike[str]) -> _File:
             f"{path} is no safetensors file; it {kind}\n  {error}\n  copy or save it again"
         ) from error
     meta = _metadata(path, metadata)
+    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not tensor.isfinite().all()]
+    if odd:
+        raise CheckpointError(
+            f"{path}: {len(odd)} tensors hold NaN, infinities or no floating numbers, such as {odd[0]} "
+            f"({tensors[odd[0]].dtype})\n  save the adapter again"
+        )
+    if not isinstance(meta["variant"], str):
+        raise CheckpointError(f"{path}: its metadata names the variant {meta['variant']!r}; wanted a string")
     variant = lookup(meta["variant"])
     try:
         cfg = variant.config.from_dict(meta["config"])
         targets = {target: (int(d_in), int(d_out)) for target, (d_in, d_out) in meta["targets"].items()}
     except (LoraLiteError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
+    if not targets or not quant.is_record(meta["base"], targets):
+        raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
     return _File(path, cfg, targets, meta["base"], tensors)
 
 
@@ -237,7 +247,7 @@ def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[
                 f"this {type(root).__name__} has {found}\n  this is another base model"
             )
         targets[at] = Target(mapping[at], *shape, quant.describe(module))
-        for tensor, spec in checked_specs(lookup(file.cfg.variant), targets[at], file.cfg).items():
+        for tensor, spec in specs_at(at, *shape, file.cfg).items():
             wanted[at, tensor] = tuple(spec.shape)
     check_shapes(
         {key: tuple(t.shape) for key, t in file.tensors.items()},
@@ -278,27 +288,27 @@ def _core(path: str) -> str:
     return path
 
 
-def _check_base(file: _File, adapter: Adapter, mapping: Mapping[str, str], verify: bool) -> None:
-    try:
-        saved = {mapping[path]: values for path, values in file.base["fingerprint"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file.path}: its metadata has a bad base fingerprint: {error!r}") from error
+def _check_base(file: _File, adapter: Adapter, mapping: Mapping[str, str], verify: bool) -> dict[str, Any]:
+    """The base that the values belong to: this model's; the file's for a method that reads it and goes on another."""
     here = adapter.base
-    if saved.keys() == here["fingerprint"].keys() and quant.same_base(saved, here["fingerprint"]):
-        return
+    there = {**file.base, "fingerprint": {mapping[at]: values for at, values in file.base["fingerprint"].items()}}
+    if quant.same_base(there, here):
+        return here
     message = (
         f"{file.path} was trained on another base than this one\n"
-        f"  file:  {_base_line(file.base)}\n"
+        f"  file:  {_base_line(there)}\n"
         f"  model: {_base_line(here)}"
     )
-    if verify and lookup(adapter.variant).base_weight != "unused":
+    reads = lookup(adapter.variant).base_weight != "unused"
+    if verify and reads:
         raise CheckpointError(
             f"{message}\n  {adapter.variant!r} depends on the values of its base weight: load it on its own base, or "
             f"say verify_base=False if you know that the difference does not matter"
         )
     logger.warning(f"{message}\n  its outputs will not be those that it was trained for")
+    return there if reads else here
 
 
 def _base_line(base: Mapping[str, Any]) -> str:
-    how = base.get("quantization") or {}
-    return f"{base.get('class')} {base.get('name_or_path') or ''} {how.get('quant_type', base.get('dtype'))}"
+    how = base["quantization"] or {"quant_type": base["dtype"]}
+    return f"{base['class']} {base['name_or_path'] or ''} {how['quant_type']}"

@@ -1,5 +1,6 @@
 """Adapter configs: frozen, valid once constructed, and the same after a trip through JSON."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -57,18 +58,21 @@ class BaseConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, (value,))
-            elif value is not None:
+            elif isinstance(value, Sequence):
                 object.__setattr__(self, name, tuple(value))
+            else:
+                self._require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
         self._require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
         for name in ("target_names", "exclude_names"):
             for pattern in getattr(self, name):
                 self._require(_compiles(pattern), name, "regexes that compile")
-        self._require(set(self.target_roles) <= set(ROLES), "target_roles", f"any of {ROLES}")
+        self._require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
         if self.layers is not None:
             ok = bool(self.layers) and all(type(i) is int for i in self.layers)
             self._require(ok, "layers", "one or more block indices")
         if self.layer_range is not None:
-            ok = len(self.layer_range) == 2 and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
+            ok = len(self.layer_range) == 2 and all(map(is_number, self.layer_range))
+            ok = ok and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
             self._require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
 
     def _require(self, ok: bool, field: str, wanted: str) -> None:
@@ -112,6 +116,16 @@ class AdapterConfig(BaseConfig):
         self._require(type(self.r) is int and self.r > 0, "r", "a rank of at least 1")
 
 
+def is_number(value: Any) -> bool:
+    """True for a finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def positive_or_none(value: Any) -> bool:
+    """True for None and for a finite number above 0."""
+    return value is None or (is_number(value) and value > 0)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.float32 -> "float32"."""
     return str(dtype).removeprefix("torch.")
@@ -119,7 +133,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _compiles(pattern: Any) -> bool:
     try:
-        re.compile(pattern)
-    except (re.error, TypeError):
+        return isinstance(pattern, str) and re.compile(pattern) is not None
+    except re.error:
         return False
-    return True

@@ -5,7 +5,7 @@ Every message says what went wrong and where, what was found, and what to do nex
 
 
 class LoraLiteError(Exception):
-    """Base of all errors of this library; the model is as it was before the call that raised."""
+    """Base of all errors of this library. A call that changes a model leaves it as it was when it raises one."""
 
 
 class ConfigError(LoraLiteError, ValueError):

@@ -19,6 +19,8 @@ class AdapterState:
 
     name: str
     cfg: Any
+    targets: dict[str, tuple[int, int]]
+    """Path -> (d_in, d_out), as attached."""
     base: dict[str, Any]
     scale: float = 1.0
 
@@ -39,10 +41,10 @@ class Slot:
     tensors: dict[str, bool] = field(default_factory=dict)
     """Names of the tensors; True for those that keep their storage dtype in `forward`."""
     handles: list[RemovableHandle] = field(default_factory=list)
-    memo: tuple[list[Tensor], Tensor] | None = None
+    memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"memo": None}
+        return self.__dict__ | {"memo": {}}
 
 
 class Layer:
@@ -56,11 +58,17 @@ class Layer:
     """
 
     def __init__(self, module: nn.Module, slot: Slot, dtype: torch.dtype | None = None) -> None:
-        self._module = module
-        self._slot = slot
-        self._dtype = dtype
+        for name, value in (("_module", module), ("_slot", slot), ("_dtype", dtype)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"{self.path}: a view holds nothing, so {name!r} would be lost\n  use layer.{name}.copy_(...)"
+        )
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         slot = self._slot
         if name not in slot.tensors:
             raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
@@ -112,25 +120,25 @@ class Layer:
         return quant.dense_weight(self._module, self.path)
 
     def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        """t Wᵀ in t's dtype through the layer's own kernel: no bias, no hooks, nothing dequantised here."""
+        """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""
         self._may_read("linear()")
         return quant.linear(self._module, t, self.path)
 
-    def constant(self, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """compute(*inputs) as a constant, without gradient or autocast; remembered while the inputs stay equal.
+    def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """compute(*inputs) as a constant, without gradient or autocast; remembered by name while the inputs stay equal.
 
-        It is remembered in eval mode with gradients off, so that a training step, a functorch transform and compile never
-        meet a kept tensor. Equal means by value, against kept copies: neither an edit through `.data`, a swapped tensor nor a reshard can
-        leave a stale result, as version counters or addresses would. The comparison reads (r, d) tensors where the
-        result reads the (d_out, d_in) weight. One result per slot.
+        It is remembered in eval mode with gradients off, so that a training step, a functorch transform and compile
+        never meet a kept tensor. Equal means by value, against kept copies: neither an edit through `.data`, a swapped
+        tensor nor a reshard can leave a stale result, as version counters or addresses would. The comparison reads
+        (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only while an adapter is on it.
         """
         remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             if not remember:
                 return compute(*inputs)
-            memo = self._slot.memo
+            memo = self._slot.memo.get(name)
             if memo is None or not all(map(_same, memo[0], inputs)):
-                memo = self._slot.memo = ([t.clone() for t in inputs], compute(*inputs))
+                memo = self._slot.memo[name] = ([t.clone() for t in inputs], compute(*inputs))
             return memo[1]
 
     def _may_read(self, what: str) -> None:

@@ -11,13 +11,15 @@ The only file that knows bitsandbytes' layers. Facts that it rests on, bitsandby
 
 import enum
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .config import dtype_name
 from .errors import BaseModelError, QuantizedWeightError
@@ -26,7 +28,10 @@ ROWS = 1024
 """Rows of a dense weight that are cast at a time."""
 
 SAMPLES = 4
-"""Stored weight elements per target that tell one base from another."""
+"""Stored elements of each tensor of a target's weight that tell one base from another."""
+
+_NOT_VALUES = ("compute_dtype", "modules")
+"""Entries of a quantisation record that leave a weight's values as they are."""
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,6 +80,16 @@ def sharded_like(tensor: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
+def is_lazy(layer: Linear) -> bool:
+    """True for a layer such as nn.LazyLinear before its first forward."""
+    return isinstance(layer.weight, UninitializedParameter | UninitializedBuffer)
+
+
+def is_bypassed(layer: Linear) -> bool:
+    """True for the out-projection of nn.MultiheadAttention, whose weight is read without calling the layer."""
+    return isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
 def is_transposed(layer: Linear) -> bool:
     """True for transformers' Conv1D (GPT-2), whose weight is (d_in, d_out)."""
     return _is(layer, "transformers.pytorch_utils", "Conv1D")
@@ -82,11 +97,10 @@ def is_transposed(layer: Linear) -> bool:
 
 def features(layer: Linear) -> tuple[int, int] | None:
     """(d_in, d_out) of anything that has the shape of a linear layer, else None."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
+    if not isinstance(getattr(layer, "weight", None), Tensor):
         return None
     if is_transposed(layer):
-        return weight.shape[0], weight.shape[1]
+        return layer.weight.shape[0], layer.weight.shape[1]
     d_in, d_out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
@@ -99,7 +113,10 @@ def kind_of(layer: Linear) -> Kind:
     if _is(layer, "bitsandbytes.nn", "Linear8bitLt"):
         return Kind.UNKNOWN if layer.state.has_fp16_weights else Kind.BNB_8BIT
     plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
-    return Kind.DENSE if plain and weight.ndim == 2 and weight.dtype in _FLOATS else Kind.UNKNOWN
+    if not plain or weight.dtype not in _FLOATS:
+        return Kind.UNKNOWN
+    shape = weight.mT.shape if is_transposed(layer) else weight.shape
+    return Kind.DENSE if tuple(shape[::-1]) == features(layer) else Kind.UNKNOWN
 
 
 def describe(layer: Linear) -> str:
@@ -158,10 +175,10 @@ def dense_weight(layer: Linear, path: str) -> Float[Tensor, "o i"]:
 
 
 def linear(layer: Linear, t: Float[Tensor, "*b i"], path: str) -> Float[Tensor, "*b o"]:
-    """t Wᵀ in t's dtype: no bias, no hooks, differentiable in t, W cast at most ROWS rows at a time.
+    """t Wᵀ in t's dtype: no bias, no hooks, differentiable in t; a dense or 8-bit W is cast ROWS rows at a time.
 
-    4-bit layers use bitsandbytes' kernel. 8-bit layers multiply by the int8 codes as numbers and
-    scale the columns: their own kernel would round t to int8 as well (0.5 to 1 % of the result).
+    4-bit layers use bitsandbytes' kernel, which dequantises as it does in their forward. 8-bit layers multiply by the
+    int8 codes as numbers and scale the columns: their own kernel would round t to int8 too (0.5 to 1 % of the result).
     """
     kind = kind_of(layer)
     if kind is Kind.BNB_4BIT:
@@ -180,14 +197,27 @@ def _linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> 
     return torch.cat([F.linear(t, rows.to(t.dtype)) for rows in weight.split(ROWS)], dim=-1)
 
 
-def samples(layer: Linear, n: int) -> list[float]:
-    """n stored elements of the weight, evenly spaced: numbers of a dense weight, codes of any other.
+def samples(layer: Linear) -> list[float]:
+    """Stored elements of the weight, evenly spaced: numbers of a dense weight, codes and scales of a quantised one.
 
     Cheap at any size, and enough to tell one base from another.
     """
-    weight = _int8(layer)[0] if kind_of(layer) is Kind.BNB_8BIT else layer.weight.detach()
-    flat = weight.reshape(-1)
-    at = torch.linspace(0, flat.numel() - 1, n, dtype=torch.float64, device="cpu").long()
+    kind = kind_of(layer)
+    if kind is Kind.BNB_8BIT:
+        codes, scales = _int8(layer)
+        return _spread(codes) + _spread(scales)
+    if kind is Kind.BNB_4BIT:
+        state = _quant_state(layer)
+        parts = [layer.weight.view(torch.uint8), state.absmax]
+        parts += [state.state2.absmax, state.offset] if state.nested else []
+        return [value for part in parts for value in _spread(part)]
+    return _spread(layer.weight)
+
+
+def _spread(tensor: Tensor) -> list[float]:
+    """Up to SAMPLES elements from the first to the last."""
+    flat = tensor.detach().reshape(-1)
+    at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device="cpu").long()
     return flat[at.to(flat.device)].float().tolist()
 
 
@@ -229,13 +259,39 @@ def base_record(model: nn.Module, targets: Mapping[str, Linear]) -> dict[str, An
         "name_or_path": getattr(config, "_name_or_path", None) or None,
         "dtype": dtype_name(floating),
         "quantization": quantization(model),
-        "fingerprint": {path: [dtype_name(m.weight.dtype), *samples(m, SAMPLES)] for path, m in targets.items()},
+        "fingerprint": {path: [dtype_name(m.weight.dtype), *samples(m)] for path, m in targets.items()},
     }
 
 
-def same_base(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> bool:
-    """Do two fingerprints come from one base? In one dtype: equal elements; else equal to the coarser rounding."""
-    return all(_same_weight(a[path], b[path]) for path in a)
+def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Are two records of one base? Elements of one dtype must be equal, of two equal to the coarser one's rounding."""
+    how = [{k: v for k, v in (each["quantization"] or {}).items() if k not in _NOT_VALUES} for each in (a, b)]
+    prints = a["fingerprint"], b["fingerprint"]
+    if how[0] != how[1] or prints[0].keys() != prints[1].keys():
+        return False
+    return all(_same_weight(prints[0][path], prints[1][path]) for path in prints[0])
+
+
+def is_record(base: Any, targets: Iterable[str]) -> bool:
+    """Has it the form of a base record with a fingerprint for each target?"""
+    if (
+        not isinstance(base, dict)
+        or not {"class", "name_or_path", "dtype", "quantization", "fingerprint"} <= base.keys()
+    ):
+        return False
+    how, prints = base["quantization"], base["fingerprint"]
+    if not (how is None or (isinstance(how, dict) and "quant_type" in how)):
+        return False
+    return isinstance(prints, dict) and prints.keys() == set(targets) and all(map(_is_print, prints.values()))
+
+
+def _is_print(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and isinstance(getattr(torch, str(value[0]), None), torch.dtype)
+        and all(isinstance(number, float) for number in value[1:])
+    )
 
 
 def _same_weight(a: list[Any], b: list[Any]) -> bool:
@@ -246,7 +302,8 @@ def _same_weight(a: list[Any], b: list[Any]) -> bool:
         return False
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
-    return all(abs(x - y) <= eps * abs(x) + tiny for x, y in zip(a[1:], b[1:], strict=True))
+    pairs = zip(a[1:], b[1:], strict=True)
+    return len(a) == len(b) and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
 
 
 def repackable(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import nn
 from . import quant
 from .config import BaseConfig
 from .errors import TargetError
-from .variant import lookup
 
 _BLOCK = re.compile(r"(?:^|(?<=\.))(layers?|h|blocks?)\.(\d+)(?=\.|$)")
 """A block in a path: `layers.3` (Llama), `h.3` (GPT-2), `blocks.3` (MPT), `layer.3` (BERT), `block.3` (T5)."""
@@ -28,59 +26,17 @@ class Target:
     stack: str | None = None
     block: int | None = None
 
+    @property
+    def pattern(self) -> str:
+        """The path with a star for the block index."""
+        return _BLOCK.sub(r"\1.*", self.path, count=1)
+
     def role(self, d_model: int) -> str | None:
         """ "reader", "writer" or "inner" by the model width; None for a square layer, which could be either."""
         reads, writes = self.d_in == d_model, self.d_out == d_model
         if reads and writes:
             return None
         return "reader" if reads else "writer" if writes else "inner"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `attach` would adapt. Prints as a table; iterates over its targets."""
-
-    model: str
-    variant: str
-    targets: tuple[Target, ...]
-    parameters: int
-    d_model: int | None
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __iter__(self) -> Any:
-        return iter(self.targets)
-
-    def __str__(self) -> str:
-        """One row for all layers that differ in the block index only."""
-        groups: dict[tuple[str, ...], list[Target]] = defaultdict(list)
-        for target in self.targets:
-            role = "-" if self.d_model is None else target.role(self.d_model) or "square"
-            shape = f"{target.d_in} -> {target.d_out}"
-            groups[_BLOCK.sub(r"\1.*", target.path, count=1), shape, role, target.kind].append(target)
-        head = ("layer", "in -> out", "role", "base", "n")
-        rows = [head, *((*key, str(len(members))) for key, members in groups.items())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        title = f"{self.variant} on {self.model}: {len(self)} layers, {self.parameters:,} trainable parameters"
-        return "\n".join([title, *lines])
-
-
-def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
-    """The layers that `attach(model, cfg)` would adapt; the model is only read.
-
-    Raises TargetError where attach would, VariantError for an unknown variant.
-    """
-    variant = lookup(cfg.variant)
-    targets = find_targets(model, cfg)
-    parameters = sum(
-        _numel(spec.shape)
-        for target in targets
-        for spec in variant.param_specs(target.d_in, target.d_out, cfg).values()
-        if spec.trainable
-    )
-    return Plan(type(model).__name__, cfg.variant, tuple(targets), parameters, model_width(model))
 
 
 def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
@@ -102,12 +58,17 @@ def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
 
 
 def linear_layers(model: nn.Module) -> list[Target]:
-    """Every module with the shape of a linear layer; a shared module once, under its first path."""
-    out = []
+    """Every module with the shape of a linear layer; a shared module once, under its first path.
+
+    What such a module holds inside (another library's adapter, say) is its own affair and is left alone.
+    """
+    out: list[Target] = []
+    within: str | None = None
     for path, module in model.named_modules():
         shape = quant.features(module)
-        if shape is None:
+        if shape is None or (within is not None and path.startswith(within)):
             continue
+        within = f"{path}." if path else ""
         match = _BLOCK.search(path)
         stack, block = (path[: match.start(2)], int(match[2])) if match else (None, None)
         out.append(Target(path, *shape, quant.describe(module), stack, block))
@@ -200,10 +161,3 @@ def _nearest(cfg: BaseConfig, everything: list[Target], n: int = 3) -> list[str]
     wanted = [re.sub(r"[^\w.]", "", pattern).rpartition(".")[2] for pattern in cfg.target_names] or [""]
     ranked = sorted(first, key=lambda name: -max(difflib.SequenceMatcher(None, w, name).ratio() for w in wanted))
     return [first[name] for name in ranked[:n]]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -29,6 +29,11 @@ class AdapterCheckpoints:
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, nn.Module):
+            raise TargetError(
+                "an AdapterTrainer is given a model with an adapter on it, not a model_init\n"
+                "  for a search, make one for each trial"
+            )
         if not adapters(model):
             raise TargetError(f"{type(model).__name__} has no adapter to train\n  lora_lite.attach one first")
         with _trainable(model):

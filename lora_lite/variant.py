@@ -39,7 +39,9 @@ class ParamSpec:
     @torch.no_grad()
     def fill(self, tensor: Tensor) -> None:
         """Give the tensor its starting values, in place."""
-        (_FILL[self.init] if isinstance(self.init, str) else self.init)(tensor)
+        made = (_FILL[self.init] if isinstance(self.init, str) else self.init)(tensor)
+        if isinstance(made, Tensor) and made is not tensor:
+            raise VariantError(f"{self}: init made a new tensor, which would be lost\n  fill the one given, in place")
 
 
 _FILL: dict[str, Callable[[Tensor], Any]] = {
@@ -112,7 +114,9 @@ def register(cls: type[V]) -> type[V]:
     if not (hasattr(cls, "forward") or hasattr(cls, "forward_input")):
         missing.append("forward or forward_input")
     if missing:
-        raise VariantError(f"variant class {cls.__name__} lacks {', '.join(missing)}")
+        raise VariantError(
+            f"variant class {cls.__name__} lacks {', '.join(missing)}\n  the contract is lora_lite.Variant's docstring"
+        )
     name = cls.name  # type: ignore[attr-defined]
     if name in REGISTRY:
         raise VariantError(
@@ -121,10 +125,22 @@ def register(cls: type[V]) -> type[V]:
     for item in _DEFAULTS:
         if not hasattr(cls, item):
             setattr(cls, item, Variant.__dict__[item])
-    if cls.base_weight not in ("unused", "read", "dense"):  # type: ignore[attr-defined]
-        raise VariantError(f"variant {name!r}: base_weight is 'unused', 'read' or 'dense', got {cls.base_weight!r}")  # type: ignore[attr-defined]
+    _check(cls)
     REGISTRY[name] = cls  # type: ignore[assignment]
     return cls
+
+
+def _check(cls: Any) -> None:
+    """VariantError for a declaration that the runtime could not keep."""
+    if cls.base_weight not in ("unused", "read", "dense"):
+        problem = f"base_weight is 'unused', 'read' or 'dense', got {cls.base_weight!r}"
+    elif not (isinstance(cls.config, type) and issubclass(cls.config, BaseConfig)):
+        problem = f"config is a subclass of BaseConfig, got {cls.config!r}"
+    elif cls.forward and cls.forward_input and not cls.handles_scale:
+        problem = "with both forward and forward_input it must handle layer.scale itself: handles_scale = True"
+    else:
+        return
+    raise VariantError(f"variant {cls.name!r}: {problem}")
 
 
 def _origin(cls: Any) -> str:

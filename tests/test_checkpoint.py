@@ -117,6 +117,14 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     return lambda path: rewrite(path, meta=lambda meta: meta["config"].update(changes))
 
 
+def edit_base(**changes: Any) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, meta=lambda meta: meta["base"].update(changes))
+
+
+def not_numbers(tensor: torch.Tensor) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, tensors=lambda t: t.update({"model.layers.1.mlp.up_proj.lora_B": tensor}))
+
+
 def drop_key(path: Path) -> None:
     rewrite(path, tensors=lambda t: t.pop("model.layers.1.mlp.up_proj.lora_B"))
 
@@ -135,7 +143,9 @@ def other_layer(path: Path) -> None:
             tensors[key.replace("layers.1", "layers.7")] = tensors.pop(key)
 
     def retarget(meta: dict[str, Any]) -> None:
-        meta["targets"] = {k.replace("layers.1", "layers.7"): v for k, v in meta["targets"].items()}
+        for held in (meta, meta["base"]):
+            key = "targets" if "targets" in held else "fingerprint"
+            held[key] = {k.replace("layers.1", "layers.7"): v for k, v in held[key].items()}
 
     rewrite(path, tensors=rename, meta=retarget)
 
@@ -164,7 +174,17 @@ def other_layer(path: Path) -> None:
             r"28 wrong shapes.*\n  such as model.layers.0.*\(2, 64\), wanted \(3, 64\)",
         ),
         (edit_meta(targets=[1]), ll.CheckpointError, "bad config or targets"),
-        (edit_meta(base={}), ll.CheckpointError, "bad base fingerprint"),
+        (edit_meta(base={}), ll.CheckpointError, "no targets, or a bad base record"),
+        (edit_meta(targets={}), ll.CheckpointError, "no targets, or a bad base record"),
+        (edit_meta(variant=["lora"]), ll.CheckpointError, r"names the variant \['lora'\]; wanted a string"),
+        (edit_base(quantization="nf4"), ll.CheckpointError, "bad base record"),
+        (edit_base(fingerprint={"proj": 5}), ll.CheckpointError, "bad base record"),
+        (
+            not_numbers(torch.ones(128, 2, dtype=torch.int64)),
+            ll.CheckpointError,
+            r"1 tensors hold NaN.*\(torch.int64\)",
+        ),
+        (not_numbers(torch.full((128, 2), float("nan"))), ll.CheckpointError, "1 tensors hold NaN, infinities"),
         (
             drop_key,
             ll.CheckpointError,

@@ -156,9 +156,13 @@ def test_the_same_module_must_be_given_each_time() -> None:
     with pytest.raises(ll.TargetError, match="model: adapters were attached to this part alone"):
         ll.attach(model, config("lora"), name="b")
     with pytest.raises(
-        ll.TargetError, match=r"q_proj: adapters \['default'\] were attached to a module around this one"
+        ll.TargetError, match="this LlamaDecoderLayer is a part of a model that adapters were attached to"
     ):
         ll.attach(model.model.layers[0], config("lora"), name="b")
+    with pytest.raises(ll.TargetError, match="give the whole model"), ll.disabled(model.model.layers[0]):
+        pass
+    with pytest.raises(ll.TargetError, match="give the whole model"):
+        ll.detach(model.model.layers[0])
     assert list(ll.adapters(model)) == ["default"]
 
 
@@ -289,8 +293,8 @@ def test_doras_norm_is_float32_under_autocast() -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             model.eval()(torch.randn(2, 16))
         slot = next(iter(model.proj._lora_lite.values()))
-        assert slot.memo[1].dtype == torch.float32
-        ratios.append(slot.memo[1])
+        assert slot.memo["n"][1].dtype == torch.float32
+        ratios.append(slot.memo["n"][1])
     assert torch.equal(*ratios)
 
 

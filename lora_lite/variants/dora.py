@@ -39,9 +39,8 @@ class DoRA:
     config = DoRAConfig
     base_weight = "read"
     handles_scale = True
-    # LoRA's: the direction learns as LoRA does, and AdamW moves m, of the weight's row norm (about 1), by a thousandth
-    # a step.
-    default_lr = 1e-3
+    # LoRA's: the direction learns as LoRA does, and m, a row norm of about 1, moves by at most this much a step.
+    default_lr = 2e-3
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:
@@ -65,8 +64,9 @@ class DoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        n = layer.constant(partial(_norm_ratio, layer), layer.lora_A, layer.lora_B, layer.lora_n0)
-        g = (layer.lora_m / layer.lora_n0) / n
+        n0 = layer.lora_n0.to(layer.lora_m.dtype)  # a cast of parameters alone must not part it from m
+        n = layer.constant("n", partial(_norm_ratio, layer), layer.lora_A, layer.lora_B, n0)
+        g = (layer.lora_m.float() / n0.float()) / n
         h = F.dropout(x, layer.cfg.dropout, layer.training) @ layer.lora_A.to(x).mT  # (*b, r)
         branch = (h * layer.cfg.scaling) @ layer.lora_B.to(x).mT
         wx = y if layer.bias is None else y - layer.bias

@@ -34,7 +34,7 @@ class IA3:
     config = IA3Config
     handles_scale = True
     # One number per channel: AdamW moves l by about lr a step, and a useful l is several per cent away from 1.
-    default_lr = 1e-2
+    default_lr = 3e-2
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: IA3Config) -> dict[str, ParamSpec]:

@@ -25,7 +25,7 @@ class IA3FFConfig(BaseConfig):
 
     variant: str = "ia3_ff"
     target_names: Sequence[str] = (
-        r"\.(down_proj|w2|fc2|wo|dense_4h_to_h|fc_out)$",  # Llama, Mixtral, OPT, T5, GPT-NeoX, GPT-J
+        r"\.(down_proj|w2|fc2|DenseReluDense\.wo|dense_4h_to_h|fc_out)$",  # Llama, Mixtral, OPT, T5, GPT-NeoX, GPT-J
         r"\.mlp\.c_proj$",  # GPT-2
         r"\d\.output\.dense$",  # BERT, ViT
     )
@@ -37,7 +37,7 @@ class IA3FF:
     config = IA3FFConfig
     handles_scale = True
     # As ia3's: one number per channel, several per cent away from 1 when trained.
-    default_lr = 1e-2
+    default_lr = 3e-2
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: IA3FFConfig) -> dict[str, ParamSpec]:

@@ -1,0 +1,170 @@
+"""Everything that is checked before anything changes, and the plan that comes of it."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from . import quant
+from .adapter import has_session, session_of
+from .config import BaseConfig
+from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
+from .layer import AdapterState
+from .targets import Target, find_targets, model_width
+from .variant import ParamSpec, Variant, lookup
+
+Specs = dict[str, dict[str, ParamSpec]]
+"""Path of a target -> name of a tensor -> its spec."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `attach` would adapt. Prints as a table; iterates over its targets."""
+
+    model: str
+    variant: str
+    targets: tuple[Target, ...]
+    parameters: int
+    d_model: int | None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self.targets)
+
+    def __str__(self) -> str:
+        """One row for all layers that differ in the block index only."""
+        groups: dict[tuple[str, ...], list[Target]] = defaultdict(list)
+        for target in self.targets:
+            role = "-" if self.d_model is None else target.role(self.d_model) or "square"
+            groups[target.pattern, f"{target.d_in} -> {target.d_out}", role, target.kind].append(target)
+        head = ("layer", "in -> out", "role", "base", "n")
+        rows = [head, *((*key, str(len(members))) for key, members in groups.items())]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        title = f"{self.variant} on {self.model}: {len(self)} layers, {self.parameters:,} trainable parameters"
+        return "\n".join([title, *lines])
+
+
+def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
+    """The layers that `attach(model, cfg)` would adapt; the model may be on the meta device. Raises as attach does."""
+    root = attachable(model)
+    targets = find_targets(root, checked_config(cfg))
+    specs = checked_specs(root, cfg, targets)
+    parameters = sum(math.prod(spec.shape) for at in specs.values() for spec in at.values() if spec.trainable)
+    return Plan(type(root).__name__, cfg.variant, tuple(targets), parameters, model_width(root))
+
+
+def attachable(model: nn.Module) -> nn.Module:
+    """The module that adapters go on: the model itself, or what torch.compile has wrapped. Raises TargetError."""
+    root: nn.Module = getattr(model, "_orig_mod", model)
+    for path, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            raise TargetError(
+                f"{type(module).__name__} has registered the parameters already, and would never reduce the "
+                f"gradients of new ones\n  attach first, then wrap"
+            )
+        if module is not root and has_session(module):
+            raise TargetError(
+                f"{path}: adapters were attached to this part alone\n  attach to the same module each time"
+            )
+    session_of(root)  # raises on a part of a model that has adapters
+    return root
+
+
+def checked_config(cfg: BaseConfig) -> BaseConfig:
+    """The config itself. Raises ConfigError if it isn't one, or not of its variant; VariantError for an unknown one."""
+    if not isinstance(cfg, BaseConfig):
+        raise ConfigError(f"{cfg!r} is not a config\n  use one such as lora_lite.LoRAConfig(r=16)")
+    wanted = lookup(cfg.variant).config
+    if type(cfg) is not wanted:
+        raise ConfigError(
+            f"variant {cfg.variant!r} is configured by {wanted.__name__}, got {type(cfg).__name__}\n"
+            f"  use lora_lite.config_for({cfg.variant!r})(...)"
+        )
+    return cfg
+
+
+def checked_specs(root: nn.Module, cfg: BaseConfig, targets: list[Target]) -> Specs:
+    """The variant's tensors for each target. Raises if a layer can't carry them, naming it."""
+    variant, modules = lookup(cfg.variant), dict(root.named_modules())
+    for target in targets:
+        _check_layer(target, modules[target.path], variant)
+    return {target.path: specs_at(target.path, target.d_in, target.d_out, cfg) for target in targets}
+
+
+def specs_at(path: str, d_in: int, d_out: int, cfg: BaseConfig) -> dict[str, ParamSpec]:
+    """The variant's tensors at a layer. Raises ConfigError with the layer's path, VariantError for a bad name."""
+    variant = lookup(cfg.variant)
+    try:
+        specs = variant.param_specs(d_in, d_out, cfg)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    wrong = [name for name in specs if not re.fullmatch(r"lora_[A-Za-z0-9]+(_[A-Za-z0-9]+)*", name)]
+    if wrong or not specs:
+        raise VariantError(
+            f"variant {variant.name!r}: param_specs gave {list(specs)}; wanted one name or more, each like lora_xyz"
+        )
+    return specs
+
+
+def check_name(name: str, root: nn.Module, specs: Specs) -> None:
+    """ConfigError for an odd adapter name, TargetError for one that is taken, on the model or at a layer."""
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", name)):
+        raise ConfigError(
+            f"adapter name {name!r}: it becomes part of parameter names\n"
+            f"  use letters and digits, with single '_' or '-' between them"
+        )
+    if name in session_of(root)[1].adapters:
+        raise TargetError(
+            f"adapter {name!r} is attached to this {type(root).__name__} already\n"
+            f"  give the new one another name, detach the old one, or lora_lite.restore a file's values into it"
+        )
+    modules, attribute = dict(root.named_modules()), AdapterState(name, None, {}, {}).attribute
+    for path, at in specs.items():
+        taken = [attribute(tensor) for tensor in at if hasattr(modules[path], attribute(tensor))]
+        if taken:
+            raise TargetError(
+                f"{path}: it has {', '.join(taken)} already, put there by something else\n"
+                f"  take that off first, or attach under another name"
+            )
+
+
+def check_ready(root: nn.Module, targets: list[Target]) -> None:
+    """TargetError unless every target's weight is whole and here, which a plan can do without."""
+    modules: dict[str, Any] = dict(root.named_modules())
+    for path, module in ((target.path, modules[target.path]) for target in targets):
+        if quant.is_lazy(module):
+            raise TargetError(f"{path}: its weight has no shape yet\n  run one forward before attach")
+        if module.weight.is_meta:
+            raise TargetError(
+                f"{path}: its weight is on the meta device\n"
+                f"  load the weights before attach, with a device_map that offloads no target"
+            )
+        if quant.is_sharded(module.weight):
+            raise TargetError(f"{path}: its weight is sharded (a DTensor) already\n  attach first, then fully_shard")
+
+
+def _check_layer(target: Target, module: Any, variant: Variant) -> None:
+    path, kind = target.path, quant.kind_of(module)
+    if quant.is_bypassed(module):
+        raise TargetError(
+            f"{path}: nn.MultiheadAttention reads this weight without calling the layer, so no adapter on it would "
+            f"ever run\n  leave it out with exclude_names"
+        )
+    if kind is quant.Kind.UNKNOWN and variant.base_weight != "unused":
+        raise QuantizedWeightError(
+            f"{path}: {variant.name!r} reads the weight, and this one is {target.kind}\n"
+            f"  use a dense or bitsandbytes base, or a variant that never reads it, such as lora"
+        )
+    if kind is not quant.Kind.DENSE and variant.base_weight == "dense":
+        raise QuantizedWeightError(
+            f"{path}: {variant.name!r} needs a dense weight, and this one is {target.kind}\n"
+            f"  load the base without quantization, or use a variant that works on any base, such as lora"
+        )
