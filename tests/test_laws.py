@@ -95,6 +95,7 @@ def test_a_fresh_adapter_is_the_identity_bit_for_bit(variant: str, dtype: torch.
 def test_the_base_is_read_only(variant: str) -> None:
     model = tiny_llama(bias=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    versions = {path: p._version for path, p in model.named_parameters()}
     adapter = ll.attach(model, config(variant))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
     for _ in range(2):
@@ -102,6 +103,9 @@ def test_the_base_is_read_only(variant: str) -> None:
         optimizer.step()
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert {
+        path: p._version for path, p in model.named_parameters() if path in versions
+    } == versions  # not even written
 
 
 @per_variant
@@ -210,23 +214,64 @@ def test_low_precision_bases_keep_their_dtype_and_float32_masters(variant: str, 
     adapter.load_state_dict(exact_adapter.state_dict())
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     assert logits(model).dtype == dtype
-    effect = logits(exact).float() - logits(tiny_llama(bias=True)).float()
-    error = logits(model).float() - logits(exact)
+    with torch.no_grad():
+        error = logits(model).float() - logits(exact)
     assert error.norm() < 0.03 * logits(exact).norm()
-    assert effect.norm() > 0.001 * logits(exact).norm()
     loss_of(model).backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+@per_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_trained_change_survives_low_precision(variant: str, dtype: torch.dtype) -> None:
+    """The change of the layer as a linear map, from 8192 rounded outputs: where the maths rounds before it subtracts,
+    the error is the same for all of them and stays."""
+    layer, exact = OneLinear(dtype=dtype), OneLinear(dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    cfg = config(variant, target_names="proj")
+    adapter, reference = ll.attach(layer, cfg), ll.attach(exact, cfg)
+    start = {key: value.clone() for key, value in adapter.state_dict().items()}
+    factors = "proj.lora_B" in start
+    if factors and not start["proj.lora_B"].any():
+        start["proj.lora_B"].normal_()  # or a small change of A would be none
+    adapter.load_state_dict(start)
+    perturb(adapter, 3e-3 if factors else 5e-2)
+    reference.load_state_dict(adapter.state_dict())
+    x = torch.randn(8192, 16).to(dtype)
+
+    @torch.no_grad()
+    def change(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = model(x).double()
+        with ll.disabled(model):
+            return torch.linalg.lstsq(
+                torch.cat([x, torch.ones_like(x[:, :1])], 1).double(), y - model(x).double()
+            ).solution
+
+    got, wanted = change(layer, x), change(exact, x.double())
+    assert (got - wanted).norm() < (0.1 if factors else 0.02) * wanted.norm()
+
+
+@per_variant
+def test_a_cast_of_parameters_without_buffers_keeps_a_fresh_adapter_the_identity(variant: str) -> None:
+    """As mixed precision under FSDP2 does it."""
+    model, adapter = attached(variant, moved=False)
+    base = logits(tiny_llama(bias=True))
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert torch.equal(logits(model), base)
 
 
 @per_variant
 def test_scale_zero_is_the_base_and_one_the_method(variant: str) -> None:
     base = logits(tiny_llama(bias=True))
     model, adapter = attached(variant)
-    full = logits(model)
-    with ll.scaled(model, 0.0):
+    full, values = logits(model), {key: value.clone() for key, value in adapter.state_dict().items()}
+    adapter.load_state_dict({key: torch.full_like(value, float("nan")) for key, value in values.items()})
+    with ll.scaled(model, 0.0):  # skipped, so not even a NaN gets through
         assert torch.equal(logits(model), base)
     with ll.disabled(model):
         assert torch.equal(logits(model), base)
+    adapter.load_state_dict(values)
     assert adapter.scale == 1.0
     assert torch.equal(logits(model), full)
 

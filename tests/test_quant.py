@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, config, loss_of, perturb, quantized, tiny_llama
+from bitsandbytes.functional import has_avx512bf16
+from models import config, loss_of, perturb, quantized, tiny_llama
 from oracles import ORACLES
 from test_laws import logits
 from torch import nn
@@ -120,12 +121,6 @@ def hazardous(folder: str) -> Any:
     return model
 
 
-def has_kernel() -> bool:
-    from bitsandbytes.functional import has_avx512bf16
-
-    return bool(has_avx512bf16())
-
-
 def test_attach_forbids_repacking_and_detach_allows_it_again(tiny: str) -> None:
     model = hazardous(tiny)
     weight = quant.dense_weight(layer_of(model), "up_proj")
@@ -140,9 +135,7 @@ def test_attach_forbids_repacking_and_detach_allows_it_again(tiny: str) -> None:
     assert layer_of(model).support_avx512bf16_for_cpu
 
 
-@pytest.mark.skipif(
-    "not __import__('test_quant').has_kernel()", reason="this CPU has no AVX512-BF16, so nothing repacks"
-)
+@pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-BF16, so nothing repacks")
 def test_a_layer_that_was_repacked_before_attach_is_refused_with_the_cure(tiny: str) -> None:
     model = hazardous(tiny)
     logits(model)
@@ -212,9 +205,33 @@ def test_a_saved_quantised_model_reopens_with_its_adapter(tiny: str, tmp_path: P
 def test_samples_are_the_stored_elements() -> None:
     layer = nn.Linear(3, 2)
     flat = layer.weight.detach().flatten()
-    assert quant.samples(layer, 4) == [float(flat[i]) for i in (0, 1, 3, 5)]
-    assert IDS.shape == (2, 12)
+    assert quant.samples(layer) == [float(flat[i]) for i in (0, 1, 3, 5)]
 
 
 def test_tiny_llama_is_dense() -> None:
     assert quant.quantization(tiny_llama()) is None
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_base_with_the_same_codes_and_other_scales_is_another_base(
+    quantization: str, tiny: str, tmp_path: Path
+) -> None:
+    model = quantized(tiny, quantization)
+    ll.attach(model, config("dora"))
+    ll.save(model, tmp_path / "a.safetensors")
+    twice = ll.load_base(tiny)
+    with torch.no_grad():
+        for target in ll.plan(twice, config("lora")):
+            twice.get_submodule(target.path).weight.mul_(2)
+    twice.save_pretrained(tmp_path / "twice")
+    with pytest.raises(ll.CheckpointError, match="trained on another base"):
+        ll.load(quantized(str(tmp_path / "twice"), quantization), tmp_path / "a.safetensors")
+    if quantization == "nf4":
+        with pytest.raises(ll.CheckpointError, match="trained on another base"):
+            ll.load(quantized(tiny, "nf4", double_quant=False), tmp_path / "a.safetensors")
+
+
+def test_a_weight_in_another_order_is_unknown() -> None:
+    layer = nn.Linear(16, 24)
+    layer.weight = nn.Parameter(layer.weight.detach().mT.contiguous())
+    assert quant.kind_of(layer) is quant.Kind.UNKNOWN
