@@ -38,6 +38,8 @@ WARM_UP, CLIP, EVALUATIONS = 0.1, 1.0, 4
 ANSWERS, ANSWER_TOKENS = 3, 48
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -48,6 +50,7 @@ class Task:
     shown: list[Example]
 
 
+@app.command()
 def main(
     variant: Annotated[str, typer.Option(help=f"The method: {', '.join(ll.REGISTRY)}.")] = "lora",
     quantization: Annotated[Literal["nf4", "fp4", "int8"] | None, typer.Option(help="Of the base.")] = None,
@@ -129,7 +132,7 @@ def plain_errors() -> Iterator[None]:
     """Errors that the user can mend come without a traceback."""
     try:
         yield
-    except (ll.LoraLiteError, DataError, ModuleNotFoundError) as error:
+    except (ll.LoraLiteError, DataError, ModuleNotFoundError, OSError) as error:
         logger.error(str(error))
         raise typer.Exit(1) from None
 
@@ -174,7 +177,8 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
             history.train.append(loss.item())
             history.tokens += int(batch["attention_mask"].sum())
             history.seconds += time.perf_counter() - started
-            bar.set_postfix_str(f"loss {history.smoothed[-1]:.2f}, {history.tokens / history.seconds:.0f} tokens/s")
+            speed = history.tokens / history.seconds
+            bar.set_postfix_str(f"loss {history.smoothed[-1]:.2f}, {speed:.0f} tokens/s", refresh=False)
             bar.update()
             if step == steps or step % max(1, steps // EVALUATIONS) == 0:
                 measure(model, task, history)
@@ -242,4 +246,4 @@ def check_reload(fresh: Any, file: Path, task: Task, expected: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -11,6 +11,7 @@ from typing import Any
 
 INSTRUCTION = "In one line, what does this Python function do?"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "lib-dynload", "__pycache__"}
+DEFINITIONS = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST_SIGNATURE = 80
 SHORTEST_SUMMARY = 12
 
@@ -47,7 +48,7 @@ def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def stdlib_pairs() -> list[Pair]:
-    """Signature -> summary line for every documented function of the standard library, by module.
+    """Signature -> summary line for every documented public function of the standard library, by module.
 
     The source is parsed, never imported.
     """
@@ -67,11 +68,13 @@ def module_pairs(source: bytes, path: Path) -> Iterator[Pair]:
 
 
 def functions(node: ast.AST, name: str) -> Iterator[tuple[str, Any]]:
-    """(qualified name, definition) of each function of a module and each method of its classes."""
+    """(qualified name, definition) of each public function of a module and each public method of its classes."""
     for child in ast.iter_child_nodes(node):
+        if not isinstance(child, DEFINITIONS) or (child.name.startswith("_") and not child.name.endswith("__")):
+            continue
         if isinstance(child, ast.ClassDef):
             yield from functions(child, f"{name}.{child.name}")
-        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+        else:
             yield f"{name}.{child.name}", child
 
 

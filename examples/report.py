@@ -59,7 +59,9 @@ def plot(history: History, title: str, file: Path) -> None:
     axes.plot(steps, history.smoothed, color="tab:blue", label=f"training, mean of {WINDOW} steps")
     axes.plot(list(history.held_out), list(history.held_out.values()), "o-", color="tab:orange", label="held-out")
     for step, loss in history.held_out.items():
-        axes.annotate(f"{loss:.2f}", (step, loss), (0, 7), textcoords="offset points", ha="center")
+        axes.annotate(
+            f"{loss:.2f}", (step, loss), (0, -15), textcoords="offset points", ha="center", color="tab:orange"
+        )
     axes.set(title=title, xlabel="step", ylabel="loss per token of the completion")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

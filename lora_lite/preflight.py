@@ -78,7 +78,7 @@ def attachable(model: nn.Module) -> nn.Module:
     return root
 
 
-def checked_config(cfg: BaseConfig) -> BaseConfig:
+def checked_config(cfg: Any) -> BaseConfig:
     """The config itself. Raises ConfigError if it isn't one, or not of its variant; VariantError for an unknown one."""
     if not isinstance(cfg, BaseConfig):
         raise ConfigError(f"{cfg!r} is not a config\n  use one such as lora_lite.LoRAConfig(r=16)")

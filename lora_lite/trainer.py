@@ -28,7 +28,7 @@ class AdapterCheckpoints:
     Optimizer, schedule and random states are the Trainer's own. Raises TargetError for a model without an adapter.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, nn.Module):
             raise TargetError(
                 "an AdapterTrainer is given a model with an adapter on it, not a model_init\n"

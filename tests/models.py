@@ -60,7 +60,7 @@ class OneLinear(nn.Module):
 
 def config(variant: str, **overrides: Any) -> Any:
     """A registered variant's own config, on every linear layer of the blocks."""
-    return ll.config_for(variant)(**({"target_names": (r"_proj$",)} | overrides))
+    return ll.config_for(variant)(**({"variant": variant, "target_names": (r"_proj$",)} | overrides))
 
 
 @torch.no_grad()

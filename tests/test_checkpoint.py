@@ -334,7 +334,56 @@ def test_restore_refuses_another_scaling_or_base(saved: Path) -> None:
     adapter = ll.attach(model, config("lora", r=2, alpha=4.0))
     with pytest.raises(ll.CheckpointError, match=r"not of one config\n  \(file, adapter\): \{'alpha': \(None, 4.0\)\}"):
         ll.restore(model, saved)
-    assert not any(tensor.any() for key, tensor in adapter.state_dict().items() if key.endswith("B"))
+    other = tiny_llama(seed=1)
+    second = ll.attach(other, config("dora"))
+    first = tiny_llama()
+    perturb(ll.attach(first, config("dora")))
+    ll.save(first, saved)
+    with pytest.raises(ll.CheckpointError, match="trained on another base"):
+        ll.restore(other, saved)
+    for each in (adapter, second):
+        assert not any(tensor.any() for key, tensor in each.state_dict().items() if key.endswith("B"))
+
+
+def test_a_failure_in_the_middle_of_a_load_changes_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    before, register, calls = snapshot(model), nn.Module.register_parameter, []
+
+    def fail_late(self: nn.Module, name: str, value: Any) -> None:
+        calls.append(name)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        register(self, name, value)
+
+    monkeypatch.setattr(nn.Module, "register_parameter", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        ll.load(model, saved)
+    monkeypatch.undo()
+    assert same_snapshot(before, snapshot(model))
+
+
+def test_a_file_keeps_the_base_that_its_values_belong_to(tmp_path: Path, log: list[str]) -> None:
+    """A DoRA that was put on another base all the same doesn't claim that base when it is saved again."""
+    first, second = tiny_llama(), tiny_llama(seed=1)
+    ll.attach(first, config("dora"))
+    ll.save(first, tmp_path / "a.safetensors")
+    ll.load(second, tmp_path / "a.safetensors", verify_base=False)
+    ll.save(second, tmp_path / "b.safetensors")
+    with pytest.raises(ll.CheckpointError, match="trained on another base"):
+        ll.load(tiny_llama(seed=1), tmp_path / "b.safetensors")
+    ll.load(tiny_llama(), tmp_path / "b.safetensors")
+
+
+def test_a_layer_that_was_replaced_is_missed_by_save(tmp_path: Path) -> None:
+    model = tiny_llama()
+    ll.attach(model, config("lora"))
+    model.model.layers[1].mlp.up_proj = nn.Linear(64, 128)
+    with pytest.raises(
+        ll.CheckpointError, match=r"in memory: 2 missing keys; .*\n  such as model.layers.1.mlp.up_proj.lora_A"
+    ):
+        ll.save(model, tmp_path / "a.safetensors")
+    ll.detach(model)
+    assert not any("lora_" in key for key in model.state_dict())
 
 
 def test_restore_resolves_a_wrappers_prefix(saved: Path) -> None:

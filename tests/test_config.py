@@ -17,6 +17,8 @@ VARIANTS = sorted(ll.REGISTRY)
     [
         ({"r": 0}, r"LoRAConfig\(r=0\): wanted a rank of at least 1"),
         ({"r": -3}, r"LoRAConfig\(r=-3\)"),
+        ({"alpha": float("inf")}, r"alpha=inf\): wanted a number above 0"),
+        ({"layer_range": (0.2, float("nan"))}, r"layer_range=\(0.2, nan\)\)"),
         ({"alpha": 0.0}, r"alpha=0.0\): wanted a number above 0"),
         ({"dropout": 1.0}, r"dropout=1.0\): wanted a probability below 1"),
         ({"dtype": torch.int8}, r"dtype=torch.int8\): wanted a floating dtype"),

@@ -11,7 +11,7 @@ from models import IDS, OneLinear, config, loss_of, perturb, quantized, tiny_lla
 from test_laws import VARIANTS, logits
 
 import lora_lite as ll
-from lora_lite.trainer import AdapterTrainer
+from lora_lite.trainer import AdapterCheckpoints, AdapterTrainer
 
 per_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -138,10 +138,10 @@ def test_weights_cannot_be_reached_through_a_data_parallel_wrapper_that_came_fir
 
 
 class Tokens(torch.utils.data.Dataset):
-    """Counting from different starts: something to learn in a few steps."""
+    """Counting from different starts: something to learn in a few steps; counting down, to unlearn it."""
 
-    def __init__(self, n: int = 32) -> None:
-        self.ids = (torch.arange(12) + torch.arange(n)[:, None]) % 95 + 1
+    def __init__(self, n: int = 32, step: int = 1) -> None:
+        self.ids = (step * torch.arange(12) + torch.arange(n)[:, None]) % 95 + 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -204,15 +204,41 @@ def test_trainer_saves_adapters_alone_and_resumes_to_the_same_end(kind: str, tin
 def test_trainer_loads_the_best_adapter_at_the_end(tiny: str, tmp_path: Path) -> None:
     model = training_base("dense", tiny)
     ll.attach(model, config("lora"), name="fr")
-    args = arguments(
-        tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, learning_rate=1.0, max_grad_norm=1e9
-    )
-    trainer = AdapterTrainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(8))
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, learning_rate=0.1)
+    trainer = AdapterTrainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(8, step=-1))
     trainer.train()
     best = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["best_model_checkpoint"]
+    assert Path(best).name == "checkpoint-3"  # the more it learns to count up, the worse it counts down
     twin = training_base("dense", tiny)
     ll.load(twin, Path(best) / "fr.safetensors")
     assert torch.equal(logits(twin), logits(model.eval()))
+
+
+def test_trainer_takes_no_model_init(tmp_path: Path) -> None:
+    with pytest.raises(ll.TargetError, match="given a model with an adapter on it, not a model_init"):
+        AdapterTrainer(None, arguments(tmp_path), model_init=tiny_llama)  # type: ignore[arg-type]
+
+
+def test_the_mixin_serves_a_trainer_of_ones_own(tiny: str, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    class Loud(Trainer):
+        steps = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            return super().training_step(*args, **kwargs)
+
+    class LoudAdapterTrainer(AdapterCheckpoints, Loud):
+        pass
+
+    model = training_base("nf4", tiny)
+    ll.attach(model, config("lora"))
+    trainer = LoudAdapterTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=Tokens())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "end"))
+    assert trainer.steps == 2
+    assert {file.name for file in (tmp_path / "end").iterdir()} == {"default.safetensors", "training_args.bin"}
 
 
 def test_trainer_without_an_adapter_or_with_another_checkpoint(tiny: str, tmp_path: Path) -> None:

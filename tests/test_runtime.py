@@ -9,6 +9,7 @@ from test_laws import logits, same_snapshot, snapshot
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.preflight import checked_config
 
 
 def test_adapters_stack_each_with_its_own_config_scale_and_parameters() -> None:
@@ -213,6 +214,28 @@ def test_load_state_dict_is_whole_or_nothing() -> None:
     ):
         adapter.load_state_dict({**bad, "proj.lora_B": good["proj.lora_B"] + 1})
     assert all(torch.equal(value, good[key]) for key, value in adapter.state_dict().items())
+
+
+def test_a_detach_inside_scaled_leaves_the_rest_restored() -> None:
+    model = OneLinear()
+    for name in ("a", "b"):
+        ll.attach(model, config("lora", target_names="proj"), name=name)
+    with ll.scaled(model, 0.0):
+        ll.detach(model, "a")
+    assert ll.adapters(model)["b"].scale == 1.0
+
+
+def test_an_adapter_attached_in_inference_mode_trains() -> None:
+    model = OneLinear()
+    with torch.inference_mode():
+        adapter = ll.attach(model, config("pissa", target_names="proj"))
+    model(torch.ones(2, 16)).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_what_is_no_config_is_refused() -> None:
+    with pytest.raises(ll.ConfigError, match=r"'lora' is not a config\n  use one such as lora_lite.LoRAConfig"):
+        checked_config("lora")
 
 
 def test_dropout_acts_in_train_mode_only() -> None:

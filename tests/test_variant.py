@@ -45,6 +45,53 @@ def test_register_refuses_a_second_name_and_an_incomplete_class() -> None:
         variant(name="other", base_weight="maybe")
 
 
+def test_register_refuses_what_the_runtime_could_not_keep() -> None:
+    with pytest.raises(ll.VariantError, match="config is a subclass of BaseConfig, got <class 'dict'>"):
+        variant(config=dict)
+    with pytest.raises(
+        ll.VariantError, match=r"with both forward and forward_input it must handle layer\.scale itself"
+    ):
+        variant(forward_input=staticmethod(lambda layer, x: x))
+
+
+def test_values_that_would_be_lost_are_errors() -> None:
+    specs = {"lora_g": ll.ParamSpec((1,), init=lambda t: torch.ones(1))}
+    with pytest.raises(ll.VariantError, match="init made a new tensor, which would be lost"):
+        attach(variant(param_specs=staticmethod(lambda *_: specs)))
+
+    def init(layer: ll.Layer, cfg: Any) -> None:
+        layer.lora_g = torch.ones(1)
+
+    with pytest.raises(
+        AttributeError, match=r"proj: a view holds nothing, so 'lora_g' would be lost\n  use layer.lora_g.copy_"
+    ):
+        attach(variant(name="other", init=staticmethod(init)))
+
+
+def test_constants_are_kept_apart_by_name() -> None:
+    def forward(layer: ll.Layer, x: Tensor, y: Tensor) -> Tensor:
+        one = layer.constant("one", lambda g: g + 1, layer.lora_g)
+        return y + layer.constant("two", lambda g: g + 2, layer.lora_g) - one
+
+    model = OneLinear()
+    base = model(torch.ones(1, 16))
+    attach(variant(forward=staticmethod(forward)), model)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model.eval()(torch.ones(1, 16)), base + 1)
+
+
+def test_a_layer_that_gives_no_tensor_is_named() -> None:
+    class Pair(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), None
+
+    model = torch.nn.ModuleDict({"proj": Pair(4, 4)})
+    attach(variant(), model)
+    with pytest.raises(ll.TargetError, match="proj: wanted a tensor from this layer, got tuple"):
+        model["proj"](torch.ones(1, 4))
+
+
 def test_unknown_variant_lists_the_known_ones() -> None:
     with pytest.raises(
         ll.VariantError, match=r"no variant is registered as 'lorra'\n  registered: dora, ia3, ia3_ff, lora"

