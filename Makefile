@@ -34,7 +34,7 @@ clean:
 	rm -rf .venv dist build runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer, not {sys.version}"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer, not {sys.version}"'
 	$(PYTHON) -m venv .venv
 
 .venv/demo .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
