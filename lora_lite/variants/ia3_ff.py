@@ -36,7 +36,8 @@ class IA3FF:
     name = "ia3_ff"
     config = IA3FFConfig
     handles_scale = True
-    # As ia3's: one number per channel, several per cent away from 1 when trained.
+    # One number a channel, that AdamW moves by about lr a step, and a useful one is several per cent from 1. After 50
+    # steps on SmolLM2, held-out: 2.70 at 1e-2, 2.62 at 3e-2, 2.78 at 1e-1.
     default_lr = 3e-2
 
     @staticmethod
