@@ -38,6 +38,8 @@ WARM_UP, CLIP, EVALUATIONS = 0.1, 1.0, 4
 ANSWERS, ANSWER_TOKENS = 3, 48
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
+TRAINED = [name for name, method in ll.REGISTRY.items() if method.default_lr is not None]
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -52,7 +54,7 @@ class Task:
 
 @app.command()
 def main(
-    variant: Annotated[str, typer.Option(help=f"The method: {', '.join(ll.REGISTRY)}.")] = "lora",
+    variant: Annotated[str, typer.Option(help=f"The method: {', '.join(TRAINED)}.")] = "lora",
     quantization: Annotated[Literal["nf4", "fp4", "int8"] | None, typer.Option(help="Of the base.")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL with prompt/completion or question/answer.")] = None,
@@ -70,7 +72,7 @@ def main(
     set_up(seed)
     with plain_errors():
         cfg = adapter_config(variant, r)
-        lr = ll.REGISTRY[variant].default_lr if lr is None else lr
+        lr = learning_rate(variant) if lr is None else lr
         out = out or Path("runs", variant if quantization is None else f"{variant}-{quantization}")
         pairs = read_jsonl(data) if data else stdlib_pairs()
         source = model or str(smollm2_folder())
@@ -145,6 +147,14 @@ def adapter_config(variant: str, r: int | None) -> Any:
     if "r" not in {field.name for field in dataclasses.fields(config)}:
         raise ll.ConfigError(f"--r {r}: {variant!r} has no rank")
     return config(r=r)
+
+
+def learning_rate(variant: str) -> float:
+    """The method's own. Raises ConfigError for a method that is computed, not trained."""
+    rate = ll.REGISTRY[variant].default_lr
+    if rate is None:
+        raise ll.ConfigError(f"--variant {variant}: it is computed, not trained; use one of {', '.join(TRAINED)}")
+    return rate
 
 
 def load(source: str, quantization: str | None) -> Any:

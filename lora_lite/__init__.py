@@ -2,8 +2,10 @@
 
 from .adapter import Adapter, adapters, disabled, scaled
 from .base import load_base
+from .calibrate import Statistics, capture
 from .checkpoint import load, restore, save
 from .config import AdapterConfig, BaseConfig
+from .directions import Center, Contrast, Kernel, contrast
 from .errors import (
     BaseModelError,
     CheckpointError,
@@ -13,32 +15,40 @@ from .errors import (
     TargetError,
     VariantError,
 )
+from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
 from .layer import Layer
 from .preflight import Plan, plan
+from .prompts import prompt_batches
 from .runtime import attach, detach
 from .targets import Target
 from .variant import REGISTRY, ParamSpec, Variant, config_for, register
-from .variants import DoRAConfig, IA3Config, IA3FFConfig, LoRAConfig, PiSSAConfig
+from .variants import AbliterationConfig, DoRAConfig, IA3Config, IA3FFConfig, LoRAConfig, Normalization, PiSSAConfig
 from .version import __version__
 
 __all__ = [
     "REGISTRY",
+    "AbliterationConfig",
     "Adapter",
     "AdapterConfig",
     "BaseConfig",
     "BaseModelError",
+    "Center",
     "CheckpointError",
     "ConfigError",
+    "Contrast",
     "DoRAConfig",
     "IA3Config",
     "IA3FFConfig",
+    "Kernel",
     "Layer",
     "LoRAConfig",
     "LoraLiteError",
+    "Normalization",
     "ParamSpec",
     "PiSSAConfig",
     "Plan",
     "QuantizedWeightError",
+    "Statistics",
     "Target",
     "TargetError",
     "Variant",
@@ -46,12 +56,19 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "capture",
     "config_for",
+    "contrast",
     "detach",
     "disabled",
+    "greedy_answers",
+    "kl_divergence",
     "load",
     "load_base",
+    "logit_gap",
+    "marker_rate",
     "plan",
+    "prompt_batches",
     "register",
     "restore",
     "save",

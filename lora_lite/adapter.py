@@ -5,9 +5,10 @@ keeps a `Slot` per adapter, and the model that `attach` was given keeps a `Sessi
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from . import quant
 from .config import dtype_name
 from .errors import CheckpointError, ConfigError, TargetError
-from .layer import AdapterState, Slot
+from .layer import AdapterState, Layer, Slot
+from .variant import lookup
 
 _SLOTS = "_lora_lite"
 _SESSION = "_lora_lite_session"
@@ -31,6 +33,11 @@ class Session:
     """Base parameters that required a gradient."""
     kept_layout: list[str] = field(default_factory=list)
     """4-bit layers that were free to repack."""
+    memo: dict[bytes, Tensor] = field(default_factory=dict)
+    """Results of the base, which is read-only meanwhile, by a hash of what they were computed from."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"memo": {}}
 
 
 class Adapter:
@@ -68,6 +75,27 @@ class Adapter:
     @scale.setter
     def scale(self, c: float) -> None:
         self._state.scale = _finite(c)
+
+    def configure(self, **changes: Any) -> None:
+        """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers.
+
+        Raises ConfigError for another field or a bad value; the adapter is then as it was.
+        """
+        state, variant = self._state, lookup(self.variant)
+        fixed = sorted(changes.keys() - set(variant.live))
+        if fixed:
+            raise ConfigError(
+                f"adapter {self.name!r}: {', '.join(fixed)} can't change while it is attached\n"
+                f"  {self.variant!r} can follow {', '.join(variant.live) or 'no field'}; for others detach and attach"
+            )
+        old, state.cfg = state.cfg, replace(state.cfg, **changes)
+        with torch.no_grad():
+            try:
+                variant.refresh(self.views(), state.cfg)
+            except Exception:
+                state.cfg = old
+                variant.refresh(self.views(), old)
+                raise
 
     @property
     def is_sharded(self) -> bool:
@@ -111,11 +139,25 @@ class Adapter:
 
     def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
         """Each adapted layer, with this adapter's slot on it."""
-        state = self._state
-        for module in self._model.modules():
-            slot = slots_of(module).get(self.name)
-            if slot is not None and slot.state is state:
-                yield module, slot
+        for module in self._state.layers:
+            yield module, slots_of(module)[self.name]
+
+    def views(self) -> dict[str, Layer]:
+        """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""
+        views: dict[str, Layer] = {}
+        for module, slot in self.slots():
+            if slot.stacked:
+                views |= {f"{slot.path}[{i}]": Layer(module, slot, expert=i) for i in range(slot.target.experts)}
+            else:
+                views[slot.path] = Layer(module, slot)
+        return views
+
+    def counts(self) -> str:
+        """How many layers of each kind, for messages: "30 o_proj, 30 down_proj"."""
+        slots = [slot for _, slot in self.slots()]
+        kinds = Counter(slot.path.rpartition(".")[2] for slot in slots)
+        fused = Counter(slot.path.rpartition(".")[2] for slot in slots if slot.target.experts)
+        return ", ".join(f"{n} {'blocks of fused ' if kind in fused else ''}{kind}" for kind, n in kinds.items())
 
     @property
     def _state(self) -> AdapterState:

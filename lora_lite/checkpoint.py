@@ -30,7 +30,7 @@ from .errors import CheckpointError, LoraLiteError
 from .preflight import attachable, specs_at
 from .runtime import installed
 from .targets import Target
-from .variant import ParamSpec, lookup
+from .variant import ParamSpec, lookup, weight_use
 from .version import __version__
 
 FORMAT = 1
@@ -121,10 +121,9 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
             f"  detach it and use lora_lite.load"
         )
     mapping = _resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
+    names = {slot.path: slot.tensors for _, slot in adapter.slots()}
     moved = {
-        file_key(at, tensor): file_key(mapping[at], tensor)
-        for at, shape in file.targets.items()
-        for tensor in specs_at(at, *shape, file.cfg)
+        file_key(at, tensor): file_key(mapping[at], tensor) for at in file.targets for tensor in names[mapping[at]]
     }
     _check_base(file, adapter, mapping, verify=True)
     adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors.items()})
@@ -135,9 +134,9 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """What its config says that each tensor must be."""
     return {
-        file_key(path, tensor): tuple(spec.shape)
-        for path, shape in adapter.targets.items()
-        for tensor, spec in specs_at(path, *shape, adapter.config).items()
+        file_key(slot.path, tensor): tuple(spec.shape)
+        for _, slot in adapter.slots()
+        for tensor, spec in specs_at(slot.target, adapter.config).items()
     }
 
 
@@ -239,15 +238,15 @@ def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[
     mapping = _resolve(file.path, file.targets, set(modules), type(root).__name__)
     targets, wanted = {}, {}
     for at, shape in file.targets.items():
-        module = modules[mapping[at]]
-        found = quant.features(module)
-        if found != shape:
+        target = Target.at(mapping[at], modules[mapping[at]])
+        if target is None or (target.d_in, target.d_out) != shape:
+            found = None if target is None else (target.d_in, target.d_out)
             raise CheckpointError(
                 f"{file.path}: {at} was saved from a layer with (d_in, d_out) = {shape}, and {mapping[at]} of "
                 f"this {type(root).__name__} has {found}\n  this is another base model"
             )
-        targets[at] = Target(mapping[at], *shape, quant.describe(module))
-        for tensor, spec in specs_at(at, *shape, file.cfg).items():
+        targets[at] = target
+        for tensor, spec in specs_at(target, file.cfg).items():
             wanted[at, tensor] = tuple(spec.shape)
     check_shapes(
         {key: tuple(t.shape) for key, t in file.tensors.items()},
@@ -299,7 +298,7 @@ def _check_base(file: _File, adapter: Adapter, mapping: Mapping[str, str], verif
         f"  file:  {_base_line(there)}\n"
         f"  model: {_base_line(here)}"
     )
-    reads = lookup(adapter.variant).base_weight != "unused"
+    reads = weight_use(adapter.config) != "unused"
     if verify and reads:
         raise CheckpointError(
             f"{message}\n  {adapter.variant!r} depends on the values of its base weight: load it on its own base, or "

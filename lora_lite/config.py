@@ -1,5 +1,6 @@
 """Adapter configs: frozen, valid once constructed, and the same after a trip through JSON."""
 
+import enum
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,8 @@ class BaseConfig:
         "layers",
         "layer_range",
     )
+    FUSED_EXPERTS: ClassVar[bool] = False
+    """True for a method that can go on the fused experts of a mixture-of-experts block."""
 
     def __post_init__(self) -> None:
         for name in self.FILTERS:
@@ -62,6 +65,9 @@ class BaseConfig:
                 object.__setattr__(self, name, tuple(value))
             else:
                 self._require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
+        for field in fields(self):
+            if isinstance(field.default, enum.Enum):
+                self._as_member(field.name, type(field.default))
         self._require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
         for name in ("target_names", "exclude_names"):
             for pattern in getattr(self, name):
@@ -75,6 +81,11 @@ class BaseConfig:
             ok = ok and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
             self._require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
 
+    def _as_member(self, field: str, choices: type[enum.Enum]) -> None:
+        values = [choice.value for choice in choices]
+        self._require(getattr(self, field) in values, field, f"one of {values}")
+        object.__setattr__(self, field, choices(getattr(self, field)))
+
     def _require(self, ok: bool, field: str, wanted: str) -> None:
         if not ok:
             got = getattr(self, field)
@@ -87,6 +98,8 @@ class BaseConfig:
             value = getattr(self, field.name)
             if isinstance(value, torch.dtype):
                 value = dtype_name(value)
+            elif isinstance(value, enum.Enum):
+                value = value.value
             out[field.name] = list(value) if isinstance(value, tuple) else value
         return out
 

@@ -1,6 +1,6 @@
 """One adapter at one layer: what is kept there, and the view of it that a variant works on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import quant
 from .errors import VariantError
+from .targets import Target
 
 
 @dataclass(eq=False)
@@ -23,6 +24,8 @@ class AdapterState:
     """Path -> (d_in, d_out), as attached."""
     base: dict[str, Any]
     scale: float = 1.0
+    layers: list[nn.Module] = field(default_factory=list)
+    """The adapted modules, in the order of `targets`."""
 
     def attribute(self, tensor: str) -> str:
         """The name on the layer of this adapter's `tensor`: `lora_A`, or `lora_A__fr` for adapter fr."""
@@ -34,14 +37,19 @@ class Slot:
     """What one adapter keeps at one target layer, beside its tensors."""
 
     state: AdapterState
-    path: str
-    d_in: int
-    d_out: int
+    target: Target
     base_weight: str
+    """What the variant does with it: "unused", "read" or "dense"."""
+    stacked: bool
+    """True if each tensor has a leading axis over the experts that the layer fuses."""
     tensors: dict[str, bool] = field(default_factory=dict)
     """Names of the tensors; True for those that keep their storage dtype in `forward`."""
     handles: list[RemovableHandle] = field(default_factory=list)
     memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return self.target.path
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"memo": {}}
@@ -55,10 +63,21 @@ class Layer:
     layer.cfg, .scale      the adapter's config; its coefficient c
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
+    layer.path, .block     where it is: its path, and the stack of blocks with the index in it
+
+    Of fused experts whose tensors are stacked, it shows one expert, or with `tensors` whatever these belong to.
     """
 
-    def __init__(self, module: nn.Module, slot: Slot, dtype: torch.dtype | None = None) -> None:
-        for name, value in (("_module", module), ("_slot", slot), ("_dtype", dtype)):
+    def __init__(
+        self,
+        module: nn.Module,
+        slot: Slot,
+        dtype: torch.dtype | None = None,
+        expert: int | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        given = {"_module": module, "_slot": slot, "_dtype": dtype, "_expert": expert, "_tensors": tensors}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -72,7 +91,11 @@ class Layer:
         slot = self._slot
         if name not in slot.tensors:
             raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
-        tensor = getattr(self._module, slot.state.attribute(name))
+        if self._tensors is None:
+            tensor = getattr(self._module, slot.state.attribute(name))
+            tensor = tensor if self._expert is None else tensor[self._expert]
+        else:
+            tensor = self._tensors[name]
         if self._dtype is None or slot.tensors[name]:
             return tensor
         return tensor.to(self._dtype)
@@ -87,16 +110,22 @@ class Layer:
 
     @property
     def path(self) -> str:
-        """The layer's path in the model, for messages."""
+        """The layer's path in the model."""
         return self._slot.path
 
     @property
+    def block(self) -> tuple[str, int] | None:
+        """("model.layers.", 3) in the block `model.layers.3`; None outside of every stack of blocks."""
+        target = self._slot.target
+        return None if target.stack is None or target.block is None else (target.stack, target.block)
+
+    @property
     def in_features(self) -> int:
-        return self._slot.d_in
+        return self._slot.target.d_in
 
     @property
     def out_features(self) -> int:
-        return self._slot.d_out
+        return self._slot.target.d_out
 
     @property
     def training(self) -> bool:
@@ -104,7 +133,7 @@ class Layer:
 
     @property
     def bias(self) -> Tensor | None:
-        """(d_out,), cast to the compute dtype, or None."""
+        """(d_out,), cast to the compute dtype, or None; experts' biases are added outside of what a variant sees."""
         bias = getattr(self._module, "bias", None)
         return bias if bias is None or self._dtype is None else bias.to(self._dtype)
 
@@ -112,17 +141,17 @@ class Layer:
     def weight(self) -> Float[Tensor, "o i"]:
         """The weight as stored. Raises QuantizedWeightError on a quantised layer."""
         self._may_read("weight")
-        return quant.plain_weight(self._module, self.path)
+        return quant.plain_weight(self._module, self.path, self._expert)
 
     def dense_weight(self) -> Float[Tensor, "o i"]:
-        """A float32 copy of the numbers that the layer computes with; dequantises. For `init`."""
+        """A float32 copy (of a float64 layer float64) of the numbers that it computes with; dequantises. For `init`."""
         self._may_read("dense_weight()")
-        return quant.dense_weight(self._module, self.path)
+        return quant.dense_weight(self._module, self.path, self._expert)
 
     def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""
         self._may_read("linear()")
-        return quant.linear(self._module, t, self.path)
+        return quant.linear(self._module, t, self.path, self._expert)
 
     def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """compute(*inputs) as a constant, without gradient or autocast; remembered by name while the inputs stay equal.

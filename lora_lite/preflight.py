@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from .config import BaseConfig
 from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .layer import AdapterState
 from .targets import Target, find_targets, model_width
-from .variant import ParamSpec, Variant, lookup
+from .variant import ParamSpec, lookup, weight_use
 
 Specs = dict[str, dict[str, ParamSpec]]
 """Path of a target -> name of a tensor -> its spec."""
@@ -93,17 +93,22 @@ def checked_config(cfg: Any) -> BaseConfig:
 
 def checked_specs(root: nn.Module, cfg: BaseConfig, targets: list[Target]) -> Specs:
     """The variant's tensors for each target. Raises if a layer can't carry them, naming it."""
-    variant, modules = lookup(cfg.variant), dict(root.named_modules())
+    modules = dict(root.named_modules())
     for target in targets:
-        _check_layer(target, modules[target.path], variant)
-    return {target.path: specs_at(target.path, target.d_in, target.d_out, cfg) for target in targets}
+        _check_layer(target, modules[target.path], cfg)
+    return {target.path: specs_at(target, cfg) for target in targets}
 
 
-def specs_at(path: str, d_in: int, d_out: int, cfg: BaseConfig) -> dict[str, ParamSpec]:
+def is_stacked(target: Target, cfg: BaseConfig) -> bool:
+    """Does each expert of this target have tensors of its own?"""
+    return bool(target.experts) and weight_use(cfg) != "unused"
+
+
+def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
     """The variant's tensors at a layer. Raises ConfigError with the layer's path, VariantError for a bad name."""
-    variant = lookup(cfg.variant)
+    variant, path = lookup(cfg.variant), target.path
     try:
-        specs = variant.param_specs(d_in, d_out, cfg)
+        specs = variant.param_specs(target.d_in, target.d_out, cfg)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     wrong = [name for name in specs if not re.fullmatch(r"lora_[A-Za-z0-9]+(_[A-Za-z0-9]+)*", name)]
@@ -111,6 +116,8 @@ def specs_at(path: str, d_in: int, d_out: int, cfg: BaseConfig) -> dict[str, Par
         raise VariantError(
             f"variant {variant.name!r}: param_specs gave {list(specs)}; wanted one name or more, each like lora_xyz"
         )
+    if is_stacked(target, cfg):
+        return {name: replace(spec, shape=(target.experts, *spec.shape)) for name, spec in specs.items()}
     return specs
 
 
@@ -142,29 +149,29 @@ def check_ready(root: nn.Module, targets: list[Target]) -> None:
     for path, module in ((target.path, modules[target.path]) for target in targets):
         if quant.is_lazy(module):
             raise TargetError(f"{path}: its weight has no shape yet\n  run one forward before attach")
-        if module.weight.is_meta:
+        if quant.stored(module).is_meta:
             raise TargetError(
                 f"{path}: its weight is on the meta device\n"
                 f"  load the weights before attach, with a device_map that offloads no target"
             )
-        if quant.is_sharded(module.weight):
+        if quant.is_sharded(quant.stored(module)):
             raise TargetError(f"{path}: its weight is sharded (a DTensor) already\n  attach first, then fully_shard")
 
 
-def _check_layer(target: Target, module: Any, variant: Variant) -> None:
-    path, kind = target.path, quant.kind_of(module)
+def _check_layer(target: Target, module: Any, cfg: BaseConfig) -> None:
+    path, kind, use = target.path, quant.kind_of(module), weight_use(cfg)
     if quant.is_bypassed(module):
         raise TargetError(
             f"{path}: nn.MultiheadAttention reads this weight without calling the layer, so no adapter on it would "
             f"ever run\n  leave it out with exclude_names"
         )
-    if kind is quant.Kind.UNKNOWN and variant.base_weight != "unused":
+    if kind is quant.Kind.UNKNOWN and use != "unused":
         raise QuantizedWeightError(
-            f"{path}: {variant.name!r} reads the weight, and this one is {target.kind}\n"
+            f"{path}: {cfg.variant!r} reads the weight, and this one is {target.kind}\n"
             f"  use a dense or bitsandbytes base, or a variant that never reads it, such as lora"
         )
-    if kind is not quant.Kind.DENSE and variant.base_weight == "dense":
+    if kind is not quant.Kind.DENSE and use == "dense":
         raise QuantizedWeightError(
-            f"{path}: {variant.name!r} needs a dense weight, and this one is {target.kind}\n"
+            f"{path}: {cfg.variant!r} needs a dense weight, and this one is {target.kind}\n"
             f"  load the base without quantization, or use a variant that works on any base, such as lora"
         )

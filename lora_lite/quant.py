@@ -11,7 +11,8 @@ The only file that knows bitsandbytes' layers. Facts that it rests on, bitsandby
 
 import enum
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from . import experts
 from .config import dtype_name
 from .errors import BaseModelError, QuantizedWeightError
 
@@ -80,9 +82,15 @@ def sharded_like(tensor: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
+def stored(layer: Linear) -> Tensor:
+    """The tensor that holds the weight: codes where it is quantised, all matrices of fused experts."""
+    matrices = experts.down(layer)
+    return layer.weight if matrices is None else matrices
+
+
 def is_lazy(layer: Linear) -> bool:
     """True for a layer such as nn.LazyLinear before its first forward."""
-    return isinstance(layer.weight, UninitializedParameter | UninitializedBuffer)
+    return isinstance(stored(layer), UninitializedParameter | UninitializedBuffer)
 
 
 def is_bypassed(layer: Linear) -> bool:
@@ -96,7 +104,10 @@ def is_transposed(layer: Linear) -> bool:
 
 
 def features(layer: Linear) -> tuple[int, int] | None:
-    """(d_in, d_out) of anything that has the shape of a linear layer, else None."""
+    """(d_in, d_out) of anything that has the shape of a linear layer, or fuses several (experts), else None."""
+    matrices = experts.down(layer)
+    if matrices is not None:
+        return matrices.shape[2], matrices.shape[1]
     if not isinstance(getattr(layer, "weight", None), Tensor):
         return None
     if is_transposed(layer):
@@ -107,7 +118,7 @@ def features(layer: Linear) -> tuple[int, int] | None:
 
 def kind_of(layer: Linear) -> Kind:
     """What the layer's weight is. Never a guess: what isn't recognised is UNKNOWN."""
-    weight = layer.weight
+    weight = stored(layer)
     if _is(layer, "bitsandbytes.nn", "Linear4bit"):
         return Kind.BNB_4BIT if _quant_state(layer) is not None else Kind.UNKNOWN
     if _is(layer, "bitsandbytes.nn", "Linear8bitLt"):
@@ -116,7 +127,7 @@ def kind_of(layer: Linear) -> Kind:
     if not plain or weight.dtype not in _FLOATS:
         return Kind.UNKNOWN
     shape = weight.mT.shape if is_transposed(layer) else weight.shape
-    return Kind.DENSE if tuple(shape[::-1]) == features(layer) else Kind.UNKNOWN
+    return Kind.DENSE if (shape[-1], shape[-2]) == features(layer) else Kind.UNKNOWN
 
 
 def describe(layer: Linear) -> str:
@@ -126,12 +137,13 @@ def describe(layer: Linear) -> str:
         return f"{_quant_state(layer).quant_type}, 4-bit bitsandbytes"
     if kind is Kind.BNB_8BIT:
         return "int8, 8-bit bitsandbytes"
-    name = dtype_name(layer.weight.dtype)
-    return name if kind is Kind.DENSE else f"unknown ({type(layer.weight).__name__}, {name})"
+    weight = stored(layer)
+    name = dtype_name(weight.dtype)
+    return name if kind is Kind.DENSE else f"unknown ({type(weight).__name__}, {name})"
 
 
-def plain_weight(layer: Linear, path: str) -> Tensor:
-    """The weight (d_out, d_in) of a dense layer, in its own dtype.
+def plain_weight(layer: Linear, path: str, expert: int | None = None) -> Tensor:
+    """The weight (d_out, d_in) of a dense layer, or of one of its experts, in its own dtype.
 
     Raises QuantizedWeightError where the stored numbers aren't the weight.
     """
@@ -140,19 +152,22 @@ def plain_weight(layer: Linear, path: str) -> Tensor:
             f"{path}: .weight of a layer that is {describe(layer)} holds codes, not numbers\n"
             f"  use layer.dense_weight() in init, or layer.linear(t) for t Wᵀ"
         )
-    return layer.weight.mT if is_transposed(layer) else layer.weight
+    weight = stored(layer).mT if is_transposed(layer) else stored(layer)
+    return weight if expert is None else weight[expert]
 
 
 @torch.no_grad()
-def dense_weight(layer: Linear, path: str) -> Float[Tensor, "o i"]:
-    """The numbers that the layer computes with, as a float32 matrix (d_out, d_in) of its own.
+def dense_weight(layer: Linear, path: str, expert: int | None = None) -> Float[Tensor, "o i"]:
+    """The numbers that the layer (or one of its experts) computes with, as a matrix (d_out, d_in) of its own.
 
+    It is float32, of a float64 layer float64.
     Raises QuantizedWeightError on an unknown kind and on a repacked layer, BaseModelError on a
     NaN or an infinity.
     """
     kind = kind_of(layer)
     if kind is Kind.DENSE:
-        weight = plain_weight(layer, path).to(torch.float32, copy=True)
+        plain = plain_weight(layer, path, expert)
+        weight = plain.to(torch.promote_types(plain.dtype, torch.float32), copy=True)
     elif kind is Kind.BNB_4BIT:
         raise_if_repacked(layer, path)
         from bitsandbytes.functional import dequantize_4bit
@@ -174,7 +189,7 @@ def dense_weight(layer: Linear, path: str) -> Float[Tensor, "o i"]:
     return weight
 
 
-def linear(layer: Linear, t: Float[Tensor, "*b i"], path: str) -> Float[Tensor, "*b o"]:
+def linear(layer: Linear, t: Float[Tensor, "*b i"], path: str, expert: int | None = None) -> Float[Tensor, "*b o"]:
     """t Wᵀ in t's dtype: no bias, no hooks, differentiable in t; a dense or 8-bit W is cast ROWS rows at a time.
 
     4-bit layers use bitsandbytes' kernel, which dequantises as it does in their forward. 8-bit layers multiply by the
@@ -189,7 +204,7 @@ def linear(layer: Linear, t: Float[Tensor, "*b i"], path: str) -> Float[Tensor, 
     if kind is Kind.BNB_8BIT:
         codes, scales = _int8(layer)
         return _linear_by_rows(t, codes) * scales.to(t.dtype)
-    weight = plain_weight(layer, path)
+    weight = plain_weight(layer, path, expert)
     return F.linear(t, weight) if weight.dtype == t.dtype else _linear_by_rows(t, weight)
 
 
@@ -211,12 +226,12 @@ def samples(layer: Linear) -> list[float]:
         parts = [layer.weight.view(torch.uint8), state.absmax]
         parts += [state.state2.absmax, state.offset] if state.nested else []
         return [value for part in parts for value in _spread(part)]
-    return _spread(layer.weight)
+    return _spread(stored(layer))
 
 
 def _spread(tensor: Tensor) -> list[float]:
     """Up to SAMPLES elements from the first to the last."""
-    flat = tensor.detach().reshape(-1)
+    flat = (tensor if tensor.is_contiguous() else tensor.mT).detach().reshape(-1)
     at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device="cpu").long()
     return flat[at.to(flat.device)].float().tolist()
 
@@ -259,7 +274,7 @@ def base_record(model: nn.Module, targets: Mapping[str, Linear]) -> dict[str, An
         "name_or_path": getattr(config, "_name_or_path", None) or None,
         "dtype": dtype_name(floating),
         "quantization": quantization(model),
-        "fingerprint": {path: [dtype_name(m.weight.dtype), *samples(m)] for path, m in targets.items()},
+        "fingerprint": {path: [dtype_name(stored(m).dtype), *samples(m)] for path, m in targets.items()},
     }
 
 
@@ -316,6 +331,19 @@ def repackable(model: nn.Module) -> dict[str, nn.Module]:
     for path, layer in layers.items():
         raise_if_repacked(layer, path)
     return {path: layer for path, layer in layers.items() if layer.support_avx512bf16_for_cpu}
+
+
+@contextmanager
+def layout_kept(model: nn.Module) -> Iterator[None]:
+    """Within the block, no forward repacks a 4-bit layer."""
+    free = [m for m in model.modules() if _is(m, "bitsandbytes.nn", "Linear4bit") and m.support_avx512bf16_for_cpu]
+    for layer in free:
+        keep_layout(layer, True)
+    try:
+        yield
+    finally:
+        for layer in free:
+            keep_layout(layer, False)
 
 
 def keep_layout(layer: Linear, keep: bool) -> None:

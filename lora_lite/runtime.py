@@ -14,14 +14,25 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import quant
-from .adapter import Adapter, Session, drop_slot, file_key, get_adapter, keep_session, keep_slot, session_of, slots_of
+from . import experts, quant
+from .adapter import (
+    Adapter,
+    Session,
+    drop_slot,
+    file_key,
+    get_adapter,
+    keep_session,
+    keep_slot,
+    scaled,
+    session_of,
+    slots_of,
+)
 from .config import BaseConfig
 from .errors import ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
-from .preflight import attachable, check_name, check_ready, checked_config, checked_specs
+from .preflight import attachable, check_name, check_ready, checked_config, checked_specs, is_stacked
 from .targets import Target, find_targets
-from .variant import ParamSpec, Variant, lookup
+from .variant import ParamSpec, Variant, lookup, weight_use
 
 Values = Callable[[str, ParamSpec, torch.dtype, torch.device], Tensor]
 """(key, spec, dtype, device) -> the first values of one tensor."""
@@ -44,11 +55,13 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
     if calibration_data is not None and variant.group_init is Variant.group_init:
         raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data")
     with installed(root, cfg, name, find_targets(root, cfg), _fresh) as adapter, torch.no_grad():
-        views = {slot.path: Layer(module, slot) for module, slot in adapter.slots()}
+        views = adapter.views()
         for view in views.values():
             variant.init(view, cfg)
-        variant.group_init(root, views, cfg, calibration_data)
-    logger.info(f"attached {adapter}")
+        with scaled(root, 0.0, name):
+            variant.group_init(root, views, cfg, calibration_data)
+            variant.refresh(views, cfg)
+    logger.info(f"attached {adapter}: {adapter.counts()}")
     for path, (d_in, d_out) in adapter.targets.items():
         logger.trace(f"attached {name!r} at {path} ({d_in} -> {d_out})")
     return adapter
@@ -113,15 +126,20 @@ def _install(
     module: quant.Linear, target: Target, specs: Mapping[str, ParamSpec], state: AdapterState, values: Values
 ) -> None:
     variant = lookup(state.cfg.variant)
-    slot = Slot(state, target.path, target.d_in, target.d_out, variant.base_weight)
+    slot = Slot(state, target, weight_use(state.cfg), is_stacked(target, state.cfg))
     keep_slot(module, slot)
+    state.layers.append(module)
     for name, spec in specs.items():
-        value = values(file_key(target.path, name), spec, state.cfg.dtype, module.weight.device)
+        value = values(file_key(target.path, name), spec, state.cfg.dtype, quant.stored(module).device)
         if spec.trainable:
             module.register_parameter(state.attribute(name), nn.Parameter(value))
         else:
             module.register_buffer(state.attribute(name), value)
         slot.tensors[name] = spec.keep_dtype
+    if slot.stacked:
+        slot.handles.append(module.register_forward_pre_hook(partial(_experts_hook, state.name)))
+        slot.handles.append(module.register_forward_hook(_experts_done, always_call=True))
+        return
     if variant.forward_input is not None:
         hook = partial(_input_hook, state.name)
         slot.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -163,7 +181,7 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
     return value
 
 
-# ---- the two hooks ------------------------------------------------------------------------------
+# ---- the hooks ----------------------------------------------------------------------------------
 
 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
@@ -191,6 +209,39 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     new = variant.forward_input(Layer(module, slot, x.dtype), x)  # type: ignore[misc]
     new = new if c == 1 or variant.handles_scale else x + c * (new - x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
+
+
+def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
+    slot = slots_of(module)[name]
+    matrices = experts.down(module)
+    if slot.state.scale == 0 or matrices is None:
+        return
+    tensors = {tensor: getattr(module, slot.state.attribute(tensor)) for tensor in slot.tensors}
+
+    def one(tensors: dict[str, Tensor], matrix: Tensor) -> Tensor:
+        return _effective(Layer(module, slot, matrix.dtype, tensors=tensors), matrix)
+
+    experts.shadow(module, torch.func.vmap(one)(tensors, matrices))
+
+
+def _experts_done(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+    experts.unshadow(module)
+
+
+def _effective(layer: Layer, weight: Tensor) -> Tensor:
+    """The matrix (d_out, d_in) of layer and adapter together: what the hooks make of the unit vectors."""
+    variant, c = lookup(layer.cfg.variant), layer.scale
+    x = torch.eye(layer.in_features, dtype=weight.dtype, device=weight.device)
+    y = weight.mT
+    if variant.forward_input is not None:
+        new = variant.forward_input(layer, x)
+        new = new if c == 1 or variant.handles_scale else x + c * (new - x)
+        y = y if new is x else new @ weight.mT
+    if variant.forward is not None:
+        new = variant.forward(layer, x, y)
+        y = new if c == 1 or variant.handles_scale else y + c * (new - y)
+    return y.mT
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -6,18 +6,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from . import quant
+from . import experts, quant
 from .config import BaseConfig
 from .errors import TargetError
 
 _BLOCK = re.compile(r"(?:^|(?<=\.))(layers?|h|blocks?)\.(\d+)(?=\.|$)")
 """A block in a path: `layers.3` (Llama), `h.3` (GPT-2), `blocks.3` (MPT), `layer.3` (BERT), `block.3` (T5)."""
 
+_WRITES = re.compile(
+    r"(?:^|\.)(?:o|out|wo|w2|fc2|fc_out|down|dense|dense_4h_to_h|proj|(?:o|out|c|down)_proj|proj_out|to_out\.0)$"
+)
+_READS = re.compile(
+    r"(?:^|\.)(?:[qkv]|w[qkv]|qkv|Wqkv|w[13]|wi|wi_[01]|fc1|c_fc|c_attn|query|key|value|query_key_value|gate|up"
+    r"|dense_h_to_4h|(?:[qkv]|qkv|kv|gate|up|gate_up|in)_proj|to_[qkv])$"
+)
+"""What the last part of a path says of a square layer, whose shape says nothing."""
+
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer of the model: weight (d_out, d_in), and where it sits."""
+    """A layer of the model: weight (d_out, d_in), or one such matrix for each of the experts that it fuses."""
 
     path: str
     d_in: int
@@ -25,6 +35,17 @@ class Target:
     kind: str
     stack: str | None = None
     block: int | None = None
+    experts: int = 0
+
+    @classmethod
+    def at(cls, path: str, layer: quant.Linear) -> "Target | None":
+        """The module as a target; None if it has neither the shape of a linear layer nor fuses experts."""
+        shape = quant.features(layer)
+        if shape is None:
+            return None
+        match = _BLOCK.search(path)
+        stack, block = (path[: match.start(2)], int(match[2])) if match else (None, None)
+        return cls(path, *shape, quant.describe(layer), stack, block, experts.count(layer))
 
     @property
     def pattern(self) -> str:
@@ -32,16 +53,20 @@ class Target:
         return _BLOCK.sub(r"\1.*", self.path, count=1)
 
     def role(self, d_model: int) -> str | None:
-        """ "reader", "writer" or "inner" by the model width; None for a square layer, which could be either."""
-        reads, writes = self.d_in == d_model, self.d_out == d_model
+        """ "reader", "writer" or "inner" by the model width; None for a square layer whose name says nothing either."""
+        reads, writes = self.d_in == d_model and not self.experts, self.d_out == d_model
         if reads and writes:
-            return None
+            return "writer" if _WRITES.search(self.path) else "reader" if _READS.search(self.path) else None
         return "reader" if reads else "writer" if writes else "inner"
 
 
 def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
-    """The linear layers that every filter of the config lets pass, in module order. Raises TargetError."""
-    everything = linear_layers(model)
+    """The layers that every filter of the config lets pass, in module order. Raises TargetError.
+
+    Asked for the writers of the residual stream by role alone, it raises rather than leave one out that no adapter can
+    reach: fused experts for most methods, bare matrices in an unknown form.
+    """
+    everything = [t for t in linear_layers(model) if cfg.FUSED_EXPERTS or not t.experts]
     depth: dict[str, int] = {}  # of each stack of blocks
     for target in everything:
         if target.stack is not None and target.block is not None:
@@ -51,28 +76,35 @@ def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
     named = [t for t in everything if _named(t, cfg, default=bool(t.stack) if depth else t.path != head)]
     found = [t for t in named if _deep(t, cfg, depth)]
     if cfg.target_roles:
-        found = _with_roles(found, cfg, model_width(model))
+        width = model_width(model)
+        found = _with_roles(found, cfg, width)
+        if "writer" in cfg.target_roles and not cfg.target_names:
+            _check_writers(model, cfg, [t for t in everything if _deep(t, cfg, depth)], found, width)
     if not found:
         raise TargetError(_nothing_found(model, cfg, everything))
     return found
 
 
 def linear_layers(model: nn.Module) -> list[Target]:
-    """Every module with the shape of a linear layer; a shared module once, under its first path.
+    """Every module with the shape of a linear layer, and fused experts; a shared module once, under its first path.
 
     What such a module holds inside (another library's adapter, say) is its own affair and is left alone.
     """
     out: list[Target] = []
     within: str | None = None
     for path, module in model.named_modules():
-        shape = quant.features(module)
-        if shape is None or (within is not None and path.startswith(within)):
+        target = Target.at(path, module)
+        if target is None or (within is not None and path.startswith(within)):
             continue
         within = f"{path}." if path else ""
-        match = _BLOCK.search(path)
-        stack, block = (path[: match.start(2)], int(match[2])) if match else (None, None)
-        out.append(Target(path, *shape, quant.describe(module), stack, block))
+        out.append(target)
     return out
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Every block of the model by its path (`model.layers.3`), in order; none that is inside of another."""
+    found = ((path, module, _BLOCK.search(path)) for path, module in model.named_modules())
+    return {path: module for path, module, match in found if match and match.end() == len(path)}
 
 
 def model_width(model: nn.Module) -> int | None:
@@ -141,6 +173,35 @@ def _with_roles(found: list[Target], cfg: BaseConfig, d_model: int | None) -> li
             f"  choose among them with target_names or exclude_names"
         )
     return [t for t in found if t.role(d_model) in cfg.target_roles]
+
+
+def _check_writers(
+    model: nn.Module, cfg: BaseConfig, layers: list[Target], found: list[Target], d_model: int | None
+) -> None:
+    """TargetError if a part of a block has matrices in no layer that could write to the residual stream.
+
+    Three dimensions are experts in a form that isn't known; two dimensions, in a part where nothing else was found, are
+    a projection without a module.
+    """
+    kept, linear = {f"{t.stack}{t.block}" for t in layers}, {t.path for t in layers}
+    for path, block in blocks(model).items():
+        for name, part in block.named_children() if path in kept else ():
+            bare = [
+                (p.ndim, inner, holder)
+                for inner, holder in part.named_modules(prefix=f"{path}.{name}")
+                if inner not in linear and not isinstance(holder, _ConvNd | nn.Embedding)
+                for p in holder.parameters(recurse=False)
+                if p.ndim > 1 and d_model in p.shape[-2:]
+            ]
+            most, inner, holder = max(bare, key=lambda found: found[0], default=(0, "", part))
+            reached = any(f"{t.path}.".startswith(f"{path}.{name}.") for t in found)
+            excluded = any(re.search(pattern, inner) for pattern in cfg.exclude_names)
+            if most > 1 + reached and not excluded:
+                raise TargetError(
+                    f"{inner}: this {type(holder).__name__} may write to the residual stream, and {cfg.variant!r} "
+                    f"can't go on it\n"
+                    f"  to leave it as it is, say so: exclude_names={inner.rpartition('.')[2]!r}"
+                )
 
 
 def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target]) -> str:

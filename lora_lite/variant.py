@@ -61,21 +61,28 @@ class Variant(Protocol):
     declared attributes and never probes.
 
     base_weight        "unused": any kind of layer. "read": its values, dequantised ones too.
-                       "dense": an unquantised layer only
+                       "dense": an unquantised layer only. Or a function of the config that gives one of them
     has_identity_init  a fresh adapter leaves every output bit-exact
     handles_scale      the maths uses `layer.scale` itself; otherwise the runtime blends y + c·(f(y) - y), which
                        rounds a small change to y's dtype twice
     needs_calibration  `group_init` needs `attach(..., calibration_data=...)`
-    default_lr         a learning rate for AdamW that works, with the reason in the variant's file
+    live               config fields that `Adapter.configure` may change while the adapter is attached
+    default_lr         a learning rate for AdamW that works, with the reason in the variant's file; None for a method
+                       that is computed and not trained
+
+    On fused experts (a config with FUSED_EXPERTS): where the weight is unused, `forward` runs once, on the block's
+    output, and must be linear in y alone; otherwise every expert has tensors of its own, and `init`, `forward_input`
+    and `forward` see it as the linear layer that it is (x an identity matrix, y its weight).
     """
 
     name: str
     config: type[BaseConfig] = AdapterConfig
-    base_weight: Literal["unused", "read", "dense"] = "unused"
+    base_weight: Literal["unused", "read", "dense"] | Callable[[Any], str] = "unused"
     has_identity_init: bool = True
     handles_scale: bool = False
     needs_calibration: bool = False
-    default_lr: float = 1e-3
+    live: tuple[str, ...] = ()
+    default_lr: float | None = 1e-3
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
@@ -88,7 +95,11 @@ class Variant(Protocol):
 
     @staticmethod
     def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibration_data: Any) -> None:
-        """As `init`, once for all layers, after it; `targets` maps path to view."""
+        """As `init`, once for all layers, after it; `targets` maps path to view. The model runs without the adapter."""
+
+    @staticmethod
+    def refresh(targets: Mapping[str, Layer], cfg: Any) -> None:
+        """Bring the tensors in line with the config: after `group_init`, and whenever its `live` fields change."""
 
     forward: Callable[[Layer, Tensor, Tensor], Tensor] | None = None
     """`(layer, x, y) -> y_new`, with x (*b, d_in) and y (*b, d_out), the layer's output, of one dtype."""
@@ -101,9 +112,11 @@ REGISTRY: dict[str, Variant] = {}
 """Every registered variant, by name."""
 
 _DEFAULTS = (
-    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "default_lr"),
-    *("init", "group_init", "forward", "forward_input"),
+    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "default_lr"),
+    *("init", "group_init", "refresh", "forward", "forward_input"),
 )
+
+_USES = ("unused", "read", "dense")
 
 V = TypeVar("V")
 
@@ -132,7 +145,7 @@ def register(cls: type[V]) -> type[V]:
 
 def _check(cls: Any) -> None:
     """VariantError for a declaration that the runtime could not keep."""
-    if cls.base_weight not in ("unused", "read", "dense"):
+    if not callable(cls.base_weight) and cls.base_weight not in _USES:
         problem = f"base_weight is 'unused', 'read' or 'dense', got {cls.base_weight!r}"
     elif not (isinstance(cls.config, type) and issubclass(cls.config, BaseConfig)):
         problem = f"config is a subclass of BaseConfig, got {cls.config!r}"
@@ -156,6 +169,15 @@ def lookup(name: str) -> Variant:
             f"  a variant of your own: import the file that has its @lora_lite.register first"
         )
     return REGISTRY[name]
+
+
+def weight_use(cfg: BaseConfig) -> str:
+    """What a config's variant does with the base weight: "unused", "read" or "dense". Raises VariantError."""
+    declared = lookup(cfg.variant).base_weight
+    use = declared(cfg) if callable(declared) else declared
+    if use not in _USES:
+        raise VariantError(f"variant {cfg.variant!r}: base_weight gave {use!r}; wanted one of {_USES}")
+    return use
 
 
 def config_for(name: str) -> type[BaseConfig]:

@@ -60,7 +60,17 @@ class OneLinear(nn.Module):
 
 def config(variant: str, **overrides: Any) -> Any:
     """A registered variant's own config, on every linear layer of the blocks."""
-    return ll.config_for(variant)(**({"variant": variant, "target_names": (r"_proj$",)} | overrides))
+    everywhere = {"variant": variant, "target_names": (r"_proj$",), "target_roles": ()}
+    return ll.config_for(variant)(**(everywhere | overrides))
+
+
+def attach(model: nn.Module, cfg: Any, name: str = "default") -> ll.Adapter:
+    """ll.attach, with data for a method that is computed from it: a direction for each of its layers."""
+    if not ll.REGISTRY[cfg.variant].needs_calibration:
+        return ll.attach(model, cfg, name)
+    generator = torch.Generator().manual_seed(3)
+    given = {t.path: torch.randn(t.d_out, generator=generator) for t in ll.plan(model, cfg)}
+    return ll.attach(model, cfg, name, calibration_data={"directions": given})
 
 
 @torch.no_grad()
@@ -69,6 +79,18 @@ def perturb(adapter: ll.Adapter, size: float = 0.05, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def train(model: Any, adapter: ll.Adapter, steps: int = 2) -> None:
+    """AdamW steps on fixed tokens. Of a method that is computed, nothing is trainable, and only the forward runs."""
+    parameters = list(adapter.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0) if parameters else None
+    for _ in range(steps):
+        loss = loss_of(model)
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
 
 def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
@@ -81,10 +103,12 @@ __all__ = [
     "IDS",
     "AutoModelForCausalLM",
     "OneLinear",
+    "attach",
     "config",
     "loss_of",
     "perturb",
     "quantized",
     "tiny_folder",
     "tiny_llama",
+    "train",
 ]

@@ -39,4 +39,26 @@ def ia3_ff(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> T
     return (x * t["lora_l"]) @ W.T + b
 
 
-ORACLES: dict[str, Oracle] = {"lora": lora, "pissa": pissa, "dora": dora, "ia3": ia3, "ia3_ff": ia3_ff}
+def abliteration(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Weight forms: V is taken out of what W writes, in one of four ways of keeping norms."""
+    V, s = t["lora_v"], t["lora_strength"]
+    rows, columns = W.norm(dim=1, keepdim=True), W.norm(dim=0)
+    unit = W / rows
+    without, unit_without = W - s * V.T @ V @ W, unit - s * V.T @ V @ unit
+    forms = {
+        "none": without,
+        "pre": rows * unit_without,
+        "full": rows * unit_without / unit_without.norm(dim=1, keepdim=True),
+        "column": without * (columns / without.norm(dim=0)),
+    }
+    return x @ forms[cfg.normalization].T + b
+
+
+ORACLES: dict[str, Oracle] = {
+    "lora": lora,
+    "pissa": pissa,
+    "dora": dora,
+    "ia3": ia3,
+    "ia3_ff": ia3_ff,
+    "abliteration": abliteration,
+}

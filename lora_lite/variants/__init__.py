@@ -1,9 +1,24 @@
 """One file per method; importing this package registers them all."""
 
+from .abliteration import Abliteration, AbliterationConfig, Normalization
 from .dora import DoRA, DoRAConfig
 from .ia3 import IA3, IA3Config
 from .ia3_ff import IA3FF, IA3FFConfig
 from .lora import LoRA, LoRAConfig
 from .pissa import PiSSA, PiSSAConfig
 
-__all__ = ["IA3", "IA3FF", "DoRA", "DoRAConfig", "IA3Config", "IA3FFConfig", "LoRA", "LoRAConfig", "PiSSA", "PiSSAConfig"]
+__all__ = [
+    "IA3",
+    "IA3FF",
+    "Abliteration",
+    "AbliterationConfig",
+    "DoRA",
+    "DoRAConfig",
+    "IA3Config",
+    "IA3FFConfig",
+    "LoRA",
+    "LoRAConfig",
+    "Normalization",
+    "PiSSA",
+    "PiSSAConfig",
+]

@@ -1,0 +1,217 @@
+"""What an adapter changes: distributions, answers, logits; the base is the same model with the adapter off."""
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import quant
+from .adapter import adapters, scaled, session_of
+from .calibrate import Positions, as_inputs, select, still, with_progress
+from .errors import BaseModelError, ConfigError, TargetError
+from .prompts import Prompt, prompt_batches
+
+ROUNDING = 1e-5
+"""Nats by which a divergence of float32 log-probabilities may fall below zero."""
+
+MEMO_BYTES = 1 << 30
+"""Of base-side results that a model with adapters keeps; the oldest goes first."""
+
+
+def kl_divergence(
+    model: nn.Module,
+    batches: Iterable[Any],
+    name: str | None = None,
+    *,
+    positions: Positions = "last",
+    progress: bool = False,
+) -> Float[Tensor, "n"]:
+    """KL(base ‖ adapted) of the next token, in nats, at each position looked at: (n,) float64, in order.
+
+    The base is the model with one adapter (or all) at scale 0; the adapted model is as it stands. Log-probabilities
+    come from the raw logits in float32. batches and positions are as in `capture`.
+
+    The base's side is computed once for a batch and remembered by its content while adapters stay attached (it is
+    read-only then), unless another adapter takes part in it.
+
+    Raises TargetError without an adapter, BaseModelError for a NaN or a divergence below zero by more than rounding.
+    """
+    if not adapters(model):
+        raise TargetError(f"no adapter is attached to this {type(model).__name__}, so there is nothing to compare")
+    found = []
+    for content, logits in _each(model, batches, positions, progress):
+        adapted = logits().log_softmax(-1).double()
+        with scaled(model, 0.0, name):
+            base = _remembered(model, ("log-probabilities", content), lambda of=logits: of().log_softmax(-1))
+        base = base.to(adapted)
+        found.append((base.exp() * (base - adapted)).sum(-1).cpu())
+    kl = torch.cat(found)
+    if not (kl.isfinite().all() and (kl >= -ROUNDING).all()):
+        raise BaseModelError(
+            f"KL divergences from {kl.min():.3g} to {kl.max():.3g}: below zero or not finite\n"
+            f"  the two forwards differ by more than the adapter, or the dtype overflows: try another for the base"
+        )
+    return kl
+
+
+def logit_gap(
+    model: nn.Module,
+    batches: Iterable[Any],
+    positive: Sequence[int],
+    negative: Sequence[int],
+    *,
+    positions: Positions = "last",
+    progress: bool = False,
+) -> Float[Tensor, "n"]:
+    """log Σ exp of the logits of one set of tokens less that of another, at each position: (n,) float64, in order.
+
+    It is the log of the odds between the two sets. Raises ConfigError for a set that is empty or shares a token.
+    """
+    if not positive or not negative or set(positive) & set(negative):
+        raise ConfigError(
+            f"logit_gap: token sets {list(positive)} and {list(negative)}: wanted two, without a common token"
+        )
+
+    def gap(logits: Tensor) -> Tensor:
+        sides = [logits[:, list(ids)].double().logsumexp(-1) for ids in (positive, negative)]
+        return sides[0] - sides[1]
+
+    found = []
+    for content, logits in _each(model, batches, positions, progress):
+        key = ("gap", content, list(positive), list(negative))
+        found.append(_remembered(model, key, lambda of=logits: gap(of())).cpu())
+    return torch.cat(found)
+
+
+def marker_rate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    markers: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    skip_thinking: bool = False,
+    progress: bool = False,
+) -> float:
+    """The share of greedy answers, from 0 to 1, that contain one of the markers, whatever their case.
+
+    skip_thinking looks at what comes after a thinking block only, and asks the chat template for none. Raises
+    ConfigError for no markers or no prompts.
+    """
+    if isinstance(markers, str) or not markers or not all(markers):
+        raise ConfigError(f"markers={markers!r}: wanted a list of strings, none of them empty")
+    answers = greedy_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        skip_thinking=skip_thinking,
+        progress=progress,
+    )
+    wanted = [marker.casefold() for marker in markers]
+    return sum(any(marker in answer.casefold() for marker in wanted) for answer in answers) / len(answers)
+
+
+def greedy_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    skip_thinking: bool = False,
+    progress: bool = False,
+) -> list[str]:
+    """The model's own answers by the likeliest token each time, in order; skip_thinking as in `marker_rate`."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    answers = []
+    with still(model):
+        for batch in with_progress(
+            prompt_batches(tokenizer, prompts, batch_size, thinking=not skip_thinking), progress, "answers"
+        ):
+            inputs = as_inputs(batch, model)
+
+            generate = partial(model.generate, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+            after = inputs["input_ids"].shape[1]
+            tokens = _remembered(model, ("answers", inputs, max_new_tokens, pad), lambda: generate(**inputs)[:, after:])
+            answers += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [without_thinking(answer) for answer in answers] if skip_thinking else answers
+
+
+def without_thinking(answer: str) -> str:
+    """The answer after its thinking block; nothing, if the block was never closed."""
+    return re.sub(r"\A\s*(?:<think>)?.*?(?:</think>|\Z)\s*", "", answer, flags=re.S) if "think>" in answer else answer
+
+
+def _each(
+    model: nn.Module, batches: Iterable[Any], positions: Positions, progress: bool
+) -> Iterator[tuple[dict[str, Any], Callable[[], Tensor]]]:
+    """For each batch, its content and a function that runs the model and gives float32 logits at the positions."""
+    counted = 0
+    with still(model):
+        for batch in with_progress(batches, progress, "evaluation"):
+            inputs = as_inputs(batch, model)
+            mask = select(inputs, positions)
+            counted += 1
+            yield {**inputs, "positions": mask}, partial(_logits, model, inputs, mask)
+    if not counted:
+        raise ConfigError("there are no batches to evaluate on\n  a generator gives its batches only once")
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Float[Tensor, "n v"]:
+    """Without those of earlier positions, where the model can leave them out: the output head is a large layer."""
+    t = mask.shape[1]
+    tail = t - int(mask.any(0).long().argmax())
+    keep = (
+        {"logits_to_keep": tail} if tail < t and "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    )
+    logits: Tensor = model(**inputs, **keep).logits
+    return logits[mask[:, -logits.shape[1] :].to(logits.device)].float()
+
+
+# ---- what is remembered of the base -------------------------------------------------------------
+
+
+def _remembered(model: nn.Module, key: Sequence[Any], compute: Callable[[], Tensor]) -> Tensor:
+    """compute(), or what it gave before for the same content, while every adapter is off and the base is untouched."""
+    root, session = session_of(model)
+    if not session.adapters or any(state.scale for state in session.adapters.values()):
+        return compute()
+    hashed = hashlib.sha256()
+    own = {id(tensor) for adapter in adapters(model).values() for _, tensor in adapter.named_tensors()}
+    for part in (*key, *(_mark(p) for p in root.parameters() if id(p) not in own)):
+        _digest(hashed, part)
+    digest = hashed.digest()
+    if digest in session.memo:
+        return session.memo[digest]
+    value = session.memo[digest] = compute().cpu()
+    while sum(kept.nbytes for kept in session.memo.values()) > MEMO_BYTES:
+        del session.memo[next(iter(session.memo))]
+    return value
+
+
+def _mark(parameter: Tensor) -> tuple[Any, ...]:
+    """What changes when a base parameter is cast, swapped or edited, which nobody should do while adapters are on."""
+    address = 0 if quant.is_sharded(parameter) else parameter.data_ptr()
+    return str(parameter.dtype), address, 0 if parameter.is_inference() else parameter._version
+
+
+def _digest(hashed: Any, part: Any) -> None:
+    """Feed a tensor's type, shape and bytes, or a structure of plain values, to a hash."""
+    if isinstance(part, Tensor):
+        hashed.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        hashed.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(part, Mapping):
+        for key in sorted(part):
+            hashed.update(f"{key}:".encode())
+            _digest(hashed, part[key])
+    else:
+        hashed.update(f"{part!r};".encode())

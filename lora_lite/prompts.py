@@ -1,0 +1,51 @@
+"""From prompts to batches of tokens, as a chat model was taught to read them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .errors import ConfigError
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""What the user says, or a whole chat: [{"role": "system", "content": ...}, {"role": "user", "content": ...}]."""
+
+
+def prompt_batches(
+    tokenizer: Any, prompts: Sequence[Prompt], batch_size: int = 8, *, thinking: bool = True
+) -> list[dict[str, Tensor]]:
+    """The prompts through the tokenizer's chat template, up to where the answer starts, padded on the left.
+
+    A tokenizer without a template takes strings as they are. thinking=False asks the template for an answer without a
+    thinking block, where it knows how. Returns a list of {input_ids (b, t), attention_mask (b, t)}, for `capture`,
+    `contrast`, `kl_divergence`, ... Raises ConfigError for no prompts, or chats without a template.
+    """
+    if isinstance(prompts, str) or not prompts or batch_size < 1:
+        raise ConfigError(
+            f"prompts={prompts!r}, batch_size={batch_size}: wanted a list with some prompts, in batches of some"
+        )
+    texts = [_text(tokenizer, prompt, thinking) for prompt in prompts]
+    pad = {} if tokenizer.pad_token_id is not None else {"pad_token": tokenizer.eos_token}
+    batches = []
+    for start in range(0, len(texts), batch_size):
+        tokens = tokenizer(
+            texts[start : start + batch_size],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=tokenizer.chat_template is None,
+            **pad,
+        )
+        batches.append({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]})
+    return batches
+
+
+def _text(tokenizer: Any, prompt: Prompt, thinking: bool) -> str:
+    if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise ConfigError("this tokenizer has no chat template, and a prompt is a chat\n  give prompts as strings")
+        return prompt
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    options = {} if thinking else {"enable_thinking": False}
+    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+    return text

@@ -1,0 +1,110 @@
+"""Abliteration: take directions out of what a layer writes (Arditi et al. 2024, arXiv:2406.11717, section 2.4).
+
+    NONE    W' = W - λ Vᵀ V W           V (k, o), rows orthonormal;  λ = strength · kernel(depth)
+    PRE     W' = D ⊙ M                  D (o,) = ‖W‖ by row,  Ŵ = W / D,  M = Ŵ - λ Vᵀ V Ŵ
+    FULL    W' = D ⊙ M / n              n² (o,) = ‖M‖² by row = 1 - 2λp + λ²q,  U = V Ŵ,
+                                        p = Σ_k Vᵀ ⊙ Ŵ Uᵀ,  q = Σ_k Vᵀ ⊙ Vᵀ U Uᵀ
+    COLUMN  W' = (W - λ Vᵀ V W) / n     n² (i,) = 1 - 2λp + λ²q,  p = q = ‖V W‖² / ‖W‖² by column
+  on y = W x:  NONE y - λ (y Vᵀ) V    PRE y - λ (y (V/D)ᵀ) (V D)    FULL that over n    COLUMN x / n, then NONE
+
+Identity   never: it is computed, and nothing is trained
+Base       NONE: not read, any layer kind. Others: read once, dequantised; again when V changes
+Departs    the bias stays, but NONE takes V out of fused experts' biases too. PRE and FULL leave a part of V W at λ = 1
+           (7 to 37 % on real layers): D VᵀV D⁻¹ is no projection along V. layer.scale multiplies λ
+Checked    against the weight forms above
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..directions import DirectionConfig, fit, placed
+from ..errors import BaseModelError
+from ..variant import Layer, ParamSpec, register
+
+SMALLEST = 1e-3  # of n²: below it too little of a row or column is left to say where it points
+
+
+class Normalization(enum.StrEnum):
+    NONE, PRE, FULL, COLUMN = "none", "pre", "full", "column"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbliterationConfig(DirectionConfig):
+    """Targets all that writes to the residual stream, fused experts included; strength is λ before the kernels."""
+
+    variant: str = "abliteration"
+    target_roles: Sequence[str] = ("writer",)
+    normalization: Normalization | str = Normalization.NONE
+    FUSED_EXPERTS: ClassVar[bool] = True
+
+
+@register
+class Abliteration:
+    name = "abliteration"
+    config = AbliterationConfig
+    has_identity_init, handles_scale, needs_calibration = False, True, True
+    live = ("strength", "layer", "kernels")
+    default_lr = None
+    group_init = staticmethod(fit)
+
+    @staticmethod
+    def base_weight(cfg: AbliterationConfig) -> str:
+        return "unused" if cfg.normalization == "none" else "read"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: AbliterationConfig) -> dict[str, ParamSpec]:
+        o, i, rows = (d_out,), (d_in,), (cfg.rank, d_out)
+        norms = {"none": {}, "pre": {"d": o}, "full": {"d": o, "p": o, "q": o}, "column": {"p": i, "q": i}}
+        shapes = {"own": rows, "v": rows, "strength": (), **norms[cfg.normalization]}
+        return {f"lora_{name}": ParamSpec(shape, trainable=False, keep_dtype=True) for name, shape in shapes.items()}
+
+    @staticmethod
+    def refresh(targets: Mapping[str, Layer], cfg: AbliterationConfig) -> None:
+        for layer, v, strength in placed(targets, cfg):
+            layer.lora_strength.fill_(strength)
+            if not torch.equal(layer.lora_v, v):
+                layer.lora_v.copy_(v)
+                _read_weight(layer, layer.lora_v.double(), cfg.normalization)
+            if cfg.normalization in ("full", "column") and _square(layer).min() < SMALLEST:
+                raise BaseModelError(f"{layer.path}: almost nothing of a row or column is left to normalise\n  use 'pre'")
+
+    @staticmethod
+    def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
+        return x * _square(layer).rsqrt().to(x.dtype) if layer.cfg.normalization == "column" else x
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        reads = writes = layer.lora_v
+        if layer.cfg.normalization in ("pre", "full"):
+            reads, writes = reads / layer.lora_d.where(layer.lora_d > 0, torch.inf), writes * layer.lora_d
+        wx = y if layer.bias is None else y - layer.bias
+        removed = (wx @ reads.to(y.dtype).mT) @ (layer.scale * layer.lora_strength * writes).to(y.dtype)
+        if layer.cfg.normalization != "full":
+            return y - removed
+        return y - removed + (_square(layer).rsqrt() - 1).to(y.dtype) * (wx - removed)
+
+
+def _read_weight(layer: Layer, v: Float[Tensor, "k o"], mode: str) -> None:
+    w = layer.dense_weight().double() if mode != "none" else v
+    if mode == "column":
+        layer.lora_p.copy_((v @ w).square().sum(0) / w.square().sum(0).clamp_min(1e-300))
+        layer.lora_q.copy_(layer.lora_p)
+    if mode in ("pre", "full"):
+        layer.lora_d.copy_(w.norm(dim=1))
+    if mode == "full":
+        w = w / w.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        u = v @ w
+        layer.lora_p.copy_(((w @ u.mT) * v.mT).sum(1))
+        layer.lora_q.copy_((v.mT @ (u @ u.mT) * v.mT).sum(1))
+
+
+def _square(layer: Layer) -> Tensor:
+    """n², of rows in FULL and of columns in COLUMN."""
+    s = layer.scale * layer.lora_strength
+    return 1 - 2 * s * layer.lora_p + s * s * layer.lora_q
