@@ -46,9 +46,9 @@ def kl_divergence(
         raise TargetError(f"no adapter is attached to this {type(model).__name__}, so there is nothing to compare")
     found = []
     for content, logits in _each(model, batches, positions, progress):
-        adapted = logits().log_softmax(-1).double()
+        adapted = _log_probabilities(logits).double()
         with scaled(model, 0.0, name):
-            base = _remembered(model, ("log-probabilities", content), lambda of=logits: of().log_softmax(-1))
+            base = _remembered(model, ("log-probabilities", content), partial(_log_probabilities, logits))
         base = base.to(adapted)
         found.append((base.exp() * (base - adapted)).sum(-1).cpu())
     kl = torch.cat(found)
@@ -74,18 +74,18 @@ def logit_gap(
     It is the log of the odds between the two sets. Raises ConfigError for a set that is empty or shares a token.
     """
     if not positive or not negative or set(positive) & set(negative):
-        raise ConfigError(
-            f"logit_gap: token sets {list(positive)} and {list(negative)}: wanted two, without a common token"
-        )
+        sets = f"{list(positive)} and {list(negative)}"
+        raise ConfigError(f"logit_gap: token sets {sets}: wanted two, none empty, without a common token")
 
-    def gap(logits: Tensor) -> Tensor:
-        sides = [logits[:, list(ids)].double().logsumexp(-1) for ids in (positive, negative)]
+    def gap(logits: Callable[[], Tensor]) -> Tensor:
+        here = logits()
+        sides = [here[:, list(ids)].double().logsumexp(-1) for ids in (positive, negative)]
         return sides[0] - sides[1]
 
     found = []
     for content, logits in _each(model, batches, positions, progress):
         key = ("gap", content, list(positive), list(negative))
-        found.append(_remembered(model, key, lambda of=logits: gap(of())).cpu())
+        found.append(_remembered(model, key, partial(gap, logits)).cpu())
     return torch.cat(found)
 
 
@@ -139,10 +139,9 @@ def greedy_answers(
         ):
             inputs = as_inputs(batch, model)
 
-            generate = partial(model.generate, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-            after = inputs["input_ids"].shape[1]
-            tokens = _remembered(model, ("answers", inputs, max_new_tokens, pad), lambda: generate(**inputs)[:, after:])
-            answers += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+            tokens = _remembered(model, ("answers", inputs, options), partial(model.generate, **inputs, **options))
+            answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [without_thinking(answer) for answer in answers] if skip_thinking else answers
 
 
@@ -166,13 +165,16 @@ def _each(
         raise ConfigError("there are no batches to evaluate on\n  a generator gives its batches only once")
 
 
+def _log_probabilities(logits: Callable[[], Tensor]) -> Float[Tensor, "n v"]:
+    return logits().log_softmax(-1)
+
+
 def _logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Float[Tensor, "n v"]:
     """Without those of earlier positions, where the model can leave them out: the output head is a large layer."""
     t = mask.shape[1]
     tail = t - int(mask.any(0).long().argmax())
-    keep = (
-        {"logits_to_keep": tail} if tail < t and "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    )
+    can_skip = tail < t and "logits_to_keep" in inspect.signature(model.forward).parameters
+    keep = {"logits_to_keep": tail} if can_skip else {}
     logits: Tensor = model(**inputs, **keep).logits
     return logits[mask[:, -logits.shape[1] :].to(logits.device)].float()
 
