@@ -1,9 +1,12 @@
 """From prompts to batches of tokens, as a chat model was taught to read them."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .errors import ConfigError
 
@@ -24,19 +27,16 @@ def prompt_batches(
         raise ConfigError(
             f"prompts={prompts!r}, batch_size={batch_size}: wanted a list with some prompts, in batches of some"
         )
+    bare = tokenizer.chat_template is None  # a template writes the special tokens itself
     texts = [_text(tokenizer, prompt, thinking) for prompt in prompts]
-    pad = {} if tokenizer.pad_token_id is not None else {"pad_token": tokenizer.eos_token}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
     batches = []
     for start in range(0, len(texts), batch_size):
-        tokens = tokenizer(
-            texts[start : start + batch_size],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=tokenizer.chat_template is None,
-            **pad,
-        )
-        batches.append({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]})
+        part = texts[start : start + batch_size]
+        rows = [torch.tensor(ids) for ids in tokenizer(part, add_special_tokens=bare).input_ids]
+        mask = left([torch.ones_like(row) for row in rows])
+        batches.append({"input_ids": left(rows, padding_value=pad), "attention_mask": mask})
     return batches
 
 
