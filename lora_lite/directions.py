@@ -37,7 +37,7 @@ class Contrast:
 
 def contrast(
     model: nn.Module,
-    data: Mapping[str, Iterable[Any]],
+    data: Any,
     *,
     rank: int = 1,
     center: str = "mean",
@@ -263,7 +263,7 @@ def _rows_for(layer: Layer, given: Any, rank: int) -> Float[Tensor, "k o"]:
     return orthonormal(rows.detach().reshape(rank, -1), layer.path)
 
 
-def _rows_at(depth: float, stack: str, own: Mapping[tuple[str, int] | None, Tensor]) -> Float[Tensor, "k o"]:
+def _rows_at(depth: int | float, stack: str, own: Mapping[tuple[str, int] | None, Tensor]) -> Float[Tensor, "k o"]:
     """The directions of one block of a stack; at a depth between two blocks, those between theirs."""
     low, high = math.floor(depth), math.ceil(depth)
     a, b = own.get((stack, low)), own.get((stack, high))

@@ -40,8 +40,11 @@ def ia3_ff(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> T
 
 
 def abliteration(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Weight forms: V is taken out of what W writes, in one of four ways of keeping norms."""
-    V, s = t["lora_v"], t["lora_strength"]
+    return x @ weight_form(W, t["lora_v"], t["lora_strength"], cfg.normalization).T + b
+
+
+def weight_form(W: Tensor, V: Tensor, s: Tensor, mode: str) -> Tensor:
+    """W (o, i) with the rows of V (k, o) taken out of what it writes, in one of four ways of keeping norms."""
     rows, columns = W.norm(dim=1, keepdim=True), W.norm(dim=0)
     unit = W / rows
     without, unit_without = W - s * V.T @ V @ W, unit - s * V.T @ V @ unit
@@ -51,7 +54,7 @@ def abliteration(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor
         "full": rows * unit_without / unit_without.norm(dim=1, keepdim=True),
         "column": without * (columns / without.norm(dim=0)),
     }
-    return x @ forms[cfg.normalization].T + b
+    return forms[mode]
 
 
 ORACLES: dict[str, Oracle] = {

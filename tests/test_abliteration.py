@@ -1,0 +1,504 @@
+"""Abliteration: hooks against weight forms on every kind of layer, directions, depth, live changes, and bad data."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contrasts import NEUTRAL, gap, random_direction, sides
+from models import IDS, OneLinear, quantized, tiny_llama
+from oracles import weight_form
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+
+import lora_lite as ll
+from lora_lite import experts, quant
+
+MODES = ["none", "pre", "full", "column"]
+per_mode = pytest.mark.parametrize("mode", MODES)
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def moe(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A tiny mixture-of-experts model, with biases where its kind has them."""
+    torch.manual_seed(0)
+    few = {"num_experts_per_tok": 2, "num_local_experts": 4, "intermediate_size": 48}
+    makers: dict[str, Any] = {
+        "qwen3": lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **SIZES, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, **overrides
+            )
+        ),
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **few, **overrides)),
+        "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, **few, head_dim=16, **overrides)),
+    }
+    model = makers[name]()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.ndim > 1 or path.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model(input_ids=IDS).logits
+    return out
+
+
+def directions(k: int = 1, d: int = 64, blocks: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {"directions": torch.randn(blocks, k, d, generator=generator, dtype=torch.float64)}
+
+
+def edited(model: Any, adapter: ll.Adapter, mode: str) -> Any:
+    """A copy with the weight form written into each target's matrices: what the hooks must equal."""
+    twin = copy.deepcopy(model)
+    tensors = adapter.state_dict()
+    ll.detach(twin)
+    with torch.no_grad():
+        for path in adapter.targets:
+            layer = twin.get_submodule(path)
+            v, s = tensors[f"{path}.lora_v"], tensors[f"{path}.lora_strength"]
+            matrices = experts.down(layer)
+            if matrices is None:
+                layer.weight.copy_(weight_form(layer.weight, v, s, mode))
+                continue
+            for e in range(len(matrices)):
+                own = (v, s) if mode == "none" else (v[e], s[e])
+                matrices[e].copy_(weight_form(matrices[e], *own, mode))
+            if mode == "none" and hasattr(layer, "down_proj_bias"):
+                layer.down_proj_bias.copy_(layer.down_proj_bias - s * layer.down_proj_bias @ v.T @ v)
+    return twin
+
+
+# ---- the four modes equal their weight forms ----------------------------------------------------
+
+
+@per_mode
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("strength", "rank"), [(1.0, 1), (0.6, 1), (1.4, 3), (-0.5, 1)])
+def test_every_mode_is_its_weight_form(mode: str, dtype: torch.dtype, strength: float, rank: int) -> None:
+    model = tiny_llama(dtype, bias=True)
+    cfg = ll.AbliterationConfig(normalization=mode, strength=strength, rank=rank, dtype=dtype)
+    adapter = ll.attach(model, cfg, calibration_data=directions(rank))
+    assert set(adapter.targets) == {
+        f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(logits(model), logits(edited(model, adapter, mode)), rtol=tolerance, atol=tolerance)
+    with ll.disabled(model):
+        assert torch.equal(logits(model), logits(tiny_llama(dtype, bias=True)))
+
+
+@per_mode
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gpt_oss"])
+def test_every_mode_is_its_weight_form_on_fused_experts(
+    mode: str, dtype: torch.dtype, name: str, tmp_path: Path
+) -> None:
+    model = moe(name, dtype, experts_implementation="eager")  # the others know no float64
+    base = logits(model)
+    cfg = ll.AbliterationConfig(normalization=mode, strength=0.8, rank=2, dtype=dtype)
+    adapter = ll.attach(model, cfg, calibration_data=directions(2))
+    assert {path.rpartition(".")[2] for path in adapter.targets} == {"o_proj", "experts"}
+    ours = logits(model)
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ours, logits(edited(model, adapter, mode)), rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(ours, base, atol=1e-3)
+    ll.save(model, tmp_path / "a.safetensors")
+    fresh = moe(name, dtype, experts_implementation="eager")
+    ll.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(logits(fresh), ours)
+    ll.detach(model)
+    assert torch.equal(logits(model), base)
+
+
+@per_mode
+def test_every_implementation_of_experts_sees_the_same(mode: str) -> None:
+    """transformers chooses among several ways to compute the same block."""
+    outputs = []
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model = moe("qwen3", experts_implementation=implementation)
+        ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions())
+        outputs.append(logits(model))
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-5)
+
+
+@per_mode
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_every_mode_is_its_weight_form_on_dequantised_values(mode: str, quantization: str, tiny: str) -> None:
+    model = ll.load_base(tiny, torch.float32, quantization, compute_dtype=torch.float32)
+    layer = model.model.layers[0].mlp.down_proj
+    cfg = ll.AbliterationConfig(normalization=mode, rank=2)
+    ll.attach(model, cfg, calibration_data=directions(2, 128))
+    x = torch.randn(5, layer.in_features)
+    dense = quant.dense_weight(layer, "here").double()
+    wanted = x.double() @ weight_form(dense, layer.lora_v.double(), layer.lora_strength.double(), mode).T
+    with torch.no_grad():
+        got = layer(x).double()
+        with ll.disabled(model):
+            base = layer(x).double()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(base, wanted, atol=1e-3)
+
+
+@per_mode
+def test_int8_values_are_right_whatever_its_kernel_rounds(mode: str, tiny: str) -> None:
+    """bitsandbytes' 8-bit kernel rounds x to int8; the adapter's own share of the error is below that."""
+    model = quantized(tiny, "int8")
+    layer = model.model.layers[0].mlp.down_proj
+    dense = quant.dense_weight(layer, "here").double()
+    ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions(1, 128))
+    x = torch.randn(64, layer.in_features).bfloat16()
+    wanted = x.double() @ weight_form(dense, layer.lora_v.double(), layer.lora_strength.double(), mode).T
+    with torch.no_grad():
+        error = (layer(x).double() - wanted).norm() / wanted.norm()
+        with ll.disabled(model):
+            rounding = (layer(x).double() - x.double() @ dense.T).norm() / wanted.norm()
+    assert error < 1.5 * rounding + 0.005
+
+
+@pytest.mark.parametrize("mode", ["none", "column"])
+def test_full_strength_leaves_nothing_of_the_directions(mode: str) -> None:
+    model = tiny_llama(torch.float64)
+    cfg = ll.AbliterationConfig(normalization=mode, rank=2, dtype=torch.float64)
+    ll.attach(model, cfg, calibration_data=directions(2))
+    for block in model.model.layers:
+        for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+            out = layer(torch.randn(9, layer.in_features, dtype=torch.float64))
+            assert (out @ layer.lora_v.T).abs().max() < 1e-13
+            torch.testing.assert_close(layer.lora_v @ layer.lora_v.T, torch.eye(2, dtype=torch.float64))
+
+
+def test_a_row_or_column_of_zeros_stays_zero() -> None:
+    for mode in MODES:
+        model = OneLinear(bias=False).double()
+        with torch.no_grad():
+            model.proj.weight[3] = 0
+            model.proj.weight[:, 5] = 0
+        cfg = ll.AbliterationConfig(target_names="proj", target_roles=(), normalization=mode, dtype=torch.float64)
+        ll.attach(model, cfg, calibration_data={"directions": random_direction(24, 1)})
+        W = model(torch.eye(16, dtype=torch.float64)).T
+        assert W.isfinite().all()
+        assert not W[:, 5].any()
+        assert mode in ("none", "column") or not W[3].any()
+
+
+def test_a_row_of_which_nothing_is_left_raises() -> None:
+    model = OneLinear(16, 24, bias=False)
+    with torch.no_grad():
+        model.proj.weight.normal_()
+        model.proj.weight[3] *= 0
+        model.proj.weight[:, 2] = torch.eye(24)[7]
+    cfg = ll.AbliterationConfig(target_names="proj", target_roles=(), normalization="column")
+    with pytest.raises(ll.BaseModelError, match="proj: almost nothing of a row or column is left"):
+        ll.attach(model, cfg, calibration_data={"directions": torch.eye(24)[7]})
+    assert not hasattr(model.proj, "lora_v")
+
+
+@per_mode
+@pytest.mark.parametrize("c", [0.5, -1.0, 2.0])
+def test_scale_multiplies_the_strength(mode: str, c: float) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions()).scale = c
+    ll.attach(other, ll.AbliterationConfig(normalization=mode, strength=c), calibration_data=directions())
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-5, atol=1e-6)
+
+
+# ---- what it goes on ----------------------------------------------------------------------------
+
+
+def test_it_goes_on_all_writers_of_a_hybrid_model_and_says_how_many(log: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **SIZES,
+            head_dim=16,
+            intermediate_size=96,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            shared_expert_intermediate_size=48,
+            layer_types=["linear_attention", "full_attention"],
+        )
+    ).eval()
+    adapter = ll.attach(model, ll.AbliterationConfig(), calibration_data=directions())
+    assert set(adapter.targets) == {
+        "model.layers.0.linear_attn.out_proj",
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.shared_expert.down_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.experts",
+        "model.layers.1.mlp.shared_expert.down_proj",
+    }
+    assert "1 out_proj, 2 blocks of fused experts, 2 down_proj, 1 o_proj" in log[-1]
+    with torch.no_grad():
+        for path, layer in ((path, model.get_submodule(path)) for path in adapter.targets if "experts" not in path):
+            out = layer(torch.randn(7, layer.in_features))
+            assert (out @ layer.lora_v.T).abs().max() < 1e-5, path
+
+
+def test_nothing_that_may_write_is_left_out_in_silence() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wo = nn.Parameter(torch.randn(4, 48, 64))
+
+    model = tiny_llama()
+    model.model.layers[1].mlp.experts = Fused()
+    with pytest.raises(
+        ll.TargetError, match=r"layers.1.mlp.experts: this Fused may write .*'abliteration' can't go on it\n.*'experts'"
+    ):
+        ll.attach(model, ll.AbliterationConfig(), calibration_data=directions())
+    adapter = ll.attach(model, ll.AbliterationConfig(exclude_names="experts"), calibration_data=directions())
+    assert len(adapter.targets) == 4
+    with pytest.raises(ll.TargetError, match=r"GptOssExperts may write to the residual stream, and 'lora' can't"):
+        ll.attach(moe("gpt_oss"), ll.LoRAConfig(target_roles="writer"))
+
+
+def test_an_error_in_a_block_of_experts_leaves_its_own_matrices() -> None:
+    model = moe("mixtral")
+    base = logits(model)
+    adapter = ll.attach(model, ll.AbliterationConfig(normalization="full"), calibration_data=directions())
+    block = model.model.layers[0].mlp.experts
+    with pytest.raises(RuntimeError):
+        block(torch.randn(3, 7), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
+    assert "down_proj" not in block.__dict__
+    adapter.scale = 0.0
+    assert torch.equal(logits(model), base)
+
+
+@per_mode
+def test_two_adapters_stack_on_fused_experts(mode: str) -> None:
+    model = moe("qwen3", torch.float64, experts_implementation="eager")
+    cfg = ll.AbliterationConfig(normalization=mode, dtype=torch.float64)
+    first, second = ({"directions": random_direction(64, seed).double()} for seed in (1, 2))
+    ll.attach(model, cfg, calibration_data=first)
+    once = edited(model, ll.adapters(model)["default"], mode)
+    ll.attach(model, cfg, "more", calibration_data=second)
+    if mode in ("none", "column"):  # the others' norms are those of the base
+        twice = ll.attach(once, cfg, calibration_data=second)
+        if mode == "none":
+            torch.testing.assert_close(logits(model), logits(edited(once, twice, mode)))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+# ---- directions and depth -----------------------------------------------------------------------
+
+
+def test_each_layer_uses_its_own_block_or_one_that_is_named_or_what_lies_between() -> None:
+    model = tiny_llama(num_hidden_layers=3)
+    given = directions(1, blocks=3)["directions"]
+    unit = torch.nn.functional.normalize(given[:, 0], dim=-1).float()
+    adapter = ll.attach(model, ll.AbliterationConfig(), calibration_data={"directions": given})
+
+    def used() -> list[torch.Tensor]:
+        return [block.mlp.down_proj.lora_v[0] for block in model.model.layers]
+
+    torch.testing.assert_close(torch.stack(used()), unit)
+    adapter.configure(layer=2)
+    assert all(torch.equal(v, model.model.layers[2].mlp.down_proj.lora_own[0]) for v in used())
+    adapter.configure(layer=0.25)
+    between = 0.75 * unit[0] + 0.25 * unit[1] * (unit[0] @ unit[1]).sign()
+    torch.testing.assert_close(used()[2], between / between.norm())
+    adapter.configure(layer=None)
+    torch.testing.assert_close(torch.stack(used()), unit)
+    with pytest.raises(ll.ConfigError, match=r"layer=2.5: no direction is kept for it\n  blocks with one: \[0, 1, 2\]"):
+        adapter.configure(layer=2.5)
+    assert adapter.config.layer is None
+    torch.testing.assert_close(torch.stack(used()), unit)
+
+
+def test_the_kernel_gives_each_component_its_weight_over_depth(tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=4)
+    kernels = {"attn": ll.Kernel(1.0, 1.0, 0.5, 2.0), "mlp": ll.Kernel(2.0, 2.5, 0.0, 0.5)}
+    adapter = ll.attach(
+        model, ll.AbliterationConfig(strength=0.5, kernels=kernels), calibration_data=directions(blocks=4)
+    )
+
+    def weights(part: str) -> list[float]:
+        return [block.get_submodule(part).lora_strength.item() for block in model.model.layers]
+
+    assert weights("self_attn.o_proj") == [0.375, 0.5, 0.375, 0.25]
+    assert weights("mlp.down_proj") == [0.0, 0.0, 0.0, 0.0]
+    adapter.configure(kernels={"": ll.Kernel(1.0, 0.0, 1.0, 1.0)}, strength=2.0)
+    assert weights("mlp.down_proj") == [2.0, 2.0, 0.0, 0.0]
+    ll.save(model, tmp_path / "a.safetensors")
+    fresh = tiny_llama(num_hidden_layers=4)
+    loaded = ll.load(fresh, tmp_path / "a.safetensors")
+    assert loaded.config == adapter.config
+    assert torch.equal(logits(fresh), logits(model))
+    for each, twin in ((adapter, model), (loaded, fresh)):  # a loaded one is as live as the first
+        each.configure(kernels=kernels, layer=1.5, strength=0.7)
+        assert not torch.equal(logits(twin), logits(tiny_llama(num_hidden_layers=4)))
+    assert torch.equal(logits(fresh), logits(model))
+    with pytest.raises(ll.ConfigError, match=r"kernels: 0 of \['attn'\] match model.layers.0.mlp.down_proj"):
+        adapter.configure(kernels={"attn": ll.Kernel(1.0, 0.0, 1.0, 1.0)})
+    assert torch.equal(logits(fresh), logits(model))
+
+
+@per_mode
+def test_a_live_change_is_the_same_as_a_fresh_attach(mode: str) -> None:
+    for make in (tiny_llama, lambda: moe("gpt_oss")):
+        model, other = make(), make()
+        adapter = ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions())
+        adapter.configure(strength=0.4, layer=0.5)
+        ll.attach(
+            other, ll.AbliterationConfig(normalization=mode, strength=0.4, layer=0.5), calibration_data=directions()
+        )
+        assert torch.equal(logits(model), logits(other))
+
+
+def test_what_cannot_change_live_is_refused_and_a_bad_value_changes_nothing() -> None:
+    model = tiny_llama()
+    adapter = ll.attach(model, ll.AbliterationConfig(), calibration_data=directions())
+    before, wanted = adapter.config, logits(model)
+    with pytest.raises(ll.ConfigError, match=r"normalization, rank can't change while .*\n.*strength, layer, kernels"):
+        adapter.configure(rank=2, normalization="full")
+    with pytest.raises(ll.ConfigError, match=r"strength=nan\): wanted a finite number"):
+        adapter.configure(strength=float("nan"))
+    lora = ll.attach(model, ll.LoRAConfig(), "lora")
+    with pytest.raises(ll.ConfigError, match=r"'lora' can follow no field"):
+        lora.configure(alpha=2.0)
+    assert adapter.config == before
+    assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"normalization": "rows"}, r"normalization='rows'\): wanted one of \['none', 'pre', 'full', 'column'\]"),
+        ({"center": "mode"}, r"center='mode'\): wanted one of \['mean', 'median'\]"),
+        ({"rank": 0}, r"rank=0\): wanted a number of directions"),
+        ({"layer": -1.0}, r"layer=-1.0\): wanted a depth"),
+        ({"winsorize": 1.5}, r"winsorize=1.5\): wanted a quantile"),
+        ({"kernels": {"attn": (1.0, 2.0)}}, r"wanted \{regex: Kernel\(four finite numbers"),
+        ({"kernels": {"attn": (1.0, 2.0, 0.0, 0.0)}}, r"the distance above 0"),
+        ({"kernels": {"(": (1.0, 2.0, 0.0, 1.0)}}, r"wanted \{regex"),
+    ],
+)
+def test_bad_configs_say_what_was_wanted(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.AbliterationConfig(**fields)
+
+
+def test_the_config_survives_json() -> None:
+    cfg = ll.AbliterationConfig(
+        normalization=ll.Normalization.FULL, kernels={"a": ll.Kernel(1.0, 2.0, 3.0, 4.0)}, layer=1.5, center="median"
+    )
+    assert ll.AbliterationConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def test_it_is_fitted_on_two_sides_without_itself_in_the_way() -> None:
+    model = tiny_llama()
+    data = {"positive": [IDS[:, :6], IDS[:, 2:8]], "negative": [IDS[:, 6:], IDS[:, 5:11]]}
+    wanted = {path: found.directions for path, found in ll.contrast(model, data, projected=True).items()}
+    ll.attach(model, ll.AbliterationConfig(projected=True), calibration_data=data)
+    for path, rows in wanted.items():
+        assert torch.equal(model.get_submodule(path).mlp.down_proj.lora_own, rows)
+    assert not list(ll.adapters(model)["default"].parameters())
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (None, ll.ConfigError, "'abliteration' is computed from data"),
+        ({"positive": [IDS]}, ll.ConfigError, r"got \['positive'\]; wanted \{\"positive\": batches"),
+        ([IDS], ll.ConfigError, "calibration_data: got list"),
+        ({"positive": [IDS], "negative": []}, ll.ConfigError, "there are no batches to calibrate on"),
+        (
+            {"positive": [IDS], "negative": iter([IDS])},
+            ll.ConfigError,
+            r"'negative'\] is an iterator, which can be read",
+        ),
+        ({"positive": IDS, "negative": [IDS]}, ll.ConfigError, r"'positive'\] is a Tensor: wanted a list of batches"),
+        ({"positive": [IDS[:1]], "negative": [IDS]}, ll.ConfigError, r"'positive'\] has 1 vectors: wanted 2 at least"),
+        ({"positive": [IDS], "negative": [IDS]}, ll.BaseModelError, r"layers.0: 1 directions of which some are zero"),
+        ({"directions": torch.ones(3)}, ll.ConfigError, r"wanted directions \(1, 64\) for its block 0, got \(3,\)"),
+        ({"directions": torch.ones(1, 1, 64)}, ll.ConfigError, r"layers.1.*for its block 1, got NoneType"),
+        ({"directions": torch.zeros(64)}, ll.BaseModelError, r"1 directions of which some are zero"),
+        ({"directions": {"elsewhere": torch.ones(64)}}, ll.ConfigError, r"block 0, got NoneType\n  give a tensor"),
+    ],
+)
+def test_bad_data_is_a_clear_error_and_changes_nothing(data: Any, error: type[Exception], message: str) -> None:
+    model = tiny_llama()
+    before = sorted(model.state_dict())
+    base = logits(model)
+    with pytest.raises(error, match=message):
+        ll.attach(model, ll.AbliterationConfig(), calibration_data=data)
+    assert sorted(model.state_dict()) == before
+    assert torch.equal(logits(model), base)
+    assert not ll.adapters(model)
+
+
+def test_a_rank_above_one_takes_the_positive_sides_principal_directions() -> None:
+    model = tiny_llama()
+    data = {"positive": [IDS[:, :t] for t in (3, 5, 7, 9)], "negative": [IDS[:, 4:], IDS[:, 6:]]}
+    found = ll.contrast(model, data, rank=3)["model.layers.1"]
+    seen = ll.capture(model, data["positive"], ["model.layers.1"], reduce="samples")["model.layers.1"].kept_samples()
+    first = found.directions[0]
+    torch.testing.assert_close(
+        first.double(), torch.nn.functional.normalize(found.positive - found.negative, dim=0), rtol=1e-5, atol=1e-6
+    )
+    rest = seen.double() - seen.double().mean(0)
+    rest = rest - (rest @ first.double())[:, None] * first.double()
+    spread = torch.linalg.svdvals(rest)
+    torch.testing.assert_close((rest @ found.directions[1:].double().T).norm(dim=0), spread[:2], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ll.ConfigError, match=r"'negative'\] has 4 vectors: wanted 5 at least for rank 5"):
+        ll.contrast(model, data, rank=5)
+
+
+# ---- the real model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_french_is_ablated_on_the_real_model(quantization: str | None, smollm2: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = ll.load_base(smollm2, torch.bfloat16, quantization)
+    neutral = ll.prompt_batches(tokenizer, NEUTRAL, 20)
+    assert gap(model, tokenizer, "French") > 1
+    cfg = ll.AbliterationConfig(layer=18, projected=True)
+    adapter = ll.attach(model, cfg, calibration_data=sides(tokenizer))
+    assert len(adapter.targets) == 60
+    assert gap(model, tokenizer, "French") < 0
+    assert ll.kl_divergence(model, neutral).mean() < 0.15
+    if quantization is None:
+        ll.save(model, tmp_path / "a.safetensors")
+        fresh = ll.load_base(smollm2, torch.bfloat16)
+        ll.load(fresh, tmp_path / "a.safetensors")
+        with torch.no_grad():
+            assert torch.equal(fresh(**neutral[0]).logits, model(**neutral[0]).logits)
+        for seed in range(5):
+            ll.detach(model)
+            given = {"directions": random_direction(576, seed)}
+            ll.attach(model, ll.AbliterationConfig(), calibration_data=given)
+            assert gap(model, tokenizer, "French") > 1
