@@ -287,6 +287,19 @@ def test_fast_svd_is_seeded_close_and_reports_its_error(log: list[str]) -> None:
     assert float(reports[0].rpartition("= ")[2]) < 1e-3
 
 
+@pytest.mark.parametrize(("d_in", "d_out"), [(96, 64), (64, 64), (64, 96)])
+def test_fast_svd_reports_how_bad_a_bad_run_is(
+    d_in: int, d_out: int, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In either orientation one of the two residuals is zero by construction."""
+    model = OneLinear(d_in, d_out)
+    monkeypatch.setattr("lora_lite.variants.pissa.OVERSAMPLE", 0)
+    monkeypatch.setattr("lora_lite.variants.pissa.ITERATIONS", 0)
+    ll.attach(model, config("pissa", target_names="proj", svd="fast"))
+    (report,) = (line for line in log if "randomised SVD" in line)
+    assert float(report.rpartition("= ")[2]) > 0.1
+
+
 def test_doras_norm_is_right_where_the_terms_cancel() -> None:
     """W + sBA nearly vanishes: the factored form has no digits left, the direct one does."""
     torch.manual_seed(0)
