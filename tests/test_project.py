@@ -8,26 +8,39 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_llama
+from test_ecosystem import Tokens, arguments
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+EXAMPLE, OWN_VARIANT, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
 def test_the_readmes_code_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    example, own_variant, trainer = BLOCKS
     scope: dict[str, object] = {}
-    exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
+    exec(EXAMPLE.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
     assert (tmp_path / "adapter.safetensors").is_file()
     scope = {"ll": ll, "model": tiny_llama()}
-    exec(own_variant, scope)
+    exec(OWN_VARIANT, scope)
     assert ll.adapters(scope["model"])["default"].variant == "gain"  # type: ignore[arg-type]
-    assert "AdapterTrainer" in trainer
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # torch's, on a machine without an accelerator
+def test_the_readmes_trainer_trains_and_goes_on(tmp_path: Path) -> None:
+    for last in (3, 6):
+        model = tiny_llama()
+        adapter = ll.attach(model, ll.LoRAConfig())
+        scope = {"model": model, "args": arguments(tmp_path, max_steps=last), "data": Tokens()}
+        code = TRAINER if last == 3 else TRAINER.replace(".train()", ".train(resume_from_checkpoint=True)")
+        exec(code, scope)
+        assert all(tensor.any() for tensor in adapter.parameters())
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert scope["trainer"].state.log_history[0]["step"] == 1  # the history of the first run
+    assert "train(resume_from_checkpoint=True)" in TRAINER
 
 
 def test_the_readmes_table_is_true() -> None:
