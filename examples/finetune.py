@@ -50,7 +50,7 @@ class Task:
     shown: list[Example]
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """The gradients of a step are not finite."""
 
 
@@ -82,6 +82,7 @@ def main(
         train_set, held_out = (encode(tokenizer, part, max_length) for part in split(pairs))
         base = load(source, quantization)
         adapter = ll.attach(base, cfg)
+        held = (adapter.base["quantization"] or {"quant_type": None})["quant_type"]  # a folder may be quantised already
 
     measured = random.Random(seed).sample(held_out, min(eval_pairs, len(held_out)))
     logger.info(f"{len(train_set)} pairs to train on, {len(measured)} of {len(held_out)} held-out ones to measure")
@@ -96,11 +97,11 @@ def main(
         measure(base, task, history)
     try:
         train(base, adapter, task, lr, steps, history)
-    except (KeyboardInterrupt, Diverged) as stop:
-        if isinstance(stop, Diverged):
+    except (KeyboardInterrupt, DivergedError) as stop:
+        if isinstance(stop, DivergedError):
             logger.error(str(stop))
         keep(base, out, len(history.train), steps)
-        raise typer.Exit(DIVERGED if isinstance(stop, Diverged) else INTERRUPTED) from None
+        raise typer.Exit(DIVERGED if isinstance(stop, DivergedError) else INTERRUPTED) from None
     ll.save(base, out / "adapter.safetensors")
 
     show([example.pair for example in task.shown], before, answers(base, tokenizer, task))
@@ -108,9 +109,9 @@ def main(
     del base, adapter
     check_reload(load(source, quantization), out / "adapter.safetensors", task, expected)
 
-    name = f"{Path(source).name} in {quantization or 'bfloat16'}"
+    name = f"{Path(source).name} in {held or 'bfloat16'}"
     plot(history, f"{variant} on {name}, learning rate {lr:g}", out / "loss.png")
-    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": quantization, "model": source, "lr": lr}
+    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": held, "model": source, "lr": lr}
     settings |= {"steps": steps, "batch_size": batch_size, "seed": seed, "trainable_parameters": trainable}
     seconds = time.perf_counter() - started
     write_results(settings, history, seconds, out / "results.json")
@@ -165,8 +166,10 @@ def load(source: str, quantization: str | None) -> Any:
 
 
 def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, history: History) -> None:
-    """AdamW with a linear warm-up and decay; history grows with each step. Raises Diverged before a step that would
-    spoil the adapter."""
+    """AdamW with a linear warm-up and decay; history grows with each step.
+
+    Raises DivergedError before a step that would spoil the adapter.
+    """
     # No weight decay: it pulls to zero, which for some methods is far from where the adapter does nothing.
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)
     rise = max(1, int(WARM_UP * steps))
@@ -178,7 +181,7 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
             loss = loss_of(model, batch)
             loss.backward()
             if not torch.nn.utils.clip_grad_norm_(adapter.parameters(), CLIP).isfinite():
-                raise Diverged(f"step {step}: the gradients are not finite\n  try a lower --lr than {lr:g}")
+                raise DivergedError(f"step {step}: the gradients are not finite\n  try a lower --lr than {lr:g}")
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

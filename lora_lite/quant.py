@@ -306,16 +306,26 @@ def _same_weight(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Every 4-bit layer multiplies in this dtype; left to itself, one takes that of its first input."""
+    for layer in _layers_4bit(model).values():
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+
+
 def repackable(model: nn.Module) -> dict[str, nn.Module]:
     """Every 4-bit layer, by path, that an eval forward on this CPU would repack.
 
     Raises QuantizedWeightError if one has been repacked: gradients don't pass through it, so it spoils the
     adapters below it, whether it is a target or not.
     """
-    layers = {p: m for p, m in model.named_modules() if _is(m, "bitsandbytes.nn", "Linear4bit")}
+    layers = _layers_4bit(model)
     for path, layer in layers.items():
         raise_if_repacked(layer, path)
     return {path: layer for path, layer in layers.items() if layer.support_avx512bf16_for_cpu}
+
+
+def _layers_4bit(model: nn.Module) -> dict[str, Linear]:
+    return {path: m for path, m in model.named_modules() if _is(m, "bitsandbytes.nn", "Linear4bit")}
 
 
 def keep_layout(layer: Linear, keep: bool) -> None:

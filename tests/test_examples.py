@@ -235,9 +235,11 @@ class TinyLetters(Letters):
 def run(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The whole example in this process, on the tiny model and 20 pairs; its files go to tmp_path / "out"."""
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{i} and one?", "completion": f"{i + 1}"}) + "\n" for i in range(20)))
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{i} and one?", "completion": f"{i + 1}"}) + "\n" for i in range(20))
+    )
     monkeypatch.setattr(finetune, "set_up", lambda seed: None)
-    monkeypatch.setattr(finetune, "answers", lambda *_: ["?"] * finetune.ANSWERS)
+    monkeypatch.setattr(finetune, "answers", lambda model, tokenizer, task: ["?"] * len(task.shown))
     monkeypatch.setattr(finetune.transformers.AutoTokenizer, "from_pretrained", lambda *_: TinyLetters())
     options = {"data": data, "model": tiny, "batch_size": 2, "eval_pairs": 2, "out": tmp_path / "out"}
     return lambda **more: finetune.main(**(options | more))
@@ -246,7 +248,7 @@ def run(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 def test_the_adapter_is_saved_before_anything_else_is_done_with_it(
     run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = iter([["?"] * finetune.ANSWERS])
+    before = iter([["?"]])
     monkeypatch.setattr(finetune, "answers", lambda *_: next(before))
     with pytest.raises(StopIteration):  # the answers of the trained model
         run(steps=1)
@@ -264,6 +266,12 @@ def test_a_run_that_diverges_keeps_the_steps_before(
     assert any(f"ERROR step {done + 1}: the gradients are not finite\n  try a lower --lr than 1e+38" in e for e in log)
     assert any(f"stopped after {done} of 40 steps: what they have trained is in {file}" in e for e in log)
     assert ll.load(ll.load_base(tiny), file).targets
+
+
+def test_the_results_say_what_the_folder_holds(run: Callable[..., None], tmp_path: Path, tiny: str) -> None:
+    ll.load_base(tiny, quantization="nf4").save_pretrained(tmp_path / "nf4")
+    run(steps=1, model=str(tmp_path / "nf4"))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["quantization"] == "nf4"
 
 
 # ---- the model ----------------------------------------------------------------------------------
