@@ -135,6 +135,19 @@ def test_attach_forbids_repacking_and_detach_allows_it_again(tiny: str) -> None:
     assert layer_of(model).support_avx512bf16_for_cpu
 
 
+@pytest.mark.parametrize("twin", [lambda m: m, copy.deepcopy])
+def test_detach_allows_repacking_again_inside_wrappers_and_in_copies(twin: Any, tiny: str) -> None:
+    model = hazardous(tiny)
+    ll.attach(model, config("lora", target_names="q_proj"))
+    model = twin(model)
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.model.layers[1].mlp.up_proj = nn.Linear(128, 256, bias=False)
+    ll.detach(model)
+    assert len(layers) == 14
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [True] * 14
+
+
 @pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-BF16, so nothing repacks")
 def test_a_layer_that_was_repacked_before_attach_is_refused_with_the_cure(tiny: str) -> None:
     model = hazardous(tiny)
