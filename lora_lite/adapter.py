@@ -158,7 +158,8 @@ class Adapter:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         base = self.base["quantization"]
-        kind = f"{base['quant_type']}, {base['method']}" if base else self.base["dtype"]
+        kind = base["quant_type"] if base else self.base["dtype"]
+        kind += f", {base['method']}" if base and base["method"] != "unknown" else ""
         return (
             f"{self.variant} {self.name!r}: {len(self.targets)} layers, {count:,} trainable parameters in "
             f"{dtype_name(self.config.dtype)}, on {self.base['class']} ({kind})"

@@ -175,6 +175,8 @@ def _report(model_id: str, model: Any) -> None:
     how, record = _name(model.dtype), quant.quantization(model)
     if record and record["method"] == "bitsandbytes-8bit":
         how = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {how}"
+    elif record and record["method"] == "unknown":
+        how = f"{record['quant_type']} weights, all else in {how}"
     elif record:
         how = f"4 bit ({record['quant_type']}, computing in {record['compute_dtype']}), all else in {how}"
     where = sorted({str(parameter.device) for parameter in model.parameters()})

@@ -111,7 +111,7 @@ def kind_of(layer: Linear) -> Kind:
     if _is(layer, "bitsandbytes.nn", "Linear4bit"):
         return Kind.BNB_4BIT if _quant_state(layer) is not None else Kind.UNKNOWN
     if _is(layer, "bitsandbytes.nn", "Linear8bitLt"):
-        return Kind.UNKNOWN if layer.state.has_fp16_weights else Kind.BNB_8BIT
+        return Kind.BNB_8BIT if weight.dtype == torch.int8 and _scales(layer) is not None else Kind.UNKNOWN
     plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
     if not plain or weight.dtype not in _FLOATS:
         return Kind.UNKNOWN
@@ -200,9 +200,11 @@ def _linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> 
 def samples(layer: Linear) -> list[float]:
     """Stored elements of the weight, evenly spaced: numbers of a dense weight, codes and scales of a quantised one.
 
-    Cheap at any size, and enough to tell one base from another.
+    Cheap at any size, and enough to tell one base from another. None of an unknown kind, which may hold no numbers.
     """
     kind = kind_of(layer)
+    if kind is Kind.UNKNOWN:
+        return []
     if kind is Kind.BNB_8BIT:
         codes, scales = _int8(layer)
         return _spread(codes) + _spread(scales)
@@ -222,8 +224,12 @@ def _spread(tensor: Tensor) -> list[float]:
 
 
 def quantization(model: nn.Module) -> dict[str, Any] | None:
-    """How the model was quantised, for the record in an adapter file, or None."""
-    layers = {p: m for p, m in model.named_modules() if features(m) and kind_of(m) is not Kind.DENSE}
+    """How the model was quantised, for the record in an adapter file, or None.
+
+    The method is that of the first bitsandbytes layer; "unknown" if all layers that aren't dense are of unknown kinds.
+    """
+    odd = {p: m for p, m in model.named_modules() if features(m) and kind_of(m) is not Kind.DENSE}
+    layers = {path: layer for path, layer in odd.items() if not is_lazy(layer)}
     record: dict[str, Any] = {"modules": sorted(layers)}
     for layer in layers.values():
         if kind_of(layer) is Kind.BNB_4BIT:
@@ -244,13 +250,22 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
                 "double_quant": False,
                 "compute_dtype": None,
             } | record
-    return None
+    if not layers:
+        return None
+    return {
+        "method": "unknown",
+        "quant_type": describe(next(iter(layers.values()))),
+        "blocksize": None,
+        "double_quant": False,
+        "compute_dtype": None,
+    } | record
 
 
 def base_record(model: nn.Module, targets: Mapping[str, Linear]) -> dict[str, Any]:
     """What an adapter was attached to, for its file.
 
-    The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements.
+    The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements (`samples`); of an
+    unknown kind the dtype alone, which tells no two such weights apart.
     """
     config = getattr(model, "config", None)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -288,7 +303,7 @@ def is_record(base: Any, targets: Iterable[str]) -> bool:
 def _is_print(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) > 1
+        and len(value) > 0
         and isinstance(getattr(torch, str(value[0]), None), torch.dtype)
         and all(isinstance(number, float) for number in value[1:])
     )
@@ -303,7 +318,7 @@ def _same_weight(a: list[Any], b: list[Any]) -> bool:
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
     pairs = zip(a[1:], b[1:], strict=True)
-    return len(a) == len(b) and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
+    return len(a) == len(b) > 1 and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -353,5 +368,9 @@ def _int8(layer: Linear) -> tuple[Tensor, Tensor]:
     """Codes (d_out, d_in) and scales (d_out,) of a Linear8bitLt: weight = codes · scales."""
     state, weight = layer.state, layer.weight
     codes = weight.CB if state.CB is None else state.CB
-    scales = weight.SCB if state.SCB is None else state.SCB
-    return (weight.data if codes is None else codes), scales / 127
+    return (weight.data if codes is None else codes), _scales(layer) / 127
+
+
+def _scales(layer: Linear) -> Any:
+    """Of a Linear8bitLt; None until it is quantised."""
+    return layer.weight.SCB if layer.state.SCB is None else layer.state.SCB

@@ -109,6 +109,23 @@ def test_one_message_says_how_a_quantised_model_was_loaded_and_where(
     assert re.search(rf"INFO loaded {tiny} in {message}.*, on cpu of cpu \(.+, \d+ threads\)", log[0])
 
 
+def test_the_message_names_an_unknown_kind(tiny: str, log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+
+    def in_float8(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        layer = model.model.layers[0].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", in_float8)
+    monkeypatch.setattr(base, "_one_token", lambda model: None)
+    ll.load_base(tiny)
+    assert f"loaded {tiny} in unknown (Parameter, float8_e4m3fn) weights, all else in bfloat16, on cpu" in log[0]
+
+
 def test_the_checkpoints_dtype_is_tried_first(tiny: str) -> None:
     assert ll.load_base(tiny).dtype == torch.bfloat16
     assert ll.load_base(tiny, torch.float16).dtype == torch.float16
