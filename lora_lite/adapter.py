@@ -163,6 +163,7 @@ class Adapter:
         return (
             f"{self.variant} {self.name!r}: {len(self.targets)} layers, {count:,} trainable parameters in "
             f"{dtype_name(self.config.dtype)}, on {self.base['class']} ({kind})"
+            f"{'' if self.scale == 1 else f', scale {self.scale:g}'}"
         )
 
 

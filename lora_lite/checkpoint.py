@@ -3,9 +3,11 @@
 Keys are full `state_dict()` paths with the plain names (`model.layers.0.mlp.up_proj.lora_A`), for an adapter of
 any name. Metadata key `lora_lite`, JSON:
 
-    {"format": 1, "variant", "config", "targets": {path: [d_in, d_out]}, "base": {class, name_or_path, dtype,
+    {"format": 1, "variant", "config", "scale", "targets": {path: [d_in, d_out]}, "base": {class, name_or_path, dtype,
      quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, modules}, fingerprint},
      "library": version}
+
+"scale" is the adapter's coefficient c; a file without it has 1.
 """
 
 import json
@@ -47,15 +49,17 @@ class _File:
 
     path: Path
     cfg: BaseConfig
+    scale: float
     targets: dict[str, tuple[int, int]]
     base: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
-    """Write one adapter to a safetensors file. A crash leaves the old file or the new one, never a part.
+    """Write one adapter to a safetensors file, with the scale that it has now.
 
-    Under FSDP2 every process must call this: shards are gathered, and the first process writes.
+    A crash leaves the old file or the new one, never a part. Under FSDP2 every process must call this: shards are
+    gathered, and the first process writes.
 
     Raises TargetError for an unknown name, CheckpointError if path is a folder or if a tensor has lost its shape, as
     under a partitioning that this library doesn't know (gather it first).
@@ -70,6 +74,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         "format": FORMAT,
         "variant": adapter.variant,
         "config": adapter.config.to_dict(),
+        "scale": adapter.scale,
         "targets": {target: list(shape) for target, shape in adapter.targets.items()},
         "base": adapter.base,
         "library": __version__,
@@ -82,7 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", verify_base: bool = True) -> Adapter:
-    """Attach the adapter of a file: no init, no SVD, no data; parameters and outputs are bit-equal to what was saved.
+    """Attach the adapter of a file: no init, no SVD, no data; tensors, scale and outputs are bit-equal.
 
     verify_base=False turns the error for a method that depends on its base weight (PiSSA, DoRA) on another base
     into the warning that other methods give.
@@ -97,13 +102,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         return tensors[key].to(device, copy=True)
 
     with installed(root, file.cfg, name, list(targets.values()), values) as adapter:
+        adapter.scale = file.scale
         adapter.trained_on(_check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base))
     logger.info(f"loaded {adapter} from {path}")
     return adapter
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
-    """Copy a file's values into an adapter that is attached: training goes on with the same parameters.
+    """Copy a file's values and scale into an adapter that is attached: training goes on with the same parameters.
 
     Under FSDP2 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes are the same,
     TargetError for an unknown name; nothing has changed then.
@@ -128,6 +134,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     }
     _check_base(file, adapter, mapping, verify=True)
     adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors.items()})
+    adapter.scale = file.scale
     logger.info(f"restored {adapter} from {path}")
     return adapter
 
@@ -197,6 +204,9 @@ def _read(path: str | os.PathLike[str]) -> _File:
         )
     if not isinstance(meta["variant"], str):
         raise CheckpointError(f"{path}: its metadata names the variant {meta['variant']!r}; wanted a string")
+    scale = meta.get("scale", 1.0)
+    if type(scale) not in (int, float) or not abs(scale) <= torch.finfo(torch.float64).max:
+        raise CheckpointError(f"{path}: its metadata names the scale {scale!r}; wanted a finite number")
     variant = lookup(meta["variant"])
     try:
         cfg = variant.config.from_dict(meta["config"])
@@ -205,7 +215,7 @@ def _read(path: str | os.PathLike[str]) -> _File:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
     if not targets or not quant.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    return _File(path, cfg, targets, meta["base"], tensors)
+    return _File(path, cfg, float(scale), targets, meta["base"], tensors)
 
 
 def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
