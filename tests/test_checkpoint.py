@@ -365,6 +365,21 @@ def test_restore_keeps_the_parameters_that_an_optimiser_holds(saved: Path) -> No
         ll.restore(dora, saved)
 
 
+@pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
+def test_restore_refuses_another_base_for_every_method(variant: str, tmp_path: Path) -> None:
+    first, other = tiny_llama(), tiny_llama(seed=1)
+    perturb(ll.attach(first, config(variant)))
+    ll.save(first, tmp_path / "a.safetensors")
+    adapter = ll.attach(other, config(variant))
+    before = {key: value.clone() for key, value in adapter.state_dict().items()}
+    message = (
+        r"(?s)trained on another base.*training goes on on its own base: load that, or detach and use lora_lite.load"
+    )
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.restore(other, tmp_path / "a.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in adapter.state_dict().items())
+
+
 def test_restore_refuses_another_scaling_or_base(saved: Path) -> None:
     model = tiny_llama()
     adapter = ll.attach(model, config("lora", r=2, alpha=4.0))
@@ -441,6 +456,24 @@ def test_an_emptied_tensor_is_never_saved(tmp_path: Path) -> None:
     ):
         ll.save(model, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_an_adapter_that_holds_no_numbers_is_not_saved(value: float, saved: Path) -> None:
+    old, model = saved.read_bytes(), tiny_llama()
+    adapter = ll.attach(model, config("lora"))
+    with torch.no_grad():
+        dict(adapter.named_tensors())["model.layers.1.mlp.up_proj.lora_B"][3, 1] = value
+    message = (
+        r"adapter 'default' in memory: 1 tensors hold NaN, .* such as model.layers.1.mlp.up_proj.lora_B "
+        r"\(torch.float32\)\n  nothing was written; go back to an earlier file, with a lower learning rate"
+    )
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.save(model, saved)
+    with pytest.raises(ll.CheckpointError, match=r"up_proj\.lora_B"):
+        ll.save(model, saved.parent / "new" / "a.safetensors")
+    assert saved.read_bytes() == old
+    assert os.listdir(saved.parent) == [saved.name]
 
 
 def test_a_crash_while_writing_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
