@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_llama
+from jaxtyping import TypeCheckError
+from models import OneLinear, config, tiny_llama
 from test_ecosystem import Tokens, arguments
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
+from lora_lite import quant
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -97,6 +99,16 @@ def test_variants_import_nothing_of_the_runtime_and_the_runtime_names_no_variant
 
 def test_the_link_at_the_top_leads_to_the_variants() -> None:
     assert (ROOT / "variants").resolve() == ROOT / "lora_lite" / "variants"
+
+
+def test_shapes_are_checked_while_the_tests_run() -> None:
+    model = OneLinear()
+    adapter = ll.attach(model, config("ia3", target_names="proj"))
+    layer = ll.Layer(*next(adapter.slots()))
+    with pytest.raises(TypeCheckError, match=r"quant\.linear"):
+        quant.linear(model.proj, torch.ones(()), "proj")
+    with pytest.raises(TypeCheckError, match=r"IA3\.forward"):
+        ll.REGISTRY["ia3"].forward(layer, torch.ones(3, 16), torch.ones(4, 24))  # type: ignore[misc]
 
 
 def test_every_config_and_error_is_public() -> None:
