@@ -22,7 +22,7 @@ check: .venv/dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	rm -rf dist
+	rm -rf dist build
 	$(BIN)/python -m build --wheel -q
 	tests/wheel.sh dist/*.whl
 

@@ -1,4 +1,4 @@
-"""Fine-tune a language model with any method of lora-lite: train, compare, save, and load again.
+"""Fine-tune a language model with any method of lora-lite: train, save, compare, and load again.
 
     python examples/finetune.py                                  # lora on SmolLM2-135M; nothing is downloaded
     python examples/finetune.py --variant dora --quantization nf4
@@ -36,7 +36,7 @@ import lora_lite as ll
 
 WARM_UP, CLIP, EVALUATIONS = 0.1, 1.0, 4
 ANSWERS, ANSWER_TOKENS = 3, 48
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+INTERRUPTED, DIVERGED = 130, 1  # exit codes; the first is what a shell reports for Ctrl-C
 
 TRAINED = [name for name, method in ll.REGISTRY.items() if method.default_lr is not None]
 
@@ -50,6 +50,10 @@ class Task:
     train: Iterable[Batch]
     held_out: list[Batch]
     shown: list[Example]
+
+
+class DivergedError(Exception):
+    """The gradients of a step are not finite."""
 
 
 @app.command()
@@ -67,7 +71,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the adapter's first values and the order of the data.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Default: runs/<variant>[-<quantization>].")] = None,
 ) -> None:
-    """Train an adapter, show what it changes, save it, and check that it loads again bit for bit."""
+    """Train an adapter, save it, show what it changes, and check that it loads again bit for bit."""
     started = time.perf_counter()
     set_up(seed)
     with plain_errors():
@@ -80,6 +84,7 @@ def main(
         train_set, held_out = (encode(tokenizer, part, max_length) for part in split(pairs))
         base = load(source, quantization)
         adapter = ll.attach(base, cfg)
+        held = (adapter.base["quantization"] or {"quant_type": None})["quant_type"]  # a folder may be quantised already
 
     measured = random.Random(seed).sample(held_out, min(eval_pairs, len(held_out)))
     logger.info(f"{len(train_set)} pairs to train on, {len(measured)} of {len(held_out)} held-out ones to measure")
@@ -94,19 +99,21 @@ def main(
         measure(base, task, history)
     try:
         train(base, adapter, task, lr, steps, history)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DivergedError) as stop:
+        if isinstance(stop, DivergedError):
+            logger.error(str(stop))
         keep(base, out, len(history.train), steps)
-        raise typer.Exit(INTERRUPTED) from None
-    show([example.pair for example in task.shown], before, answers(base, tokenizer, task))
-
+        raise typer.Exit(DIVERGED if isinstance(stop, DivergedError) else INTERRUPTED) from None
     ll.save(base, out / "adapter.safetensors")
+
+    show([example.pair for example in task.shown], before, answers(base, tokenizer, task))
     expected, trainable = logits_of(base, task), sum(p.numel() for p in adapter.parameters())
     del base, adapter
     check_reload(load(source, quantization), out / "adapter.safetensors", task, expected)
 
-    name = f"{Path(source).name} in {quantization or 'bfloat16'}"
+    name = f"{Path(source).name} in {held or 'bfloat16'}"
     plot(history, f"{variant} on {name}, learning rate {lr:g}", out / "loss.png")
-    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": quantization, "model": source, "lr": lr}
+    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": held, "model": source, "lr": lr}
     settings |= {"steps": steps, "batch_size": batch_size, "seed": seed, "trainable_parameters": trainable}
     seconds = time.perf_counter() - started
     write_results(settings, history, seconds, out / "results.json")
@@ -169,7 +176,10 @@ def load(source: str, quantization: str | None) -> Any:
 
 
 def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, history: History) -> None:
-    """AdamW with a linear warm-up and decay; history grows with each step."""
+    """AdamW with a linear warm-up and decay; history grows with each step.
+
+    Raises DivergedError before a step that would spoil the adapter.
+    """
     # No weight decay: it pulls to zero, which for some methods is far from where the adapter does nothing.
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)
     rise = max(1, int(WARM_UP * steps))
@@ -180,7 +190,8 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
             model.train()
             loss = loss_of(model, batch)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(adapter.parameters(), CLIP, error_if_nonfinite=True)
+            if not torch.nn.utils.clip_grad_norm_(adapter.parameters(), CLIP).isfinite():
+                raise DivergedError(f"step {step}: the gradients are not finite\n  try a lower --lr than {lr:g}")
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -233,10 +244,10 @@ def answers(model: Any, tokenizer: Any, task: Task) -> list[str]:
 
 
 def keep(model: Any, out: Path, done: int, steps: int) -> None:
-    """An interrupted run's adapter, under a name of its own: no older result is overwritten."""
+    """The adapter of a run that stopped early, under a name of its own: no older result is overwritten."""
     file = out / f"adapter-step-{done}.safetensors"
     ll.save(model, file)
-    logger.warning(f"interrupted after {done} of {steps} steps: what they have trained is in {file}")
+    logger.warning(f"stopped after {done} of {steps} steps: what they have trained is in {file}")
 
 
 @torch.no_grad()

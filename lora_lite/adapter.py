@@ -5,11 +5,12 @@ keeps a `Slot` per adapter, and the model that `attach` was given keeps a `Sessi
 """
 
 import math
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +21,49 @@ from .errors import CheckpointError, ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
 from .variant import lookup
 
+T = TypeVar("T")
+
 _SLOTS = "_lora_lite"
 _SESSION = "_lora_lite_session"
 
 
+class BaseChange:
+    """What one attach changes beside the adapted layers: it freezes parameters and keeps the layout of 4-bit layers.
+
+    It knows these objects, not their paths: what has replaced one since is not ours to change, and a wrapper that was
+    put in since hides nothing. The references are weak, or the whole parameters that fully_shard has replaced would
+    stay in memory. A copy or a pickle of the model takes along what is alive.
+    """
+
+    def __init__(self, frozen: Iterable[nn.Parameter], kept_layout: Iterable[nn.Module]) -> None:
+        self._frozen = [weakref.ref(parameter) for parameter in frozen]
+        self._kept_layout = [weakref.ref(layer) for layer in kept_layout]
+
+    def __reduce__(self) -> Any:
+        return BaseChange, (_alive(self._frozen), _alive(self._kept_layout))
+
+    def make(self) -> None:
+        for parameter in _alive(self._frozen):
+            parameter.requires_grad_(False)
+        for layer in _alive(self._kept_layout):
+            quant.keep_layout(layer, True)
+
+    def undo(self) -> None:
+        """Nothing here may raise: a detach is done whole."""
+        for parameter in _alive(self._frozen):
+            parameter.requires_grad_(
+                parameter.is_floating_point() or parameter.is_complex()
+            )  # .data may hold codes now
+        for layer in _alive(self._kept_layout):
+            quant.keep_layout(layer, False)
+
+
 @dataclass(eq=False)
 class Session:
-    """What attach changed on a model beside the adapted layers; the last detach undoes it."""
+    """The adapters on a model, and what their attaches changed; the last detach undoes it."""
 
     adapters: dict[str, AdapterState] = field(default_factory=dict)
-    frozen: list[str] = field(default_factory=list)
-    """Base parameters that required a gradient."""
-    kept_layout: list[str] = field(default_factory=list)
-    """4-bit layers that were free to repack."""
+    changes: list[BaseChange] = field(default_factory=list)
     memo: dict[bytes, Tensor] = field(default_factory=dict)
     """Results of the base, which is read-only meanwhile, by a hash of what they were computed from."""
 
@@ -169,10 +200,12 @@ class Adapter:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         base = self.base["quantization"]
-        kind = f"{base['quant_type']}, {base['method']}" if base else self.base["dtype"]
+        kind = base["quant_type"] if base else self.base["dtype"]
+        kind += f", {base['method']}" if base and base["method"] != "unknown" else ""
         return (
             f"{self.variant} {self.name!r}: {len(self.targets)} layers, {count:,} trainable parameters in "
             f"{dtype_name(self.config.dtype)}, on {self.base['class']} ({kind})"
+            f"{'' if self.scale == 1 else f', scale {self.scale:g}'}"
         )
 
 
@@ -286,6 +319,10 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
                 f"  such as {'; '.join(keys[:3])}\n"
                 f"  an adapter is loaded whole or not at all"
             )
+
+
+def _alive(references: list[weakref.ref[T]]) -> list[T]:
+    return [found for reference in references if (found := reference()) is not None]
 
 
 def _finite(c: float) -> float:

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,17 +39,20 @@ def load_base(
     model_id           a hub id or a folder
     dtype              "auto": the checkpoint's dtype, then float16, bfloat16 and float32, until the forward runs and
                        gives finite logits; the reason for each fallback is logged. A torch dtype or its name: just that
-    quantization       None, "nf4", "fp4" (4-bit) or "int8", through bitsandbytes
-    compute_dtype      of a 4-bit base. Weights are dequantised to it on every forward and the layer multiplies in it;
-                       bitsandbytes' own default, float32, doubles the cost of both. bfloat16 has float32's range
+    quantization       None, "nf4", "fp4" (4-bit) or "int8", through bitsandbytes. A folder that is quantised already
+                       opens with None, or with what it holds
+    compute_dtype      of a 4-bit base, whatever its folder says. Weights are dequantised to it on every forward and the
+                       layer multiplies in it; bitsandbytes' own default, float32, doubles the cost of both. bfloat16
+                       has float32's range
     double_quant       quantise the 4-bit scales too: 0.37 bits a weight less (QLoRA, arXiv:2305.14314, section 3)
     device_map         as in transformers. None: the CPU for a dense base, the accelerator if any for a quantised one
     trust_remote_code  True runs code that comes with the model. None: only if an earlier call for this model_id in
                        this process said True, and the model did need its own code, and loaded
     auto_class         default: transformers.AutoModelForCausalLM
-    kwargs             for from_pretrained
+    kwargs             for from_pretrained; a quantization_config among them says the compute dtype itself
 
-    Returns the model, in eval mode. Raises ConfigError, BaseModelError when no dtype works, ImportError without
+    Returns the model, in eval mode. Raises ConfigError for a bad argument or a folder that is quantised in another way
+    than the one asked for, BaseModelError when no dtype works, ImportError without
     transformers (extra "hf") or bitsandbytes ("bnb"), and what from_pretrained raises for a model that isn't there.
     """
     import transformers
@@ -69,7 +73,15 @@ def load_base(
     for attempt in _attempts(dtype):
         model = None  # what failed must be gone before the next is loaded
         try:
-            model = load(model_id, dtype=attempt, **options)
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "You passed `quantization_config`"
+                )  # _check_held raises if it matters
+                model = load(model_id, dtype=attempt, **options)
+            if quantization is not None:
+                _check_held(model_id, model, quantization, double_quant)
+            if "quantization_config" not in kwargs:
+                quant.compute_in(model, compute_dtype)
             for layer in quant.repackable(model).values():
                 quant.keep_layout(layer, True)
             _one_token(model)
@@ -114,6 +126,24 @@ def _bnb_config(quantization: str, compute_dtype: torch.dtype, double_quant: boo
     )
 
 
+def _check_held(model_id: str, model: Any, quantization: str, double_quant: bool) -> None:
+    """ConfigError if the folder was quantised already, in another way than is asked for: transformers keeps that."""
+    record = quant.quantization(model)
+    held = _quantized_as(record["quant_type"], record["double_quant"]) if record else "no quantised layer"
+    wanted = _quantized_as(quantization, double_quant)
+    if held != wanted:
+        raise ConfigError(
+            f"{model_id} holds {held}, and {wanted} was asked for\n"
+            f"  use quantization=None for what it holds, or the folder of the original weights"
+        )
+
+
+def _quantized_as(quant_type: str, double_quant: bool) -> str:
+    if quant_type not in ("nf4", "fp4"):
+        return quant_type
+    return f"{quant_type} {'with' if double_quant else 'without'} double quantisation"
+
+
 def _said_once(record: logging.LogRecord) -> bool:
     """bitsandbytes warns of float16 inputs for each layer of each forward; `_report` says it once."""
     return "inputs will be cast" not in str(record.msg)
@@ -145,6 +175,8 @@ def _report(model_id: str, model: Any) -> None:
     how, record = _name(model.dtype), quant.quantization(model)
     if record and record["method"] == "bitsandbytes-8bit":
         how = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {how}"
+    elif record and record["method"] == "unknown":
+        how = f"{record['quant_type']} weights, all else in {how}"
     elif record:
         how = f"4 bit ({record['quant_type']}, computing in {record['compute_dtype']}), all else in {how}"
     where = sorted({str(parameter.device) for parameter in model.parameters()})

@@ -3,16 +3,19 @@
 Keys are full `state_dict()` paths with the plain names (`model.layers.0.mlp.up_proj.lora_A`), for an adapter of
 any name. Metadata key `lora_lite`, JSON:
 
-    {"format": 1, "variant", "config", "targets": {path: [d_in, d_out]}, "base": {class, name_or_path, dtype,
+    {"format": 1, "variant", "config", "scale", "targets": {path: [d_in, d_out]}, "base": {class, name_or_path, dtype,
      quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, modules}, fingerprint},
      "library": version}
+
+"scale" is the adapter's coefficient c; a file without it has 1.
 """
 
 import json
 import os
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +50,21 @@ class _File:
 
     path: Path
     cfg: BaseConfig
+    scale: float
     targets: dict[str, tuple[int, int]]
     base: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
-    """Write one adapter to a safetensors file. A crash leaves the old file or the new one, never a part.
+    """Write one adapter to a safetensors file, with the scale that it has now.
 
-    Under FSDP2 every process must call this: shards are gathered, and the first process writes.
+    A crash leaves the old file or the new one, never a part. Under FSDP2 every process must call this: shards are
+    gathered, and the first process writes.
 
-    Raises TargetError for an unknown name, CheckpointError if path is a folder or if a tensor has lost its shape, as
-    under a partitioning that this library doesn't know (gather it first).
+    Raises TargetError for an unknown name, CheckpointError if path is a folder, if a tensor holds NaN or an infinity or
+    has lost its shape, as under a partitioning that this library doesn't know (gather it first); under FSDP2 in every
+    process, also when the first one could not write.
     """
     path = Path(path)
     if path.is_dir():
@@ -66,23 +72,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     adapter = get_adapter(model, name)
     tensors = {key: quant.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()}
     check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(adapter), f"adapter {name!r} in memory")
+    cure = "nothing was written; go back to an earlier file, with a lower learning rate"
+    _check_numbers(tensors, f"adapter {name!r} in memory", cure)
     meta = {
         "format": FORMAT,
         "variant": adapter.variant,
         "config": adapter.config.to_dict(),
+        "scale": adapter.scale,
         "targets": {target: list(shape) for target, shape in adapter.targets.items()},
         "base": adapter.base,
         "library": __version__,
     }
-    if not adapter.is_sharded or torch.distributed.get_rank() == 0:
-        _write(path, tensors, {"format": "pt", "lora_lite": json.dumps(meta)})
-        logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    if adapter.is_sharded:
-        torch.distributed.barrier()
+    with _together(path) if adapter.is_sharded else nullcontext(True) as first:
+        if first:
+            _write(path, tensors, {"format": "pt", "lora_lite": json.dumps(meta)})
+            logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", verify_base: bool = True) -> Adapter:
-    """Attach the adapter of a file: no init, no SVD, no data; parameters and outputs are bit-equal to what was saved.
+    """Attach the adapter of a file: no init, no SVD, no data; tensors, scale and outputs are bit-equal.
 
     verify_base=False turns the error for a method that depends on its base weight (PiSSA, DoRA) on another base
     into the warning that other methods give.
@@ -97,13 +105,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         return tensors[key].to(device, copy=True)
 
     with installed(root, file.cfg, name, list(targets.values()), values) as adapter:
+        adapter.scale = file.scale
         adapter.trained_on(_check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base))
     logger.info(f"loaded {adapter} from {path}")
     return adapter
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
-    """Copy a file's values into an adapter that is attached: training goes on with the same parameters.
+    """Copy a file's values and scale into an adapter that is attached: training goes on with the same parameters.
 
     Under FSDP2 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes are the same,
     TargetError for an unknown name; nothing has changed then.
@@ -125,8 +134,9 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     moved = {
         file_key(at, tensor): file_key(mapping[at], tensor) for at in file.targets for tensor in names[mapping[at]]
     }
-    _check_base(file, adapter, mapping, verify=True)
+    _check_base(file, adapter, mapping, verify=True, resume=True)
     adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors.items()})
+    adapter.scale = file.scale
     logger.info(f"restored {adapter} from {path}")
     return adapter
 
@@ -141,6 +151,22 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 # ---- writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _together(path: Path) -> Iterator[bool]:
+    """True in the first process. All leave the block once that one has, or all raise CheckpointError if it failed."""
+    error = None
+    try:
+        yield torch.distributed.get_rank() == 0
+    except Exception as caught:
+        error = caught
+    outcome = [error and f"{type(error).__name__}: {error}"]
+    torch.distributed.broadcast_object_list(outcome)
+    if outcome[0]:
+        raise CheckpointError(
+            f"{path} was not written: {outcome[0]}\n  by the first process, for all of them"
+        ) from error
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -188,14 +214,12 @@ def _read(path: str | os.PathLike[str]) -> _File:
             f"{path} is no safetensors file; it {kind}\n  {error}\n  copy or save it again"
         ) from error
     meta = _metadata(path, metadata)
-    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not tensor.isfinite().all()]
-    if odd:
-        raise CheckpointError(
-            f"{path}: {len(odd)} tensors hold NaN, infinities or no floating numbers, such as {odd[0]} "
-            f"({tensors[odd[0]].dtype})\n  save the adapter again"
-        )
+    _check_numbers(tensors, str(path), "save the adapter again")
     if not isinstance(meta["variant"], str):
         raise CheckpointError(f"{path}: its metadata names the variant {meta['variant']!r}; wanted a string")
+    scale = meta.get("scale", 1.0)
+    if type(scale) not in (int, float) or not abs(scale) <= torch.finfo(torch.float64).max:
+        raise CheckpointError(f"{path}: its metadata names the scale {scale!r}; wanted a finite number")
     variant = lookup(meta["variant"])
     try:
         cfg = variant.config.from_dict(meta["config"])
@@ -204,7 +228,17 @@ def _read(path: str | os.PathLike[str]) -> _File:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
     if not targets or not quant.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    return _File(path, cfg, targets, meta["base"], tensors)
+    return _File(path, cfg, float(scale), targets, meta["base"], tensors)
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
+    """CheckpointError unless all are finite floating numbers."""
+    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not tensor.isfinite().all()]
+    if odd:
+        raise CheckpointError(
+            f"{where}: {len(odd)} tensors hold NaN, infinities or no floating numbers, such as {odd[0]} "
+            f"({tensors[odd[0]].dtype})\n  {cure}"
+        )
 
 
 def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -287,7 +321,9 @@ def _core(path: str) -> str:
     return path
 
 
-def _check_base(file: _File, adapter: Adapter, mapping: Mapping[str, str], verify: bool) -> dict[str, Any]:
+def _check_base(
+    file: _File, adapter: Adapter, mapping: Mapping[str, str], verify: bool, resume: bool = False
+) -> dict[str, Any]:
     """The base that the values belong to: this model's; the file's for a method that reads it and goes on another."""
     here = adapter.base
     there = {**file.base, "fingerprint": {mapping[at]: values for at, values in file.base["fingerprint"].items()}}
@@ -299,6 +335,10 @@ def _check_base(file: _File, adapter: Adapter, mapping: Mapping[str, str], verif
         f"  model: {_base_line(here)}"
     )
     reads = weight_use(adapter.config) != "unused"
+    if resume:
+        raise CheckpointError(
+            f"{message}\n  training goes on on its own base: load that, or detach and use lora_lite.load"
+        )
     if verify and reads:
         raise CheckpointError(
             f"{message}\n  {adapter.variant!r} depends on the values of its base weight: load it on its own base, or "

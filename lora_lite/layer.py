@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from . import quant
@@ -154,17 +155,18 @@ class Layer:
         return quant.linear(self._module, t, self.path, self._expert)
 
     def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """compute(*inputs) as a constant, without gradient or autocast; remembered by name while the inputs stay equal.
+        """compute(*inputs) as a constant, without gradient, tangent or autocast; remembered by name for equal inputs.
 
-        It is remembered in eval mode with gradients off, so that a training step, a functorch transform and compile
-        never meet a kept tensor. Equal means by value, against kept copies: neither an edit through `.data`, a swapped
-        tensor nor a reshard can leave a stale result, as version counters or addresses would. The comparison reads
-        (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only while an adapter is on it.
+        It is remembered in eval mode with gradients off and outside of every function transform, so that a training
+        step, a transform and compile never meet a kept tensor. Equal means by value, against kept copies: neither an
+        edit through `.data`, a swapped tensor nor a reshard can leave a stale result, as version counters or addresses
+        would. The comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only
+        while an adapter is on it.
         """
-        remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
         with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             if not remember:
-                return compute(*inputs)
+                return compute(*inputs).detach()
             memo = self._slot.memo.get(name)
             if memo is None or not all(map(_same, memo[0], inputs)):
                 memo = self._slot.memo[name] = ([t.clone() for t in inputs], compute(*inputs))
@@ -176,6 +178,11 @@ class Layer:
                 f"{self.path}: {what} was used by a variant whose base_weight is 'unused'\n"
                 f"  declare base_weight = 'read' (dequantised values will do) or 'dense' on the variant class"
             )
+
+
+def _transformed() -> bool:
+    """Is a torch.func transform at work, or a level of forward_ad? Neither has a public question for it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -122,7 +122,7 @@ def kind_of(layer: Linear) -> Kind:
     if _is(layer, "bitsandbytes.nn", "Linear4bit"):
         return Kind.BNB_4BIT if _quant_state(layer) is not None else Kind.UNKNOWN
     if _is(layer, "bitsandbytes.nn", "Linear8bitLt"):
-        return Kind.UNKNOWN if layer.state.has_fp16_weights else Kind.BNB_8BIT
+        return Kind.BNB_8BIT if weight.dtype == torch.int8 and _scales(layer) is not None else Kind.UNKNOWN
     plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
     if not plain or weight.dtype not in _FLOATS:
         return Kind.UNKNOWN
@@ -215,9 +215,11 @@ def _linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> 
 def samples(layer: Linear) -> list[float]:
     """Stored elements of the weight, evenly spaced: numbers of a dense weight, codes and scales of a quantised one.
 
-    Cheap at any size, and enough to tell one base from another.
+    Cheap at any size, and enough to tell one base from another. None of an unknown kind, which may hold no numbers.
     """
     kind = kind_of(layer)
+    if kind is Kind.UNKNOWN:
+        return []
     if kind is Kind.BNB_8BIT:
         codes, scales = _int8(layer)
         return _spread(codes) + _spread(scales)
@@ -237,8 +239,12 @@ def _spread(tensor: Tensor) -> list[float]:
 
 
 def quantization(model: nn.Module) -> dict[str, Any] | None:
-    """How the model was quantised, for the record in an adapter file, or None."""
-    layers = {p: m for p, m in model.named_modules() if features(m) and kind_of(m) is not Kind.DENSE}
+    """How the model was quantised, for the record in an adapter file, or None.
+
+    The method is that of the first bitsandbytes layer; "unknown" if all layers that aren't dense are of unknown kinds.
+    """
+    odd = {p: m for p, m in model.named_modules() if features(m) and kind_of(m) is not Kind.DENSE}
+    layers = {path: layer for path, layer in odd.items() if not is_lazy(layer)}
     record: dict[str, Any] = {"modules": sorted(layers)}
     for layer in layers.values():
         if kind_of(layer) is Kind.BNB_4BIT:
@@ -259,13 +265,22 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
                 "double_quant": False,
                 "compute_dtype": None,
             } | record
-    return None
+    if not layers:
+        return None
+    return {
+        "method": "unknown",
+        "quant_type": describe(next(iter(layers.values()))),
+        "blocksize": None,
+        "double_quant": False,
+        "compute_dtype": None,
+    } | record
 
 
 def base_record(model: nn.Module, targets: Mapping[str, Linear]) -> dict[str, Any]:
     """What an adapter was attached to, for its file.
 
-    The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements.
+    The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements (`samples`); of an
+    unknown kind the dtype alone, which tells no two such weights apart.
     """
     config = getattr(model, "config", None)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -303,7 +318,7 @@ def is_record(base: Any, targets: Iterable[str]) -> bool:
 def _is_print(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) > 1
+        and len(value) > 0
         and isinstance(getattr(torch, str(value[0]), None), torch.dtype)
         and all(isinstance(number, float) for number in value[1:])
     )
@@ -318,7 +333,13 @@ def _same_weight(a: list[Any], b: list[Any]) -> bool:
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
     pairs = zip(a[1:], b[1:], strict=True)
-    return len(a) == len(b) and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
+    return len(a) == len(b) > 1 and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Every 4-bit layer multiplies in this dtype; left to itself, one takes that of its first input."""
+    for layer in _layers_4bit(model).values():
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
 def repackable(model: nn.Module) -> dict[str, nn.Module]:
@@ -327,7 +348,7 @@ def repackable(model: nn.Module) -> dict[str, nn.Module]:
     Raises QuantizedWeightError if one has been repacked: gradients don't pass through it, so it spoils the
     adapters below it, whether it is a target or not.
     """
-    layers = {p: m for p, m in model.named_modules() if _is(m, "bitsandbytes.nn", "Linear4bit")}
+    layers = _layers_4bit(model)
     for path, layer in layers.items():
         raise_if_repacked(layer, path)
     return {path: layer for path, layer in layers.items() if layer.support_avx512bf16_for_cpu}
@@ -336,7 +357,7 @@ def repackable(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def layout_kept(model: nn.Module) -> Iterator[None]:
     """Within the block, no forward repacks a 4-bit layer."""
-    free = [m for m in model.modules() if _is(m, "bitsandbytes.nn", "Linear4bit") and m.support_avx512bf16_for_cpu]
+    free = [layer for layer in _layers_4bit(model).values() if layer.support_avx512bf16_for_cpu]
     for layer in free:
         keep_layout(layer, True)
     try:
@@ -344,6 +365,10 @@ def layout_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in free:
             keep_layout(layer, False)
+
+
+def _layers_4bit(model: nn.Module) -> dict[str, Linear]:
+    return {path: m for path, m in model.named_modules() if _is(m, "bitsandbytes.nn", "Linear4bit")}
 
 
 def keep_layout(layer: Linear, keep: bool) -> None:
@@ -371,5 +396,9 @@ def _int8(layer: Linear) -> tuple[Tensor, Tensor]:
     """Codes (d_out, d_in) and scales (d_out,) of a Linear8bitLt: weight = codes · scales."""
     state, weight = layer.state, layer.weight
     codes = weight.CB if state.CB is None else state.CB
-    scales = weight.SCB if state.SCB is None else state.SCB
-    return (weight.data if codes is None else codes), scales / 127
+    return (weight.data if codes is None else codes), _scales(layer) / 127
+
+
+def _scales(layer: Linear) -> Any:
+    """Of a Linear8bitLt; None until it is quantised."""
+    return layer.weight.SCB if layer.state.SCB is None else layer.state.SCB

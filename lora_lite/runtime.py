@@ -6,7 +6,7 @@ functional_call need nothing of their own here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import experts, quant
 from .adapter import (
     Adapter,
+    BaseChange,
     Session,
     drop_slot,
     file_key,
@@ -80,11 +81,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 f"adapter {each!r} is sharded by fully_shard, which keeps a hold of its own on the parameters\n"
                 f"  use lora_lite.disabled(model), or load the base again"
             )
+    for module, slot in [pair for each in names for pair in Adapter(root, each).slots()]:
+        _uninstall(module, slot.state.name)
+    if len(names) == len(session.adapters):
+        for change in list(session.changes):
+            _undo(session, change)
     for each in names:
-        for module, _ in list(Adapter(root, each).slots()):
-            _uninstall(module, each)
-        if list(session.adapters) == [each]:
-            _give_back(root, session, session.frozen, session.kept_layout)
         _forget(root, session, each)
     logger.info(f"detached {', '.join(names) or 'nothing'} from {type(root).__name__}")
 
@@ -102,19 +104,15 @@ def installed(root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target]
     shapes = {target.path: (target.d_in, target.d_out) for target in targets}
     state = AdapterState(name, cfg, shapes, quant.base_record(root, layers))
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
-    base = {path: p for path, p in root.named_parameters() if p.requires_grad and id(p) not in adapted}
+    change = BaseChange((p for p in root.parameters() if p.requires_grad and id(p) not in adapted), repackable.values())
 
     with torch.inference_mode(False), ExitStack() as undo:  # tensors of inference mode could never be trained
         undo.callback(_forget, root, session, name)
         session.adapters[name] = state
         keep_session(root, session)
-        undo.callback(_give_back, root, session, list(base), list(repackable))
-        session.frozen.extend(base)
-        session.kept_layout.extend(repackable)
-        for layer in repackable.values():
-            quant.keep_layout(layer, True)
-        for parameter in base.values():
-            parameter.requires_grad_(False)
+        session.changes.append(change)
+        undo.callback(_undo, session, change)
+        change.make()
         for target in targets:
             undo.callback(_uninstall, layers[target.path], name)
             _install(layers[target.path], target, specs[target.path], state, values)
@@ -155,18 +153,13 @@ def _uninstall(module: nn.Module, name: str) -> None:
     for handle in slot.handles:
         handle.remove()
     for tensor in slot.tensors:
-        delattr(module, slot.state.attribute(tensor))
+        with suppress(AttributeError):  # another library's doing, such as a parametrization
+            delattr(module, slot.state.attribute(tensor))
 
 
-def _give_back(root: nn.Module, session: Session, frozen: list[str], kept_layout: list[str]) -> None:
-    """Undo what attach changed on the base."""
-    parameters, modules = dict(root.named_parameters()), dict(root.named_modules())
-    for path in parameters.keys() & set(frozen):  # whatever has been replaced since is not ours to change
-        parameters[path].requires_grad_(True)
-    for path in modules.keys() & set(kept_layout):
-        quant.keep_layout(modules[path], False)
-    session.frozen = [path for path in session.frozen if path not in frozen]
-    session.kept_layout = [path for path in session.kept_layout if path not in kept_layout]
+def _undo(session: Session, change: BaseChange) -> None:
+    change.undo()
+    session.changes.remove(change)
 
 
 def _forget(root: nn.Module, session: Session, name: str) -> None:

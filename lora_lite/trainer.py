@@ -1,7 +1,8 @@
 """transformers' Trainer with adapters: checkpoints hold adapters, not the base, and a quantised base may train.
 
     from lora_lite.trainer import AdapterTrainer
-    AdapterTrainer(model, args, train_dataset=...).train(resume_from_checkpoint=True)
+    trainer = AdapterTrainer(model, args, train_dataset=...)
+    trainer.train()  # train(resume_from_checkpoint=True) goes on from the last checkpoint
 
 `class MyTrainer(AdapterCheckpoints, SFTTrainer)` does the same for a trainer of your own.
 """

@@ -31,6 +31,68 @@ def test_nf4_with_double_quantisation_is_the_default_and_compute_dtype_is_explic
     assert plain.lm_head.weight.dtype == torch.bfloat16
 
 
+@pytest.fixture(scope="module")
+def held(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders that are quantised already; the 4-bit ones compute in float32."""
+    folders = {}
+    for kind, quantization, double_quant in (("nf4", "nf4", True), ("plain nf4", "nf4", False), ("int8", "int8", True)):
+        folder = str(tmp_path_factory.mktemp("held"))
+        model = ll.load_base(tiny, quantization=quantization, compute_dtype=torch.float32, double_quant=double_quant)
+        model.save_pretrained(folder)
+        folders[kind] = folder
+    return folders
+
+
+@pytest.mark.parametrize("asked", [{}, {"quantization": "nf4"}, {"compute_dtype": torch.float16}])
+def test_the_compute_dtype_is_ours_on_a_folder_that_is_quantised_already(
+    asked: dict[str, Any], held: dict[str, str], log: list[str]
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [m for m in ll.load_base(held["nf4"], **asked).modules() if isinstance(m, Linear4bit)]
+    wanted = asked.get("compute_dtype", torch.bfloat16)
+    assert {(m.compute_dtype, m.compute_type_is_set) for m in layers} == {(wanted, True)}
+    assert len(log) == 1
+    assert f"4 bit (nf4, computing in {str(wanted).removeprefix('torch.')})" in log[0]
+
+
+def test_a_quantization_config_of_the_callers_own_keeps_its_compute_dtype(tiny: str) -> None:
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = ll.load_base(tiny, quantization_config=how, device_map="cpu")
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "found", "wanted"),
+    [
+        ("nf4", {"quantization": "fp4"}, "nf4 with double quantisation", "fp4 with double quantisation"),
+        ("nf4", {"quantization": "int8"}, "nf4 with double quantisation", "int8"),
+        (
+            "nf4",
+            {"quantization": "nf4", "double_quant": False},
+            "nf4 with double quantisation",
+            "nf4 without double quantisation",
+        ),
+        ("plain nf4", {"quantization": "nf4"}, "nf4 without double quantisation", "nf4 with double quantisation"),
+        ("int8", {"quantization": "nf4"}, "int8", "nf4 with double quantisation"),
+    ],
+)
+def test_a_folder_that_is_quantised_in_another_way_is_refused(
+    kind: str, asked: dict[str, Any], found: str, wanted: str, held: dict[str, str]
+) -> None:
+    message = rf"{held[kind]} holds {found}, and {wanted} was asked for\n  use quantization=None for what it holds"
+    with pytest.raises(ll.ConfigError, match=message):
+        ll.load_base(held[kind], **asked)
+
+
+def test_a_folder_that_is_quantised_as_asked_opens(held: dict[str, str]) -> None:
+    ll.load_base(held["int8"], quantization="int8", double_quant=False)  # which has no scales to quantise
+    ll.load_base(held["int8"])
+    ll.load_base(held["plain nf4"], quantization="nf4", double_quant=False)
+
+
 def test_an_unknown_quantization_is_refused(tiny: str) -> None:
     with pytest.raises(ll.ConfigError, match=r"quantization='int4': wanted None or one of \('nf4', 'fp4', 'int8'\)"):
         ll.load_base(tiny, quantization="int4")
@@ -45,6 +107,23 @@ def test_one_message_says_how_a_quantised_model_was_loaded_and_where(
     ll.load_base(tiny, quantization=quantization)
     assert len(log) == 1
     assert re.search(rf"INFO loaded {tiny} in {message}.*, on cpu of cpu \(.+, \d+ threads\)", log[0])
+
+
+def test_the_message_names_an_unknown_kind(tiny: str, log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+
+    def in_float8(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        layer = model.model.layers[0].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", in_float8)
+    monkeypatch.setattr(base, "_one_token", lambda model: None)
+    ll.load_base(tiny)
+    assert f"loaded {tiny} in unknown (Parameter, float8_e4m3fn) weights, all else in bfloat16, on cpu" in log[0]
 
 
 def test_the_checkpoints_dtype_is_tried_first(tiny: str) -> None:

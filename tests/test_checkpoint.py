@@ -47,7 +47,8 @@ def rewrite(
 
 def test_the_file_is_what_the_design_says(saved: Path) -> None:
     meta = meta_of(saved)
-    assert meta.keys() == {"format", "variant", "config", "targets", "base", "library"}
+    assert meta.keys() == {"format", "variant", "config", "scale", "targets", "base", "library"}
+    assert meta["scale"] == 1.0
     assert (meta["format"], meta["variant"], meta["library"]) == (1, "lora", ll.__version__)
     assert meta["config"] == ll.LoRAConfig(r=2, target_names="_proj$").to_dict()
     assert meta["targets"]["model.layers.0.mlp.down_proj"] == [128, 64]
@@ -176,6 +177,10 @@ def other_layer(path: Path) -> None:
         (edit_meta(targets=[1]), ll.CheckpointError, "bad config or targets"),
         (edit_meta(base={}), ll.CheckpointError, "no targets, or a bad base record"),
         (edit_meta(targets={}), ll.CheckpointError, "no targets, or a bad base record"),
+        *(
+            (edit_meta(scale=scale), ll.CheckpointError, r"names the scale .*; wanted a finite number")
+            for scale in ("1", None, True, [1.0], float("nan"), float("inf"), 10**400)
+        ),
         (edit_meta(variant=["lora"]), ll.CheckpointError, r"names the variant \['lora'\]; wanted a string"),
         (edit_base(quantization="nf4"), ll.CheckpointError, "bad base record"),
         (edit_base(fingerprint={"proj": 5}), ll.CheckpointError, "bad base record"),
@@ -206,6 +211,37 @@ def test_a_bad_file_is_a_clear_error_and_changes_nothing(saved: Path, damage: An
     with pytest.raises(error, match=message):
         ll.load(model, saved)
     assert same_snapshot(before, snapshot(model))
+
+
+@pytest.mark.parametrize("c", [0.0, -0.5, 2.0])
+def test_the_scale_is_a_part_of_the_adapter(c: float, tmp_path: Path) -> None:
+    model = tiny_llama()
+    adapter = ll.attach(model, config("lora"))
+    perturb(adapter)
+    adapter.scale = c
+    wanted = logits(model)
+    ll.save(model, tmp_path / "a.safetensors")
+    assert meta_of(tmp_path / "a.safetensors")["scale"] == c
+    fresh = tiny_llama()
+    loaded = ll.load(fresh, tmp_path / "a.safetensors")
+    assert loaded.scale == c
+    assert repr(loaded).endswith(f"(float32), scale {c:g}")
+    assert torch.equal(logits(fresh), wanted)
+    other = tiny_llama()
+    ll.attach(other, config("lora"))
+    assert ll.restore(other, tmp_path / "a.safetensors").scale == c
+    assert torch.equal(logits(other), wanted)
+
+
+def test_a_file_without_a_scale_has_1(saved: Path) -> None:
+    rewrite(saved, meta=lambda meta: meta.update(scale=2))
+    assert ll.load(tiny_llama(), saved).scale == 2.0
+    rewrite(saved, meta=lambda meta: meta.pop("scale"))
+    model = tiny_llama()
+    adapter = ll.load(model, saved)
+    assert adapter.scale == 1.0
+    adapter.scale = 0.5
+    assert ll.restore(model, saved).scale == 1.0
 
 
 def test_metadata_that_lacks_a_part(saved: Path) -> None:
@@ -329,6 +365,21 @@ def test_restore_keeps_the_parameters_that_an_optimiser_holds(saved: Path) -> No
         ll.restore(dora, saved)
 
 
+@pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
+def test_restore_refuses_another_base_for_every_method(variant: str, tmp_path: Path) -> None:
+    first, other = tiny_llama(), tiny_llama(seed=1)
+    perturb(ll.attach(first, config(variant)))
+    ll.save(first, tmp_path / "a.safetensors")
+    adapter = ll.attach(other, config(variant))
+    before = {key: value.clone() for key, value in adapter.state_dict().items()}
+    message = (
+        r"(?s)trained on another base.*training goes on on its own base: load that, or detach and use lora_lite.load"
+    )
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.restore(other, tmp_path / "a.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in adapter.state_dict().items())
+
+
 def test_restore_refuses_another_scaling_or_base(saved: Path) -> None:
     model = tiny_llama()
     adapter = ll.attach(model, config("lora", r=2, alpha=4.0))
@@ -405,6 +456,24 @@ def test_an_emptied_tensor_is_never_saved(tmp_path: Path) -> None:
     ):
         ll.save(model, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_an_adapter_that_holds_no_numbers_is_not_saved(value: float, saved: Path) -> None:
+    old, model = saved.read_bytes(), tiny_llama()
+    adapter = ll.attach(model, config("lora"))
+    with torch.no_grad():
+        dict(adapter.named_tensors())["model.layers.1.mlp.up_proj.lora_B"][3, 1] = value
+    message = (
+        r"adapter 'default' in memory: 1 tensors hold NaN, .* such as model.layers.1.mlp.up_proj.lora_B "
+        r"\(torch.float32\)\n  nothing was written; go back to an earlier file, with a lower learning rate"
+    )
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.save(model, saved)
+    with pytest.raises(ll.CheckpointError, match=r"up_proj\.lora_B"):
+        ll.save(model, saved.parent / "new" / "a.safetensors")
+    assert saved.read_bytes() == old
+    assert os.listdir(saved.parent) == [saved.name]
 
 
 def test_a_crash_while_writing_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

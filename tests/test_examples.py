@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pairs
 import pytest
 import smollm2 as smollm2_wheel
 import torch
+import typer
 from pairs import DataError, Pair
 from safetensors.torch import load_file
 
@@ -218,6 +220,58 @@ def test_a_reload_that_differs_is_an_error(tiny: str, tmp_path: Path) -> None:
         torch.nn.init.ones_(parameter)
     with pytest.raises(RuntimeError, match=r"a\.safetensors on a fresh base: logits differ by up to"):
         finetune.check_reload(ll.load_base(tiny), tmp_path / "a.safetensors", task, finetune.logits_of(base, task))
+
+
+class TinyLetters(Letters):
+    """Letters for the tiny model's vocabulary."""
+
+    pad_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool) -> Any:
+        return type("Encoding", (), {"input_ids": [ord(letter) % 90 for letter in text]})
+
+
+@pytest.fixture
+def run(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The whole example in this process, on the tiny model and 20 pairs; its files go to tmp_path / "out"."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{i} and one?", "completion": f"{i + 1}"}) + "\n" for i in range(20))
+    )
+    monkeypatch.setattr(finetune, "set_up", lambda seed: None)
+    monkeypatch.setattr(finetune, "answers", lambda model, tokenizer, task: ["?"] * len(task.shown))
+    monkeypatch.setattr(finetune.transformers.AutoTokenizer, "from_pretrained", lambda *_: TinyLetters())
+    options = {"data": data, "model": tiny, "batch_size": 2, "eval_pairs": 2, "out": tmp_path / "out"}
+    return lambda **more: finetune.main(**(options | more))
+
+
+def test_the_adapter_is_saved_before_anything_else_is_done_with_it(
+    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = iter([["?"]])
+    monkeypatch.setattr(finetune, "answers", lambda *_: next(before))
+    with pytest.raises(StopIteration):  # the answers of the trained model
+        run(steps=1)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["adapter.safetensors"]
+
+
+def test_a_run_that_diverges_keeps_the_steps_before(
+    run: Callable[..., None], tmp_path: Path, log: list[str], tiny: str
+) -> None:
+    with pytest.raises(typer.Exit) as stopped:
+        run(steps=40, lr=1e38)
+    assert stopped.value.exit_code == finetune.DIVERGED != 0
+    (file,) = (tmp_path / "out").iterdir()
+    done = int(file.stem.removeprefix("adapter-step-"))
+    assert any(f"ERROR step {done + 1}: the gradients are not finite\n  try a lower --lr than 1e+38" in e for e in log)
+    assert any(f"stopped after {done} of 40 steps: what they have trained is in {file}" in e for e in log)
+    assert ll.load(ll.load_base(tiny), file).targets
+
+
+def test_the_results_say_what_the_folder_holds(run: Callable[..., None], tmp_path: Path, tiny: str) -> None:
+    ll.load_base(tiny, quantization="nf4").save_pretrained(tmp_path / "nf4")
+    run(steps=1, model=str(tmp_path / "nf4"))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["quantization"] == "nf4"
 
 
 # ---- the model ----------------------------------------------------------------------------------

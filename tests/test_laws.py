@@ -10,6 +10,8 @@ import torch
 from models import IDS, OneLinear, attach, config, perturb, quantized, tiny_llama, train
 from oracles import ORACLES
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_lite as ll
 
@@ -372,6 +374,20 @@ def test_function_transforms_and_inference_mode_mix_with_what_is_remembered(vari
         if path in given:
             torch.testing.assert_close(parameter.grad, grads[path], rtol=1e-4, atol=1e-7)
     assert adapter.scale == 1.0
+
+    # Forward mode: the same derivative along v, at a point of which nothing is remembered yet, and nothing is after it.
+    there = {path: 1.1 * tensor for path, tensor in given.items()}
+    v = {path: torch.randn_like(tensor) for path, tensor in there.items()}
+    along = sum((grad * v[path]).sum() for path, grad in torch.func.grad(loss)(there).items())
+    for enabled in (True, False):
+        with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(torch.func.jvp(loss, (there,), (v,))[1], along, rtol=1e-3, atol=1e-6)
+            with forward_ad.dual_level():
+                duals = {path: forward_ad.make_dual(there[path], v[path]) for path in there}
+                torch.testing.assert_close(forward_ad.unpack_dual(loss(duals)).tangent, along, rtol=1e-3, atol=1e-6)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        torch.testing.assert_close(loss(there), torch.func.jvp(loss, (there,), (v,))[0])
+    assert torch.equal(logits(model), wanted)
 
 
 @per_variant

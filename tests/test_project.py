@@ -7,27 +7,42 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_llama
+from jaxtyping import TypeCheckError
+from models import OneLinear, config, tiny_llama
+from test_ecosystem import Tokens, arguments
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
+from lora_lite import quant
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+EXAMPLE, OWN_VARIANT, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
 def test_the_readmes_code_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    example, own_variant, trainer = BLOCKS
     scope: dict[str, object] = {}
-    exec(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
+    exec(EXAMPLE.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
     assert (tmp_path / "adapter.safetensors").is_file()
     scope = {"ll": ll, "model": tiny_llama()}
-    exec(own_variant, scope)
+    exec(OWN_VARIANT, scope)
     assert ll.adapters(scope["model"])["default"].variant == "gain"  # type: ignore[arg-type]
-    assert "AdapterTrainer" in trainer
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # torch's, on a machine without an accelerator
+def test_the_readmes_trainer_trains_and_goes_on(tmp_path: Path) -> None:
+    for last in (3, 6):
+        model = tiny_llama()
+        adapter = ll.attach(model, ll.LoRAConfig())
+        scope = {"model": model, "args": arguments(tmp_path, max_steps=last), "data": Tokens()}
+        code = TRAINER if last == 3 else TRAINER.replace(".train()", ".train(resume_from_checkpoint=True)")
+        exec(code, scope)
+        assert all(tensor.any() for tensor in adapter.parameters())
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert scope["trainer"].state.log_history[0]["step"] == 1  # the history of the first run
+    assert "train(resume_from_checkpoint=True)" in TRAINER
 
 
 def test_the_readmes_table_is_true() -> None:
@@ -84,6 +99,16 @@ def test_variants_import_nothing_of_the_runtime_and_the_runtime_names_no_variant
 
 def test_the_link_at_the_top_leads_to_the_variants() -> None:
     assert (ROOT / "variants").resolve() == ROOT / "lora_lite" / "variants"
+
+
+def test_shapes_are_checked_while_the_tests_run() -> None:
+    model = OneLinear()
+    adapter = ll.attach(model, config("ia3", target_names="proj"))
+    layer = ll.Layer(*next(adapter.slots()))
+    with pytest.raises(TypeCheckError, match=r"quant\.linear"):
+        quant.linear(model.proj, torch.ones(()), "proj")
+    with pytest.raises(TypeCheckError, match=r"IA3\.forward"):
+        ll.REGISTRY["ia3"].forward(layer, torch.ones(3, 16), torch.ones(4, 24))  # type: ignore[misc]
 
 
 def test_every_config_and_error_is_public() -> None:

@@ -103,8 +103,77 @@ def test_an_unknown_kind_is_never_guessed() -> None:
 def test_a_layer_that_is_not_quantised_yet_is_unknown() -> None:
     import bitsandbytes as bnb
 
-    for layer in (bnb.nn.Linear4bit(64, 64), bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True)):
+    for layer in (
+        bnb.nn.Linear4bit(64, 64),
+        bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True),
+        bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),
+    ):
         assert quant.kind_of(layer) is quant.Kind.UNKNOWN
+        assert quant.describe(layer) == f"unknown ({type(layer.weight).__name__}, float32)"
+        model = nn.ModuleDict({"proj": layer})
+        with pytest.raises(ll.QuantizedWeightError, match=r"proj: 'dora' reads the weight, and this one is unknown \("):
+            ll.attach(model, config("dora", target_names="proj"))
+        ll.attach(model, config("lora", target_names="proj"))
+    layer.to("cpu")
+    assert quant.kind_of(layer) is quant.Kind.BNB_8BIT
+
+
+class Opaque(torch.Tensor):
+    """A tensor subclass of another library: it has a dtype and a shape, and all else fails."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.reshape, torch.Tensor.flatten, torch.Tensor.__getitem__, torch.Tensor.float):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        (torch.empty(8, 8, dtype=torch.uint4), "unknown (Parameter, uint4)"),
+        (torch.ones(8, 8).as_subclass(Opaque), "unknown (Opaque, float32)"),
+    ],
+)
+def test_of_an_unknown_kind_the_record_says_just_that(
+    weight: torch.Tensor, kind: str, tmp_path: Path, log: list[str]
+) -> None:
+    """Its elements may be no numbers, so none is taken; nothing tells two such weights apart."""
+
+    def model(dense: bool = False) -> Any:
+        layer = nn.Linear(8, 8)
+        if not dense:
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        return nn.ModuleDict({"proj": layer})
+
+    first = model()
+    adapter = ll.attach(first, config("lora", target_names="proj"))
+    assert adapter.base["fingerprint"] == {"proj": [kind.rpartition(" ")[2].rstrip(")")]}
+    assert adapter.base["quantization"] == {
+        "method": "unknown",
+        "quant_type": kind,
+        "blocksize": None,
+        "double_quant": False,
+        "compute_dtype": None,
+        "modules": ["proj"],
+    }
+    assert f"on ModuleDict ({kind})" in repr(adapter)
+    ll.save(first, tmp_path / "a.safetensors")
+    ll.load(model(), tmp_path / "a.safetensors")
+    assert not any(line.startswith("WARNING") for line in log)
+    ll.load(model(dense=True), tmp_path / "a.safetensors")
+    assert sum("trained on another base" in line for line in log) == 1
+
+
+def test_weights_without_samples_are_the_same_by_dtype_alone() -> None:
+    assert quant._same_weight(["uint4"], ["uint4"])
+    assert not quant._same_weight(["float32"], ["bfloat16"])
+    assert not quant._same_weight(["float32"], ["float32", 1.0])
+    assert not quant._same_weight(["float32"], ["bfloat16", 1.0])
+
+
+def test_a_layer_without_a_shape_yet_is_no_quantisation() -> None:
+    assert quant.quantization(nn.ModuleDict({"proj": nn.LazyLinear(8)})) is None
 
 
 def hazardous(folder: str) -> Any:
@@ -133,6 +202,19 @@ def test_attach_forbids_repacking_and_detach_allows_it_again(tiny: str) -> None:
     assert torch.equal(quant.dense_weight(layer_of(model), "up_proj"), weight)
     ll.detach(model)
     assert layer_of(model).support_avx512bf16_for_cpu
+
+
+@pytest.mark.parametrize("twin", [lambda m: m, copy.deepcopy])
+def test_detach_allows_repacking_again_inside_wrappers_and_in_copies(twin: Any, tiny: str) -> None:
+    model = hazardous(tiny)
+    ll.attach(model, config("lora", target_names="q_proj"))
+    model = twin(model)
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.model.layers[1].mlp.up_proj = nn.Linear(128, 256, bias=False)
+    ll.detach(model)
+    assert len(layers) == 14
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [True] * 14
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no AVX512-BF16, so nothing repacks")

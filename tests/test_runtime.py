@@ -1,5 +1,8 @@
 """Attach, detach and scale: several adapters, bad input, and models that are left exactly as they were."""
 
+import copy
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -176,6 +179,59 @@ def test_parts_with_adapters_of_their_own_are_not_taken_for_one(tmp_path: Any) -
     ll.save(both["a"], tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_replaced_a_frozen_parameter_is_not_ours_to_change(copied: bool) -> None:
+    model = tiny_llama()
+    ll.attach(model, config("lora", layers=(0,)))
+    model = copy.deepcopy(model) if copied else model
+    first, second = (block.mlp for block in model.model.layers)
+    codes = nn.Parameter(torch.ones(128, 64, dtype=torch.int8), requires_grad=False)
+    second.up_proj.weight, old = codes, weakref.ref(second.up_proj.weight)
+    second.gate_proj.weight = nn.Parameter(second.gate_proj.weight.detach(), requires_grad=False)
+    second.down_proj.weight.data = torch.ones(64, 128, dtype=torch.int8)  # the same object, which can have no gradient
+    assert old() is None  # fully_shard relies on that to free what it has sharded
+    ll.detach(model)
+    replaced = [second.up_proj.weight, second.gate_proj.weight, second.down_proj.weight]
+    assert not any(parameter.requires_grad for parameter in replaced)
+    assert all(p.requires_grad for p in model.parameters() if not any(p is each for each in replaced))
+    assert first.up_proj.weight.requires_grad
+    assert ll.adapters(model) == {}
+    assert not any("lora" in key for module in model.modules() for key in module.__dict__)
+
+
+def wrap_inner(model: Any) -> None:
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    checkpoint_wrapper.apply_activation_checkpointing(
+        model, check_fn=lambda module: module is model.model.layers[1].mlp or module is model.lm_head
+    )
+
+
+@pytest.mark.parametrize("twin", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_wrappers_of_inner_modules_hide_nothing_from_detach(twin: Any) -> None:
+    model = tiny_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    ll.attach(model, config("lora"))
+    model = twin(model)
+    wrap_inner(model)
+    ll.detach(model)
+    frozen = [path for path, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]
+    assert not any("lora_" in key for key in model.state_dict())
+
+
+def test_detach_takes_off_a_tensor_that_is_parametrized() -> None:
+    """Nothing raises halfway."""
+    model = tiny_llama()
+    ll.attach(model, config("lora"))
+    nn.utils.parametrize.register_parametrization(model.model.layers[1].mlp.up_proj, "lora_A", nn.Identity())
+    ll.detach(model)
+    assert ll.adapters(model) == {}
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.model.layers[1].mlp.up_proj.weight.requires_grad
+
+
 def test_detach_of_an_unknown_name() -> None:
     model = tiny_llama()
     ll.attach(model, config("lora"), name="fr")
@@ -285,6 +341,19 @@ def test_fast_svd_is_seeded_close_and_reports_its_error(log: list[str]) -> None:
     reports = [line for line in log if "randomised SVD" in line]
     assert len(reports) == 2
     assert float(reports[0].rpartition("= ")[2]) < 1e-3
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(96, 64), (64, 64), (64, 96)])
+def test_fast_svd_reports_how_bad_a_bad_run_is(
+    d_in: int, d_out: int, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In either orientation one of the two residuals is zero by construction."""
+    model = OneLinear(d_in, d_out)
+    monkeypatch.setattr("lora_lite.variants.pissa.OVERSAMPLE", 0)
+    monkeypatch.setattr("lora_lite.variants.pissa.ITERATIONS", 0)
+    ll.attach(model, config("pissa", target_names="proj", svd="fast"))
+    (report,) = (line for line in log if "randomised SVD" in line)
+    assert float(report.rpartition("= ")[2]) > 0.1
 
 
 def test_doras_norm_is_right_where_the_terms_cancel() -> None:

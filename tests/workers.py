@@ -145,6 +145,8 @@ def fsdp(variant: str, folder: Path) -> None:
     losses = train(model, adapter, BATCH.chunk(WORLD)[rank])
     ll.save(model, file)
     same_as_alone(losses, variant, file)
+    with pytest.raises(ll.CheckpointError, match=r"was not written: (FileExists|NotADirectory)Error"):
+        ll.save(model, file / "a.safetensors")  # which the first process alone can know
 
     with torch.no_grad():
         out = model(input_ids=BATCH).logits

@@ -95,6 +95,6 @@ def _top_svd(
         torch.manual_seed(SEED)
         u, s, v = torch.svd_lowrank(w, q=min(cfg.r + OVERSAMPLE, *w.shape), niter=ITERATIONS)
     u, s, v = u[:, : cfg.r], s[: cfg.r], v[:, : cfg.r]
-    error = float((w.mT @ u - v * s).norm() / s.norm())  # 0 for true singular vectors
-    logger.debug(f"{path}: randomised SVD, ‖WᵀU - VS‖/‖S‖ = {error:.1e}")
+    error = float(max((w @ v - u * s).norm(), (w.mT @ u - v * s).norm()) / s.norm())  # 0 for true singular vectors
+    logger.debug(f"{path}: randomised SVD, max(‖WV - US‖, ‖WᵀU - VS‖)/‖S‖ = {error:.1e}")
     return u, s, v
