@@ -19,6 +19,7 @@ from . import quant
 from .config import dtype_name
 from .errors import CheckpointError, ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
+from .targets import Target
 from .variant import lookup
 
 T = TypeVar("T")
@@ -96,7 +97,12 @@ class Adapter:
     @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """Path of each adapted layer, relative to the model given to `attach`, with its (d_in, d_out)."""
-        return dict(self._state.targets)
+        return {target.path: (target.d_in, target.d_out) for target in self._state.targets}
+
+    @property
+    def layers(self) -> list[Target]:
+        """What it was attached to, as `plan` describes it."""
+        return list(self._state.targets)
 
     @property
     def scale(self) -> float:
@@ -170,13 +176,17 @@ class Adapter:
 
     def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
         """Each adapted layer, with this adapter's slot on it."""
-        for module in self._state.layers:
-            yield module, slots_of(module)[self.name]
+        state = self._state
+        for module in self._model.modules():
+            slot = slots_of(module).get(self.name)
+            if slot is not None and slot.state is state:
+                yield module, slot
 
     def views(self) -> dict[str, Layer]:
         """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""
         views: dict[str, Layer] = {}
-        for module, slot in self.slots():
+        for module in self._state.layers:  # no walk over the model: a search changes the config at every trial
+            slot = slots_of(module)[self.name]
             if slot.stacked:
                 views |= {f"{slot.path}[{i}]": Layer(module, slot, expert=i) for i in range(slot.target.experts)}
             else:

@@ -144,9 +144,9 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """What its config says that each tensor must be."""
     return {
-        file_key(slot.path, tensor): tuple(spec.shape)
-        for _, slot in adapter.slots()
-        for tensor, spec in specs_at(slot.target, adapter.config).items()
+        file_key(target.path, tensor): tuple(spec.shape)
+        for target in adapter.layers
+        for tensor, spec in specs_at(target, adapter.config).items()
     }
 
 

@@ -21,8 +21,8 @@ class AdapterState:
 
     name: str
     cfg: Any
-    targets: dict[str, tuple[int, int]]
-    """Path -> (d_in, d_out), as attached."""
+    targets: list[Target]
+    """As attached."""
     base: dict[str, Any]
     scale: float = 1.0
     layers: list[nn.Module] = field(default_factory=list)

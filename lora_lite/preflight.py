@@ -133,7 +133,7 @@ def check_name(name: str, root: nn.Module, specs: Specs) -> None:
             f"adapter {name!r} is attached to this {type(root).__name__} already\n"
             f"  give the new one another name, detach the old one, or lora_lite.restore a file's values into it"
         )
-    modules, attribute = dict(root.named_modules()), AdapterState(name, None, {}, {}).attribute
+    modules, attribute = dict(root.named_modules()), AdapterState(name, None, [], {}).attribute
     for path, at in specs.items():
         taken = [attribute(tensor) for tensor in at if hasattr(modules[path], attribute(tensor))]
         if taken:

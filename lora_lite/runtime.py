@@ -61,7 +61,7 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
             variant.init(view, cfg)
         with scaled(root, 0.0, name):
             variant.group_init(root, views, cfg, calibration_data)
-            variant.refresh(views, cfg)
+        variant.refresh(views, cfg)
     logger.info(f"attached {adapter}: {adapter.counts()}")
     for path, (d_in, d_out) in adapter.targets.items():
         logger.trace(f"attached {name!r} at {path} ({d_in} -> {d_out})")
@@ -101,8 +101,7 @@ def installed(root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target]
     modules = dict(root.named_modules())
     layers = {target.path: modules[target.path] for target in targets}
     repackable = quant.repackable(root)
-    shapes = {target.path: (target.d_in, target.d_out) for target in targets}
-    state = AdapterState(name, cfg, shapes, quant.base_record(root, layers))
+    state = AdapterState(name, cfg, targets, quant.base_record(root, layers))
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
     change = BaseChange((p for p in root.parameters() if p.requires_grad and id(p) not in adapted), repackable.values())
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import OneLinear, config, perturb, quantized, tiny_llama
+from models import OneLinear, attach, config, perturb, quantized, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_laws import logits, same_snapshot, snapshot
@@ -368,9 +368,9 @@ def test_restore_keeps_the_parameters_that_an_optimiser_holds(saved: Path) -> No
 @pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
 def test_restore_refuses_another_base_for_every_method(variant: str, tmp_path: Path) -> None:
     first, other = tiny_llama(), tiny_llama(seed=1)
-    perturb(ll.attach(first, config(variant)))
+    perturb(attach(first, config(variant)))
     ll.save(first, tmp_path / "a.safetensors")
-    adapter = ll.attach(other, config(variant))
+    adapter = attach(other, config(variant))
     before = {key: value.clone() for key, value in adapter.state_dict().items()}
     message = (
         r"(?s)trained on another base.*training goes on on its own base: load that, or detach and use lora_lite.load"

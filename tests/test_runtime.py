@@ -316,7 +316,8 @@ def test_one_log_line_an_operation(log: list[str], tmp_path: Any) -> None:
     ll.load(model, tmp_path / "a.safetensors")
     about = "lora 'default': 14 layers, 8,192 trainable parameters in float32, on LlamaForCausalLM (float32)"
     about = about.replace("8,192", f"{sum(4 * (i + o) for i, o in ll.adapters(model)['default'].targets.values()):,}")
-    assert log[0] == f"INFO attached {about}"
+    counts = ", ".join(f"2 {n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down"))
+    assert log[0] == f"INFO attached {about}: {counts}"
     assert log[1].startswith(f"INFO saved {about} to {tmp_path / 'a.safetensors'} (")
     assert log[2] == "INFO detached default from LlamaForCausalLM"
     assert log[3] == f"INFO loaded {about} from {tmp_path / 'a.safetensors'}"

@@ -71,12 +71,12 @@ class Abliteration:
             if not torch.equal(layer.lora_v, v):
                 layer.lora_v.copy_(v)
                 _read_weight(layer, layer.lora_v.double(), cfg.normalization)
-            if cfg.normalization in ("full", "column") and _square(layer).min() < SMALLEST:
+            if cfg.normalization in ("full", "column") and _square(layer, 1.0).min() < SMALLEST:
                 raise BaseModelError(f"{layer.path}: almost nothing of a row or column is left to normalise\n  use 'pre'")
 
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-        return x * _square(layer).rsqrt().to(x.dtype) if layer.cfg.normalization == "column" else x
+        return x * _square(layer, layer.scale).rsqrt().to(x.dtype) if layer.cfg.normalization == "column" else x
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
@@ -87,7 +87,7 @@ class Abliteration:
         removed = (wx @ reads.to(y.dtype).mT) @ (layer.scale * layer.lora_strength * writes).to(y.dtype)
         if layer.cfg.normalization != "full":
             return y - removed
-        return y - removed + (_square(layer).rsqrt() - 1).to(y.dtype) * (wx - removed)
+        return y - removed + (_square(layer, layer.scale).rsqrt() - 1).to(y.dtype) * (wx - removed)
 
 
 def _read_weight(layer: Layer, v: Float[Tensor, "k o"], mode: str) -> None:
@@ -104,7 +104,7 @@ def _read_weight(layer: Layer, v: Float[Tensor, "k o"], mode: str) -> None:
         layer.lora_q.copy_((v.mT @ (u @ u.mT) * v.mT).sum(1))
 
 
-def _square(layer: Layer) -> Tensor:
+def _square(layer: Layer, c: float) -> Tensor:
     """n², of rows in FULL and of columns in COLUMN."""
-    s = layer.scale * layer.lora_strength
+    s = c * layer.lora_strength
     return 1 - 2 * s * layer.lora_p + s * s * layer.lora_q
