@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from contrasts import FITTED, NEUTRAL, chats
 from jaxtyping import TypeCheckError
 from models import OneLinear, config, tiny_llama
 from test_ecosystem import Tokens, arguments
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 from lora_lite import quant
+from lora_lite.variant import weight_use
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, OWN_VARIANT, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
+EXAMPLE, OWN_VARIANT, ABLITERATION, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
@@ -45,6 +47,19 @@ def test_the_readmes_trainer_trains_and_goes_on(tmp_path: Path) -> None:
     assert "train(resume_from_checkpoint=True)" in TRAINER
 
 
+def test_the_readmes_abliteration_runs(smollm2: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = {
+        "positive": chats("French", FITTED[:8]),
+        "negative": chats("English", FITTED[:8]),
+        "neutral": NEUTRAL[:8],
+    }
+    scope: dict[str, object] = {"ll": ll, "prompts": prompts}
+    scope |= {"tokenizer": AutoTokenizer.from_pretrained(smollm2), "model": ll.load_base(smollm2, torch.bfloat16)}
+    exec(ABLITERATION, scope)
+    assert "tensor(0." in capsys.readouterr().out
+    assert scope["adapter"].config.strength == 0.8  # type: ignore[attr-defined]
+
+
 def test_the_readmes_table_is_true() -> None:
     with torch.device("meta"):
         smollm2 = LlamaForCausalLM(
@@ -63,7 +78,7 @@ def test_the_readmes_table_is_true() -> None:
     for name, parameters, kinds, fresh in rows:
         plan = ll.plan(smollm2, ll.config_for(name)())  # type: ignore[call-arg]
         assert parameters == f"{plan.parameters:,}"
-        assert kinds == KINDS[ll.REGISTRY[name].base_weight]
+        assert kinds == KINDS[weight_use(ll.config_for(name)())]  # type: ignore[call-arg]
         assert (fresh == "the base, bit for bit") == ll.REGISTRY[name].has_identity_init
     shown = re.search(r"```\n(lora on .*?)```", README, re.S)
     assert shown is not None

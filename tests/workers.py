@@ -2,7 +2,8 @@
 
 python tests/workers.py compile|ddp|fsdp FOLDER
 
-Each goes through all registered variants: to start a process takes longer than to check one.
+Each goes through all registered variants (ddp: those that are trained): to start a process takes longer than to check
+one.
 """
 
 import shutil
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
-from models import IDS, OneLinear, config, perturb, tiny_llama
+from models import IDS, OneLinear, attach, config, perturb, tiny_llama
 from torch.distributed.tensor import DTensor
 
 import lora_lite as ll
@@ -25,8 +26,12 @@ WORLD, STEPS = 2, 3
 BATCH = torch.arange(48).reshape(4, 12)
 
 
-def gradients(adapter: ll.Adapter) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+def trained(variant: str) -> bool:
+    return ll.REGISTRY[variant].default_lr is not None
+
+
+def gradients(adapter: ll.Adapter) -> list[torch.Tensor]:
+    return [p.grad for p in adapter.parameters() if p.grad is not None]
 
 
 # ---- compile ------------------------------------------------------------------------------------
@@ -40,14 +45,14 @@ def compiled(variant: str, folder: Path) -> None:
     torch._dynamo.reset()
     if shutil.which("g++"):
         layer = OneLinear()
-        perturb(ll.attach(layer, config(variant, target_names="proj")))
+        perturb(attach(layer, config(variant, target_names="proj")))
         x = torch.randn(5, 16)
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
     model = tiny_llama(num_hidden_layers=1)
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         base = fast(input_ids=IDS).logits
-    adapter = ll.attach(fast, config(variant))
+    adapter = attach(fast, config(variant))
     perturb(adapter)
 
     model.train()
@@ -55,7 +60,8 @@ def compiled(variant: str, folder: Path) -> None:
     for each in (fast, model):
         model.zero_grad()
         out = each(input_ids=IDS, labels=IDS)
-        out.loss.backward()
+        if trained(variant):
+            out.loss.backward()
         both.append((out.logits, gradients(adapter)))
     torch.testing.assert_close(both[0], both[1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(both[0][0], base, atol=1e-4)
@@ -71,6 +77,14 @@ def compiled(variant: str, folder: Path) -> None:
                 )
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert graphs[1] == graphs[-1], f"a new scale recompiles: {graphs}"
+        if "strength" in ll.REGISTRY[variant].live:
+            before = model(input_ids=IDS).logits
+            for strength in (0.9, 0.4):
+                adapter.configure(strength=strength)
+                torch.testing.assert_close(
+                    fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5
+                )
+            assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-3)
         ll.detach(model)
         torch.testing.assert_close(fast(input_ids=IDS).logits, base)
 
@@ -109,6 +123,8 @@ def same_as_alone(losses: list[float], variant: str, file: Path) -> None:
 
 
 def ddp(variant: str, folder: Path) -> None:
+    if not trained(variant):
+        return  # DDP refuses a model without gradients
     rank, file = dist.get_rank(), folder / f"{variant}.safetensors"
     model = tiny_llama()
     adapter = ll.attach(model, config(variant))
@@ -138,6 +154,9 @@ def fsdp(variant: str, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     rank, file = dist.get_rank(), folder / f"{variant}.safetensors"
     model = tiny_llama()
+    if not trained(variant):
+        computed(variant, shard, file)
+        return
     adapter = ll.attach(model, config(variant))
     shard(model)
     assert adapter.is_sharded
@@ -175,6 +194,27 @@ def fsdp(variant: str, folder: Path) -> None:
         ll.detach(model)
     with pytest.raises(ll.TargetError, match="attach first, then fully_shard"):
         ll.attach(shard(tiny_llama()), config("lora"))
+
+
+def computed(variant: str, shard: Callable[[Any], Any], file: Path) -> None:
+    """What is computed on a sharded model is what it is on a whole one: statistics, outputs, divergence, the file."""
+    whole, model = tiny_llama(), shard(tiny_llama())
+    for path, seen in ll.capture(model, [BATCH], reduce=("std",), progress=False).items():
+        wanted = ll.capture(whole, [BATCH], reduce=("std",), progress=False)[path]
+        torch.testing.assert_close((seen.mean, seen.std), (wanted.mean, wanted.std), rtol=1e-5, atol=1e-6)
+    attach(whole, config(variant))
+    model = tiny_llama()
+    attach(model, config(variant))
+    shard(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=BATCH).logits, whole(input_ids=BATCH).logits)
+    torch.testing.assert_close(ll.kl_divergence(model, [BATCH]), ll.kl_divergence(whole, [BATCH]), rtol=1e-3, atol=1e-5)
+    ll.save(model, file)
+    dist.barrier()
+    fresh = tiny_llama()
+    ll.load(fresh, file)
+    with torch.no_grad():
+        assert torch.equal(fresh(input_ids=BATCH).logits, whole(input_ids=BATCH).logits)
 
 
 def each_variant(job: Callable[[str, Path], None], folder: str) -> None:
