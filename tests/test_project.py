@@ -106,7 +106,7 @@ def test_variants_import_nothing_of_the_runtime_and_the_runtime_names_no_variant
     for file in (package / "variants").glob("*.py"):
         for module in re.findall(r"^from \.\.(\w+) import", file.read_text(), re.M):
             assert module in {"variant", "config", "directions", "errors"}, f"{file.name} imports {module}"
-        assert len(file.read_text().splitlines()) <= 110, file.name
+        assert len(file.read_text().splitlines()) <= 120, file.name
     for file in package.glob("*.py"):
         if file.name != "__init__.py":
             assert not re.search(r"^from \.variants|^import .*variants", file.read_text(), re.M), file.name

@@ -27,7 +27,7 @@ from ..directions import DirectionConfig, fit, placed
 from ..errors import BaseModelError
 from ..variant import Layer, ParamSpec, register
 
-SMALLEST = 1e-3  # of n²: below it too little of a row or column is left to say where it points
+SMALLEST = 1e-3  # of n² at any λ: below it too little of a row or column is left to say where it points
 
 
 class Normalization(enum.StrEnum):
@@ -65,18 +65,22 @@ class Abliteration:
         return {f"lora_{name}": ParamSpec(shape, trainable=False, keep_dtype=True) for name, shape in shapes.items()}
 
     @staticmethod
+    def init(layer: Layer, cfg: AbliterationConfig) -> None:
+        if cfg.normalization in ("pre", "full"):
+            layer.lora_d.copy_(layer.dense_weight().norm(dim=1))
+
+    @staticmethod
     def refresh(targets: Mapping[str, Layer], cfg: AbliterationConfig) -> None:
         for layer, v, strength in placed(targets, cfg):
             layer.lora_strength.fill_(strength)
             if not torch.equal(layer.lora_v, v):
                 layer.lora_v.copy_(v)
-                _read_weight(layer, layer.lora_v.double(), cfg.normalization)
-            if cfg.normalization in ("full", "column") and _square(layer, 1.0).min() < SMALLEST:
-                raise BaseModelError(f"{layer.path}: almost nothing of a row or column is left to normalise\n  use 'pre'")
+                if cfg.normalization in ("full", "column"):
+                    _read_weight(layer)
 
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-        return x * _square(layer, layer.scale).rsqrt().to(x.dtype) if layer.cfg.normalization == "column" else x
+        return x * _gain(layer).to(x.dtype) if layer.cfg.normalization == "column" else x
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
@@ -87,24 +91,27 @@ class Abliteration:
         removed = (wx @ reads.to(y.dtype).mT) @ (layer.scale * layer.lora_strength * writes).to(y.dtype)
         if layer.cfg.normalization != "full":
             return y - removed
-        return y - removed + (_square(layer, layer.scale).rsqrt() - 1).to(y.dtype) * (wx - removed)
+        return y - removed + (_gain(layer) - 1).to(y.dtype) * (wx - removed)
 
 
-def _read_weight(layer: Layer, v: Float[Tensor, "k o"], mode: str) -> None:
-    w = layer.dense_weight().double() if mode != "none" else v
-    if mode == "column":
-        layer.lora_p.copy_((v @ w).square().sum(0) / w.square().sum(0).clamp_min(1e-300))
-        layer.lora_q.copy_(layer.lora_p)
-    if mode in ("pre", "full"):
-        layer.lora_d.copy_(w.norm(dim=1))
-    if mode == "full":
-        w = w / w.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        u = v @ w
-        layer.lora_p.copy_(((w @ u.mT) * v.mT).sum(1))
-        layer.lora_q.copy_((v.mT @ (u @ u.mT) * v.mT).sum(1))
+def _read_weight(layer: Layer) -> None:
+    """p and q, which change with V. Raises BaseModelError where n² comes near 0 for some λ."""
+    w = layer.dense_weight()
+    v, tiny = layer.lora_v.to(w.dtype), torch.finfo(w.dtype).tiny
+    if layer.cfg.normalization == "column":
+        p = q = (v @ w).square().sum(0) / w.square().sum(0).clamp_min(tiny)
+    else:
+        inverse = 1 / layer.lora_d.to(w.dtype).where(layer.lora_d > 0, torch.inf)
+        u = (v * inverse) @ w
+        p = ((w @ u.mT) * inverse[:, None] * v.mT).sum(1)
+        q = (v.mT @ (u @ u.mT) * v.mT).sum(1)
+    if (p.square() / q.clamp_min(tiny)).max() > 1 - SMALLEST:
+        raise BaseModelError(f"{layer.path}: almost nothing of a row or column is left to normalise\n  use 'pre'")
+    layer.lora_p.copy_(p)
+    layer.lora_q.copy_(q)
 
 
-def _square(layer: Layer, c: float) -> Tensor:
-    """n², of rows in FULL and of columns in COLUMN."""
-    s = c * layer.lora_strength
-    return 1 - 2 * s * layer.lora_p + s * s * layer.lora_q
+def _gain(layer: Layer) -> Tensor:
+    """1/n, of rows in FULL and of columns in COLUMN."""
+    s = layer.scale * layer.lora_strength
+    return (1 - 2 * s * layer.lora_p + s * s * layer.lora_q).rsqrt()

@@ -1,0 +1,76 @@
+"""What one trial of an ablation search costs before its first forward, as ratios in one run.
+
+    python benchmarks/trial.py
+
+The same 60 layers of SmolLM2-135M (every writer of the residual stream). Peers: loading the model again, as a search
+that edits weights must; and zeroing the B of PEFT LoRAs (rank 3), as one that writes its deltas into them must, before
+it computes the new ones. Medians; interleaved, since machines are shared and noisy.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from loguru import logger
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import lora_lite as ll
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from smollm2 import smollm2_folder
+
+ROUNDS, REPEATS = 15, 10
+WRITERS = ["o_proj", "down_proj"]
+
+
+def main() -> None:
+    logger.remove()
+    folder = str(smollm2_folder())
+    ours = {}
+    for mode in ll.Normalization:
+        model = ll.load_base(folder, torch.bfloat16)
+        directions = {"directions": torch.randn(30, 1, 576, generator=torch.Generator().manual_seed(0))}
+        ours[mode] = ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions)
+    peft = get_peft_model(ll.load_base(folder, torch.bfloat16), LoraConfig(r=3, target_modules=WRITERS))
+    kernels = {
+        "attn": ll.Kernel(1.0, 17.0, 0.2, 12.0),
+        "mlp": ll.Kernel(0.7, 17.0, 0.0, 9.0),
+    }
+    trials: dict[str, Callable[[int], None]] = {}
+    for mode, adapter in ours.items():
+        trials[f"{mode}: strength, kernels"] = lambda i, a=adapter: a.configure(strength=1 + i / 1e3, kernels=kernels)
+        trials[f"{mode}: layer"] = lambda i, a=adapter: a.configure(layer=i % 29 + 0.5)
+    trials["PEFT: zero B"] = lambda i: zero_b(peft)
+    times: dict[str, list[float]] = {name: [] for name in trials} | {"load the model again": []}
+    for round_ in range(ROUNDS):
+        for name, trial in trials.items():
+            started = time.perf_counter()
+            for i in range(REPEATS):
+                trial(round_ * REPEATS + i)
+            times[name].append((time.perf_counter() - started) / REPEATS)
+    for _ in range(3):
+        started = time.perf_counter()
+        ll.load_base(folder, torch.bfloat16)
+        times["load the model again"].append(time.perf_counter() - started)
+
+    unit = statistics.median(times["none: strength, kernels"])
+    print(f"{'one trial':<34}{'milliseconds':>14}{'ratio':>9}")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        print(f"{name:<34}{median * 1e3:>14.3f}{median / unit:>9.1f}")
+
+
+@torch.no_grad()
+def zero_b(peft: nn.Module) -> None:
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            parameter.zero_()
+
+
+if __name__ == "__main__":
+    main()
