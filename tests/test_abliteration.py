@@ -504,3 +504,34 @@ def test_french_is_ablated_on_the_real_model(quantization: str | None, smollm2: 
             given = {"directions": random_direction(576, seed)}
             ll.attach(model, ll.AbliterationConfig(), calibration_data=given)
             assert gap(model, tokenizer, "French") > 1
+
+
+def test_autocast_ablates_in_its_dtype() -> None:
+    for mode in MODES:
+        for make in (tiny_llama, lambda: moe("qwen3")):
+            model = make()
+            ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions())
+            exact = logits(model)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = logits(model)
+            assert (out.float() - exact).norm() < 0.03 * exact.norm()
+
+
+@per_mode
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_oss"])
+def test_low_precision_bases(mode: str, name: str) -> None:
+    """A block alone: in a whole model, rounding may send a token to another expert."""
+    x = torch.randn(64, 128 if name == "llama" else 64)
+    chosen, weights = torch.randint(0, 4, (64, 2)), torch.rand(64, 2)
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_llama().to(dtype) if name == "llama" else moe(name).to(dtype)
+        ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions())
+        mlp = model.model.layers[1].mlp
+        with torch.no_grad():
+            if name == "llama":
+                outputs.append(mlp.down_proj(x.to(dtype)))
+            else:
+                outputs.append(mlp.experts(x.to(dtype), chosen, weights.to(dtype)))
+    assert outputs[1].dtype == torch.bfloat16
+    assert (outputs[1].float() - outputs[0]).norm() < 0.01 * outputs[0].norm()
