@@ -39,8 +39,8 @@ class DoRA:
     config = DoRAConfig
     base_weight = "read"
     handles_scale = True
-    # LoRA's: the direction learns as LoRA does, and m, a row norm of about 1, moves by at most this much a step. After 50
-    # steps on SmolLM2: 2.58 at 1e-3, 2.52 at 3e-3.
+    # LoRA's: the direction learns as LoRA does, and m, a row norm of about 1, moves by at most this much a step. The demo
+    # ends at 2.74 from 3.79.
     default_lr = 2e-3
 
     @staticmethod

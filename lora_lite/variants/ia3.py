@@ -33,8 +33,8 @@ class IA3:
     name = "ia3"
     config = IA3Config
     handles_scale = True
-    # One number a channel, that AdamW moves by about lr a step, and a useful one is several per cent from 1. After 50
-    # steps on SmolLM2, held-out: 2.74 at 1e-2, 2.67 at 3e-2, 2.73 at 1e-1.
+    # One number a channel, that AdamW moves by about lr a step, and a useful one is several per cent from 1: so ten to
+    # thirty times LoRA's rate. The demo ends at 2.87 from 3.79.
     default_lr = 3e-2
 
     @staticmethod

@@ -47,8 +47,8 @@ class LoRA:
     name = "lora"
     config = LoRAConfig
     handles_scale = True
-    # For short runs at s = 1: B starts at zero, and what suits long runs hardly moves it. Held-out loss of SmolLM2 after
-    # 50 steps of 8 pairs: 2.75 at 3e-4, 2.58 at 1e-3, 2.52 at 3e-3, 2.57 at 1e-2; this keeps a margin to the last.
+    # Low-rank factors of this size want about ten times full fine-tuning's rate. In 25 steps of the demo (--steps 25
+    # --eval-pairs 32) held-out loss falls from 3.62 to 2.99 at 5e-4, to 2.85 at this one.
     default_lr = 2e-3
 
     @staticmethod
