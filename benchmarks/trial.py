@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from smollm2 import smollm2_folder
 
-ROUNDS, REPEATS = 15, 10
+KERNELS = {"attn": ll.Kernel(1.0, 17.0, 0.2, 12.0), "mlp": ll.Kernel(0.7, 17.0, 0.0, 9.0)}
+ROUNDS, REPEATS = 7, 5
 WRITERS = ["o_proj", "down_proj"]
+RELOAD = "load the model again"
 
 
 def main() -> None:
@@ -37,16 +40,12 @@ def main() -> None:
         directions = {"directions": torch.randn(30, 1, 576, generator=torch.Generator().manual_seed(0))}
         ours[mode] = ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions)
     peft = get_peft_model(ll.load_base(folder, torch.bfloat16), LoraConfig(r=3, target_modules=WRITERS))
-    kernels = {
-        "attn": ll.Kernel(1.0, 17.0, 0.2, 12.0),
-        "mlp": ll.Kernel(0.7, 17.0, 0.0, 9.0),
-    }
     trials: dict[str, Callable[[int], None]] = {}
     for mode, adapter in ours.items():
-        trials[f"{mode}: strength, kernels"] = lambda i, a=adapter: a.configure(strength=1 + i / 1e3, kernels=kernels)
-        trials[f"{mode}: layer"] = lambda i, a=adapter: a.configure(layer=i % 29 + 0.5)
+        trials[f"{mode}: strength, kernels"] = partial(new_strength, adapter)
+        trials[f"{mode}: layer"] = partial(new_layer, adapter)
     trials["PEFT: zero B"] = lambda i: zero_b(peft)
-    times: dict[str, list[float]] = {name: [] for name in trials} | {"load the model again": []}
+    times: dict[str, list[float]] = {name: [] for name in (*trials, RELOAD)}
     for round_ in range(ROUNDS):
         for name, trial in trials.items():
             started = time.perf_counter()
@@ -56,13 +55,21 @@ def main() -> None:
     for _ in range(3):
         started = time.perf_counter()
         ll.load_base(folder, torch.bfloat16)
-        times["load the model again"].append(time.perf_counter() - started)
+        times[RELOAD].append(time.perf_counter() - started)
 
     unit = statistics.median(times["none: strength, kernels"])
     print(f"{'one trial':<34}{'milliseconds':>14}{'ratio':>9}")
     for name, seconds in times.items():
         median = statistics.median(seconds)
         print(f"{name:<34}{median * 1e3:>14.3f}{median / unit:>9.1f}")
+
+
+def new_strength(adapter: ll.Adapter, i: int) -> None:
+    adapter.configure(strength=1 + i / 1e3, kernels=KERNELS)
+
+
+def new_layer(adapter: ll.Adapter, i: int) -> None:
+    adapter.configure(layer=i % 29 + 0.5)
 
 
 @torch.no_grad()
