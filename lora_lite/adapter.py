@@ -113,10 +113,12 @@ class Adapter:
     def scale(self, c: float) -> None:
         self._state.scale = _finite(c)
 
-    def configure(self, **changes: Any) -> None:
-        """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers.
+    def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
+        """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers;
+        with calibration_data, compute it anew from that.
 
-        Raises ConfigError for another field or a bad value; the adapter is then as it was.
+        Raises ConfigError for another field or a bad value, and what attach raises for the data; the adapter is then as
+        it was.
         """
         state, variant = self._state, lookup(self.variant)
         fixed = sorted(changes.keys() - set(variant.live))
@@ -125,19 +127,30 @@ class Adapter:
                 f"adapter {self.name!r}: {', '.join(fixed)} can't change while it is attached\n"
                 f"  {self.variant!r} can follow {', '.join(variant.live) or 'no field'}; for others detach and attach"
             )
-        old, state.cfg = state.cfg, replace(state.cfg, **changes)
+        new, views = replace(state.cfg, **changes), self.views()
+        old, state.cfg = state.cfg, new
+        kept = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}
         with torch.no_grad():
             try:
-                variant.refresh(self.views(), state.cfg)
-            except Exception:
+                if calibration_data is not None:
+                    with scaled(self._model, 0.0, self.name):
+                        variant.group_init(self._model, views, new, calibration_data)
+                variant.refresh(views, new)
+            except BaseException:
                 state.cfg = old
-                variant.refresh(self.views(), old)
+                if kept:
+                    self.load_state_dict(kept)
+                else:
+                    variant.refresh(views, old)
                 raise
 
     @property
     def is_sharded(self) -> bool:
-        """True once fully_shard has taken its parameters: to save it is then a call for all processes."""
-        return any(quant.is_sharded(tensor) for _, tensor in self.named_tensors())
+        """True once fully_shard has taken its parameters or its layers' weights: all processes save it together."""
+        weights = (quant.stored(module) for module in self._state.layers)
+        return any(map(quant.is_sharded, weights)) or any(
+            quant.is_sharded(tensor) for _, tensor in self.named_tensors()
+        )
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""

@@ -138,6 +138,11 @@ def with_progress(batches: Iterable[Any], progress: bool, what: str) -> Iterable
 
 def as_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
     """The model's keyword arguments, on its device. Raises ConfigError."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(model).__name__} has an encoder and a decoder, each with tokens of its own\n"
+            f"  calibration and evaluation are for models with one sequence"
+        )
     named = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     if not isinstance(named, Mapping) or not any(isinstance(value, Tensor) for value in named.values()):
         raise ConfigError(

@@ -23,6 +23,8 @@ class Center(enum.StrEnum):
     MEAN, MEDIAN = "mean", "median"
 
 
+SAME = 1e-5
+"""Of a centre's size: a difference below it is float32's rounding."""
 WEISZFELD_STEPS, WEISZFELD_TOLERANCE = 200, 1e-10
 
 
@@ -38,6 +40,7 @@ class Contrast:
 def contrast(
     model: nn.Module,
     data: Any,
+    where: Iterable[str] | None = None,
     *,
     rank: int = 1,
     center: str = "mean",
@@ -46,11 +49,13 @@ def contrast(
     positions: Positions = "last",
     progress: bool = True,
 ) -> dict[str, Contrast]:
-    """For each block, the directions of the residual stream in which two sets of prompts differ, by the block's path.
+    """The directions of the residual stream in which two sets of prompts differ, by the path of the block.
 
     data        {"positive": batches, "negative": batches}, as `capture` takes them, that can be gone through again
     rank        the first direction is the difference of centres (Arditi et al. 2024, arXiv:2406.11717, section 2.3);
-                further ones are the leading principal directions of the positive side, orthogonal to it
+                further ones are the leading principal directions, orthogonal to it, of the differences of the pairs:
+                then both sides are the same prompts in the same order, as one asks for each side's manner
+    where       paths of blocks; None for all
     center      "mean" or "median", the geometric one
     winsorize   q: each prompt's vector is clamped to ± the q-quantile of its own components' sizes (the axis is the
                 component axis), which tames the few huge components that language models have. None: not clamped
@@ -73,6 +78,7 @@ def contrast(
         seen = capture(
             model,
             data[side],
+            where,
             positions=positions,
             reduce=("samples",) if center == "median" or rank > 1 else ("mean",),
             transform=None if winsorize is None else clamped,
@@ -85,13 +91,21 @@ def contrast(
                 f"  one prompt gives one vector at positions='last'"
             )
         sides[side] = seen
+    counts = {side: next(iter(seen.values())).count for side, seen in sides.items()}
+    if rank > 1 and len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"calibration_data has {counts} vectors: rank {rank} is taken of pairs, so wanted equal numbers"
+        )
     out = {}
     for path, here in sides["positive"].items():
         there = sides["negative"][path]
         p, n = (each.mean if center == "mean" else geometric_median(each.kept_samples()) for each in (here, there))
+        if (p - n).norm() <= SAME * max(p.norm(), n.norm()):
+            raise BaseModelError(f"{path}: both sides have the same centre, so no direction\n  give sides that differ")
         directions = [p - n]
         if rank > 1:
-            rest = here.kept_samples().double() - p
+            rest = here.kept_samples().double() - there.kept_samples().double()
+            rest = rest - rest.mean(0)
             rest = rest - (rest @ directions[0])[:, None] * directions[0] / directions[0].square().sum()
             directions += list(torch.linalg.svd(rest, full_matrices=False)[2][: rank - 1])
         found = torch.stack(directions)
@@ -167,7 +181,8 @@ class DirectionConfig(BaseConfig):
 
     strength    λ, or its counterpart, before the kernels
     rank        k, how many directions
-    layer       whose directions: None each block's own; 18 those of block 18, everywhere; 18.5 between two blocks'
+    layer       whose directions: None each block's own; 18 those of block 18, everywhere; 18.5 between two blocks'. A
+                block has directions if one of its layers is a target
     kernels     {regex: Kernel}, or pairs: the weight over depth of the layers whose path the regex is found in
     center, winsorize, projected    as in `contrast`
     """
@@ -207,9 +222,11 @@ def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: DirectionConfig, ca
     if isinstance(calibration_data, Mapping) and set(calibration_data) == {"directions"}:
         given = calibration_data["directions"]
     else:
+        around = {f"{layer.block[0]}{layer.block[1]}": None for layer in targets.values() if layer.block}
         sides = contrast(
             model,
             calibration_data,
+            list(around),
             rank=cfg.rank,
             center=cfg.center,
             winsorize=cfg.winsorize,

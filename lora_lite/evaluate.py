@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -131,23 +130,41 @@ def greedy_answers(
     progress: bool = False,
 ) -> list[str]:
     """The model's own answers by the likeliest token each time, in order; skip_thinking as in `marker_rate`."""
+    from transformers import GenerationConfig
+
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    answers = []
+    stop = model.generation_config.eos_token_id
+    answers: list[str] = []
     with still(model):
         for batch in with_progress(
             prompt_batches(tokenizer, prompts, batch_size, thinking=not skip_thinking), progress, "answers"
         ):
             inputs = as_inputs(batch, model)
 
-            options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
-            tokens = _remembered(model, ("answers", inputs, options), partial(model.generate, **inputs, **options))
-            answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [without_thinking(answer) for answer in answers] if skip_thinking else answers
+            # A config of its own: the model's may hold beams or a repetition penalty, and then nothing is greedy.
+            options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": stop}
+            run = partial(model.generate, **inputs, generation_config=GenerationConfig(**options))
+            tokens = _remembered(model, ("answers", inputs, options), run)
+            for prompt, ids in zip(inputs["input_ids"], tokens[:, inputs["input_ids"].shape[1] :], strict=True):
+                answer = tokenizer.decode(ids, skip_special_tokens=not skip_thinking)
+                if skip_thinking:
+                    answer = without_thinking(answer, opened=tokenizer.decode(prompt).rstrip().endswith("<think>"))
+                    for special in tokenizer.all_special_tokens:
+                        answer = answer.replace(special, "")
+                answers.append(answer)
+    return answers
 
 
-def without_thinking(answer: str) -> str:
-    """The answer after its thinking block; nothing, if the block was never closed."""
-    return re.sub(r"\A\s*(?:<think>)?.*?(?:</think>|\Z)\s*", "", answer, flags=re.S) if "think>" in answer else answer
+def without_thinking(answer: str, opened: bool = False) -> str:
+    """The answer after its thinking, in <think> tags or GPT-OSS's channels; nothing, if that never ended.
+
+    opened: the prompt ended with the opening tag, as some templates' do.
+    """
+    if "<|channel|>" in answer:
+        return answer.partition("<|channel|>final<|message|>")[2]
+    if opened or "<think>" in answer or "</think>" in answer:
+        return answer.partition("</think>")[2].lstrip()
+    return answer
 
 
 def _each(
@@ -185,11 +202,14 @@ def _logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Float[Ten
 def _remembered(model: nn.Module, key: Sequence[Any], compute: Callable[[], Tensor]) -> Tensor:
     """compute(), or what it gave before for the same content, while every adapter is off and the base is untouched."""
     root, session = session_of(model)
-    if not session.adapters or any(state.scale for state in session.adapters.values()):
+    own = {id(tensor) for adapter in adapters(model).values() for _, tensor in adapter.named_tensors()}
+    base = [t for t in (*root.parameters(), *root.buffers()) if id(t) not in own]
+    on = not session.adapters or any(state.scale for state in session.adapters.values())
+    if on or any(map(quant.is_sharded, base)):  # of a sharded model, all processes must run the same forwards
         return compute()
     hashed = hashlib.sha256()
-    own = {id(tensor) for adapter in adapters(model).values() for _, tensor in adapter.named_tensors()}
-    for part in (*key, *(_mark(p) for p in root.parameters() if id(p) not in own)):
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    for part in (*key, autocast, *map(_mark, base)):
         _digest(hashed, part)
     digest = hashed.digest()
     if digest in session.memo:
@@ -200,10 +220,9 @@ def _remembered(model: nn.Module, key: Sequence[Any], compute: Callable[[], Tens
     return value
 
 
-def _mark(parameter: Tensor) -> tuple[Any, ...]:
-    """What changes when a base parameter is cast, swapped or edited, which nobody should do while adapters are on."""
-    address = 0 if quant.is_sharded(parameter) else parameter.data_ptr()
-    return str(parameter.dtype), address, 0 if parameter.is_inference() else parameter._version
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes when a tensor of the base is cast, swapped or edited (as nobody should while adapters are on)."""
+    return str(tensor.dtype), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _digest(hashed: Any, part: Any) -> None:

@@ -166,7 +166,7 @@ def dense_weight(layer: Linear, path: str, expert: int | None = None) -> Float[T
     """
     kind = kind_of(layer)
     if kind is Kind.DENSE:
-        plain = plain_weight(layer, path, expert)
+        plain = whole(plain_weight(layer, path, expert))
         weight = plain.to(torch.promote_types(plain.dtype, torch.float32), copy=True)
     elif kind is Kind.BNB_4BIT:
         raise_if_repacked(layer, path)

@@ -151,6 +151,7 @@ def _uninstall(module: nn.Module, name: str) -> None:
         return
     for handle in slot.handles:
         handle.remove()
+    experts.unshadow(module)
     for tensor in slot.tensors:
         with suppress(AttributeError):  # another library's doing, such as a parametrization
             delattr(module, slot.state.attribute(tensor))
@@ -205,7 +206,10 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
 
 def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
-    slot = slots_of(module)[name]
+    slots = slots_of(module)
+    slot = slots[name]
+    if slot is next(each for each in slots.values() if each.stacked):
+        experts.unshadow(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
     matrices = experts.down(module)
     if slot.state.scale == 0 or matrices is None:
         return

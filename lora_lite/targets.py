@@ -76,8 +76,9 @@ def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
     named = [t for t in everything if _named(t, cfg, default=bool(t.stack) if depth else t.path != head)]
     found = [t for t in named if _deep(t, cfg, depth)]
     if cfg.target_roles:
-        width = model_width(model)
-        found = _with_roles(found, cfg, width)
+        width, text = model_width(model), _text_part(model)
+        found = _with_roles([t for t in found if t.path.startswith(text)], cfg, width)
+        everything = [t for t in everything if t.path.startswith(text)]
         if "writer" in cfg.target_roles and not cfg.target_names:
             _check_writers(model, cfg, [t for t in everything if _deep(t, cfg, depth)], found, width)
     if not found:
@@ -119,6 +120,16 @@ def model_width(model: nn.Module) -> int | None:
         if isinstance(width, int):
             return width
     return None
+
+
+def _text_part(model: nn.Module) -> str:
+    """The path of the language model inside a multimodal one, whose width the roles are of; else the empty path."""
+    config = getattr(model, "config", None)
+    nested = getattr(config, "get_text_config", None)
+    text = config if nested is None else nested()
+    if text is config:
+        return ""
+    return next((f"{path}." for path, m in model.named_modules() if path and getattr(m, "config", None) is text), "")
 
 
 def _named(target: Target, cfg: BaseConfig, default: bool) -> bool:
@@ -181,18 +192,23 @@ def _check_writers(
     """TargetError if a part of a block has matrices in no layer that could write to the residual stream.
 
     Three dimensions are experts in a form that isn't known; two dimensions, in a part where nothing else was found, are
-    a projection without a module.
+    a projection without a module. A module with d_out features and no weight is packed by some other library.
     """
     kept, linear = {f"{t.stack}{t.block}" for t in layers}, {t.path for t in layers}
     for path, block in blocks(model).items():
         for name, part in block.named_children() if path in kept else ():
-            bare = [
-                (p.ndim, inner, holder)
+            holders = [
+                (inner, holder)
                 for inner, holder in part.named_modules(prefix=f"{path}.{name}")
                 if inner not in linear and not isinstance(holder, _ConvNd | nn.Embedding)
-                for p in holder.parameters(recurse=False)
-                if p.ndim > 1 and d_model in p.shape[-2:]
             ]
+            bare = [
+                (t.ndim, inner, holder)
+                for inner, holder in holders
+                for t in (*holder.parameters(recurse=False), *holder.buffers(recurse=False))
+                if t.ndim > 1 and (d_model in t.shape[-2:] or not t.is_floating_point())
+            ]
+            bare += [(3, inner, m) for inner, m in holders if getattr(m, "out_features", None) == d_model]
             most, inner, holder = max(bare, key=lambda found: found[0], default=(0, "", part))
             reached = any(f"{t.path}.".startswith(f"{path}.{name}.") for t in found)
             excluded = any(re.search(pattern, inner) for pattern in cfg.exclude_names)

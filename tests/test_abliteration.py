@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_laws
 import torch
 from contrasts import NEUTRAL, gap, random_direction, sides
-from models import IDS, OneLinear, quantized, tiny_llama
+from models import IDS, OneLinear, config, quantized, tiny_llama
 from oracles import weight_form
 from torch import nn
 from transformers import (
@@ -296,17 +297,41 @@ def test_an_error_in_a_block_of_experts_leaves_its_own_matrices() -> None:
 
 @per_mode
 def test_two_adapters_stack_on_fused_experts(mode: str) -> None:
+    """The second works on what the first has made of the matrices, with the norms of the base."""
     model = moe("qwen3", torch.float64, experts_implementation="eager")
+    block = model.model.layers[0].mlp.experts
+    base = block.down_proj.detach().clone()
     cfg = ll.AbliterationConfig(normalization=mode, dtype=torch.float64)
-    first, second = ({"directions": random_direction(64, seed).double()} for seed in (1, 2))
-    ll.attach(model, cfg, calibration_data=first)
-    once = edited(model, ll.adapters(model)["default"], mode)
-    ll.attach(model, cfg, "more", calibration_data=second)
-    if mode in ("none", "column"):  # the others' norms are those of the base
-        twice = ll.attach(once, cfg, calibration_data=second)
-        if mode == "none":
-            torch.testing.assert_close(logits(model), logits(edited(once, twice, mode)))
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    adapters = [
+        ll.attach(model, cfg, name, calibration_data={"directions": random_direction(64, seed).double()})
+        for name, seed in (("default", 1), ("more", 2))
+    ]
+    x = torch.randn(9, 64, dtype=torch.float64)
+    chosen, weights = torch.randint(0, 4, (9, 2)), torch.rand(9, 2, dtype=torch.float64)
+    with torch.no_grad():
+        both = block(x, chosen, weights)
+        path = "model.layers.0.mlp.experts"
+        matrices = base
+        for adapter in adapters:
+            t = {key.rpartition(".lora_")[2]: v for key, v in adapter.state_dict().items() if key.startswith(path)}
+            matrices = torch.stack([after(t, e, matrices[e], base[e], mode) for e in range(4)])
+        with ll.disabled(model):
+            block.down_proj.copy_(matrices)
+            torch.testing.assert_close(both, block(x, chosen, weights))
+
+
+def after(t: dict[str, torch.Tensor], e: int, W: torch.Tensor, base: torch.Tensor, mode: str) -> torch.Tensor:
+    """One expert's W with an adapter on it whose norms are those of `base`."""
+    v, s = (t["v"], t["strength"]) if mode == "none" else (t["v"][e], t["strength"][e])
+    ratio = weight_form(base, v, s, mode)
+    if mode == "none":
+        return W - s * v.T @ v @ W
+    if mode == "column":
+        plain = base - s * v.T @ v @ base
+        return (W - s * v.T @ v @ W) * (base.norm(dim=0) / plain.norm(dim=0))
+    D = base.norm(dim=1, keepdim=True)
+    pre = W - s * (D * v.T) @ (v / D.T) @ W
+    return pre if mode == "pre" else pre * (ratio / (base - s * (D * v.T) @ (v / D.T) @ base)).mean(1, keepdim=True)
 
 
 # ---- directions and depth -----------------------------------------------------------------------
@@ -442,7 +467,7 @@ def test_it_is_fitted_on_two_sides_without_itself_in_the_way() -> None:
         ),
         ({"positive": IDS, "negative": [IDS]}, ll.ConfigError, r"'positive'\] is a Tensor: wanted a list of batches"),
         ({"positive": [IDS[:1]], "negative": [IDS]}, ll.ConfigError, r"'positive'\] has 1 vectors: wanted 2 at least"),
-        ({"positive": [IDS], "negative": [IDS]}, ll.BaseModelError, r"layers.0: 1 directions of which some are zero"),
+        ({"positive": [IDS], "negative": [IDS]}, ll.BaseModelError, r"layers.0: both sides have the same centre"),
         ({"directions": torch.ones(3)}, ll.ConfigError, r"wanted directions \(1, 64\) for its block 0, got \(3,\)"),
         ({"directions": torch.ones(1, 1, 64)}, ll.ConfigError, r"layers.1.*for its block 1, got NoneType"),
         ({"directions": torch.zeros(64)}, ll.BaseModelError, r"1 directions of which some are zero"),
@@ -460,21 +485,141 @@ def test_bad_data_is_a_clear_error_and_changes_nothing(data: Any, error: type[Ex
     assert not ll.adapters(model)
 
 
-def test_a_rank_above_one_takes_the_positive_sides_principal_directions() -> None:
+def test_a_rank_above_one_takes_the_pairs_principal_directions() -> None:
     model = tiny_llama()
-    data = {"positive": [IDS[:, :t] for t in (3, 5, 7, 9)], "negative": [IDS[:, 4:], IDS[:, 6:]]}
-    found = ll.contrast(model, data, rank=3)["model.layers.1"]
-    seen = ll.capture(model, data["positive"], ["model.layers.1"], reduce="samples")["model.layers.1"].kept_samples()
-    first = found.directions[0]
-    torch.testing.assert_close(
-        first.double(), torch.nn.functional.normalize(found.positive - found.negative, dim=0), rtol=1e-5, atol=1e-6
-    )
-    rest = seen.double() - seen.double().mean(0)
-    rest = rest - (rest @ first.double())[:, None] * first.double()
+    data = {"positive": [IDS[:, :t] for t in (3, 5, 7, 9)], "negative": [IDS[:, t:] for t in (2, 4, 6, 8)]}
+    path = "model.layers.1"
+    found = ll.contrast(model, data, rank=3)[path]
+    pairs = [ll.capture(model, data[side], [path], reduce="samples")[path].kept_samples().double() for side in data]
+    first = found.directions[0].double()
+    torch.testing.assert_close(first, torch.nn.functional.normalize(found.positive - found.negative, dim=0))
+    rest = pairs[0] - pairs[1]
+    rest = rest - rest.mean(0)
+    rest = rest - (rest @ first)[:, None] * first
     spread = torch.linalg.svdvals(rest)
     torch.testing.assert_close((rest @ found.directions[1:].double().T).norm(dim=0), spread[:2], rtol=1e-4, atol=1e-6)
-    with pytest.raises(ll.ConfigError, match=r"'negative'\] has 4 vectors: wanted 5 at least for rank 5"):
-        ll.contrast(model, data, rank=5)
+    with pytest.raises(ll.ConfigError, match=r"'positive'\] has 8 vectors: wanted 9 at least for rank 9"):
+        ll.contrast(model, data, rank=9)
+    data["negative"].pop()
+    with pytest.raises(ll.ConfigError, match="rank 2 is of pairs, so wanted equal numbers"):
+        ll.contrast(model, data, rank=2)
+
+
+def test_equal_sides_have_no_direction_however_they_are_batched() -> None:
+    ids = torch.randint(1, 96, (12, 6), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ll.BaseModelError, match="layers.0: both sides have the same centre"):
+        ll.contrast(tiny_llama(), {"positive": [ids], "negative": list(ids.split([5, 5, 2]))})
+
+
+def test_new_data_can_be_given_while_it_is_attached() -> None:
+    model, other = moe("qwen3"), moe("qwen3")
+    adapter = ll.attach(model, ll.AbliterationConfig(normalization="full"), calibration_data=directions())
+    wanted = logits(model)
+    with pytest.raises(ll.ConfigError, match="there are no batches"):
+        adapter.configure(calibration_data={"positive": [IDS], "negative": []}, strength=0.5)
+    assert torch.equal(logits(model), wanted)
+    given = {"directions": random_direction(64, 9)}
+    adapter.configure(calibration_data=given, strength=0.5)
+    ll.attach(other, ll.AbliterationConfig(normalization="full", strength=0.5), calibration_data=given)
+    assert torch.equal(logits(model), logits(other))
+
+
+# ---- the laws, in every mode, on dense layers and fused experts ---------------------------------
+
+
+LAWS = [
+    lambda v, path: test_laws.test_the_base_is_read_only(v),
+    lambda v, path: test_laws.test_detach_restores_everything(v, True),
+    lambda v, path: test_laws.test_scale_zero_is_the_base_and_one_the_method(v),
+    lambda v, path: test_laws.test_deepcopy_and_pickle_are_independent_copies(v),
+    lambda v, path: test_laws.test_functional_call_uses_the_given_tensors(v),
+    lambda v, path: test_laws.test_eval_outputs_follow_every_way_to_change_a_parameter(v),
+    lambda v, path: test_laws.test_an_adapter_that_was_cast_is_saved_as_it_is(v, path),
+]
+
+
+@per_mode
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("experts_too", [False, True])
+def test_the_laws_hold_in_every_mode(
+    mode: str, law: Any, experts_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everywhere = {"target_names": ("o_proj", "down_proj", "experts"), "normalization": mode}
+    monkeypatch.setattr(test_laws, "config", lambda variant: config(variant, **everywhere))
+    if experts_too:
+        monkeypatch.setattr(test_laws, "tiny_llama", lambda dtype=torch.float32, bias=True: moe("gpt_oss", dtype))
+    law("abliteration", tmp_path)
+
+
+# ---- kinds of models ----------------------------------------------------------------------------
+
+
+def test_of_a_multimodal_model_it_goes_on_the_language_model_alone() -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = LlamaConfig(**SIZES, intermediate_size=96)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_index=95)).eval()
+    data = {"positive": [IDS[:, :6]], "negative": [IDS[:, 6:]]}
+    adapter = ll.attach(model, ll.AbliterationConfig(), calibration_data=data)
+    assert len(adapter.targets) == 4
+    assert all("language_model" in path for path in adapter.targets)
+
+
+def test_a_model_with_two_sequences_is_refused() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4))
+    with pytest.raises(ll.ConfigError, match="T5ForConditionalGeneration has an encoder and a decoder"):
+        ll.capture(model, [{"input_ids": IDS, "decoder_input_ids": IDS}])
+
+
+def test_packed_weights_without_a_layers_weight_are_not_left_out_in_silence() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 128, 64
+            self.register_buffer("qweight", torch.zeros(16, 64, dtype=torch.int32))
+
+    class PackedExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("blocks", torch.zeros(4, 64, 24, dtype=torch.uint8))
+
+    for name, part in (("down_proj", Packed()), ("experts", PackedExperts())):
+        model = tiny_llama()
+        setattr(model.model.layers[1].mlp, name, part)
+        with pytest.raises(ll.TargetError, match=rf"layers.1.mlp.{name}: this Packed\w* may write to the residual"):
+            ll.attach(model, ll.AbliterationConfig(), calibration_data=directions())
+
+
+def test_an_interrupt_in_a_block_of_experts_leaves_nothing_behind() -> None:
+    """torch runs the hooks that clear up after an Exception only, and Ctrl-C is none."""
+    for after in ("forward", "detach", "scale"):
+        model = moe("mixtral")
+        base = logits(model)
+        adapter = ll.attach(model, ll.AbliterationConfig(normalization="full"), calibration_data=directions())
+        wanted = logits(model)
+        block = model.model.layers[0].mlp.experts
+        act = block.act_fn
+
+        def stop(x: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+        block.act_fn = stop
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+        block.act_fn = act
+        if after == "forward":
+            assert torch.equal(logits(model), wanted)
+        elif after == "scale":
+            adapter.scale = 0.0
+            assert torch.equal(logits(model), base)
+        else:
+            ll.detach(model)
+            assert torch.equal(logits(model), base)
 
 
 # ---- the real model -----------------------------------------------------------------------------
@@ -493,17 +638,23 @@ def test_french_is_ablated_on_the_real_model(quantization: str | None, smollm2: 
         adapter.configure(layer=block)
         assert gap(model, tokenizer, "French") < 0
         assert ll.kl_divergence(model, neutral).mean() < 0.15
+    with ll.disabled(model), torch.no_grad():
+        off = model(**neutral[0]).logits
+    ll.detach(model)
+    with torch.no_grad():
+        assert torch.equal(model(**neutral[0]).logits, off)
+    for seed in range(5):
+        given = {"directions": random_direction(576, seed)}
+        ll.attach(model, ll.AbliterationConfig(), calibration_data=given)
+        assert gap(model, tokenizer, "French") > 1
+        ll.detach(model)
     if quantization is None:
+        ll.attach(model, cfg, calibration_data=sides(tokenizer))
         ll.save(model, tmp_path / "a.safetensors")
         fresh = ll.load_base(smollm2, torch.bfloat16)
         ll.load(fresh, tmp_path / "a.safetensors")
         with torch.no_grad():
             assert torch.equal(fresh(**neutral[0]).logits, model(**neutral[0]).logits)
-        for seed in range(5):
-            ll.detach(model)
-            given = {"directions": random_direction(576, seed)}
-            ll.attach(model, ll.AbliterationConfig(), calibration_data=given)
-            assert gap(model, tokenizer, "French") > 1
 
 
 def test_autocast_ablates_in_its_dtype() -> None:

@@ -50,11 +50,13 @@ def test_kl_is_that_of_the_next_token(adapted: tuple[Any, ll.Adapter]) -> None:
 def test_kl_of_one_adapter_is_over_the_others(adapted: tuple[Any, ll.Adapter]) -> None:
     model, _ = adapted
     perturb(ll.attach(model, ll.LoRAConfig(), "more"), 0.3, seed=2)
-    over_both, over_one = ll.kl_divergence(model, [IDS]), ll.kl_divergence(model, [IDS], "more")
+    with torch.no_grad():
+        q = model(input_ids=IDS).logits[:, -1].double().log_softmax(-1)
+    over_one = ll.kl_divergence(model, [IDS], "more")
     ll.detach(model, "more")
-    first = ll.kl_divergence(model, [IDS])
-    assert not torch.allclose(over_one, over_both)
-    assert not torch.allclose(over_one, first)
+    with torch.no_grad():
+        p = model(input_ids=IDS).logits[:, -1].double().log_softmax(-1)
+    torch.testing.assert_close(over_one, (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-7)
 
 
 def test_the_gap_is_the_log_odds_of_two_sets(adapted: tuple[Any, ll.Adapter]) -> None:
@@ -148,10 +150,14 @@ def test_mode_and_rng_are_left_alone(adapted: tuple[Any, ll.Adapter]) -> None:
         ("<think>\nHm.\n</think>\n\nHello.", "Hello."),
         ("Hm.</think>Hello.", "Hello."),
         ("<think>never ends", ""),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello.", "Hello."),
+        ("<|channel|>analysis<|message|>never ends", ""),
     ],
 )
 def test_thinking_is_skipped(answer: str, rest: str) -> None:
     assert without_thinking(answer) == rest
+    assert without_thinking("The user says hi, so", opened=True) == ""
+    assert without_thinking("Hm.\n</think>\nHello.", opened=True) == "Hello."
 
 
 def test_prompts_are_padded_on_the_left_through_the_template(smollm2: str) -> None:
@@ -189,6 +195,11 @@ def test_markers_are_found_in_real_answers(smollm2: str) -> None:
         count = calls.count
         ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=4)
     assert calls.since(count) == 0
+    model.generation_config.repetition_penalty = 9.0
+    with ll.disabled(model):
+        assert ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=10, batch_size=2) == answers
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    assert ll.greedy_answers(model, tokenizer, prompts[:1], max_new_tokens=4, skip_thinking=True) == [""]
     for bad in ([], [""], "Paris"):
         with pytest.raises(ll.ConfigError, match="wanted a list of strings, none of them empty"):
             ll.marker_rate(model, tokenizer, prompts, bad)
