@@ -507,7 +507,7 @@ def test_a_rank_above_one_takes_the_pairs_principal_directions() -> None:
 
 def test_equal_sides_have_no_direction_however_they_are_batched() -> None:
     ids = torch.randint(1, 96, (12, 6), generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ll.BaseModelError, match="layers.0: both sides have the same centre"):
+    with pytest.raises(ll.BaseModelError, match=r"layers.0: both sides have the same centre"):
         ll.contrast(tiny_llama(), {"positive": [ids], "negative": list(ids.split([5, 5, 2]))})
 
 

@@ -198,7 +198,9 @@ def test_markers_are_found_in_real_answers(smollm2: str) -> None:
     model.generation_config.repetition_penalty = 9.0
     with ll.disabled(model):
         assert ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=10, batch_size=2) == answers
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"
+    )
     assert ll.greedy_answers(model, tokenizer, prompts[:1], max_new_tokens=4, skip_thinking=True) == [""]
     for bad in ([], [""], "Paris"):
         with pytest.raises(ll.ConfigError, match="wanted a list of strings, none of them empty"):
