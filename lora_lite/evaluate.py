@@ -20,6 +20,9 @@ from .prompts import Prompt, prompt_batches
 ROUNDING = 1e-5
 """Nats by which a divergence of float32 log-probabilities may fall below zero."""
 
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""All of it: generate fills what is left open from the model's own config."""
+
 MEMO_BYTES = 1 << 30
 """Of base-side results that a model with adapters keeps; the oldest goes first."""
 
@@ -142,8 +145,7 @@ def greedy_answers(
         ):
             inputs = as_inputs(batch, model)
 
-            # A config of its own: the model's may hold beams or a repetition penalty, and then nothing is greedy.
-            options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": stop}
+            options = GREEDY | {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": stop}
             run = partial(model.generate, **inputs, generation_config=GenerationConfig(**options))
             tokens = _remembered(model, ("answers", inputs, options), run)
             for prompt, ids in zip(inputs["input_ids"], tokens[:, inputs["input_ids"].shape[1] :], strict=True):

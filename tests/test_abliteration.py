@@ -501,7 +501,7 @@ def test_a_rank_above_one_takes_the_pairs_principal_directions() -> None:
     with pytest.raises(ll.ConfigError, match=r"'positive'\] has 8 vectors: wanted 9 at least for rank 9"):
         ll.contrast(model, data, rank=9)
     data["negative"].pop()
-    with pytest.raises(ll.ConfigError, match="rank 2 is of pairs, so wanted equal numbers"):
+    with pytest.raises(ll.ConfigError, match="rank 2 is taken of pairs, so wanted equal numbers"):
         ll.contrast(model, data, rank=2)
 
 
@@ -561,7 +561,9 @@ def test_of_a_multimodal_model_it_goes_on_the_language_model_alone() -> None:
         hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
     text = LlamaConfig(**SIZES, intermediate_size=96)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_index=95)).eval()
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=95)
+    ).eval()
     data = {"positive": [IDS[:, :6]], "negative": [IDS[:, 6:]]}
     adapter = ll.attach(model, ll.AbliterationConfig(), calibration_data=data)
     assert len(adapter.targets) == 4
@@ -605,10 +607,11 @@ def test_an_interrupt_in_a_block_of_experts_leaves_nothing_behind() -> None:
         block = model.model.layers[0].mlp.experts
         act = block.act_fn
 
-        def stop(x: torch.Tensor) -> torch.Tensor:
-            raise KeyboardInterrupt
+        class Stop(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                raise KeyboardInterrupt
 
-        block.act_fn = stop
+        block.act_fn = Stop()
         with pytest.raises(KeyboardInterrupt):
             logits(model)
         block.act_fn = act
