@@ -239,15 +239,21 @@ def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: DirectionConfig, ca
 
 def placed(layers: Mapping[str, Layer], cfg: DirectionConfig) -> list[tuple[Layer, Float[Tensor, "k o"], float]]:
     """Each layer with the directions that act on it and their weight. Raises ConfigError."""
-    if cfg.layer is None:
-        return [(layer, layer.lora_own, cfg.strength * _weight(layer, cfg)) for layer in layers.values()]
     own = {layer.block: layer.lora_own for layer in layers.values()}
-    stacks = {layer.block[0] if layer.block else "" for layer in layers.values()}
-    rows = {stack: _rows_at(cfg.layer, stack, own) for stack in stacks}
-    return [
-        (layer, rows[layer.block[0] if layer.block else ""], cfg.strength * _weight(layer, cfg))
-        for layer in layers.values()
-    ]
+    chosen: dict[str, Tensor] = {}
+    out = []
+    for layer in layers.values():
+        rows = layer.lora_own
+        if cfg.layer is not None:
+            stack = layer.block[0] if layer.block else ""
+            rows = chosen[stack] if stack in chosen else chosen.setdefault(stack, _rows_at(cfg.layer, stack, own))
+            if rows.shape != layer.lora_own.shape:
+                raise ConfigError(
+                    f"layer={cfg.layer}: its directions are {tuple(rows.shape)}, and {layer.path} wants "
+                    f"{tuple(layer.lora_own.shape)}\n  one layer's directions suit targets of one width"
+                )
+        out.append((layer, rows, cfg.strength * _weight(layer, cfg)))
+    return out
 
 
 def _weight(layer: Layer, cfg: DirectionConfig) -> float:

@@ -9,7 +9,7 @@ import pytest
 import test_laws
 import torch
 from contrasts import NEUTRAL, gap, random_direction, sides
-from models import IDS, OneLinear, config, quantized, tiny_llama
+from models import IDS, OneLinear, attach, config, quantized, tiny_llama
 from oracles import weight_form
 from torch import nn
 from transformers import (
@@ -438,6 +438,17 @@ def test_the_config_survives_json() -> None:
         normalization=ll.Normalization.FULL, kernels={"a": ll.Kernel(1.0, 2.0, 3.0, 4.0)}, layer=1.5, center="median"
     )
     assert ll.AbliterationConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_one_layers_directions_suit_one_width() -> None:
+    model = tiny_llama()
+    adapter = attach(model, config("abliteration"))  # with k_proj, which is narrower
+    before = logits(model)
+    with pytest.raises(
+        ll.ConfigError, match=r"layer=1: its directions are \(1, 64\), and .*k_proj wants \(1, 32\)"
+    ):
+        adapter.configure(layer=1)
+    assert torch.equal(logits(model), before)
 
 
 # ---- data ---------------------------------------------------------------------------------------

@@ -210,11 +210,28 @@ def computed(variant: str, shard: Callable[[Any], Any], file: Path) -> None:
         torch.testing.assert_close(model(input_ids=BATCH).logits, whole(input_ids=BATCH).logits)
     torch.testing.assert_close(ll.kl_divergence(model, [BATCH]), ll.kl_divergence(whole, [BATCH]), rtol=1e-3, atol=1e-5)
     ll.save(model, file)
-    dist.barrier()
     fresh = tiny_llama()
     ll.load(fresh, file)
     with torch.no_grad():
         assert torch.equal(fresh(input_ids=BATCH).logits, whole(input_ids=BATCH).logits)
+    with pytest.raises(ll.TargetError, match="sharded by fully_shard"):
+        ll.detach(model)
+    live(shard)
+
+
+def live(shard: Callable[[Any], Any]) -> None:
+    """A change that reads the weights gathers them; and no process skips a forward that others wait in."""
+    cfg = ll.AbliterationConfig(normalization="full")
+    given = {"directions": torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0))}
+    whole, model = tiny_llama(), tiny_llama()
+    adapters = [ll.attach(each, cfg, calibration_data=given) for each in (whole, model)]
+    shard(model)
+    for adapter in adapters:
+        adapter.configure(layer=1, strength=0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=BATCH).logits, whole(input_ids=BATCH).logits)
+    batches = [BATCH, BATCH] if dist.get_rank() == 0 else [BATCH, BATCH + 1]
+    torch.testing.assert_close(ll.kl_divergence(model, batches), ll.kl_divergence(whole, batches), rtol=1e-3, atol=1e-5)
 
 
 def each_variant(job: Callable[[str, Path], None], folder: str) -> None:
