@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -133,7 +134,7 @@ def greedy_answers(
     """The model's own answers by the likeliest token each time, in order; skip_thinking as in `marker_rate`."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     answers = []
-    with still(model):
+    with still(model), _contiguous_into_head(model):
         for batch in with_progress(
             prompt_batches(tokenizer, prompts, batch_size, thinking=not skip_thinking), progress, "answers"
         ):
@@ -155,7 +156,7 @@ def _each(
 ) -> Iterator[tuple[dict[str, Any], Callable[[], Tensor]]]:
     """For each batch, its content and a function that runs the model and gives float32 logits at the positions."""
     counted = 0
-    with still(model):
+    with still(model), _contiguous_into_head(model):
         for batch in with_progress(batches, progress, "evaluation"):
             inputs = as_inputs(batch, model)
             mask = select(inputs, positions)
@@ -177,6 +178,25 @@ def _logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Float[Ten
     keep = {"logits_to_keep": tail} if can_skip else {}
     logits: Tensor = model(**inputs, **keep).logits
     return logits[mask[:, -logits.shape[1] :].to(logits.device)].float()
+
+
+@contextmanager
+def _contiguous_into_head(model: nn.Module) -> Iterator[None]:
+    """The output head gets the hidden states of the last positions as a copy, not as a view of all of them.
+
+    torch multiplies such a view by a matrix that needs no gradient in a batch of products, with a copy of the matrix
+    for each row: 9.7 s instead of 0.1 s for 20 prompts on SmolLM2-135M (two CPU cores).
+    """
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: tuple(each.contiguous() for each in args))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 # ---- what is remembered of the base -------------------------------------------------------------
