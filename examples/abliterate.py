@@ -10,6 +10,7 @@ divergence from the base on neutral prompts. Run again with the same --out, it g
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from torch import Tensor
 import lora_lite as ll
 
 BATCH = 20
-ANSWERS, ANSWER_TOKENS, MARKER_TOKENS = 3, 48, 24
+ANSWERS = 3
 SIDES = ("positive", "negative")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -69,7 +70,8 @@ def main(
     positive_words: Annotated[str | None, typer.Option(help="First words, by commas. Default: the model's.")] = None,
     negative_words: Annotated[str | None, typer.Option(help="The same of the other side.")] = None,
     markers: Annotated[str | None, typer.Option(help="By commas: count held-out answers with one of them.")] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Of the search, earlier ones in --out included.")] = 40,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 48,
+    trials: Annotated[int, typer.Option(min=1, help="Of the search, earlier ones in --out included.")] = 60,
     max_kl: Annotated[float, typer.Option(min=0.0, help="The picked trial's, at most.")] = 0.1,
     pick_trial: Annotated[int | None, typer.Option("--pick", help="Pick this trial instead.")] = None,
     normalization: Annotated[ll.Normalization, typer.Option(help="Of what is left.")] = ll.Normalization.NONE,
@@ -93,7 +95,7 @@ def main(
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         base = load(source, quantization)
         task = make_task(base, tokenizer, sides, neutral_prompts, words)
-        fitted = ll.contrast(base, task.fitted, projected=projected)
+        fitted = ll.contrast(base, task.fitted, projected=projected, progress=sys.stderr.isatty())
         blocks = describe_directions(base, task, fitted)
         show_directions(blocks)
         study = open_study(out / "study.jsonl", settings, len(blocks))
@@ -124,9 +126,9 @@ def main(
     after = task.gaps(base)
     divergences = ll.kl_divergence(base, task.neutral)
     prompts = sides["positive"][1]
-    answers = before_and_after(base, tokenizer, prompts[:ANSWERS])
+    answers = before_and_after(base, tokenizer, prompts[:ANSWERS], answer_tokens)
     show([question(prompt) for prompt in prompts[:ANSWERS]], *answers)
-    rates = marker_rates(base, tokenizer, prompts, markers)
+    rates = marker_rates(base, tokenizer, prompts, markers, answer_tokens)
 
     ll.save(base, out / "adapter.safetensors")
     inputs = task.held_out["positive"][0]
@@ -192,14 +194,16 @@ def digest(prompts: Any) -> str:
 
 
 def describe_directions(model: Any, task: Task, fitted: Mapping[str, ll.Contrast]) -> list[Block]:
-    return describe(fitted, *(ll.capture(model, task.fitted[side], reduce=("mean", "std")) for side in SIDES))
+    bars = sys.stderr.isatty()
+    sides = [ll.capture(model, task.fitted[side], reduce=("mean", "std"), progress=bars) for side in SIDES]
+    return describe(fitted, *sides)
 
 
-def before_and_after(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
+def before_and_after(model: Any, tokenizer: Any, prompts: Sequence[Prompt], tokens: int) -> tuple[list[str], list[str]]:
     """The greedy answers without the adapter and with it."""
     with ll.disabled(model):
-        before = ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
-    return before, ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
+        before = ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=tokens)
+    return before, ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=tokens)
 
 
 def marker_rates(model: Any, tokenizer: Any, prompts: Sequence[Prompt], markers: str | None) -> dict[str, float] | None:
@@ -209,7 +213,7 @@ def marker_rates(model: Any, tokenizer: Any, prompts: Sequence[Prompt], markers:
 
     def rate() -> float:
         wanted = [marker for marker in markers.split(",") if marker]
-        return ll.marker_rate(model, tokenizer, prompts, wanted, max_new_tokens=MARKER_TOKENS, batch_size=BATCH)
+        return ll.marker_rate(model, tokenizer, prompts, wanted, max_new_tokens=tokens, batch_size=BATCH)
 
     with ll.disabled(model):
         before = rate()

@@ -65,7 +65,7 @@ def show_directions(blocks: Sequence[Block]) -> None:
     """A row for each block, the best separated one in bold."""
     table = Table(
         title="Direction of each block",
-        caption="separation: distance of the two centres / spread; norms: of the centres",
+        caption="separation: distance of the centres / spread",
     )
     for name in ("block", "separation", "cosine with\nblock before", "norm of\npositive", "norm of\nnegative"):
         table.add_column(name, justify="right")
@@ -88,17 +88,17 @@ def plot_directions(blocks: Sequence[Block], title: str, file: Path) -> None:
     top.annotate(
         f"block {blocks[best].label}",
         (best, blocks[best].separation),
-        (0, -14),
+        (0, 7),
         textcoords="offset points",
         ha="center",
         color="tab:blue",
     )
-    top.set(title=title, ylabel="separation\n(distance / spread)", ylim=(0, None))
+    top.set(title=title, ylabel="separation\n(distance / spread)", ylim=(0, 1.2 * blocks[best].separation))
     cosines = [float("nan") if block.neighbour is None else block.neighbour for block in blocks]
     middle.plot(depth, cosines, "o-", color="tab:green", markersize=4)
     middle.set(ylabel="cosine with\nthe block before", ylim=(min([0.0, *cosines[1:]]) - 0.02, 1.02))
     bottom.plot(depth, [block.positive for block in blocks], "o-", color="tab:orange", markersize=4, label="positive")
-    bottom.plot(depth, [block.negative for block in blocks], "o-", color="tab:purple", markersize=4, label="negative")
+    bottom.plot(depth, [block.negative for block in blocks], "o--", color="tab:purple", markersize=2, label="negative")
     bottom.set(ylabel="norm of\nthe centre", xlabel="block", yscale="log")
     bottom.legend(frameon=False)
     bottom.xaxis.get_major_locator().set_params(integer=True)

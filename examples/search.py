@@ -22,8 +22,8 @@ Measure = Callable[[], tuple[float, float]]
 """The two objectives with the adapter as it stands: the gap left, and the KL divergence."""
 
 ATTENTION = r"att(?:n|ention)|mixer|ssm"
-COMPONENTS = {"attention": rf"(?i){ATTENTION}", "rest": rf"(?i)^(?!.*(?:{ATTENTION}))"}
-"""Of a block, each with a kernel of its own. The second is what the first leaves, so that every target is in one."""
+COMPONENTS = {"attention": rf"(?i){ATTENTION}", "mlp": rf"(?i)^(?!.*(?:{ATTENTION}))"}
+"""Of a block, each with a kernel of its own. The second is all that the first leaves: every target is in one."""
 
 DEEPEST, SHALLOWEST = 0.9, 0.2
 """Of the model's depth: where directions are taken from. The last blocks' are about the next token itself."""

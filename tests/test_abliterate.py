@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,9 @@ import prompt_sets
 import pytest
 import search
 import torch
+import typer
 from jsonl import DataError
+from loguru import logger
 from models import tiny_llama
 from optuna.trial import FrozenTrial, TrialState
 from prompt_sets import SHIPPED
@@ -208,9 +209,9 @@ def test_a_trial_that_the_method_refuses_is_left_out(adapter: ll.Adapter, tmp_pa
         ("model.layers.3.linear_attn.out_proj", "attention"),
         ("transformer.h.3.attn.c_proj", "attention"),
         ("encoder.block.3.layer.0.SelfAttention.o", "attention"),
-        ("model.layers.3.mlp.down_proj", "rest"),
-        ("model.layers.3.mlp.experts", "rest"),
-        ("model.decoder.layers.3.fc2", "rest"),
+        ("model.layers.3.mlp.down_proj", "mlp"),
+        ("model.layers.3.mlp.experts", "mlp"),
+        ("model.decoder.layers.3.fc2", "mlp"),
     ],
 )
 def test_every_target_has_one_kernel(path: str, component: str) -> None:
@@ -238,35 +239,45 @@ def test_picking_from_a_front() -> None:
 # ---- whole runs ---------------------------------------------------------------------------------
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ABLITERATE), *arguments]
-    environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": str(ABLITERATE.parent.parent)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 @pytest.fixture
-def small(tmp_path: Path) -> list[str]:
-    """Arguments for sets of four prompts."""
-    arguments = ["--out", str(tmp_path / "out"), "--positive-words", "Le,La,Les,Un", "--negative-words", "The,A,In"]
+def small(tmp_path: Path) -> dict[str, Any]:
+    """Options for sets of four prompts."""
+    options: dict[str, Any] = {"out": tmp_path / "out", "positive_words": "Le,La,Les,Un", "negative_words": "The,A,In"}
     for side, name in (("positive", "french"), ("negative", "english"), ("neutral", "neutral")):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join((SHIPPED / f"{name}.jsonl").open().readlines()[:4]))
-        arguments += [f"--{side}", str(file)]
-    return arguments
+        options[side] = tmp_path / f"{name}.jsonl"
+        lines = (SHIPPED / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        options[side].write_text("".join(lines[:4]))
+    return options
 
 
-def test_a_run_and_going_on_from_it(smollm2: str, small: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    table, log = start(*small, "--trials", "2", "--markers", " est , les ").communicate(timeout=180)
-    assert "with a KL of" in log, log
-    assert "Warning" not in log
-    assert "Error" not in log
-    assert max(map(len, table.splitlines())) <= 80
+def test_a_run_and_going_on_from_it(
+    smollm2: str, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [part for name, value in small.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = [
+        sys.executable,
+        str(ABLITERATE),
+        *arguments,
+        "--trials",
+        "2",
+        "--markers",
+        " est , les ",
+        "--answer-tokens",
+        "4",
+    ]
+    # One thread: where tests run side by side, two would wait for each other ten times as long.
+    environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ABLITERATE.parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert "Error" not in done.stderr
+    assert "search 100%" in done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
     for label in ("separation", "Pareto front", "prompt", "before", "after"):
-        assert label in table
+        assert label in done.stdout
     names = {"adapter.safetensors", "directions.png", "front.png", "results.json", "study.jsonl"}
-    assert {file.name for file in out.iterdir()} == names
-    results = json.loads((out / "results.json").read_text())
+    assert {file.name for file in small["out"].iterdir()} == names
+    results = json.loads((small["out"] / "results.json").read_text())
     assert len(results["trials"]) == 2
     assert len(results["directions"]) == 30
     picked = results["trials"][results["picked"]]
@@ -274,25 +285,34 @@ def test_a_run_and_going_on_from_it(smollm2: str, small: list[str], tmp_path: Pa
     assert results["kl_mean"] == pytest.approx(picked["kl"], abs=1e-6)
     assert results["marker_rate"].keys() == {"before", "after"}
     assert "torch" in results["versions"]
-    adapter = ll.load(ll.load_base(smollm2, torch.bfloat16), out / "adapter.safetensors")
+    adapter = ll.load(ll.load_base(smollm2, torch.bfloat16), small["out"] / "adapter.safetensors")
     assert adapter.config.layer == picked["layer"]
 
-    process = start(*small, "--trials", "40")
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "holds 2 trials" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 130, log
-    assert "Traceback" not in log
-    assert "which are kept: the same command goes on" in log
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(abliterate, "search", interrupted)
+    code, log = run(monkeypatch, **small, trials=9)
+    assert code == 130
+    assert "holds 2 trials: the search goes on from there to 9" in log
+    assert "interrupted after 2 of 9 trials, which are kept: the same command goes on" in log
 
 
-def test_errors_that_the_user_can_mend_come_without_a_traceback(tmp_path: Path) -> None:
-    process = start("--positive", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out"))
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 1
+def test_errors_that_the_user_can_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, log = run(monkeypatch, positive=tmp_path / "none.jsonl", out=tmp_path / "out")
+    assert code == 1
     assert "none.jsonl is not a file" in log
-    assert "Traceback" not in log
     assert list(tmp_path.iterdir()) == []
+
+
+def run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[int, str]:
+    """(exit code, log) of the example in this process, when it stops early."""
+    monkeypatch.setattr(abliterate, "set_up", lambda seed: None)
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}")
+    try:
+        with pytest.raises(typer.Exit) as stopped:
+            abliterate.main(**options)
+    finally:
+        logger.remove(sink)
+    return stopped.value.exit_code, "".join(lines)
