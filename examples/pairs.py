@@ -1,13 +1,14 @@
 """Instruction data: pairs of a prompt and its completion, from Python's own standard library or from a JSONL file."""
 
 import ast
-import json
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jsonl import DataError, keys_of, lines_of, record_of, text_of
 
 INSTRUCTION = "In one line, what does this Python function do?"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "lib-dynload", "__pycache__"}
@@ -17,10 +18,6 @@ SHORTEST_SUMMARY = 12
 
 KEYS = (("prompt", "completion"), ("question", "answer"))
 """What a line of a JSONL file may be called by; the second is GSM8K's."""
-
-
-class DataError(ValueError):
-    """A data file that can't be used: says which file, which line, and what was found there."""
 
 
 @dataclass(frozen=True)
@@ -93,45 +90,17 @@ def read_jsonl(path: Path) -> list[Pair]:
 
     Raises DataError.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is not a file\n  --data takes a JSONL file of {_wanted()}")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}") from error
-    pairs = [line_pair(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if not pairs:
-        raise DataError(f"{path} is empty\n  wanted a JSON object a line, of {_wanted()}")
-    return pairs
+    return [line_pair(line, where) for where, line in lines_of(path, f"a JSON object a line, of {_wanted()}")]
 
 
 def line_pair(line: str, where: str) -> Pair:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error})\n  found: {_short(line)}") from error
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: a JSON {type(record).__name__}, wanted an object of {_wanted()}\n  found: {_short(line)}"
-        )
+    record = record_of(line, where, _wanted())
     for prompt, completion in KEYS:
         if prompt in record and completion in record:
             text = text_of(record, prompt, where)
             return Pair(text, text_of(record, completion, where), group=text)
-    raise DataError(f"{where}: missing keys, wanted {_wanted()}\n  found: {', '.join(map(repr, record)) or 'no key'}")
-
-
-def text_of(record: dict[str, Any], key: str, where: str) -> str:
-    text = record[key]
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: {key!r} is not text\n  found: {_short(json.dumps(text))}")
-    return text.strip()
+    raise DataError(f"{where}: missing keys, wanted {_wanted()}\n  found: {keys_of(record)}")
 
 
 def _wanted() -> str:
     return " or ".join(f"{prompt!r} and {completion!r}" for prompt, completion in KEYS)
-
-
-def _short(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= 100 else f"{text[:100]}…"

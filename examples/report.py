@@ -1,4 +1,4 @@
-"""What a training run leaves behind: the answers as a table, the losses as a picture, and all numbers as JSON."""
+"""What a run leaves behind: the answers as a table, the losses as a picture, and all numbers as JSON."""
 
 import json
 import platform
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from pairs import Pair
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -34,13 +33,14 @@ class History:
         return [sum(window) / len(window) for window in windows]
 
 
-def show(pairs: list[Pair], before: list[str], after: list[str]) -> None:
+def show(prompts: list[str], before: list[str], after: list[str], references: list[str] | None = None) -> None:
     """The answers beside each other, readable at 80 columns."""
     table = Table(title="Held-out answers", show_header=False)
     table.add_column(style="dim")
-    for pair, old, new in zip(pairs, before, after, strict=True):
-        table.add_row("prompt", _short(pair.prompt, "bold"))
-        table.add_row("reference", _short(pair.completion))
+    for i, (prompt, old, new) in enumerate(zip(prompts, before, after, strict=True)):
+        table.add_row("prompt", _short(prompt, "bold"))
+        if references is not None:
+            table.add_row("reference", _short(references[i]))
         table.add_row("before", _short(old))
         table.add_row("after", _short(new, "green"), end_section=True)
     Console().print(table)
@@ -68,18 +68,21 @@ def plot(history: History, title: str, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def write_results(settings: dict[str, Any], history: History, seconds: float, file: Path) -> None:
-    """Every number of the run, and what it takes to repeat it."""
+def training_numbers(history: History) -> dict[str, Any]:
+    """Every number of a training run."""
     losses = list(history.held_out.values())
-    packages = ("lora-lite", "torch", "transformers", "bitsandbytes")
-    results = settings | {
+    return {
         "held_out_loss_before": losses[0],
         "held_out_loss_after": losses[-1],
         "held_out_losses": history.held_out,
         "training_losses": history.train,
-        "seconds": seconds,
         "training_seconds": history.seconds,
         "tokens_per_second": history.tokens / history.seconds,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
-    file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def write_results(results: dict[str, Any], file: Path) -> None:
+    """The results as JSON, with the versions that it takes to repeat them."""
+    packages = ("lora-lite", "torch", "transformers", "bitsandbytes")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    file.write_text(json.dumps(results | {"versions": versions}, indent=2) + "\n")

@@ -444,9 +444,7 @@ def test_one_layers_directions_suit_one_width() -> None:
     model = tiny_llama()
     adapter = attach(model, config("abliteration"))  # with k_proj, which is narrower
     before = logits(model)
-    with pytest.raises(
-        ll.ConfigError, match=r"layer=1: its directions are \(1, 64\), and .*k_proj wants \(1, 32\)"
-    ):
+    with pytest.raises(ll.ConfigError, match=r"layer=1: its directions are \(1, 64\), and .*k_proj wants \(1, 32\)"):
         adapter.configure(layer=1)
     assert torch.equal(logits(model), before)
 

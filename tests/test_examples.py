@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import batches
+import common
 import finetune
 import pairs
 import pytest
@@ -211,15 +212,15 @@ def test_a_rank_for_a_method_without_one() -> None:
 
 
 def test_a_reload_that_differs_is_an_error(tiny: str, tmp_path: Path) -> None:
-    task = finetune.Task([], [batches.collate(0, EXAMPLES)], [])
+    inputs, file = {"input_ids": batches.collate(0, EXAMPLES)["input_ids"]}, tmp_path / "a.safetensors"
     base = ll.load_base(tiny)
     adapter = ll.attach(base, ll.LoRAConfig())
-    ll.save(base, tmp_path / "a.safetensors")
-    finetune.check_reload(ll.load_base(tiny), tmp_path / "a.safetensors", task, finetune.logits_of(base, task))
+    ll.save(base, file)
+    common.check_reload(ll.load_base(tiny), file, inputs, common.logits_of(base, inputs))
     for parameter in adapter.parameters():
         torch.nn.init.ones_(parameter)
     with pytest.raises(RuntimeError, match=r"a\.safetensors on a fresh base: logits differ by up to"):
-        finetune.check_reload(ll.load_base(tiny), tmp_path / "a.safetensors", task, finetune.logits_of(base, task))
+        common.check_reload(ll.load_base(tiny), file, inputs, common.logits_of(base, inputs))
 
 
 class TinyLetters(Letters):

@@ -1,0 +1,226 @@
+"""Ablate what two sets of prompts differ in: find the directions, search how much of them to remove, save, load again.
+
+    python examples/abliterate.py                                # French against English on SmolLM2-135M
+    python examples/abliterate.py --positive a.jsonl --negative b.jsonl --model Qwen/Qwen3-0.6B --quantization nf4
+
+Directions are fitted on the first half of each set. The search reads how much is left on the second half: the log of
+the odds, at an answer's first token, between the first tokens of the two sides (the gap). The price is the KL
+divergence from the base on neutral prompts. Run again with the same --out, it goes on where it stopped.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import transformers
+import typer
+from abliterate_report import Block, describe, plot_directions, plot_front, show_directions, show_front
+from common import INTERRUPTED, check_reload, load, logits_of, plain_errors, set_up
+from jsonl import DataError
+from loguru import logger
+from prompt_sets import SHIPPED, Prompt, halves, own_token_sets, question, read_prompts, shipped_words, token_sets
+from report import show, write_results
+from search import changes, front, measured, open_study, pick, search, tried
+from smollm2 import smollm2_folder
+from torch import Tensor
+
+import lora_lite as ll
+
+BATCH = 20
+ANSWERS = 3
+SIDES = ("positive", "negative")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The prompts as batches: to fit on by side, held out by side, and neutral; and the two sets of first tokens."""
+
+    fitted: Mapping[str, Batches]
+    held_out: Mapping[str, Batches]
+    neutral: Batches
+    tokens: tuple[list[int], list[int]]
+
+    def gap(self, model: Any, side: str) -> float:
+        return ll.logit_gap(model, self.held_out[side], *self.tokens).mean().item()
+
+    def gaps(self, model: Any) -> dict[str, float]:
+        return {side: self.gap(model, side) for side in SIDES}
+
+    def measure(self, model: Any) -> tuple[float, float]:
+        """What a trial is judged by."""
+        return self.gap(model, "positive"), ll.kl_divergence(model, self.neutral).mean().item()
+
+
+@app.command()
+def main(
+    positive: Annotated[Path, typer.Option(help="Prompts, JSONL or .txt.")] = SHIPPED / "french.jsonl",
+    negative: Annotated[Path, typer.Option(help="What they are contrasted with.")] = SHIPPED / "english.jsonl",
+    neutral: Annotated[Path, typer.Option(help="Prompts that shouldn't change.")] = SHIPPED / "neutral.jsonl",
+    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    quantization: Annotated[Literal["nf4", "fp4", "int8"] | None, typer.Option(help="Of the base.")] = None,
+    positive_words: Annotated[str | None, typer.Option(help="First words, by commas. Default: the model's.")] = None,
+    negative_words: Annotated[str | None, typer.Option(help="The same of the other side.")] = None,
+    markers: Annotated[str | None, typer.Option(help="By commas: count held-out answers with one of them.")] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 48,
+    trials: Annotated[int, typer.Option(min=1, help="Of the search, earlier ones in --out included.")] = 60,
+    max_kl: Annotated[float, typer.Option(min=0.0, help="The picked trial's, at most.")] = 0.1,
+    pick_trial: Annotated[int | None, typer.Option("--pick", help="Pick this trial instead.")] = None,
+    normalization: Annotated[ll.Normalization, typer.Option(help="Of what is left.")] = ll.Normalization.NONE,
+    projected: Annotated[bool, typer.Option(help="Spare what both sides have in common.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("runs", "abliterate"),
+) -> None:
+    """Fit, search, pick, save, and show what it changes."""
+    started = time.perf_counter()
+    set_up(seed)
+    with plain_errors():
+        paths = {"positive": positive, "negative": negative}
+        words = chosen_words(paths, positive_words, negative_words)
+        sides = {side: halves(path) for side, path in paths.items()}
+        neutral_prompts = read_prompts(neutral)
+        source = model or str(smollm2_folder())
+        settings = {"model": source, "quantization": quantization, "words": words, "seed": seed}
+        settings |= {"normalization": str(normalization), "projected": projected}
+        settings |= {"prompts": digest([*sides.values(), neutral_prompts])}
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        base = load(source, quantization)
+        task = make_task(base, tokenizer, sides, neutral_prompts, words)
+        fitted = ll.contrast(base, task.fitted, projected=projected, progress=sys.stderr.isatty())
+        blocks = describe_directions(base, task, fitted)
+        show_directions(blocks)
+        study = open_study(out / "study.jsonl", settings, len(blocks))
+        name = f"{positive.stem} against {negative.stem} on {Path(source).name} in {quantization or 'bfloat16'}"
+        plot_directions(blocks, name, out / "directions.png")
+        directions = {path: each.directions for path, each in fitted.items()}
+        cfg = ll.AbliterationConfig(normalization=normalization, projected=projected)
+        adapter = ll.attach(base, cfg, calibration_data={"directions": directions})
+    with ll.disabled(base):
+        before = task.gaps(base)
+    logger.info(f"gap before: {before['positive']:+.2f} on the positive side, {before['negative']:+.2f} on the other")
+
+    found, searched = tried(study), time.perf_counter()
+    if found:
+        logger.info(f"{out} holds {found} trials: the search goes on from there to {max(found, trials)}")
+    try:
+        search(study, adapter, lambda: task.measure(base), trials, len(blocks), seed)
+    except KeyboardInterrupt:
+        logger.warning(f"interrupted after {tried(study)} of {trials} trials, which are kept: the same command goes on")
+        raise typer.Exit(INTERRUPTED) from None
+    per_trial = (time.perf_counter() - searched) / max(1, tried(study) - found)
+
+    with plain_errors():
+        chosen = pick(measured(study), max_kl, pick_trial)
+    show_front(measured(study), chosen)
+    plot_front(measured(study), chosen, (before["positive"], before["negative"]), max_kl, name, out / "front.png")
+    adapter.configure(**changes(chosen.params))
+    after = task.gaps(base)
+    divergences = ll.kl_divergence(base, task.neutral)
+    prompts = sides["positive"][1]
+    answers = before_and_after(base, tokenizer, prompts[:ANSWERS], answer_tokens)
+    show([question(prompt) for prompt in prompts[:ANSWERS]], *answers)
+    rates = marker_rates(base, tokenizer, prompts, markers, answer_tokens)
+
+    ll.save(base, out / "adapter.safetensors")
+    inputs = task.held_out["positive"][0]
+    expected, config = logits_of(base, inputs), adapter.config.to_dict()
+    del base, adapter
+    check_reload(load(source, quantization), out / "adapter.safetensors", inputs, expected)
+
+    seconds = time.perf_counter() - started
+    results = settings | {"config": config, "directions": [asdict(block) for block in blocks], "tokens": task.tokens}
+    results |= {"gap_before": before, "gap_after": after, "kl_mean": divergences.mean().item()}
+    results |= {"kl": divergences.tolist(), "marker_rate": rates, "answers": answers, "picked": chosen.number}
+    results |= {"max_kl": max_kl, "front": [trial.number for trial in front(measured(study))]}
+    results |= {
+        "trials": [{"number": t.number, "gap": t.values[0], "kl": t.values[1]} | t.params for t in measured(study)]
+    }
+    write_results(results | {"seconds": seconds, "seconds_per_trial": per_trial}, out / "results.json")
+    logger.info(
+        f"trial {chosen.number}: gap {before['positive']:+.2f} -> {after['positive']:+.2f} with a KL of "
+        f"{results['kl_mean']:.3f}, {per_trial:.1f} s a trial, {seconds:.0f} s in all: see {out}"
+    )
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+
+def chosen_words(paths: Mapping[str, Path], positive: str | None, negative: str | None) -> list[list[str]] | None:
+    """The first words of both sides: as given, or those of the shipped sets; None for the model's own.
+
+    Raises DataError for one side alone.
+    """
+    if (positive is None) != (negative is None):
+        raise DataError("--positive-words and --negative-words: give both, or neither")
+    if positive is None or negative is None:
+        positive, negative = (shipped_words(paths[side]) for side in SIDES)
+    if positive is None or negative is None:
+        return None
+    return [[word.strip() for word in words.split(",") if word.strip()] for words in (positive, negative)]
+
+
+def make_task(
+    model: Any,
+    tokenizer: Any,
+    sides: Mapping[str, tuple[list[Prompt], list[Prompt]]],
+    neutral: list[Prompt],
+    words: list[list[str]] | None,
+) -> Task:
+    """Raises DataError for words that don't tell the sides apart, ConfigError for chats without a template."""
+    fitted, held_out = (
+        {side: ll.prompt_batches(tokenizer, sides[side][half], BATCH) for side in SIDES} for half in (0, 1)
+    )
+    tokens = token_sets(tokenizer, *words) if words else own_token_sets(model, fitted["positive"], fitted["negative"])
+    for side, ids in zip(SIDES, tokens, strict=True):
+        logger.info(f"first tokens of the {side} side: {' '.join(tokenizer.convert_ids_to_tokens(ids))}")
+    return Task(fitted, held_out, ll.prompt_batches(tokenizer, neutral, BATCH), tokens)
+
+
+def digest(prompts: Any) -> str:
+    """By which an earlier search with other prompts is told."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def describe_directions(model: Any, task: Task, fitted: Mapping[str, ll.Contrast]) -> list[Block]:
+    bars = sys.stderr.isatty()
+    sides = [ll.capture(model, task.fitted[side], reduce=("mean", "std"), progress=bars) for side in SIDES]
+    return describe(fitted, *sides)
+
+
+def before_and_after(model: Any, tokenizer: Any, prompts: Sequence[Prompt], tokens: int) -> tuple[list[str], list[str]]:
+    """The greedy answers without the adapter and with it."""
+    with ll.disabled(model):
+        before = ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=tokens)
+    return before, ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=tokens)
+
+
+def marker_rates(model: Any, tokenizer: Any, prompts: Sequence[Prompt], markers: str | None) -> dict[str, float] | None:
+    """The share of answers with a marker, without the adapter and with it; spaces in a marker count."""
+    if markers is None:
+        return None
+
+    def rate() -> float:
+        wanted = [marker for marker in markers.split(",") if marker]
+        return ll.marker_rate(model, tokenizer, prompts, wanted, max_new_tokens=tokens, batch_size=BATCH)
+
+    with ll.disabled(model):
+        before = rate()
+    rates = {"before": before, "after": rate()}
+    logger.info(f"answers with a marker: {rates['before']:.0%} before, {rates['after']:.0%} after")
+    return rates
+
+
+if __name__ == "__main__":
+    app()
