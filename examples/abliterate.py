@@ -110,13 +110,14 @@ def main(
 
     found, searched = tried(study), time.perf_counter()
     if found:
-        logger.info(f"{out} holds {found} trials: the search goes on from there to {max(found, trials)}")
+        going_on = f"the search goes on from there to {trials}" if found < trials else f"--trials {trials} are done"
+        logger.info(f"{out} holds {found} trials: {going_on}")
     try:
         search(study, adapter, lambda: task.measure(base), trials, len(blocks), seed)
     except KeyboardInterrupt:
         logger.warning(f"interrupted after {tried(study)} of {trials} trials, which are kept: the same command goes on")
         raise typer.Exit(INTERRUPTED) from None
-    per_trial = (time.perf_counter() - searched) / max(1, tried(study) - found)
+    searched, new = time.perf_counter() - searched, tried(study) - found
 
     with plain_errors():
         chosen = pick(measured(study), max_kl, pick_trial)
@@ -144,10 +145,11 @@ def main(
     results |= {
         "trials": [{"number": t.number, "gap": t.values[0], "kl": t.values[1]} | t.params for t in measured(study)]
     }
-    write_results(results | {"seconds": seconds, "seconds_per_trial": per_trial}, out / "results.json")
+    results |= {"seconds": seconds, "search_seconds": searched, "new_trials": new}
+    write_results(results, out / "results.json")
     logger.info(
         f"trial {chosen.number}: gap {before['positive']:+.2f} -> {after['positive']:+.2f} with a KL of "
-        f"{results['kl_mean']:.3f}, {per_trial:.1f} s a trial, {seconds:.0f} s in all: see {out}"
+        f"{results['kl_mean']:.3f}; {new} trials in {searched:.0f} s, {seconds:.0f} s in all: see {out}"
     )
 
 
@@ -206,7 +208,9 @@ def before_and_after(model: Any, tokenizer: Any, prompts: Sequence[Prompt], toke
     return before, ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=tokens)
 
 
-def marker_rates(model: Any, tokenizer: Any, prompts: Sequence[Prompt], markers: str | None) -> dict[str, float] | None:
+def marker_rates(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], markers: str | None, tokens: int
+) -> dict[str, float] | None:
     """The share of answers with a marker, without the adapter and with it; spaces in a marker count."""
     if markers is None:
         return None

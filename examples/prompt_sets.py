@@ -1,7 +1,7 @@
 """Prompt sets: files of prompts, and the words by which an answer's first token shows which side it is on.
 
-The shipped pairs differ in their system prompt, or in how the question is put, and ask about the same forty things in
-the same order. French and English are told apart by a model of any size; letter case and tense want a larger one.
+The shipped pairs differ in their system prompt, letter case and tense also in how the question is put; they ask about
+the same forty things in the same order.
 """
 
 from collections.abc import Sequence
