@@ -18,9 +18,12 @@ for extra in ("transformers", "bitsandbytes", "accelerate", "peft", "beartype"):
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
 x = torch.ones(1, 8)
 base = model(x)
-for variant in ll.REGISTRY:
-    ll.attach(model, ll.config_for(variant)(**({"r": 2} if "r" in ll.config_for(variant)().to_dict() else {}), target_names="0"))
-    assert torch.equal(model(x), base)
+for variant, method in ll.REGISTRY.items():
+    cfg = ll.config_for(variant)
+    rank = {"r": 2} if "r" in cfg.__dataclass_fields__ else {}
+    data = {"directions": torch.ones(8)} if method.needs_calibration else None
+    ll.attach(model, cfg(**rank, target_names="0", target_roles=()), calibration_data=data)
+    assert torch.equal(model(x), base) == method.has_identity_init
     ll.save(model, "adapter.safetensors")
     ll.detach(model)
     ll.load(model, "adapter.safetensors")
