@@ -20,7 +20,7 @@ from .config import dtype_name
 from .errors import CheckpointError, ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
 from .targets import Target
-from .variant import lookup
+from .variant import check_takes_data, lookup
 
 T = TypeVar("T")
 
@@ -127,6 +127,8 @@ class Adapter:
                 f"adapter {self.name!r}: {', '.join(fixed)} can't change while it is attached\n"
                 f"  {self.variant!r} can follow {', '.join(variant.live) or 'no field'}; for others detach and attach"
             )
+        if calibration_data is not None:
+            check_takes_data(state.cfg)
         new, views = replace(state.cfg, **changes), self.views()
         old, state.cfg = state.cfg, new
         kept = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}

@@ -292,7 +292,10 @@ def _rows_at(depth: int | float, stack: str, own: Mapping[tuple[str, int] | None
     a, b = own.get((stack, low)), own.get((stack, high))
     if a is None or b is None:
         held = sorted(key[1] for key in own if key is not None and key[0] == stack)
-        raise ConfigError(f"layer={depth}: no direction is kept for it\n  blocks with one: {held or 'none'}")
+        raise ConfigError(
+            f"layer={depth}: no direction is kept for it\n"
+            f"  blocks with one: {held or 'none'}; target that block too, a kernel can give it no weight"
+        )
     if low == high:
         return a
     b = b * (a * b).sum(1, keepdim=True).sign()  # of a principal direction the sign means nothing

@@ -49,11 +49,11 @@ def kl_divergence(
         raise TargetError(f"no adapter is attached to this {type(model).__name__}, so there is nothing to compare")
     found = []
     for content, logits in _each(model, batches, positions, progress):
-        adapted = _log_probabilities(logits).double()
+        adapted = _log_probabilities(logits)
         with scaled(model, 0.0, name):
             base = _remembered(model, ("log-probabilities", content), partial(_log_probabilities, logits))
         base = base.to(adapted)
-        found.append((base.exp() * (base - adapted)).sum(-1).cpu())
+        found.append((base.exp() * (base - adapted)).sum(-1, dtype=torch.float64).cpu())
     kl = torch.cat(found)
     if not (kl.isfinite().all() and (kl >= -ROUNDING).all()):
         raise BaseModelError(
@@ -144,7 +144,6 @@ def greedy_answers(
             prompt_batches(tokenizer, prompts, batch_size, thinking=not skip_thinking), progress, "answers"
         ):
             inputs = as_inputs(batch, model)
-
             options = GREEDY | {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": stop}
             run = partial(model.generate, **inputs, generation_config=GenerationConfig(**options))
             tokens = _remembered(model, ("answers", inputs, options), run)

@@ -43,8 +43,11 @@ def _transposed(block: nn.Module) -> bool | None:
 
     The shape of a fused gate and up projection says which; without a gate, transformers' `is_transposed`.
     """
-    up, matrices = getattr(block, "gate_up_proj", getattr(block, "up_proj", None)), getattr(block, NAME, None)
-    if not (isinstance(up, Tensor) and isinstance(matrices, Tensor) and up.ndim == matrices.ndim == 3):
+    matrices = getattr(block, NAME, None)
+    if not isinstance(matrices, Tensor) or matrices.ndim != 3:
+        return None
+    up = getattr(block, "gate_up_proj", getattr(block, "up_proj", None))
+    if not isinstance(up, Tensor) or up.ndim != 3:
         return None
     n, a, b = matrices.shape
     by_shape: dict[tuple[int, ...], bool] = {(n, 2 * b, a): False, (n, b, 2 * a): True}

@@ -1,4 +1,4 @@
-"""Attach, detach, and the two hooks.
+"""Attach, detach, and the hooks.
 
 The hooks are functions of this module bound to an adapter's name. They read everything from the
 module that they fire on, so deepcopy, pickle, torch.compile, FSDP2's parameter swapping and
@@ -33,7 +33,7 @@ from .errors import ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
 from .preflight import attachable, check_name, check_ready, checked_config, checked_specs, is_stacked
 from .targets import Target, find_targets
-from .variant import ParamSpec, Variant, lookup, weight_use
+from .variant import ParamSpec, check_takes_data, lookup, weight_use
 
 Values = Callable[[str, ParamSpec, torch.dtype, torch.device], Tensor]
 """(key, spec, dtype, device) -> the first values of one tensor."""
@@ -53,8 +53,8 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
     variant, root = lookup(checked_config(cfg).variant), attachable(model)
     if variant.needs_calibration and calibration_data is None:
         raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
-    if calibration_data is not None and variant.group_init is Variant.group_init:
-        raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data")
+    if calibration_data is not None:
+        check_takes_data(cfg)
     with installed(root, cfg, name, find_targets(root, cfg), _fresh) as adapter, torch.no_grad():
         views = adapter.views()
         for view in views.values():

@@ -43,9 +43,7 @@ class Target:
         shape = quant.features(layer)
         if shape is None:
             return None
-        match = _BLOCK.search(path)
-        stack, block = (path[: match.start(2)], int(match[2])) if match else (None, None)
-        return cls(path, *shape, quant.describe(layer), stack, block, experts.count(layer))
+        return cls(path, *shape, quant.describe(layer), *_place(path), experts.count(layer))
 
     @property
     def pattern(self) -> str:
@@ -68,19 +66,19 @@ def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
     """
     everything = [t for t in linear_layers(model) if cfg.FUSED_EXPERTS or not t.experts]
     depth: dict[str, int] = {}  # of each stack of blocks
-    for target in everything:
-        if target.stack is not None and target.block is not None:
-            depth[target.stack] = max(depth.get(target.stack, 0), target.block + 1)
+    for stack, block in map(_place, (*blocks(model), *(target.path for target in everything))):
+        if stack is not None and block is not None:
+            depth[stack] = max(depth.get(stack, 0), block + 1)
     _check_layers(cfg, depth)
     head = _output_head(model)
-    named = [t for t in everything if _named(t, cfg, default=bool(t.stack) if depth else t.path != head)]
-    found = [t for t in named if _deep(t, cfg, depth)]
+    stacked = any(t.stack for t in everything)
+    named = [t for t in everything if _named(t, cfg, default=bool(t.stack) if stacked else t.path != head)]
+    found = [t for t in named if _deep(t.stack, t.block, cfg, depth)]
     if cfg.target_roles:
         width, text = model_width(model), _text_part(model)
         found = _with_roles([t for t in found if t.path.startswith(text)], cfg, width)
-        everything = [t for t in everything if t.path.startswith(text)]
         if "writer" in cfg.target_roles and not cfg.target_names:
-            _check_writers(model, cfg, [t for t in everything if _deep(t, cfg, depth)], found, width)
+            _check_writers(model, cfg, depth, text, found, width)
     if not found:
         raise TargetError(_nothing_found(model, cfg, everything))
     return found
@@ -106,6 +104,12 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Every block of the model by its path (`model.layers.3`), in order; none that is inside of another."""
     found = ((path, module, _BLOCK.search(path)) for path, module in model.named_modules())
     return {path: module for path, module, match in found if match and match.end() == len(path)}
+
+
+def _place(path: str) -> tuple[str | None, int | None]:
+    """("model.layers.", 3) for `model.layers.3.mlp`: the stack, and the index in it."""
+    match = _BLOCK.search(path)
+    return (path[: match.start(2)], int(match[2])) if match else (None, None)
 
 
 def model_width(model: nn.Module) -> int | None:
@@ -147,16 +151,16 @@ def _output_head(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None)
 
 
-def _deep(target: Target, cfg: BaseConfig, depth: dict[str, int]) -> bool:
+def _deep(stack: str | None, block: int | None, cfg: BaseConfig, depth: dict[str, int]) -> bool:
     if cfg.layers is None and cfg.layer_range is None:
         return True
-    if target.stack is None or target.block is None:
+    if stack is None or block is None:
         return False
-    n = depth[target.stack]
-    if cfg.layers is not None and target.block not in {i % n for i in cfg.layers if -n <= i < n}:
+    n = depth[stack]
+    if cfg.layers is not None and block not in {i % n for i in cfg.layers if -n <= i < n}:
         return False
     low, high = cfg.layer_range or (0.0, 1.0)
-    return low <= (target.block + 0.5) / n <= high
+    return low <= (block + 0.5) / n <= high
 
 
 def _check_layers(cfg: BaseConfig, depth: dict[str, int]) -> None:
@@ -187,37 +191,45 @@ def _with_roles(found: list[Target], cfg: BaseConfig, d_model: int | None) -> li
 
 
 def _check_writers(
-    model: nn.Module, cfg: BaseConfig, layers: list[Target], found: list[Target], d_model: int | None
+    model: nn.Module, cfg: BaseConfig, depth: dict[str, int], within: str, found: list[Target], d_model: int | None
 ) -> None:
     """TargetError if a part of a block has matrices in no layer that could write to the residual stream.
 
     Three dimensions are experts in a form that isn't known; two dimensions, in a part where nothing else was found, are
     a projection without a module. A module with d_out features and no weight is packed by some other library.
     """
-    kept, linear = {f"{t.stack}{t.block}" for t in layers}, {t.path for t in layers}
+    linear, reached = (
+        {t.path for t in linear_layers(model) if cfg.FUSED_EXPERTS or not t.experts},
+        [t.path for t in found],
+    )
     for path, block in blocks(model).items():
-        for name, part in block.named_children() if path in kept else ():
-            holders = [
-                (inner, holder)
-                for inner, holder in part.named_modules(prefix=f"{path}.{name}")
-                if inner not in linear and not isinstance(holder, _ConvNd | nn.Embedding)
-            ]
-            bare = [
-                (t.ndim, inner, holder)
-                for inner, holder in holders
-                for t in (*holder.parameters(recurse=False), *holder.buffers(recurse=False))
-                if t.ndim > 1 and (d_model in t.shape[-2:] or not t.is_floating_point())
-            ]
-            bare += [(3, inner, m) for inner, m in holders if getattr(m, "out_features", None) == d_model]
-            most, inner, holder = max(bare, key=lambda found: found[0], default=(0, "", part))
-            reached = any(f"{t.path}.".startswith(f"{path}.{name}.") for t in found)
-            excluded = any(re.search(pattern, inner) for pattern in cfg.exclude_names)
-            if most > 1 + reached and not excluded:
+        if not (path.startswith(within) and _deep(*_place(path), cfg, depth)):
+            continue
+        for part, holder, ndim in _bare(path, block, linear, d_model):
+            if any(re.search(pattern, holder) for pattern in cfg.exclude_names):
+                reached.append(holder)  # what was left out on purpose explains what goes with it, such as a router
+            elif ndim > 2 or not any(f"{at}.".startswith(f"{part}.") for at in reached):
+                kind = type(model.get_submodule(holder)).__name__
                 raise TargetError(
-                    f"{inner}: this {type(holder).__name__} may write to the residual stream, and {cfg.variant!r} "
-                    f"can't go on it\n"
-                    f"  to leave it as it is, say so: exclude_names={inner.rpartition('.')[2]!r}"
+                    f"{holder}: this {kind} may write to the residual stream, and {cfg.variant!r} can't go on it\n"
+                    f"  to leave it as it is, say so: exclude_names={holder.rpartition('.')[2]!r}"
                 )
+
+
+def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) -> list[tuple[str, str, int]]:
+    """(part of the block, module, dimensions) of matrices of the model's width in no known layer, most dimensions
+    first; a packed layer counts as three."""
+    out = []
+    for at, module in block.named_modules(prefix=path):
+        if at in linear or isinstance(module, _ConvNd | nn.Embedding):
+            continue
+        part = ".".join(at.split(".")[: path.count(".") + 2])
+        for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if t.ndim > 1 and (d_model in t.shape[-2:] or not t.is_floating_point()):
+                out.append((part, at, t.ndim))
+        if getattr(module, "out_features", None) == d_model:
+            out.append((part, at, 3))
+    return sorted(out, key=lambda each: -each[2])
 
 
 def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target]) -> str:

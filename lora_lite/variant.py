@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig, BaseConfig
-from .errors import VariantError
+from .errors import ConfigError, VariantError
 from .layer import Layer
 
 __all__ = ["REGISTRY", "Layer", "ParamSpec", "Variant", "config_for", "lookup", "register"]
@@ -178,6 +178,12 @@ def weight_use(cfg: BaseConfig) -> str:
     if use not in _USES:
         raise VariantError(f"variant {cfg.variant!r}: base_weight gave {use!r}; wanted one of {_USES}")
     return use
+
+
+def check_takes_data(cfg: BaseConfig) -> None:
+    """ConfigError for calibration data that the variant would never look at."""
+    if lookup(cfg.variant).group_init is Variant.group_init:
+        raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data\n  it is trained: leave it out")
 
 
 def config_for(name: str) -> type[BaseConfig]:

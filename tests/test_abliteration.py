@@ -531,6 +531,9 @@ def test_new_data_can_be_given_while_it_is_attached() -> None:
     adapter.configure(calibration_data=given, strength=0.5)
     ll.attach(other, ll.AbliterationConfig(normalization="full", strength=0.5), calibration_data=given)
     assert torch.equal(logits(model), logits(other))
+    lora = ll.attach(model, ll.LoRAConfig(r=2), "lora")
+    with pytest.raises(ll.ConfigError, match="'lora' takes no calibration_data"):
+        lora.configure(calibration_data=given)
 
 
 # ---- the laws, in every mode, on dense layers and fused experts ---------------------------------
@@ -604,6 +607,24 @@ def test_packed_weights_without_a_layers_weight_are_not_left_out_in_silence() ->
         setattr(model.model.layers[1].mlp, name, part)
         with pytest.raises(ll.TargetError, match=rf"layers.1.mlp.{name}: this Packed\w* may write to the residual"):
             ll.attach(model, ll.AbliterationConfig(), calibration_data=directions())
+
+
+def test_a_block_that_is_packed_whole_and_what_stands_beside_an_exclusion_are_not_left_out_either() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4, 48, 64))
+
+    model = tiny_llama()
+    model.model.layers[1] = Bare()
+    with pytest.raises(ll.TargetError, match=r"model.layers.1: this Bare may write to the residual"):
+        ll.plan(model, ll.AbliterationConfig())
+    assert len(ll.plan(model, ll.AbliterationConfig(layers=[0]))) == 2
+    model = tiny_llama()
+    model.model.layers[1].mlp.first, model.model.layers[1].mlp.second = Bare(), Bare()
+    with pytest.raises(ll.TargetError, match=r"layers.1.mlp.second: this Bare may write"):
+        ll.plan(model, ll.AbliterationConfig(exclude_names="first"))
+    assert len(ll.plan(model, ll.AbliterationConfig(exclude_names=("first", "second")))) == 4
 
 
 def test_an_interrupt_in_a_block_of_experts_leaves_nothing_behind() -> None:
