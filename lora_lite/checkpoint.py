@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from . import quant
+from . import quant, record
 from .adapter import Adapter, check_shapes, file_key, get_adapter
 from .config import STORAGE_DTYPES, BaseConfig
 from .errors import CheckpointError, LoraLiteError
@@ -226,7 +226,7 @@ def _read(path: str | os.PathLike[str]) -> _File:
         targets = {target: (int(d_in), int(d_out)) for target, (d_in, d_out) in meta["targets"].items()}
     except (LoraLiteError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
-    if not targets or not quant.is_record(meta["base"], targets):
+    if not targets or not record.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
     return _File(path, cfg, float(scale), targets, meta["base"], tensors)
 
@@ -327,7 +327,7 @@ def _check_base(
     """The base that the values belong to: this model's; the file's for a method that reads it and goes on another."""
     here = adapter.base
     there = {**file.base, "fingerprint": {mapping[at]: values for at, values in file.base["fingerprint"].items()}}
-    if quant.same_base(there, here):
+    if record.same_base(there, here):
         return here
     message = (
         f"{file.path} was trained on another base than this one\n"

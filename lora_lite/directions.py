@@ -64,7 +64,7 @@ def contrast(
     Raises ConfigError for a missing, empty or too small side, or an iterator, and what `capture` raises.
     """
     check_sides(data)
-    if not (winsorize is None or (is_number(winsorize) and 0 < winsorize <= 1)):
+    if not _is_quantile(winsorize):
         raise ConfigError(f"winsorize={winsorize!r}: wanted a quantile above 0, at most 1, or None")
     if center not in ("mean", "median"):
         raise ConfigError(f"center={center!r}: wanted 'mean' or 'median'")
@@ -113,6 +113,10 @@ def contrast(
             found = found - (found @ n)[:, None] * n / n.square().sum()
         out[path] = Contrast(orthonormal(found, path).float(), p, n)
     return out
+
+
+def _is_quantile(value: Any) -> bool:
+    return value is None or (is_number(value) and 0 < value <= 1)
 
 
 def check_sides(data: Any) -> None:
@@ -200,8 +204,7 @@ class DirectionConfig(BaseConfig):
         self._require(is_number(self.strength), "strength", "a finite number")
         self._require(type(self.rank) is int and self.rank > 0, "rank", "a number of directions, at least 1")
         self._require(self.layer is None or (is_number(self.layer) and self.layer >= 0), "layer", "a depth, or None")
-        ok = self.winsorize is None or (is_number(self.winsorize) and 0 < self.winsorize <= 1)
-        self._require(ok, "winsorize", "a quantile above 0, at most 1, or None")
+        self._require(_is_quantile(self.winsorize), "winsorize", "a quantile above 0, at most 1, or None")
         self._require(isinstance(self.projected, bool), "projected", "True or False")
         pairs = self.kernels.items() if isinstance(self.kernels, Mapping) else self.kernels
         try:

@@ -21,7 +21,9 @@ def prompt_batches(
 
     A tokenizer without a template takes strings as they are. thinking=False asks the template for an answer without a
     thinking block, where it knows how. Returns a list of {input_ids (b, t), attention_mask (b, t)}, for `capture`,
-    `contrast`, `kl_divergence`, ... Raises ConfigError for no prompts, or chats without a template.
+    `contrast`, `kl_divergence`, ...
+
+    Raises ConfigError for no prompts, chats without a template, or a chat that the template refuses.
     """
     if isinstance(prompts, str) or not prompts or batch_size < 1:
         raise ConfigError(
@@ -47,5 +49,14 @@ def _text(tokenizer: Any, prompt: Prompt, thinking: bool) -> str:
         return prompt
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     options = {} if thinking else {"enable_thinking": False}
-    text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+    from jinja2 import TemplateError  # transformers brings it
+
+    try:
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+    except TemplateError as error:
+        roles = [turn.get("role") for turn in chat]
+        raise ConfigError(
+            f"the tokenizer's chat template refuses a chat with the roles {roles}: {error}\n"
+            f"  some know no system prompt: put it into the user's turn"
+        ) from error
     return text

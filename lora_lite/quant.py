@@ -11,7 +11,7 @@ The only file that knows bitsandbytes' layers. Facts that it rests on, bitsandby
 
 import enum
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from . import experts
-from .config import dtype_name
+from .config import STORAGE_DTYPES, dtype_name
 from .errors import BaseModelError, QuantizedWeightError
 
 ROWS = 1024
@@ -31,12 +31,6 @@ ROWS = 1024
 
 SAMPLES = 4
 """Stored elements of each tensor of a target's weight that tell one base from another."""
-
-_NOT_VALUES = ("compute_dtype", "modules")
-"""Entries of a quantisation record that leave a weight's values as they are."""
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 
 Linear = Any
 """A module with the shape of a linear layer; typed as nn.Module, its attributes would be tensors or modules only."""
@@ -124,7 +118,7 @@ def kind_of(layer: Linear) -> Kind:
     if _is(layer, "bitsandbytes.nn", "Linear8bitLt"):
         return Kind.BNB_8BIT if weight.dtype == torch.int8 and _scales(layer) is not None else Kind.UNKNOWN
     plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
-    if not plain or weight.dtype not in _FLOATS:
+    if not plain or weight.dtype not in STORAGE_DTYPES:
         return Kind.UNKNOWN
     shape = weight.mT.shape if is_transposed(layer) else weight.shape
     return Kind.DENSE if (shape[-1], shape[-2]) == features(layer) else Kind.UNKNOWN
@@ -274,66 +268,6 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
         "double_quant": False,
         "compute_dtype": None,
     } | record
-
-
-def base_record(model: nn.Module, targets: Mapping[str, Linear]) -> dict[str, Any]:
-    """What an adapter was attached to, for its file.
-
-    The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements (`samples`); of an
-    unknown kind the dtype alone, which tells no two such weights apart.
-    """
-    config = getattr(model, "config", None)
-    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {
-        "class": type(model).__name__,
-        "name_or_path": getattr(config, "_name_or_path", None) or None,
-        "dtype": dtype_name(floating),
-        "quantization": quantization(model),
-        "fingerprint": {path: [dtype_name(stored(m).dtype), *samples(m)] for path, m in targets.items()},
-    }
-
-
-def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Are two records of one base? Elements of one dtype must be equal, of two equal to the coarser one's rounding."""
-    how = [{k: v for k, v in (each["quantization"] or {}).items() if k not in _NOT_VALUES} for each in (a, b)]
-    prints = a["fingerprint"], b["fingerprint"]
-    if how[0] != how[1] or prints[0].keys() != prints[1].keys():
-        return False
-    return all(_same_weight(prints[0][path], prints[1][path]) for path in prints[0])
-
-
-def is_record(base: Any, targets: Iterable[str]) -> bool:
-    """Has it the form of a base record with a fingerprint for each target?"""
-    if (
-        not isinstance(base, dict)
-        or not {"class", "name_or_path", "dtype", "quantization", "fingerprint"} <= base.keys()
-    ):
-        return False
-    how, prints = base["quantization"], base["fingerprint"]
-    if not (how is None or (isinstance(how, dict) and "quant_type" in how)):
-        return False
-    return isinstance(prints, dict) and prints.keys() == set(targets) and all(map(_is_print, prints.values()))
-
-
-def _is_print(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and isinstance(getattr(torch, str(value[0]), None), torch.dtype)
-        and all(isinstance(number, float) for number in value[1:])
-    )
-
-
-def _same_weight(a: list[Any], b: list[Any]) -> bool:
-    if a[0] == b[0]:
-        return a[1:] == b[1:]
-    dtypes = [getattr(torch, name) for name in (a[0], b[0])]
-    if not all(dtype in _FLOATS for dtype in dtypes):
-        return False
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
-    pairs = zip(a[1:], b[1:], strict=True)
-    return len(a) == len(b) > 1 and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import experts, quant
+from . import experts, quant, record
 from .adapter import (
     Adapter,
     BaseChange,
@@ -101,7 +101,7 @@ def installed(root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target]
     modules = dict(root.named_modules())
     layers = {target.path: modules[target.path] for target in targets}
     repackable = quant.repackable(root)
-    state = AdapterState(name, cfg, targets, quant.base_record(root, layers))
+    state = AdapterState(name, cfg, targets, record.base_record(root, layers))
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
     change = BaseChange((p for p in root.parameters() if p.requires_grad and id(p) not in adapted), repackable.values())
 

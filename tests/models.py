@@ -5,7 +5,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import lora_lite as ll
 
@@ -33,6 +43,38 @@ def tiny_llama(dtype: torch.dtype = torch.float32, *, seed: int = 0, bias: bool 
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     parameter.normal_(std=0.1)
+    return model.to(dtype).eval()
+
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def moe(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A tiny mixture-of-experts model, with biases where its kind has them."""
+    torch.manual_seed(0)
+    few = {"num_experts_per_tok": 2, "num_local_experts": 4, "intermediate_size": 48}
+    makers: dict[str, Any] = {
+        "qwen3": lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **SIZES, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, **overrides
+            )
+        ),
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **few, **overrides)),
+        "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, **few, head_dim=16, **overrides)),
+    }
+    model = makers[name]()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.ndim > 1 or path.endswith("bias"):
+                parameter.normal_(std=0.1)
     return model.to(dtype).eval()
 
 
@@ -101,11 +143,13 @@ def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 __all__ = [
     "IDS",
+    "SIZES",
     "AutoModelForCausalLM",
     "OneLinear",
     "attach",
     "config",
     "loss_of",
+    "moe",
     "perturb",
     "quantized",
     "tiny_folder",

@@ -9,56 +9,16 @@ import pytest
 import test_laws
 import torch
 from contrasts import NEUTRAL, gap, random_direction, sides
-from models import IDS, OneLinear, attach, config, quantized, tiny_llama
+from models import IDS, SIZES, OneLinear, attach, config, moe, quantized, tiny_llama
 from oracles import weight_form
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
+from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
 
 import lora_lite as ll
 from lora_lite import experts, quant
 
 MODES = ["none", "pre", "full", "column"]
 per_mode = pytest.mark.parametrize("mode", MODES)
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-
-
-def moe(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A tiny mixture-of-experts model, with biases where its kind has them."""
-    torch.manual_seed(0)
-    few = {"num_experts_per_tok": 2, "num_local_experts": 4, "intermediate_size": 48}
-    makers: dict[str, Any] = {
-        "qwen3": lambda: Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                **SIZES, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, **overrides
-            )
-        ),
-        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **few, **overrides)),
-        "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, **few, head_dim=16, **overrides)),
-    }
-    model = makers[name]()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.ndim > 1 or path.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return model.to(dtype).eval()
 
 
 @torch.no_grad()

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, quantized, tiny_llama
+from models import IDS, moe, quantized, tiny_llama
 from torch import nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_lite as ll
 from lora_lite.directions import geometric_median, orthonormal
@@ -101,20 +100,7 @@ def test_places_inputs_outputs_and_the_stream_around() -> None:
 
 
 def test_fused_experts_see_every_token_though_flat() -> None:
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=96,
-            hidden_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            moe_intermediate_size=48,
-            num_experts=4,
-            num_experts_per_tok=2,
-        )
-    ).eval()
+    model = moe("qwen3")
     seen = ll.capture(model, [ragged("left")], ["model.layers.0.mlp", "model.layers.0.mlp.experts"], what="output")
     block, experts = seen.values()
     torch.testing.assert_close(block.mean, experts.mean)

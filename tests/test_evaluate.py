@@ -172,6 +172,9 @@ def test_prompts_are_padded_on_the_left_through_the_template(smollm2: str) -> No
     for bad in ([], "Hi."):
         with pytest.raises(ll.ConfigError, match="wanted a list with some prompts"):
             ll.prompt_batches(tokenizer, bad)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ll.ConfigError, match=r"roles \['system', 'user'\]: System role not supported\n  some know no"):
+        ll.prompt_batches(tokenizer, prompts[1:])
     tokenizer.chat_template = None
     tokenizer.pad_token = None
     (plain,) = ll.prompt_batches(tokenizer, ["The sun", "It"])

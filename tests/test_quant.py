@@ -14,7 +14,7 @@ from test_laws import logits
 from torch import nn
 
 import lora_lite as ll
-from lora_lite import quant
+from lora_lite import quant, record
 
 QUANTIZATIONS = ["nf4", "fp4", "int8"]
 ERROR = {"nf4": (0.08, 0.10), "fp4": (0.10, 0.14), "int8": (0.002, 0.02)}
@@ -166,10 +166,10 @@ def test_of_an_unknown_kind_the_record_says_just_that(
 
 
 def test_weights_without_samples_are_the_same_by_dtype_alone() -> None:
-    assert quant._same_weight(["uint4"], ["uint4"])
-    assert not quant._same_weight(["float32"], ["bfloat16"])
-    assert not quant._same_weight(["float32"], ["float32", 1.0])
-    assert not quant._same_weight(["float32"], ["bfloat16", 1.0])
+    assert record._same_weight(["uint4"], ["uint4"])
+    assert not record._same_weight(["float32"], ["bfloat16"])
+    assert not record._same_weight(["float32"], ["float32", 1.0])
+    assert not record._same_weight(["float32"], ["bfloat16", 1.0])
 
 
 def test_a_layer_without_a_shape_yet_is_no_quantisation() -> None:

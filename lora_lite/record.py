@@ -1,0 +1,73 @@
+"""What an adapter file remembers of the base that it belongs to, and whether another base is that one."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import quant
+from .config import STORAGE_DTYPES, dtype_name
+
+_NOT_VALUES = ("compute_dtype", "modules")
+"""Entries of a quantisation record that leave a weight's values as they are."""
+
+
+def base_record(model: nn.Module, targets: Mapping[str, quant.Linear]) -> dict[str, Any]:
+    """What an adapter was attached to, for its file.
+
+    The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements (`quant.samples`);
+    of an unknown kind the dtype alone, which tells no two such weights apart.
+    """
+    config = getattr(model, "config", None)
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {
+        "class": type(model).__name__,
+        "name_or_path": getattr(config, "_name_or_path", None) or None,
+        "dtype": dtype_name(floating),
+        "quantization": quant.quantization(model),
+        "fingerprint": {path: [dtype_name(quant.stored(m).dtype), *quant.samples(m)] for path, m in targets.items()},
+    }
+
+
+def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Are two records of one base? Elements of one dtype must be equal, of two equal to the coarser one's rounding."""
+    how = [{k: v for k, v in (each["quantization"] or {}).items() if k not in _NOT_VALUES} for each in (a, b)]
+    prints = a["fingerprint"], b["fingerprint"]
+    if how[0] != how[1] or prints[0].keys() != prints[1].keys():
+        return False
+    return all(_same_weight(prints[0][path], prints[1][path]) for path in prints[0])
+
+
+def is_record(base: Any, targets: Iterable[str]) -> bool:
+    """Has it the form of a base record with a fingerprint for each target?"""
+    if (
+        not isinstance(base, dict)
+        or not {"class", "name_or_path", "dtype", "quantization", "fingerprint"} <= base.keys()
+    ):
+        return False
+    how, prints = base["quantization"], base["fingerprint"]
+    if not (how is None or (isinstance(how, dict) and "quant_type" in how)):
+        return False
+    return isinstance(prints, dict) and prints.keys() == set(targets) and all(map(_is_print, prints.values()))
+
+
+def _is_print(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and isinstance(getattr(torch, str(value[0]), None), torch.dtype)
+        and all(isinstance(number, float) for number in value[1:])
+    )
+
+
+def _same_weight(a: list[Any], b: list[Any]) -> bool:
+    if a[0] == b[0]:
+        return a[1:] == b[1:]
+    dtypes = [getattr(torch, name) for name in (a[0], b[0])]
+    if not all(dtype in STORAGE_DTYPES for dtype in dtypes):
+        return False
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
+    pairs = zip(a[1:], b[1:], strict=True)
+    return len(a) == len(b) > 1 and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
