@@ -12,9 +12,7 @@ any name. Metadata key `lora_lite`, JSON:
 
 import json
 import os
-import uuid
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +20,14 @@ from typing import Any
 
 import torch
 from loguru import logger
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from . import quant, record
 from .adapter import Adapter, check_shapes, file_key, get_adapter
 from .config import STORAGE_DTYPES, BaseConfig
 from .errors import CheckpointError, LoraLiteError
+from .files import Header, parse_json, read_header, write_tensors
+from .keys import resolve
 from .preflight import attachable, specs_at
 from .runtime import installed
 from .targets import Target
@@ -38,22 +36,26 @@ from .version import __version__
 
 FORMAT = 1
 
-_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.")
-"""What wrappers put before every path."""
-_INFIXES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What wrappers of inner modules put within a path."""
-
 
 @dataclass(frozen=True)
 class _File:
     """A validated adapter file: nothing in it has been matched to a model yet."""
 
-    path: Path
+    header: Header
     cfg: BaseConfig
     scale: float
     targets: dict[str, tuple[int, int]]
     base: dict[str, Any]
-    tensors: dict[str, Tensor]
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, once their shapes have been found right. Raises CheckpointError for a NaN or an infinity."""
+        tensors = self.header.read()
+        _check_numbers(tensors, str(self.path), "save the adapter again")
+        return tensors
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
@@ -85,7 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     }
     with _together(path) if adapter.is_sharded else nullcontext(True) as first:
         if first:
-            _write(path, tensors, {"format": "pt", "lora_lite": json.dumps(meta)})
+            write_tensors(path, tensors, {"format": "pt", "lora_lite": json.dumps(meta)})
             logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -99,7 +101,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     """
     file, root = _read(path), attachable(model)
     targets, kept = _match(root, file)
-    tensors = {file_key(targets[at].path, tensor): file.tensors[file_key(at, tensor)] for at, tensor in kept}
+    held = file.tensors()
+    tensors = {file_key(targets[at].path, tensor): held[file_key(at, tensor)] for at, tensor in kept}
 
     def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         return tensors[key].to(device, copy=True)
@@ -129,13 +132,15 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
             f"  (file, adapter): {differ}\n"
             f"  detach it and use lora_lite.load"
         )
-    mapping = _resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
+    mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
     names = {slot.path: slot.tensors for _, slot in adapter.slots()}
     moved = {
         file_key(at, tensor): file_key(mapping[at], tensor) for at in file.targets for tensor in names[mapping[at]]
     }
     _check_base(file, adapter, mapping, verify=True, resume=True)
-    adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors.items()})
+    shapes = {key: tuple(tensor.shape) for key, tensor in adapter.named_tensors()}
+    check_shapes({moved.get(key, key): shape for key, shape in file.header.shapes().items()}, shapes, str(file.path))
+    adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors().items()})
     adapter.scale = file.scale
     logger.info(f"restored {adapter} from {path}")
     return adapter
@@ -169,52 +174,13 @@ def _together(path: Path) -> Iterator[bool]:
         ) from error
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Temporary file in the same folder, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        with temporary.open("xb") as handle:
-            handle.write(to_bytes(tensors, metadata=metadata))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename last through a power cut, where folders can be opened."""
-    if os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # ---- reading ------------------------------------------------------------------------------------
 
 
 def _read(path: str | os.PathLike[str]) -> _File:
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file\n  an adapter is one file, as lora_lite.save writes it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    except SafetensorError as error:
-        with path.open("rb") as handle:
-            pickled = handle.read(2).startswith((b"PK", b"\x80"))
-        kind = "looks like a pickle, which is never opened: it can run code" if pickled else "is cut short or damaged"
-        raise CheckpointError(
-            f"{path} is no safetensors file; it {kind}\n  {error}\n  copy or save it again"
-        ) from error
-    meta = _metadata(path, metadata)
-    _check_numbers(tensors, str(path), "save the adapter again")
+    header = read_header(path)
+    path = header.path
+    meta = _metadata(path, header.metadata)
     if not isinstance(meta["variant"], str):
         raise CheckpointError(f"{path}: its metadata names the variant {meta['variant']!r}; wanted a string")
     scale = meta.get("scale", 1.0)
@@ -228,7 +194,7 @@ def _read(path: str | os.PathLike[str]) -> _File:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
     if not targets or not record.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    return _File(path, cfg, float(scale), targets, meta["base"], tensors)
+    return _File(header, cfg, float(scale), targets, meta["base"])
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
@@ -247,15 +213,12 @@ def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"{path} has no lora_lite metadata, so it was not written by lora_lite.save\n"
             f"  its metadata has {sorted(metadata) or 'nothing'}"
         )
-    try:
-        meta = json.loads(metadata["lora_lite"])
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: its lora_lite metadata is not JSON: {error}") from error
-    found = meta.get("format") if isinstance(meta, dict) else None
+    meta = parse_json(metadata["lora_lite"], f"{path}: its lora_lite metadata")
+    found = meta.get("format")
     if found != FORMAT:
         raise CheckpointError(
             f"{path} has format {found!r}, and this is lora_lite {__version__}, which reads format {FORMAT}\n"
-            f"  read it with the version that wrote it: {meta.get('library') if isinstance(meta, dict) else None}"
+            f"  read it with the version that wrote it: {meta.get('library')}"
         )
     missing = {"variant", "config", "targets", "base"} - meta.keys()
     if missing:
@@ -269,7 +232,7 @@ def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[str, str]]]:
     """The model's layer for each path of the file, and all (path, tensor) pairs; CheckpointError unless all fit."""
     modules = dict(root.named_modules())
-    mapping = _resolve(file.path, file.targets, set(modules), type(root).__name__)
+    mapping = resolve(file.path, file.targets, set(modules), type(root).__name__)
     targets, wanted = {}, {}
     for at, shape in file.targets.items():
         target = Target.at(mapping[at], modules[mapping[at]])
@@ -283,42 +246,11 @@ def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[
         for tensor, spec in specs_at(target, file.cfg).items():
             wanted[at, tensor] = tuple(spec.shape)
     check_shapes(
-        {key: tuple(t.shape) for key, t in file.tensors.items()},
+        file.header.shapes(),
         {file_key(*pair): shape for pair, shape in wanted.items()},
         str(file.path),
     )
     return targets, list(wanted)
-
-
-def _resolve(file: Path, wanted: Iterable[str], paths: set[str], model: str) -> dict[str, str]:
-    """File path -> model path: the same, or the one that remains the same without what wrappers add."""
-    wanted = list(wanted)
-    if set(wanted) <= paths:
-        return {path: path for path in wanted}
-    by_core = defaultdict(list)
-    for path in paths:
-        by_core[_core(path)].append(path)
-    mapping = {path: by_core[_core(path)] for path in wanted}
-    uses = Counter(found[0] for found in mapping.values() if found)
-    bad = {path: found for path, found in mapping.items() if len(found) != 1 or uses[found[0]] > 1}
-    if bad:
-        path, found = next(iter(bad.items()))
-        near = sorted(p for p in paths if p.rpartition(".")[2] == path.rpartition(".")[2])[:3]
-        raise CheckpointError(
-            f"{file}: {len(bad)} of its {len(mapping)} target layers "
-            f"{'match more than one layer' if found else 'are not'} in this {model}\n"
-            f"  file:  {path}\n"
-            f"  model: {', '.join(found or near) or 'no layer of such a name'}\n"
-            f"  prefixes that are understood: {', '.join(_PREFIXES)}"
-        )
-    return {path: found[0] for path, found in mapping.items()}
-
-
-def _core(path: str) -> str:
-    path = ".".join(part for part in path.split(".") if part not in _INFIXES)
-    while prefix := next((p for p in _PREFIXES if path.startswith(p)), None):
-        path = path.removeprefix(prefix)
-    return path
 
 
 def _check_base(

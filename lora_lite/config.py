@@ -147,5 +147,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _compiles(pattern: Any) -> bool:
     try:
         return isinstance(pattern, str) and re.compile(pattern) is not None
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False

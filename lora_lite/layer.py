@@ -66,7 +66,8 @@ class Layer:
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
 
-    Of fused experts whose tensors are stacked, it shows one expert, or with `tensors` whatever these belong to.
+    Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
+    there: tensors by their name, `bias`, `training`.
     """
 
     def __init__(
@@ -75,9 +76,9 @@ class Layer:
         slot: Slot,
         dtype: torch.dtype | None = None,
         expert: int | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        instead: Mapping[str, Any] | None = None,
     ) -> None:
-        given = {"_module": module, "_slot": slot, "_dtype": dtype, "_expert": expert, "_tensors": tensors}
+        given = {"_module": module, "_slot": slot, "_dtype": dtype, "_expert": expert, "_instead": instead or {}}
         for name, value in given.items():
             object.__setattr__(self, name, value)
 
@@ -92,11 +93,10 @@ class Layer:
         slot = self._slot
         if name not in slot.tensors:
             raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
-        if self._tensors is None:
+        tensor = self._instead.get(name)
+        if tensor is None:
             tensor = getattr(self._module, slot.state.attribute(name))
             tensor = tensor if self._expert is None else tensor[self._expert]
-        else:
-            tensor = self._tensors[name]
         if self._dtype is None or slot.tensors[name]:
             return tensor
         return tensor.to(self._dtype)
@@ -130,12 +130,13 @@ class Layer:
 
     @property
     def training(self) -> bool:
-        return self._module.training
+        training: bool = self._instead.get("training", self._module.training)
+        return training
 
     @property
     def bias(self) -> Tensor | None:
         """(d_out,), cast to the compute dtype, or None; experts' biases are added outside of what a variant sees."""
-        bias = getattr(self._module, "bias", None)
+        bias = self._instead["bias"] if "bias" in self._instead else getattr(self._module, "bias", None)
         return bias if bias is None or self._dtype is None else bias.to(self._dtype)
 
     @property

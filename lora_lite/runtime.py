@@ -28,6 +28,7 @@ from .adapter import (
     session_of,
     slots_of,
 )
+from .affine import apply_input, apply_output
 from .config import BaseConfig
 from .errors import ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
@@ -179,28 +180,22 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     slot = slots_of(module)[name]
-    c = slot.state.scale
-    if c == 0:
+    if slot.state.scale == 0:
         return None
-    variant = lookup(slot.state.cfg.variant)
     x = _argument(args, kwargs)
     if not isinstance(y, Tensor):
         raise TargetError(
             f"{slot.path}: wanted a tensor from this layer, got {type(y).__name__}\n  leave it out with exclude_names"
         )
-    new = variant.forward(Layer(module, slot, y.dtype), x.to(y.dtype), y)  # type: ignore[misc]
-    return new if c == 1 or variant.handles_scale else y + c * (new - y)
+    return apply_output(Layer(module, slot, y.dtype), x.to(y.dtype), y)
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = slots_of(module)[name]
-    c = slot.state.scale
-    if c == 0:
+    if slot.state.scale == 0:
         return None
-    variant = lookup(slot.state.cfg.variant)
     x = _argument(args, kwargs)
-    new = variant.forward_input(Layer(module, slot, x.dtype), x)  # type: ignore[misc]
-    new = new if c == 1 or variant.handles_scale else x + c * (new - x)
+    new = apply_input(Layer(module, slot, x.dtype), x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
 
@@ -216,28 +211,16 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     tensors = {tensor: getattr(module, slot.state.attribute(tensor)) for tensor in slot.tensors}
 
     def one(tensors: dict[str, Tensor], matrix: Tensor) -> Tensor:
-        return _effective(Layer(module, slot, matrix.dtype, tensors=tensors), matrix)
+        layer = Layer(module, slot, matrix.dtype, instead=tensors)
+        e = torch.eye(layer.in_features, dtype=matrix.dtype, device=matrix.device)
+        x = apply_input(layer, e)
+        return apply_output(layer, x, matrix.mT if x is e else x @ matrix.mT).mT
 
     experts.shadow(module, torch.func.vmap(one)(tensors, matrices))
 
 
 def _experts_done(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
     experts.unshadow(module)
-
-
-def _effective(layer: Layer, weight: Tensor) -> Tensor:
-    """The matrix (d_out, d_in) of layer and adapter together: what the hooks make of the unit vectors."""
-    variant, c = lookup(layer.cfg.variant), layer.scale
-    x = torch.eye(layer.in_features, dtype=weight.dtype, device=weight.device)
-    y = weight.mT
-    if variant.forward_input is not None:
-        new = variant.forward_input(layer, x)
-        new = new if c == 1 or variant.handles_scale else x + c * (new - x)
-        y = y if new is x else new @ weight.mT
-    if variant.forward is not None:
-        new = variant.forward(layer, x, y)
-        y = new if c == 1 or variant.handles_scale else y + c * (new - y)
-    return y.mT
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,47 @@
+"""Layer paths in files and in models: what wrappers put before and within them, and which path is meant."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import CheckpointError
+
+PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.")
+"""What wrappers put before every path."""
+INFIXES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What wrappers of inner modules put within a path."""
+
+
+def resolve(file: Path | str, wanted: Iterable[str], paths: set[str], model: str) -> dict[str, str]:
+    """File path -> model path: the same, or the one that remains the same without what wrappers add.
+
+    Raises CheckpointError unless each path of the file has one of the model, and each its own.
+    """
+    wanted = list(wanted)
+    if set(wanted) <= paths:
+        return {path: path for path in wanted}
+    by_core = defaultdict(list)
+    for path in paths:
+        by_core[core(path)].append(path)
+    mapping = {path: by_core[core(path)] for path in wanted}
+    uses = Counter(found[0] for found in mapping.values() if found)
+    bad = {path: found for path, found in mapping.items() if len(found) != 1 or uses[found[0]] > 1}
+    if bad:
+        path, found = next(iter(bad.items()))
+        near = sorted(p for p in paths if p.rpartition(".")[2] == path.rpartition(".")[2])[:3]
+        raise CheckpointError(
+            f"{file}: {len(bad)} of its {len(mapping)} target layers "
+            f"{'match more than one layer' if found else 'are not'} in this {model}\n"
+            f"  file:  {path}\n"
+            f"  model: {', '.join(found or near) or 'no layer of such a name'}\n"
+            f"  prefixes that are understood: {', '.join(PREFIXES)}"
+        )
+    return {path: found[0] for path, found in mapping.items()}
+
+
+def core(path: str) -> str:
+    """The path without what wrappers add."""
+    path = ".".join(part for part in path.split(".") if part not in INFIXES)
+    while prefix := next((p for p in PREFIXES if path.startswith(p)), None):
+        path = path.removeprefix(prefix)
+    return path
