@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import quant
 from .config import dtype_name
-from .errors import CheckpointError, ConfigError, TargetError
+from .errors import CheckpointError, ConfigError, TargetError, brief
 from .layer import AdapterState, Layer, Slot
 from .targets import Target
 from .variant import check_takes_data, lookup
@@ -336,12 +336,13 @@ def file_key(path: str, tensor: str) -> str:
 def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
     """CheckpointError unless both sides have the same keys with the same shapes."""
     missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
-    wrong = [f"{key} {got[key]}, wanted {wanted[key]}" for key in wanted if key in got and got[key] != wanted[key]]
+    differ = [key for key in wanted if key in got and got[key] != wanted[key]]
+    wrong = [f"{key} {brief(got[key])}, wanted {brief(wanted[key])}" for key in differ]
     for problem, keys in (("missing keys", missing), ("unexpected keys", extra), ("wrong shapes", wrong)):
         if keys:
             raise CheckpointError(
                 f"{where}: {len(keys)} {problem}; {len(got)} tensors where {len(wanted)} are wanted\n"
-                f"  such as {'; '.join(keys[:3])}\n"
+                f"  such as {brief('; '.join(keys[:3]), 1200)}\n"
                 f"  an adapter is loaded whole or not at all"
             )
 

@@ -22,11 +22,11 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import quant, record
+from . import foreign, quant, record
 from .adapter import Adapter, check_shapes, file_key, get_adapter
-from .config import STORAGE_DTYPES, BaseConfig
-from .errors import CheckpointError, LoraLiteError
-from .files import Header, parse_json, read_header, write_tensors
+from .config import BaseConfig, is_number
+from .errors import CheckpointError, ConfigError, LoraLiteError, brief
+from .files import Header, check_names, check_numbers, parse_json, read_any, read_header, write_tensors
 from .keys import resolve
 from .preflight import attachable, specs_at
 from .runtime import installed
@@ -35,10 +35,11 @@ from .variant import ParamSpec, lookup, weight_use
 from .version import __version__
 
 FORMAT = 1
+METADATA = "lora_lite"
 
 
 @dataclass(frozen=True)
-class _File:
+class AdapterFile:
     """A validated adapter file: nothing in it has been matched to a model yet."""
 
     header: Header
@@ -54,7 +55,7 @@ class _File:
     def tensors(self) -> dict[str, Tensor]:
         """All of them, once their shapes have been found right. Raises CheckpointError for a NaN or an infinity."""
         tensors = self.header.read()
-        _check_numbers(tensors, str(self.path), "save the adapter again")
+        check_numbers(tensors, str(self.path), "save the adapter again")
         return tensors
 
 
@@ -75,7 +76,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     tensors = {key: quant.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()}
     check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(adapter), f"adapter {name!r} in memory")
     cure = "nothing was written; go back to an earlier file, with a lower learning rate"
-    _check_numbers(tensors, f"adapter {name!r} in memory", cure)
+    check_numbers(tensors, f"adapter {name!r} in memory", cure)
+    check_names(tensors, f"adapter {name!r} in memory")
     meta = {
         "format": FORMAT,
         "variant": adapter.variant,
@@ -87,19 +89,35 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     }
     with _together(path) if adapter.is_sharded else nullcontext(True) as first:
         if first:
-            write_tensors(path, tensors, {"format": "pt", "lora_lite": json.dumps(meta)})
+            write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(meta)})
             logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", verify_base: bool = True) -> Adapter:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    verify_base: bool = True,
+    cfg: BaseConfig | None = None,
+) -> Adapter:
     """Attach the adapter of a file: no init, no SVD, no data; tensors, scale and outputs are bit-equal.
 
     verify_base=False turns the error for a method that depends on its base weight (PiSSA, DoRA) on another base
     into the warning that other methods give.
 
-    Raises CheckpointError unless every key and shape fits, and what attach raises; the model is then as it was.
+    The path may also be a file or a folder of raw tensors, as ZeRO-3 and FSDP consolidation write them: with a
+    wrapper's prefix, in shards, base weights mixed in (lora_lite/foreign.py). They don't say how they were trained, so
+    `cfg` does; its filters aren't needed. Of several adapters in it, `name` takes the one of that name.
+
+    Raises CheckpointError unless every key and shape fits, ConfigError for a cfg beside the one in a file, and what
+    attach raises; the model is then as it was.
     """
-    file, root = _read(path), attachable(model)
+    headers, root = read_any(path), attachable(model)
+    if len(headers) > 1 or METADATA not in headers[0].metadata:
+        return foreign.load_raw(root, Path(path), headers, cfg, name, verify_base)
+    if cfg is not None:
+        raise ConfigError(f"{headers[0].path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
+    file = _from_header(headers[0])
     targets, kept = _match(root, file)
     held = file.tensors()
     tensors = {file_key(targets[at].path, tensor): held[file_key(at, tensor)] for at, tensor in kept}
@@ -120,7 +138,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     Under FSDP2 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes are the same,
     TargetError for an unknown name; nothing has changed then.
     """
-    file, adapter = _read(path), get_adapter(model, name)
+    file, adapter = read_file(path), get_adapter(model, name)
     differ = {
         field: (value, adapter.config.to_dict().get(field))
         for field, value in file.cfg.to_dict().items()
@@ -129,7 +147,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     if differ:
         raise CheckpointError(
             f"{file.path} and adapter {name!r} are not of one config\n"
-            f"  (file, adapter): {differ}\n"
+            f"  (file, adapter): {brief(differ, 600)}\n"
             f"  detach it and use lora_lite.load"
         )
     mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
@@ -177,48 +195,55 @@ def _together(path: Path) -> Iterator[bool]:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def _read(path: str | os.PathLike[str]) -> _File:
-    header = read_header(path)
+def read_file(path: str | os.PathLike[str]) -> AdapterFile:
+    """An adapter file without a model: its header and metadata, no tensor yet. Raises CheckpointError, VariantError."""
+    return _from_header(read_header(path))
+
+
+def _from_header(header: Header) -> AdapterFile:
     path = header.path
     meta = _metadata(path, header.metadata)
     if not isinstance(meta["variant"], str):
-        raise CheckpointError(f"{path}: its metadata names the variant {meta['variant']!r}; wanted a string")
+        raise CheckpointError(f"{path}: its metadata names the variant {brief(meta['variant'])}; wanted a string")
     scale = meta.get("scale", 1.0)
-    if type(scale) not in (int, float) or not abs(scale) <= torch.finfo(torch.float64).max:
-        raise CheckpointError(f"{path}: its metadata names the scale {scale!r}; wanted a finite number")
+    if not is_number(scale):
+        raise CheckpointError(f"{path}: its metadata names the scale {brief(scale)}; wanted a finite number")
     variant = lookup(meta["variant"])
     try:
         cfg = variant.config.from_dict(meta["config"])
-        targets = {target: (int(d_in), int(d_out)) for target, (d_in, d_out) in meta["targets"].items()}
-    except (LoraLiteError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
+        if cfg.variant != meta["variant"]:
+            raise CheckpointError(f"a config of {brief(cfg.variant)!r}, and the variant {meta['variant']!r}")
+        targets = _shapes_of(meta["targets"])
+    except (LoraLiteError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata has a bad config or targets: {brief(error, 600)}") from error
     if not targets or not record.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    return _File(header, cfg, float(scale), targets, meta["base"])
+    return AdapterFile(header, cfg, float(scale), targets, meta["base"])
 
 
-def _check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
-    """CheckpointError unless all are finite floating numbers."""
-    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not tensor.isfinite().all()]
-    if odd:
-        raise CheckpointError(
-            f"{where}: {len(odd)} tensors hold NaN, infinities or no floating numbers, such as {odd[0]} "
-            f"({tensors[odd[0]].dtype})\n  {cure}"
-        )
+def _shapes_of(targets: Any) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of each target. Raises CheckpointError."""
+    if not isinstance(targets, dict):
+        raise CheckpointError(f"targets are {brief(targets)!r}; wanted {{path: [d_in, d_out]}}")
+    check_names(targets, "the metadata")
+    for path, shape in targets.items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)):
+            raise CheckpointError(f"target {path!r} is {brief(shape)!r}; wanted [d_in, d_out]")
+    return {path: (shape[0], shape[1]) for path, shape in targets.items()}
 
 
 def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if "lora_lite" not in metadata:
+    if METADATA not in metadata:
         raise CheckpointError(
             f"{path} has no lora_lite metadata, so it was not written by lora_lite.save\n"
-            f"  its metadata has {sorted(metadata) or 'nothing'}"
+            f"  its metadata has {brief(sorted(metadata)) if metadata else 'nothing'}"
         )
-    meta = parse_json(metadata["lora_lite"], f"{path}: its lora_lite metadata")
+    meta = parse_json(metadata[METADATA], f"{path}: its lora_lite metadata")
     found = meta.get("format")
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
         raise CheckpointError(
-            f"{path} has format {found!r}, and this is lora_lite {__version__}, which reads format {FORMAT}\n"
-            f"  read it with the version that wrote it: {meta.get('library')}"
+            f"{path} has format {brief(repr(found))}, and lora_lite {__version__} reads format {FORMAT}\n"
+            f"  read it with the version that wrote it: {brief(meta.get('library'))}"
         )
     missing = {"variant", "config", "targets", "base"} - meta.keys()
     if missing:
@@ -229,7 +254,7 @@ def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 # ---- from a file to a model ---------------------------------------------------------------------
 
 
-def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[str, str]]]:
+def _match(root: nn.Module, file: AdapterFile) -> tuple[dict[str, Target], list[tuple[str, str]]]:
     """The model's layer for each path of the file, and all (path, tensor) pairs; CheckpointError unless all fit."""
     modules = dict(root.named_modules())
     mapping = resolve(file.path, file.targets, set(modules), type(root).__name__)
@@ -254,7 +279,7 @@ def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[
 
 
 def _check_base(
-    file: _File, adapter: Adapter, mapping: Mapping[str, str], verify: bool, resume: bool = False
+    file: AdapterFile, adapter: Adapter, mapping: Mapping[str, str], verify: bool, resume: bool = False
 ) -> dict[str, Any]:
     """The base that the values belong to: this model's; the file's for a method that reads it and goes on another."""
     here = adapter.base
@@ -282,4 +307,4 @@ def _check_base(
 
 def _base_line(base: Mapping[str, Any]) -> str:
     how = base["quantization"] or {"quant_type": base["dtype"]}
-    return f"{base['class']} {base['name_or_path'] or ''} {how['quant_type']}"
+    return f"{base['class']} {brief(base['name_or_path'] or '')} {how['quant_type']}"

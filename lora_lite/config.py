@@ -1,8 +1,8 @@
 """Adapter configs: frozen, valid once constructed, and the same after a trip through JSON."""
 
 import enum
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +12,8 @@ import torch
 from .errors import ConfigError
 
 ROLES = ("reader", "writer", "inner")
+TAME, LONGEST_TAME = 3, 200
+"""Groups and repetitions of a regex that can't take long, and its characters."""
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Config = TypeVar("Config", bound="BaseConfig")
@@ -53,6 +55,7 @@ class BaseConfig:
         "layers",
         "layer_range",
     )
+    REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
     FUSED_EXPERTS: ClassVar[bool] = False
     """True for a method that can go on the fused experts of a mixture-of-experts block."""
 
@@ -69,9 +72,7 @@ class BaseConfig:
             if isinstance(field.default, enum.Enum):
                 self._as_member(field.name, type(field.default))
         self._require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
-        for name in ("target_names", "exclude_names"):
-            for pattern in getattr(self, name):
-                self._require(_compiles(pattern), name, "regexes that compile")
+        self.check_regexes()
         self._require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
         if self.layers is not None:
             ok = bool(self.layers) and all(type(i) is int for i in self.layers)
@@ -80,6 +81,12 @@ class BaseConfig:
             ok = len(self.layer_range) == 2 and all(map(is_number, self.layer_range))
             ok = ok and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
             self._require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
+
+    def check_regexes(self) -> None:
+        """ConfigError unless they compile."""
+        for name in self.REGEXES:
+            for pattern in getattr(self, name):
+                self._require(_compiles(pattern), name, "regexes that compile")
 
     def _as_member(self, field: str, choices: type[enum.Enum]) -> None:
         values = [choice.value for choice in choices]
@@ -105,7 +112,10 @@ class BaseConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """The config that `to_dict` wrote. An unknown or missing field raises ConfigError."""
+        """The config that `to_dict` wrote. An unknown or missing field raises ConfigError.
+
+        Its regexes may be anyone's: they aren't compiled, which can take minutes. `attach` and `plan` do that.
+        """
         known = {field.name for field in fields(cls)}
         if set(values) != known:
             raise ConfigError(
@@ -115,7 +125,25 @@ class BaseConfig:
         dtypes = {dtype_name(dtype): dtype for dtype in STORAGE_DTYPES}
         if values["dtype"] not in dtypes:
             raise ConfigError(f"{cls.__name__}: stored dtype {values['dtype']!r}: wanted one of {sorted(dtypes)}")
-        return cls(**{**values, "dtype": dtypes[values["dtype"]]})
+        regexes = {name: values[name] for name in cls.REGEXES}
+        made = cls(**{**values, "dtype": dtypes[values["dtype"]], **dict.fromkeys(cls.REGEXES, ())})
+        for name, patterns in regexes.items():
+            object.__setattr__(made, name, tuple(patterns) if isinstance(patterns, list) else patterns)
+            ok = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
+            made._require(ok, name, "a list of regexes")
+        return made
+
+
+def is_tame(pattern: Any) -> bool:
+    """Does a regex compile, and can it be searched in a path in no time, whoever wrote it?
+
+    At most TAME groups and repetitions together, no group repeated, no flags, no look-around.
+    """
+    if not (isinstance(pattern, str) and len(pattern) <= LONGEST_TAME):
+        return False
+    bare = re.sub(r"(?s)\\.", "x", pattern).replace("(?:", "(")
+    wild = "(?" in bare or re.search(r"\)[*+?{]", bare) or len(re.findall(r"[*+?{(]", bare)) > TAME
+    return not wild and _compiles(pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +158,8 @@ class AdapterConfig(BaseConfig):
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """True for an int or float that is finite as a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def positive_or_none(value: Any) -> bool:

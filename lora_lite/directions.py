@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .calibrate import Positions, capture
-from .config import BaseConfig, is_number
+from .config import BaseConfig, is_number, is_tame
 from .errors import BaseModelError, ConfigError
 from .layer import Layer
 
@@ -26,6 +26,7 @@ class Center(enum.StrEnum):
 SAME = 1e-5
 """Of a centre's size: a difference below it is float32's rounding."""
 WEISZFELD_STEPS, WEISZFELD_TOLERANCE = 200, 1e-10
+MOST_KERNELS = 100
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ class DirectionConfig(BaseConfig):
     rank        k, how many directions
     layer       whose directions: None each block's own; 18 those of block 18, everywhere; 18.5 between two blocks'. A
                 block has directions if one of its layers is a target
-    kernels     {regex: Kernel}, or pairs: the weight over depth of the layers whose path the regex is found in
+    kernels     {regex: Kernel}, or pairs: the weight over depth of the layers whose path the regex is found in. A file
+                may bring it, so it must be one that is searched in no time (`config.is_tame`)
     center, winsorize, projected    as in `contrast`
     """
 
@@ -209,10 +211,12 @@ class DirectionConfig(BaseConfig):
         pairs = self.kernels.items() if isinstance(self.kernels, Mapping) else self.kernels
         try:
             kernels = tuple((pattern, Kernel(*map(float, kernel))) for pattern, kernel in pairs)
-            ok = all(re.compile(pattern) and all(map(math.isfinite, k)) and k[3] > 0 for pattern, k in kernels)
-        except (TypeError, ValueError, re.error):
+            ok = all(all(map(math.isfinite, kernel)) and kernel[3] > 0 for _, kernel in kernels)
+            ok = ok and len(kernels) <= MOST_KERNELS and all(is_tame(pattern) for pattern, _ in kernels)
+        except (TypeError, ValueError, OverflowError):
             kernels, ok = (), False
-        self._require(ok, "kernels", "{regex: Kernel(four finite numbers, the distance above 0)}")
+        wanted = "{regex: Kernel(four finite numbers, the distance above 0)}, with three groups and repetitions at most"
+        self._require(ok, "kernels", wanted)
         object.__setattr__(self, "kernels", kernels)
 
 

@@ -30,3 +30,10 @@ class CheckpointError(LoraLiteError, ValueError):
 
 class BaseModelError(LoraLiteError, RuntimeError):
     """A base model could not be loaded, or has a weight that makes an exact result impossible."""
+
+
+def brief(value: object, longest: int = 200) -> str:
+    """Text from elsewhere as a message may show it: one printable line, cut in the middle where it is too long."""
+    text, half = str(value), longest // 2
+    text = text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+    return "".join(c if c.isprintable() else "?" for c in text)

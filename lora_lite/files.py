@@ -19,12 +19,17 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .errors import CheckpointError
+from .config import STORAGE_DTYPES
+from .errors import CheckpointError, brief
 
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
 LONGEST_JSON = 16_000_000
 """Bytes of a config or an index beside the tensors."""
+LONGEST_NAME = 400
+"""Characters of a key: a path in a model, with all that wrappers add."""
+DEEPEST = 16
+"""Levels of lists and objects in JSON; an adapter's metadata has 5."""
 
 DTYPES = dict(
     zip(
@@ -37,6 +42,7 @@ DTYPES = dict(
     )
 )
 """Of the dtypes in a header, those that are read into tensors here."""
+_INDEX = ".safetensors.index.json"
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 _BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
 
@@ -67,7 +73,7 @@ class Header:
 
     def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The tensors of these keys, or all, in memory of their own. Raises CheckpointError."""
-        with self.path.open("rb", buffering=0) as file:
+        with open_file(self.path) as file:
             return {key: self.tensor(file, key) for key in (self.entries if keys is None else keys)}
 
     def tensor(self, file: BinaryIO, key: str) -> Tensor:
@@ -90,20 +96,19 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """The header of a safetensors file. Raises CheckpointError for anything that isn't one, whole and consistent."""
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file\n  an adapter is one file, as lora_lite.save writes it")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         first = file.read(8)
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
             raise _no_safetensors(path, first, f"{size} bytes, of which the header alone would be {length}")
         text = file.read(length)
     try:
-        raw = parse_json(text, str(path))
+        raw = parse_json(text, "its header")
         metadata = raw.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise CheckpointError("its metadata isn't text by name")
+        check_names(raw, "its header")
         entries = {key: _entry(key, value, 8 + length, size) for key, value in raw.items()}
         _check_places(entries, 8 + length, size)
     except (CheckpointError, AttributeError) as error:
@@ -111,17 +116,36 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(path, entries, metadata, 8 + length)
 
 
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, open to read. CheckpointError for a folder, a pipe, a device, a name that leads nowhere."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file\n  an adapter is one file, as lora_lite.save writes it")
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}\n  an adapter is one file") from error
+
+
+def check_names(names: Iterable[Any], where: str) -> None:
+    """CheckpointError for a key that could be no path in a model, and would make messages of any length."""
+    for name in names:
+        if not (isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable()):
+            raise CheckpointError(
+                f"{where} names {brief(name)!r}; wanted printable paths of at most {LONGEST_NAME} characters"
+            )
+
+
 def _entry(key: str, value: Any, start: int, size: int) -> Entry:
     if not (isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"}):
-        raise CheckpointError(f"{key[:80]!r} isn't described by dtype, shape and data_offsets")
+        raise CheckpointError(f"{key!r} isn't described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and len(shape) <= 64
     if not numbers or not all(type(n) is int and 0 <= n <= size << 3 for n in (*shape, *offsets)):
-        raise CheckpointError(f"{key[:80]!r} has a shape or offsets that this file can't hold")
+        raise CheckpointError(f"{key!r} has a shape or offsets that this file can't hold")
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise CheckpointError(f"{key[:80]!r} has the unknown dtype {str(dtype)[:40]!r}")
+        raise CheckpointError(f"{key!r} has the unknown dtype {brief(dtype)!r}")
     if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        raise CheckpointError(f"{key[:80]!r} is {dtype} {shape}, and has {offsets[1] - offsets[0]} bytes")
+        raise CheckpointError(f"{key!r} is {dtype} {brief(shape)}, and has {offsets[1] - offsets[0]} bytes")
     return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
@@ -129,7 +153,7 @@ def _check_places(entries: Mapping[str, Entry], start: int, size: int) -> None:
     at = start
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != at:
-            raise CheckpointError(f"the bytes of {key[:80]!r} overlap another tensor's, or leave a gap")
+            raise CheckpointError(f"the bytes of {key!r} overlap another tensor's, or leave a gap")
         at = entry.stop
     if at != size:
         raise CheckpointError(f"its tensors end at byte {at} of {size}")
@@ -142,23 +166,40 @@ def _no_safetensors(path: Path, first: bytes, why: str) -> CheckpointError:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """A JSON object; CheckpointError for anything else, for NaN, a key that is there twice, or endless nesting."""
+    """A JSON object; CheckpointError for anything else, for NaN, a key that is there twice, or nesting past DEEPEST."""
     try:
+        text = text if isinstance(text, str) else text.decode()
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {str(error)[:200]}") from error
+        raise CheckpointError(f"{where} is not JSON: {brief(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: wanted a JSON object, got {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    if level:
+        raise CheckpointError(f"{where} has lists or objects nested more than {DEEPEST} deep")
     return value
+
+
+def check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
+    """CheckpointError unless all are finite floating numbers."""
+    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not tensor.isfinite().all()]
+    if odd:
+        raise CheckpointError(
+            f"{where}: {len(odd)} tensors hold NaN, infinities or no floating numbers, such as {odd[0]} "
+            f"({tensors[odd[0]].dtype})\n  {cure}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a small file. Raises CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
-    if path.stat().st_size > LONGEST_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; wanted at most {LONGEST_JSON} of JSON")
-    return parse_json(path.read_bytes(), str(path))
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LONGEST_JSON:
+            raise CheckpointError(f"{path} has {size} bytes; wanted at most {LONGEST_JSON} of JSON")
+        return parse_json(file.read(size), str(path))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,17 +218,18 @@ def shard_names(folder: Path, stem: str = "model") -> dict[str, str] | None:
 
     Raises CheckpointError for a name that isn't a plain one in this folder.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
+    index = folder / f"{stem}{_INDEX}"
+    if not os.path.lexists(index):
         return None
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index}: wanted a weight_map from keys to file names")
+    check_names(names, str(index))
     for name in names.values():
-        plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+        plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
         if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: it names the file {str(name)[:80]!r}; wanted the plain name of a safetensors file here"
+                f"{index}: it names the file {brief(name)!r}; wanted the plain name of a safetensors file here"
             )
     return names
 
@@ -208,6 +250,30 @@ def read_shards(folder: Path, stem: str = "model") -> dict[str, Header]:
             f"files, {len(unnamed)} are in a file and not in the index\n  such as {', '.join((lost + unnamed)[:3])}"
         )
     return {key: headers[name] for key, name in names.items()}
+
+
+def read_any(path: str | os.PathLike[str]) -> list[Header]:
+    """The header of a file; of a folder, that of the one safetensors file in it, or those that its index names.
+
+    Raises CheckpointError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [read_header(path)]
+    names = sorted(os.listdir(path))
+    stems = [name.removesuffix(_INDEX) for name in names if name.endswith(_INDEX)]
+    if len(stems) == 1:
+        return list({header.path: header for header in read_shards(path, stems[0]).values()}.values())
+    files = [name for name in names if name.endswith(".safetensors")]
+    if stems or len(files) != 1:
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+        listed = brief(", ".join(stems + files)) or "-"
+        raise CheckpointError(
+            f"{path}: {len(stems)} indexes and {len(files)} safetensors files: {listed}\n"
+            f"  wanted one file, or several with one index ({_INDEX[1:]}); name the file itself"
+            + "".join(f"\n  {brief(name)} looks like a pickle, which is never opened" for name in pickles[:1])
+        )
+    return [read_header(path / files[0])]
 
 
 # ---- writing ------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ INFIXES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What wrappers of inner modules put within a path."""
 
 
-def resolve(file: Path | str, wanted: Iterable[str], paths: set[str], model: str) -> dict[str, str]:
+def resolve(
+    file: Path | str, wanted: Iterable[str], paths: set[str], model: str, what: str = "target layers"
+) -> dict[str, str]:
     """File path -> model path: the same, or the one that remains the same without what wrappers add.
 
-    Raises CheckpointError unless each path of the file has one of the model, and each its own.
+    Raises CheckpointError, which calls them `what`, unless each of the file's has one of the model, and each its own.
     """
     wanted = list(wanted)
     if set(wanted) <= paths:
@@ -30,7 +32,7 @@ def resolve(file: Path | str, wanted: Iterable[str], paths: set[str], model: str
         path, found = next(iter(bad.items()))
         near = sorted(p for p in paths if p.rpartition(".")[2] == path.rpartition(".")[2])[:3]
         raise CheckpointError(
-            f"{file}: {len(bad)} of its {len(mapping)} target layers "
+            f"{file}: {len(bad)} of its {len(mapping)} {what} "
             f"{'match more than one layer' if found else 'are not'} in this {model}\n"
             f"  file:  {path}\n"
             f"  model: {', '.join(found or near) or 'no layer of such a name'}\n"

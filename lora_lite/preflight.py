@@ -88,6 +88,7 @@ def checked_config(cfg: Any) -> BaseConfig:
             f"variant {cfg.variant!r} is configured by {wanted.__name__}, got {type(cfg).__name__}\n"
             f"  use lora_lite.config_for({cfg.variant!r})(...)"
         )
+    cfg.check_regexes()
     return cfg
 
 

@@ -216,16 +216,16 @@ def samples(layer: Linear) -> list[float]:
         return []
     if kind is Kind.BNB_8BIT:
         codes, scales = _int8(layer)
-        return _spread(codes) + _spread(scales)
+        return spread(codes) + spread(scales)
     if kind is Kind.BNB_4BIT:
         state = _quant_state(layer)
         parts = [layer.weight.view(torch.uint8), state.absmax]
         parts += [state.state2.absmax, state.offset] if state.nested else []
-        return [value for part in parts for value in _spread(part)]
-    return _spread(stored(layer))
+        return [value for part in parts for value in spread(part)]
+    return spread(stored(layer))
 
 
-def _spread(tensor: Tensor) -> list[float]:
+def spread(tensor: Tensor) -> list[float]:
     """Up to SAMPLES elements from the first to the last."""
     flat = (tensor if tensor.is_contiguous() else tensor.mT).detach().reshape(-1)
     at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device="cpu").long()

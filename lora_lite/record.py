@@ -8,9 +8,24 @@ from torch import nn
 
 from . import quant
 from .config import STORAGE_DTYPES, dtype_name
+from .files import LONGEST_NAME
 
 _NOT_VALUES = ("compute_dtype", "modules")
 """Entries of a quantisation record that leave a weight's values as they are."""
+
+_DTYPES = {dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+"""By name: torch's own attributes are never looked up by a name out of a file."""
+
+_OPTIONAL_TEXT = (str, type(None))
+_FORM = {"class": (str,), "dtype": (str,)}
+_FORM_OF_QUANTIZATION = {
+    "method": (str,),
+    "quant_type": (str,),
+    "blocksize": (int, type(None)),
+    "double_quant": (bool,),
+    "compute_dtype": _OPTIONAL_TEXT,
+    "modules": (list,),
+}
 
 
 def base_record(model: nn.Module, targets: Mapping[str, quant.Linear]) -> dict[str, Any]:
@@ -41,22 +56,34 @@ def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def is_record(base: Any, targets: Iterable[str]) -> bool:
     """Has it the form of a base record with a fingerprint for each target?"""
-    if (
-        not isinstance(base, dict)
-        or not {"class", "name_or_path", "dtype", "quantization", "fingerprint"} <= base.keys()
-    ):
+    if not (_has(base, _FORM) and {"name_or_path", "quantization", "fingerprint"} <= base.keys()):
+        return False
+    if not isinstance(base["name_or_path"], str | None):
         return False
     how, prints = base["quantization"], base["fingerprint"]
-    if not (how is None or (isinstance(how, dict) and "quant_type" in how)):
+    if not (how is None or (_has(how, _FORM_OF_QUANTIZATION) and all(map(_is_text, how["modules"])))):
         return False
     return isinstance(prints, dict) and prints.keys() == set(targets) and all(map(_is_print, prints.values()))
+
+
+def _has(value: Any, form: Mapping[str, tuple[type, ...]]) -> bool:
+    """Is it an object with these keys, each of one of its types, and text short enough for a message?"""
+    return isinstance(value, dict) and all(
+        key in value and type(value[key]) in types and (type(value[key]) is not str or _is_text(value[key]))
+        for key, types in form.items()
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def _is_print(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
-        and isinstance(getattr(torch, str(value[0]), None), torch.dtype)
+        and isinstance(value[0], str)
+        and value[0] in _DTYPES
         and all(isinstance(number, float) for number in value[1:])
     )
 
@@ -64,7 +91,7 @@ def _is_print(value: Any) -> bool:
 def _same_weight(a: list[Any], b: list[Any]) -> bool:
     if a[0] == b[0]:
         return a[1:] == b[1:]
-    dtypes = [getattr(torch, name) for name in (a[0], b[0])]
+    dtypes = [_DTYPES[name] for name in (a[0], b[0])]
     if not all(dtype in STORAGE_DTYPES for dtype in dtypes):
         return False
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)

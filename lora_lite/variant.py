@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig, BaseConfig
-from .errors import ConfigError, VariantError
+from .errors import ConfigError, VariantError, brief
 from .layer import Layer
 
 __all__ = ["REGISTRY", "Layer", "ParamSpec", "Variant", "config_for", "lookup", "register"]
@@ -164,7 +164,7 @@ def lookup(name: str) -> Variant:
     """The variant registered under a name. Raises VariantError."""
     if name not in REGISTRY:
         raise VariantError(
-            f"no variant is registered as {name!r}\n"
+            f"no variant is registered as {brief(name)!r}\n"
             f"  registered: {', '.join(sorted(REGISTRY))}\n"
             f"  a variant of your own: import the file that has its @lora_lite.register first"
         )

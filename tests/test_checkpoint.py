@@ -158,7 +158,7 @@ def other_layer(path: Path) -> None:
         (header_only_garbage, ll.CheckpointError, "no safetensors file; it is cut short or damaged"),
         (make_pickle, ll.CheckpointError, "looks like a pickle, which is never opened: it can run code"),
         (make_torch_save, ll.CheckpointError, "looks like a pickle, which is never opened"),
-        (no_metadata, ll.CheckpointError, r"no lora_lite metadata.*\n  its metadata has \['format'\]"),
+        (no_metadata, ll.CheckpointError, r"no lora_lite metadata: raw tensors(?s:.*)28 tensors at 14 layers"),
         (not_json, ll.CheckpointError, "lora_lite metadata is not JSON"),
         (no_file, ll.CheckpointError, "is not a file\n  an adapter is one file"),
         (
