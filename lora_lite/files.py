@@ -139,8 +139,9 @@ def _entry(key: str, value: Any, start: int, size: int) -> Entry:
     if not (isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"}):
         raise CheckpointError(f"{key!r} isn't described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and len(shape) <= 64
-    if not numbers or not all(type(n) is int and 0 <= n <= size << 3 for n in (*shape, *offsets)):
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else []
+    ok = len(offsets) == 2 and len(numbers) <= 66 and set(map(type, numbers)) == {int} if numbers else False
+    if not ok or min(numbers) < 0 or max(numbers) > size << 3:
         raise CheckpointError(f"{key!r} has a shape or offsets that this file can't hold")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise CheckpointError(f"{key!r} has the unknown dtype {brief(dtype)!r}")
@@ -176,11 +177,14 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: wanted a JSON object, got {type(value).__name__}")
     level: list[Any] = [value]
     for _ in range(DEEPEST):
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        level = [item for each in level for item in _items(each) if type(item) in (dict, list)]
     if level:
         raise CheckpointError(f"{where} has lists or objects nested more than {DEEPEST} deep")
     return value
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if type(value) is dict else value
 
 
 def check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
@@ -226,7 +230,7 @@ def shard_names(folder: Path, stem: str = "model") -> dict[str, str] | None:
         raise CheckpointError(f"{index}: wanted a weight_map from keys to file names")
     check_names(names, str(index))
     for name in names.values():
-        plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
+        plain = isinstance(name, str) and len(name) < 256 and name.isprintable() and not set(name) & set("/\\:")
         if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index}: it names the file {brief(name)!r}; wanted the plain name of a safetensors file here"

@@ -43,7 +43,8 @@ def resolve(
 
 def core(path: str) -> str:
     """The path without what wrappers add."""
-    path = ".".join(part for part in path.split(".") if part not in INFIXES)
-    while prefix := next((p for p in PREFIXES if path.startswith(p)), None):
-        path = path.removeprefix(prefix)
+    if any(infix in path for infix in INFIXES):
+        path = ".".join(part for part in path.split(".") if part not in INFIXES)
+    while path.startswith(PREFIXES):
+        path = path.removeprefix(next(prefix for prefix in PREFIXES if path.startswith(prefix)))
     return path
