@@ -65,6 +65,30 @@ def test_configs_are_frozen_and_a_single_regex_may_stand_alone() -> None:
         cfg.r = 4  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    "pattern", ["", "attn", r"self_attn\.o_proj$", r"layers\.\d+\.(?:self_attn|mlp)\.(o|down)_proj$"]
+)
+def test_kernels_take_regexes_that_end_in_no_time(pattern: str) -> None:
+    cfg = ll.AbliterationConfig(kernels={pattern: (1.0, 0.0, 1.0, 1.0)})
+    assert ll.AbliterationConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(a+)+$", r"(a|a){9}", r"(\()(a+)+", "a?" * 4, "(?i)[a-z]", "(?=a)", ".*.*.*.*", "x" * 201, "(", 3]
+)
+def test_kernels_take_no_regex_that_could_run_for_ever(pattern: Any) -> None:
+    with pytest.raises(ll.ConfigError, match="with three groups and repetitions at most"):
+        ll.AbliterationConfig(kernels=[(pattern, (1.0, 0.0, 1.0, 1.0))])
+
+
+def test_regexes_of_a_file_are_checked_by_attach_and_not_before() -> None:
+    cfg = ll.LoRAConfig.from_dict({**ll.LoRAConfig().to_dict(), "target_names": ["("]})
+    with pytest.raises(ll.ConfigError, match=r"target_names=\('\(',\)\): wanted regexes that compile"):
+        ll.plan(torch.nn.Linear(2, 2), cfg)
+    with pytest.raises(ll.ConfigError, match=r"exclude_names=\[3\]|exclude_names=\(3,\)"):
+        ll.LoRAConfig.from_dict({**ll.LoRAConfig().to_dict(), "exclude_names": [3]})
+
+
 def test_scaling() -> None:
     assert ll.LoRAConfig(r=16).scaling == 1.0
     assert ll.LoRAConfig(r=16, alpha=32.0).scaling == 2.0

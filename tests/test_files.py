@@ -50,6 +50,11 @@ def test_a_file_that_became_shorter_since_its_header_was_read(tmp_path: Path) ->
         header.read()
 
 
+def test_a_name_that_the_system_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ll.CheckpointError, match="can't be read: File name too long"):
+        read_header(tmp_path / ("n" * 300))
+
+
 def test_a_failure_while_writing_leaves_the_old_file_alone(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a.json") as handle:

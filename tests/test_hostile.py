@@ -391,7 +391,7 @@ def abliteration(**fields: Any) -> Damage:
     return meta(lambda held: held.update(variant="abliteration", config=values))
 
 
-HUGE, DIGITS, NESTED = 10**400, "@1" + "0" * 5000 + "@", "@" + "[" * 500 + "]" * 500 + "@"
+HUGE, DIGITS, NESTED = 10**400, "@1" + "0" * 5000 + "@", "@" + "[" * 930 + "]" * 930 + "@"
 CATASTROPHE = r"(a+)+$|(([a-z_.0-9]+)+)+\Z!"
 SLOW_TO_COMPILE = r"(?i:[\x00-\U0010ffff])" * 20_000
 WRONG: dict[str, list[Any]] = {
