@@ -58,11 +58,14 @@ def is_record(base: Any, targets: Iterable[str]) -> bool:
     """Has it the form of a base record with a fingerprint for each target?"""
     if not (_has(base, _FORM) and {"name_or_path", "quantization", "fingerprint"} <= base.keys()):
         return False
-    if not isinstance(base["name_or_path"], str | None):
+    if not isinstance(base["name_or_path"], str | None) or base["dtype"] not in _DTYPES:
         return False
     how, prints = base["quantization"], base["fingerprint"]
-    if not (how is None or (_has(how, _FORM_OF_QUANTIZATION) and all(map(_is_text, how["modules"])))):
-        return False
+    if how is not None:
+        if not (_has(how, _FORM_OF_QUANTIZATION) and all(map(_is_text, how["modules"]))):
+            return False
+        if not all(how[key] in (None, *_DTYPES) for key in how if key.endswith("dtype")):
+            return False
     return isinstance(prints, dict) and prints.keys() == set(targets) and all(map(_is_print, prints.values()))
 
 

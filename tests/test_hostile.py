@@ -458,8 +458,16 @@ QUANTIZED = {
 BASES: dict[str, list[Any]] = {
     "class": [None, 3, [], {}, "C" * 10**6, "\x1b[2J"],
     "name_or_path": [3, [], {}, True],
-    "dtype": [None, 3, [], {}, "d" * 10**6],
-    "quantization": ["nf4", [], 3, {}, {"quant_type": "nf4"}, *({**QUANTIZED, key: {}} for key in QUANTIZED)],
+    "dtype": [None, 3, [], {}, "d" * 10**6, "ops", "_inductor"],
+    "quantization": [
+        "nf4",
+        [],
+        3,
+        {},
+        {"quant_type": "nf4"},
+        *({**QUANTIZED, key: {}} for key in QUANTIZED),
+        {**QUANTIZED, "compute_dtype": "ops"},
+    ],
     "fingerprint": [None, [], 3, {}, {"proj": ["float32", 0.0]}],
 }
 
