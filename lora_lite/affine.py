@@ -85,10 +85,15 @@ class Affine:
     def _columns(
         self, weight: Float[Tensor, "o i"], start: int, stop: int, x0: Tensor, y0: Tensor, offset: Tensor
     ) -> Float[Tensor, "o n"]:
-        x = _inputs(self._no_bias, self._unit(start, stop))
-        own = _own(x - x0, start)
-        y = _product(x - x0, weight) if own is None else weight[:, start:stop].to(self.dtype).mT * own[:, None]
-        return (_outputs(self._no_bias, x, y + y0) - offset).mT
+        e = self._unit(start, stop)
+        x = _inputs(self._no_bias, e)
+        if x is e:  # the cheap and common case: the layer's product is the weight as it is
+            y = weight[:, start:stop].to(self.dtype).mT
+        else:
+            own = _own(x - x0, start)
+            y = _product(x - x0, weight) if own is None else weight[:, start:stop].to(self.dtype).mT * own[:, None]
+        y = _outputs(self._no_bias, x, y + y0 if y0.any() else y)
+        return (y - offset if offset.any() else y).mT
 
     @torch.no_grad()
     def bias(self, bias: Float[Tensor, "o"] | None, weight: Callable[[], Tensor]) -> Float[Tensor, "o"] | None:
@@ -123,6 +128,13 @@ class Affine:
         x = torch.zeros(stop - start, self.d_in, dtype=self.dtype, device=self.device)
         x[:, start:stop].fill_diagonal_(1)
         return x
+
+
+def fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Are all finite, and still so in this dtype? One pass; isfinite takes six times as long in bfloat16."""
+    low, high = values.aminmax()
+    largest = torch.finfo(dtype).max
+    return bool(low >= -largest) and bool(high <= largest)
 
 
 def _inputs(layers: Sequence[Layer], x: Float[Tensor, "n i"]) -> Float[Tensor, "n i"]:

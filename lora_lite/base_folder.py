@@ -6,6 +6,7 @@ the meta device, without memory, and the keys are led to it as `from_pretrained`
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,10 @@ class BaseFolder:
         self.packed: dict[str, Packed] = find_packed(self.headers)
         self.model = None if self.config is None else _skeleton(path, self.config)
         self._by_key = self._module_keys()
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+        for at, module in [] if self.model is None else self.model.named_modules():
+            for name, each in module.named_parameters(recurse=False):
+                self._owners[id(each)].append((module, file_key(at, name)))
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a tensor; of a quantised one, of the weight that it stands for."""
@@ -174,7 +179,7 @@ class BaseFolder:
         name, bias = (experts.NAME, experts.BIAS) if target.experts else ("weight", "bias")
         transposed = quant.is_transposed(module) or bool(target.experts and experts.lies_transposed(module))
         parameter = getattr(module, name)
-        tied = None if self.model is None else _sharer(self.model, module, parameter)
+        tied = next((key for owner, key in self._owners.get(id(parameter), []) if owner is not module), None)
         weight = self._stored(file_key(path, name) if tied is None else tied, target, transposed)
         biases = [] if getattr(module, bias, None) is None else self._stored(file_key(path, bias), None, False)
         return Place(target, weight, biases, tied)
@@ -249,16 +254,6 @@ def _skeleton(path: Path, config: dict[str, Any]) -> Any:
             return made(made.config_class.from_pretrained(path))
     except (OSError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path / 'config.json'} describes no {name}: {str(error)[:300]}") from error
-
-
-def _sharer(model: nn.Module, module: nn.Module, parameter: Tensor) -> str | None:
-    """The key of a parameter of another module that is the same object."""
-    keys: Iterable[tuple[str, nn.Module]] = model.named_modules()
-    for path, other in keys:
-        for name, each in other.named_parameters(recurse=False):
-            if each is parameter and other is not module:
-                return file_key(path, name)
-    return None
 
 
 def untied_key(place: Place) -> str:

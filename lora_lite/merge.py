@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import experts, quant
 from .adapter import Adapter, Swap, adapters, check_unmerged, get_adapter, session_of, slots_of
-from .affine import Affine
+from .affine import Affine, fits
 from .config import dtype_name
 from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
 from .layer import Slot
@@ -206,15 +206,16 @@ def _folded(
     if layer.stay:
         _check_apart(layer, weight, bias, expert)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for start, stop, columns in affine.columns(weight):
-        out[:, start:stop] = columns
     new_bias = affine.bias(bias, lambda: weight)
-    for tensor in (out, new_bias):
-        if tensor is not None and not tensor.isfinite().all():
-            raise BaseModelError(
-                f"{layer.path}: {int((~tensor.isfinite()).sum())} of {tensor.numel()} merged numbers are NaN or "
-                f"infinite in {dtype_name(dtype)}\n  check the adapter's and the base's values; nothing was changed"
-            )
+    whole = new_bias is None or fits(new_bias, dtype)
+    for start, stop, columns in affine.columns(weight):
+        whole = whole and fits(columns, dtype)
+        out[:, start:stop] = columns
+    if not whole:
+        raise BaseModelError(
+            f"{layer.path}: merged numbers are NaN or infinite in {dtype_name(dtype)}\n"
+            f"  check the adapter's and the base's values; nothing was changed"
+        )
     return out, None if new_bias is None else new_bias.to(dtype)
 
 

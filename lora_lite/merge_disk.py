@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import record
 from .adapter import check_shapes, file_key
-from .affine import Affine
+from .affine import Affine, fits
 from .base_folder import BaseFolder, Place, Stored, refuse_tied, untied_key
 from .checkpoint import AdapterFile, read_file
 from .config import dtype_name
@@ -160,7 +160,7 @@ def merge_checkpoint(
     if out.resolve() == base.path.resolve():
         raise CheckpointError(f"{out} is the base itself\n  choose another folder")
     job = {
-        "adapter": hashlib.sha256(file.path.read_bytes()).hexdigest(),
+        "adapter": _digest(file.path),
         "base": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in (*base.files(), *others)},
         "options": [base_weights, untie, verify_base],
         "library": __version__,
@@ -318,8 +318,7 @@ class _Plan:
         def make() -> Iterator[Tensor]:
             many = stored.expert is None and place.target.experts
             for i in range(place.target.experts) if many else [stored.expert]:
-                weight = self._read(stored, i if many else None, at)
-                yield self._fold(at, place, stored, weight, i)
+                yield self._fold(at, place, stored, self._read(stored, i if many else None, at), i)
 
         return make
 
@@ -341,12 +340,12 @@ class _Plan:
             module.sealed = True  # from here on its memory takes the result
         out = weight if own else torch.empty_like(weight, dtype=dtype)
         for start, stop, columns in affine.columns(weight):
-            out[:, start:stop] = columns
-            if not out[:, start:stop].isfinite().all():
+            if not fits(columns, dtype):
                 raise BaseModelError(
                     f"{place.target.path}: merged numbers are NaN or infinite in {dtype_name(dtype)}\n"
                     f"  check the adapter's values and those of {stored.key}"
                 )
+            out[:, start:stop] = columns
         return out.mT.contiguous() if stored.transposed else out
 
     def _biases(self, at: str, place: Place, stored: Stored) -> Callable[[], Iterator[Tensor]]:
@@ -359,7 +358,7 @@ class _Plan:
                 affine = Affine(module, [self._slots[at]], torch.promote_types(row.dtype, torch.float32), row.device)
                 new = affine.bias(row, lambda: module.weight)
                 assert new is not None
-                if not new.to(bias.dtype).isfinite().all():
+                if not fits(new, bias.dtype):
                     raise BaseModelError(f"{place.target.path}: the merged bias holds a NaN or an infinity")
                 yield new.to(bias.dtype)
 
@@ -434,10 +433,12 @@ def _write_shard(path: Path, shard: _Shard, base: BaseFolder, report: _Counter) 
                     handle.write(chunk)
                     report.add(len(chunk))
             else:
-                for matrix in tensor.make():
+                matrices = tensor.make()
+                while (matrix := next(matrices, None)) is not None:
                     raw: Any = matrix.contiguous().view(-1).view(torch.uint8).numpy()
                     handle.write(raw)
                     report.add(raw.nbytes)
+                    del matrix, raw  # or it would stay in memory while the next one is made
 
 
 @contextmanager
@@ -509,3 +510,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -272,9 +272,7 @@ def test_numbers_that_overflow_raise_and_change_nothing(keep: bool) -> None:
     with torch.no_grad():
         list(adapter.parameters())[-1].fill_(1e6)
     before = snapshot(model)
-    with pytest.raises(
-        ll.BaseModelError, match=r"1.mlp.down_proj: \d+ of 8192 merged numbers are NaN or infinite in float16"
-    ):
+    with pytest.raises(ll.BaseModelError, match=r"1.mlp.down_proj: merged numbers are NaN or infinite in float16"):
         ll.merge(model, keep=keep)
     same_snapshot(snapshot(model), before)
 
