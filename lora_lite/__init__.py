@@ -17,6 +17,8 @@ from .errors import (
 )
 from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
 from .layer import Layer
+from .merge import merge, unmerge
+from .merge_disk import Merged, merge_checkpoint
 from .preflight import Plan, plan
 from .prompts import prompt_batches
 from .runtime import attach, detach
@@ -43,6 +45,7 @@ __all__ = [
     "Layer",
     "LoRAConfig",
     "LoraLiteError",
+    "Merged",
     "Normalization",
     "ParamSpec",
     "PiSSAConfig",
@@ -67,10 +70,13 @@ __all__ = [
     "load_base",
     "logit_gap",
     "marker_rate",
+    "merge",
+    "merge_checkpoint",
     "plan",
     "prompt_batches",
     "register",
     "restore",
     "save",
     "scaled",
+    "unmerge",
 ]

@@ -9,16 +9,33 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-NAME = "down_proj"
+NAME, BIAS = "down_proj", "down_proj_bias"
 
 
 def down(block: nn.Module) -> Float[Tensor, "e o i"] | None:
     """The experts' down-projections, one matrix (d_out, d_in) each, or None for a module that is no such block."""
-    transposed = _transposed(block)
+    transposed = lies_transposed(block)
     if transposed is None:
         return None
     matrices: Tensor = getattr(block, NAME)
     return matrices.mT if transposed else matrices
+
+
+def stored(block: nn.Module) -> Tensor:
+    """The parameter that holds them, as it lies in memory."""
+    parameter: Tensor = getattr(block, NAME)
+    return parameter
+
+
+def oriented(block: nn.Module, matrices: Tensor) -> Float[Tensor, "e o i"]:
+    """A tensor that lies as the block's parameter does, with each matrix as (d_out, d_in)."""
+    return matrices.mT if lies_transposed(block) else matrices
+
+
+def bias(block: nn.Module) -> Float[Tensor, "e o"] | None:
+    """What each expert adds after its down-projection, or None."""
+    found = getattr(block, BIAS, None)
+    return found if isinstance(found, Tensor) else None
 
 
 def count(block: nn.Module) -> int:
@@ -30,7 +47,7 @@ def count(block: nn.Module) -> int:
 def shadow(block: nn.Module, matrices: Float[Tensor, "e o i"]) -> None:
     """Until `unshadow`, the block computes with these. The parameter is untouched: Python finds an attribute of the
     instance before it asks nn.Module for a parameter."""
-    block.__dict__[NAME] = matrices.mT if _transposed(block) else matrices
+    block.__dict__[NAME] = matrices.mT if lies_transposed(block) else matrices
 
 
 def unshadow(block: nn.Module) -> None:
@@ -38,7 +55,7 @@ def unshadow(block: nn.Module) -> None:
     block.__dict__.pop(NAME, None)
 
 
-def _transposed(block: nn.Module) -> bool | None:
+def lies_transposed(block: nn.Module) -> bool | None:
     """Does it keep each matrix as (d_in, d_out), as GPT-OSS and Llama 4 do? None for a module that is no such block.
 
     The shape of a fused gate and up projection says which; without a gate, transformers' `is_transposed`.

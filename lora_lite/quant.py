@@ -82,6 +82,11 @@ def stored(layer: Linear) -> Tensor:
     return layer.weight if matrices is None else matrices
 
 
+def stored_parameter(layer: Linear) -> Tensor:
+    """The same, as it lies on the module."""
+    return experts.stored(layer) if experts.count(layer) else layer.weight
+
+
 def is_lazy(layer: Linear) -> bool:
     """True for a layer such as nn.LazyLinear before its first forward."""
     return isinstance(stored(layer), UninitializedParameter | UninitializedBuffer)
@@ -218,18 +223,26 @@ def samples(layer: Linear) -> list[float]:
         codes, scales = _int8(layer)
         return spread(codes) + spread(scales)
     if kind is Kind.BNB_4BIT:
-        state = _quant_state(layer)
-        parts = [layer.weight.view(torch.uint8), state.absmax]
-        parts += [state.state2.absmax, state.offset] if state.nested else []
-        return [value for part in parts for value in spread(part)]
+        return samples_4bit(layer.weight.view(torch.uint8), _quant_state(layer))
     return spread(stored(layer))
+
+
+def samples_4bit(codes: Tensor, state: Any) -> list[float]:
+    """Of 4-bit codes (uint8) and bitsandbytes' QuantState."""
+    parts = [codes, state.absmax]
+    parts += [state.state2.absmax, state.offset] if state.nested else []
+    return [value for part in parts for value in spread(part)]
 
 
 def spread(tensor: Tensor) -> list[float]:
     """Up to SAMPLES elements from the first to the last."""
     flat = (tensor if tensor.is_contiguous() else tensor.mT).detach().reshape(-1)
-    at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device="cpu").long()
-    return flat[at.to(flat.device)].float().tolist()
+    return flat[torch.tensor(spread_places(flat.numel()), device=flat.device)].float().tolist()
+
+
+def spread_places(numel: int) -> list[int]:
+    """Which elements of a flat tensor are looked at."""
+    return torch.linspace(0, numel - 1, min(SAMPLES, numel), dtype=torch.float64, device="cpu").long().tolist()
 
 
 def quantization(model: nn.Module) -> dict[str, Any] | None:
@@ -250,6 +263,7 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
                 "blocksize": state.blocksize,
                 "double_quant": bool(state.nested),
                 "compute_dtype": None if compute is None else dtype_name(compute),
+                "weight_dtype": dtype_name(state.dtype),
             } | record
         if kind_of(layer) is Kind.BNB_8BIT:
             return {
@@ -258,6 +272,7 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
                 "blocksize": None,
                 "double_quant": False,
                 "compute_dtype": None,
+                "weight_dtype": None,
             } | record
     if not layers:
         return None
@@ -267,7 +282,51 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
         "blocksize": None,
         "double_quant": False,
         "compute_dtype": None,
+        "weight_dtype": None,
     } | record
+
+
+def compute_dtype(layer: Linear) -> torch.dtype | None:
+    """In which a 4-bit layer multiplies; None where it takes its input's."""
+    if kind_of(layer) is not Kind.BNB_4BIT:
+        return None
+    return layer.compute_dtype or _quant_state(layer).dtype
+
+
+def dense_module(layer: Linear, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> nn.Linear:
+    """An nn.Linear with these tensors, frozen, to stand where the layer does."""
+    d_out, d_in = weight.shape
+    made = nn.Linear(d_in, d_out, bias is not None, device="meta").train(layer.training)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    return made
+
+
+def requantized(layer: Linear, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> nn.Module:
+    """A layer with these tensors, quantised as this bitsandbytes layer is."""
+    import bitsandbytes as bnb
+
+    d_out, d_in = weight.shape
+    device = weight.device
+    made: Any
+    params: Any = bnb.nn.Params4bit if kind_of(layer) is Kind.BNB_4BIT else bnb.nn.Int8Params
+    if kind_of(layer) is Kind.BNB_4BIT:
+        state = _quant_state(layer)
+        how = {"quant_type": state.quant_type, "compress_statistics": state.nested, "quant_storage": layer.weight.dtype}
+        made = bnb.nn.Linear4bit(d_in, d_out, bias is not None, layer.compute_dtype, device="meta", **how)
+        given = weight.to("cpu", state.dtype)
+        made.weight = params(given, blocksize=state.blocksize, module=made, **how).to(device)
+        made.compute_type_is_set = layer.compute_type_is_set
+        made.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu
+    else:
+        threshold = layer.state.threshold
+        made = bnb.nn.Linear8bitLt(
+            d_in, d_out, bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
+        )
+        made.weight = params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False).to(device)
+    made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    new: nn.Module = made.train(layer.training)
+    return new
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

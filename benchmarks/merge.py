@@ -1,0 +1,145 @@
+"""Merging into a checkpoint on disk: time and peak memory beside PEFT's way, on the same files.
+
+    python benchmarks/merge.py [--layers 14] [--rounds 2] [--variant lora] [--base-weights original]
+
+A synthetic Llama of 4096² matrices in bfloat16, seven a layer, 3.1 GB at 14 layers, in shards of 0.5 GB; LoRA of rank 16 on
+all of them. PEFT: from_pretrained, PeftModel.from_pretrained, merge_and_unload, save_pretrained. Each run is a process of its
+own, alternating; both end with their files on the disk (os.sync). "Above start" is the peak of resident memory less what
+it was once the same code had merged a tiny model, so imports don't count. Linux only.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from loguru import logger
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import lora_lite as ll
+
+WIDTH, RANK, SHARD = 4096, 16, 16
+"""Matrices are WIDTH², SHARD of them in a file."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--variant", default="lora", help="PEFT is run beside lora alone")
+    parser.add_argument("--base-weights", default="original")
+    parser.add_argument("--folder", type=Path, help="where 7 GB are free; default: a temporary folder")
+    parser.add_argument("--run", choices=["ours", "peft"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logger.remove()
+    if args.run:
+        print(json.dumps(measured({"ours": ours, "peft": peft}[args.run], args.folder, args.base_weights)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        folder = Path(temporary)
+        make(folder / "tiny", 1, 64, args)
+        make(folder / "big", args.layers, WIDTH, args)
+        compare(folder, args)
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    size = sum(file.stat().st_size for file in (folder / "big" / "base").iterdir())
+    adapter = (folder / "big" / "adapter.safetensors").stat().st_size
+    ways = ["ours", "peft"] if args.variant == "lora" and args.base_weights == "original" else ["ours"]
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(args.rounds):
+        for way in ways:
+            command = [sys.executable, __file__, "--run", way, "--folder", str(folder)]
+            command += ["--base-weights", args.base_weights]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[way].append(tuple(json.loads(done.stdout.splitlines()[-1])))
+    print(f"checkpoint {size / 1e9:.2f} GB, adapter {args.variant} {adapter / 2**20:.0f} MiB, {args.base_weights} weights")
+    print(f"{'':<8}{'seconds':>20}{'peak above start, MiB':>24}")
+    for way, runs in found.items():
+        seconds, peaks = zip(*runs, strict=True)
+        print(f"{way:<8}{' '.join(f'{s:.1f}' for s in seconds):>20}{' '.join(f'{p:.0f}' for p in peaks):>24}")
+    if len(ways) == 2:
+        medians = [[statistics.median(column) for column in zip(*found[way], strict=True)] for way in ways]
+        print(f"ours / PEFT: time {medians[0][0] / medians[1][0]:.2f}, memory {medians[0][1] / medians[1][1]:.3f}")
+
+
+def make(folder: Path, layers: int, width: int, args: argparse.Namespace) -> None:
+    """A checkpoint in shards, an adapter of ours and the same in PEFT's format, all with random numbers."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        architectures=["LlamaForCausalLM"],
+        dtype=torch.bfloat16,
+    )
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in LlamaForCausalLM(config).state_dict().items()}
+    base = folder / "base"
+    base.mkdir(parents=True)
+    config.save_pretrained(base)
+    names, keys = {}, list(shapes)
+    for i in range(0, len(keys), SHARD):
+        name = f"model-{i // SHARD + 1:05}-of-{-(-len(keys) // SHARD):05}.safetensors"
+        held = {key: (torch.randn(shapes[key]) * 0.02).bfloat16() for key in keys[i : i + SHARD]}
+        save_file(held, base / name, {"format": "pt"})
+        names |= dict.fromkeys(held, name)
+    size = 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    index = {"metadata": {"total_size": size}, "weight_map": names}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    how = {"quantization": "nf4"} if args.base_weights == "as_trained" else {}
+    model = ll.load_base(str(base), torch.bfloat16, **how)
+    adapter = ll.attach(model, ll.config_for(args.variant)(**({"r": RANK} if args.variant in ("lora", "dora", "pissa") else {})))
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.02)
+    ll.save(model, folder / "adapter.safetensors")
+    if args.variant == "lora":
+        pass
+
+
+def measured(run: Callable[[Path, Path, str], None], folder: Path, base_weights: str) -> tuple[float, float]:
+    """(seconds, MiB above start)"""
+    run(folder / "tiny", folder / "tiny" / "out", base_weights)
+    out = folder / "out"
+    os.sync()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before, started = memory("VmRSS"), time.perf_counter()
+    run(folder / "big", out, base_weights)
+    os.sync()
+    seconds, peak = time.perf_counter() - started, memory("VmHWM")
+    shutil.rmtree(out)
+    shutil.rmtree(folder / "tiny" / "out")
+    return seconds, peak - before
+
+
+def memory(what: str) -> float:
+    """VmRSS (now) or VmHWM (the peak) of this process, in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
+
+
+def ours(folder: Path, out: Path, base_weights: str) -> None:
+    ll.merge_checkpoint(folder / "base", folder / "adapter.safetensors", out, base_weights)
+
+
+def peft(folder: Path, out: Path, base_weights: str) -> None:
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(model, folder / "peft").merge_and_unload()
+    merged.save_pretrained(out, max_shard_size="512MB")
+
+
+if __name__ == "__main__":
+    main()
