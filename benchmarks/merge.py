@@ -2,10 +2,10 @@
 
     python benchmarks/merge.py [--layers 14] [--rounds 2] [--variant lora] [--base-weights original]
 
-A synthetic Llama of 4096² matrices in bfloat16, seven a layer, 3.1 GB at 14 layers, in shards of 0.5 GB; LoRA of rank 16 on
-all of them. PEFT: from_pretrained, PeftModel.from_pretrained, merge_and_unload, save_pretrained. Each run is a process of its
-own, alternating; both end with their files on the disk (os.sync). "Above start" is the peak of resident memory less what
-it was once the same code had merged a tiny model, so imports don't count. Linux only.
+A synthetic Llama of 4096² matrices in bfloat16, seven a layer, 3.3 GB at 14 layers, in shards of 0.5 GB; LoRA of rank 16
+on all of them. PEFT: from_pretrained, PeftModel.from_pretrained, merge_and_unload, save_pretrained. Each run is a
+process of its own, alternating; both end with their files on the disk (os.sync). "Above start" is the peak of resident
+memory less what it was once the same code had merged a tiny model, so imports don't count. Linux only.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
@@ -62,7 +63,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
             command += ["--base-weights", args.base_weights]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[way].append(tuple(json.loads(done.stdout.splitlines()[-1])))
-    print(f"checkpoint {size / 1e9:.2f} GB, adapter {args.variant} {adapter / 2**20:.0f} MiB, {args.base_weights} weights")
+    print(f"checkpoint {size / 1e9:.2f} GB, {args.base_weights}; {args.variant} of {adapter / 2**20:.0f} MiB")
     print(f"{'':<8}{'seconds':>20}{'peak above start, MiB':>24}")
     for way, runs in found.items():
         seconds, peaks = zip(*runs, strict=True)
@@ -100,12 +101,14 @@ def make(folder: Path, layers: int, width: int, args: argparse.Namespace) -> Non
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     how = {"quantization": "nf4"} if args.base_weights == "as_trained" else {}
     model = ll.load_base(str(base), torch.bfloat16, **how)
-    adapter = ll.attach(model, ll.config_for(args.variant)(**({"r": RANK} if args.variant in ("lora", "dora", "pissa") else {})))
+    known = ll.config_for(args.variant).__dataclass_fields__
+    rank: dict[str, Any] = {"r": RANK} if "r" in known else {}
+    adapter = ll.attach(model, ll.config_for(args.variant)(variant=args.variant, **rank))
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.02)
     ll.save(model, folder / "adapter.safetensors")
     if args.variant == "lora":
-        pass
+        ll.save_peft(model, folder / "peft")
 
 
 def measured(run: Callable[[Path, Path, str], None], folder: Path, base_weights: str) -> tuple[float, float]:
