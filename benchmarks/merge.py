@@ -2,9 +2,9 @@
 
     python benchmarks/merge.py [--layers 14] [--rounds 2] [--variant lora] [--base-weights original]
 
-A synthetic Llama of 4096² matrices in bfloat16, seven a layer, 3.3 GB at 14 layers, in shards of 0.5 GB; LoRA of rank 16
-on all of them. PEFT: from_pretrained, PeftModel.from_pretrained, merge_and_unload, save_pretrained. Each run is a
-process of its own, alternating; both end with their files on the disk (os.sync). "Above start" is the peak of resident
+A synthetic Llama of 4096² matrices in bfloat16, seven a layer, 3.3 GB at 14 layers, in shards of 0.5 GB; LoRA of rank
+16 on all of them. PEFT: from_pretrained, PeftModel.from_pretrained, merge_and_unload, save_pretrained. Each run is a
+process of its own, alternating; both end with their files on the disk (os.sync). "Above start": the peak of resident
 memory less what it was once the same code had merged a tiny model, so imports don't count. Linux only.
 """
 
@@ -99,8 +99,7 @@ def make(folder: Path, layers: int, width: int, args: argparse.Namespace) -> Non
     size = 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
     index = {"metadata": {"total_size": size}, "weight_map": names}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    how = {"quantization": "nf4"} if args.base_weights == "as_trained" else {}
-    model = ll.load_base(str(base), torch.bfloat16, **how)
+    model = ll.load_base(str(base), torch.bfloat16, "nf4" if args.base_weights == "as_trained" else None)
     known = ll.config_for(args.variant).__dataclass_fields__
     rank: dict[str, Any] = {"r": RANK} if "r" in known else {}
     adapter = ll.attach(model, ll.config_for(args.variant)(variant=args.variant, **rank))

@@ -214,15 +214,17 @@ class Adapter:
 
     def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
         """Each adapted layer, with this adapter's slot on it."""
+        merged: list[Any] = [swap.before for swap in self._session.merged]
+        here = {id(module) for module in (*self._model.modules(), *merged)}  # not what something else has replaced
         for module in self._state.layers:
-            slot = slots_of(module).get(self.name)
-            if slot is not None:
-                yield module, slot
+            if id(module) in here:
+                yield module, slots_of(module)[self.name]
 
     def views(self) -> dict[str, Layer]:
         """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""
         views: dict[str, Layer] = {}
-        for module, slot in self.slots():
+        for module in self._state.layers:  # no walk over the model: a search changes the config at every trial
+            slot = slots_of(module)[self.name]
             if slot.stacked:
                 views |= {f"{slot.path}[{i}]": Layer(module, slot, expert=i) for i in range(slot.target.experts)}
             else:
@@ -238,14 +240,19 @@ class Adapter:
 
     def _check_unmerged(self, what: str) -> None:
         if self._state.merged:
-            check_unmerged(session_of(self._model)[1], what)
+            check_unmerged(self._session, what)
 
     @property
     def _state(self) -> AdapterState:
-        session: Session = self._model.__dict__.get(_SESSION, Session())
+        session = self._session
         if self.name not in session.adapters:
             raise TargetError(_not_attached(self.name, self._model))
         return session.adapters[self.name]
+
+    @property
+    def _session(self) -> Session:
+        session: Session = self._model.__dict__.get(_SESSION, Session())
+        return session
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
