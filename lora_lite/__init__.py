@@ -17,6 +17,7 @@ from .errors import (
 )
 from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
 from .layer import Layer
+from .peft_format import load_peft, save_peft
 from .preflight import Plan, plan
 from .prompts import prompt_batches
 from .runtime import attach, detach
@@ -65,6 +66,7 @@ __all__ = [
     "kl_divergence",
     "load",
     "load_base",
+    "load_peft",
     "logit_gap",
     "marker_rate",
     "plan",
@@ -72,5 +74,6 @@ __all__ = [
     "register",
     "restore",
     "save",
+    "save_peft",
     "scaled",
 ]
