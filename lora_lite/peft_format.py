@@ -56,9 +56,12 @@ _KEY = re.compile(
 )
 _LITERAL = re.compile(r"(\^?)((?:\\\W|[^\\^$*+?{}\[\]()|])+)\$?")
 """A regex that is plain text: an escaped sign is itself, and a dot any character."""
+_CHARACTER = re.compile(r"\\.|.", re.DOTALL)
+MOST_PATTERNS = 10_000
+"""Each is compared with each layer's path."""
 
 _SAID = {
-    "LORA": {"lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
+    "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
     "IA3": set[str](),
 }
 """Settings that are read, by peft_type."""
@@ -66,7 +69,7 @@ _FREE = {
     *("peft_type", "init_lora_weights", "init_ia3_weights", "task_type", "auto_mapping", "peft_version"),
     *("base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"),
-    *("r", "rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
 }
 """Settings that say nothing which the tensors don't, or matter beside another one alone. All others must be neutral."""
 _REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -186,7 +189,7 @@ def _read(folder: Path) -> _Folder:
 
 def _check_settings(source: _Folder) -> None:
     kind = source.settings.get("peft_type")
-    if kind not in _SAID:
+    if not isinstance(kind, str) or kind not in _SAID:
         raise source.error(f"peft_type {kind!r} isn't supported; wanted one of {sorted(_SAID)}")
     known = _SAID[kind] | _FREE
     odd = {field: value for field, value in source.settings.items() if field not in known and not _neutral(value)}
@@ -226,27 +229,29 @@ def _lora_part(root: nn.Module, source: _Folder, targets: dict[str, Target]) -> 
             f"lora_dropout={dropout} with init_lora_weights={init!r} can't be kept here\n"
             f"  dropout acts in training only: set it to 0 in the file if you don't train on"
         )
-    shapes = source.shapes()
+    shapes, alphas = source.shapes(), _alphas(source, targets)
     at_layers: dict[str, tuple[int, float]] = {}
     wanted: dict[str, tuple[int, ...]] = {}
     for at, target in targets.items():
         r = (*shapes.get(file_key(at, "lora_A"), ()), 1)[0]
         wanted |= {file_key(at, "lora_A"): (r, target.d_in), file_key(at, "lora_B"): (target.d_out, r)}
         wanted |= {file_key(at, "lora_m"): (target.d_out,)} if variant == "dora" else {}
-        alpha = _alpha(source, at)
+        alpha = alphas[at]
         if init == "olora":
             r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)  # [B, -B0] [A; A0] at the same s
         elif init == "pissa" and rslora:
             alpha *= math.sqrt(r)  # PiSSA's s is α/r
         at_layers[target.path] = (r, alpha)
     check_shapes(shapes, wanted, str(source.header.path))
+    for at in targets:
+        _check_rank(source, at, shapes[file_key(at, "lora_A")][0])
     (r, alpha), _ = Counter(at_layers.values()).most_common(1)[0]
     differ = {path: {"r": here[0], "alpha": here[1]} for path, here in at_layers.items() if here != (r, alpha)}
     common: dict[str, Any] = {"r": r, "alpha": alpha}
     if variant != "pissa":
         common |= {"rslora": rslora, "dropout": dropout}
     reads = init == "olora" or lookup(variant).base_weight != "unused"
-    return _Part(_config(source, variant, targets, targets, differ, reads, **common), targets, differ)
+    return _Part(_config(source, variant, targets, differ, reads, **common), targets, differ)
 
 
 def _method(source: _Folder) -> tuple[str, Any]:
@@ -285,20 +290,14 @@ def _ia3_parts(source: _Folder, targets: dict[str, Target]) -> list[_Part]:
         variant = fit[0] if fit else "ia3"
         of[variant][at], wanted[key] = target, forms[variant]
     check_shapes(shapes, wanted, str(source.header.path))
-    return [_Part(_config(source, variant, own, own, {}, False), own, {}) for variant, own in of.items() if own]
+    return [_Part(_config(source, variant, own, {}, False), own, {}) for variant, own in of.items() if own]
 
 
 def _config(
-    source: _Folder,
-    variant: str,
-    files: Iterable[str],
-    targets: Mapping[str, Target],
-    differ: Changes,
-    reads: bool,
-    **values: Any,
+    source: _Folder, variant: str, targets: Mapping[str, Target], differ: Changes, reads: bool, **values: Any
 ) -> BaseConfig:
-    """Ours, with regexes of its own that find these layers exactly."""
-    dtype = _dtype(source, set(files), reads)
+    """Ours, with regexes of its own that find these layers exactly. `reads`: its maths reads the base weight."""
+    dtype = _dtype(source, targets, reads)
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path, here in differ.items():
         groups.setdefault(tuple(here.items()), []).append(path)
@@ -314,7 +313,7 @@ def _exactly(paths: Iterable[str]) -> str:
     return f"^({'|'.join(map(re.escape, paths))})$"
 
 
-def _dtype(source: _Folder, files: set[str], reads: bool) -> torch.dtype:
+def _dtype(source: _Folder, files: Mapping[str, Target], reads: bool) -> torch.dtype:
     entries = {key: source.header.entries[key] for ours, key in source.keys.items() if ours.rpartition(".")[0] in files}
     odd = [key for key, entry in entries.items() if DTYPES.get(entry.dtype) not in STORAGE_DTYPES]
     if odd:
@@ -366,32 +365,53 @@ def _number(source: _Folder, field: str, value: Any) -> float:
     return float(value)
 
 
-def _alpha(source: _Folder, at: str) -> float:
-    """A layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path, if all are plain text."""
+def _check_rank(source: _Folder, at: str, r: int) -> None:
+    """The rank of the tensors must be one that the settings name, since the scaling rests on it."""
+    patterns = source.settings.get("rank_pattern") or {}
+    named = [source.settings.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    if r not in named:
+        raise source.error(f"{at} has tensors of rank {r}, and r and rank_pattern name {str(named)[:80]}")
+
+
+def _alphas(source: _Folder, paths: Iterable[str]) -> dict[str, float]:
+    """Each layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path."""
+    patterns, default = _literal_patterns(source), source.settings.get("lora_alpha", 8)
+    alphas, unsure = {}, []
+    for at in paths:
+        found = [value for start, text, value in patterns if _ends(at, start, text)]
+        unsure += [at] if any(value != found[0] for value in found) else []
+        alphas[at] = _number(source, "lora_alpha", found[0] if found else default)
+    if unsure:
+        logger.warning(
+            f"{source.header.path.parent / CONFIG}: several entries of alpha_pattern find {', '.join(unsure[:3])}; "
+            f"took the first, as PEFT does\n  it sorts them when it saves, so in training another may have been first"
+        )
+    return alphas
+
+
+def _literal_patterns(source: _Folder) -> list[tuple[str, list[str], Any]]:
+    """("^" or nothing, text by character, value) of each entry of alpha_pattern; "" is any character."""
     patterns = source.settings.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise source.error("alpha_pattern is no object")
-    literals = {pattern: _LITERAL.fullmatch(pattern) for pattern in patterns}
-    odd = [pattern for pattern, match in literals.items() if match is None]
+    if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
+        raise source.error(f"alpha_pattern is no object of at most {MOST_PATTERNS} entries")
+    parsed = {pattern: _LITERAL.fullmatch(pattern) for pattern in patterns}
+    odd = [repr(pattern)[:80] for pattern, match in parsed.items() if match is None]
     if odd:
         raise source.error(
-            f"alpha_pattern has {', '.join(repr(pattern)[:80] for pattern in odd[:3])}, and no regex of a file is run\n"
+            f"alpha_pattern has {', '.join(odd[:3])}, and no regex of a file is run\n"
             f"  write the paths that it means, or their ends, in its place"
         )
-    found = [patterns[pattern] for pattern, match in literals.items() if match and _ends(at, *match.groups())]
-    if any(value != found[0] for value in found):
-        logger.warning(
-            f"{source.header.path.parent / CONFIG}: alpha_pattern has {found} for {at}; took the first, as PEFT does\n"
-            f"  PEFT sorts them when it saves, so it may have been trained with another"
-        )
-    return _number(source, "lora_alpha", found[0] if found else source.settings.get("lora_alpha", 8))
+    return [
+        (match[1], ["" if each == "." else each[-1] for each in _CHARACTER.findall(match[2])], patterns[pattern])
+        for pattern, match in parsed.items()
+        if match
+    ]
 
 
-def _ends(path: str, start: str, text: str) -> bool:
-    r"""Is `text` the end of the path from a dot on, or all of it after "^"? `\.` is a dot, and `.` any character."""
-    wanted = ["" if char == "." else char[-1] for char in re.findall(r"\\.|.", text)]
-    before, end = path[: max(len(path) - len(wanted), 0)], path[-len(wanted) :]
-    if len(end) != len(wanted) or not all(char in ("", got) for char, got in zip(wanted, end, strict=True)):
+def _ends(path: str, start: str, text: Sequence[str]) -> bool:
+    """Is `text` the end of the path from a dot on, or all of it after "^"?"""
+    before, end = path[: max(len(path) - len(text), 0)], path[-len(text) :]
+    if len(end) != len(text) or not all(char in ("", got) for char, got in zip(text, end, strict=True)):
         return False
     return not before or (before.endswith(".") and not start)
 
@@ -433,6 +453,11 @@ def save_peft(
         raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
     chosen = [get_adapter(model, each) for each in ([name] if isinstance(name, str) else name)]
     layers = _layers(model, chosen)
+    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
+    if rank is None and scaled:
+        raise CheckpointError(
+            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
+        )
     if rank is not None:
         tensors, settings = _low_rank(root, layers, rank, max_error)
     elif [adapter.variant for adapter in chosen] in (["lora"], ["dora"]):
@@ -444,11 +469,6 @@ def save_peft(
             f"PEFT has no adapter like {', '.join(f'{a.name!r} ({a.variant})' for a in chosen)}\n"
             f"  give rank= to write what they change as a plain LoRA: 2r is exact for pissa, its own rank for "
             f"abliteration in the modes none and pre"
-        )
-    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
-    if rank is None and scaled:
-        raise CheckpointError(
-            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
         )
     check_numbers(tensors, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
     _write(folder, tensors, settings | _about(root, chosen[0]))

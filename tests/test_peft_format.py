@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,6 +356,11 @@ def refused(folder: Path, message: str, error: Any = ll.CheckpointError, model: 
         ({"lora_alpha": None}, r"lora_alpha has None"),
         ({"lora_dropout": 1.0}, r"dropout=1.0"),
         ({"use_rslora": "yes"}, r"use_rslora='yes': wanted true or false"),
+        ({"peft_type": []}, r"peft_type \[\] isn't supported"),
+        ({"r": 8}, r"down_proj has tensors of rank 4, and r and rank_pattern name \[8\]"),
+        ({"r": 8, "rank_pattern": {".*": 6}}, r"rank 4, and r and rank_pattern name \[8, 6\]"),
+        ({"r": "4", "rank_pattern": [4]}, r"rank 4, and r and rank_pattern name \['4'\]"),
+        ({"alpha_pattern": {str(i): 1 for i in range(10_001)}}, r"alpha_pattern is no object of at most 10000 entries"),
         ({"use_dora": True}, r"6 missing keys;(.|\n)*lora_m"),
     ],
 )
@@ -364,28 +370,64 @@ def test_a_setting_that_would_be_lost_is_an_error(fields: dict[str, Any], messag
     refused(tmp_path, message)
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(peft.LoraConfig) if f.name != "peft_type"])
-def test_no_field_of_peft_passes_unseen(field: str, tmp_path: Path) -> None:
-    """Each is read, or says nothing about the outputs, or is refused."""
-    read = {"lora_alpha", "lora_dropout", "use_rslora", "use_dora"}
-    where = {
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "base_model_name_or_path",
-    }
-    where |= {"revision", "task_type", "auto_mapping", "peft_version"}
-    how = {"inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out", "qalora_group_size"}
-    how |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+def test_a_rank_pattern_is_never_read_as_a_regex(tmp_path: Path) -> None:
     theirs(tmp_path, lora())
+    wanted = logits(opened(tmp_path))
+    change_settings(tmp_path, r=8, rank_pattern={"(a+)+$": 4})
+    model = tiny_llama(bias=True)
+    ll.load_peft(model, tmp_path)
+    assert_close(logits(model), wanted)
+
+
+def test_alphas_that_depend_on_the_order_are_named(tmp_path: Path, log: list[str]) -> None:
+    theirs(tmp_path, lora())
+    change_settings(tmp_path, alpha_pattern={r"1\.mlp\.down_proj": 3, "down_proj": 5, "q_proj": 2, "attn.q_proj": 2})
+    ll.load_peft(tiny_llama(bias=True), tmp_path)
+    assert f"WARNING {tmp_path / CONFIG}: several entries of alpha_pattern find {DOWN}; took the first" in log[0]
+
+
+class Nested(nn.Module):
+    """One linear layer at a path."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        name, _, rest = path.partition(".")
+        self.add_module(name, Nested(rest) if rest else nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return next(self.children())(x)
+
+
+@pytest.mark.parametrize("path", ["a.q_proj", "b.a_q_proj", "q_proj", "a.b.q_proj", "a.q-proj", "a.q_proj2"])
+def test_a_literal_pattern_finds_what_peft_finds(path: str, tmp_path: Path) -> None:
+    keys = ["q_proj", "_proj", "proj", "a.q_proj", r"a\.q_proj", "^a.q_proj", "^q_proj", "q_proj$", "x.a.q_proj", "q"]
+    keys += [r"q\-proj", "a.b.q_proj", "^a.q_proj$", "q.proj"]
+    theirs(tmp_path, peft.LoraConfig(target_modules=[path], r=2, lora_alpha=1), model=Nested(path))
+    for key in keys:
+        change_settings(tmp_path, alpha_pattern={key: 7})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The following alpha_pattern keys did not match")
+            wanted = peft.PeftModel.from_pretrained(Nested(path), tmp_path).get_submodule(f"base_model.model.{path}")
+        model = Nested(path)
+        assert ll.load_peft(model, tmp_path).config.scaling == wanted.scaling["default"], key
+
+
+@pytest.mark.parametrize(
+    ("cls", "field"),
+    [(cls, f.name) for cls in (peft.LoraConfig, peft.IA3Config) for f in dataclasses.fields(cls)],
+)
+def test_no_field_of_peft_passes_unseen(cls: Any, field: str, tmp_path: Path) -> None:
+    """Each is read, or says nothing about the outputs, or is refused."""
+    where = {"target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"}
+    where |= {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "rank_pattern"}
+    how = {"inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out", "qalora_group_size"}
+    how |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_ia3_weights"}
+    theirs(tmp_path, KINDS["lora" if cls is peft.LoraConfig else "ia3"]())
     change_settings(tmp_path, **{field: {"(odd)": 1}})
     if field in where | how:
         ll.load_peft(tiny_llama(bias=True), tmp_path)
     else:
-        refused(tmp_path, field if field not in read else r"odd")
+        refused(tmp_path, r"odd")
 
 
 @pytest.mark.parametrize(
@@ -407,7 +449,7 @@ def test_no_field_of_peft_passes_unseen(field: str, tmp_path: Path) -> None:
         (lambda held: {k: t * math.nan for k, t in held.items()}, r"hold NaN"),
         (lambda held: {k: t[0] for k, t in held.items()}, r"wrong shapes"),
         (lambda held: {k: t[:3] for k, t in held.items()}, r"down_proj.lora_B \(3, 4\), wanted \(64, 3\)"),
-        (lambda held: {k: t[:0] if "A" in k else t[:, :0] for k, t in held.items()}, r"r=0\): wanted a rank of"),
+        (lambda held: {k: t[:0] if "A" in k else t[:, :0] for k, t in held.items()}, r"has tensors of rank 0, and r"),
     ],
 )
 def test_every_tensor_has_a_place_or_is_an_error(edit: Any, message: str, tmp_path: Path) -> None:

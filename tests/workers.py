@@ -165,6 +165,8 @@ def fsdp(variant: str, folder: Path) -> None:
     assert all(isinstance(t, DTensor) for _, t in adapter.named_tensors() if isinstance(t, torch.nn.Parameter))
     losses = train(model, adapter, BATCH.chunk(WORLD)[rank])
     ll.save(model, file)
+    with pytest.raises(ll.CheckpointError, match=r"is sharded\n.*load it in one process"):
+        ll.save_peft(model, folder / "peft")
     same_as_alone(losses, variant, file)
     with pytest.raises(ll.CheckpointError, match=r"was not written: (FileExists|NotADirectory)Error"):
         ll.save(model, file / "a.safetensors")  # which the first process alone can know
