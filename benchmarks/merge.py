@@ -90,7 +90,8 @@ def make(folder: Path, layers: int, width: int, args: argparse.Namespace) -> Non
     base = folder / "base"
     base.mkdir(parents=True)
     config.save_pretrained(base)
-    names, keys = {}, list(shapes)
+    names: dict[str, str] = {}
+    keys = list(shapes)
     for i in range(0, len(keys), SHARD):
         name = f"model-{i // SHARD + 1:05}-of-{-(-len(keys) // SHARD):05}.safetensors"
         held = {key: (torch.randn(shapes[key]) * 0.02).bfloat16() for key in keys[i : i + SHARD]}

@@ -19,6 +19,7 @@ from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
 from .layer import Layer
 from .merge import merge, unmerge
 from .merge_disk import Merged, merge_checkpoint
+from .peft_format import load_peft, save_peft
 from .preflight import Plan, plan
 from .prompts import prompt_batches
 from .runtime import attach, detach
@@ -68,6 +69,7 @@ __all__ = [
     "kl_divergence",
     "load",
     "load_base",
+    "load_peft",
     "logit_gap",
     "marker_rate",
     "merge",
@@ -77,6 +79,7 @@ __all__ = [
     "register",
     "restore",
     "save",
+    "save_peft",
     "scaled",
     "unmerge",
 ]

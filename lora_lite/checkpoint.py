@@ -7,7 +7,8 @@ any name. Metadata key `lora_lite`, JSON:
      quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, weight_dtype, modules},
      fingerprint}, "library": version}
 
-"scale" is the adapter's coefficient c; a file without it has 1.
+"scale" is the adapter's coefficient c; a file without it has 1. "per_layer", where the config differs by layer, holds
+{path: {field: value}} as attach resolved it: a load runs no regex of a file.
 """
 
 import json
@@ -24,14 +25,14 @@ from torch import Tensor, nn
 
 from . import foreign, quant, record
 from .adapter import Adapter, check_shapes, file_key, get_adapter
-from .config import BaseConfig, is_number
+from .config import BaseConfig, is_number, to_json
 from .errors import CheckpointError, ConfigError, LoraLiteError, brief
 from .files import Header, check_names, check_numbers, parse_json, read_any, read_header, write_tensors
 from .keys import resolve
-from .preflight import attachable, specs_at
+from .preflight import attachable, shapes_of, specs_at
 from .runtime import installed
 from .targets import Target
-from .variant import ParamSpec, lookup, weight_use
+from .variant import ParamSpec, lookup
 from .version import __version__
 
 FORMAT = 1
@@ -46,6 +47,7 @@ class AdapterFile:
     cfg: BaseConfig
     scale: float
     targets: dict[str, tuple[int, int]]
+    per_layer: dict[str, dict[str, Any]]
     base: dict[str, Any]
 
     @property
@@ -74,7 +76,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
     adapter = get_adapter(model, name)
     tensors = {key: quant.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()}
-    check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(adapter), f"adapter {name!r} in memory")
+    check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, shapes_of(adapter), f"adapter {name!r} in memory")
     cure = "nothing was written; go back to an earlier file, with a lower learning rate"
     check_numbers(tensors, f"adapter {name!r} in memory", cure)
     check_names(tensors, f"adapter {name!r} in memory")
@@ -87,6 +89,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         "base": adapter.base,
         "library": __version__,
     }
+    if adapter.per_layer:
+        meta["per_layer"] = to_json(adapter.per_layer)
     with _together(path) if adapter.is_sharded else nullcontext(True) as first:
         if first:
             write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(meta)})
@@ -125,7 +129,8 @@ def load(
     def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         return tensors[key].to(device, copy=True)
 
-    with installed(root, file.cfg, name, list(targets.values()), values) as adapter:
+    changes = {targets[at].path: fields for at, fields in file.per_layer.items()}
+    with installed(root, file.cfg, name, list(targets.values()), changes, values) as adapter:
         adapter.scale = file.scale
         adapter.trained_on(_check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base))
     logger.info(f"loaded {adapter} from {path}")
@@ -139,18 +144,21 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     TargetError for an unknown name; nothing has changed then.
     """
     file, adapter = read_file(path), get_adapter(model, name)
+    mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
     differ = {
         field: (value, adapter.config.to_dict().get(field))
         for field, value in file.cfg.to_dict().items()
-        if field not in (*file.cfg.FILTERS, "dtype") and value != adapter.config.to_dict().get(field)
+        if field not in (*file.cfg.FILTERS, "dtype", "per_layer") and value != adapter.config.to_dict().get(field)
     }
+    by_layer = {mapping[at]: fields for at, fields in file.per_layer.items()}, adapter.per_layer
+    if by_layer[0] != by_layer[1]:
+        differ["per_layer"] = by_layer
     if differ:
         raise CheckpointError(
             f"{file.path} and adapter {name!r} are not of one config\n"
             f"  (file, adapter): {brief(differ, 600)}\n"
             f"  detach it and use lora_lite.load"
         )
-    mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
     names = {slot.path: slot.tensors for _, slot in adapter.slots()}
     moved = {
         file_key(at, tensor): file_key(mapping[at], tensor) for at in file.targets for tensor in names[mapping[at]]
@@ -162,15 +170,6 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     adapter.scale = file.scale
     logger.info(f"restored {adapter} from {path}")
     return adapter
-
-
-def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """What its config says that each tensor must be."""
-    return {
-        file_key(target.path, tensor): tuple(spec.shape)
-        for target in adapter.layers
-        for tensor, spec in specs_at(target, adapter.config).items()
-    }
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -214,11 +213,24 @@ def _from_header(header: Header) -> AdapterFile:
         if cfg.variant != meta["variant"]:
             raise CheckpointError(f"a config of {brief(cfg.variant)!r}, and the variant {meta['variant']!r}")
         targets = _shapes_of(meta["targets"])
+        per_layer = _per_layer_of(meta.get("per_layer", {}), cfg, targets)
     except (LoraLiteError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {brief(error, 600)}") from error
     if not targets or not record.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    return AdapterFile(header, cfg, float(scale), targets, meta["base"])
+    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"])
+
+
+def _per_layer_of(entries: Any, cfg: BaseConfig, targets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fields that differ at some of the targets. Raises CheckpointError."""
+    if not (isinstance(entries, dict) and all(isinstance(fields, dict) for fields in entries.values())):
+        raise CheckpointError(f"per_layer is {brief(entries)!r}; wanted {{path: {{field: value}}}}")
+    if not entries.keys() <= targets.keys() or bool(entries) < bool(cfg.per_layer):
+        raise CheckpointError(
+            f"settings by layer for {brief(sorted(entries)[:3])}; wanted them for some of its targets, as the config has "
+            f"a per_layer"
+        )
+    return {at: cfg.checked_changes(fields) for at, fields in entries.items()}
 
 
 def _shapes_of(targets: Any) -> dict[str, tuple[int, int]]:
@@ -268,7 +280,7 @@ def _match(root: nn.Module, file: AdapterFile) -> tuple[dict[str, Target], list[
                 f"this {type(root).__name__} has {found}\n  this is another base model"
             )
         targets[at] = target
-        for tensor, spec in specs_at(target, file.cfg).items():
+        for tensor, spec in specs_at(target, file.cfg.at(file.per_layer.get(at, {}))).items():
             wanted[at, tensor] = tuple(spec.shape)
     check_shapes(
         file.header.shapes(),
@@ -291,7 +303,7 @@ def _check_base(
         f"  file:  {record.base_line(there)}\n"
         f"  model: {record.base_line(here)}"
     )
-    reads = weight_use(adapter.config) != "unused"
+    reads = any(slot.base_weight != "unused" for _, slot in adapter.slots())
     if resume:
         raise CheckpointError(
             f"{message}\n  training goes on on its own base: load that, or detach and use lora_lite.load"

@@ -4,7 +4,7 @@ import enum
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -36,6 +36,9 @@ class BaseConfig:
     layer_range     depth fractions: (0.2, 0.8) keeps the middle 60 % of the blocks
     dtype           in which parameters are stored. float32 by default: bfloat16 masters lose
                     optimiser steps below 2^-9 of a parameter's size
+    per_layer       {regex: {field: value}}, searched as target_names are: fields of the method that
+                    differ at the layers it finds; of several, the later entry wins. attach resolves it
+                    once, and an entry that finds no target is an error
 
     Raises ConfigError.
     """
@@ -47,6 +50,7 @@ class BaseConfig:
     layers: Sequence[int] | None = None
     layer_range: Sequence[float] | None = None
     dtype: torch.dtype = torch.float32
+    per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     FILTERS: ClassVar[tuple[str, ...]] = (
         "target_names",
@@ -56,6 +60,8 @@ class BaseConfig:
         "layer_range",
     )
     REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
+    SHARED: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
+    """Fields that are one for all layers."""
     FUSED_EXPERTS: ClassVar[bool] = False
     """True for a method that can go on the fused experts of a mixture-of-experts block."""
 
@@ -68,11 +74,10 @@ class BaseConfig:
                 object.__setattr__(self, name, tuple(value))
             else:
                 self._require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
-        for field in fields(self):
-            if isinstance(field.default, enum.Enum):
-                self._as_member(field.name, type(field.default))
+        for each in fields(self):
+            if isinstance(each.default, enum.Enum):
+                self._as_member(each.name, type(each.default))
         self._require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
-        self.check_regexes()
         self._require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
         if self.layers is not None:
             ok = bool(self.layers) and all(type(i) is int for i in self.layers)
@@ -81,12 +86,43 @@ class BaseConfig:
             ok = len(self.layer_range) == 2 and all(map(is_number, self.layer_range))
             ok = ok and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
             self._require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
+        self._check_per_layer()
+        self.check_regexes()
+
+    def _check_per_layer(self) -> None:
+        entries = self.per_layer
+        ok = isinstance(entries, Mapping) and all(isinstance(changes, Mapping) for changes in entries.values())
+        self._require(ok, "per_layer", "{regex: {field: value}}")
+        checked = {}
+        for pattern, changes in entries.items():
+            self._require(isinstance(pattern, str), "per_layer", "{regex: {field: value}}")
+            try:
+                checked[pattern] = self.checked_changes(changes)
+            except ConfigError as error:
+                raise ConfigError(f"per_layer[{pattern!r}]: {error}") from error
+        object.__setattr__(self, "per_layer", checked)
+
+    def at(self: Config, changes: Mapping[str, Any]) -> Config:
+        """The config of a layer where these fields differ. Raises ConfigError."""
+        if not changes:
+            return self
+        own = [each.name for each in fields(self) if each.name not in self.SHARED]
+        wrong = [name for name in changes if name not in own]
+        if wrong:
+            raise ConfigError(f"{type(self).__name__}: {wrong} can't differ by layer; wanted some of {own}")
+        return replace(self, per_layer={}, **changes)
+
+    def checked_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The changes as a config at a layer holds them. Raises ConfigError."""
+        there = self.at(changes)
+        return {name: getattr(there, name) for name in changes}
 
     def check_regexes(self) -> None:
         """ConfigError unless they compile."""
         for name in self.REGEXES:
             for pattern in getattr(self, name):
                 self._require(_compiles(pattern), name, "regexes that compile")
+        self._require(all(map(_compiles, self.per_layer)), "per_layer", "regexes that compile")
 
     def _as_member(self, field: str, choices: type[enum.Enum]) -> None:
         values = [choice.value for choice in choices]
@@ -99,15 +135,10 @@ class BaseConfig:
             raise ConfigError(f"{type(self).__name__}({field}={got!r}): wanted {wanted}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON values; the dtype by its name."""
-        out: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.dtype):
-                value = dtype_name(value)
-            elif isinstance(value, enum.Enum):
-                value = value.value
-            out[field.name] = list(value) if isinstance(value, tuple) else value
+        """Every field as JSON values, the dtype by its name; per_layer only where there is one."""
+        out = {each.name: to_json(getattr(self, each.name)) for each in fields(self)}
+        if not out["per_layer"]:
+            del out["per_layer"]  # files of one config for all layers are the same to every version
         return out
 
     @classmethod
@@ -116,7 +147,8 @@ class BaseConfig:
 
         Its regexes may be anyone's: they aren't compiled, which can take minutes. `attach` and `plan` do that.
         """
-        known = {field.name for field in fields(cls)}
+        values = {"per_layer": {}, **values}
+        known = {each.name for each in fields(cls)}
         if set(values) != known:
             raise ConfigError(
                 f"{cls.__name__}: the stored fields are not this version's\n"
@@ -126,7 +158,10 @@ class BaseConfig:
         if values["dtype"] not in dtypes:
             raise ConfigError(f"{cls.__name__}: stored dtype {values['dtype']!r}: wanted one of {sorted(dtypes)}")
         regexes = {name: values[name] for name in cls.REGEXES}
-        made = cls(**{**values, "dtype": dtypes[values["dtype"]], **dict.fromkeys(cls.REGEXES, ())})
+        bare = {"dtype": dtypes[values["dtype"]], "per_layer": {}, **dict.fromkeys(cls.REGEXES, ())}
+        made = cls(**{**values, **bare})
+        object.__setattr__(made, "per_layer", values["per_layer"])
+        made._check_per_layer()
         for name, patterns in regexes.items():
             object.__setattr__(made, name, tuple(patterns) if isinstance(patterns, list) else patterns)
             ok = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
@@ -165,6 +200,17 @@ def is_number(value: Any) -> bool:
 def positive_or_none(value: Any) -> bool:
     """True for None and for a finite number above 0."""
     return value is None or (is_number(value) and value > 0)
+
+
+def to_json(value: Any) -> Any:
+    """A value of a config field, or a mapping of them, as JSON has it."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def dtype_name(dtype: torch.dtype) -> str:

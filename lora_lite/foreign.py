@@ -26,7 +26,7 @@ from .errors import CheckpointError, LoraLiteError, brief
 from .files import DTYPES, Header, check_numbers
 from .keys import core, resolve
 from .peft_format import plain_key
-from .preflight import checked_config, specs_at
+from .preflight import changes_at, checked_config, configs_at, specs_at
 from .runtime import installed
 from .targets import Target
 from .variant import REGISTRY, ParamSpec, config_for, weight_use
@@ -83,7 +83,10 @@ def load_raw(
     targets = _targets(root, path, layers)
     if cfg is None:
         raise CheckpointError(_description(raw, layers, targets))
-    _check_complete(raw, layers, targets, checked_config(cfg))
+    order = {at: i for i, (at, _) in enumerate(root.named_modules())}
+    inorder = sorted(targets.values(), key=lambda target: order[target.path])
+    changes = changes_at(checked_config(cfg), inorder)
+    _check_complete(raw, layers, targets, configs_at(cfg, inorder, changes))
     mapping = resolve(path, raw.base, set(live), type(root).__name__, "base tensors")
     keys = {file_key(targets[at].path, tensor): key for at, held in layers.items() for tensor, key in held.items()}
 
@@ -92,8 +95,7 @@ def load_raw(
         check_numbers({keys[key]: value}, str(path), "save the adapter again")
         return value.to(device)
 
-    order = {at: i for i, (at, _) in enumerate(root.named_modules())}
-    with installed(root, cfg, name, sorted(targets.values(), key=lambda t: order[t.path]), values) as adapter:
+    with installed(root, cfg, name, inorder, changes, values) as adapter:
         found = _compared(root, raw, {mapping[at]: key for at, key in raw.base.items()}, live, adapter)
         _check_base(path, adapter, found, verify_base)
     others = [f"adapter {who!r} ({sum(map(len, at.values()))})" for who, at in raw.layers.items() if who != chosen]
@@ -180,14 +182,17 @@ def _targets(root: nn.Module, path: Path, layers: Layers) -> dict[str, Target]:
     return targets
 
 
-def _check_complete(raw: _Raw, layers: Layers, targets: Mapping[str, Target], cfg: BaseConfig) -> None:
+def _check_complete(
+    raw: _Raw, layers: Layers, targets: Mapping[str, Target], configs: Mapping[str, BaseConfig]
+) -> None:
     """CheckpointError unless each layer has exactly the variant's tensors, each of its shape."""
     got = {file_key(at, tensor): raw.shape(key) for at, held in layers.items() for tensor, key in held.items()}
-    specs = {file_key(at, tensor): spec for at in layers for tensor, spec in specs_at(targets[at], cfg).items()}
+    at_layers = {at: specs_at(targets[at], configs[targets[at].path]) for at in layers}
+    specs = {file_key(at, tensor): spec for at, there in at_layers.items() for tensor, spec in there.items()}
     missing = [key for key in specs if key not in got]
     if missing and not any(specs[key].trainable for key in missing):
         raise CheckpointError(
-            f"{raw.path}: {len(missing)} buffers of {cfg.variant!r} are missing, such as {missing[0]}\n"
+            f"{raw.path}: {len(missing)} of its buffers are missing, such as {missing[0]}\n"
             f"  a checkpoint of PEFT's has none; its adapter folder is read by lora_lite.load_peft(model, folder)"
         )
     empty = [key for key, shape in got.items() if shape == (0,)]

@@ -29,6 +29,8 @@ class AdapterState:
     """True while its effect is in the weights, and its hooks do nothing."""
     layers: list[nn.Module] = field(default_factory=list)
     """The adapted modules, in the order of `targets`."""
+    per_layer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Path of a target -> the config fields that differ there."""
 
     @property
     def is_idle(self) -> bool:
@@ -46,6 +48,8 @@ class Slot:
 
     state: AdapterState
     target: Target
+    cfg: Any
+    """The config at this layer."""
     base_weight: str
     """What the variant does with it: "unused", "read" or "dense"."""
     stacked: bool
@@ -68,7 +72,7 @@ class Layer:
 
     layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
                            (the activation's), unless their ParamSpec says keep_dtype
-    layer.cfg, .scale      the adapter's config; its coefficient c
+    layer.cfg, .scale      the adapter's config at this layer; its coefficient c
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
@@ -110,7 +114,7 @@ class Layer:
 
     @property
     def cfg(self) -> Any:
-        return self._slot.state.cfg
+        return self._slot.cfg
 
     @property
     def scale(self) -> float:

@@ -235,16 +235,18 @@ class _Plan:
     def _make_slots(self) -> dict[str, Slot]:
         """What the variant sees of each layer. CheckpointError unless the file holds exactly its tensors."""
         file, cfg = self._file, self._file.cfg
-        state = AdapterState("default", cfg, [place.target for place in self.places.values()], file.base, file.scale)
+        targets = [place.target for place in self.places.values()]
+        state = AdapterState("default", cfg, targets, file.base, file.scale, per_layer=file.per_layer)
         slots: dict[str, Slot] = {}
         wanted: dict[str, tuple[int, ...]] = {}
         for at, place in self.places.items():
             if place.target.experts and not cfg.FUSED_EXPERTS:
                 raise CheckpointError(f"{at}: {cfg.variant!r} can't go on fused experts\n  this is another base model")
-            specs = specs_at(place.target, cfg)
+            there = cfg.at(file.per_layer.get(at, {}))
+            specs = specs_at(place.target, there)
             wanted |= {file_key(at, name): tuple(spec.shape) for name, spec in specs.items()}
             tensors = {name: spec.keep_dtype for name, spec in specs.items()}
-            slots[at] = Slot(state, place.target, weight_use(cfg), is_stacked(place.target, cfg), tensors)
+            slots[at] = Slot(state, place.target, there, weight_use(there), is_stacked(place.target, there), tensors)
         check_shapes(file.header.shapes(), wanted, str(file.path))
         return slots
 
@@ -266,21 +268,25 @@ class _Plan:
                 self._other_base(at)
         if base_weights == "as_trained" or not (quantised := dense.keys() & trained_on):
             return
-        if weight_use(file.cfg) != "unused":
+        if self._reads():
             self._other_base(min(quantised))
         elif self._how["method"] != "unknown":
             at = min(sorted(quantised), key=lambda at: dense[at].target.d_in * dense[at].target.d_out)
             self._quantise = {stored.key for stored in dense[at].weight}
             self._read(dense[at].weight[0], None, at)  # compares the one layer
 
+    def _reads(self) -> bool:
+        """Does the method depend on the values of the base weight?"""
+        return any(slot.base_weight != "unused" for slot in self._slots.values())
+
     def _other_base(self, at: str) -> None:
         """Raise or warn: the weight of this layer is not the one that the adapter was trained on."""
-        file, reads = self._file, weight_use(self._file.cfg) != "unused"
+        file = self._file
         message = (
             f"{at} of {file.path} was trained on another weight than that in {self._base.path}\n"
             f"  file: {record.base_line(file.base)}"
         )
-        if reads and self._verify:
+        if self._reads() and self._verify:
             raise CheckpointError(
                 f"{message}\n  {file.cfg.variant!r} depends on the values of its base weight: use "
                 f'base_weights="as_trained", the folder it was trained on, or verify_base=False'

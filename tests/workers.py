@@ -56,7 +56,9 @@ def compiled(variant: str, folder: Path) -> None:
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         base = fast(input_ids=IDS).logits
-    adapter = attach(fast, config(variant))
+    fields = ll.config_for(variant).__dataclass_fields__
+    differ = {field: value for field, value in {"r": 3, "alpha": 2.0, "strength": 0.5}.items() if field in fields}
+    adapter = attach(fast, config(variant, per_layer={r"down_proj$": differ} if differ else {}))
     perturb(adapter)
 
     model.train()
@@ -167,6 +169,8 @@ def fsdp(variant: str, folder: Path) -> None:
     assert all(isinstance(t, DTensor) for _, t in adapter.named_tensors() if isinstance(t, torch.nn.Parameter))
     losses = train(model, adapter, BATCH.chunk(WORLD)[rank])
     ll.save(model, file)
+    with pytest.raises(ll.CheckpointError, match=r"is sharded\n.*load it in one process"):
+        ll.save_peft(model, folder / "peft")
     same_as_alone(losses, variant, file)
     with pytest.raises(ll.CheckpointError, match=r"was not written: (FileExists|NotADirectory)Error"):
         ll.save(model, file / "a.safetensors")  # which the first process alone can know
