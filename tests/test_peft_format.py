@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ KINDS: dict[str, Callable[[], Any]] = {
 REWRITTEN: dict[str, Callable[[], Any]] = {
     "pissa": lambda: lora(init_lora_weights="pissa"),
     "pissa_patterns": lambda: lora(init_lora_weights="pissa", **PATTERNS),
+    "pissa_rslora": lambda: lora(init_lora_weights="pissa", use_rslora=True),
     "olora": lambda: lora(init_lora_weights="olora"),
+    "olora_rslora": lambda: lora(init_lora_weights="olora", use_rslora=True),
     "olora_patterns": lambda: lora(init_lora_weights="olora", **PATTERNS),
 }
 per_kind = pytest.mark.parametrize("kind", KINDS)
@@ -596,6 +599,21 @@ def test_target_modules_reach_exactly_the_layers(names: str, wanted: Any, tmp_pa
         ll.save_peft(model, tmp_path)
         assert settings(tmp_path)["target_modules"] == wanted
         torch.testing.assert_close(opened(tmp_path, Twice())(x), model(x))
+
+
+def test_a_feed_forward_whose_name_ends_another(tmp_path: Path) -> None:
+    """PEFT looks for the ends of feedforward_modules without a dot before them."""
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(up_proj=nn.Linear(4, 4), proj=nn.Linear(4, 4), k=nn.Linear(4, 4)))
+
+    model, x = nn.Sequential(OrderedDict(a=made())), torch.randn(3, 4)
+    perturb(ll.attach(model, config("ia3", target_names=r"up_proj"), "out"), 0.3)
+    perturb(ll.attach(model, config("ia3_ff", target_names=r"\.proj"), "in"), 0.3)
+    ll.save_peft(model, tmp_path, ["out", "in"])
+    assert settings(tmp_path)["feedforward_modules"] == ["a.proj"]
+    torch.testing.assert_close(opened(tmp_path, nn.Sequential(OrderedDict(a=made())))(x), model(x))
 
 
 def test_two_kinds_of_ia3_make_one_adapter(tmp_path: Path) -> None:
