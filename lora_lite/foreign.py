@@ -229,7 +229,8 @@ def _candidates(ranks: Iterable[int]) -> list[BaseConfig]:
         make: Any = config_for(name)
         known = {each.name: each for each in fields(make)}
         given = [{"r": r} for r in ranks] if "r" in known else [{}]
-        if all(each.default is not MISSING for each in known.values() if each.name != "variant"):
+        needed = [each for each in known.values() if each.default is MISSING and each.default_factory is MISSING]
+        if all(each.name == "variant" for each in needed):
             out += [make(variant=name, **each) for each in given]
     return out
 

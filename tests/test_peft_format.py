@@ -122,7 +122,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     [
         ("base_model.model.model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_A"),
         ("base_model.model.model.layers.0.q_proj.lora_B.default.weight", "model.layers.0.q_proj.lora_B"),
-        ("model.layers.0.q_proj.lora_B.fr.weight", "model.layers.0.q_proj.lora_B"),
+        ("model.layers.0.q_proj.lora_B.fr.weight", "model.layers.0.q_proj.lora_B__fr"),
         ("base_model.model.up.lora_magnitude_vector", "up.lora_m"),
         ("base_model.model.up.lora_magnitude_vector.default.weight", "up.lora_m"),
         ("base_model.model.k.ia3_l", "k.lora_l"),
