@@ -38,7 +38,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class _File:
+class AdapterFile:
     """A validated adapter file: nothing in it has been matched to a model yet."""
 
     header: Header
@@ -99,7 +99,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
 
     Raises CheckpointError unless every key and shape fits, and what attach raises; the model is then as it was.
     """
-    file, root = _read(path), attachable(model)
+    file, root = read_file(path), attachable(model)
     targets, kept = _match(root, file)
     held = file.tensors()
     tensors = {file_key(targets[at].path, tensor): held[file_key(at, tensor)] for at, tensor in kept}
@@ -120,7 +120,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     Under FSDP2 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes are the same,
     TargetError for an unknown name; nothing has changed then.
     """
-    file, adapter = _read(path), get_adapter(model, name)
+    file, adapter = read_file(path), get_adapter(model, name)
     differ = {
         field: (value, adapter.config.to_dict().get(field))
         for field, value in file.cfg.to_dict().items()
@@ -177,7 +177,8 @@ def _together(path: Path) -> Iterator[bool]:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def _read(path: str | os.PathLike[str]) -> _File:
+def read_file(path: str | os.PathLike[str]) -> AdapterFile:
+    """An adapter file without a model: its header and metadata, no tensor yet. Raises CheckpointError, VariantError."""
     header = read_header(path)
     path = header.path
     meta = _metadata(path, header.metadata)
@@ -194,7 +195,7 @@ def _read(path: str | os.PathLike[str]) -> _File:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
     if not targets or not record.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    return _File(header, cfg, float(scale), targets, meta["base"])
+    return AdapterFile(header, cfg, float(scale), targets, meta["base"])
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
@@ -229,7 +230,7 @@ def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 # ---- from a file to a model ---------------------------------------------------------------------
 
 
-def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[str, str]]]:
+def _match(root: nn.Module, file: AdapterFile) -> tuple[dict[str, Target], list[tuple[str, str]]]:
     """The model's layer for each path of the file, and all (path, tensor) pairs; CheckpointError unless all fit."""
     modules = dict(root.named_modules())
     mapping = resolve(file.path, file.targets, set(modules), type(root).__name__)
@@ -254,7 +255,7 @@ def _match(root: nn.Module, file: _File) -> tuple[dict[str, Target], list[tuple[
 
 
 def _check_base(
-    file: _File, adapter: Adapter, mapping: Mapping[str, str], verify: bool, resume: bool = False
+    file: AdapterFile, adapter: Adapter, mapping: Mapping[str, str], verify: bool, resume: bool = False
 ) -> dict[str, Any]:
     """The base that the values belong to: this model's; the file's for a method that reads it and goes on another."""
     here = adapter.base
