@@ -21,6 +21,7 @@ def plot_norms(report: Report, path: str | os.PathLike[str]) -> None:
     if not known:
         raise ConfigError(f"{report.path}: no norm is known to plot\n  give --base, the folder of the original weights")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -34,7 +35,7 @@ def plot_norms(report: Report, path: str | os.PathLike[str]) -> None:
     axes.set_xlabel("block")
     axes.set_ylabel("‖W' - W‖")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.set_title(f"{report.path.name}: {report.variant}, norm of the delta by layer", fontsize=10)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)

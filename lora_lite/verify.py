@@ -1,4 +1,4 @@
-"""Is a merged checkpoint what base and adapter were? Both are run on a text, one after the other, never both at once."""
+"""Is a merged checkpoint what base and adapter are? Both are run on a text, one after the other, never at once."""
 
 import gc
 import os
