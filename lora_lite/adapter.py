@@ -95,6 +95,11 @@ class Adapter:
         return self._state.base
 
     @property
+    def per_layer(self) -> dict[str, dict[str, Any]]:
+        """Path of each layer at which the config differs, with the fields that do."""
+        return {path: dict(fields) for path, fields in self._state.per_layer.items()}
+
+    @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """Path of each adapted layer, relative to the model given to `attach`, with its (d_in, d_out)."""
         return {target.path: (target.d_in, target.d_out) for target in self._state.targets}
@@ -114,8 +119,8 @@ class Adapter:
         self._state.scale = _finite(c)
 
     def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
-        """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers;
-        with calibration_data, compute it anew from that.
+        """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers
+        but those where `per_layer` sets them; with calibration_data, compute it anew from that.
 
         Raises ConfigError for another field or a bad value, and what attach raises for the data; the adapter is then as
         it was.
@@ -129,8 +134,8 @@ class Adapter:
             )
         if calibration_data is not None:
             check_takes_data(state.cfg)
-        new, views = replace(state.cfg, **changes), self.views()
-        old, state.cfg = state.cfg, new
+        old, new, views = state.cfg, replace(state.cfg, **changes), self.views()
+        self._use(new)
         kept = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}
         with torch.no_grad():
             try:
@@ -139,7 +144,7 @@ class Adapter:
                         variant.group_init(self._model, views, new, calibration_data)
                 variant.refresh(views, new)
             except BaseException:
-                state.cfg = old
+                self._use(old)
                 if kept:
                     self.load_state_dict(kept)
                 else:
@@ -214,6 +219,14 @@ class Adapter:
         kinds = Counter(slot.path.rpartition(".")[2] for slot in slots)
         fused = Counter(slot.path.rpartition(".")[2] for slot in slots if slot.target.experts)
         return ", ".join(f"{n} {'blocks of fused ' if kind in fused else ''}{kind}" for kind, n in kinds.items())
+
+    def _use(self, cfg: Any) -> None:
+        """Make this the config, and at each layer the one with the fields that differ there. Raises ConfigError."""
+        state = self._state
+        configs = [cfg.at(state.per_layer.get(target.path, {})) for target in state.targets]
+        state.cfg = cfg
+        for module, at_layer in zip(state.layers, configs, strict=True):
+            slots_of(module)[self.name].cfg = at_layer
 
     @property
     def _state(self) -> AdapterState:

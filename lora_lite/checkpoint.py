@@ -7,7 +7,8 @@ any name. Metadata key `lora_lite`, JSON:
      quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, modules}, fingerprint},
      "library": version}
 
-"scale" is the adapter's coefficient c; a file without it has 1.
+"scale" is the adapter's coefficient c; a file without it has 1. "per_layer", where the config differs by layer, holds
+{path: {field: value}} as attach resolved it: a load runs no regex of a file.
 """
 
 import json
@@ -24,14 +25,14 @@ from torch import Tensor, nn
 
 from . import quant, record
 from .adapter import Adapter, check_shapes, file_key, get_adapter
-from .config import STORAGE_DTYPES, BaseConfig
+from .config import STORAGE_DTYPES, BaseConfig, to_json
 from .errors import CheckpointError, LoraLiteError
 from .files import Header, parse_json, read_header, write_tensors
 from .keys import resolve
 from .preflight import attachable, specs_at
 from .runtime import installed
 from .targets import Target
-from .variant import ParamSpec, lookup, weight_use
+from .variant import ParamSpec, lookup
 from .version import __version__
 
 FORMAT = 1
@@ -39,12 +40,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A validated adapter file: nothing in it has been matched to a model yet."""
+    """A validated adapter file: nothing in it has been matched to a model yet, and no tensor read."""
 
     header: Header
     cfg: BaseConfig
     scale: float
     targets: dict[str, tuple[int, int]]
+    per_layer: dict[str, dict[str, Any]]
     base: dict[str, Any]
 
     @property
@@ -85,6 +87,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         "base": adapter.base,
         "library": __version__,
     }
+    if adapter.per_layer:
+        meta["per_layer"] = to_json(adapter.per_layer)
     with _together(path) if adapter.is_sharded else nullcontext(True) as first:
         if first:
             write_tensors(path, tensors, {"format": "pt", "lora_lite": json.dumps(meta)})
@@ -107,7 +111,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         return tensors[key].to(device, copy=True)
 
-    with installed(root, file.cfg, name, list(targets.values()), values) as adapter:
+    changes = {targets[at].path: fields for at, fields in file.per_layer.items()}
+    with installed(root, file.cfg, name, list(targets.values()), changes, values) as adapter:
         adapter.scale = file.scale
         adapter.trained_on(_check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base))
     logger.info(f"loaded {adapter} from {path}")
@@ -121,18 +126,21 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     TargetError for an unknown name; nothing has changed then.
     """
     file, adapter = read_file(path), get_adapter(model, name)
+    mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
     differ = {
         field: (value, adapter.config.to_dict().get(field))
         for field, value in file.cfg.to_dict().items()
-        if field not in (*file.cfg.FILTERS, "dtype") and value != adapter.config.to_dict().get(field)
+        if field not in (*file.cfg.FILTERS, "dtype", "per_layer") and value != adapter.config.to_dict().get(field)
     }
+    by_layer = {mapping[at]: fields for at, fields in file.per_layer.items()}, adapter.per_layer
+    if by_layer[0] != by_layer[1]:
+        differ["per_layer"] = by_layer
     if differ:
         raise CheckpointError(
             f"{file.path} and adapter {name!r} are not of one config\n"
             f"  (file, adapter): {differ}\n"
             f"  detach it and use lora_lite.load"
         )
-    mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
     names = {slot.path: slot.tensors for _, slot in adapter.slots()}
     moved = {
         file_key(at, tensor): file_key(mapping[at], tensor) for at in file.targets for tensor in names[mapping[at]]
@@ -151,7 +159,7 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {
         file_key(target.path, tensor): tuple(spec.shape)
         for target in adapter.layers
-        for tensor, spec in specs_at(target, adapter.config).items()
+        for tensor, spec in specs_at(target, adapter.config.at(adapter.per_layer.get(target.path, {}))).items()
     }
 
 
@@ -178,7 +186,7 @@ def _together(path: Path) -> Iterator[bool]:
 
 
 def read_file(path: str | os.PathLike[str]) -> AdapterFile:
-    """An adapter file without a model: its header and metadata, no tensor yet. Raises CheckpointError, VariantError."""
+    """What a file says of its adapter. Raises CheckpointError, and VariantError for an unknown variant."""
     header = read_header(path)
     path = header.path
     meta = _metadata(path, header.metadata)
@@ -191,11 +199,17 @@ def read_file(path: str | os.PathLike[str]) -> AdapterFile:
     try:
         cfg = variant.config.from_dict(meta["config"])
         targets = {target: (int(d_in), int(d_out)) for target, (d_in, d_out) in meta["targets"].items()}
+        per_layer = {at: cfg.checked_changes(fields) for at, fields in meta.get("per_layer", {}).items()}
     except (LoraLiteError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {error}") from error
     if not targets or not record.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    return AdapterFile(header, cfg, float(scale), targets, meta["base"])
+    if not per_layer.keys() <= targets.keys() or bool(per_layer) < bool(cfg.per_layer):
+        raise CheckpointError(
+            f"{path}: its metadata has settings by layer for {sorted(per_layer)[:3]}; wanted them for some of its "
+            f"targets, as its config has a per_layer\n  save the adapter again"
+        )
+    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"])
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
@@ -244,7 +258,7 @@ def _match(root: nn.Module, file: AdapterFile) -> tuple[dict[str, Target], list[
                 f"this {type(root).__name__} has {found}\n  this is another base model"
             )
         targets[at] = target
-        for tensor, spec in specs_at(target, file.cfg).items():
+        for tensor, spec in specs_at(target, file.cfg.at(file.per_layer.get(at, {}))).items():
             wanted[at, tensor] = tuple(spec.shape)
     check_shapes(
         file.header.shapes(),
@@ -267,7 +281,7 @@ def _check_base(
         f"  file:  {_base_line(there)}\n"
         f"  model: {_base_line(here)}"
     )
-    reads = weight_use(adapter.config) != "unused"
+    reads = any(slot.base_weight != "unused" for _, slot in adapter.slots())
     if resume:
         raise CheckpointError(
             f"{message}\n  training goes on on its own base: load that, or detach and use lora_lite.load"

@@ -4,7 +4,7 @@ import enum
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -34,6 +34,9 @@ class BaseConfig:
     layer_range     depth fractions: (0.2, 0.8) keeps the middle 60 % of the blocks
     dtype           in which parameters are stored. float32 by default: bfloat16 masters lose
                     optimiser steps below 2^-9 of a parameter's size
+    per_layer       {regex: {field: value}}, searched as target_names are: fields of the method that
+                    differ at the layers it finds; of several, the later entry wins. attach resolves it
+                    once, and an entry that finds no target is an error
 
     Raises ConfigError.
     """
@@ -45,6 +48,7 @@ class BaseConfig:
     layers: Sequence[int] | None = None
     layer_range: Sequence[float] | None = None
     dtype: torch.dtype = torch.float32
+    per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     FILTERS: ClassVar[tuple[str, ...]] = (
         "target_names",
@@ -53,6 +57,8 @@ class BaseConfig:
         "layers",
         "layer_range",
     )
+    SHARED: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
+    """Fields that are one for all layers."""
     FUSED_EXPERTS: ClassVar[bool] = False
     """True for a method that can go on the fused experts of a mixture-of-experts block."""
 
@@ -65,9 +71,9 @@ class BaseConfig:
                 object.__setattr__(self, name, tuple(value))
             else:
                 self._require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
-        for field in fields(self):
-            if isinstance(field.default, enum.Enum):
-                self._as_member(field.name, type(field.default))
+        for each in fields(self):
+            if isinstance(each.default, enum.Enum):
+                self._as_member(each.name, type(each.default))
         self._require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
         for name in ("target_names", "exclude_names"):
             for pattern in getattr(self, name):
@@ -80,6 +86,35 @@ class BaseConfig:
             ok = len(self.layer_range) == 2 and all(map(is_number, self.layer_range))
             ok = ok and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
             self._require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
+        self._check_per_layer()
+
+    def _check_per_layer(self) -> None:
+        entries = self.per_layer
+        ok = isinstance(entries, Mapping) and all(isinstance(changes, Mapping) for changes in entries.values())
+        self._require(ok, "per_layer", "{regex: {field: value}}")
+        checked = {}
+        for pattern, changes in entries.items():
+            self._require(_compiles(pattern), "per_layer", "regexes that compile")
+            try:
+                checked[pattern] = self.checked_changes(changes)
+            except ConfigError as error:
+                raise ConfigError(f"per_layer[{pattern!r}]: {error}") from error
+        object.__setattr__(self, "per_layer", checked)
+
+    def at(self: Config, changes: Mapping[str, Any]) -> Config:
+        """The config of a layer where these fields differ. Raises ConfigError."""
+        if not changes:
+            return self
+        own = [each.name for each in fields(self) if each.name not in self.SHARED]
+        wrong = [name for name in changes if name not in own]
+        if wrong:
+            raise ConfigError(f"{type(self).__name__}: {wrong} can't differ by layer; wanted some of {own}")
+        return replace(self, per_layer={}, **changes)
+
+    def checked_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The changes as a config at a layer holds them. Raises ConfigError."""
+        there = self.at(changes)
+        return {name: getattr(there, name) for name in changes}
 
     def _as_member(self, field: str, choices: type[enum.Enum]) -> None:
         values = [choice.value for choice in choices]
@@ -92,21 +127,17 @@ class BaseConfig:
             raise ConfigError(f"{type(self).__name__}({field}={got!r}): wanted {wanted}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON values; the dtype by its name."""
-        out: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.dtype):
-                value = dtype_name(value)
-            elif isinstance(value, enum.Enum):
-                value = value.value
-            out[field.name] = list(value) if isinstance(value, tuple) else value
+        """Every field as JSON values, the dtype by its name; per_layer only where there is one."""
+        out = {each.name: to_json(getattr(self, each.name)) for each in fields(self)}
+        if not out["per_layer"]:
+            del out["per_layer"]  # files of one config for all layers are the same to every version
         return out
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """The config that `to_dict` wrote. An unknown or missing field raises ConfigError."""
-        known = {field.name for field in fields(cls)}
+        values = {"per_layer": {}, **values}
+        known = {each.name for each in fields(cls)}
         if set(values) != known:
             raise ConfigError(
                 f"{cls.__name__}: the stored fields are not this version's\n"
@@ -137,6 +168,17 @@ def is_number(value: Any) -> bool:
 def positive_or_none(value: Any) -> bool:
     """True for None and for a finite number above 0."""
     return value is None or (is_number(value) and value > 0)
+
+
+def to_json(value: Any) -> Any:
+    """A value of a config field, or a mapping of them, as JSON has it."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -116,7 +116,7 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
         module.register_buffer(name, tensor)
     state = AdapterState("default", layer.cfg, [target], {}, layer.scale, layers=[module])
     kept = {name: spec.keep_dtype for name, spec in specs_at(target, layer.cfg).items()}
-    return module, Slot(state, target, weight_use(layer.cfg), target.experts > 0, kept)
+    return module, Slot(state, target, layer.cfg, weight_use(layer.cfg), target.experts > 0, kept)
 
 
 def _affines(layer: StoredLayer, weight: Float[Tensor, "o i"] | None, dtype: torch.dtype) -> Iterator[Affine]:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -198,6 +198,7 @@ class DirectionConfig(BaseConfig):
     center: Center | str = Center.MEAN
     winsorize: float | None = None
     projected: bool = False
+    SHARED: ClassVar[tuple[str, ...]] = (*BaseConfig.SHARED, "rank", "center", "winsorize", "projected")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,33 +241,34 @@ def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: DirectionConfig, ca
         layer.lora_own.copy_(_rows_for(layer, given, cfg.rank))
 
 
-def placed(layers: Mapping[str, Layer], cfg: DirectionConfig) -> list[tuple[Layer, Float[Tensor, "k o"], float]]:
-    """Each layer with the directions that act on it and their weight. Raises ConfigError."""
+def placed(layers: Mapping[str, Layer]) -> list[tuple[Layer, Float[Tensor, "k o"], float]]:
+    """Each layer with the directions that act on it and their weight, by its config. Raises ConfigError."""
     own = {layer.block: layer.lora_own for layer in layers.values()}
-    chosen: dict[str, Tensor] = {}
+    chosen: dict[tuple[str, float], Tensor] = {}
     out = []
     for layer in layers.values():
-        rows = layer.lora_own
+        rows, cfg = layer.lora_own, layer.cfg
         if cfg.layer is not None:
-            stack = layer.block[0] if layer.block else ""
-            rows = chosen[stack] if stack in chosen else chosen.setdefault(stack, _rows_at(cfg.layer, stack, own))
+            at = (layer.block[0] if layer.block else "", cfg.layer)
+            rows = chosen[at] if at in chosen else chosen.setdefault(at, _rows_at(cfg.layer, at[0], own))
             if rows.shape != layer.lora_own.shape:
                 raise ConfigError(
                     f"layer={cfg.layer}: its directions are {tuple(rows.shape)}, and {layer.path} wants "
                     f"{tuple(layer.lora_own.shape)}\n  one layer's directions suit targets of one width"
                 )
-        out.append((layer, rows, cfg.strength * _weight(layer, cfg)))
+        out.append((layer, rows, cfg.strength * _weight(layer)))
     return out
 
 
-def _weight(layer: Layer, cfg: DirectionConfig) -> float:
+def _weight(layer: Layer) -> float:
     """By the one kernel whose regex is found in the layer's path; 1 without kernels."""
-    if not cfg.kernels:
+    kernels = layer.cfg.kernels
+    if not kernels:
         return 1.0
-    found = [kernel for pattern, kernel in cfg.kernels if re.search(pattern, layer.path)]
+    found = [kernel for pattern, kernel in kernels if re.search(pattern, layer.path)]
     if len(found) != 1 or layer.block is None:
         raise ConfigError(
-            f"kernels: {len(found)} of {[pattern for pattern, _ in cfg.kernels]} match {layer.path}\n"
+            f"kernels: {len(found)} of {[pattern for pattern, _ in kernels]} match {layer.path}\n"
             f"  every target wants exactly one, and to be in a block; leave others out with exclude_names"
         )
     return found[0].at(layer.block[1])

@@ -27,6 +27,8 @@ class AdapterState:
     scale: float = 1.0
     layers: list[nn.Module] = field(default_factory=list)
     """The adapted modules, in the order of `targets`."""
+    per_layer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Path of a target -> the config fields that differ there."""
 
     def attribute(self, tensor: str) -> str:
         """The name on the layer of this adapter's `tensor`: `lora_A`, or `lora_A__fr` for adapter fr."""
@@ -39,6 +41,8 @@ class Slot:
 
     state: AdapterState
     target: Target
+    cfg: Any
+    """The config at this layer."""
     base_weight: str
     """What the variant does with it: "unused", "read" or "dense"."""
     stacked: bool
@@ -61,7 +65,7 @@ class Layer:
 
     layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
                            (the activation's), unless their ParamSpec says keep_dtype
-    layer.cfg, .scale      the adapter's config; its coefficient c
+    layer.cfg, .scale      the adapter's config at this layer; its coefficient c
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
@@ -103,7 +107,7 @@ class Layer:
 
     @property
     def cfg(self) -> Any:
-        return self._slot.state.cfg
+        return self._slot.cfg
 
     @property
     def scale(self) -> float:

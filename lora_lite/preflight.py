@@ -20,6 +20,8 @@ from .variant import ParamSpec, lookup, weight_use
 
 Specs = dict[str, dict[str, ParamSpec]]
 """Path of a target -> name of a tensor -> its spec."""
+Changes = dict[str, dict[str, Any]]
+"""Path of a target -> the config fields that differ there."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     """The layers that `attach(model, cfg)` would adapt; the model may be on the meta device. Raises as attach does."""
     root = attachable(model)
     targets = find_targets(root, checked_config(cfg))
-    specs = checked_specs(root, cfg, targets)
+    specs = checked_specs(root, targets, configs_at(cfg, targets, changes_at(cfg, targets)))
     parameters = sum(math.prod(spec.shape) for at in specs.values() for spec in at.values() if spec.trainable)
     return Plan(type(root).__name__, cfg.variant, tuple(targets), parameters, model_width(root))
 
@@ -91,12 +93,38 @@ def checked_config(cfg: Any) -> BaseConfig:
     return cfg
 
 
-def checked_specs(root: nn.Module, cfg: BaseConfig, targets: list[Target]) -> Specs:
+def changes_at(cfg: BaseConfig, targets: list[Target]) -> Changes:
+    """The config's `per_layer` by path: this is where its regexes run. Raises TargetError if one finds no target."""
+    changes: Changes = {}
+    for pattern, fields in cfg.per_layer.items():
+        found = [target.path for target in targets if re.search(pattern, target.path)]
+        if not found:
+            raise TargetError(
+                f"per_layer: {pattern!r} is found in none of the {len(targets)} target layers, such as "
+                f"{targets[0].path}\n  preview them with lora_lite.plan(model, cfg) without per_layer"
+            )
+        for path in found:
+            changes.setdefault(path, {}).update(fields)
+    return changes
+
+
+def configs_at(cfg: BaseConfig, targets: list[Target], changes: Changes) -> dict[str, BaseConfig]:
+    """The config at each target, by path. Raises ConfigError, naming it."""
+    configs = {}
+    for target in targets:
+        try:
+            configs[target.path] = cfg.at(changes.get(target.path, {}))
+        except ConfigError as error:
+            raise ConfigError(f"{target.path}: {error}") from error
+    return configs
+
+
+def checked_specs(root: nn.Module, targets: list[Target], configs: dict[str, BaseConfig]) -> Specs:
     """The variant's tensors for each target. Raises if a layer can't carry them, naming it."""
     modules = dict(root.named_modules())
     for target in targets:
-        _check_layer(target, modules[target.path], cfg)
-    return {target.path: specs_at(target, cfg) for target in targets}
+        _check_layer(target, modules[target.path], configs[target.path])
+    return {target.path: specs_at(target, configs[target.path]) for target in targets}
 
 
 def is_stacked(target: Target, cfg: BaseConfig) -> bool:

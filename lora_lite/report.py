@@ -4,7 +4,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -136,12 +136,8 @@ def _of_tensors(found: StoredTensors) -> Report:
 
 def changed(cfg: BaseConfig) -> dict[str, Any]:
     """The fields that differ from their defaults, as JSON values."""
-    values = cfg.to_dict()
-    return {
-        field.name: values[field.name]
-        for field in fields(cfg)
-        if field.name != "variant" and getattr(cfg, field.name) != field.default
-    }
+    values, defaults = cfg.to_dict(), type(cfg)(variant=cfg.variant).to_dict()
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
 def counted(items: Mapping[str, T], progress: Progress | None) -> Iterator[tuple[str, T]]:

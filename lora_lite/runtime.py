@@ -32,7 +32,17 @@ from .affine import apply_input, apply_output
 from .config import BaseConfig
 from .errors import ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
-from .preflight import attachable, check_name, check_ready, checked_config, checked_specs, is_stacked
+from .preflight import (
+    Changes,
+    attachable,
+    changes_at,
+    check_name,
+    check_ready,
+    checked_config,
+    checked_specs,
+    configs_at,
+    is_stacked,
+)
 from .targets import Target, find_targets
 from .variant import ParamSpec, check_takes_data, lookup, weight_use
 
@@ -56,10 +66,11 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
         raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
     if calibration_data is not None:
         check_takes_data(cfg)
-    with installed(root, cfg, name, find_targets(root, cfg), _fresh) as adapter, torch.no_grad():
+    targets = find_targets(root, cfg)
+    with installed(root, cfg, name, targets, changes_at(cfg, targets), _fresh) as adapter, torch.no_grad():
         views = adapter.views()
         for view in views.values():
-            variant.init(view, cfg)
+            variant.init(view, view.cfg)
         with scaled(root, 0.0, name):
             variant.group_init(root, views, cfg, calibration_data)
         variant.refresh(views, cfg)
@@ -93,16 +104,22 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 
 @contextmanager
-def installed(root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], values: Values) -> Iterator[Adapter]:
-    """The transaction under attach and load: an adapter on the model, taken off again if the block raises."""
-    specs = checked_specs(root, cfg, targets)
+def installed(
+    root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], changes: Changes, values: Values
+) -> Iterator[Adapter]:
+    """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
+
+    `changes` are the fields of its config that differ by layer; the regexes of `per_layer` are not run here.
+    """
+    configs = configs_at(cfg, targets, changes)
+    specs = checked_specs(root, targets, configs)
     check_ready(root, targets)
     check_name(name, root, specs)
     _, session = session_of(root)
     modules = dict(root.named_modules())
     layers = {target.path: modules[target.path] for target in targets}
     repackable = quant.repackable(root)
-    state = AdapterState(name, cfg, targets, record.base_record(root, layers))
+    state = AdapterState(name, cfg, targets, record.base_record(root, layers), per_layer=changes)
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
     change = BaseChange((p for p in root.parameters() if p.requires_grad and id(p) not in adapted), repackable.values())
 
@@ -115,20 +132,19 @@ def installed(root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target]
         change.make()
         for target in targets:
             undo.callback(_uninstall, layers[target.path], name)
-            _install(layers[target.path], target, specs[target.path], state, values)
+            cfg_here = configs[target.path]
+            slot = Slot(state, target, cfg_here, weight_use(cfg_here), is_stacked(target, cfg_here))
+            _install(layers[target.path], slot, specs[target.path], values)
         yield Adapter(root, name)
         undo.pop_all()
 
 
-def _install(
-    module: quant.Linear, target: Target, specs: Mapping[str, ParamSpec], state: AdapterState, values: Values
-) -> None:
-    variant = lookup(state.cfg.variant)
-    slot = Slot(state, target, weight_use(state.cfg), is_stacked(target, state.cfg))
+def _install(module: quant.Linear, slot: Slot, specs: Mapping[str, ParamSpec], values: Values) -> None:
+    state, variant = slot.state, lookup(slot.cfg.variant)
     keep_slot(module, slot)
     state.layers.append(module)
     for name, spec in specs.items():
-        value = values(file_key(target.path, name), spec, state.cfg.dtype, quant.stored(module).device)
+        value = values(file_key(slot.path, name), spec, slot.cfg.dtype, quant.stored(module).device)
         if spec.trainable:
             module.register_parameter(state.attribute(name), nn.Parameter(value))
         else:

@@ -99,33 +99,28 @@ def _headers(path: Path) -> list[Header]:
 
 
 def _of_ours(file: AdapterFile) -> StoredAdapter:
-    shapes = file.header.shapes()
-    targets = {at: _target(file, at, shapes) for at in file.targets}
-    wanted = {
-        file_key(at, name): tuple(spec.shape)
-        for at, target in targets.items()
-        for name, spec in specs_at(target, file.cfg).items()
-    }
+    shapes, configs = file.header.shapes(), {at: file.cfg.at(file.per_layer.get(at, {})) for at in file.targets}
+    targets = {at: _target(file, at, cfg, shapes) for at, cfg in configs.items()}
+    specs = {at: specs_at(targets[at], cfg) for at, cfg in configs.items()}
+    wanted = {file_key(at, name): tuple(spec.shape) for at in specs for name, spec in specs[at].items()}
     check_shapes(shapes, wanted, str(file.path))
     held = file.tensors()
     layers = {
-        at: StoredLayer(
-            target, file.cfg, file.scale, {name: held[file_key(at, name)] for name in specs_at(target, file.cfg)}
-        )
-        for at, target in targets.items()
+        at: StoredLayer(targets[at], configs[at], file.scale, {name: held[file_key(at, name)] for name in specs[at]})
+        for at in file.targets
     }
     size = file.path.stat().st_size
     return StoredAdapter(file.path, "lora-lite file", size, file.cfg, file.scale, file.base, layers)
 
 
-def _target(file: AdapterFile, at: str, shapes: Mapping[str, tuple[int, ...]]) -> Target:
-    """The layer as its tensors tell: with a leading axis over experts if each has one more than its spec."""
+def _target(file: AdapterFile, at: str, cfg: BaseConfig, shapes: Mapping[str, tuple[int, ...]]) -> Target:
+    """The layer as its tensors tell: with a leading axis over experts if they have one more than their spec."""
     d_in, d_out = file.targets[at]
     if not (0 < d_in <= WIDEST and 0 < d_out <= WIDEST):
         raise CheckpointError(f"{file.path}: {at} would be {d_in} -> {d_out}; wanted 1 to {WIDEST} features")
     target = Target(at, d_in, d_out, "?", *place(at))
-    name, spec = next(iter(specs_at(target, file.cfg).items()))
+    name, spec = next(iter(specs_at(target, cfg).items()))
     found = shapes.get(file_key(at, name), ())
-    if weight_use(file.cfg) == "unused" or len(found) != len(spec.shape) + 1:
+    if weight_use(cfg) == "unused" or len(found) != len(spec.shape) + 1:
         return target
     return Target(at, d_in, d_out, "?", *place(at), experts=found[0])

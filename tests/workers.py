@@ -52,7 +52,9 @@ def compiled(variant: str, folder: Path) -> None:
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         base = fast(input_ids=IDS).logits
-    adapter = attach(fast, config(variant))
+    fields = ll.config_for(variant).__dataclass_fields__
+    differ = {field: value for field, value in {"r": 3, "alpha": 2.0, "strength": 0.5}.items() if field in fields}
+    adapter = attach(fast, config(variant, per_layer={r"down_proj$": differ} if differ else {}))
     perturb(adapter)
 
     model.train()

@@ -71,11 +71,11 @@ class Abliteration:
 
     @staticmethod
     def refresh(targets: Mapping[str, Layer], cfg: AbliterationConfig) -> None:
-        for layer, v, strength in placed(targets, cfg):
+        for layer, v, strength in placed(targets):
             layer.lora_strength.fill_(strength)
             if not torch.equal(layer.lora_v, v):
                 layer.lora_v.copy_(v)
-                if cfg.normalization in ("full", "column"):
+                if layer.cfg.normalization in ("full", "column"):
                     _read_weight(layer)
 
     @staticmethod
