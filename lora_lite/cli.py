@@ -11,9 +11,10 @@ def main() -> None:
     try:
         from .commands import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        print(f"lora-lite: {error.name} is not installed; pip install 'lora-lite[cli]'", file=sys.stderr)
+        print(f"lora-lite: {missing} is not installed; pip install 'lora-lite[cli]'", file=sys.stderr)
         sys.exit(2)
     logger.remove()  # commands.py has a sink of its own
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | os.environ

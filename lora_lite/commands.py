@@ -47,6 +47,10 @@ app = typer.Typer(
 )
 
 
+EXTRAS = {"matplotlib": "demo", "transformers": "hf", "accelerate": "hf", "bitsandbytes": "bnb"}
+"""Packages that a command may lack, and the extra that has them."""
+
+
 class Command(TyperCommand):
     """A command that ends with one line on stderr and exit code 2 when something is wrong; --debug tells all of it."""
 
@@ -67,10 +71,10 @@ class Command(TyperCommand):
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        extra = {"matplotlib": "demo", "transformers": "hf", "accelerate": "hf", "bitsandbytes": "bnb"}.get(
-            (error.name or "").partition(".")[0]
+        missing = (error.name or "").partition(".")[0]
+        return f"{missing} is not installed" + (
+            f"; pip install 'lora-lite[{EXTRAS[missing]}]'" if missing in EXTRAS else ""
         )
-        return f"{error.name} is not installed" + (f"; pip install 'lora-lite[{extra}]'" if extra else "")
     first = (str(error).strip().splitlines() or ["no reason given"])[0]
     return first if isinstance(error, LoraLiteError) else f"{type(error).__name__}: {first}"
 
@@ -123,7 +127,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of the norm of the delta by layer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer by itself.")] = False,
 ) -> None:
-    """Show what an adapter is: method, config, base, layers, and how far it moves their weights."""
+    """Show an adapter: method, config, base, size of its deltas."""
     with _progress("layers", MofNCompleteColumn()) as progress:
         report = inspect_adapter(path, base, progress)
     if plot is not None:
@@ -139,7 +143,10 @@ def diff(
     a: Annotated[Path, typer.Argument(help="An adapter file or PEFT folder.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
-    """Show how two adapters differ. The exit code is 0 if they are equal, 1 if not."""
+    """Show how two adapters differ.
+
+    The exit code is 0 if they are equal, 1 if not.
+    """
     with _progress("layers", MofNCompleteColumn()) as progress:
         difference = compare(a, b, progress)
     show_difference(console(), difference)
@@ -163,7 +170,10 @@ def merge(
         typer.Option(help="Run base + adapter, then the merged model, on this text file, and print how far apart."),
     ] = None,
 ) -> None:
-    """Fold an adapter into a checkpoint on disk, a part of a tensor at a time. Goes on where it was interrupted."""
+    """Fold an adapter into a checkpoint on disk.
+
+    Tensor by tensor, so it needs little memory; run again, it goes on where it was interrupted.
+    """
     text = None if verify is None else verify.read_text(encoding="utf-8")
     with _progress("merging", DownloadColumn(), TransferSpeedColumn()) as progress:
         report = _library.merge_checkpoint(base, adapter, out, base_weights, untie=untie, progress=progress)
@@ -182,7 +192,7 @@ def convert(
         float | None, typer.Option(help="Refuse a LoRA with a larger relative error in some layer.")
     ] = None,
 ) -> None:
-    """Turn an adapter file into a PEFT folder, or a PEFT folder into a file.
+    """Turn an adapter file into a PEFT folder, or back.
 
     Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory.
     """

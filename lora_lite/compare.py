@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from .delta import delta
 from .keys import core
 from .report import Progress, counted, grouped
 from .stored import StoredAdapter, StoredLayer, read_adapter
+
+ABSENT = "-"
+"""In place of a config field that the method doesn't have."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Difference:
     a: Path
     b: Path
     config: dict[str, tuple[Any, Any]]
-    """Variant, scale and config fields that aren't the same."""
+    """Scale and config fields that aren't the same, by name; "r at 3 layers" where others have the same."""
     base: dict[str, tuple[Any, Any]]
     """What both say of their base, and say differently."""
     only_a: list[str]
@@ -107,7 +110,7 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], progress: Prog
     return Difference(
         first.path,
         second.path,
-        _config(first, second),
+        _config(first, second, pairs.values()),
         _base(first, second),
         [layer.target.path for at, layer in of_a.items() if at not in of_b],
         [layer.target.path for at, layer in of_b.items() if at not in of_a],
@@ -148,12 +151,24 @@ def _total(parts: list[Sums | None]) -> Sums | None:
     return sum(known, Sums()) if len(known) == len(parts) else None
 
 
-def _config(a: StoredAdapter, b: StoredAdapter) -> dict[str, tuple[Any, Any]]:
-    """Variant, scale and fields that differ; which layers were asked for only between files of one format."""
-    first, second = ({**each.cfg.to_dict(), "scale": each.scale} for each in (a, b))
-    skipped = () if a.format == b.format else BaseConfig.FILTERS
-    fields = [field for field in dict.fromkeys((*first, *second)) if field not in skipped]
-    return {field: (first.get(field), second.get(field)) for field in fields if first.get(field) != second.get(field)}
+def _config(
+    a: StoredAdapter, b: StoredAdapter, pairs: Collection[tuple[StoredLayer, StoredLayer]]
+) -> dict[str, tuple[Any, Any]]:
+    """Scale and fields that differ, at all layers or some; which layers were asked for between files of one format."""
+    filters = BaseConfig.FILTERS if a.format == b.format else ()
+    asked = [{field: each.cfg.to_dict()[field] for field in filters} | {"scale": each.scale} for each in (a, b)]
+    out = {field: (asked[0][field], asked[1][field]) for field in asked[0] if asked[0][field] != asked[1][field]}
+    found: dict[str, list[tuple[Any, Any]]] = {}
+    for first, second in [(x.cfg, y.cfg) for x, y in pairs] or [(a.cfg, b.cfg)]:
+        values = [cfg.to_dict() for cfg in (first, second)]
+        for field in dict.fromkeys((*values[0], *values[1])):
+            of_a, of_b = (each.get(field, ABSENT) for each in values)
+            if of_a != of_b and field not in (*BaseConfig.FILTERS, "per_layer"):
+                found.setdefault(f"{field}\0{of_a}\0{of_b}", []).append((of_a, of_b))
+    for key, members in found.items():
+        field = key.partition("\0")[0]
+        out[field if len(members) >= len(pairs) else f"{field} at {len(members)} layers"] = members[0]
+    return out
 
 
 def _base(a: StoredAdapter, b: StoredAdapter) -> dict[str, tuple[Any, Any]]:
@@ -166,4 +181,4 @@ def _base(a: StoredAdapter, b: StoredAdapter) -> dict[str, tuple[Any, Any]]:
     first, second = ({core(at): seen for at, seen in each.base.get("fingerprint", {}).items()} for each in (a, b))
     both = first.keys() & second.keys()
     other = sum(first[at] != second[at] for at in both)
-    return out | ({"weights": (f"{len(both)} layers", f"{other} of them others")} if other else {})
+    return out | ({"weights": (f"{len(both)} layers", f"{other} of them differ")} if other else {})

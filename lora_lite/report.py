@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from .config import BaseConfig, dtype_name
 from .delta import Weights, norm
@@ -19,6 +19,7 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 
+@runtime_checkable
 class AtPath(Protocol):
     """What is said of one layer or tensor."""
 

@@ -89,15 +89,14 @@ def show_difference(out: Console, difference: Difference) -> None:
     layers = sum(group.layers for group in difference.groups)
     for sign, path, only in (("A", difference.a, difference.only_a), ("B", difference.b, difference.only_b)):
         _title(out, f"{sign}  {path}", f", {layers + len(only)} layers")
+    out.print()
     if difference.equal:
         out.print("equal")
         return
-    differing = difference.config | {f"base {key}": values for key, values in difference.base.items()}
-    for name, (a, b) in differing.items():
-        describe = quantised if name == "base quantization" else _value
-        _facts(out, {f"{name}  A": describe(a), f"{' ' * len(name)}  B": describe(b)})
+    _differing(out, difference.config | {f"base {key}": values for key, values in difference.base.items()})
     for sign, only in (("A", difference.only_a), ("B", difference.only_b)):
         if only:
+            out.print()
             out.print(f"only in {sign}: {len(only)} layers")
             table(out, ["layer", "n"], [[path, str(n)] for path, n in Counter(map(starred, only)).items()], right=(1,))
     if not difference.groups:
@@ -109,7 +108,20 @@ def show_difference(out: Console, difference: Difference) -> None:
         for group in difference.groups
     ]
     table(out, head, rows, right=range(1, 5))
-    out.print(Text("tensors: |A - B| / |A|;  delta: the same of W' - W;  -: other shapes, or it depends on the base"))
+    out.print(Text("tensors: |A - B| / |A|; delta: the same of W' - W, cosine: its own"))
+    if any(None in (group.tensors, group.delta) for group in difference.groups):
+        out.print(Text("-: tensors of other shapes, a delta that depends on the base weight"))
+
+
+def _differing(out: Console, fields: Mapping[str, tuple[Any, Any]]) -> None:
+    if not fields:
+        return
+    made = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    for title in ("differs", "A", "B"):
+        made.add_column(title, overflow="fold")
+    for name, values in fields.items():
+        made.add_row(*map(Text, (name, *map(quantised if name == "base quantization" else _value, values))))
+    out.print(made)
 
 
 # ---- pieces -------------------------------------------------------------------------------------
