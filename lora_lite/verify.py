@@ -78,12 +78,12 @@ def verify_merge(
     return Verification(len(kl), float(kl.mean()), float(kl.max()), logit)
 
 
-@torch.no_grad()
 def _logits(model: Any, ids: Tensor) -> Iterator[Float[Tensor, "n v"]]:
     """Of each window of the text, every one seen without those before."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
     for window in ids.split(min(WINDOW, longest), dim=1):
-        logits = model(input_ids=window.to(model.device), use_cache=False).logits[0].cpu()
+        with torch.no_grad():
+            logits = model(input_ids=window.to(model.device), use_cache=False).logits[0].cpu()
         if not logits.isfinite().all():
             raise BaseModelError("the logits are not finite\n  try another dtype for the base")
         yield logits
