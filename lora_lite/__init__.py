@@ -17,6 +17,7 @@ from .errors import (
 )
 from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
 from .layer import Layer
+from .merge import merge, unmerge
 from .preflight import Plan, plan
 from .prompts import prompt_batches
 from .runtime import attach, detach
@@ -67,10 +68,12 @@ __all__ = [
     "load_base",
     "logit_gap",
     "marker_rate",
+    "merge",
     "plan",
     "prompt_batches",
     "register",
     "restore",
     "save",
     "scaled",
+    "unmerge",
 ]

@@ -60,11 +60,31 @@ class BaseChange:
 
 
 @dataclass(eq=False)
+class Swap:
+    """One thing that a merge has changed on a module: the storage of a parameter, or a whole attribute."""
+
+    holder: nn.Module
+    name: str
+    before: Tensor | nn.Module | None
+
+    def put(self, value: Tensor | nn.Module | None) -> None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            getattr(self.holder, self.name).data = value  # the parameter stays the object that others know
+        else:
+            setattr(self.holder, self.name, value)
+
+    def undo(self) -> None:
+        self.put(self.before)
+
+
+@dataclass(eq=False)
 class Session:
     """The adapters on a model, and what their attaches changed; the last detach undoes it."""
 
     adapters: dict[str, AdapterState] = field(default_factory=dict)
     changes: list[BaseChange] = field(default_factory=list)
+    merged: list[Swap] = field(default_factory=list)
+    """What unmerge puts back; empty while nothing is merged."""
     memo: dict[bytes, Tensor] = field(default_factory=dict)
     """Results of the base, which is read-only meanwhile, by a hash of what they were computed from."""
 
@@ -116,6 +136,7 @@ class Adapter:
 
     @scale.setter
     def scale(self, c: float) -> None:
+        self._check_unmerged("change the scale")
         self._state.scale = _finite(c)
 
     def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
@@ -125,6 +146,7 @@ class Adapter:
         Raises ConfigError for another field or a bad value, and what attach raises for the data; the adapter is then as
         it was.
         """
+        self._check_unmerged("configure")
         state, variant = self._state, lookup(self.variant)
         fixed = sorted(changes.keys() - set(variant.live))
         if fixed:
@@ -181,6 +203,7 @@ class Adapter:
 
         Raises CheckpointError, before anything is copied, unless keys and shapes are exactly this adapter's.
         """
+        self._check_unmerged("load values")
         own = dict(self.named_tensors())
         check_shapes(
             {key: tuple(t.shape) for key, t in tensors.items()},
@@ -196,17 +219,15 @@ class Adapter:
 
     def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
         """Each adapted layer, with this adapter's slot on it."""
-        state = self._state
-        for module in self._model.modules():
+        for module in self._state.layers:
             slot = slots_of(module).get(self.name)
-            if slot is not None and slot.state is state:
+            if slot is not None:
                 yield module, slot
 
     def views(self) -> dict[str, Layer]:
         """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""
         views: dict[str, Layer] = {}
-        for module in self._state.layers:  # no walk over the model: a search changes the config at every trial
-            slot = slots_of(module)[self.name]
+        for module, slot in self.slots():
             if slot.stacked:
                 views |= {f"{slot.path}[{i}]": Layer(module, slot, expert=i) for i in range(slot.target.experts)}
             else:
@@ -227,6 +248,10 @@ class Adapter:
         state.cfg = cfg
         for module, at_layer in zip(state.layers, configs, strict=True):
             slots_of(module)[self.name].cfg = at_layer
+
+    def _check_unmerged(self, what: str) -> None:
+        if self._state.merged:
+            check_unmerged(session_of(self._model)[1], what)
 
     @property
     def _state(self) -> AdapterState:
@@ -271,6 +296,8 @@ def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None
     """
     c, session = _finite(c), session_of(model)[1]
     names = list(session.adapters) if name is None else [get_adapter(model, name).name]
+    if any(session.adapters[each].merged for each in names):
+        check_unmerged(session, "change the scale")
     before = [(session.adapters[each], session.adapters[each].scale) for each in names]
     try:
         for state, _ in before:
@@ -326,6 +353,16 @@ def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
             f"  give the whole model, the one that attach was given"
         )
     return getattr(model, "_orig_mod", model), Session()
+
+
+def check_unmerged(session: Session, what: str) -> None:
+    """TargetError while adapters are merged: their effect is in the weights, so nothing here would change it."""
+    merged = [name for name, state in session.adapters.items() if state.merged]
+    if merged:
+        raise TargetError(
+            f"can't {what}: {', '.join(merged)} {'is' if len(merged) == 1 else 'are'} merged into the weights\n"
+            f"  lora_lite.unmerge(model) first"
+        )
 
 
 def has_session(module: nn.Module) -> bool:

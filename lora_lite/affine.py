@@ -5,7 +5,7 @@ comes out for the unit vector e_j, less what comes out for 0. The layer's own pr
 columns at a time, wherever an adapter leaves its input alone or scales its channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -61,6 +61,12 @@ class Affine:
         self.d_in, self.d_out = slots[0].target.d_in, slots[0].target.d_out
         self._views, self._no_bias = views(dtype), views(dtype, bias=None)
         _check_affine(views(torch.float64, bias=None), self.d_in, self.d_out, device)
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "n i"], product: Callable[[Tensor], Tensor]) -> Float[Tensor, "n o"]:
+        """W' x + b' itself, with the layer's own x -> W x + b given."""
+        x = _inputs(self._views, x)
+        return _outputs(self._views, x, product(x))
 
     @torch.no_grad()
     def columns(self, weight: Float[Tensor, "o i"]) -> Iterator[tuple[int, int, Float[Tensor, "o n"]]]:

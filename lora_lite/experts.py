@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-NAME = "down_proj"
+NAME, BIAS = "down_proj", "down_proj_bias"
 
 
 def down(block: nn.Module) -> Float[Tensor, "e o i"] | None:
@@ -19,6 +19,23 @@ def down(block: nn.Module) -> Float[Tensor, "e o i"] | None:
         return None
     matrices: Tensor = getattr(block, NAME)
     return matrices.mT if transposed else matrices
+
+
+def stored(block: nn.Module) -> Tensor:
+    """The parameter that holds them, as it lies in memory."""
+    parameter: Tensor = getattr(block, NAME)
+    return parameter
+
+
+def oriented(block: nn.Module, matrices: Tensor) -> Float[Tensor, "e o i"]:
+    """A tensor that lies as the block's parameter does, with each matrix as (d_out, d_in)."""
+    return matrices.mT if _transposed(block) else matrices
+
+
+def bias(block: nn.Module) -> Float[Tensor, "e o"] | None:
+    """What each expert adds after its down-projection, or None."""
+    found = getattr(block, BIAS, None)
+    return found if isinstance(found, Tensor) else None
 
 
 def count(block: nn.Module) -> int:

@@ -25,10 +25,17 @@ class AdapterState:
     """As attached."""
     base: dict[str, Any]
     scale: float = 1.0
+    merged: bool = False
+    """True while its effect is in the weights, and its hooks do nothing."""
     layers: list[nn.Module] = field(default_factory=list)
     """The adapted modules, in the order of `targets`."""
     per_layer: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Path of a target -> the config fields that differ there."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Do its hooks leave everything as it is?"""
+        return self.merged or self.scale == 0
 
     def attribute(self, tensor: str) -> str:
         """The name on the layer of this adapter's `tensor`: `lora_A`, or `lora_A__fr` for adapter fr."""

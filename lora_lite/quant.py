@@ -82,6 +82,11 @@ def stored(layer: Linear) -> Tensor:
     return layer.weight if matrices is None else matrices
 
 
+def stored_parameter(layer: Linear) -> Tensor:
+    """The same, as it lies on the module."""
+    return experts.stored(layer) if experts.count(layer) else layer.weight
+
+
 def is_lazy(layer: Linear) -> bool:
     """True for a layer such as nn.LazyLinear before its first forward."""
     return isinstance(stored(layer), UninitializedParameter | UninitializedBuffer)
@@ -268,6 +273,49 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
         "double_quant": False,
         "compute_dtype": None,
     } | record
+
+
+def compute_dtype(layer: Linear) -> torch.dtype | None:
+    """In which a 4-bit layer multiplies; None where it takes its input's."""
+    if kind_of(layer) is not Kind.BNB_4BIT:
+        return None
+    return layer.compute_dtype or _quant_state(layer).dtype
+
+
+def dense_module(layer: Linear, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> nn.Linear:
+    """An nn.Linear with these tensors, frozen, to stand where the layer does."""
+    d_out, d_in = weight.shape
+    made = nn.Linear(d_in, d_out, bias is not None, device="meta").train(layer.training)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    return made
+
+
+def requantized(layer: Linear, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> nn.Module:
+    """A layer with these tensors, quantised as this bitsandbytes layer is."""
+    import bitsandbytes as bnb
+
+    d_out, d_in = weight.shape
+    device = weight.device
+    made: Any
+    params: Any = bnb.nn.Params4bit if kind_of(layer) is Kind.BNB_4BIT else bnb.nn.Int8Params
+    if kind_of(layer) is Kind.BNB_4BIT:
+        state = _quant_state(layer)
+        how = {"quant_type": state.quant_type, "compress_statistics": state.nested, "quant_storage": layer.weight.dtype}
+        made = bnb.nn.Linear4bit(d_in, d_out, bias is not None, layer.compute_dtype, device="meta", **how)
+        given = weight.to("cpu", state.dtype)
+        made.weight = params(given, blocksize=state.blocksize, module=made, **how).to(device)
+        made.compute_type_is_set = layer.compute_type_is_set
+        made.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu
+    else:
+        threshold = layer.state.threshold
+        made = bnb.nn.Linear8bitLt(
+            d_in, d_out, bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
+        )
+        made.weight = params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False).to(device)
+    made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    new: nn.Module = made.train(layer.training)
+    return new
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from .adapter import (
     Adapter,
     BaseChange,
     Session,
+    check_unmerged,
     drop_slot,
     file_key,
     get_adapter,
@@ -86,6 +87,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises TargetError for an unknown name, or where fully_shard manages the parameters.
     """
     root, session = session_of(model)
+    check_unmerged(session, "detach")
     names = list(session.adapters) if name is None else [get_adapter(model, name).name]
     for each in names:
         if Adapter(root, each).is_sharded:
@@ -116,6 +118,7 @@ def installed(
     check_ready(root, targets)
     check_name(name, root, specs)
     _, session = session_of(root)
+    check_unmerged(session, "attach another adapter")
     modules = dict(root.named_modules())
     layers = {target.path: modules[target.path] for target in targets}
     repackable = quant.repackable(root)
@@ -196,7 +199,7 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     slot = slots_of(module)[name]
-    if slot.state.scale == 0:
+    if slot.state.is_idle:
         return None
     x = _argument(args, kwargs)
     if not isinstance(y, Tensor):
@@ -208,7 +211,7 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = slots_of(module)[name]
-    if slot.state.scale == 0:
+    if slot.state.is_idle:
         return None
     x = _argument(args, kwargs)
     new = apply_input(Layer(module, slot, x.dtype), x)
@@ -222,7 +225,7 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     if slot is next(each for each in slots.values() if each.stacked):
         experts.unshadow(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
     matrices = experts.down(module)
-    if slot.state.scale == 0 or matrices is None:
+    if slot.state.is_idle or matrices is None:
         return
     tensors = {tensor: getattr(module, slot.state.attribute(tensor)) for tensor in slot.tensors}
 

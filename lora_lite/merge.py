@@ -1,0 +1,247 @@
+"""Merging in memory: adapters folded into the weights of their layers, and the exact original weights again.
+
+No variant has code for it: a merged weight is what the adapter's hooks make of the unit vectors (affine.py).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from . import experts, quant
+from .adapter import Adapter, Swap, adapters, check_unmerged, get_adapter, session_of, slots_of
+from .affine import Affine
+from .config import dtype_name
+from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
+from .layer import Slot
+from .runtime import detach
+from .variant import weight_use
+
+CHOICES = (None, "dequantize", "requantize")
+
+
+@dataclass
+class _Layer:
+    """A layer, with the adapters that go into its weight and those that stay on it."""
+
+    module: Any  # as quant.Linear
+    slots: list[Slot]
+    stay: list[Slot]
+
+    @property
+    def path(self) -> str:
+        return self.slots[0].path
+
+
+def merge(model: nn.Module, name: str | None = None, *, quantized: str | None = None, keep: bool = True) -> None:
+    """Fold one adapter, or all, at their scales, into the weights of their layers; a bias where a method needs one.
+
+    keep       True: the original tensors stay in memory beside the merged ones, and `unmerge` puts them back; meanwhile
+               the adapters are idle, and calls that would change them raise. False: for good, one layer at a time; the
+               adapters come off and a plain model is left. It computes twice, first to see that all is well
+    quantized  what to do with a 4/8-bit layer. None: raise. "dequantize": it becomes an nn.Linear in its compute dtype
+               (of 8-bit layers the model's). "requantize": the merged weight is quantised as the old one was; the error
+               that this adds is logged
+
+    Raises QuantizedWeightError on a quantised layer without that choice; VariantError for a method that isn't affine;
+    TargetError for a weight that another module shares (a tied head), for adapters that stay and don't commute with
+    those that go in, an unknown name, sharded or merged adapters; BaseModelError where the result holds a NaN or an
+    infinity. The model is then as it was.
+    """
+    if quantized not in CHOICES:
+        raise ConfigError(f"quantized={quantized!r}: wanted one of {CHOICES}")
+    root, session = session_of(model)
+    check_unmerged(session, "merge")
+    chosen = list(adapters(model).values()) if name is None else [get_adapter(model, name)]
+    if not chosen:
+        raise TargetError(f"no adapter on this {type(root).__name__}\n  attach or load one first")
+    layers = _layers(root, chosen, quantized)
+    errors: dict[str, tuple[float, float]] = {}
+    if not keep:
+        for layer in layers:
+            _changes(root, layer, quantized, errors)  # every error comes now, before the first change
+    done: list[Swap] = []
+    try:
+        for layer in layers:
+            for swap, value in _changes(root, layer, quantized, errors):
+                swap.put(value)
+                if keep:
+                    done.append(swap)
+    except BaseException:
+        _undo(done)
+        raise
+    if keep:
+        session.merged = done
+        for adapter in chosen:
+            session.adapters[adapter.name].merged = True
+    else:
+        for adapter in chosen:
+            detach(model, adapter.name)
+    names = ", ".join(adapter.name for adapter in chosen)
+    logger.info(f"merged {names} into {len(layers)} layers of {type(root).__name__}{'' if keep else ', for good'}")
+    if errors:
+        path = max(errors, key=lambda path: errors[path])
+        of_weight, of_change = (sum(values) / len(errors) for values in zip(*errors.values(), strict=True))
+        logger.info(
+            f"quantised {len(errors)} layers again, which adds an error of {of_weight:.1%} of the weight on average "
+            f"({errors[path][0]:.1%} in {path}), {of_change:.2g} times what the adapters change"
+        )
+
+
+def unmerge(model: nn.Module) -> None:
+    """The original tensors in their places again, bit for bit, and the adapters at work.
+
+    Raises TargetError if nothing is merged.
+    """
+    root, session = session_of(model)
+    if not session.merged:
+        raise TargetError(
+            f"nothing is merged into this {type(root).__name__}\n"
+            f"  after merge(..., keep=False) the original weights are gone: load the base again"
+        )
+    _undo(session.merged)
+    session.merged = []
+    for state in session.adapters.values():
+        state.merged = False
+    logger.info(f"unmerged {', '.join(session.adapters)}")
+
+
+def _undo(swaps: list[Swap]) -> None:
+    for swap in reversed(swaps):
+        swap.undo()
+
+
+def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -> list[_Layer]:
+    """Every layer that one of these adapters is on. Raises what can be told without computing anything."""
+    names = {adapter.name for adapter in chosen}
+    holders = Counter(id(p) for module in root.modules() for p in module.parameters(recurse=False))
+    modules = {id(module): module for adapter in chosen for module, _ in adapter.slots()}
+    out = []
+    for module in modules.values():
+        slots = sorted(slots_of(module).values(), key=lambda slot: not slot.stacked)  # experts' matrices come first
+        layer = _Layer(
+            module, [s for s in slots if s.state.name in names], [s for s in slots if s.state.name not in names]
+        )
+        kind, weight = quant.kind_of(module), quant.stored(module)
+        if quant.is_sharded(weight) or weight.is_meta:
+            raise TargetError(
+                f"{layer.path}: its weight is {'sharded' if quant.is_sharded(weight) else 'offloaded'}\n"
+                f"  save the adapter, and merge on a whole model or with lora_lite.merge_checkpoint"
+            )
+        if holders[id(quant.stored_parameter(module))] > 1:
+            raise TargetError(
+                f"{layer.path}: another module shares its weight, as an embedding does with a tied head\n"
+                f"  it would change as well: untie them, or leave the layer out with exclude_names"
+            )
+        if kind is quant.Kind.UNKNOWN or (kind is not quant.Kind.DENSE and quantized is None):
+            raise QuantizedWeightError(
+                f"{layer.path}: the weight is {quant.describe(module)}, which can't hold the sum\n"
+                f'  use quantized="dequantize" (a dense layer), "requantize" (quantised again, with its error), or '
+                f"lora_lite.merge_checkpoint on the 16-bit checkpoint"
+            )
+        out.append(layer)
+    return out
+
+
+def _changes(
+    root: nn.Module, layer: _Layer, quantized: str | None, errors: dict[str, tuple[float, float]]
+) -> list[tuple[Swap, Tensor | nn.Module]]:
+    """What to put where for one layer, computed; and what a second quantisation adds, by path."""
+    module, path = layer.module, layer.path
+    if layer.slots[0].target.experts:
+        return _expert_changes(layer)
+    bias: Tensor | None = getattr(module, "bias", None)
+    if quant.kind_of(module) is quant.Kind.DENSE:
+        weight = quant.plain_weight(module, path)
+        new, new_bias = _folded(layer, weight, bias, weight.dtype)
+        stored = new.mT.contiguous() if quant.is_transposed(module) else new
+        changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(module, "weight", module.weight.data), stored)]
+        if bias is not None and new_bias is not None:
+            changes.append((Swap(module, "bias", bias.data), new_bias.to(bias.dtype)))
+        elif new_bias is not None:
+            changes.append((Swap(module, "bias", None), nn.Parameter(new_bias, requires_grad=False)))
+        return changes
+    weight = quant.dense_weight(module, path)
+    dtype = quant.compute_dtype(module) or getattr(torch, layer.slots[0].state.base["dtype"])
+    replacement: nn.Module
+    if quantized == "dequantize":
+        replacement = quant.dense_module(module, *_folded(layer, weight, bias, dtype))
+    else:
+        new, new_bias = _folded(layer, weight, bias, torch.float32)
+        replacement = quant.requantized(module, new, None if new_bias is None else new_bias.to(dtype))
+        error = (quant.dense_weight(replacement, path) - new).norm()
+        errors[path] = float(error / new.norm()), float(error / (new - weight).norm())
+    places = [(parent, name) for parent in root.modules() for name, child in parent.named_children() if child is module]
+    if not places:
+        raise TargetError(f"{path}: the model is this one quantised layer, so nothing can hold its replacement")
+    return [(Swap(parent, name, module), replacement) for parent, name in places]
+
+
+def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
+    """Fused experts: each matrix; and each bias, where an adapter acts on the whole block's output."""
+    block, outer = layer.module, [slot for slot in layer.slots if not slot.stacked]
+    stored, biases = experts.stored(block), experts.bias(block)
+    new = torch.empty_like(stored)
+    for i, matrix in enumerate(experts.oriented(block, stored)):
+        experts.oriented(block, new)[i].copy_(_folded(layer, matrix, None, matrix.dtype, i)[0])
+    changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(block, experts.NAME, stored.data), new)]
+    if biases is not None and outer:
+        affine = Affine(block, outer, _compute(biases), biases.device)
+        zero = torch.zeros(affine.d_out, affine.d_in, dtype=affine.dtype, device=biases.device)
+        made = torch.stack([x for bias in biases if (x := affine.bias(zero, bias)) is not None])
+        changes.append((Swap(block, experts.BIAS, biases.data), made.to(biases.dtype)))
+    return changes
+
+
+@torch.no_grad()
+def _folded(
+    layer: _Layer, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, expert: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """W' (d_out, d_in) and b', in this dtype."""
+    affine = Affine(layer.module, layer.slots, _compute(weight), weight.device, expert)
+    if layer.stay:
+        _check_apart(layer, weight, bias, expert)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for start, stop, columns in affine.columns(weight):
+        out[:, start:stop] = columns
+    new_bias = affine.bias(weight, bias)
+    for tensor in (out, new_bias):
+        if tensor is not None and not tensor.isfinite().all():
+            raise BaseModelError(
+                f"{layer.path}: {int((~tensor.isfinite()).sum())} of {tensor.numel()} merged numbers are NaN or "
+                f"infinite in {dtype_name(dtype)}\n  check the adapter's and the base's values; nothing was changed"
+            )
+    return out, None if new_bias is None else new_bias.to(dtype)
+
+
+def _check_apart(layer: _Layer, weight: Tensor, bias: Tensor | None, expert: int | None) -> None:
+    """TargetError unless those that go in and those that stay give the same in this order as in the one attached."""
+    reads = [slot for slot in layer.stay if weight_use(slot.state.cfg) != "unused"]
+    everything = sorted(slots_of(layer.module).values(), key=lambda slot: not slot.stacked)
+    whole, inner, outer = (
+        Affine(layer.module, slots, torch.float64, weight.device, expert)
+        for slots in (everything, layer.slots, layer.stay)
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, whole.d_in, generator=generator, dtype=torch.float64).to(weight.device)
+    b = None if bias is None else bias.double()
+
+    def plain(x: Tensor) -> Tensor:
+        return x @ weight.double().mT + (0 if b is None else b)
+
+    wanted = whole(x, plain)
+    apart = outer(x, lambda x: inner(x, plain))
+    if reads or (apart - wanted).abs().max() > 1e-9 * wanted.abs().max():
+        going, staying = (", ".join(s.state.name for s in slots) for slots in (layer.slots, layer.stay))
+        raise TargetError(
+            f"{layer.path}: {staying} would act differently on a weight with {going} merged into it\n"
+            f"  merge all adapters at once, or detach what stays"
+        )
+
+
+def _compute(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
