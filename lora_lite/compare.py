@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import BaseConfig
-from .delta import delta
+from .norms import delta
 from .keys import core
 from .report import Progress, counted, grouped
 from .stored import StoredAdapter, StoredLayer, read_adapter

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from .config import BaseConfig, dtype_name
-from .delta import Weights, norm
+from .norms import Weights, norm
 from .stored import StoredTensors, read_stored
 from .targets import place, starred
 
