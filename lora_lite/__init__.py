@@ -18,6 +18,7 @@ from .errors import (
 from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
 from .layer import Layer
 from .merge import merge, unmerge
+from .peft_format import load_peft, save_peft
 from .preflight import Plan, plan
 from .prompts import prompt_batches
 from .runtime import attach, detach
@@ -66,6 +67,7 @@ __all__ = [
     "kl_divergence",
     "load",
     "load_base",
+    "load_peft",
     "logit_gap",
     "marker_rate",
     "merge",
@@ -74,6 +76,7 @@ __all__ = [
     "register",
     "restore",
     "save",
+    "save_peft",
     "scaled",
     "unmerge",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import quant
-from .config import dtype_name
+from .config import STORAGE_DTYPES, dtype_name
 from .errors import CheckpointError, ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
 from .targets import Target
@@ -394,6 +394,16 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
                 f"  such as {'; '.join(keys[:3])}\n"
                 f"  an adapter is loaded whole or not at all"
             )
+
+
+def check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
+    """CheckpointError unless all are finite floating numbers."""
+    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not tensor.isfinite().all()]
+    if odd:
+        raise CheckpointError(
+            f"{where}: {len(odd)} tensors hold NaN, infinities or no floating numbers, such as {odd[0]} "
+            f"({tensors[odd[0]].dtype})\n  {cure}"
+        )
 
 
 def _alive(references: list[weakref.ref[T]]) -> list[T]:

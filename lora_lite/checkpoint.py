@@ -24,12 +24,12 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import quant, record
-from .adapter import Adapter, check_shapes, file_key, get_adapter
-from .config import STORAGE_DTYPES, BaseConfig, to_json
+from .adapter import Adapter, check_numbers, check_shapes, file_key, get_adapter
+from .config import BaseConfig, to_json
 from .errors import CheckpointError, LoraLiteError
 from .files import Header, parse_json, read_header, write_tensors
 from .keys import resolve
-from .preflight import attachable, specs_at
+from .preflight import attachable, shapes_of, specs_at
 from .runtime import installed
 from .targets import Target
 from .variant import ParamSpec, lookup
@@ -56,7 +56,7 @@ class AdapterFile:
     def tensors(self) -> dict[str, Tensor]:
         """All of them, once their shapes have been found right. Raises CheckpointError for a NaN or an infinity."""
         tensors = self.header.read()
-        _check_numbers(tensors, str(self.path), "save the adapter again")
+        check_numbers(tensors, str(self.path), "save the adapter again")
         return tensors
 
 
@@ -75,9 +75,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
     adapter = get_adapter(model, name)
     tensors = {key: quant.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()}
-    check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(adapter), f"adapter {name!r} in memory")
+    check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, shapes_of(adapter), f"adapter {name!r} in memory")
     cure = "nothing was written; go back to an earlier file, with a lower learning rate"
-    _check_numbers(tensors, f"adapter {name!r} in memory", cure)
+    check_numbers(tensors, f"adapter {name!r} in memory", cure)
     meta = {
         "format": FORMAT,
         "variant": adapter.variant,
@@ -154,15 +154,6 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     return adapter
 
 
-def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """What its config says that each tensor must be."""
-    return {
-        file_key(target.path, tensor): tuple(spec.shape)
-        for target in adapter.layers
-        for tensor, spec in specs_at(target, adapter.config.at(adapter.per_layer.get(target.path, {}))).items()
-    }
-
-
 # ---- writing ------------------------------------------------------------------------------------
 
 
@@ -210,16 +201,6 @@ def read_file(path: str | os.PathLike[str]) -> AdapterFile:
             f"targets, as its config has a per_layer\n  save the adapter again"
         )
     return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"])
-
-
-def _check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
-    """CheckpointError unless all are finite floating numbers."""
-    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not tensor.isfinite().all()]
-    if odd:
-        raise CheckpointError(
-            f"{where}: {len(odd)} tensors hold NaN, infinities or no floating numbers, such as {odd[0]} "
-            f"({tensors[odd[0]].dtype})\n  {cure}"
-        )
 
 
 def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import quant
-from .adapter import has_session, session_of
+from .adapter import Adapter, file_key, has_session, session_of
 from .config import BaseConfig
 from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .layer import AdapterState
@@ -147,6 +147,15 @@ def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
     if is_stacked(target, cfg):
         return {name: replace(spec, shape=(target.experts, *spec.shape)) for name, spec in specs.items()}
     return specs
+
+
+def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """What its config says that each tensor must be."""
+    return {
+        file_key(target.path, tensor): tuple(spec.shape)
+        for target in adapter.layers
+        for tensor, spec in specs_at(target, adapter.config.at(adapter.per_layer.get(target.path, {}))).items()
+    }
 
 
 def check_name(name: str, root: nn.Module, specs: Specs) -> None:
