@@ -185,7 +185,7 @@ def merge(
 @app.command(cls=Command)
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter file or PEFT folder.")],
-    target: Annotated[Path, typer.Argument(help="File or folder to make.")],
+    target: Annotated[Path, typer.Argument(help="File or folder to make, where there is none.")],
     base: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
     rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank, of any method.")] = None,
     max_error: Annotated[

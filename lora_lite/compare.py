@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from .config import BaseConfig
-from .norms import delta
 from .keys import core
+from .norms import delta
 from .report import Progress, counted, grouped
 from .stored import StoredAdapter, StoredLayer, read_adapter
 
@@ -26,7 +26,7 @@ class GroupDifference:
     path: str
     layers: int
     tensors: float | None
-    """‖a - b‖ / ‖a‖ over all tensors; None if their names or shapes aren't the same."""
+    """‖a - b‖ / ‖a‖ over all tensors; None if methods or shapes aren't the same."""
     delta: float | None
     """‖ΔA - ΔB‖ / ‖ΔA‖ of ΔW = W' - W; None where that depends on the base."""
     cosine: float | None
@@ -93,7 +93,7 @@ class LayerDifference:
 
     path: str
     tensors: Sums | None
-    """None if their names or shapes aren't the same."""
+    """None if methods or shapes aren't the same."""
     delta: Sums | None
     """Of ΔW = W' - W; None where that depends on the base."""
 
@@ -124,9 +124,9 @@ def _by_core(layers: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
 
 
 def _compared(path: str, a: StoredLayer, b: StoredLayer) -> LayerDifference:
-    shapes = [{name: tensor.shape for name, tensor in layer.tensors.items()} for layer in (a, b)]
-    alike = shapes[0] == shapes[1]
-    tensors = Sums.of((tensor, b.tensors[name]) for name, tensor in a.tensors.items()) if alike else None
+    common = a.tensors.keys() & b.tensors.keys()  # a PEFT folder lacks what the base gives
+    alike = a.cfg.variant == b.cfg.variant and all(a.tensors[name].shape == b.tensors[name].shape for name in common)
+    tensors = Sums.of((a.tensors[name], b.tensors[name]) for name in sorted(common)) if alike else None
     fits = (a.target.d_in, a.target.d_out) == (b.target.d_in, b.target.d_out)
     blocks_a, blocks_b = (delta(a), delta(b)) if fits else (None, None)
     if blocks_a is None or blocks_b is None:
@@ -173,12 +173,10 @@ def _config(
 
 def _base(a: StoredAdapter, b: StoredAdapter) -> dict[str, tuple[Any, Any]]:
     """What both record of their base, and record differently; of the weights themselves, how many layers do."""
-    out = {
-        key: (value, b.base[key])
-        for key, value in a.base.items()
-        if key != "fingerprint" and key in b.base and value != b.base[key]
-    }
+    said = [{key: value for key, value in each.base.items() if value or key == "quantization"} for each in (a, b)]
+    both = said[0].keys() & said[1].keys() - {"fingerprint"}
+    out = {key: (said[0][key], said[1][key]) for key in said[0] if key in both and said[0][key] != said[1][key]}
     first, second = ({core(at): seen for at, seen in each.base.get("fingerprint", {}).items()} for each in (a, b))
-    both = first.keys() & second.keys()
-    other = sum(first[at] != second[at] for at in both)
-    return out | ({"weights": (f"{len(both)} layers", f"{other} of them differ")} if other else {})
+    shared = first.keys() & second.keys()
+    other = sum(first[at] != second[at] for at in shared)
+    return out | ({"weights": (f"{len(shared)} layers", f"{other} of them differ")} if other else {})

@@ -6,6 +6,7 @@ difference depends on W, that layer's weight is read from the original checkpoin
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from .keys import resolve
 from .layer import AdapterState, Layer, Slot
 from .preflight import specs_at
 from .stored import StoredLayer
-from .variant import weight_use
+from .targets import Target
+from .variant import lookup, weight_use
 
 
 class Weights:
@@ -36,16 +38,24 @@ class Weights:
         """In its own dtype. Raises CheckpointError unless it is a plain matrix of the layer's shape."""
         target = layer.target
         key = f"{self._at[target.path]}.weight"
-        header, wanted = self._headers[key], (target.d_out, target.d_in)
+        header, wanted = self._headers[key], [target.d_out, target.d_in]
         weight = header.read([key])[key]
-        flipped = self._transposed if target.d_in == target.d_out else weight.shape == (target.d_in, target.d_out)
-        weight = weight.mT if flipped and weight.ndim == 2 else weight
-        if weight.shape != wanted or not weight.is_floating_point():
+        weight = weight.mT if weight.ndim == 2 and self._lies_transposed(weight, target) else weight
+        fits = weight.ndim == 2 and all(n in (0, size) for n, size in zip(wanted, weight.shape, strict=True))
+        if not (fits and weight.is_floating_point()):
             raise CheckpointError(
                 f"{header.path}: {key} is {header.entries[key].dtype} {list(header.entries[key].shape)}; wanted "
-                f"numbers {list(wanted)}\n  give the original checkpoint of the adapter's base, not a quantised one"
+                f"numbers {wanted}\n  give the original checkpoint of the adapter's base, not a quantised one"
             )
         return weight
+
+    def _lies_transposed(self, weight: Tensor, target: Target) -> bool:
+        """By its shape, unless that fits both ways."""
+        fits = [
+            all(n in (0, size) for n, size in zip((target.d_out, target.d_in), shape, strict=True))
+            for shape in (weight.shape, weight.mT.shape)
+        ]
+        return self._transposed if all(fits) else fits[1]
 
     def _is_transposed(self, path: str) -> bool:
         """Is it (d_in, d_out), as GPT-2 stores it? Its bias, of d_out numbers, tells, unless it is square."""
@@ -76,6 +86,8 @@ def delta(layer: StoredLayer, weights: Weights | None = None) -> Iterator[Float[
 
 
 def _difference(layer: StoredLayer, weight: Float[Tensor, "o i"]) -> Iterator[Float[Tensor, "o n"]]:
+    d_out, d_in = weight.shape
+    layer = replace(layer, target=replace(layer.target, d_in=d_in, d_out=d_out))
     for affine in _affines(layer, weight, torch.float64):
         for start, stop, block in affine.columns(weight):
             yield block - weight[:, start:stop].double()
@@ -84,11 +96,11 @@ def _difference(layer: StoredLayer, weight: Float[Tensor, "o i"]) -> Iterator[Fl
 @torch.no_grad()
 def is_free(layer: StoredLayer) -> bool:
     """Is W' - W the same whatever W is: no weight is read, x passes, and what is added to y is the same for any y?"""
+    sizes = layer.target.d_in, layer.target.d_out
+    if 0 in sizes or layer.tensors.keys() != specs_at(layer.target, layer.cfg).keys():
+        return False
     generator = torch.Generator().manual_seed(0)
-    x, y = (
-        torch.randn(1, width, generator=generator, dtype=torch.float64)
-        for width in (layer.target.d_in, layer.target.d_out)
-    )
+    x, y = (torch.randn(1, width, generator=generator, dtype=torch.float64) for width in sizes)
     module, slot = stand_in(layer)
     try:
         for expert in _experts(layer):
@@ -103,20 +115,28 @@ def is_free(layer: StoredLayer) -> bool:
     return True
 
 
+@torch.no_grad()
 def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> tuple[nn.Module, Slot]:
     """A module with the layer's shape and the adapter's tensors, and the slot that a view of it needs.
 
-    Without a weight it has one of a kind that no method can read: trying raises QuantizedWeightError.
+    Tensors that the adapter lacks are the base's, and come of its `init`. Without a weight the module has one of a kind
+    that no method can read: trying raises QuantizedWeightError.
     """
-    target = layer.target
+    target, cfg = layer.target, layer.cfg
     module = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
     shown = torch.empty(target.d_out, target.d_in, dtype=torch.int8, device="meta") if weight is None else weight
     module.weight = nn.Parameter(shown, requires_grad=False)
+    specs = specs_at(target, cfg)
+    for name, spec in specs.items():
+        module.register_buffer(name, torch.zeros(spec.shape, dtype=cfg.dtype))
+    state = AdapterState("default", cfg, [target], {}, layer.scale, layers=[module])
+    kept = {name: spec.keep_dtype for name, spec in specs.items()}
+    slot = Slot(state, target, cfg, weight_use(cfg), target.experts > 0, kept)
+    if layer.tensors.keys() != specs.keys():
+        lookup(cfg.variant).init(Layer(module, slot), cfg)
     for name, tensor in layer.tensors.items():
         module.register_buffer(name, tensor)
-    state = AdapterState("default", layer.cfg, [target], {}, layer.scale, layers=[module])
-    kept = {name: spec.keep_dtype for name, spec in specs_at(target, layer.cfg).items()}
-    return module, Slot(state, target, layer.cfg, weight_use(layer.cfg), target.experts > 0, kept)
+    return module, slot
 
 
 def _affines(layer: StoredLayer, weight: Float[Tensor, "o i"] | None, dtype: torch.dtype) -> Iterator[Affine]:

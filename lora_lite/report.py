@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from .config import BaseConfig, dtype_name
 from .norms import Weights, norm
-from .stored import StoredTensors, read_stored
+from .stored import PEFT, StoredAdapter, StoredTensors, read_stored
 from .targets import place, starred
 
 Progress = Callable[[int, int], None]
@@ -103,8 +103,8 @@ def inspect(
         path=found.path,
         format=found.format,
         bytes=found.bytes,
-        variant=found.cfg.variant,
-        config=changed(found.cfg),
+        variant=" + ".join(dict.fromkeys(layer.cfg.variant for layer in found.layers.values())),
+        config=_config(found),
         scale=found.scale,
         base={key: value for key, value in found.base.items() if key != "fingerprint"},
         tensors=len(held),
@@ -133,6 +133,22 @@ def _of_tensors(found: StoredTensors) -> Report:
         layers=[],
         loose=loose,
     )
+
+
+def _config(found: StoredAdapter) -> dict[str, Any]:
+    """Of a PEFT folder without the regexes that find its layers; what differs by layer, by the layers' paths."""
+    said = changed(found.cfg)
+    if found.format != PEFT:
+        return said
+    said = {field: value for field, value in said.items() if field not in (*BaseConfig.FILTERS, "per_layer")}
+    common = found.cfg.to_dict()
+    differ = {
+        at: {field: value for field, value in layer.cfg.to_dict().items() if value != common.get(field)}
+        for at, layer in found.layers.items()
+        if layer.cfg.variant == found.cfg.variant
+    }
+    differ = {at: fields for at, fields in differ.items() if fields}
+    return said | ({"per_layer": differ} if differ else {})
 
 
 def changed(cfg: BaseConfig) -> dict[str, Any]:

@@ -13,17 +13,22 @@ from .checkpoint import AdapterFile, read_file
 from .config import BaseConfig
 from .errors import CheckpointError
 from .files import Header, read_header, read_shards
+from .peft_format import CONFIG, WEIGHTS, read_layers
 from .preflight import specs_at
 from .targets import Target, place
 from .variant import weight_use
 
+OURS, PEFT = "lora-lite file", "PEFT folder"
 WIDEST = 1 << 20
 """Features of the widest layer that a file may name: whoever looks at it makes vectors of that size."""
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer's share of an adapter; `target.experts` is above 0 if the tensors have a leading axis over experts."""
+    """One layer's share of an adapter; `target.experts` is above 0 if the tensors have a leading axis over experts.
+
+    Of a PEFT folder a side of the layer that no tensor tells is 0, and tensors that the base gives aren't there.
+    """
 
     target: Target
     cfg: BaseConfig
@@ -37,11 +42,13 @@ class StoredAdapter:
 
     path: Path
     format: str
+    """OURS or PEFT."""
     bytes: int
     cfg: BaseConfig
+    """Of most layers."""
     scale: float
     base: dict[str, Any]
-    """The base record of a file of ours; of another format, what it says of its base."""
+    """The base record of a file of ours; of a PEFT folder, its `name_or_path`."""
     layers: dict[str, StoredLayer]
 
 
@@ -61,7 +68,7 @@ def read_stored(path: str | os.PathLike[str]) -> StoredAdapter | StoredTensors:
     """
     path = Path(path)
     if is_peft(path):
-        raise CheckpointError(f"{path}: PEFT folders can't be read yet")  # TODO(peft)
+        return _of_peft(path)
     headers = _headers(path)
     if len(headers) == 1 and "lora_lite" in headers[0].metadata:
         return _of_ours(read_file(headers[0].path))
@@ -70,7 +77,7 @@ def read_stored(path: str | os.PathLike[str]) -> StoredAdapter | StoredTensors:
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
     """Is it a folder as PEFT writes them?"""
-    return (Path(path) / "adapter_config.json").is_file()
+    return (Path(path) / CONFIG).is_file()
 
 
 def read_adapter(path: str | os.PathLike[str]) -> StoredAdapter:
@@ -110,7 +117,17 @@ def _of_ours(file: AdapterFile) -> StoredAdapter:
         for at in file.targets
     }
     size = file.path.stat().st_size
-    return StoredAdapter(file.path, "lora-lite file", size, file.cfg, file.scale, file.base, layers)
+    return StoredAdapter(file.path, OURS, size, file.cfg, file.scale, file.base, layers)
+
+
+def _of_peft(folder: Path) -> StoredAdapter:
+    layers, settings = read_layers(folder)
+    by_path = {layer.target.path: StoredLayer(layer.target, layer.cfg, 1.0, layer.tensors) for layer in layers}
+    size = sum((folder / name).stat().st_size for name in (WEIGHTS, CONFIG))
+    name = settings.get("base_model_name_or_path")
+    cfgs = [layer.cfg for layer in layers]
+    most = max(cfgs, key=cfgs.count)
+    return StoredAdapter(folder, PEFT, size, most, 1.0, {"name_or_path": name} if name else {}, by_path)
 
 
 def _target(file: AdapterFile, at: str, cfg: BaseConfig, shapes: Mapping[str, tuple[int, ...]]) -> Target:

@@ -64,7 +64,7 @@ def _norms(layers: list[LayerReport]) -> str:
 def _layers(out: Console, layers: list[LayerReport]) -> None:
     rows, known = [], any(layer.norm is not None for layer in layers)
     for pattern, members in grouped(layers).items():
-        shape = " or ".join(sorted({f"{layer.d_in} -> {layer.d_out}" for layer in members}))
+        shape = " or ".join(sorted({f"{layer.d_in or '?'} -> {layer.d_out or '?'}" for layer in members}))
         norms = [(layer.norm, layer.block) for layer in members if layer.norm is not None]
         row = [pattern, shape, str(len(members))]
         if norms:
@@ -176,6 +176,8 @@ def quantised(how: Mapping[str, Any] | None) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, dict) and len(value) > 2:
+        return f"{len(value)} entries"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import attach, config, moe, perturb, quantized, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_checkpoint import rewrite
+from test_verify import TEXT, with_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -465,3 +468,156 @@ def test_without_matplotlib_it_says_which_extra(tmp_path: Path) -> None:
     done = process("inspect", path, "--plot", tmp_path / "a.png", code=code)
     assert done.returncode == 2
     assert done.stderr == "lora-lite: matplotlib is not installed; pip install 'lora-lite[demo]'\n"
+
+
+# ---- PEFT's folders -----------------------------------------------------------------------------
+
+
+def peft_folder(folder: Path, made: Any) -> tuple[Path, Any]:
+    """A folder that PEFT wrote, with values of its own, and our model with it loaded."""
+    theirs = peft.get_peft_model(tiny_llama(), made)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    model = tiny_llama()
+    ll.load_peft(model, folder)
+    return folder, model
+
+
+ALL = ["q_proj", "k_proj", "down_proj"]
+PEFTS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL, rank_pattern={"down_proj": 2}),
+    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL, use_dora=True),
+    "pissa": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL, init_lora_weights="pissa"),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
+    "ia3_ff": lambda: peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", PEFTS)
+def test_the_norms_of_a_peft_folder_are_those_of_the_model(kind: str, base: Path, tmp_path: Path) -> None:
+    folder, model = peft_folder(tmp_path / "peft", PEFTS[kind]())
+    report, norms = inspect(folder, base), moved(model)
+    assert (report.variant, report.format) == (kind, "PEFT folder")
+    assert {layer.path for layer in report.layers} == set(norms)
+    for layer in report.layers:
+        assert layer.norm == pytest.approx(norms[layer.path], rel=2e-4)
+    alone = [layer.norm for layer in inspect(folder).layers]
+    assert all(alone) if kind == "lora" else not any(alone)
+
+
+def test_a_peft_folder_is_told_as_an_adapter_of_ours(tmp_path: Path) -> None:
+    folder, _ = peft_folder(tmp_path / "peft", PEFTS["lora"]())
+    text = shown("inspect", folder)
+    assert re.search(r"config +r=4, alpha=6, per_layer=\{'model\.layers\.0\.mlp\.down_proj': \{'r':", text)
+    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj +64 -> 64 +2 ", text)
+    both = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    folder, _ = peft_folder(tmp_path / "both", both)
+    text = shown("inspect", folder)
+    assert re.search(r"variant +ia3 \+ ia3_ff", text)
+    assert re.search(r"k_proj +\? -> 32 ", text)
+    assert re.search(r"down_proj +128 -> \? ", text)
+
+
+def test_olora_that_is_half_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    made = peft.LoraConfig(r=4, target_modules=ALL, init_lora_weights="olora")
+    folder, _ = peft_folder(tmp_path / "peft", made)
+    result = run("inspect", folder)
+    assert (result.exit_code, "its A and B are half of the adapter" in result.stderr) == (2, True)
+
+
+# ---- convert ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "ia3", "ia3_ff"])
+def test_convert_goes_both_ways_and_loses_nothing(variant: str, base: Path, tmp_path: Path) -> None:
+    cfg = config(variant, **({"r": 4, "alpha": 8.0} if variant in ("lora", "dora") else {}))
+    path = saved(tmp_path, cfg)
+    done = shown("convert", path, tmp_path / "peft", "--base", base, columns=None)
+    assert done.startswith(f"{tmp_path / 'peft'}: PEFT folder, {variant}, 14 layers\n")
+    found = compare(path, tmp_path / "peft")
+    assert found.equal, found
+    shown("convert", tmp_path / "peft", tmp_path / "back.safetensors", "--base", base)
+    assert run("diff", tmp_path / "peft", tmp_path / "back.safetensors").exit_code == 0
+    before, after = load_file(path), load_file(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_any_method_becomes_a_lora(base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("ia3", target_names="k_proj"))
+    shown("convert", path, tmp_path / "peft", "--base", base, "--rank", 32, "--max-error", 1e-5)
+    found = inspect(tmp_path / "peft")
+    assert (found.variant, found.config["r"]) == ("lora", 32)
+    assert [layer.norm for layer in found.layers] == pytest.approx([layer.norm for layer in inspect(path, base).layers])
+    result = run("convert", path, tmp_path / "small", "--base", base, "--rank", 2, "--max-error", 0.01)
+    assert (result.exit_code, (tmp_path / "small").exists()) == (2, False)
+    assert "lora-lite: as a LoRA of rank 2: relative error" in result.stderr.splitlines()[-1]
+
+
+def test_convert_prints_the_error_of_a_lora_and_no_noise(base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("ia3", target_names="k_proj"))
+    done = process("convert", path, tmp_path / "peft", "--base", base, "--rank", 4)
+    assert (done.returncode, done.stderr) == (0, "")
+    (error,) = re.findall(
+        r"PEFT folder, lora, 2 layers\nof rank 4: relative error at most (\S+) in a layer", done.stdout
+    )
+    worst = []
+    for module, _ in attached(path):
+        delta = ((module.lora_l - 1)[:, None] * module.weight).detach()
+        rest = torch.linalg.svdvals(delta)[4:]
+        worst.append(float(rest.norm() / delta.norm()))
+    assert float(error) == pytest.approx(max(worst), rel=0.1)
+
+
+def attached(path: Path) -> list[tuple[Any, Any]]:
+    return list(ll.load(tiny_llama(), path).slots())
+
+
+def test_ia3_on_both_sides_becomes_two_files(base: Path, tmp_path: Path) -> None:
+    both = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    folder, model = peft_folder(tmp_path / "both", both)
+    shown("convert", folder, tmp_path / "a.safetensors", "--base", base)
+    again = tiny_llama()
+    ll.load(again, tmp_path / "a.safetensors")
+    ll.load(again, tmp_path / "a_ff.safetensors", name="default_ff")
+    ours, theirs = (ll.adapters(each) for each in (again, model))
+    assert [each.variant for each in ours.values()] == ["ia3", "ia3_ff"]
+    for name in ours:
+        held = theirs[name].state_dict()
+        assert all(torch.equal(tensor, held[key]) for key, tensor in ours[name].state_dict().items())
+
+
+def test_convert_writes_over_nothing_and_takes_no_tensors(base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("lora", r=2))
+    (tmp_path / "there").mkdir()
+    save_file(load_file(path), tmp_path / "raw.safetensors")
+    for args, reason in (
+        ([path, tmp_path / "there"], "there exists"),
+        ([path, tmp_path / "new", "--max-error", 0.1], "max_error is of a conversion to a LoRA of some rank"),
+        ([tmp_path / "raw.safetensors", tmp_path / "new"], "holds tensors, and no config"),
+        ([path, tmp_path / "new", "--rank", 0], "rank=0: wanted"),
+    ):
+        result = run("convert", *args, "--base", base)
+        assert result.exit_code == 2
+        assert reason in result.stderr.splitlines()[-1]  # transformers' bars go before it, in this process
+        assert not (tmp_path / "new").exists()
+
+
+# ---- merge --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(ll, "merge_checkpoint"), reason="TODO: merge_checkpoint")
+def test_merge_writes_and_verifies_a_checkpoint(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_tokenizer(base), tmp_path / "base")
+    path = saved(tmp_path, config("dora"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    done = shown("merge", tmp_path / "base", path, tmp_path / "out", "--verify", tmp_path / "text.txt")
+    assert "14 layers" in done
+    kl = re.search(r"KL\(base \+ adapter \|\| merged\): mean (\S+), max (\S+) nats a token, over 180 tokens", done)
+    assert kl is not None
+    assert abs(float(kl[1])) < 1e-6
+    result = run("merge", tmp_path / "base", path, tmp_path / "other", "--verify", tmp_path / "none.txt")
+    assert (result.exit_code, result.stderr.count("\n"), (tmp_path / "other").exists()) == (2, 1, False)
