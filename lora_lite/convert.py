@@ -49,8 +49,8 @@ def convert(
 ) -> Converted:
     """A file of ours becomes a PEFT folder, a PEFT folder a file of ours; with a rank, either a PEFT folder of a LoRA.
 
-    A PEFT folder of IA3 on outputs and inputs becomes two files, the second `<target>_ff`. The base is opened on the CPU
-    as the adapter's file records it, quantised if it was.
+    A PEFT folder of IA3 on outputs and inputs becomes two files, the second `<target>_ff`. The base is opened on the
+    CPU as the adapter's file records it, quantised if it was.
 
     Raises ConfigError for a target that exists or a max_error without a rank, and what load_base, load, load_peft, save
     and save_peft raise.
