@@ -18,6 +18,7 @@ from .errors import (
 from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
 from .layer import Layer
 from .merge import merge, unmerge
+from .merge_disk import Merged, merge_checkpoint
 from .peft_format import load_peft, save_peft
 from .preflight import Plan, plan
 from .prompts import prompt_batches
@@ -45,6 +46,7 @@ __all__ = [
     "Layer",
     "LoRAConfig",
     "LoraLiteError",
+    "Merged",
     "Normalization",
     "ParamSpec",
     "PiSSAConfig",
@@ -71,6 +73,7 @@ __all__ = [
     "logit_gap",
     "marker_rate",
     "merge",
+    "merge_checkpoint",
     "plan",
     "prompt_batches",
     "register",

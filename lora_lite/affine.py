@@ -68,27 +68,41 @@ class Affine:
         x = _inputs(self._views, x)
         return _outputs(self._views, x, product(x))
 
-    @torch.no_grad()
     def columns(self, weight: Float[Tensor, "o i"]) -> Iterator[tuple[int, int, Float[Tensor, "o n"]]]:
         """(start, stop, W'[:, start:stop]) for all of W'. Only these columns of the weight are read, if `is_local`."""
-        x0 = self._unit(0, 1).zero_()
-        x0 = _inputs(self._no_bias, x0)
-        y0 = _product(x0, weight) if x0.any() else x0.new_zeros(1, self.d_out)
-        offset = _outputs(self._no_bias, x0, y0)
+        origin = self._origin(weight)
         for start, stop in self._blocks():
-            e = self._unit(start, stop)
-            x = _inputs(self._no_bias, e)
-            own = _own(x - x0, start)
-            y = _product(x - x0, weight) if own is None else weight[:, start:stop].to(self.dtype).mT * own[:, None]
-            yield start, stop, (_outputs(self._no_bias, x, y + y0) - offset).mT
+            yield start, stop, self._columns(weight, start, stop, *origin)
 
     @torch.no_grad()
-    def bias(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> Float[Tensor, "o"] | None:
-        """b', what comes out for x = 0; None if that is nothing and the layer has no bias."""
-        x = _inputs(self._views, self._unit(0, 1).zero_())
+    def _origin(self, weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor, Tensor]:
+        """What becomes of 0: the input, the layer's output for it, the adapters' output."""
+        x = _inputs(self._no_bias, self._unit(0, 1).zero_())
         y = _product(x, weight) if x.any() else x.new_zeros(1, self.d_out)
+        return x, y, _outputs(self._no_bias, x, y)
+
+    @torch.no_grad()
+    def _columns(
+        self, weight: Float[Tensor, "o i"], start: int, stop: int, x0: Tensor, y0: Tensor, offset: Tensor
+    ) -> Float[Tensor, "o n"]:
+        x = _inputs(self._no_bias, self._unit(start, stop))
+        own = _own(x - x0, start)
+        y = _product(x - x0, weight) if own is None else weight[:, start:stop].to(self.dtype).mT * own[:, None]
+        return (_outputs(self._no_bias, x, y + y0) - offset).mT
+
+    @torch.no_grad()
+    def bias(self, bias: Float[Tensor, "o"] | None, weight: Callable[[], Tensor]) -> Float[Tensor, "o"] | None:
+        """b', what comes out for x = 0; None if that is nothing and the layer has no bias. Seldom asks for W."""
+        x = _inputs(self._views, self._unit(0, 1).zero_())
+        y = _product(x, weight()) if x.any() else x.new_zeros(1, self.d_out)
         new = _outputs(self._views, x, y if bias is None else y + bias.to(self.dtype))[0]
         return None if bias is None and not new.any() else new
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Let the adapters compute what they remember of the weight."""
+        x = self._unit(0, 1).zero_()
+        _outputs(self._no_bias, _inputs(self._no_bias, x), x.new_zeros(1, self.d_out))
 
     @torch.no_grad()
     def is_local(self) -> bool:

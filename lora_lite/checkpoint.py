@@ -4,8 +4,8 @@ Keys are full `state_dict()` paths with the plain names (`model.layers.0.mlp.up_
 any name. Metadata key `lora_lite`, JSON:
 
     {"format": 1, "variant", "config", "scale", "targets": {path: [d_in, d_out]}, "base": {class, name_or_path, dtype,
-     quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, modules}, fingerprint},
-     "library": version}
+     quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, weight_dtype, modules},
+     fingerprint}, "library": version}
 
 "scale" is the adapter's coefficient c; a file without it has 1. "per_layer", where the config differs by layer, holds
 {path: {field: value}} as attach resolved it: a load runs no regex of a file.
@@ -259,8 +259,8 @@ def _check_base(
         return here
     message = (
         f"{file.path} was trained on another base than this one\n"
-        f"  file:  {_base_line(there)}\n"
-        f"  model: {_base_line(here)}"
+        f"  file:  {record.base_line(there)}\n"
+        f"  model: {record.base_line(here)}"
     )
     reads = any(slot.base_weight != "unused" for _, slot in adapter.slots())
     if resume:
@@ -274,8 +274,3 @@ def _check_base(
         )
     logger.warning(f"{message}\n  its outputs will not be those that it was trained for")
     return there if reads else here
-
-
-def _base_line(base: Mapping[str, Any]) -> str:
-    how = base["quantization"] or {"quant_type": base["dtype"]}
-    return f"{base['class']} {base['name_or_path'] or ''} {how['quant_type']}"

@@ -14,7 +14,7 @@ NAME, BIAS = "down_proj", "down_proj_bias"
 
 def down(block: nn.Module) -> Float[Tensor, "e o i"] | None:
     """The experts' down-projections, one matrix (d_out, d_in) each, or None for a module that is no such block."""
-    transposed = _transposed(block)
+    transposed = lies_transposed(block)
     if transposed is None:
         return None
     matrices: Tensor = getattr(block, NAME)
@@ -29,7 +29,7 @@ def stored(block: nn.Module) -> Tensor:
 
 def oriented(block: nn.Module, matrices: Tensor) -> Float[Tensor, "e o i"]:
     """A tensor that lies as the block's parameter does, with each matrix as (d_out, d_in)."""
-    return matrices.mT if _transposed(block) else matrices
+    return matrices.mT if lies_transposed(block) else matrices
 
 
 def bias(block: nn.Module) -> Float[Tensor, "e o"] | None:
@@ -47,7 +47,7 @@ def count(block: nn.Module) -> int:
 def shadow(block: nn.Module, matrices: Float[Tensor, "e o i"]) -> None:
     """Until `unshadow`, the block computes with these. The parameter is untouched: Python finds an attribute of the
     instance before it asks nn.Module for a parameter."""
-    block.__dict__[NAME] = matrices.mT if _transposed(block) else matrices
+    block.__dict__[NAME] = matrices.mT if lies_transposed(block) else matrices
 
 
 def unshadow(block: nn.Module) -> None:
@@ -55,7 +55,7 @@ def unshadow(block: nn.Module) -> None:
     block.__dict__.pop(NAME, None)
 
 
-def _transposed(block: nn.Module) -> bool | None:
+def lies_transposed(block: nn.Module) -> bool | None:
     """Does it keep each matrix as (d_in, d_out), as GPT-OSS and Llama 4 do? None for a module that is no such block.
 
     The shape of a fused gate and up projection says which; without a gate, transformers' `is_transposed`.

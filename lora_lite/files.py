@@ -70,9 +70,12 @@ class Header:
         with self.path.open("rb", buffering=0) as file:
             return {key: self.tensor(file, key) for key in (self.entries if keys is None else keys)}
 
-    def tensor(self, file: BinaryIO, key: str) -> Tensor:
-        """One tensor, from the open file. Raises CheckpointError."""
+    def tensor(self, file: BinaryIO, key: str, index: int | None = None) -> Tensor:
+        """One tensor, or one of those that it stacks, from the open file. Raises CheckpointError."""
         entry = self.entries[key]
+        if index is not None:
+            size = (entry.stop - entry.start) // entry.shape[0]
+            entry = Entry(entry.dtype, entry.shape[1:], entry.start + index * size, entry.start + (index + 1) * size)
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: {key} is stored as {entry.dtype}; wanted one of {', '.join(DTYPES)}")
         raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
@@ -142,9 +145,9 @@ def _no_safetensors(path: Path, first: bytes, why: str) -> CheckpointError:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """A JSON object; CheckpointError for anything else, for NaN, a key that is there twice, or endless nesting."""
+    """A JSON object; CheckpointError for anything else, a key that is there twice, or endless nesting."""
     try:
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):
@@ -166,10 +169,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         raise ValueError("a key is there twice")
     return made
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def shard_names(folder: Path, stem: str = "model") -> dict[str, str] | None:

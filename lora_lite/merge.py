@@ -192,7 +192,7 @@ def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
     if biases is not None and outer:
         affine = Affine(block, outer, _compute(biases), biases.device)
         zero = torch.zeros(affine.d_out, affine.d_in, dtype=affine.dtype, device=biases.device)
-        made = torch.stack([x for bias in biases if (x := affine.bias(zero, bias)) is not None])
+        made = torch.stack([x for bias in biases if (x := affine.bias(bias, lambda: zero)) is not None])
         changes.append((Swap(block, experts.BIAS, biases.data), made.to(biases.dtype)))
     return changes
 
@@ -208,7 +208,7 @@ def _folded(
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for start, stop, columns in affine.columns(weight):
         out[:, start:stop] = columns
-    new_bias = affine.bias(weight, bias)
+    new_bias = affine.bias(bias, lambda: weight)
     for tensor in (out, new_bias):
         if tensor is not None and not tensor.isfinite().all():
             raise BaseModelError(

@@ -221,20 +221,28 @@ def samples(layer: Linear) -> list[float]:
         return []
     if kind is Kind.BNB_8BIT:
         codes, scales = _int8(layer)
-        return _spread(codes) + _spread(scales)
+        return spread(codes) + spread(scales)
     if kind is Kind.BNB_4BIT:
-        state = _quant_state(layer)
-        parts = [layer.weight.view(torch.uint8), state.absmax]
-        parts += [state.state2.absmax, state.offset] if state.nested else []
-        return [value for part in parts for value in _spread(part)]
-    return _spread(stored(layer))
+        return samples_4bit(layer.weight.view(torch.uint8), _quant_state(layer))
+    return spread(stored(layer))
 
 
-def _spread(tensor: Tensor) -> list[float]:
+def samples_4bit(codes: Tensor, state: Any) -> list[float]:
+    """Of 4-bit codes (uint8) and bitsandbytes' QuantState."""
+    parts = [codes, state.absmax]
+    parts += [state.state2.absmax, state.offset] if state.nested else []
+    return [value for part in parts for value in spread(part)]
+
+
+def spread(tensor: Tensor) -> list[float]:
     """Up to SAMPLES elements from the first to the last."""
     flat = (tensor if tensor.is_contiguous() else tensor.mT).detach().reshape(-1)
-    at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64, device="cpu").long()
-    return flat[at.to(flat.device)].float().tolist()
+    return flat[torch.tensor(spread_places(flat.numel()), device=flat.device)].float().tolist()
+
+
+def spread_places(numel: int) -> list[int]:
+    """Which elements of a flat tensor are looked at."""
+    return torch.linspace(0, numel - 1, min(SAMPLES, numel), dtype=torch.float64, device="cpu").long().tolist()
 
 
 def quantization(model: nn.Module) -> dict[str, Any] | None:
@@ -255,6 +263,7 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
                 "blocksize": state.blocksize,
                 "double_quant": bool(state.nested),
                 "compute_dtype": None if compute is None else dtype_name(compute),
+                "weight_dtype": dtype_name(state.dtype),
             } | record
         if kind_of(layer) is Kind.BNB_8BIT:
             return {
@@ -263,6 +272,7 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
                 "blocksize": None,
                 "double_quant": False,
                 "compute_dtype": None,
+                "weight_dtype": None,
             } | record
     if not layers:
         return None
@@ -272,6 +282,7 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
         "blocksize": None,
         "double_quant": False,
         "compute_dtype": None,
+        "weight_dtype": None,
     } | record
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from . import quant
 from .config import STORAGE_DTYPES, dtype_name
 
-_NOT_VALUES = ("compute_dtype", "modules")
+_NOT_VALUES = ("compute_dtype", "weight_dtype", "modules")
 """Entries of a quantisation record that leave a weight's values as they are."""
 
 
@@ -36,7 +36,13 @@ def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     prints = a["fingerprint"], b["fingerprint"]
     if how[0] != how[1] or prints[0].keys() != prints[1].keys():
         return False
-    return all(_same_weight(prints[0][path], prints[1][path]) for path in prints[0])
+    return all(same_weight(prints[0][path], prints[1][path]) for path in prints[0])
+
+
+def base_line(base: Mapping[str, Any]) -> str:
+    """A record in a few words, for messages."""
+    how = base["quantization"] or {"quant_type": base["dtype"]}
+    return f"{base['class']} {base['name_or_path'] or ''} {how['quant_type']}"
 
 
 def is_record(base: Any, targets: Iterable[str]) -> bool:
@@ -61,7 +67,8 @@ def _is_print(value: Any) -> bool:
     )
 
 
-def _same_weight(a: list[Any], b: list[Any]) -> bool:
+def same_weight(a: list[Any], b: list[Any]) -> bool:
+    """Are two prints of one weight: the dtype, then elements?"""
     if a[0] == b[0]:
         return a[1:] == b[1:]
     dtypes = [getattr(torch, name) for name in (a[0], b[0])]

@@ -77,6 +77,7 @@ def test_a_quantised_base_is_recorded(tiny: str, tmp_path: Path) -> None:
         "blocksize": 64,
         "double_quant": True,
         "compute_dtype": "bfloat16",
+        "weight_dtype": "bfloat16",
     }
     assert records["nf4"]["name_or_path"] == tiny
     assert records["int8"]["quantization"]["method"] == "bitsandbytes-8bit"
@@ -178,11 +179,7 @@ def other_layer(path: Path) -> None:
         (edit_meta(base={}), ll.CheckpointError, "no targets, or a bad base record"),
         (edit_meta(targets={}), ll.CheckpointError, "no targets, or a bad base record"),
         *(
-            (
-                edit_meta(scale=scale),
-                ll.CheckpointError,
-                "(names the scale .*; wanted a finite number|(NaN|Infinity) is no number of JSON)",
-            )
+            (edit_meta(scale=scale), ll.CheckpointError, r"names the scale .*; wanted a finite number")
             for scale in ("1", None, True, [1.0], float("nan"), float("inf"), 10**400)
         ),
         (edit_meta(variant=["lora"]), ll.CheckpointError, r"names the variant \['lora'\]; wanted a string"),

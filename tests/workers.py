@@ -1,13 +1,17 @@
-"""What runs in processes of its own: compiled models (runtime shape checks can't be traced) and two gloo processes.
+"""What runs in processes of its own: compiled models (runtime shape checks can't be traced), two gloo processes, and
+a merge that is killed.
 
-python tests/workers.py compile|ddp|fsdp FOLDER
+python tests/workers.py compile|ddp|fsdp|killed FOLDER
 
 Each goes through all registered variants (ddp: those that are trained): to start a process takes longer than to check
 one.
 """
 
+import os
 import shutil
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,9 +256,80 @@ def member(rank: int, job: Callable[[str, Path], None], folder: str) -> None:
     dist.destroy_process_group()
 
 
+def killed(folder: Path, points: int = 16) -> None:
+    """`merge_checkpoint` with kill -9 at many points between the first and the last thing that it does on disk, then
+    run again: the folder is the same as from one whole run, and until then there is none."""
+    torch.set_num_threads(1)  # a fork has no threads
+    arguments = folder / "base", folder / "a.safetensors"
+    steps = in_a_fork(lambda: merge_until(*arguments, folder / "whole", None))
+    resumed = 0
+    for at in sorted({round(i * (steps - 1) / points) for i in range(points + 1)}):
+        out = folder / f"out{at}"
+        assert in_a_fork(lambda out=out, at=at: merge_until(*arguments, out, at)) is None, "not killed"
+        assert not out.exists() or same_files(out, folder / "whole")
+        finished = {path.name: path.stat().st_ino for path in folder.glob(f"{out.name}.partial/model-*")}
+        in_a_fork(lambda out=out: merge_until(*arguments, out, None))
+        assert same_files(out, folder / "whole")
+        assert not [path.name for path in folder.iterdir() if path.name.startswith((f"{out.name}.", f".{out.name}"))]
+        kept = {name for name, inode in finished.items() if (out / name).stat().st_ino == inode}
+        assert kept == finished.keys(), "a whole shard was written again"
+        resumed += len(kept)
+    assert resumed > points
+
+
+def merge_until(base: Path, adapter: Path, out: Path, last: int | None) -> int:
+    """The number of steps; killed before the one numbered `last`. A step is what changes the disk."""
+    steps = 0
+
+    def step(*_: Any) -> None:
+        nonlocal steps
+        if steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps += 1
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        if changes or (event == "open" and str(args[1]).startswith(("x", "w", "a"))):
+            step()
+
+    sync = os.fsync
+    os.fsync = lambda handle: (step(), sync(handle))[1]
+    sys.addaudithook(audit)
+    ll.merge_checkpoint(base, adapter, out, progress=step)
+    return steps
+
+
+def in_a_fork(work: Callable[[], int]) -> int | None:
+    """What it returns in a process of its own; None if that was killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, str(work()).encode())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writing)
+    status = os.waitpid(child, 0)[1]
+    with os.fdopen(reading) as answer:
+        text = answer.read()
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return None if os.WIFSIGNALED(status) else int(text)
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = {path.name for path in a.iterdir()}
+    return names == {path.name for path in b.iterdir()} and all(
+        (a / name).read_bytes() == (b / name).read_bytes() for name in names
+    )
+
+
 if __name__ == "__main__":
     _, name, folder = sys.argv
     if name == "compile":
         each_variant(compiled, folder)
+    elif name == "killed":
+        killed(Path(folder))
     else:
         mp.spawn(member, args=({"ddp": ddp, "fsdp": fsdp}[name], folder), nprocs=WORLD)

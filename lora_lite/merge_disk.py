@@ -1,0 +1,511 @@
+"""Merging on disk: a checkpoint folder and an adapter file become a checkpoint folder, one tensor at a time.
+
+No model is built. Memory: the adapter, and the largest merged tensor as it is stored with a few blocks of its columns,
+whatever the size of model or shards. All is planned from headers: every tensor of the adapter has its place before the
+first byte is written. Shards are written to `<out>.partial`, each whole or not at all, so that a run that was killed
+goes on where it stopped; the folder takes its name when everything is in it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from . import record
+from .adapter import check_shapes, file_key
+from .affine import Affine
+from .base_folder import BaseFolder, Place, Stored, refuse_tied, untied_key
+from .checkpoint import AdapterFile, read_file
+from .config import dtype_name
+from .errors import BaseModelError, CheckpointError, ConfigError, LoraLiteError
+from .files import DTYPES, read_json, replacing, sync_folder, write_json
+from .layer import AdapterState, Slot
+from .packed import as_trained, unpack
+from .preflight import is_stacked, specs_at
+from .variant import weight_use
+from .version import __version__
+
+CHOICES = ("original", "as_trained")
+INDEX, _LOCK = "model.safetensors.index.json", ".lock"
+MARKER = "lora_lite_merge.json"
+"""In every folder that a merge makes: what it was made of, and its files."""
+COPY = 8 << 20
+"""Bytes that are copied at a time."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+Progress = Callable[[int, int], None]
+"""(bytes written, bytes in all)"""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_checkpoint` has done."""
+
+    folder: Path
+    layers: int
+    tensors: int
+    size: int
+    """Bytes of the checkpoint's tensors."""
+    base_weights: str
+    resumed: int
+    """Bytes that were there already."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"merged {self.layers} layers ({self.tensors} tensors) into {self.folder}\n"
+            f"  base weights {self.base_weights}, {self.size / 1e9:.2f} GB in {self.seconds:.1f} s"
+            f"{f', {self.resumed / 1e9:.2f} GB of it from an earlier run' if self.resumed else ''}"
+        )
+
+
+@dataclass
+class _Tensor:
+    """One tensor of the output: copied, or computed by `make` as its matrices in order."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], Iterator[Tensor]] | None = None
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+
+
+@dataclass
+class _Shard:
+    name: str
+    tensors: list[_Tensor] = field(default_factory=list)
+
+    def header(self) -> bytes:
+        """8 bytes of length, and the JSON, padded to a multiple of 8."""
+        at, entries = 0, {}
+        for tensor in self.tensors:
+            entries[tensor.key] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [at, at := at + tensor.size],
+            }
+        text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def size(self) -> int:
+        return len(self.header()) + sum(tensor.size for tensor in self.tensors)
+
+
+class _StandIn(nn.Module):
+    """A layer of the checkpoint for the adapter's hooks; its weight is read from disk when one asks for it."""
+
+    def __init__(self, d_in: int, d_out: int, load: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.reads, self.sealed = 0, False
+        self._load = load
+
+    @property
+    def weight(self) -> Tensor:
+        assert not self.sealed, "its memory holds merged numbers by now"
+        self.reads += 1
+        return self._load()
+
+
+def merge_checkpoint(
+    base_dir: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    base_weights: str = "original",
+    *,
+    untie: bool = False,
+    verify_base: bool = True,
+    progress: Progress | None = None,
+) -> Merged:
+    """Write the checkpoint folder `base_dir` with the adapter of a file folded in, at its scale, to `out_dir`.
+
+    base_weights  "original": the folder's own weights plus the adapter. "as_trained": every layer that the adapter's
+                  file records as quantised first goes through that quantiser, bit for bit, so that the merged model is
+                  the one that was trained. A folder that is 4-bit or 8-bit itself is dequantised on the way, and is as
+                  trained already
+    untie         write a head that is tied to the embedding as a tensor of its own, instead of an error
+    verify_base   False turns the error for a method that depends on its base weight (DoRA), on other weights than it
+                  was trained on, into the warning that other methods give
+    progress      called with (bytes written, bytes in all)
+
+    Weights are merged in float32 and cast once, to the dtype that they have on disk. A run that was interrupted goes on
+    from its last whole shard. A folder that this made before is replaced, any other that isn't empty is refused.
+
+    Raises CheckpointError unless every tensor of the adapter has exactly one place (both sides are listed), for another
+    base, a full disk or a damaged file; TargetError for a tied head; VariantError for a method that isn't affine;
+    BaseModelError where a merged number is NaN or infinite. There is then no `out_dir`.
+    """
+    if base_weights not in CHOICES:
+        raise ConfigError(f"base_weights={base_weights!r}: wanted one of {CHOICES}")
+    started, out = time.monotonic(), Path(out_dir)
+    file, base = read_file(adapter), BaseFolder(Path(base_dir))
+    plan = _Plan(file, base, base_weights, untie, verify_base)
+    others = [p for p in sorted(base.path.iterdir()) if p.is_file() and not p.name.endswith(_WEIGHTS)]
+    others = [p for p in others if p.name not in (MARKER, "config.json")]
+    if out.resolve() == base.path.resolve():
+        raise CheckpointError(f"{out} is the base itself\n  choose another folder")
+    job = {
+        "adapter": hashlib.sha256(file.path.read_bytes()).hexdigest(),
+        "base": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in (*base.files(), *others)},
+        "options": [base_weights, untie, verify_base],
+        "library": __version__,
+    }
+    names = [shard.name for shard in plan.shards] + [p.name for p in others] + [INDEX, "config.json"]
+    with _partial(out, job, names) as partial:
+        total = sum(shard.size for shard in plan.shards)
+        there = {s.name for s in plan.shards if _size(partial / s.name) == s.size}
+        resumed = sum(shard.size for shard in plan.shards if shard.name in there)
+        needed = total - resumed + sum(p.stat().st_size for p in others)
+        if needed > (free := shutil.disk_usage(partial).free):
+            raise CheckpointError(
+                f"{out.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written"
+            )
+        report = _Counter(total, resumed, progress)
+        for shard in plan.shards:
+            if shard.name not in there:
+                _write_shard(partial / shard.name, shard, base, report)
+        for path in others:
+            with replacing(partial / path.name) as handle:
+                handle.write(path.read_bytes())
+        plan.write_config(partial)
+    done = Merged(out, len(plan.places), plan.merged, total, base_weights, resumed, time.monotonic() - started)
+    logger.info(str(done).replace("\n ", ","))
+    return done
+
+
+@dataclass
+class _Counter:
+    total: int
+    done: int
+    tell: Progress | None
+
+    def add(self, size: int) -> None:
+        self.done += size
+        if self.tell is not None:
+            self.tell(self.done, self.total)
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+class _Plan:
+    """Every tensor of the output, in the shards of the base. Raises all that can be told from headers."""
+
+    def __init__(self, file: AdapterFile, base: BaseFolder, base_weights: str, untie: bool, verify: bool) -> None:
+        self._file, self._base, self._verify, self._warned = file, base, verify, False
+        self.places = base.places(file.path, file.targets)
+        self._slots = self._make_slots()
+        tied = [place for place in self.places.values() if place.tied_to is not None]
+        if tied and not untie:
+            raise refuse_tied(tied[0])
+        self._beside = {place.weight[0].key: untied_key(place) for place in tied}
+        self._how = file.base["quantization"] or {}
+        self._check_base(base_weights)
+        recorded = self._recorded() if base_weights == "as_trained" else []
+        self._quantise = {stored.key for place in recorded for stored in place.weight} - base.packed.keys()
+        made: dict[str, _Tensor] = {}
+        for at, place in self.places.items():
+            for stored in place.weight:
+                self._put(made, self._beside.get(stored.key, stored.key), stored, self._weights(at, place, stored))
+            for stored in place.bias:
+                if not self._slots[at].stacked:
+                    self._put(made, stored.key, stored, self._biases(at, place, stored))
+        self.merged = len(made)
+        for stored in (stored for place in recorded for stored in place.weight):
+            if stored.key not in made:
+                self._put(made, stored.key, stored, self._plain(stored))
+        self.shards = self._make_shards(made)
+        self._tensors = file.tensors()
+
+    def _make_slots(self) -> dict[str, Slot]:
+        """What the variant sees of each layer. CheckpointError unless the file holds exactly its tensors."""
+        file, cfg = self._file, self._file.cfg
+        state = AdapterState("default", cfg, [place.target for place in self.places.values()], file.base, file.scale)
+        slots: dict[str, Slot] = {}
+        wanted: dict[str, tuple[int, ...]] = {}
+        for at, place in self.places.items():
+            if place.target.experts and not cfg.FUSED_EXPERTS:
+                raise CheckpointError(f"{at}: {cfg.variant!r} can't go on fused experts\n  this is another base model")
+            specs = specs_at(place.target, cfg)
+            wanted |= {file_key(at, name): tuple(spec.shape) for name, spec in specs.items()}
+            tensors = {name: spec.keep_dtype for name, spec in specs.items()}
+            slots[at] = Slot(state, place.target, weight_use(cfg), is_stacked(place.target, cfg), tensors)
+        check_shapes(file.header.shapes(), wanted, str(file.path))
+        return slots
+
+    def _recorded(self) -> list[Place]:
+        """The layers that were quantised while the adapter was trained."""
+        modules = self._how.get("modules", [])
+        if not (isinstance(modules, list) and all(isinstance(path, str) for path in modules)):
+            raise CheckpointError(f"{self._file.path}: its record of quantised modules is no list of paths")
+        return list(self._base.find(self._file.path, modules).values())
+
+    def _check_base(self, base_weights: str) -> None:
+        """Is this the base that the adapter belongs to? What was quantised can be compared only when it is read."""
+        file, base, trained_on = self._file, self._base, set(self._how.get("modules", []))
+        dense = {at: place for at, place in self.places.items() if place.weight[0].key not in base.packed}
+        for at, place in dense.items():
+            if at not in trained_on and not record.same_weight(
+                base.samples(place.weight), file.base["fingerprint"][at]
+            ):
+                self._other_base(at)
+        if base_weights == "as_trained" or not (quantised := dense.keys() & trained_on):
+            return
+        if weight_use(file.cfg) != "unused":
+            self._other_base(min(quantised))
+        elif self._how["method"] != "unknown":
+            at = min(sorted(quantised), key=lambda at: dense[at].target.d_in * dense[at].target.d_out)
+            self._quantise = {stored.key for stored in dense[at].weight}
+            self._read(dense[at].weight[0], None, at)  # compares the one layer
+
+    def _other_base(self, at: str) -> None:
+        """Raise or warn: the weight of this layer is not the one that the adapter was trained on."""
+        file, reads = self._file, weight_use(self._file.cfg) != "unused"
+        message = (
+            f"{at} of {file.path} was trained on another weight than that in {self._base.path}\n"
+            f"  file: {record.base_line(file.base)}"
+        )
+        if reads and self._verify:
+            raise CheckpointError(
+                f"{message}\n  {file.cfg.variant!r} depends on the values of its base weight: use "
+                f'base_weights="as_trained", the folder it was trained on, or verify_base=False'
+            )
+        if not self._warned:
+            self._warned = True
+            logger.warning(f"{message}\n  its outputs will not be those that it was trained for")
+
+    def _put(self, made: dict[str, _Tensor], key: str, stored: Stored, make: Callable[[], Iterator[Tensor]]) -> None:
+        if key in made:
+            raise CheckpointError(
+                f"{self._file.path}: two of its layers go into the one tensor {key} of {self._base.path}"
+            )
+        made[key] = _Tensor(key, self._base.dtype(stored.key), self._base.shape(stored.key), make)
+
+    def _make_shards(self, made: Mapping[str, _Tensor]) -> list[_Shard]:
+        base, new = self._base, set(self._beside.values())
+        parts = {part for packed in base.packed.values() for part in packed.parts.values()}
+        shards: dict[str, _Shard] = {}
+        for key, header in base.headers.items():
+            shard = shards.setdefault(header.path.name, _Shard(header.path.name))
+            if key in made and key not in new:
+                shard.tensors.append(made[key])
+            elif key in base.packed:
+                shard.tensors.append(_Tensor(key, base.dtype(key), base.shape(key), self._plain(Stored(key))))
+            elif key not in parts and key not in new:
+                shard.tensors.append(_Tensor(key, header.entries[key].dtype, header.entries[key].shape))
+            if key in self._beside:
+                shard.tensors.append(made[self._beside[key]])
+        return list(shards.values())
+
+    # ---- what is computed
+
+    def _weights(self, at: str, place: Place, stored: Stored) -> Callable[[], Iterator[Tensor]]:
+        def make() -> Iterator[Tensor]:
+            many = stored.expert is None and place.target.experts
+            for i in range(place.target.experts) if many else [stored.expert]:
+                weight = self._read(stored, i if many else None, at)
+                yield self._fold(at, place, stored, weight, i)
+
+        return make
+
+    def _fold(self, at: str, place: Place, stored: Stored, weight: Tensor, expert: int | None) -> Tensor:
+        """W' as it lies on disk."""
+        module = self._stand_in(at, place, lambda: weight)
+        slot = self._slots[at]
+        affine = Affine(module, [slot], torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
+        if not place.bias and affine.bias(None, lambda: weight) is not None:
+            raise CheckpointError(
+                f"{place.target.path}: {slot.state.cfg.variant!r} adds a constant there, and this model has no bias to "
+                f"hold it\n  from_pretrained would drop one in silence: keep the adapter, or merge in memory"
+            )
+        reads = module.reads
+        affine.prepare()
+        dtype = DTYPES[self._base.dtype(stored.key)]
+        own = affine.is_local() and module.reads == reads and weight.dtype == dtype
+        if own:
+            module.sealed = True  # from here on its memory takes the result
+        out = weight if own else torch.empty_like(weight, dtype=dtype)
+        for start, stop, columns in affine.columns(weight):
+            out[:, start:stop] = columns
+            if not out[:, start:stop].isfinite().all():
+                raise BaseModelError(
+                    f"{place.target.path}: merged numbers are NaN or infinite in {dtype_name(dtype)}\n"
+                    f"  check the adapter's values and those of {stored.key}"
+                )
+        return out.mT.contiguous() if stored.transposed else out
+
+    def _biases(self, at: str, place: Place, stored: Stored) -> Callable[[], Iterator[Tensor]]:
+        def make() -> Iterator[Tensor]:
+            weight = place.weight[0 if stored.expert is None else stored.expert]
+            bias = self._read(stored, None, at)
+            module = self._stand_in(at, place, lambda: self._read(weight, 0 if place.target.experts else None, at))
+            for row in bias if bias.ndim == 2 else [bias]:
+                module.bias = None if place.target.experts else row  # experts' are outside of what a variant sees
+                affine = Affine(module, [self._slots[at]], torch.promote_types(row.dtype, torch.float32), row.device)
+                new = affine.bias(row, lambda: module.weight)
+                assert new is not None
+                if not new.to(bias.dtype).isfinite().all():
+                    raise BaseModelError(f"{place.target.path}: the merged bias holds a NaN or an infinity")
+                yield new.to(bias.dtype)
+
+        return make
+
+    def _plain(self, stored: Stored) -> Callable[[], Iterator[Tensor]]:
+        """A weight that no adapter is on, dequantised or as the adapter's base computes with it."""
+
+        def make() -> Iterator[Tensor]:
+            weight = self._read(stored, None, None).to(DTYPES[self._base.dtype(stored.key)])
+            yield weight.mT.contiguous() if stored.transposed else weight
+
+        return make
+
+    def _stand_in(self, at: str, place: Place, load: Callable[[], Tensor]) -> Any:
+        module = _StandIn(place.target.d_in, place.target.d_out, load)
+        for name in self._slots[at].tensors:
+            setattr(module, name, self._tensors[file_key(at, name)])
+        return module
+
+    def _read(self, stored: Stored, index: int | None, at: str | None) -> Tensor:
+        """A matrix (d_out, d_in) or a bias as the merge starts from it, in memory of its own."""
+        base, file = self._base, self._file
+        if stored.key in base.packed:
+            weight, found = unpack(base.headers, base.packed[stored.key])
+            if at is not None and found[1:] != file.base["fingerprint"][at][1:]:
+                self._other_base(at)
+            return weight
+        weight = base.read(stored.key, index)
+        weight = weight.mT if stored.transposed else weight
+        if stored.key not in self._quantise:
+            return weight
+        weight, found = as_trained(
+            weight, self._how, getattr(torch, self._how.get("weight_dtype") or file.base["dtype"])
+        )
+        if at is not None and found[1:] != file.base["fingerprint"][at][1:]:
+            self._other_base(at)
+        return weight
+
+    # ---- the files beside the tensors
+
+    def write_config(self, folder: Path) -> None:
+        """config.json without what isn't true any more, and the index."""
+        config = self._base.config
+        if config is not None:
+            config = {
+                key: value for key, value in config.items() if key != "quantization_config" or not self._base.packed
+            }
+            if self._beside:
+                nested = {k: {**v, "tie_word_embeddings": False} for k, v in config.items() if k == "text_config"}
+                config |= {**nested, "tie_word_embeddings": False}
+            write_json(folder / "config.json", config)
+        if self._base.is_sharded:
+            tensors = [(tensor, shard.name) for shard in self.shards for tensor in shard.tensors]
+            sizes = {
+                "total_parameters": sum(torch.Size(tensor.shape).numel() for tensor, _ in tensors),
+                "total_size": sum(tensor.size for tensor, _ in tensors),
+            }
+            names = {tensor.key: name for tensor, name in sorted(tensors, key=lambda pair: pair[0].key)}
+            write_json(folder / INDEX, {"metadata": sizes, "weight_map": names})
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def _write_shard(path: Path, shard: _Shard, base: BaseFolder, report: _Counter) -> None:
+    with replacing(path) as handle:
+        handle.write(shard.header())
+        for tensor in shard.tensors:
+            if tensor.make is None:
+                for chunk in base.chunks(tensor.key, COPY):
+                    handle.write(chunk)
+                    report.add(len(chunk))
+            else:
+                for matrix in tensor.make():
+                    raw: Any = matrix.contiguous().view(-1).view(torch.uint8).numpy()
+                    handle.write(raw)
+                    report.add(raw.nbytes)
+
+
+@contextmanager
+def _partial(out: Path, job: dict[str, Any], names: Sequence[str]) -> Iterator[Path]:
+    """The folder to write to, which takes the name of `out` when the block succeeds; only one process at a time."""
+    partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f".{out.name}.replaced")
+    _check_ours(out)
+    _check_ours(partial, begun=True)
+    _check_ours(replaced)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        if (partial / MARKER).exists() and read_json(partial / MARKER)["job"] != job:
+            logger.warning(f"{partial} was left by another merge, or one of other files: starting over")
+            _empty(partial)
+        write_json(partial / MARKER, {"job": job, "files": sorted(names)})
+        for path in partial.iterdir():
+            if path.name not in (*names, MARKER, _LOCK):
+                path.unlink()  # what was being written when a run was killed
+        try:
+            yield partial
+        except LoraLiteError:
+            _empty(partial)
+            raise
+        (partial / _LOCK).unlink()
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(out, replaced)
+        os.replace(partial, out)
+        sync_folder(out.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _check_ours(folder: Path, begun: bool = False) -> None:
+    """CheckpointError for anything at that path but an empty folder, or one that a merge has made (or just begun)."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    ours: set[str] = set()
+    if MARKER in held:
+        files = read_json(folder / MARKER).get("files", [])
+        ours = {MARKER, _LOCK, *(name for name in files if isinstance(name, str))}
+    foreign = sorted(name for name in held - ours if not (begun and name.startswith(".")))
+    if foreign:
+        raise CheckpointError(
+            f"{folder} is there already and holds what no merge has written, such as {foreign[0]}\n"
+            f"  nothing is written over it: choose another folder"
+        )
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """CheckpointError if another process works on the folder. The lock goes with the process, however that ends."""
+    with (folder / _LOCK).open("a") as handle:
+        if os.name != "nt":
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(f"{folder}: another merge is writing to it\n  wait for it, or stop it") from error
+        yield
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
