@@ -1,7 +1,7 @@
 """PEFT's adapter folders, both ways, and PEFT's names, which no other file knows.
 
     adapter_model.safetensors   base_model.model.<path>. with lora_A.weight (r, i), lora_B.weight (o, r),
-                                lora_magnitude_vector (o,) of DoRA, ia3_l (o, 1), or (1, i) on a feed-forward's input
+                                lora_magnitude_vector[.weight] (o,) of DoRA, ia3_l (o, 1), or (1, i) on an input
     adapter_config.json         the settings
 
 A folder is untrusted: no pickle is opened, and no regex of its settings is run. The layers are those that have tensors.
@@ -42,7 +42,12 @@ WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "ada
 _PREFIX = "base_model.model."
 _OURS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"}
 """PEFT's name of a tensor -> ours."""
-_THEIRS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_m": "lora_magnitude_vector", "lora_l": "ia3_l"}
+_THEIRS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_m": "lora_magnitude_vector.weight",  # PEFT reads it without ".weight" too, but transformers 5.23 only so
+    "lora_l": "ia3_l",
+}
 """Our name of a tensor -> PEFT's in a file."""
 _KEY = re.compile(
     r"(?P<path>.+)\.(?:(?P<ab>lora_[AB])(?:\.[^.]+)?\.weight"
@@ -53,7 +58,7 @@ _LITERAL = re.compile(r"(\^?)((?:\\\W|[^\\^$*+?{}\[\]()|])+)\$?")
 """A regex that is plain text: an escaped sign is itself, and a dot any character."""
 
 _SAID = {
-    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"},
+    "LORA": {"lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
     "IA3": set[str](),
 }
 """Settings that are read, by peft_type."""
@@ -61,7 +66,7 @@ _FREE = {
     *("peft_type", "init_lora_weights", "init_ia3_weights", "task_type", "auto_mapping", "peft_version"),
     *("base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    *("r", "rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
 }
 """Settings that say nothing which the tensors don't, or matter beside another one alone. All others must be neutral."""
 _REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -252,30 +257,27 @@ def _targets(root: nn.Module, source: _Folder) -> dict[str, Target]:
 
 def _lora_part(source: _Folder, targets: dict[str, Target]) -> _Part:
     variant, init = _method(source)
-    rslora, dropout = (
-        _flag(source, "use_rslora"),
-        _number(source, "lora_dropout", source.settings.get("lora_dropout", 0)),
-    )
+    rslora = _flag(source, "use_rslora")
+    dropout = _number(source, "lora_dropout", source.settings.get("lora_dropout", 0))
     if init in ("pissa", "olora") and dropout:
         raise source.error(
             f"lora_dropout={dropout} with init_lora_weights={init!r} can't be kept here\n"
             f"  dropout acts in training only: set it to 0 in the file if you don't train on"
         )
+    shapes = source.shapes()
     at_layers: dict[str, tuple[int, float]] = {}
     wanted: dict[str, tuple[int, ...]] = {}
     for at, target in targets.items():
-        r = _rank(source, at)
+        r = (*shapes.get(file_key(at, "lora_A"), ()), 1)[0]
         wanted |= {file_key(at, "lora_A"): (r, target.d_in), file_key(at, "lora_B"): (target.d_out, r)}
         wanted |= {file_key(at, "lora_m"): (target.d_out,)} if variant == "dora" else {}
-        alpha = _number(
-            source, "lora_alpha", _setting(source, "alpha_pattern", at, source.settings.get("lora_alpha", 8))
-        )
+        alpha = _alpha(source, at)
         if init == "olora":
             r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)  # [B, -B0] [A; A0] at the same s
         elif init == "pissa" and rslora:
             alpha *= math.sqrt(r)  # PiSSA's s is α/r
         at_layers[target.path] = (r, alpha)
-    check_shapes(source.shapes(), wanted, str(source.header.path))
+    check_shapes(shapes, wanted, str(source.header.path))
     (r, alpha), _ = Counter(at_layers.values()).most_common(1)[0]
     differ = {path: {"r": here[0], "alpha": here[1]} for path, here in at_layers.items() if here != (r, alpha)}
     common: dict[str, Any] = {"r": r, "alpha": alpha}
@@ -297,8 +299,9 @@ def _method(source: _Folder) -> tuple[str, Any]:
         raise source.error(
             f"init_lora_weights={init!r} isn't supported: what it does to the base or to training is lost"
         )
+    both = " with use_dora" if dora else ""
     raise source.error(
-        f"init_lora_weights={init!r}{' with use_dora' if dora else ''} wrote the base: its A and B belong to another one\n"
+        f"init_lora_weights={init!r}{both} wrote the base: its A and B belong to another one\n"
         f"  make a plain LoRA of it: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...);\n"
         f"  or, if your model is the base that was written, set init_lora_weights to true in the file"
     )
@@ -406,28 +409,25 @@ def _number(source: _Folder, field: str, value: Any) -> float:
     return float(value)
 
 
-def _rank(source: _Folder, at: str) -> int:
-    r = _setting(source, "rank_pattern", at, source.settings.get("r", 8))
-    if type(r) is not int or not 0 < r < 2**31:
-        raise source.error(f"{at} has the rank {str(r)[:60]}: wanted an integer of at least 1")
-    return r
-
-
-def _setting(source: _Folder, field: str, at: str, default: Any) -> Any:
-    """What a pattern says of a layer: the first whose regex finds the end of its path, if all are plain text."""
-    patterns = source.settings.get(field) or {}
+def _alpha(source: _Folder, at: str) -> float:
+    """A layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path, if all are plain text."""
+    patterns = source.settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise source.error(f"{field} is no object")
+        raise source.error("alpha_pattern is no object")
     literals = {pattern: _LITERAL.fullmatch(pattern) for pattern in patterns}
     odd = [pattern for pattern, match in literals.items() if match is None]
     if odd:
         raise source.error(
-            f"{field} has {', '.join(repr(pattern)[:80] for pattern in odd[:3])}, and no regex of a file is run\n"
+            f"alpha_pattern has {', '.join(repr(pattern)[:80] for pattern in odd[:3])}, and no regex of a file is run\n"
             f"  write the paths that it means, or their ends, in its place"
         )
-    return next(
-        (patterns[pattern] for pattern, match in literals.items() if match and _ends(at, *match.groups())), default
-    )
+    found = [patterns[pattern] for pattern, match in literals.items() if match and _ends(at, *match.groups())]
+    if any(value != found[0] for value in found):
+        logger.warning(
+            f"{source.header.path.parent / CONFIG}: alpha_pattern has {found} for {at}; took the first, as PEFT does\n"
+            f"  PEFT sorts them when it saves, so it may have been trained with another"
+        )
+    return _number(source, "lora_alpha", found[0] if found else source.settings.get("lora_alpha", 8))
 
 
 def _ends(path: str, start: str, text: str) -> bool:
@@ -531,7 +531,7 @@ def _native_lora(root: nn.Module, adapter: Adapter, layers: Layers) -> tuple[dic
         )
     held, tensors, at_layers = adapter.state_dict(), {}, {}
     for path, (module, (slot,)) in layers.items():
-        at_layers[path] = (slot.cfg.r, slot.cfg.r if slot.cfg.alpha is None else slot.cfg.alpha)
+        at_layers[path] = (slot.cfg.r, float(slot.cfg.r if slot.cfg.alpha is None else slot.cfg.alpha))
         for tensor in ("lora_A", "lora_B"):
             tensors[_their_key(path, tensor)] = held[file_key(path, tensor)]
         if adapter.variant == "dora":
