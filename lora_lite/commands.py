@@ -25,17 +25,15 @@ from rich.progress import (
 )
 from typer.core import TyperCommand
 
-import lora_lite
-
 from .compare import compare
 from .convert import convert as convert_adapter
-from .errors import LoraLiteError
+from .errors import CheckpointError, LoraLiteError
+from .merge_disk import merge_checkpoint
 from .plot import plot_norms
 from .report import inspect as inspect_adapter
+from .stored import is_peft
 from .tables import console, show_difference, show_report
 from .verify import verify_merge
-
-_library: Any = lora_lite  # TODO(merge): import merge_checkpoint
 
 app = typer.Typer(
     help="Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from PEFT.",
@@ -156,7 +154,7 @@ def diff(
 @app.command(cls=Command)
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of the base checkpoint.")],
-    adapter: Annotated[Path, typer.Argument(help="An adapter file or PEFT folder.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter file.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     base_weights: Annotated[
         Literal["original", "as_trained"],
@@ -174,9 +172,11 @@ def merge(
 
     Tensor by tensor, so it needs little memory; run again, it goes on where it was interrupted.
     """
+    if is_peft(adapter):
+        raise CheckpointError(f"{adapter} is a PEFT folder: make it a file first, with lora-lite convert")
     text = None if verify is None else verify.read_text(encoding="utf-8")
     with _progress("merging", DownloadColumn(), TransferSpeedColumn()) as progress:
-        report = _library.merge_checkpoint(base, adapter, out, base_weights, untie=untie, progress=progress)
+        report = merge_checkpoint(base, adapter, out, base_weights, untie=untie, progress=progress)
     print(report)
     if text is not None:
         print(verify_merge(base, adapter, out, text, base_weights))

@@ -28,7 +28,7 @@ def change(module: nn.Module, slots: Sequence[Slot]) -> tuple[Float[Tensor, "o i
     delta = torch.empty_like(weight)
     for start, stop, columns in affine.columns(weight):
         delta[:, start:stop] = columns - weight[:, start:stop]
-    new = affine.bias(weight, bias)
+    new = affine.bias(bias, lambda: weight)
     if new is None:
         return delta, None
     moved = new if bias is None else new - bias.double()

@@ -234,17 +234,18 @@ class _Plan:
 
     def _make_slots(self) -> dict[str, Slot]:
         """What the variant sees of each layer. CheckpointError unless the file holds exactly its tensors."""
-        file, cfg = self._file, self._file.cfg
-        state = AdapterState("default", cfg, [place.target for place in self.places.values()], file.base, file.scale)
+        file = self._file
+        state = AdapterState("default", file.cfg, [p.target for p in self.places.values()], file.base, file.scale)
         slots: dict[str, Slot] = {}
         wanted: dict[str, tuple[int, ...]] = {}
         for at, place in self.places.items():
+            cfg = file.cfg.at(file.per_layer.get(at, {}))
             if place.target.experts and not cfg.FUSED_EXPERTS:
                 raise CheckpointError(f"{at}: {cfg.variant!r} can't go on fused experts\n  this is another base model")
             specs = specs_at(place.target, cfg)
             wanted |= {file_key(at, name): tuple(spec.shape) for name, spec in specs.items()}
             tensors = {name: spec.keep_dtype for name, spec in specs.items()}
-            slots[at] = Slot(state, place.target, weight_use(cfg), is_stacked(place.target, cfg), tensors)
+            slots[at] = Slot(state, place.target, cfg, weight_use(cfg), is_stacked(place.target, cfg), tensors)
         check_shapes(file.header.shapes(), wanted, str(file.path))
         return slots
 

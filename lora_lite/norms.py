@@ -5,7 +5,7 @@ difference depends on W, that layer's weight is read from the original checkpoin
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,56 +14,46 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .affine import Affine, apply_input, apply_output
+from .base_folder import BaseFolder
 from .errors import CheckpointError, QuantizedWeightError
-from .files import read_shards
-from .keys import resolve
 from .layer import AdapterState, Layer, Slot
-from .preflight import specs_at
+from .packed import unpack
+from .preflight import is_stacked, specs_at
 from .stored import StoredLayer
 from .targets import Target
 from .variant import lookup, weight_use
 
 
 class Weights:
-    """The weights of some layers in a checkpoint's folder, each read when it is asked for."""
+    """The weights of an adapter's layers in a checkpoint's folder, each read when it is asked for."""
 
-    def __init__(self, folder: Path, paths: Iterable[str]) -> None:
-        """Raises CheckpointError unless each path has its weight there."""
-        self._folder, self._headers = folder, read_shards(folder)
-        there = {key.removesuffix(".weight") for key in self._headers if key.endswith(".weight")}
-        self._at = resolve(folder, paths, there, "checkpoint")
-        self._transposed = any(map(self._is_transposed, there))
+    def __init__(self, folder: Path, layers: Mapping[str, StoredLayer]) -> None:
+        """Raises CheckpointError unless each layer is there in its size."""
+        self._base = BaseFolder(folder)
+        self._places = self._base.find(folder, layers)
+        for at, place in self._places.items():
+            wanted, found = layers[at].target, place.target
+            if any(a not in (0, b) for a, b in ((wanted.d_in, found.d_in), (wanted.d_out, found.d_out))):
+                raise CheckpointError(
+                    f"{folder}: {found.path} is {found.d_in} -> {found.d_out}, and the adapter's {at} is "
+                    f"{wanted.d_in} -> {wanted.d_out}\n  this is another base model"
+                )
 
-    def read(self, layer: StoredLayer) -> Float[Tensor, "o i"]:
-        """In its own dtype. Raises CheckpointError unless it is a plain matrix of the layer's shape."""
-        target = layer.target
-        key = f"{self._at[target.path]}.weight"
-        header, wanted = self._headers[key], [target.d_out, target.d_in]
-        weight = header.read([key])[key]
-        weight = weight.mT if weight.ndim == 2 and self._lies_transposed(weight, target) else weight
-        fits = weight.ndim == 2 and all(n in (0, size) for n, size in zip(wanted, weight.shape, strict=True))
-        if not (fits and weight.is_floating_point()):
-            raise CheckpointError(
-                f"{header.path}: {key} is {header.entries[key].dtype} {list(header.entries[key].shape)}; wanted "
-                f"numbers {wanted}\n  give the original checkpoint of the adapter's base, not a quantised one"
-            )
-        return weight
+    def place(self, layer: StoredLayer) -> Target:
+        """The layer as it is in the checkpoint, under the adapter's path."""
+        return replace(self._places[layer.target.path].target, path=layer.target.path)
 
-    def _lies_transposed(self, weight: Tensor, target: Target) -> bool:
-        """By its shape, unless that fits both ways."""
-        fits = [
-            all(n in (0, size) for n, size in zip((target.d_out, target.d_in), shape, strict=True))
-            for shape in (weight.shape, weight.mT.shape)
-        ]
-        return self._transposed if all(fits) else fits[1]
-
-    def _is_transposed(self, path: str) -> bool:
-        """Is it (d_in, d_out), as GPT-2 stores it? Its bias, of d_out numbers, tells, unless it is square."""
-        shapes = [self._headers[key].entries[key].shape for key in (f"{path}.weight", f"{path}.bias") if key in self]
-        return len(shapes) == 2 and len(shapes[0]) == 2 and shapes[0][0] != shapes[0][1] and shapes[1] == shapes[0][1:]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._headers
+    def matrices(self, layer: StoredLayer) -> Iterator[Float[Tensor, "o i"]]:
+        """The layer's weight, or those of its experts one by one, each as it is stored; a packed one dequantised."""
+        place = self._places[layer.target.path]
+        for stored in place.weight:
+            together = range(place.target.experts) if place.target.experts and stored.expert is None else [None]
+            for index in together:
+                if stored.key in self._base.packed:
+                    weight, _ = unpack(self._base.headers, self._base.packed[stored.key])
+                else:
+                    weight = self._base.read(stored.key, index)
+                yield weight.mT if stored.transposed else weight
 
 
 def norm(layer: StoredLayer, weights: Weights | None = None) -> float | None:
@@ -79,17 +69,17 @@ def delta(layer: StoredLayer, weights: Weights | None = None) -> Iterator[Float[
 
     Without W it is formed in float32, where nothing cancels; as a difference in float64.
     """
-    if is_free(layer):
-        zeros = torch.zeros(()).expand(layer.target.d_out, layer.target.d_in)
-        return (block for affine in _affines(layer, None, torch.float32) for _, _, block in affine.columns(zeros))
-    return None if weights is None else _difference(layer, weights.read(layer))
+    if not is_free(layer):
+        return None if weights is None else _difference(layer, weights)
+    zeros = torch.zeros(()).expand(layer.target.d_out, layer.target.d_in)
+    affines = (_affine(layer, None, torch.float32, expert) for expert in _experts(layer.target))
+    return (block for affine in affines for _, _, block in affine.columns(zeros))
 
 
-def _difference(layer: StoredLayer, weight: Float[Tensor, "o i"]) -> Iterator[Float[Tensor, "o n"]]:
-    d_out, d_in = weight.shape
-    layer = replace(layer, target=replace(layer.target, d_in=d_in, d_out=d_out))
-    for affine in _affines(layer, weight, torch.float64):
-        for start, stop, block in affine.columns(weight):
+def _difference(layer: StoredLayer, weights: Weights) -> Iterator[Float[Tensor, "o n"]]:
+    layer = replace(layer, target=weights.place(layer))
+    for expert, weight in zip(_experts(layer.target), weights.matrices(layer), strict=True):
+        for start, stop, block in _affine(layer, weight, torch.float64, expert).columns(weight):
             yield block - weight[:, start:stop].double()
 
 
@@ -103,7 +93,7 @@ def is_free(layer: StoredLayer) -> bool:
     x, y = (torch.randn(1, width, generator=generator, dtype=torch.float64) for width in sizes)
     module, slot = stand_in(layer)
     try:
-        for expert in _experts(layer):
+        for expert in _experts(layer.target):
             view = Layer(module, slot, torch.float64, expert, {"training": False, "bias": None})
             if not torch.equal(apply_input(view, x), x):
                 return False
@@ -131,7 +121,7 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
         module.register_buffer(name, torch.zeros(spec.shape, dtype=cfg.dtype))
     state = AdapterState("default", cfg, [target], {}, layer.scale, layers=[module])
     kept = {name: spec.keep_dtype for name, spec in specs.items()}
-    slot = Slot(state, target, cfg, weight_use(cfg), target.experts > 0, kept)
+    slot = Slot(state, target, cfg, weight_use(cfg), is_stacked(target, cfg), kept)
     if layer.tensors.keys() != specs.keys():
         lookup(cfg.variant).init(Layer(module, slot), cfg)
     for name, tensor in layer.tensors.items():
@@ -139,11 +129,10 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
     return module, slot
 
 
-def _affines(layer: StoredLayer, weight: Float[Tensor, "o i"] | None, dtype: torch.dtype) -> Iterator[Affine]:
+def _affine(layer: StoredLayer, weight: Float[Tensor, "o i"] | None, dtype: torch.dtype, expert: int | None) -> Affine:
     module, slot = stand_in(layer, weight)
-    for expert in _experts(layer):
-        yield Affine(module, [slot], dtype, torch.device("cpu"), expert)
+    return Affine(module, [slot], dtype, torch.device("cpu"), expert)
 
 
-def _experts(layer: StoredLayer) -> list[int | None]:
-    return list(range(layer.target.experts)) or [None]
+def _experts(target: Target) -> list[int | None]:
+    return list(range(target.experts)) or [None]

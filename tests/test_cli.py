@@ -24,8 +24,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import lora_lite as ll
+from lora_lite.adapter import slots_of
 from lora_lite.commands import app
 from lora_lite.compare import compare
+from lora_lite.delta import change
 from lora_lite.report import inspect
 from lora_lite.tables import shortened
 
@@ -169,12 +171,31 @@ def test_a_base_that_stores_its_weights_the_other_way_round(tmp_path: Path) -> N
         assert layer.norm == pytest.approx(norms[layer.path], rel=2e-4)
 
 
-def test_experts_with_tensors_of_their_own_are_read(tmp_path: Path) -> None:
-    model = moe("gpt_oss")
-    attach(model, ll.AbliterationConfig(normalization="pre", layer=None))
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3"])  # fused on disk and transposed, one by one on disk
+@pytest.mark.parametrize("normalization", ["none", "pre"])  # one direction for all experts, tensors for each
+def test_fused_experts_are_all_counted(kind: str, normalization: str, tmp_path: Path) -> None:
+    model = moe(kind)
+    model.save_pretrained(tmp_path / "base")
+    attach(model, ll.AbliterationConfig(normalization=normalization))
     ll.save(model, tmp_path / "a.safetensors")
-    layers = {layer.path: layer for layer in inspect(tmp_path / "a.safetensors").layers}
-    assert (layers["model.layers.0.mlp.experts"].d_in, layers["model.layers.0.mlp.experts"].norm) == (48, None)
+    assert all(layer.norm is None for layer in inspect(tmp_path / "a.safetensors").layers)
+    experts = model.model.layers[1].mlp.experts
+    before = experts.down_proj.clone()
+    ll.merge(model)
+    norms = {layer.path: layer.norm for layer in inspect(tmp_path / "a.safetensors", tmp_path / "base").layers}
+    moved = float((experts.down_proj - before).norm())
+    assert norms["model.layers.1.mlp.experts"] == pytest.approx(moved, rel=1e-4)
+    assert moved > 0.1
+
+
+def test_a_base_that_is_4_bit_on_disk_is_dequantised(tiny: str, tmp_path: Path) -> None:
+    model = quantized(tiny, "nf4")
+    model.save_pretrained(tmp_path / "base")
+    path = saved(tmp_path, config("dora"), model)
+    for layer in inspect(path, tmp_path / "base").layers:
+        module = model.get_submodule(layer.path)
+        delta = change(module, [slots_of(module)["default"]])[0]
+        assert layer.norm == pytest.approx(float(delta.norm()), rel=1e-4)  # bitsandbytes multiplies in bfloat16
 
 
 def test_quantisation_is_told(tiny: str, tmp_path: Path) -> None:
@@ -403,9 +424,9 @@ def test_bad_input_is_one_line_and_exit_code_2(spoil: Callable[[Path], None], re
 def test_a_base_that_is_none_or_another(base: Path, tmp_path: Path) -> None:
     path = saved(tmp_path, config("dora"))
     for folder, reason in (
-        (tmp_path / "nowhere", "is not a file"),
-        (other_sizes(tmp_path), "is F32 [48, 48]; wanted numbers [64, 64]"),
-        (other_layers(tmp_path), "7 of its 14 target layers are not in this checkpoint"),
+        (tmp_path / "nowhere", "nowhere is not a folder"),
+        (other_sizes(tmp_path), "q_proj is 48 -> 48, and the adapter's model.layers.0.self_attn.q_proj is 64 -> 64"),
+        (other_layers(tmp_path), "7 of its 14 target layers are not in this LlamaForCausalLM"),
     ):
         result = run("inspect", path, "--base", folder)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
@@ -609,7 +630,6 @@ def test_convert_writes_over_nothing_and_takes_no_tensors(base: Path, tmp_path: 
 # ---- merge --------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(ll, "merge_checkpoint"), reason="TODO: merge_checkpoint")
 def test_merge_writes_and_verifies_a_checkpoint(base: Path, tmp_path: Path) -> None:
     shutil.copytree(with_tokenizer(base), tmp_path / "base")
     path = saved(tmp_path, config("dora"))
