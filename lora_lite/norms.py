@@ -33,10 +33,12 @@ class Weights:
         self._places = self._base.find(folder, layers)
         for at, place in self._places.items():
             wanted, found = layers[at].target, place.target
-            if any(a not in (0, b) for a, b in ((wanted.d_in, found.d_in), (wanted.d_out, found.d_out))):
+            experts = found.experts if is_stacked(found, layers[at].cfg) else 0
+            sizes = ((wanted.d_in, found.d_in), (wanted.d_out, found.d_out))
+            if experts != wanted.experts or any(a not in (0, b) for a, b in sizes):
                 raise CheckpointError(
-                    f"{folder}: {found.path} is {found.d_in} -> {found.d_out}, and the adapter's {at} is "
-                    f"{wanted.d_in} -> {wanted.d_out}\n  this is another base model"
+                    f"{folder}: {found.path} is {_size(found)}, and the adapter's {at} is {_size(wanted)}\n"
+                    f"  this is another base model"
                 )
 
     def place(self, layer: StoredLayer) -> Target:
@@ -132,6 +134,10 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
 def _affine(layer: StoredLayer, weight: Float[Tensor, "o i"] | None, dtype: torch.dtype, expert: int | None) -> Affine:
     module, slot = stand_in(layer, weight)
     return Affine(module, [slot], dtype, torch.device("cpu"), expert)
+
+
+def _size(target: Target) -> str:
+    return f"{target.d_in} -> {target.d_out}" + (f" for {target.experts} experts" if target.experts else "")
 
 
 def _experts(target: Target) -> list[int | None]:

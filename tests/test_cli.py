@@ -188,6 +188,19 @@ def test_fused_experts_are_all_counted(kind: str, normalization: str, tmp_path: 
     assert moved > 0.1
 
 
+def test_another_number_of_experts_is_another_base(tmp_path: Path) -> None:
+    model = moe("qwen3")
+    model.save_pretrained(tmp_path / "base")
+    attach(model, ll.AbliterationConfig(normalization="pre", target_names="experts"))
+    ll.save(model, tmp_path / "a.safetensors")
+    rewrite(
+        tmp_path / "a.safetensors",
+        tensors=lambda tensors: tensors.update({key: tensor[:3].clone() for key, tensor in tensors.items()}),
+    )
+    with pytest.raises(ll.CheckpointError, match=r"48 -> 64 for 4 experts, and .*experts is 48 -> 64 for 3 experts"):
+        inspect(tmp_path / "a.safetensors", tmp_path / "base")
+
+
 def test_a_base_that_is_4_bit_on_disk_is_dequantised(tiny: str, tmp_path: Path) -> None:
     model = quantized(tiny, "nf4")
     model.save_pretrained(tmp_path / "base")
