@@ -3,7 +3,7 @@
 import logging
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -98,6 +98,34 @@ def load_base(
     raise BaseModelError(
         f"{model_id} works in none of {len(reasons)} dtypes on {', '.join(devices())}\n  " + "\n  ".join(reasons)
     )
+
+
+def load_as_recorded(folder: str, record: Mapping[str, Any], **kwargs: Any) -> Any:
+    """The base as an adapter's base record says that it was: dense, or each recorded module quantised in the same way.
+
+    kwargs are load_base's. Raises BaseModelError for an unknown way of quantising, or if other modules are quantised;
+    and what load_base raises.
+    """
+    how = record.get("quantization")
+    if how is None:
+        return load_base(folder, **kwargs)
+    if how["quant_type"] not in QUANTIZATIONS:
+        raise BaseModelError(
+            f"the adapter was trained on {how['quant_type']} weights, which can't be made again here\n"
+            f"  wanted one of {', '.join(QUANTIZATIONS)}, or a dense base"
+        )
+    compute = how["compute_dtype"] and {"compute_dtype": getattr(torch, how["compute_dtype"])}
+    model = load_base(
+        folder, quantization=how["quant_type"], double_quant=how["double_quant"], **(compute or {}), **kwargs
+    )
+    made = (quant.quantization(model) or {}).get("modules", [])
+    other = sorted(set(made) ^ set(how["modules"]))
+    if other:
+        raise BaseModelError(
+            f"{folder} quantises to {len(made)} modules, where the adapter was trained on {len(how['modules'])}\n"
+            f"  such as {', '.join(other[:3])}"
+        )
+    return model
 
 
 def devices() -> list[str]:

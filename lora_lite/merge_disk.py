@@ -234,19 +234,19 @@ class _Plan:
 
     def _make_slots(self) -> dict[str, Slot]:
         """What the variant sees of each layer. CheckpointError unless the file holds exactly its tensors."""
-        file, cfg = self._file, self._file.cfg
+        file = self._file
         targets = [place.target for place in self.places.values()]
-        state = AdapterState("default", cfg, targets, file.base, file.scale, per_layer=file.per_layer)
+        state = AdapterState("default", file.cfg, targets, file.base, file.scale, per_layer=file.per_layer)
         slots: dict[str, Slot] = {}
         wanted: dict[str, tuple[int, ...]] = {}
         for at, place in self.places.items():
+            cfg = file.cfg.at(file.per_layer.get(at, {}))
             if place.target.experts and not cfg.FUSED_EXPERTS:
                 raise CheckpointError(f"{at}: {cfg.variant!r} can't go on fused experts\n  this is another base model")
-            there = cfg.at(file.per_layer.get(at, {}))
-            specs = specs_at(place.target, there)
+            specs = specs_at(place.target, cfg)
             wanted |= {file_key(at, name): tuple(spec.shape) for name, spec in specs.items()}
             tensors = {name: spec.keep_dtype for name, spec in specs.items()}
-            slots[at] = Slot(state, place.target, there, weight_use(there), is_stacked(place.target, there), tensors)
+            slots[at] = Slot(state, place.target, cfg, weight_use(cfg), is_stacked(place.target, cfg), tensors)
         check_shapes(file.header.shapes(), wanted, str(file.path))
         return slots
 

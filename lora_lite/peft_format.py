@@ -34,7 +34,7 @@ from .keys import resolve
 from .layer import Slot
 from .preflight import Changes, attachable, shapes_of
 from .runtime import installed
-from .targets import Target
+from .targets import Target, place
 from .variant import ParamSpec, config_for, lookup
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
@@ -144,9 +144,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     """
     root, source = attachable(model), _read(Path(folder))
     targets = _targets(root, source)
-    parts = (
-        _ia3_parts(source, targets) if source.settings["peft_type"] == "IA3" else [_lora_part(root, source, targets)]
-    )
+    parts = _ia3_parts(source, targets) if source.settings["peft_type"] == "IA3" else [_lora_part(source, targets)]
     held = _tensors(root, source, targets)
 
     def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -165,6 +163,46 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     for adapter in loaded:
         logger.info(f"loaded {adapter} from PEFT's folder {folder}")
     return loaded[0]
+
+
+@dataclass(frozen=True)
+class PeftLayer:
+    """One layer of a folder without its model: a size that no tensor tells is 0, a tensor of the base isn't there."""
+
+    target: Target
+    cfg: BaseConfig
+    tensors: dict[str, Tensor]
+
+
+def read_layers(folder: Path) -> tuple[list[PeftLayer], dict[str, Any]]:
+    """What load_peft would attach, by layer, and the folder's settings. Raises CheckpointError as it does.
+
+    OLoRA's A and B are relative to the base weight, so it is refused here.
+    """
+    source = _read(folder)
+    targets = {at: _by_shapes(source, at) for at in source.paths}
+    ia3 = source.settings["peft_type"] == "IA3"
+    if not ia3 and _method(source)[1] == "olora":
+        raise source.error("init_lora_weights='olora' wrote the base: its A and B are half of the adapter")
+    held = _held(source)
+    return [
+        PeftLayer(
+            target,
+            part.cfg.at(part.changes.get(at, {})),
+            {name: held[key] for name in _THEIRS if (key := file_key(at, name)) in held},
+        )
+        for part in (_ia3_parts(source, targets) if ia3 else [_lora_part(source, targets)])
+        for at, target in part.targets.items()
+    ], source.settings
+
+
+def _by_shapes(source: _Folder, at: str) -> Target:
+    """The layer as its tensors tell; 0 stands for a side that they don't."""
+    shapes = source.shapes()
+    a, b, scales = (shapes.get(file_key(at, name), ()) for name in ("lora_A", "lora_B", "lora_l"))
+    d_in = a[-1] if len(a) == 2 else scales[1] if len(scales) == 2 and scales[0] == 1 else 0
+    d_out = b[0] if len(b) == 2 else scales[0] if len(scales) == 2 and scales[1] == 1 else 0
+    return Target(at, d_in, d_out, "?", *place(at))
 
 
 def _read(folder: Path) -> _Folder:
@@ -223,7 +261,7 @@ def _targets(root: nn.Module, source: _Folder) -> dict[str, Target]:
     return targets
 
 
-def _lora_part(root: nn.Module, source: _Folder, targets: dict[str, Target]) -> _Part:
+def _lora_part(source: _Folder, targets: dict[str, Target]) -> _Part:
     variant, init = _method(source)
     rslora = _flag(source, "use_rslora")
     dropout = _number(source, "lora_dropout", source.settings.get("lora_dropout", 0))
@@ -327,18 +365,23 @@ def _dtype(source: _Folder, files: Mapping[str, Target], reads: bool) -> torch.d
 
 def _tensors(root: nn.Module, source: _Folder, targets: Mapping[str, Target]) -> dict[str, Tensor]:
     """The file's tensors by their key in the model, as this library shapes them."""
-    read = source.header.read()
-    check_numbers(read, str(source.header.path), "save the adapter again")
     held = {}
-    for ours, key in source.keys.items():
+    for ours, value in _held(source).items():
         at, _, tensor = ours.rpartition(".")
-        held[file_key(targets[at].path, tensor)] = read[key].flatten() if tensor == "lora_l" else read[key]
+        held[file_key(targets[at].path, tensor)] = value
     if _method(source)[1] == "olora":
         for target in targets.values():
             a, b = file_key(target.path, "lora_A"), file_key(target.path, "lora_B")
             b0, a0 = _removed_by_olora(root.get_submodule(target.path), target, r=held[a].shape[0])
             held[a], held[b] = torch.cat([held[a].to(a0), a0]), torch.cat([held[b].to(b0), -b0], dim=1)
     return held
+
+
+def _held(source: _Folder) -> dict[str, Tensor]:
+    """The file's tensors by our key, as this library shapes them."""
+    read = source.header.read()
+    check_numbers(read, str(source.header.path), "save the adapter again")
+    return {ours: read[key].flatten() if ours.endswith("lora_l") else read[key] for ours, key in source.keys.items()}
 
 
 def _removed_by_olora(module: quant.Linear, target: Target, r: int) -> tuple[Tensor, Tensor]:
@@ -431,7 +474,7 @@ def save_peft(
     name: str | Sequence[str] = "default",
     rank: int | None = None,
     max_error: float | None = None,
-) -> None:
+) -> float | None:
     """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff as they are, tensors bit-equal.
 
     name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers
@@ -440,6 +483,8 @@ def save_peft(
                 change has that rank: LoRA's r, PiSSA's 2r, abliteration's own in the modes none and pre. The relative
                 error ‖W' - W - B A‖/‖W' - W‖ is logged
     max_error   refuse a layer with a greater one, before anything is written
+
+    Returns the greatest relative error of a layer; None without a rank, where there is none.
 
     Magnitudes of a 16-bit DoRA are written in float32, for the norms that PEFT computes and not the rounded ones kept
     here. A crash leaves the old folder or the new one; at worst, one without its config, that nothing loads.
@@ -455,14 +500,14 @@ def save_peft(
     if max_error is not None and (rank is None or not is_number(max_error)):
         raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
     chosen = [get_adapter(model, each) for each in ([name] if isinstance(name, str) else name)]
-    layers = _layers(model, chosen)
+    layers, worst = _layers(model, chosen), None
     scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
     if rank is None and scaled:
         raise CheckpointError(
             f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
         )
     if rank is not None:
-        tensors, settings = _low_rank(root, layers, rank, max_error)
+        tensors, settings, worst = _low_rank(root, layers, rank, max_error)
     elif [adapter.variant for adapter in chosen] in (["lora"], ["dora"]):
         tensors, settings = _native_lora(root, chosen[0], layers)
     elif {adapter.variant for adapter in chosen} <= {"ia3", "ia3_ff"} and all(len(s) == 1 for _, s in layers.values()):
@@ -476,6 +521,7 @@ def save_peft(
     check_numbers(tensors, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
     _write(folder, tensors, settings | _about(root, chosen[0]))
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
+    return worst
 
 
 def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
@@ -549,7 +595,7 @@ def _native_ia3(root: nn.Module, layers: Layers) -> tuple[dict[str, Tensor], dic
 
 def _low_rank(
     root: nn.Module, layers: Layers, rank: int, max_error: float | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], dict[str, Any], float]:
     tensors: dict[str, Tensor] = {}
     at_layers, errors, square = {}, {}, [0.0, 0.0]
     for path, (module, slots) in layers.items():
@@ -571,7 +617,8 @@ def _low_rank(
         raise CheckpointError(
             f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank"
         )
-    return tensors, _lora_settings(root, at_layers, use_rslora=False, lora_dropout=0.0, use_dora=False)
+    found = _lora_settings(root, at_layers, use_rslora=False, lora_dropout=0.0, use_dora=False)
+    return tensors, found, errors[worst]
 
 
 def _lora_settings(root: nn.Module, at_layers: Mapping[str, tuple[int, float]], **fields: Any) -> dict[str, Any]:

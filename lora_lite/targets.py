@@ -43,12 +43,12 @@ class Target:
         shape = quant.features(layer)
         if shape is None:
             return None
-        return cls(path, *shape, quant.describe(layer), *_place(path), experts.count(layer))
+        return cls(path, *shape, quant.describe(layer), *place(path), experts.count(layer))
 
     @property
     def pattern(self) -> str:
         """The path with a star for the block index."""
-        return _BLOCK.sub(r"\1.*", self.path, count=1)
+        return starred(self.path)
 
     def role(self, d_model: int) -> str | None:
         """ "reader", "writer" or "inner" by the model width; None for a square layer whose name says nothing either."""
@@ -66,7 +66,7 @@ def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
     """
     everything = [t for t in linear_layers(model) if cfg.FUSED_EXPERTS or not t.experts]
     depth: dict[str, int] = {}  # of each stack of blocks
-    for stack, block in map(_place, (*blocks(model), *(target.path for target in everything))):
+    for stack, block in map(place, (*blocks(model), *(target.path for target in everything))):
         if stack is not None and block is not None:
             depth[stack] = max(depth.get(stack, 0), block + 1)
     _check_layers(cfg, depth)
@@ -106,7 +106,12 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module, match in found if match and match.end() == len(path)}
 
 
-def _place(path: str) -> tuple[str | None, int | None]:
+def starred(path: str) -> str:
+    """The path with a star for the block index: `model.layers.*.mlp`."""
+    return _BLOCK.sub(r"\1.*", path, count=1)
+
+
+def place(path: str) -> tuple[str | None, int | None]:
     """("model.layers.", 3) for `model.layers.3.mlp`: the stack, and the index in it."""
     match = _BLOCK.search(path)
     return (path[: match.start(2)], int(match[2])) if match else (None, None)
@@ -203,7 +208,7 @@ def _check_writers(
         [t.path for t in found],
     )
     for path, block in blocks(model).items():
-        if not (path.startswith(within) and _deep(*_place(path), cfg, depth)):
+        if not (path.startswith(within) and _deep(*place(path), cfg, depth)):
             continue
         for part, holder, ndim in _bare(path, block, linear, d_model):
             if any(re.search(pattern, holder) for pattern in cfg.exclude_names):

@@ -30,3 +30,6 @@ for variant, method in ll.REGISTRY.items():
     ll.detach(model)
 print(f"lora_lite {ll.__version__} works from its wheel, with no extras")
 PY
+status=0
+message=$(env/bin/lora-lite --help 2>&1) || status=$?
+[ "$status" = 2 ] && grep -qF "pip install 'lora-lite[cli]'" <<<"$message" || { echo "lora-lite without its extra: $message"; exit 1; }

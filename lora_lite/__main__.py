@@ -1,0 +1,5 @@
+"""python -m lora_lite: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,199 @@
+"""The commands of `lora-lite`. They only print: what they print is computed elsewhere."""
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from loguru import logger
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from typer.core import TyperCommand
+
+from .compare import compare
+from .convert import convert as convert_adapter
+from .errors import CheckpointError, LoraLiteError
+from .merge_disk import merge_checkpoint
+from .plot import plot_norms
+from .report import inspect as inspect_adapter
+from .stored import is_peft
+from .tables import console, show_difference, show_report
+from .verify import verify_merge
+
+app = typer.Typer(
+    help="Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from PEFT.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+EXTRAS = {"matplotlib": "demo", "transformers": "hf", "accelerate": "hf", "bitsandbytes": "bnb"}
+"""Packages that a command may lack, and the extra that has them."""
+
+
+class Command(TyperCommand):
+    """A command that ends with one line on stderr and exit code 2 when something is wrong; --debug tells all of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        debug = ctx.find_root().params["debug"]
+        try:
+            with _messages(debug):
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            else:
+                typer.echo(f"lora-lite: {_reason(error)}", err=True)
+            raise typer.Exit(2) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").partition(".")[0]
+        return f"{missing} is not installed" + (
+            f"; pip install 'lora-lite[{EXTRAS[missing]}]'" if missing in EXTRAS else ""
+        )
+    first = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return first if isinstance(error, LoraLiteError) else f"{type(error).__name__}: {first}"
+
+
+@contextmanager
+def _messages(debug: bool) -> Iterator[None]:
+    """The library's log lines on stderr: warnings, with debug all; other libraries' warnings with debug alone."""
+    sink = logger.add(sys.stderr, format="{level.name}: {message}", level="DEBUG" if debug else "WARNING")
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.remove(sink)
+
+
+@contextmanager
+def _progress(what: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal, that goes when it is done; for (done, total) to be told to."""
+    stderr = Console(stderr=True)
+    shown = Progress(
+        TextColumn(what),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+        disable=not stderr.is_terminal,
+    )
+    with shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show log lines, and a traceback where it fails.")] = False,
+) -> None:
+    """Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from PEFT."""
+
+
+@app.command(cls=Command)
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An adapter file, a PEFT folder, or a file or folder of tensors.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the original weights, for methods whose delta depends on them (DoRA, IA3, ...)."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of the norm of the delta by layer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer by itself.")] = False,
+) -> None:
+    """Show an adapter: method, config, base, size of its deltas."""
+    with _progress("layers", MofNCompleteColumn()) as progress:
+        report = inspect_adapter(path, base, progress)
+    if plot is not None:
+        plot_norms(report, plot)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2, default=str))
+    else:
+        show_report(console(), report)
+
+
+@app.command(cls=Command)
+def diff(
+    a: Annotated[Path, typer.Argument(help="An adapter file or PEFT folder.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Show how two adapters differ.
+
+    The exit code is 0 if they are equal, 1 if not.
+    """
+    with _progress("layers", MofNCompleteColumn()) as progress:
+        difference = compare(a, b, progress)
+    show_difference(console(), difference)
+    raise typer.Exit(0 if difference.equal else 1)
+
+
+@app.command(cls=Command)
+def merge(
+    base: Annotated[Path, typer.Argument(help="Folder of the base checkpoint.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    base_weights: Annotated[
+        Literal["original", "as_trained"],
+        typer.Option(help="Add the delta to the weights as they are, or as the quantised base had them in training."),
+    ] = "original",
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Write head and embedding apart where they share a weight.")
+    ] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option(help="Run base + adapter, then the merged model, on this text file, and print how far apart."),
+    ] = None,
+) -> None:
+    """Fold an adapter into a checkpoint on disk.
+
+    Tensor by tensor, so it needs little memory; run again, it goes on where it was interrupted.
+    """
+    if is_peft(adapter):
+        raise CheckpointError(f"{adapter} is a PEFT folder: make it a file first, with lora-lite convert")
+    text = None if verify is None else verify.read_text(encoding="utf-8")
+    with _progress("merging", DownloadColumn(), TransferSpeedColumn()) as progress:
+        report = merge_checkpoint(base, adapter, out, base_weights, untie=untie, progress=progress)
+    print(report)
+    if text is not None:
+        print(verify_merge(base, adapter, out, text, base_weights))
+
+
+@app.command(cls=Command)
+def convert(
+    source: Annotated[Path, typer.Argument(help="An adapter file or PEFT folder.")],
+    target: Annotated[Path, typer.Argument(help="File or folder to make, where there is none.")],
+    base: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
+    rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank, of any method.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Refuse a LoRA with a larger relative error in some layer.")
+    ] = None,
+) -> None:
+    """Turn an adapter file into a PEFT folder, or back.
+
+    Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory.
+    """
+    print(convert_adapter(source, target, base, rank, max_error))

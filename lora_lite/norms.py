@@ -1,0 +1,144 @@
+"""W' - W: how an adapter on disk moves a layer's weight, from its own maths on a stand-in for the layer.
+
+W' is the weight that would stand for layer and adapter together (lora_lite/affine.py). Where probing shows that the
+difference depends on W, that layer's weight is read from the original checkpoint, and no other.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .affine import Affine, apply_input, apply_output
+from .base_folder import BaseFolder
+from .errors import CheckpointError, QuantizedWeightError
+from .layer import AdapterState, Layer, Slot
+from .packed import unpack
+from .preflight import is_stacked, specs_at
+from .stored import StoredLayer
+from .targets import Target
+from .variant import lookup, weight_use
+
+
+class Weights:
+    """The weights of an adapter's layers in a checkpoint's folder, each read when it is asked for."""
+
+    def __init__(self, folder: Path, layers: Mapping[str, StoredLayer]) -> None:
+        """Raises CheckpointError unless each layer is there in its size."""
+        self._base = BaseFolder(folder)
+        self._places = self._base.find(folder, layers)
+        for at, place in self._places.items():
+            wanted, found = layers[at].target, place.target
+            experts = found.experts if is_stacked(found, layers[at].cfg) else 0
+            sizes = ((wanted.d_in, found.d_in), (wanted.d_out, found.d_out))
+            if experts != wanted.experts or any(a not in (0, b) for a, b in sizes):
+                raise CheckpointError(
+                    f"{folder}: {found.path} is {_size(found)}, and the adapter's {at} is {_size(wanted)}\n"
+                    f"  this is another base model"
+                )
+
+    def place(self, layer: StoredLayer) -> Target:
+        """The layer as it is in the checkpoint, under the adapter's path."""
+        return replace(self._places[layer.target.path].target, path=layer.target.path)
+
+    def matrices(self, layer: StoredLayer) -> Iterator[Float[Tensor, "o i"]]:
+        """The layer's weight, or those of its experts one by one, each as it is stored; a packed one dequantised."""
+        place = self._places[layer.target.path]
+        for stored in place.weight:
+            together = range(place.target.experts) if place.target.experts and stored.expert is None else [None]
+            for index in together:
+                if stored.key in self._base.packed:
+                    weight, _ = unpack(self._base.headers, self._base.packed[stored.key])
+                else:
+                    weight = self._base.read(stored.key, index)
+                yield weight.mT if stored.transposed else weight
+
+
+def norm(layer: StoredLayer, weights: Weights | None = None) -> float | None:
+    """‖W' - W‖, Frobenius; None if it depends on W and there are no weights."""
+    blocks = delta(layer, weights)
+    if blocks is None:
+        return None
+    return math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in blocks))
+
+
+def delta(layer: StoredLayer, weights: Weights | None = None) -> Iterator[Float[Tensor, "o n"]] | None:
+    """W' - W in blocks of columns, of fused experts one after the other; None as for `norm`.
+
+    Without W it is formed in float32, where nothing cancels; as a difference in float64.
+    """
+    if not is_free(layer):
+        return None if weights is None else _difference(layer, weights)
+    zeros = torch.zeros(()).expand(layer.target.d_out, layer.target.d_in)
+    affines = (_affine(layer, None, torch.float32, expert) for expert in _experts(layer.target))
+    return (block for affine in affines for _, _, block in affine.columns(zeros))
+
+
+def _difference(layer: StoredLayer, weights: Weights) -> Iterator[Float[Tensor, "o n"]]:
+    layer = replace(layer, target=weights.place(layer))
+    for expert, weight in zip(_experts(layer.target), weights.matrices(layer), strict=True):
+        for start, stop, block in _affine(layer, weight, torch.float64, expert).columns(weight):
+            yield block - weight[:, start:stop].double()
+
+
+@torch.no_grad()
+def is_free(layer: StoredLayer) -> bool:
+    """Is W' - W the same whatever W is: no weight is read, x passes, and what is added to y is the same for any y?"""
+    sizes = layer.target.d_in, layer.target.d_out
+    if 0 in sizes or layer.tensors.keys() != specs_at(layer.target, layer.cfg).keys():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, width, generator=generator, dtype=torch.float64) for width in sizes)
+    module, slot = stand_in(layer)
+    try:
+        for expert in _experts(layer.target):
+            view = Layer(module, slot, torch.float64, expert, {"training": False, "bias": None})
+            if not torch.equal(apply_input(view, x), x):
+                return False
+            added, alone = apply_output(view, x, y) - y, apply_output(view, x, torch.zeros_like(y))
+            if (added - alone).abs().max() > 1e-12 * (y.abs().max() + alone.abs().max()):
+                return False
+    except QuantizedWeightError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> tuple[nn.Module, Slot]:
+    """A module with the layer's shape and the adapter's tensors, and the slot that a view of it needs.
+
+    Tensors that the adapter lacks are the base's, and come of its `init`. Without a weight the module has one of a kind
+    that no method can read: trying raises QuantizedWeightError.
+    """
+    target, cfg = layer.target, layer.cfg
+    module = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
+    shown = torch.empty(target.d_out, target.d_in, dtype=torch.int8, device="meta") if weight is None else weight
+    module.weight = nn.Parameter(shown, requires_grad=False)
+    specs = specs_at(target, cfg)
+    for name, spec in specs.items():
+        module.register_buffer(name, torch.zeros(spec.shape, dtype=cfg.dtype))
+    state = AdapterState("default", cfg, [target], {}, layer.scale, layers=[module])
+    kept = {name: spec.keep_dtype for name, spec in specs.items()}
+    slot = Slot(state, target, cfg, weight_use(cfg), is_stacked(target, cfg), kept)
+    if layer.tensors.keys() != specs.keys():
+        lookup(cfg.variant).init(Layer(module, slot), cfg)
+    for name, tensor in layer.tensors.items():
+        module.register_buffer(name, tensor)
+    return module, slot
+
+
+def _affine(layer: StoredLayer, weight: Float[Tensor, "o i"] | None, dtype: torch.dtype, expert: int | None) -> Affine:
+    module, slot = stand_in(layer, weight)
+    return Affine(module, [slot], dtype, torch.device("cpu"), expert)
+
+
+def _size(target: Target) -> str:
+    return f"{target.d_in} -> {target.d_out}" + (f" for {target.experts} experts" if target.experts else "")
+
+
+def _experts(target: Target) -> list[int | None]:
+    return list(range(target.experts)) or [None]

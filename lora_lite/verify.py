@@ -1,0 +1,98 @@
+"""Is a merged checkpoint what base and adapter are? Both are run on a text, one after the other, never at once."""
+
+import gc
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .base import load_as_recorded, load_base
+from .convert import load_any
+from .errors import BaseModelError, ConfigError
+from .files import read_header, write_tensors
+from .stored import read_adapter
+
+WINDOW = 512
+"""Tokens that a forward sees at most."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far the merged model's next-token distributions are from those of base and adapter."""
+
+    tokens: int
+    mean_kl: float
+    max_kl: float
+    """KL(base and adapter ‖ merged) of a token, in nats."""
+    max_logit: float
+    """The largest difference of a logit."""
+
+    def __str__(self) -> str:
+        return (
+            f"KL(base + adapter || merged): mean {self.mean_kl:.3g}, max {self.max_kl:.3g} nats a token, over "
+            f"{self.tokens:,} tokens\nlargest difference of a logit: {self.max_logit:.3g}"
+        )
+
+
+def verify_merge(
+    base_dir: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    merged_dir: str | os.PathLike[str],
+    text: str,
+    base_weights: str = "original",
+) -> Verification:
+    """Compare base + adapter with the merged folder on a text; with "as_trained" the base is quantised as recorded.
+
+    Logits wait on disk, in the folder for temporary files: tokens times vocabulary, in the model's dtype. Raises
+    ConfigError for a text of less than two tokens, BaseModelError for logits that aren't finite, and what load_base and
+    load raise.
+    """
+    from transformers import AutoTokenizer
+
+    if base_weights not in ("original", "as_trained"):
+        raise ConfigError(f"base_weights={base_weights!r}: wanted 'original' or 'as_trained'")
+    ids = AutoTokenizer.from_pretrained(base_dir)(text, return_tensors="pt").input_ids
+    if ids.shape[1] < 2:
+        raise ConfigError(f"the text has {ids.shape[1]} tokens; wanted two or more")
+    record = read_adapter(adapter).base if base_weights == "as_trained" else {}
+    with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
+        kept = []
+        model = load_as_recorded(str(base_dir), record)
+        load_any(model, adapter, verify_base=base_weights == "as_trained")
+        for i, logits in enumerate(_logits(model, ids)):
+            kept.append(Path(folder) / f"{i}.safetensors")
+            write_tensors(kept[-1], {"logits": logits}, {})
+        del model
+        gc.collect()
+        parts = [
+            _differences(read_header(path).read()["logits"], logits)
+            for path, logits in zip(kept, _logits(load_base(str(merged_dir)), ids), strict=True)
+        ]
+    kl, logit = torch.cat([part[0] for part in parts]), max(part[1] for part in parts)
+    return Verification(len(kl), float(kl.mean()), float(kl.max()), logit)
+
+
+def _logits(model: Any, ids: Tensor) -> Iterator[Float[Tensor, "n v"]]:
+    """Of each window of the text, every one seen without those before."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
+    for window in ids.split(min(WINDOW, longest), dim=1):
+        with torch.no_grad():
+            logits = model(input_ids=window.to(model.device), use_cache=False).logits[0].cpu()
+        if not logits.isfinite().all():
+            raise BaseModelError("the logits are not finite\n  try another dtype for the base")
+        yield logits
+
+
+def _differences(a: Float[Tensor, "n v"], b: Float[Tensor, "n v"]) -> tuple[Float[Tensor, "n"], float]:
+    """KL(a ‖ b) of each token, and the largest difference of a logit."""
+    if a.shape != b.shape:
+        raise BaseModelError(f"base and merged folder give logits {tuple(a.shape)} and {tuple(b.shape)}")
+    logs = [logits.float().log_softmax(-1) for logits in (a, b)]
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1, dtype=torch.float64)
+    return kl, float((a.double() - b.double()).abs().max())
