@@ -227,8 +227,8 @@ def _per_layer_of(entries: Any, cfg: BaseConfig, targets: Mapping[str, Any]) -> 
         raise CheckpointError(f"per_layer is {brief(entries)!r}; wanted {{path: {{field: value}}}}")
     if not entries.keys() <= targets.keys() or bool(entries) < bool(cfg.per_layer):
         raise CheckpointError(
-            f"settings by layer for {brief(sorted(entries)[:3])}; wanted them for some of its targets, as the config has "
-            f"a per_layer"
+            f"settings by layer for {brief(sorted(entries)[:3])}; wanted them for some of its targets, as the "
+            f"config has a per_layer"
         )
     return {at: cfg.checked_changes(fields) for at, fields in entries.items()}
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import lora_lite as ll
 from lora_lite import quant
 from lora_lite.base import load_as_recorded
-from lora_lite.verify import verify_merge
+from lora_lite.cli.verify import verify_merge
 
 WORDS = [f"w{i}" for i in range(90)]
 TEXT = " ".join(WORDS * 2)

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import load_as_recorded, load_base
+from ..base import load_as_recorded, load_base
+from ..errors import BaseModelError, ConfigError
+from ..files import read_header, write_tensors
 from .convert import load_any
-from .errors import BaseModelError, ConfigError
-from .files import read_header, write_tensors
 from .stored import read_adapter
 
 WINDOW = 512

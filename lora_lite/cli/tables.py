@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..targets import starred
 from .compare import Difference
 from .report import LayerReport, Report, TensorReport, grouped
-from .targets import starred
 
 GAP = 2
 """Spaces between columns."""

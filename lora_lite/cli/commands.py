@@ -25,10 +25,10 @@ from rich.progress import (
 )
 from typer.core import TyperCommand
 
+from ..errors import CheckpointError, LoraLiteError
+from ..merge_disk import merge_checkpoint
 from .compare import compare
 from .convert import convert as convert_adapter
-from .errors import CheckpointError, LoraLiteError
-from .merge_disk import merge_checkpoint
 from .plot import plot_norms
 from .report import inspect as inspect_adapter
 from .stored import is_peft

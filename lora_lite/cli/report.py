@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from .config import BaseConfig, dtype_name
+from ..config import BaseConfig, dtype_name
+from ..targets import place, starred
 from .norms import Weights, norm
 from .stored import PEFT, StoredAdapter, StoredTensors, read_stored
-from .targets import place, starred
 
 Progress = Callable[[int, int], None]
 """(layers done, layers) -> None."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter, adapters
-from .base import load_as_recorded
-from .checkpoint import load, save
-from .errors import ConfigError
-from .peft_format import load_peft, save_peft
+from ..adapter import Adapter, adapters
+from ..base import load_as_recorded
+from ..checkpoint import load, save
+from ..errors import ConfigError
+from ..peft_format import load_peft, save_peft
 from .stored import OURS, PEFT, is_peft, read_adapter
 
 
