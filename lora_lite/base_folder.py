@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from . import experts, quant
 from .adapter import file_key
 from .config import STORAGE_DTYPES, dtype_name
-from .errors import CheckpointError, QuantizedWeightError, TargetError
+from .errors import CheckpointError, QuantizedWeightError, TargetError, brief
 from .files import DTYPES, Header, read_json, read_shards
 from .keys import resolve
 from .packed import Packed, find_packed
 from .targets import Target
 
+LEAST_BLOCKS = 1000
+"""Any model may have as many blocks as this, whatever its files hold."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -71,7 +73,7 @@ class BaseFolder:
             read_json(path / "config.json") if (path / "config.json").exists() else None
         )
         self.packed: dict[str, Packed] = find_packed(self.headers)
-        self.model = None if self.config is None else _skeleton(path, self.config)
+        self.model = None if self.config is None else _skeleton(path, self.config, len(self.headers))
         self._by_key = self._module_keys()
         self._owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
         for at, module in [] if self.model is None else self.model.named_modules():
@@ -236,7 +238,19 @@ class BaseFolder:
         return self.path.name if self.model is None else type(self.model).__name__
 
 
-def _skeleton(path: Path, config: dict[str, Any]) -> Any:
+def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """CheckpointError for more blocks than there are tensors: to build those could take forever."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_depth(path, value, tensors)
+        elif re.search(r"layer|depth|block", name) and isinstance(value, int) and value > max(tensors, LEAST_BLOCKS):
+            raise CheckpointError(
+                f"{path / 'config.json'}: {brief(name)}={value:.3g}, and the files hold {tensors} tensors\n"
+                f"  config and files are of two models"
+            )
+
+
+def _skeleton(path: Path, config: dict[str, Any], tensors: int) -> Any:
     """The model of a config on the meta device: modules and shapes, no memory, none of the folder's own code."""
     import transformers
 
@@ -245,15 +259,16 @@ def _skeleton(path: Path, config: dict[str, Any]) -> Any:
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(
-            f"{path / 'config.json'}: architectures={names!r} is no model of transformers {transformers.__version__}\n"
-            f"  code that comes with a model is not run here: merge in memory, with lora_lite.merge"
+            f"{path / 'config.json'}: architectures={brief(names)} is no model of transformers "
+            f"{transformers.__version__}\n  code that comes with a model is not run here: merge in memory, with lora_lite.merge"
         )
+    _check_depth(path, config, tensors)
     try:
         with torch.device("meta"):
             made: Any = cls
             return made(made.config_class.from_pretrained(path))
     except (OSError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path / 'config.json'} describes no {name}: {str(error)[:300]}") from error
+        raise CheckpointError(f"{path / 'config.json'} describes no {name}: {brief(error, 300)}") from error
 
 
 def untied_key(place: Place) -> str:

@@ -4,6 +4,7 @@ Each gives one clear error of ours, in bounded time and memory, and leaves model
 odd, or is damaged where nobody can tell, loads the same tensors.
 """
 
+import atexit
 import functools
 import hashlib
 import io
@@ -11,7 +12,9 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,7 +88,46 @@ def state() -> dict[str, torch.Tensor]:
 ADAPTER = Reader(write_adapter, lambda model, file, out: ll.load(model, file))
 RAW = Reader(write_raw, lambda model, file, out: ll.load(model, file, cfg=CFG))
 SHARDS = Reader(write_shards, lambda model, file, out: ll.load(model, file.parent, cfg=CFG))
-READERS = {"adapter": ADAPTER, "raw": RAW, "shards": SHARDS}
+
+
+def write_peft(folder: Path) -> Path:
+    ll.save_peft(trained(), folder / "peft")
+    return folder / "peft" / "adapter_model.safetensors"
+
+
+def write_base(folder: Path) -> Path:
+    """A checkpoint folder in two shards, with a config."""
+    model = tiny_llama()
+    names = {key: f"model-{1 + i % 2}.safetensors" for i, key in enumerate(model.state_dict())}
+    for name in set(names.values()):
+        save_file({key: value for key, value in model.state_dict().items() if names[key] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)
+    return folder / "model-1.safetensors"
+
+
+@functools.cache
+def merge_source() -> tuple[Path, Path]:
+    """A whole base and a whole adapter, outside of what a case damages."""
+    folder = Path(tempfile.mkdtemp(prefix="hostile-"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / "base").mkdir()
+    write_base(folder / "base")
+    return folder / "base", write_adapter(folder)
+
+
+def merged(model: Any, base: Path, file: Path, out: Path) -> None:
+    """The file merged on disk; attached afterwards, so that the law can look at what was read."""
+    ll.merge_checkpoint(base, file, out)
+    shutil.rmtree(out)
+    ll.load(model, file)
+
+
+PEFT = Reader(write_peft, lambda model, file, out: ll.load_peft(model, file.parent))
+MERGE = Reader(write_adapter, lambda model, file, out: merged(model, merge_source()[0], file, out))
+BASE = Reader(write_base, lambda model, file, out: merged(model, file.parent, merge_source()[1], out))
+READERS = {"adapter": ADAPTER, "raw": RAW, "shards": SHARDS, "peft": PEFT, "merge": MERGE, "base": BASE}
 
 Damage = Callable[[Path, random.Random], Any]
 """Change the file (and what is beside it) in place."""
@@ -621,10 +663,58 @@ FOREIGN: list[Case] = [
     ),
 ]
 
+
+def settings(name: str, edit: Callable[[dict[str, Any]], Any]) -> Damage:
+    """A JSON file beside the tensors, changed."""
+
+    def damage(file: Path, rng: random.Random) -> None:
+        path = file.with_name(name)
+        held = json.loads(path.read_text())
+        edit(held)
+        path.write_text(json.dumps(held))
+
+    return damage
+
+
+def beside(name: str, text: bytes) -> Damage:
+    return lambda file, rng: file.with_name(name).write_bytes(text)
+
+
+WRONG: list[Any] = [None, -1, 0.5, "x", [], {}, True, 10**30, NESTED]
+PEFT_SETTINGS: list[Case] = [
+    *((f"peft-text-{name}", beside("adapter_config.json", text), "error") for name, text in HEADERS.items()),
+    *(
+        (f"peft-{field}-{i}", settings("adapter_config.json", lambda h, f=field, v=v: h.update({f: v})), right)  # type: ignore[misc]
+        for field, right in (("peft_type", "error"), ("r", "error"), ("lora_alpha", "error"), ("bias", "error"))
+        for i, v in enumerate(WRONG)
+    ),
+    *(
+        (f"peft-pattern-{i}", settings("adapter_config.json", lambda h, k=k: h.update(alpha_pattern={k: 4})), "error")  # type: ignore[misc]
+        for i, k in enumerate(["(a+)+$", "(" * 10_000, "[", ".*", "x" * 10**6])
+    ),
+    *(
+        (f"peft-asks-{name}", settings("adapter_config.json", lambda h, n=name, v=value: h.update({n: v})), "error")  # type: ignore[misc]
+        for name, value in {"modules_to_save": ["lm_head"], "use_dora": True, "auto_mapping": {"x": "os"}}.items()
+    ),
+    ("peft-gone", lambda file, rng: file.with_name("adapter_config.json").unlink(), "error"),
+    ("peft-pickle", lambda file, rng: file.rename(file.with_name("adapter_model.bin")), "error"),
+]
+BASE_CONFIG: list[Case] = [
+    *((f"config-text-{name}", beside("config.json", text), "error") for name, text in HEADERS.items()),
+    *(
+        (f"config-{field}-{i}", settings("config.json", lambda h, f=field, v=v: h.update({f: v})), "error")  # type: ignore[misc]
+        for field in ("architectures", "num_hidden_layers", "hidden_size", "intermediate_size")
+        for i, v in enumerate([-1, "x", 10**9, 10**30, NESTED, ["os.system"], [{}], {"a": 1}])
+    ),
+]
+
 CASES: dict[str, list[Case]] = {
     "adapter": [*ANY, *METADATA],
     "raw": [*ANY, *FOREIGN],
     "shards": [*ANY[::6], *INDEXED],
+    "peft": [*ANY[::6], *PEFT_SETTINGS],
+    "merge": [*ANY[::12], *METADATA[::6]],
+    "base": [*ANY[::12], *INDEXED[::4], *BASE_CONFIG],
 }
 
 

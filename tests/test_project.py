@@ -9,9 +9,9 @@ import pytest
 import torch
 from contrasts import FITTED, NEUTRAL, chats
 from jaxtyping import TypeCheckError
-from models import OneLinear, config, tiny_llama
+from models import OneLinear, config, perturb, tiny_llama
 from test_ecosystem import Tokens, arguments
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 from lora_lite import quant
@@ -19,7 +19,7 @@ from lora_lite.variant import weight_use
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, OWN_VARIANT, ABLITERATION, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
+EXAMPLE, OWN_VARIANT, ABLITERATION, MERGING, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
@@ -31,6 +31,21 @@ def test_the_readmes_code_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.Mo
     scope = {"ll": ll, "model": tiny_llama()}
     exec(OWN_VARIANT, scope)
     assert ll.adapters(scope["model"])["default"].variant == "gain"  # type: ignore[arg-type]
+
+
+def test_the_readmes_merging_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(tiny)
+    model = ll.load_base(tiny)
+    perturb(ll.attach(model, ll.LoRAConfig()))
+    ll.save(model, "adapter.safetensors")
+    merge, *rest = MERGING.splitlines(keepends=True)
+    scope = {"ll": ll, "model": model}
+    exec(merge, scope)
+    ll.unmerge(model)
+    exec("".join(rest), scope)
+    assert list(ll.adapters(model)) == ["default", "other"]
+    assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # torch's, on a machine without an accelerator
@@ -73,7 +88,7 @@ def test_the_readmes_table_is_true() -> None:
                 tie_word_embeddings=True,
             )
         )
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| ([^|]+) \| ([^|]+) \|$", README, re.M)
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", README, re.M)
     assert {row[0] for row in rows} == set(ll.REGISTRY)
     for name, parameters, kinds, fresh in rows:
         plan = ll.plan(smollm2, ll.config_for(name)())  # type: ignore[call-arg]
