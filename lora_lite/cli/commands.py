@@ -163,6 +163,10 @@ def merge(
     untie: Annotated[
         bool, typer.Option("--untie", help="Write head and embedding apart where they share a weight.")
     ] = False,
+    any_base: Annotated[
+        bool,
+        typer.Option("--any-base", help="Warn, not fail, where the method depends on other base weights (DoRA)."),
+    ] = False,
     verify: Annotated[
         Path | None,
         typer.Option(help="Run base + adapter, then the merged model, on this text file, and print how far apart."),
@@ -176,7 +180,9 @@ def merge(
         raise CheckpointError(f"{adapter} is a PEFT folder: make it a file first, with lora-lite convert")
     text = None if verify is None else verify.read_text(encoding="utf-8")
     with _progress("merging", DownloadColumn(), TransferSpeedColumn()) as progress:
-        report = merge_checkpoint(base, adapter, out, base_weights, untie=untie, progress=progress)
+        report = merge_checkpoint(
+            base, adapter, out, base_weights, untie=untie, verify_base=not any_base, progress=progress
+        )
     print(report)
     if text is not None:
         print(verify_merge(base, adapter, out, text, base_weights))
