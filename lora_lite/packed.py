@@ -20,7 +20,7 @@ from .config import STORAGE_DTYPES
 from .errors import CheckpointError, QuantizedWeightError
 from .files import DTYPES, Header, parse_json
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Elements at a time, a multiple of every blocksize."""
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -94,7 +94,7 @@ def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor,
     out = torch.empty(packed.shape, dtype=state.dtype)
     blocks = codes.view(torch.uint8).reshape(-1)
     _dequantize(lambda a, b: blocks[a // 2 : -(-b // 2)], _absmax(state), state.blocksize, state.quant_type, out)
-    return out, ["uint8", *quant.samples_4bit(blocks, state)]
+    return out, ["uint8", *quant.samples_4bit([blocks], state)]
 
 
 def as_trained(
@@ -126,7 +126,7 @@ def as_trained(
         absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     state = QuantState(absmax, weight.shape, blocksize=how["blocksize"], offset=offset, state2=nested)
     _dequantize(lambda a, b: codes[a // CHUNK], _absmax(state), how["blocksize"], how["quant_type"], weight)
-    return weight, ["uint8", *quant.samples_4bit(torch.cat(codes), state)]
+    return weight, ["uint8", *quant.samples_4bit(codes, state)]
 
 
 def _as_trained_8bit(weight: Float[Tensor, "o i"]) -> tuple[Float[Tensor, "o i"], list[Any]]:

@@ -25,7 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from . import quant
-from .adapter import Adapter, adapters, check_shapes, file_key, get_adapter, session_of
+from .adapter import Adapter, adapters, check_shapes, check_unmerged, file_key, get_adapter, session_of
 from .config import STORAGE_DTYPES, BaseConfig, is_number
 from .delta import change, factors
 from .errors import CheckpointError, ConfigError, QuantizedWeightError, brief
@@ -492,7 +492,8 @@ def save_peft(
     Raises CheckpointError for what PEFT's format can't hold, TargetError for an unknown name, ConfigError for a bad
     argument, VariantError if a method is not affine; nothing is written then.
     """
-    folder, root = Path(folder), session_of(model)[0]
+    folder, (root, session) = Path(folder), session_of(model)
+    check_unmerged(session, "export")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; PEFT's format is a folder of two files")
     if not (rank is None or (type(rank) is int and rank > 0)):
