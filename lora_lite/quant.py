@@ -11,7 +11,7 @@ The only file that knows bitsandbytes' layers. Facts that it rests on, bitsandby
 
 import enum
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -223,17 +223,15 @@ def samples(layer: Linear) -> list[float]:
         codes, scales = _int8(layer)
         return spread(codes) + spread(scales)
     if kind is Kind.BNB_4BIT:
-        return samples_4bit([layer.weight.view(torch.uint8)], _quant_state(layer))
+        return samples_4bit(layer.weight.view(torch.uint8), _quant_state(layer))
     return spread(stored(layer))
 
 
-def samples_4bit(codes: Sequence[Tensor], state: Any) -> list[float]:
-    """Of 4-bit codes (uint8, in chunks of one size but for the last) and bitsandbytes' QuantState."""
-    chunk = codes[0].numel()
-    places = spread_places(sum(each.numel() for each in codes))
-    found = [float(codes[at // chunk].reshape(-1)[at % chunk]) for at in places]
-    parts = [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
-    return found + [value for part in parts for value in spread(part)]
+def samples_4bit(codes: Tensor, state: Any) -> list[float]:
+    """Of 4-bit codes (uint8) and bitsandbytes' QuantState."""
+    parts = [codes, state.absmax]
+    parts += [state.state2.absmax, state.offset] if state.nested else []
+    return [value for part in parts for value in spread(part)]
 
 
 def spread(tensor: Tensor) -> list[float]:
