@@ -137,7 +137,7 @@ class Adapter:
     @scale.setter
     def scale(self, c: float) -> None:
         self._check_unmerged("change the scale")
-        self._state.scale = _finite(c)
+        self._state.set_scale(_finite(c))
 
     def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
         """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers
@@ -297,7 +297,9 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
 def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None]:
     """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
 
-    Under gradient checkpointing call backward inside the block as well: it runs the forward once more.
+    A backward may come after the block: what gradient checkpointing runs again then, it runs at the c of the forward
+    (not where a compiled module stands inside of an eager checkpoint, or one reentrant checkpoint inside of another:
+    call backward inside the block there).
 
     Raises ConfigError unless c is finite, TargetError for an unknown name.
     """
@@ -305,14 +307,14 @@ def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None
     names = list(session.adapters) if name is None else [get_adapter(model, name).name]
     if any(session.adapters[each].merged for each in names):
         check_unmerged(session, "change the scale")
-    before = [(session.adapters[each], session.adapters[each].scale) for each in names]
+    before: list[tuple[AdapterState, tuple[float, bool]]] = []
     try:
-        for state, _ in before:
-            state.scale = c
+        for state in [session.adapters[each] for each in names]:
+            before.append((state, state.set_scale(c)))
         yield
     finally:
         for state, old in before:
-            state.scale = old
+            state.set_scale(*old)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:

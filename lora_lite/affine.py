@@ -23,20 +23,20 @@ ROWS = 512
 
 def apply_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
     """What one adapter makes of the layer's input, at its scale."""
-    variant, c = lookup(layer.cfg.variant), layer.scale
-    if variant.forward_input is None or c == 0:
+    variant = lookup(layer.cfg.variant)
+    if variant.forward_input is None or layer.is_off:
         return x
     new = variant.forward_input(layer, x)
-    return new if c == 1 or variant.handles_scale else x + c * (new - x)
+    return new if variant.handles_scale or layer.is_whole else x + layer.scale * (new - x)
 
 
 def apply_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
     """What one adapter makes of the layer's output, at its scale."""
-    variant, c = lookup(layer.cfg.variant), layer.scale
-    if variant.forward is None or c == 0:
+    variant = lookup(layer.cfg.variant)
+    if variant.forward is None or layer.is_off:
         return y
     new = variant.forward(layer, x, y)
-    return new if c == 1 or variant.handles_scale else y + c * (new - y)
+    return new if variant.handles_scale or layer.is_whole else y + layer.scale * (new - y)
 
 
 class Affine:

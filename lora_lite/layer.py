@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from . import quant
 from .errors import VariantError
 from .targets import Target
+from .timeline import Timeline, second_run_of
 
 
 @dataclass(eq=False)
@@ -25,17 +26,65 @@ class AdapterState:
     """As attached."""
     base: dict[str, Any]
     scale: float = 1.0
+    """As it was set; hooks go by `c`."""
     merged: bool = False
     """True while its effect is in the weights, and its hooks do nothing."""
     layers: list[nn.Module] = field(default_factory=list)
     """The adapted modules, in the order of `targets`."""
     per_layer: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Path of a target -> the config fields that differ there."""
+    set_in_backward: bool = False
+    """The scale was set inside of a backward, by who runs a forward there: it counts as it is."""
+    timeline: Timeline = field(default_factory=Timeline)
+    traced: tuple[Tensor, bool, bool] = field(init=False)
+    """What a graph of torch.compile takes for the scale, an input that may change, with whether it is 0 and whether 1."""
+
+    def __post_init__(self) -> None:
+        self._show()
+
+    def set_scale(self, scale: float, in_backward: bool | None = None) -> tuple[float, bool]:
+        """Returns the arguments that undo it."""
+        before = self.scale, self.set_in_backward
+        if torch.compiler.is_compiling():
+            self.timeline = Timeline()  # there is no clock in a graph: what is pending goes by the scale as it is
+        else:
+            self.timeline.change(self.scale, scale)
+            self.set_in_backward = second_run_of() is not None if in_backward is None else in_backward
+        self.scale = scale
+        self._show()
+        return before
+
+    def _show(self) -> None:
+        value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # of no dimension, so it casts nothing up
+        self.traced = value, self.scale == 0, self.scale == 1
+
+    @property
+    def c(self) -> Any:
+        """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first. In a graph of
+        torch.compile a tensor: a number would be a part of the graph, or break it (torch 2.13, with checkpointing)."""
+        if torch.compiler.is_compiling():
+            return self.traced[0]
+        if self.set_in_backward or (node := second_run_of()) is None:
+            return self.scale
+        return self.timeline.at(node, self.scale)
+
+    @property
+    def is_off(self) -> bool:
+        """c = 0"""
+        return self.traced[1] if torch.compiler.is_compiling() else self.c == 0
+
+    @property
+    def is_whole(self) -> bool:
+        """c = 1"""
+        return self.traced[2] if torch.compiler.is_compiling() else self.c == 1
 
     @property
     def is_idle(self) -> bool:
         """Do its hooks leave everything as it is?"""
-        return self.merged or self.scale == 0
+        return self.merged or self.is_off
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"timeline": Timeline()}  # no forward of a copy is pending
 
     def attribute(self, tensor: str) -> str:
         """The name on the layer of this adapter's `tensor`: `lora_A`, or `lora_A__fr` for adapter fr."""
@@ -72,7 +121,9 @@ class Layer:
 
     layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
                            (the activation's), unless their ParamSpec says keep_dtype
-    layer.cfg, .scale      the adapter's config at this layer; its coefficient c
+    layer.cfg, .scale      the adapter's config at this layer; its coefficient c, a number, and in a graph of
+                           torch.compile a tensor without dimensions
+    layer.is_off, .is_whole    is c 0, or 1
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
@@ -117,8 +168,16 @@ class Layer:
         return self._slot.cfg
 
     @property
-    def scale(self) -> float:
-        return self._slot.state.scale
+    def scale(self) -> Any:
+        return self._slot.state.c
+
+    @property
+    def is_off(self) -> bool:
+        return self._slot.state.is_off
+
+    @property
+    def is_whole(self) -> bool:
+        return self._slot.state.is_whole
 
     @property
     def path(self) -> str:
