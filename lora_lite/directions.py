@@ -216,7 +216,7 @@ class DirectionConfig(BaseConfig):
             ok = ok and len(kernels) <= MOST_KERNELS and all(is_tame(pattern) for pattern, _ in kernels)
         except (TypeError, ValueError, OverflowError):
             kernels, ok = (), False
-        wanted = "{regex: Kernel(four finite numbers, the distance above 0)}, with three groups and repetitions at most"
+        wanted = "{regex: Kernel(four finite numbers, the distance above 0)}, with three repetitions at most"
         self._require(ok, "kernels", wanted)
         object.__setattr__(self, "kernels", kernels)
 

@@ -13,12 +13,12 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import experts, quant
-from .adapter import Adapter, Swap, adapters, check_unmerged, get_adapter, session_of, slots_of
-from .affine import Affine, fits
+from .adapter import Adapter, Session, Swap, adapters, check_unmerged, get_adapter, session_of, slots_of
+from .affine import Affine, exactly, fits
 from .config import dtype_name
 from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
 from .layer import Slot
-from .runtime import detach
+from .runtime import detach, uninstall
 from .variant import weight_use
 
 CHOICES = (None, "dequantize", "requantize")
@@ -56,7 +56,12 @@ def merge(model: nn.Module, name: str | None = None, *, quantized: str | None = 
         raise ConfigError(f"quantized={quantized!r}: wanted one of {CHOICES}")
     root, session = session_of(model)
     check_unmerged(session, "merge")
-    chosen = list(adapters(model).values()) if name is None else [get_adapter(model, name)]
+    with exactly(root):
+        _merge(root, session, name, quantized, keep)
+
+
+def _merge(root: nn.Module, session: Session, name: str | None, quantized: str | None, keep: bool) -> None:
+    chosen = list(adapters(root).values()) if name is None else [get_adapter(root, name)]
     if not chosen:
         raise TargetError(f"no adapter on this {type(root).__name__}\n  attach or load one first")
     layers = _layers(root, chosen, quantized)
@@ -71,6 +76,9 @@ def merge(model: nn.Module, name: str | None = None, *, quantized: str | None = 
                 swap.put(value)
                 if keep:
                     done.append(swap)
+            if not keep:  # so that whatever stops this, each layer has the adapter once: in its weight or on it
+                for slot in layer.slots:
+                    uninstall(layer.module, slot.state.name)
     except BaseException:
         _undo(done)
         raise
@@ -80,7 +88,7 @@ def merge(model: nn.Module, name: str | None = None, *, quantized: str | None = 
             session.adapters[adapter.name].merged = True
     else:
         for adapter in chosen:
-            detach(model, adapter.name)
+            detach(root, adapter.name)
     names = ", ".join(adapter.name for adapter in chosen)
     logger.info(f"merged {names} into {len(layers)} layers of {type(root).__name__}{'' if keep else ', for good'}")
     if errors:
@@ -127,6 +135,7 @@ def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -
             module, [s for s in slots if s.state.name in names], [s for s in slots if s.state.name not in names]
         )
         kind, weight = quant.kind_of(module), quant.stored(module)
+        _check_holder(layer, kind)
         if quant.is_sharded(weight) or weight.is_meta:
             raise TargetError(
                 f"{layer.path}: its weight is {'sharded' if quant.is_sharded(weight) else 'offloaded'}\n"
@@ -145,6 +154,24 @@ def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -
             )
         out.append(layer)
     return out
+
+
+def _check_holder(layer: _Layer, kind: quant.Kind) -> None:
+    """TargetError where a new weight would be lost, or others' hooks with the layer that is replaced."""
+    module, weight = layer.module, quant.stored_parameter(layer.module)
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if not any(weight is each for each in held):
+        raise TargetError(
+            f"{layer.path}: its weight is computed from others at each forward (a parametrisation, weight_norm)\n"
+            f"  fold those in first, with torch.nn.utils.parametrize.remove_parametrizations or the like"
+        )
+    own = {handle.id for slot in slots_of(module).values() for handle in slot.handles}
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if kind is not quant.Kind.DENSE and ("forward" in vars(module) or any(set(each) - own for each in hooks)):
+        raise TargetError(
+            f"{layer.path}: something else has hooks on this {type(module).__name__}\n"
+            f"  another layer will stand in its place: take them off first, and put them on again afterwards"
+        )
 
 
 def _changes(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import record
 from .adapter import check_shapes, file_key
-from .affine import Affine, fits
+from .affine import Affine, exactly, fits
 from .base_folder import BaseFolder, Place, Stored, refuse_tied, untied_key
 from .checkpoint import AdapterFile, read_file
 from .config import dtype_name
@@ -41,7 +41,11 @@ MARKER = "lora_lite_merge.json"
 """In every folder that a merge makes: what it was made of, and its files."""
 COPY = 8 << 20
 """Bytes that are copied at a time."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"),
+    *(".ot", ".tflite", ".mlmodel", ".npz", ".pkl", ".index.json"),
+)
+_FOLDERS = ("additional_chat_templates",)
 
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in all)"""
@@ -76,11 +80,9 @@ class _Tensor:
     key: str
     dtype: str
     shape: tuple[int, ...]
+    size: int
+    """Bytes"""
     make: Callable[[], Iterator[Tensor]] | None = None
-
-    @property
-    def size(self) -> int:
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
 
 
 @dataclass
@@ -152,21 +154,24 @@ def merge_checkpoint(
     """
     if base_weights not in CHOICES:
         raise ConfigError(f"base_weights={base_weights!r}: wanted one of {CHOICES}")
-    started, out = time.monotonic(), Path(out_dir)
-    file, base = read_file(adapter), BaseFolder(Path(base_dir))
-    plan = _Plan(file, base, base_weights, untie, verify_base)
-    others = [p for p in sorted(base.path.iterdir()) if p.is_file() and not p.name.endswith(_WEIGHTS)]
-    others = [p for p in others if p.name not in (MARKER, "config.json")]
-    if out.resolve() == base.path.resolve():
-        raise CheckpointError(f"{out} is the base itself\n  choose another folder")
+    started, out = time.monotonic(), Path(out_dir).resolve()
+    file, base = read_file(adapter), BaseFolder(Path(base_dir).resolve())
+    if out == base.path or out.is_mount():
+        raise CheckpointError(
+            f"{out} is {'the base itself' if out == base.path else 'a mount point'}\n  choose another folder"
+        )
+    with exactly(nn.Module()):
+        plan = _Plan(file, base, base_weights, untie, verify_base)
+    others = _others(base.path)
     job = {
         "adapter": _digest(file.path),
-        "base": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in (*base.files(), *others)},
+        "base": {str(p.relative_to(base.path)): _stamp(p) for p in (*base.files(), *others, *base.path.glob("*.json"))},
         "options": [base_weights, untie, verify_base],
         "library": __version__,
     }
-    names = [shard.name for shard in plan.shards] + [p.name for p in others] + [INDEX, "config.json"]
-    with _partial(out, job, names) as partial:
+    names = [shard.name for shard in plan.shards] + [str(p.relative_to(base.path)) for p in others]
+    names += [INDEX, "config.json"]
+    with exactly(nn.Module()), _partial(out, job, names) as partial:
         total = sum(shard.size for shard in plan.shards)
         there = {s.name for s in plan.shards if _size(partial / s.name) == s.size}
         resumed = sum(shard.size for shard in plan.shards if shard.name in there)
@@ -180,12 +185,27 @@ def merge_checkpoint(
             if shard.name not in there:
                 _write_shard(partial / shard.name, shard, base, report)
         for path in others:
-            with replacing(partial / path.name) as handle:
-                handle.write(path.read_bytes())
+            with replacing(partial / path.relative_to(base.path)) as handle, path.open("rb") as source:
+                shutil.copyfileobj(source, handle, COPY)
         plan.write_config(partial)
     done = Merged(out, len(plan.places), plan.merged, total, base_weights, resumed, time.monotonic() - started)
     logger.info(str(done).replace("\n ", ","))
     return done
+
+
+def _others(folder: Path) -> list[Path]:
+    """What goes along with the tensors; other weights, and folders that transformers doesn't read, stay behind."""
+    everything = [path for path in sorted(folder.iterdir()) if path.name not in (MARKER, "config.json", INDEX)]
+    everything += [path for name in _FOLDERS for path in sorted((folder / name).glob("*"))]
+    others = [path for path in everything if path.is_file() and not path.name.endswith(_WEIGHTS)]
+    left = [p.name for p in everything if p not in others and p.name not in _FOLDERS and p.suffix != ".safetensors"]
+    if left:
+        logger.info(f"left behind: {', '.join(left)}")
+    return others
+
+
+def _stamp(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 @dataclass
@@ -300,7 +320,11 @@ class _Plan:
             raise CheckpointError(
                 f"{self._file.path}: two of its layers go into the one tensor {key} of {self._base.path}"
             )
-        made[key] = _Tensor(key, self._base.dtype(stored.key), self._base.shape(stored.key), make)
+        made[key] = self._computed(key, stored.key, make)
+
+    def _computed(self, key: str, source: str, make: Callable[[], Iterator[Tensor]]) -> _Tensor:
+        dtype, shape = self._base.dtype(source), self._base.shape(source)
+        return _Tensor(key, dtype, shape, torch.Size(shape).numel() * DTYPES[dtype].itemsize, make)
 
     def _make_shards(self, made: Mapping[str, _Tensor]) -> list[_Shard]:
         base, new = self._base, set(self._beside.values())
@@ -311,9 +335,10 @@ class _Plan:
             if key in made and key not in new:
                 shard.tensors.append(made[key])
             elif key in base.packed:
-                shard.tensors.append(_Tensor(key, base.dtype(key), base.shape(key), self._plain(Stored(key))))
+                shard.tensors.append(self._computed(key, key, self._plain(Stored(key))))
             elif key not in parts and key not in new:
-                shard.tensors.append(_Tensor(key, header.entries[key].dtype, header.entries[key].shape))
+                entry = header.entries[key]
+                shard.tensors.append(_Tensor(key, entry.dtype, entry.shape, entry.stop - entry.start))
             if key in self._beside:
                 shard.tensors.append(made[self._beside[key]])
         return list(shards.values())
@@ -454,38 +479,52 @@ def _partial(out: Path, job: dict[str, Any], names: Sequence[str]) -> Iterator[P
     _check_ours(out)
     _check_ours(partial, begun=True)
     _check_ours(replaced)
-    partial.mkdir(parents=True, exist_ok=True)
+    fresh = not partial.exists()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{partial} can't be made: {error.strerror}") from error
     with _locked(partial):
-        if (partial / MARKER).exists() and read_json(partial / MARKER)["job"] != job:
+        keep = {MARKER, _LOCK, *(name.partition("/")[0] for name in names)}
+        if (partial / MARKER).exists() and read_json(partial / MARKER).get("job") != job:
             logger.warning(f"{partial} was left by another merge, or one of other files: starting over")
-            _empty(partial)
-        write_json(partial / MARKER, {"job": job, "files": sorted(names)})
+            keep = {_LOCK}
         for path in partial.iterdir():
-            if path.name not in (*names, MARKER, _LOCK):
-                path.unlink()  # what was being written when a run was killed
+            if path.name not in keep:  # also what was being written when a run was killed
+                _remove(path)
+        write_json(partial / MARKER, {"job": job, "files": dict.fromkeys(names)})
         try:
             yield partial
         except LoraLiteError:
-            _empty(partial)
+            if fresh:  # or what an earlier run has finished would be lost
+                shutil.rmtree(partial)
             raise
+        stamps = {name: _stamp(partial / name) for name in names if (partial / name).exists()}
+        write_json(partial / MARKER, {"job": job, "files": stamps})
         (partial / _LOCK).unlink()
         if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
             os.replace(out, replaced)
         os.replace(partial, out)
         sync_folder(out.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
 
 
 def _check_ours(folder: Path, begun: bool = False) -> None:
-    """CheckpointError for anything at that path but an empty folder, or one that a merge has made (or just begun)."""
+    """CheckpointError for anything at that path but an empty folder, or one as a merge has left it (or just begun)."""
     if not folder.exists() and not folder.is_symlink():
         return
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     ours: set[str] = set()
     if MARKER in held:
-        files = read_json(folder / MARKER).get("files", [])
-        ours = {MARKER, _LOCK, *(name for name in files if isinstance(name, str))}
+        files = read_json(folder / MARKER).get("files")
+        files = files if isinstance(files, dict) else {}
+        same = {
+            name: stamp is None or _size(folder / name) < 0 or _stamp(folder / name) == stamp
+            for name, stamp in files.items()
+        }
+        changed = {name.partition("/")[0] for name, is_same in same.items() if not is_same}
+        ours = {MARKER, _LOCK, *(name.partition("/")[0] for name in files)} - changed
     foreign = sorted(name for name in held - ours if not (begun and name.startswith(".")))
     if foreign:
         raise CheckpointError(
@@ -494,10 +533,11 @@ def _check_ours(folder: Path, begun: bool = False) -> None:
         )
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ that double quantisation takes of all scales.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from .config import STORAGE_DTYPES
 from .errors import CheckpointError, QuantizedWeightError
 from .files import DTYPES, Header, parse_json
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Elements at a time, a multiple of every blocksize."""
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -93,7 +93,7 @@ def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor,
     state = QuantState.from_dict(read, device=torch.device("cpu"))
     out = torch.empty(packed.shape, dtype=state.dtype)
     blocks = codes.view(torch.uint8).reshape(-1)
-    _dequantize(lambda a, b: blocks[a // 2 : -(-b // 2)], _absmax(state), state.blocksize, state.quant_type, out)
+    _dequantize(blocks, _absmax(state), state.blocksize, state.quant_type, out)
     return out, ["uint8", *quant.samples_4bit(blocks, state)]
 
 
@@ -115,18 +115,19 @@ def as_trained(
         )
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
-    flat, codes, scales = weight.view(-1), [], []
-    for chunk in flat.split(CHUNK):
-        made, state = quantize_4bit(chunk, blocksize=how["blocksize"], quant_type=how["quant_type"])
-        codes.append(made.reshape(-1))
-        scales.append(state.absmax)
-    absmax, offset, nested = torch.cat(scales), None, None
+    flat, blocksize = weight.view(-1), how["blocksize"]
+    codes = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)  # whole from the start: pieces between what comes and
+    absmax, offset, nested = torch.empty(-(-len(flat) // blocksize)), None, None  # goes would hold the heap apart
+    for start in range(0, len(flat), CHUNK):
+        made, state = quantize_4bit(flat[start : start + CHUNK], blocksize=blocksize, quant_type=how["quant_type"])
+        codes[start // 2 :][: made.numel()] = made.view(-1)
+        absmax[start // blocksize :][: state.absmax.numel()] = state.absmax
     if how["double_quant"]:
         offset = absmax.mean()
         absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
-    state = QuantState(absmax, weight.shape, blocksize=how["blocksize"], offset=offset, state2=nested)
-    _dequantize(lambda a, b: codes[a // CHUNK], _absmax(state), how["blocksize"], how["quant_type"], weight)
-    return weight, ["uint8", *quant.samples_4bit(torch.cat(codes), state)]
+    state = QuantState(absmax, weight.shape, blocksize=blocksize, offset=offset, state2=nested)
+    _dequantize(codes, _absmax(state), blocksize, how["quant_type"], weight)
+    return weight, ["uint8", *quant.samples_4bit(codes, state)]
 
 
 def _as_trained_8bit(weight: Float[Tensor, "o i"]) -> tuple[Float[Tensor, "o i"], list[Any]]:
@@ -137,9 +138,7 @@ def _as_trained_8bit(weight: Float[Tensor, "o i"]) -> tuple[Float[Tensor, "o i"]
     return codes.float().mul_(scales[:, None]), ["int8", *quant.spread(codes), *quant.spread(scales)]
 
 
-def _dequantize(
-    codes: Callable[[int, int], UInt8[Tensor, "c"]], absmax: Tensor, blocksize: int, quant_type: str, out: Tensor
-) -> None:
+def _dequantize(codes: UInt8[Tensor, "c"], absmax: Tensor, blocksize: int, quant_type: str, out: Tensor) -> None:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     flat = out.view(-1)
@@ -149,7 +148,7 @@ def _dequantize(
         state = QuantState(
             some, torch.Size([stop - start]), dtype=out.dtype, blocksize=blocksize, quant_type=quant_type
         )
-        flat[start:stop] = dequantize_4bit(codes(start, stop).unsqueeze(1), state)
+        flat[start:stop] = dequantize_4bit(codes[start // 2 : -(-stop // 2)].unsqueeze(1), state)
 
 
 def _absmax(state: Any) -> Float[Tensor, "n"]:

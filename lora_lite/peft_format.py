@@ -25,10 +25,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from . import quant
-from .adapter import Adapter, adapters, check_shapes, file_key, get_adapter, session_of
+from .adapter import Adapter, adapters, check_shapes, check_unmerged, file_key, get_adapter, session_of
 from .config import STORAGE_DTYPES, BaseConfig, is_number
 from .delta import change, factors
-from .errors import CheckpointError, ConfigError, QuantizedWeightError
+from .errors import CheckpointError, ConfigError, QuantizedWeightError, brief
 from .files import DTYPES, Header, check_numbers, read_header, read_json, replacing
 from .keys import resolve
 from .layer import Slot
@@ -57,7 +57,7 @@ _KEY = re.compile(
 _LITERAL = re.compile(r"(\^?)((?:\\\W|[^\\^$*+?{}\[\]()|])+)\$?")
 """A regex that is plain text: an escaped sign is itself, and a dot any character."""
 _CHARACTER = re.compile(r"\\.|.", re.DOTALL)
-MOST_PATTERNS = 10_000
+LONGEST_PATTERN, MOST_PATTERNS = 1000, 10_000
 """Each is compared with each layer's path."""
 
 _SAID = {
@@ -231,13 +231,13 @@ def _read(folder: Path) -> _Folder:
 def _check_settings(source: _Folder) -> None:
     kind = source.settings.get("peft_type")
     if not isinstance(kind, str) or kind not in _SAID:
-        raise source.error(f"peft_type {kind!r} isn't supported; wanted one of {sorted(_SAID)}")
+        raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_SAID)}")
     known = _SAID[kind] | _FREE
     odd = {field: value for field, value in source.settings.items() if field not in known and not _neutral(value)}
     if odd:
+        some = [f"{brief(field, 60)}={brief(json.dumps(value), 60)}" for field, value in list(odd.items())[:5]]
         raise source.error(
-            f"{', '.join(f'{field}={json.dumps(value)[:60]}' for field, value in odd.items())} "
-            f"can't be kept here, and nothing is dropped\n  such an adapter works with PEFT only"
+            f"{', '.join(some)} can't be kept here, and nothing is dropped\n  such an adapter works with PEFT only"
         )
 
 
@@ -305,7 +305,7 @@ def _method(source: _Folder) -> tuple[str, Any]:
         return "pissa" if init == "pissa" else "lora", init
     if not str(init).startswith(_REWRITES):
         raise source.error(
-            f"init_lora_weights={init!r} isn't supported: what it does to the base or to training is lost"
+            f"init_lora_weights={brief(repr(init))} isn't supported: what it does to the base or to training is lost"
         )
     both = " with use_dora" if dora else ""
     raise source.error(
@@ -407,7 +407,7 @@ def _flag(source: _Folder, field: str) -> bool:
 
 def _number(source: _Folder, field: str, value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float64).max:
-        raise source.error(f"{field} has {str(value)[:60]}: wanted a finite number")
+        raise source.error(f"{field} has {brief(value, 60)}: wanted a finite number")
     return float(value)
 
 
@@ -416,7 +416,7 @@ def _check_rank(source: _Folder, at: str, r: int) -> None:
     patterns = source.settings.get("rank_pattern") or {}
     named = [source.settings.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
     if r not in named:
-        raise source.error(f"{at} has tensors of rank {r}, and r and rank_pattern name {str(named)[:80]}")
+        raise source.error(f"{at} has tensors of rank {r}, and r and rank_pattern name {brief(named, 80)}")
 
 
 def _alphas(source: _Folder, paths: Iterable[str]) -> dict[str, float]:
@@ -440,8 +440,8 @@ def _literal_patterns(source: _Folder) -> list[tuple[str, list[str], Any]]:
     patterns = source.settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
         raise source.error(f"alpha_pattern is no object of at most {MOST_PATTERNS} entries")
-    parsed = {pattern: _LITERAL.fullmatch(pattern) for pattern in patterns}
-    odd = [repr(pattern)[:80] for pattern, match in parsed.items() if match is None]
+    parsed = {at: _LITERAL.fullmatch(at) if len(at) <= LONGEST_PATTERN else None for at in patterns}
+    odd = [repr(brief(pattern, 80)) for pattern, match in parsed.items() if match is None]
     if odd:
         raise source.error(
             f"alpha_pattern has {', '.join(odd[:3])}, and no regex of a file is run\n"
@@ -492,7 +492,8 @@ def save_peft(
     Raises CheckpointError for what PEFT's format can't hold, TargetError for an unknown name, ConfigError for a bad
     argument, VariantError if a method is not affine; nothing is written then.
     """
-    folder, root = Path(folder), session_of(model)[0]
+    folder, (root, session) = Path(folder), session_of(model)
+    check_unmerged(session, "export")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; PEFT's format is a folder of two files")
     if not (rank is None or (type(rank) is int and rank > 0)):

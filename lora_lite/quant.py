@@ -26,7 +26,7 @@ from . import experts
 from .config import STORAGE_DTYPES, dtype_name
 from .errors import BaseModelError, QuantizedWeightError
 
-ROWS = 1024
+ROWS = 256
 """Rows of a dense weight that are cast at a time."""
 
 SAMPLES = 4

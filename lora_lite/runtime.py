@@ -96,7 +96,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 f"  use lora_lite.disabled(model), or load the base again"
             )
     for module, slot in [pair for each in names for pair in Adapter(root, each).slots()]:
-        _uninstall(module, slot.state.name)
+        uninstall(module, slot.state.name)
     if len(names) == len(session.adapters):
         for change in list(session.changes):
             _undo(session, change)
@@ -134,7 +134,7 @@ def installed(
         undo.callback(_undo, session, change)
         change.make()
         for target in targets:
-            undo.callback(_uninstall, layers[target.path], name)
+            undo.callback(uninstall, layers[target.path], name)
             cfg_here = configs[target.path]
             slot = Slot(state, target, cfg_here, weight_use(cfg_here), is_stacked(target, cfg_here))
             _install(layers[target.path], slot, specs[target.path], values)
@@ -164,7 +164,7 @@ def _install(module: quant.Linear, slot: Slot, specs: Mapping[str, ParamSpec], v
         slot.handles.append(module.register_forward_hook(partial(_output_hook, state.name), with_kwargs=True))
 
 
-def _uninstall(module: nn.Module, name: str) -> None:
+def uninstall(module: nn.Module, name: str) -> None:
     """Take one adapter off one layer, however far its installation got."""
     slot = drop_slot(module, name)
     if slot is None:

@@ -654,3 +654,12 @@ def test_merge_writes_and_verifies_a_checkpoint(base: Path, tmp_path: Path) -> N
     assert abs(float(kl[1])) < 1e-6
     result = run("merge", tmp_path / "base", path, tmp_path / "other", "--verify", tmp_path / "none.txt")
     assert (result.exit_code, result.stderr.count("\n"), (tmp_path / "other").exists()) == (2, 1, False)
+
+
+def test_merge_into_other_weights_than_the_methods_own_wants_a_word(tmp_path: Path) -> None:
+    tiny_llama(torch.bfloat16, seed=5).save_pretrained(tmp_path / "base")
+    path = saved(tmp_path, config("dora"))
+    result = run("merge", tmp_path / "base", path, tmp_path / "out")
+    assert (result.exit_code, "was trained on another weight" in result.stderr) == (2, True)
+    shown("merge", tmp_path / "base", path, tmp_path / "out", "--any-base")
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
 from lora_lite import quant
+from lora_lite.adapter import Swap
 
 MODES = [{"variant": name} for name in sorted(ll.REGISTRY)]
 MODES += [{"variant": "abliteration", "normalization": mode} for mode in ("pre", "full", "column")]
@@ -344,3 +346,83 @@ def test_nothing_to_merge() -> None:
     adapted(model, {"variant": "lora"}, target_names="proj")
     with pytest.raises(ll.TargetError, match="no adapter 'b'"):
         ll.merge(model, "b")
+
+
+def test_a_weight_that_is_computed_at_each_forward_raises() -> None:
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        model = OneLinear()
+        wrap(model.proj)
+        adapted(model, {"variant": "lora"}, target_names="proj")
+        with pytest.raises(ll.TargetError, match="proj: its weight is computed from others at each forward"):
+            ll.merge(model)
+
+
+def test_an_export_while_merged_raises(tmp_path: Path) -> None:
+    model = tiny_llama()
+    adapted(model, {"variant": "dora"})
+    ll.merge(model)
+    with pytest.raises(ll.TargetError, match="can't export: default is merged"):
+        ll.save_peft(model, tmp_path / "peft", rank=4)
+    assert not (tmp_path / "peft").exists()
+
+
+def test_for_good_is_whole_at_each_layer_whatever_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(torch.float64)
+    adapted(model, {"variant": "lora"}, dtype=torch.float64)
+    attached, put, count = logits(model), Swap.put, 0
+
+    def stops(swap: Swap, value: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise torch.OutOfMemoryError("no memory")
+        put(swap, value)
+
+    monkeypatch.setattr(Swap, "put", stops)
+    with pytest.raises(torch.OutOfMemoryError):
+        ll.merge(model, keep=False)
+    torch.testing.assert_close(logits(model), attached, rtol=1e-10, atol=1e-11)
+
+
+def test_modes_dtypes_and_devices_change_while_merged(tiny: str) -> None:
+    model = quantized(tiny, "nf4")
+    adapted(model, {"variant": "lora"}, dropout=0.5)
+    model.train()
+    ll.merge(model, quantized="dequantize")
+    model.eval()
+    ll.unmerge(model)
+    assert not any(module.training for module in model.modules())
+    dense = tiny_llama(torch.bfloat16)
+    adapted(dense, {"variant": "lora"})
+    ll.merge(dense)
+    dense.float()
+    ll.unmerge(dense)
+    wanted = tiny_llama(torch.bfloat16).float()
+    assert all(torch.equal(dense.state_dict()[key], value) for key, value in wanted.state_dict().items())
+    assert logits(dense).isfinite().all()
+
+
+def test_hooks_of_others_on_a_layer_that_is_replaced_raise(tiny: str) -> None:
+    model = quantized(tiny, "nf4")
+    adapted(model, {"variant": "lora"}, target_names="up_proj")
+    handle = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ll.TargetError, match=r"1.mlp.up_proj: something else has hooks on this Linear4bit"):
+        ll.merge(model, quantized="dequantize")
+    handle.remove()
+    ll.merge(model, quantized="dequantize")
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "ia3_ff"])
+def test_the_callers_modes_leave_the_result_alone(variant: str) -> None:
+    models = [tiny_llama(), tiny_llama(), tiny_llama()]
+    for model in models:
+        adapted(model, {"variant": variant})
+    ll.merge(models[0], keep=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        ll.merge(models[1], keep=False)
+    with torch.inference_mode():
+        ll.merge(models[2], keep=False)
+    for model in models[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), model.parameters(), strict=True))
+    ll.attach(models[2], config("lora"))
+    models[2](input_ids=IDS, labels=IDS).loss.backward()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,104 @@ def test_a_second_merge_waits_for_the_first(saved: Path) -> None:
 
     merge_in(saved, progress=again)
     assert again.called  # type: ignore[attr-defined]
+
+
+class Stop(BaseException):
+    """As Ctrl-C."""
+
+
+def stopped(done: int, total: int) -> None:
+    if done > total / 2:
+        raise Stop
+
+
+@pytest.mark.parametrize("changed", ["adapter", "base", "options"])
+def test_a_run_of_other_things_starts_over(changed: str, saved: Path, log: list[str]) -> None:
+    with pytest.raises(Stop):
+        merge_in(saved, progress=stopped)
+    assert len(list((saved / "out.partial").glob("model-*"))) > 0
+    if changed == "adapter":
+        model = opened(saved / "base")
+        adapted(model, {"variant": "ia3"})
+        ll.save(model, saved / "a.safetensors")
+    elif changed == "base":
+        next((saved / "base").glob("model-*")).touch()
+    merge_in(saved, verify_base=changed != "options")
+    assert any("starting over" in line for line in log)
+    dense = opened(saved / "base")
+    ll.load(dense, saved / "a.safetensors")
+    ll.merge(dense, keep=False)
+    same_weights(opened(saved / "out"), dense)
+    assert {path.name for path in saved.iterdir()} == {"base", "a.safetensors", "out"}
+
+
+def test_a_folder_that_was_changed_since_is_not_replaced(saved: Path) -> None:
+    merge_in(saved)
+    file = next((saved / "out").glob("model-*"))
+    change(file, lambda tensors: next(iter(tensors.values())).zero_())
+    with pytest.raises(ll.CheckpointError, match=f"holds what no merge has written, such as {file.name}"):
+        merge_in(saved)
+
+
+def test_a_link_is_followed_and_other_paths_are_ours_to_refuse(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (saved / "disk").mkdir()
+    (saved / "out").symlink_to(saved / "disk")
+    for _ in range(2):
+        merge_in(saved)
+        assert (saved / "out").is_symlink()
+        assert (saved / "disk" / MARKER).is_file()
+    monkeypatch.chdir(saved / "base")
+    (saved / "file").touch()
+    for out in (".", "sub/..", saved / "file" / "out"):
+        with pytest.raises(ll.CheckpointError):
+            ll.merge_checkpoint(saved / "base", saved / "a.safetensors", out)
+
+
+def test_two_models_in_one_folder_raise(saved: Path) -> None:
+    tiny_llama(torch.bfloat16, seed=7).save_pretrained(saved / "other")
+    (saved / "other" / "model.safetensors").rename(saved / "base" / "model.safetensors")
+    with pytest.raises(ll.CheckpointError, match=r"has both model.safetensors and model.safetensors.index.json"):
+        merge_in(saved)
+
+
+def test_a_full_disk_keeps_what_is_finished(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    with pytest.raises(Stop):
+        merge_in(saved, progress=stopped)
+    usage = shutil.disk_usage(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(ll.CheckpointError, match="GB free"):
+            merge_in(saved)
+    assert merge_in(saved).resumed > 0
+
+
+def test_tensors_of_other_dtypes_and_folders_of_templates_come_along(saved: Path, log: list[str]) -> None:
+    base = saved / "base"
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("{}")
+    (base / "onnx").mkdir()
+    shard = next(base.glob("model-*"))
+    index = base / "model.safetensors.index.json"
+    change(shard, lambda tensors: tensors.update(extra=torch.ones(3).to(torch.float8_e4m3fn)))
+    names = json.loads(index.read_text())
+    names["weight_map"]["extra"] = shard.name
+    index.write_text(json.dumps(names))
+    merge_in(saved)
+    assert (saved / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "{}"
+    assert load_file(saved / "out" / shard.name)["extra"].dtype == torch.float8_e4m3fn
+    assert any("left behind: onnx" in line for line in log)
+
+
+def test_a_config_can_neither_fetch_nor_grow(saved: Path) -> None:
+    file = saved / "base" / "config.json"
+    held = json.loads(file.read_text())
+    more = {"num_labels": 10**9, "attn_implementation": "evil/kernel", "backbone": "evil/backbone"}
+    file.write_text(json.dumps(held | more | {"use_pretrained_backbone": True}))
+    started = time.monotonic()
+    merge_in(saved)
+    assert time.monotonic() - started < 60
 
 
 def test_killed_at_any_point_it_goes_on_and_ends_the_same(saved: Path) -> None:

@@ -155,6 +155,7 @@ def test_of_an_unknown_kind_the_record_says_just_that(
         "blocksize": None,
         "double_quant": False,
         "compute_dtype": None,
+        "weight_dtype": None,
         "modules": ["proj"],
     }
     assert f"on ModuleDict ({kind})" in repr(adapter)
@@ -166,10 +167,10 @@ def test_of_an_unknown_kind_the_record_says_just_that(
 
 
 def test_weights_without_samples_are_the_same_by_dtype_alone() -> None:
-    assert record._same_weight(["uint4"], ["uint4"])
-    assert not record._same_weight(["float32"], ["bfloat16"])
-    assert not record._same_weight(["float32"], ["float32", 1.0])
-    assert not record._same_weight(["float32"], ["bfloat16", 1.0])
+    assert record.same_weight(["uint4"], ["uint4"])
+    assert not record.same_weight(["float32"], ["bfloat16"])
+    assert not record.same_weight(["float32"], ["float32", 1.0])
+    assert not record.same_weight(["float32"], ["bfloat16", 1.0])
 
 
 def test_a_layer_without_a_shape_yet_is_no_quantisation() -> None:

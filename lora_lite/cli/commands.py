@@ -33,7 +33,7 @@ from .plot import plot_norms
 from .report import inspect as inspect_adapter
 from .stored import is_peft
 from .tables import console, show_difference, show_report
-from .verify import verify_merge
+from .verify import tokens, verify_merge
 
 app = typer.Typer(
     help="Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from PEFT.",
@@ -163,6 +163,10 @@ def merge(
     untie: Annotated[
         bool, typer.Option("--untie", help="Write head and embedding apart where they share a weight.")
     ] = False,
+    any_base: Annotated[
+        bool,
+        typer.Option("--any-base", help="Warn, not fail, where the method depends on other base weights (DoRA)."),
+    ] = False,
     verify: Annotated[
         Path | None,
         typer.Option(help="Run base + adapter, then the merged model, on this text file, and print how far apart."),
@@ -175,8 +179,12 @@ def merge(
     if is_peft(adapter):
         raise CheckpointError(f"{adapter} is a PEFT folder: make it a file first, with lora-lite convert")
     text = None if verify is None else verify.read_text(encoding="utf-8")
+    if text is not None:
+        tokens(base, text)  # what can't be verified should be known before the work
     with _progress("merging", DownloadColumn(), TransferSpeedColumn()) as progress:
-        report = merge_checkpoint(base, adapter, out, base_weights, untie=untie, progress=progress)
+        report = merge_checkpoint(
+            base, adapter, out, base_weights, untie=untie, verify_base=not any_base, progress=progress
+        )
     print(report)
     if text is not None:
         print(verify_merge(base, adapter, out, text, base_weights))

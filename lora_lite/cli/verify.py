@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ..base import load_as_recorded, load_base
@@ -53,13 +53,9 @@ def verify_merge(
     ConfigError for a text of less than two tokens, BaseModelError for logits that aren't finite, and what load_base and
     load raise.
     """
-    from transformers import AutoTokenizer
-
     if base_weights not in ("original", "as_trained"):
         raise ConfigError(f"base_weights={base_weights!r}: wanted 'original' or 'as_trained'")
-    ids = AutoTokenizer.from_pretrained(base_dir)(text, return_tensors="pt").input_ids
-    if ids.shape[1] < 2:
-        raise ConfigError(f"the text has {ids.shape[1]} tokens; wanted two or more")
+    ids = tokens(base_dir, text)
     record = read_adapter(adapter).base if base_weights == "as_trained" else {}
     with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
         kept = []
@@ -76,6 +72,16 @@ def verify_merge(
         ]
     kl, logit = torch.cat([part[0] for part in parts]), max(part[1] for part in parts)
     return Verification(len(kl), float(kl.mean()), float(kl.max()), logit)
+
+
+def tokens(base_dir: str | os.PathLike[str], text: str) -> Int64[Tensor, "1 n"]:
+    """The text's, by the base's tokenizer. Raises ConfigError for fewer than two, OSError without a tokenizer."""
+    from transformers import AutoTokenizer
+
+    ids: Tensor = AutoTokenizer.from_pretrained(base_dir)(text, return_tensors="pt").input_ids
+    if ids.shape[1] < 2:
+        raise ConfigError(f"the text has {ids.shape[1]} tokens; wanted two or more")
+    return ids
 
 
 def _logits(model: Any, ids: Tensor) -> Iterator[Float[Tensor, "n v"]]:
