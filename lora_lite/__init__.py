@@ -5,7 +5,7 @@ from .base import load_base
 from .calibrate import Statistics, capture
 from .checkpoint import load, restore, save
 from .config import AdapterConfig, BaseConfig
-from .directions import Center, Contrast, Kernel, contrast
+from .directions import Center, Contrast, Kernel, Method, contrast
 from .errors import (
     BaseModelError,
     CheckpointError,
@@ -25,7 +25,17 @@ from .prompts import prompt_batches
 from .runtime import attach, detach
 from .targets import Target
 from .variant import REGISTRY, ParamSpec, Variant, config_for, register
-from .variants import AbliterationConfig, DoRAConfig, IA3Config, IA3FFConfig, LoRAConfig, Normalization, PiSSAConfig
+from .variants import (
+    AbliterationConfig,
+    DoRAConfig,
+    IA3Config,
+    IA3FFConfig,
+    LoRAConfig,
+    Normalization,
+    PiSSAConfig,
+    SteerConfig,
+    Unit,
+)
 from .version import __version__
 
 __all__ = [
@@ -47,14 +57,17 @@ __all__ = [
     "LoRAConfig",
     "LoraLiteError",
     "Merged",
+    "Method",
     "Normalization",
     "ParamSpec",
     "PiSSAConfig",
     "Plan",
     "QuantizedWeightError",
     "Statistics",
+    "SteerConfig",
     "Target",
     "TargetError",
+    "Unit",
     "Variant",
     "VariantError",
     "__version__",

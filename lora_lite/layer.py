@@ -1,6 +1,7 @@
 """One adapter at one layer: what is kept there, and the view of it that a variant works on."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,11 @@ class AdapterState:
         return before
 
     def _show(self) -> None:
-        value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # of no dimension, so it casts nothing up
+        fresh = nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+        with fresh:  # a tensor of inference mode could take part in no training later
+            value = torch.tensor(
+                self.scale, dtype=torch.float64, device="cpu"
+            )  # without dimensions: it casts nothing up
         self.traced = value, self.scale == 0, self.scale == 1
 
     @property
@@ -127,6 +132,7 @@ class Layer:
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
+    layer.experts          how many experts it fuses
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
     there: tensors by their name, `bias`, `training`.
@@ -189,6 +195,11 @@ class Layer:
         """("model.layers.", 3) in the block `model.layers.3`; None outside of every stack of blocks."""
         target = self._slot.target
         return None if target.stack is None or target.block is None else (target.stack, target.block)
+
+    @property
+    def experts(self) -> int:
+        """How many experts it fuses; 0 for a linear layer."""
+        return self._slot.target.experts
 
     @property
     def in_features(self) -> int:

@@ -43,6 +43,10 @@ def abliteration(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor
     return x @ weight_form(W, t["lora_v"], t["lora_strength"], cfg.normalization).T + b
 
 
+def steer(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ W.T + b + cfg.strength * t["lora_own"]
+
+
 def weight_form(W: Tensor, V: Tensor, s: Tensor, mode: str) -> Tensor:
     """W (o, i) with the rows of V (k, o) taken out of what it writes, in one of four ways of keeping norms."""
     rows, columns = W.norm(dim=1, keepdim=True), W.norm(dim=0)
@@ -64,4 +68,5 @@ ORACLES: dict[str, Oracle] = {
     "ia3": ia3,
     "ia3_ff": ia3_ff,
     "abliteration": abliteration,
+    "steer": steer,
 }

@@ -6,6 +6,7 @@ from .ia3 import IA3, IA3Config
 from .ia3_ff import IA3FF, IA3FFConfig
 from .lora import LoRA, LoRAConfig
 from .pissa import PiSSA, PiSSAConfig
+from .steer import Steer, SteerConfig, Unit
 
 __all__ = [
     "IA3",
@@ -21,4 +22,7 @@ __all__ = [
     "Normalization",
     "PiSSA",
     "PiSSAConfig",
+    "Steer",
+    "SteerConfig",
+    "Unit",
 ]
