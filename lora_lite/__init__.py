@@ -2,10 +2,11 @@
 
 from .adapter import Adapter, adapters, disabled, scaled
 from .base import load_base
+from .budget import Calibrated, calibrate_scale
 from .calibrate import Statistics, capture
 from .checkpoint import load, restore, save
 from .config import AdapterConfig, BaseConfig
-from .directions import Center, Contrast, Kernel, Method, contrast
+from .directions import Kernel
 from .errors import (
     BaseModelError,
     CheckpointError,
@@ -23,6 +24,7 @@ from .peft_format import load_peft, save_peft
 from .preflight import Plan, plan
 from .prompts import prompt_batches
 from .runtime import attach, detach
+from .sides import Center, Contrast, Method, contrast
 from .targets import Target
 from .variant import REGISTRY, ParamSpec, Variant, config_for, register
 from .variants import (
@@ -45,6 +47,7 @@ __all__ = [
     "AdapterConfig",
     "BaseConfig",
     "BaseModelError",
+    "Calibrated",
     "Center",
     "CheckpointError",
     "ConfigError",
@@ -73,6 +76,7 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "calibrate_scale",
     "capture",
     "config_for",
     "contrast",

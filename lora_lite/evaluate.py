@@ -45,13 +45,29 @@ def kl_divergence(
 
     Raises TargetError without an adapter, BaseModelError for a NaN or a divergence below zero by more than rounding.
     """
+    return divergences(model, batches, name, positions, progress, {})
+
+
+def divergences(
+    model: nn.Module,
+    batches: Iterable[Any],
+    name: str | None,
+    positions: Positions,
+    progress: bool,
+    base_side: dict[int, Tensor],
+) -> Float[Tensor, "n"]:
+    """As `kl_divergence`, with the base's log-probabilities of each batch, by its number, kept for a next call."""
     if not adapters(model):
         raise TargetError(f"no adapter is attached to this {type(model).__name__}, so there is nothing to compare")
     found = []
-    for content, logits in _each(model, batches, positions, progress):
+    for i, (content, logits) in enumerate(_each(model, batches, positions, progress)):
         adapted = _log_probabilities(logits)
-        with scaled(model, 0.0, name):
-            base = _remembered(model, ("log-probabilities", content), partial(_log_probabilities, logits))
+        base = base_side.get(i)
+        if base is None:
+            with scaled(model, 0.0, name):
+                base = _remembered(model, ("log-probabilities", content), partial(_log_probabilities, logits))
+            if base.nbytes + sum(kept.nbytes for kept in base_side.values()) <= MEMO_BYTES:
+                base_side[i] = base.cpu()
         base = base.to(adapted)
         found.append((base.exp() * (base - adapted)).sum(-1, dtype=torch.float64).cpu())
     kl = torch.cat(found)

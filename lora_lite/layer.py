@@ -38,7 +38,7 @@ class AdapterState:
     """The scale was set inside of a backward, by who runs a forward there: it counts as it is."""
     timeline: Timeline = field(default_factory=Timeline)
     traced: tuple[Tensor, bool, bool] = field(init=False)
-    """What a graph of torch.compile takes for the scale, an input that may change, with whether it is 0 and whether 1."""
+    """The scale for a graph of torch.compile, an input that may change; is it 0; is it 1."""
 
     def __post_init__(self) -> None:
         self._show()

@@ -212,13 +212,18 @@ def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
     """Fused experts: each matrix; and each bias, where an adapter acts on the whole block's output."""
     block, outer = layer.module, [slot for slot in layer.slots if not slot.stacked]
     stored, biases = experts.stored(block), experts.bias(block)
+    zero = torch.zeros(layer.slots[0].target.d_out, layer.slots[0].target.d_in, device=stored.device)
+    if outer and Affine(block, outer, _compute(stored), stored.device).bias(None, lambda: zero) is not None:
+        raise TargetError(
+            f"{layer.path}: {' or '.join(slot.state.name for slot in outer)} adds a constant to the weighted sum of fused "
+            f"experts, and an expert's bias would be weighted\n  keep the adapter, or leave them out with exclude_names"
+        )
     new = torch.empty_like(stored)
     for i, matrix in enumerate(experts.oriented(block, stored)):
         experts.oriented(block, new)[i].copy_(_folded(layer, matrix, None, matrix.dtype, i)[0])
     changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(block, experts.NAME, stored.data), new)]
     if biases is not None and outer:
         affine = Affine(block, outer, _compute(biases), biases.device)
-        zero = torch.zeros(affine.d_out, affine.d_in, dtype=affine.dtype, device=biases.device)
         made = torch.stack([x for bias in biases if (x := affine.bias(bias, lambda: zero)) is not None])
         changes.append((Swap(block, experts.BIAS, biases.data), made.to(biases.dtype)))
     return changes

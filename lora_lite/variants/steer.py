@@ -15,24 +15,14 @@ Checked    against adding the vector at the block's output
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..directions import (
-    DirectionConfig,
-    Method,
-    at_layer,
-    check_reach,
-    contrasts,
-    given_in,
-    orthonormal,
-    placed,
-    rows_for,
-)
+from ..directions import DirectionConfig, Method, fit_steps, placed
 from ..errors import ConfigError
 from ..variant import Layer, ParamSpec, register
 
@@ -83,25 +73,12 @@ class Steer:
     has_identity_init, handles_scale, needs_calibration = False, True, True
     live = ("strength", "unit", "layer", "kernels")
     default_lr = None
+    group_init = staticmethod(fit_steps)
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SteerConfig) -> dict[str, ParamSpec]:
         shapes = {"own": (d_out,), "v": (d_out,), "norm": ()}
         return {f"lora_{name}": ParamSpec(shape, trainable=False, keep_dtype=True) for name, shape in shapes.items()}
-
-    @staticmethod
-    def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: SteerConfig, data: Any) -> None:
-        given, sides = given_in(data), {}
-        if given is None:
-            sides = contrasts(model, targets, cfg, data, cfg.what, method=cfg.method)
-            given = {path: side.step for path, side in sides.items()}
-        for layer in targets.values():
-            row, side = rows_for(layer, given, 1).double(), at_layer(layer, sides)
-            layer.lora_own.copy_(orthonormal(row, layer.path)[0] * row.norm())
-            layer.lora_norm.fill_(side.length if side else 0.0)
-        if sides and cfg.what == "residual":
-            first = next(iter(targets.values()))
-            check_reach(model, first, first.lora_norm * F.normalize(first.lora_own, dim=0), next(iter(data["positive"])))
 
     @staticmethod
     def refresh(targets: Mapping[str, Layer], cfg: SteerConfig) -> None:
@@ -120,7 +97,10 @@ class Steer:
         if not start:
             return y + v
         if y.ndim < 3:
-            raise ConfigError(f"{layer.path}: start={start}: wanted (batch, positions, d), got {tuple(y.shape)}")
+            raise ConfigError(
+                f"{layer.path}: start={start}: wanted (batch, positions, d), got {tuple(y.shape)}\n"
+                f"  what acts by position can't go on a layer that sees a flattened batch, nor into a weight"
+            )
         if y.shape[1] == 1:  # a step of decoding
             return y + v
         return torch.cat([y[:, :start], y[:, start:] + v], dim=1)
