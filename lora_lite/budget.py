@@ -1,11 +1,11 @@
 """How far an adapter can be turned up within a budget of divergence from the base."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from loguru import logger
 from torch import Tensor, nn
 
@@ -78,7 +78,8 @@ def calibrate_scale(
     Raises ConfigError for a bad argument or no batches, and what `kl_divergence` and `scaled` raise.
     """
     _check(target_kl, statistic, limit, tolerance, max_evaluations)
-    kept, base_side = list(batches), {}  # type: ignore[var-annotated]
+    kept = list(batches)
+    base_side: dict[int, Tensor] = {}
     names = list(adapters(model)) if name is None else [get_adapter(model, name).name]
     seen: dict[float, float] = {}
 
@@ -88,18 +89,22 @@ def calibrate_scale(
         seen[c] = float(kl.quantile(0.95) if statistic == "p95" else kl.mean())
         return seen[c]
 
+    def going_on() -> bool:
+        met = any(abs(kl - target_kl) <= tolerance * target_kl for kl in seen.values())
+        return not met and len(seen) < max_evaluations
+
     low, kl_low = 0.0, 0.0
     high = math.copysign(min(FIRST, abs(limit)), limit)
-    while (kl_high := at(high)) < target_kl and high != limit and len(seen) < max_evaluations:
+    while (kl_high := at(high)) < target_kl and high != limit and going_on():
         low, kl_low = high, kl_high
         high = limit if abs(2 * high) > abs(limit) else 2 * high
-    while not _meets(seen, target_kl, tolerance) and kl_high > target_kl and len(seen) < max_evaluations:
-        part = (math.sqrt(target_kl) - math.sqrt(kl_low)) / (math.sqrt(kl_high) - math.sqrt(kl_low))
+    while kl_high > target_kl and going_on():
+        a, b = (math.sqrt(max(kl, 0.0)) for kl in (kl_low, kl_high))
+        part = (math.sqrt(target_kl) - a) / (b - a)
         middle = low + min(max(part, 0.1), 0.9) * (high - low)
         if middle in (low, high):
-            break
-        kl = at(middle)
-        if kl < target_kl:
+            break  # a jump between neighbouring numbers
+        if (kl := at(middle)) < target_kl:
             low, kl_low = middle, kl
         else:
             high, kl_high = middle, kl
@@ -123,10 +128,6 @@ def _check(target_kl: Any, statistic: Any, limit: Any, tolerance: Any, max_evalu
             raise ConfigError(f"calibrate_scale({field}={got!r}): wanted {wanted}")
 
 
-def _meets(seen: dict[float, float], target: float, tolerance: float) -> bool:
-    return any(abs(kl - target) <= tolerance * target for kl in seen.values())
-
-
 def _result(seen: dict[float, float], target: float, tolerance: float) -> Calibrated:
     curve = sorted(({0.0: 0.0} | seen).items(), key=lambda point: abs(point[0]))
     within = [c for c, kl in curve if kl <= target]
@@ -135,22 +136,19 @@ def _result(seen: dict[float, float], target: float, tolerance: float) -> Calibr
     if not met:
         c = within[-1]
         kl = dict(curve)[c]
-    falls = any(b < a * (1 - FALL) - ROUNDING for (_, a), (_, b) in zip(curve, curve[1:], strict=False))
+    falls = any(b < a * (1 - FALL) - ROUNDING for (_, a), (_, b) in itertools.pairwise(curve))
     return Calibrated(c, kl, target, met, not falls, tuple(curve[1:]))
 
 
 def _report(found: Calibrated, limit: float, statistic: str) -> None:
     line = f"{statistic} divergence {found.kl:.4g} at c = {found.c:.4g}, after {found.evaluations} evaluations"
     if not found.met:
-        furthest = found.curve[-1]
-        why = (
-            f"up to {limit:g} there is no more than {max(kl for _, kl in found.curve):.4g}"
-            if furthest[0] == limit and furthest[1] < found.target
-            else "it jumps over that"
-        )
-        logger.warning(f"a divergence of {found.target:g} can't be met: {why}\n  {line}")
+        furthest, kl = found.curve[-1]
+        short = furthest == limit and kl < found.target
+        why = f"at c = {limit:g} it is {kl:.4g}" if short else "it jumps, or max_evaluations is too small"
+        logger.warning(f"no c with a divergence of {found.target:g} was found: {why}\n  {line}")
     if not found.monotone:
-        points = ", ".join(f"{c:.3g}: {kl:.3g}" for c, kl in found.curve)
+        points = ", ".join(f"{kl:.3g} at {c:.3g}" for c, kl in found.curve)
         logger.warning(f"the divergence falls as c grows: {points}\n  other c may meet {found.target:g} as well")
     if found.met and found.monotone:
         logger.info(line)

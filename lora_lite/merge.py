@@ -214,9 +214,10 @@ def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
     stored, biases = experts.stored(block), experts.bias(block)
     zero = torch.zeros(layer.slots[0].target.d_out, layer.slots[0].target.d_in, device=stored.device)
     if outer and Affine(block, outer, _compute(stored), stored.device).bias(None, lambda: zero) is not None:
+        names = " or ".join(slot.state.name for slot in outer)
         raise TargetError(
-            f"{layer.path}: {' or '.join(slot.state.name for slot in outer)} adds a constant to the weighted sum of fused "
-            f"experts, and an expert's bias would be weighted\n  keep the adapter, or leave them out with exclude_names"
+            f"{layer.path}: {names} adds a constant, and a bias of experts would be weighted as their outputs are\n"
+            f"  keep the adapter"
         )
     new = torch.empty_like(stored)
     for i, matrix in enumerate(experts.oriented(block, stored)):

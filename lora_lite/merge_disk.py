@@ -363,8 +363,8 @@ class _Plan:
             why = (
                 "an expert's bias would be weighted as its output is\n  keep the adapter"
                 if fused
-                else "this model has no bias to hold it\n  from_pretrained would drop one in silence: keep the adapter, or "
-                "merge in memory"
+                else "this model has no bias to "
+                "hold it\n  from_pretrained would drop one in silence: keep the adapter, or merge in memory"
             )
             raise CheckpointError(f"{place.target.path}: {slot.state.cfg.variant!r} adds a constant there, and {why}")
         reads = module.reads

@@ -71,8 +71,9 @@ class Variant(Protocol):
                        that is computed and not trained
 
     On fused experts (a config with FUSED_EXPERTS): where the weight is unused, `forward` runs once, on the block's
-    output, and must be linear in y alone, or affine (such a constant can't be merged); otherwise every expert has tensors of its own, and `init`, `forward_input`
-    and `forward` see it as the linear layer that it is (x an identity matrix, y its weight).
+    output, and must be affine in y alone (what it adds whatever y is can't be merged); otherwise every expert has
+    tensors of its own, and `init`, `forward_input` and `forward` see it as the linear layer that it is (x an identity
+    matrix, y its weight).
     """
 
     name: str
