@@ -39,7 +39,7 @@ def attach_data(model: Any, cfg: Any, name: str) -> ll.Adapter:
     if not ll.REGISTRY[cfg.variant].needs_calibration:
         return ll.attach(model, cfg, name)
     generator = torch.Generator().manual_seed(3)
-    rank = cfg.rank
+    rank = getattr(cfg, "rank", 1)
     given = {t.path: torch.randn(rank, t.d_out, generator=generator) for t in ll.plan(model, cfg)}
     return ll.attach(model, cfg, name, calibration_data={"directions": given})
 

@@ -26,6 +26,11 @@ BY_LAYER: dict[str, dict[str, dict[str, Any]]] = {
         r"\.1\.mlp\.down": {"normalization": "none"},
         r"k_proj": {"kernels": {"": [1.0, 0.0, 0.5, 3.0]}},
     },
+    "steer": {
+        r"down_proj$": {"strength": 0.5},
+        r"\.1\.mlp\.down": {"strength": 0.7},
+        r"k_proj": {"kernels": {"": [1.0, 0.0, 0.5, 3.0]}, "strength": 2.0},
+    },
 }
 per_case = pytest.mark.parametrize("variant", BY_LAYER)
 

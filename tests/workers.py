@@ -76,14 +76,15 @@ def compiled(variant: str, folder: Path) -> None:
     model.eval()
     graphs = []
     with torch.no_grad():
-        for c in (1.0, 0.5, 0.25, -2.0, 3.0):
+        for c in (1.0, 0.5, -2.0, 0.0, 3.0, 0.0, -1.0):
             perturb(adapter, seed=len(graphs))
+            with torch.inference_mode(), ll.scaled(model, c):  # in which no tensor may be made that training meets
+                wanted = model(input_ids=IDS).logits
             with ll.scaled(model, c):
-                torch.testing.assert_close(
-                    fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5
-                )
+                torch.testing.assert_close(fast(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-5)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert graphs[1] == graphs[-1], f"a new scale recompiles: {graphs}"
+        first = graphs[0]
+        assert graphs == [first, first, first, *4 * [first + 1]], f"a new scale recompiles: {graphs}"
         if "strength" in ll.REGISTRY[variant].live:
             before = model(input_ids=IDS).logits
             for strength in (0.9, 0.4):
@@ -94,6 +95,35 @@ def compiled(variant: str, folder: Path) -> None:
             assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-3)
         ll.detach(model)
         torch.testing.assert_close(fast(input_ids=IDS).logits, base)
+
+
+def poles(folder: Path) -> None:
+    """Compiled with its checkpoints, a model has the gradients of both poles; a whole step may be one graph, too."""
+    torch._dynamo.reset()
+    found = []
+    for way in ("plain", "compiled"):
+        model = tiny_llama(num_hidden_layers=1).train()
+        adapter = ll.attach(model, config("lora"))
+        perturb(adapter)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        run: Any = model if way == "plain" else torch.compile(model, backend="aot_eager")
+        losses = []
+        for c in (1.0, -1.0, 0.5):
+            with ll.scaled(model, c):
+                losses.append(run(input_ids=IDS, labels=IDS).loss)
+        sum(losses).backward()
+        found.append(gradients(adapter))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+    layer, x = OneLinear(), torch.randn(5, 16)
+    perturb(ll.attach(layer, config("lora", target_names="proj")))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        with ll.scaled(layer, -0.5):
+            return layer(x)
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
+    assert ll.adapters(layer)["default"].scale == 1.0
 
 
 # ---- two processes ------------------------------------------------------------------------------
@@ -333,6 +363,7 @@ if __name__ == "__main__":
     _, name, folder = sys.argv
     if name == "compile":
         each_variant(compiled, folder)
+        poles(Path(folder))
     elif name == "killed":
         killed(Path(folder))
     else:
