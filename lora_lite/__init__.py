@@ -25,7 +25,17 @@ from .prompts import prompt_batches
 from .runtime import attach, detach
 from .targets import Target
 from .variant import REGISTRY, ParamSpec, Variant, config_for, register
-from .variants import AbliterationConfig, DoRAConfig, IA3Config, IA3FFConfig, LoRAConfig, Normalization, PiSSAConfig
+from .variants import (
+    AbliterationConfig,
+    AntiPaSTOConfig,
+    DoRAConfig,
+    IA3Config,
+    IA3FFConfig,
+    LoRAConfig,
+    Normalization,
+    PiSSAConfig,
+    SSteerConfig,
+)
 from .version import __version__
 
 __all__ = [
@@ -33,6 +43,7 @@ __all__ = [
     "AbliterationConfig",
     "Adapter",
     "AdapterConfig",
+    "AntiPaSTOConfig",
     "BaseConfig",
     "BaseModelError",
     "Center",
@@ -52,6 +63,7 @@ __all__ = [
     "PiSSAConfig",
     "Plan",
     "QuantizedWeightError",
+    "SSteerConfig",
     "Statistics",
     "Target",
     "TargetError",
