@@ -29,12 +29,14 @@ from .targets import Target
 from .variant import REGISTRY, ParamSpec, Variant, config_for, register
 from .variants import (
     AbliterationConfig,
+    AntiPaSTOConfig,
     DoRAConfig,
     IA3Config,
     IA3FFConfig,
     LoRAConfig,
     Normalization,
     PiSSAConfig,
+    SSteerConfig,
     SteerConfig,
     Unit,
 )
@@ -45,6 +47,7 @@ __all__ = [
     "AbliterationConfig",
     "Adapter",
     "AdapterConfig",
+    "AntiPaSTOConfig",
     "BaseConfig",
     "BaseModelError",
     "Calibrated",
@@ -66,6 +69,7 @@ __all__ = [
     "PiSSAConfig",
     "Plan",
     "QuantizedWeightError",
+    "SSteerConfig",
     "Statistics",
     "SteerConfig",
     "Target",

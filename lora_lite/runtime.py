@@ -45,7 +45,7 @@ from .preflight import (
     is_stacked,
 )
 from .targets import Target, find_targets
-from .variant import ParamSpec, check_takes_data, lookup, weight_use
+from .variant import ParamSpec, check_takes_data, lookup, needs_data, weight_use
 
 Values = Callable[[str, ParamSpec, torch.dtype, torch.device], Tensor]
 """(key, spec, dtype, device) -> the first values of one tensor."""
@@ -63,7 +63,7 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
     given stay free to repack (lora_lite/quant.py).
     """
     variant, root = lookup(checked_config(cfg).variant), attachable(model)
-    if variant.needs_calibration and calibration_data is None:
+    if needs_data(cfg) and calibration_data is None:
         raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
     if calibration_data is not None:
         check_takes_data(cfg)

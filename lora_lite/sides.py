@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .calibrate import Positions, Statistics, capture
+from .calibrate import Positions, Statistics, capture, check_sides
 from .config import is_number
 from .errors import BaseModelError, ConfigError
 
@@ -175,21 +175,6 @@ def _length(*sides: Statistics) -> float:
 
 def is_quantile(value: Any) -> bool:
     return value is None or (is_number(value) and 0 < value <= 1)
-
-
-def check_sides(data: Any) -> None:
-    """ConfigError unless data has two sides that can be gone through again."""
-    if not isinstance(data, Mapping) or set(data) != {"positive", "negative"}:
-        got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
-        raise ConfigError(f'calibration_data: got {got}; wanted {{"positive": batches, "negative": batches}}')
-    for side, batches in data.items():
-        if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-            raise ConfigError(f"calibration_data[{side!r}] is a {type(batches).__name__}: wanted a list of batches")
-        if iter(batches) is batches:
-            raise ConfigError(
-                f"calibration_data[{side!r}] is an iterator, which can be read once: what a call that fails has read "
-                f"of it would be lost\n  use list(...)"
-            )
 
 
 def orthonormal(rows: Float[Tensor, "k d"], where: str) -> Float[Tensor, "k d"]:

@@ -65,7 +65,8 @@ class Variant(Protocol):
     has_identity_init  a fresh adapter leaves every output bit-exact
     handles_scale      the maths uses `layer.scale` itself; otherwise the runtime blends y + c·(f(y) - y), which
                        rounds a small change to y's dtype twice
-    needs_calibration  `group_init` needs `attach(..., calibration_data=...)`
+    needs_calibration  `group_init` needs `attach(..., calibration_data=...)`. Or a function of the config that says so;
+                       where that says no, data is an error
     live               config fields that `Adapter.configure` may change while the adapter is attached
     default_lr         a learning rate for AdamW that works, with the reason in the variant's file; None for a method
                        that is computed and not trained
@@ -81,7 +82,7 @@ class Variant(Protocol):
     base_weight: Literal["unused", "read", "dense"] | Callable[[Any], str] = "unused"
     has_identity_init: bool = True
     handles_scale: bool = False
-    needs_calibration: bool = False
+    needs_calibration: bool | Callable[[Any], bool] = False
     live: tuple[str, ...] = ()
     default_lr: float | None = 1e-3
 
@@ -148,6 +149,8 @@ def _check(cls: Any) -> None:
     """VariantError for a declaration that the runtime could not keep."""
     if not callable(cls.base_weight) and cls.base_weight not in _USES:
         problem = f"base_weight is 'unused', 'read' or 'dense', got {cls.base_weight!r}"
+    elif not (callable(cls.needs_calibration) or isinstance(cls.needs_calibration, bool)):
+        problem = f"needs_calibration is True, False or a function of the config, got {cls.needs_calibration!r}"
     elif not (isinstance(cls.config, type) and issubclass(cls.config, BaseConfig)):
         problem = f"config is a subclass of BaseConfig, got {cls.config!r}"
     elif cls.forward and cls.forward_input and not cls.handles_scale:
@@ -181,10 +184,22 @@ def weight_use(cfg: BaseConfig) -> str:
     return use
 
 
+def needs_data(cfg: BaseConfig) -> bool:
+    """Does a config's variant want calibration data?"""
+    declared = lookup(cfg.variant).needs_calibration
+    return bool(declared(cfg) if callable(declared) else declared)
+
+
 def check_takes_data(cfg: BaseConfig) -> None:
     """ConfigError for calibration data that the variant would never look at."""
-    if lookup(cfg.variant).group_init is Variant.group_init:
+    variant = lookup(cfg.variant)
+    if variant.group_init is Variant.group_init:
         raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data\n  it is trained: leave it out")
+    if callable(variant.needs_calibration) and not needs_data(cfg):
+        raise ConfigError(
+            f"variant {cfg.variant!r} takes no calibration_data as it is configured\n"
+            f"  leave it out, or change what the config says of it"
+        )
 
 
 def config_for(name: str) -> type[BaseConfig]:

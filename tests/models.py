@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import lora_lite as ll
+from lora_lite.variant import needs_data
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -108,7 +109,7 @@ def config(variant: str, **overrides: Any) -> Any:
 
 def attach(model: nn.Module, cfg: Any, name: str = "default") -> ll.Adapter:
     """ll.attach, with data for a method that is computed from it: a direction for each of its layers."""
-    if not ll.REGISTRY[cfg.variant].needs_calibration:
+    if not needs_data(cfg):
         return ll.attach(model, cfg, name)
     generator = torch.Generator().manual_seed(3)
     given = {t.path: torch.randn(t.d_out, generator=generator) for t in ll.plan(model, cfg)}

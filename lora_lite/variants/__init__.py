@@ -1,11 +1,13 @@
 """One file per method; importing this package registers them all."""
 
 from .abliteration import Abliteration, AbliterationConfig, Normalization
+from .antipasto import AntiPaSTO, AntiPaSTOConfig
 from .dora import DoRA, DoRAConfig
 from .ia3 import IA3, IA3Config
 from .ia3_ff import IA3FF, IA3FFConfig
 from .lora import LoRA, LoRAConfig
 from .pissa import PiSSA, PiSSAConfig
+from .ssteer import SSteer, SSteerConfig
 from .steer import Steer, SteerConfig, Unit
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "IA3FF",
     "Abliteration",
     "AbliterationConfig",
+    "AntiPaSTO",
+    "AntiPaSTOConfig",
     "DoRA",
     "DoRAConfig",
     "IA3Config",
@@ -22,6 +26,8 @@ __all__ = [
     "Normalization",
     "PiSSA",
     "PiSSAConfig",
+    "SSteer",
+    "SSteerConfig",
     "Steer",
     "SteerConfig",
     "Unit",

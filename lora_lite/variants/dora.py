@@ -1,4 +1,4 @@
-"""DoRA: the magnitude of each output row apart from its direction (Liu et al. 2024, arXiv:2402.09353, sections 4.1, 4.3).
+"""DoRA: the magnitude of each output row apart from its direction (Liu et al. 2024, arXiv:2402.09353, 4.1 and 4.3).
 
     y = g ⊙ (W x + s B A drop(x)) + b       g = m / n,  n = ‖W + s B A‖ by row      A (r, i)   B (o, r)   m (o,)
     n² = n0² + 2s Σ_r (W Aᵀ) ⊙ B + s² Σ_r (B (A Aᵀ)) ⊙ B       n0 = ‖W‖ by row
@@ -39,8 +39,8 @@ class DoRA:
     config = DoRAConfig
     base_weight = "read"
     handles_scale = True
-    # LoRA's: the direction learns as LoRA does, and m, a row norm of about 1, moves by at most this much a step. The demo
-    # ends at 2.74 from 3.79.
+    # LoRA's: the direction learns as LoRA does, and m, a row norm of about 1, moves by at most this much a step. The
+    # demo ends at 2.74 from 3.79.
     default_lr = 2e-3
 
     @staticmethod

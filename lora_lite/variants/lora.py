@@ -22,7 +22,7 @@ from ..variant import Layer, ParamSpec, register
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(AdapterConfig):
-    """alpha: None is r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: on the branch's x."""
+    """alpha: None is r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: on the branch."""
 
     variant: str = "lora"
     alpha: float | None = None

@@ -2,9 +2,9 @@
 
     y = W x + b + c v       v (o,) = strength · kernel(depth) · d       d (o,): between two sides of prompts
 
-On the MLP's last layer that is adding c v at the block's output, wherever a block puts out the sum of its input and what
-its layers write (on the attention's last layer it would pass through the MLP as well). A norm or a factor in between
-(Gemma 2 and 3, OLMo 2, Granite) makes another vector of it; a fit on prompts tries it on one block, and warns.
+On the MLP's last layer that is adding c v at the block's output, wherever a block puts out the sum of its input and
+what its layers write (on the attention's last layer it would pass through the MLP as well). A norm or a factor in
+between (Gemma 2 and 3, OLMo 2, Granite) makes another vector of it; a fit on prompts tries it on one block, and warns.
 
 Identity   never: it is computed, and nothing is trained
 Base       never read: any layer kind, fused experts too
@@ -33,7 +33,7 @@ class Unit(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig(DirectionConfig):
-    """Targets the MLP's last layer of every block: choose some with `layers`, for each adds to what the earlier ones did.
+    """Targets the MLP's last layer of every block: choose some with `layers`, for each adds to the earlier ones'.
 
     unit     of strength. "difference": the distance of the sides along the direction; of given directions their own
              length. "norm": the length of the activations of the layer's own block, as a fit found it
