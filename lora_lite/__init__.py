@@ -16,6 +16,7 @@ from .errors import (
     VariantError,
 )
 from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
+from .history import Round, drop_round, freeze_into, history
 from .layer import Layer
 from .merge import merge, unmerge
 from .merge_disk import Merged, merge_checkpoint
@@ -25,7 +26,16 @@ from .prompts import prompt_batches
 from .runtime import attach, detach
 from .targets import Target
 from .variant import REGISTRY, ParamSpec, Variant, config_for, register
-from .variants import AbliterationConfig, DoRAConfig, IA3Config, IA3FFConfig, LoRAConfig, Normalization, PiSSAConfig
+from .variants import (
+    AbliterationConfig,
+    DoRAConfig,
+    HistoryConfig,
+    IA3Config,
+    IA3FFConfig,
+    LoRAConfig,
+    Normalization,
+    PiSSAConfig,
+)
 from .version import __version__
 
 __all__ = [
@@ -40,6 +50,7 @@ __all__ = [
     "ConfigError",
     "Contrast",
     "DoRAConfig",
+    "HistoryConfig",
     "IA3Config",
     "IA3FFConfig",
     "Kernel",
@@ -52,6 +63,7 @@ __all__ = [
     "PiSSAConfig",
     "Plan",
     "QuantizedWeightError",
+    "Round",
     "Statistics",
     "Target",
     "TargetError",
@@ -65,7 +77,10 @@ __all__ = [
     "contrast",
     "detach",
     "disabled",
+    "drop_round",
+    "freeze_into",
     "greedy_answers",
+    "history",
     "kl_divergence",
     "load",
     "load_base",

@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import quant
+from .affine import Affine
 from .config import dtype_name
 from .errors import CheckpointError, ConfigError, TargetError, brief
 from .layer import AdapterState, Layer, Slot
@@ -230,10 +233,11 @@ class Adapter:
         views: dict[str, Layer] = {}
         for module in self._state.layers:  # no walk over the model: a search changes the config at every trial
             slot = slots_of(module)[self.name]
-            if slot.stacked:
-                views |= {f"{slot.path}[{i}]": Layer(module, slot, expert=i) for i in range(slot.target.experts)}
-            else:
-                views[slot.path] = Layer(module, slot)
+            for i in range(slot.target.experts) if slot.stacked else [None]:
+                worked_in = {"history": partial(_with_history, module, i)}
+                views[slot.path if i is None else f"{slot.path}[{i}]"] = Layer(
+                    module, slot, expert=i, instead=worked_in
+                )
         return views
 
     def counts(self) -> str:
@@ -329,8 +333,17 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
 
 
 def keep_slot(module: nn.Module, slot: Slot) -> None:
-    """Remember an adapter at a layer."""
-    module.__dict__.setdefault(_SLOTS, {})[slot.state.name] = slot
+    """Remember an adapter at a layer: after the others, or before them if its variant leads, or where it was."""
+    put(module.__dict__.setdefault(_SLOTS, {}), slot.state, slot)
+
+
+def put(known: dict[str, T], state: AdapterState, value: T) -> None:
+    """What is known of an adapter, by name: after the others, or before them if its variant leads, or where it was."""
+    others = dict(known) if lookup(state.cfg.variant).leads and state.name not in known else {}
+    for name in others:
+        del known[name]
+    known[state.name] = value
+    known.update(others)
 
 
 def drop_slot(module: nn.Module, name: str) -> Slot | None:
@@ -402,6 +415,16 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
                 f"  such as {brief('; '.join(keys[:3]), 1200)}\n"
                 f"  an adapter is loaded whole or not at all"
             )
+
+
+@torch.no_grad()
+def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+    """A layer's weight with the adapters worked in that lead all others there, at their scales."""
+    leading = [slot for slot in slots_of(module).values() if lookup(slot.cfg.variant).leads and not slot.state.is_idle]
+    if not leading:
+        return weight
+    affine = Affine(module, leading, torch.float64, weight.device, expert)
+    return torch.cat([columns for *_, columns in affine.columns(weight)], dim=1).to(weight.dtype)
 
 
 def _alive(references: list[weakref.ref[T]]) -> list[T]:

@@ -13,30 +13,12 @@ from torch import Tensor, nn
 
 from .errors import VariantError
 from .layer import Layer, Slot
-from .variant import lookup
+from .variant import apply_input, apply_output, lookup
 
 COLUMNS = 128
 """Unit vectors that go through the hooks at a time."""
 ROWS = 512
 """Rows of a weight that are cast at a time for a product with it."""
-
-
-def apply_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-    """What one adapter makes of the layer's input, at its scale."""
-    variant, c = lookup(layer.cfg.variant), layer.scale
-    if variant.forward_input is None or c == 0:
-        return x
-    new = variant.forward_input(layer, x)
-    return new if c == 1 or variant.handles_scale else x + c * (new - x)
-
-
-def apply_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-    """What one adapter makes of the layer's output, at its scale."""
-    variant, c = lookup(layer.cfg.variant), layer.scale
-    if variant.forward is None or c == 0:
-        return y
-    new = variant.forward(layer, x, y)
-    return new if c == 1 or variant.handles_scale else y + c * (new - y)
 
 
 class Affine:

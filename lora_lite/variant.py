@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import AdapterConfig, BaseConfig
@@ -67,6 +68,7 @@ class Variant(Protocol):
                        rounds a small change to y's dtype twice
     needs_calibration  `group_init` needs `attach(..., calibration_data=...)`
     live               config fields that `Adapter.configure` may change while the adapter is attached
+    leads              its adapters come before the others on a layer, whenever they were attached
     default_lr         a learning rate for AdamW that works, with the reason in the variant's file; None for a method
                        that is computed and not trained
 
@@ -82,6 +84,7 @@ class Variant(Protocol):
     handles_scale: bool = False
     needs_calibration: bool = False
     live: tuple[str, ...] = ()
+    leads: bool = False
     default_lr: float | None = 1e-3
 
     @staticmethod
@@ -101,6 +104,12 @@ class Variant(Protocol):
     def refresh(targets: Mapping[str, Layer], cfg: Any) -> None:
         """Bring the tensors in line with the config: after `group_init`, and whenever its `live` fields change."""
 
+    @staticmethod
+    def low_rank(layer: Layer) -> tuple[Tensor, Tensor, float] | None:
+        """(A (r, d_in), B (d_out, r), s), exact, if all it does at `layer.scale` is to add s B A x, whatever y is: then
+        the rounds that a history keeps are one pair of products. None for any other change."""
+        return None
+
     forward: Callable[[Layer, Tensor, Tensor], Tensor] | None = None
     """`(layer, x, y) -> y_new`, with x (*b, d_in) and y (*b, d_out), the layer's output, of one dtype."""
 
@@ -112,8 +121,8 @@ REGISTRY: dict[str, Variant] = {}
 """Every registered variant, by name."""
 
 _DEFAULTS = (
-    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "default_lr"),
-    *("init", "group_init", "refresh", "forward", "forward_input"),
+    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "leads"),
+    *("default_lr", "init", "group_init", "refresh", "low_rank", "forward", "forward_input"),
 )
 
 _USES = ("unused", "read", "dense")
@@ -169,6 +178,24 @@ def lookup(name: str) -> Variant:
             f"  a variant of your own: import the file that has its @lora_lite.register first"
         )
     return REGISTRY[name]
+
+
+def apply_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
+    """What one adapter makes of the layer's input, at its scale."""
+    variant, c = lookup(layer.cfg.variant), layer.scale
+    if variant.forward_input is None or c == 0:
+        return x
+    new = variant.forward_input(layer, x)
+    return new if c == 1 or variant.handles_scale else x + c * (new - x)
+
+
+def apply_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+    """What one adapter makes of the layer's output, at its scale."""
+    variant, c = lookup(layer.cfg.variant), layer.scale
+    if variant.forward is None or c == 0:
+        return y
+    new = variant.forward(layer, x, y)
+    return new if c == 1 or variant.handles_scale else y + c * (new - y)
 
 
 def weight_use(cfg: BaseConfig) -> str:

@@ -57,6 +57,10 @@ def weight_form(W: Tensor, V: Tensor, s: Tensor, mode: str) -> Tensor:
     return forms[mode]
 
 
+def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ (W + t["lora_B"] @ t["lora_c"].diag() @ t["lora_A"]).T + b
+
+
 ORACLES: dict[str, Oracle] = {
     "lora": lora,
     "pissa": pissa,
@@ -64,4 +68,5 @@ ORACLES: dict[str, Oracle] = {
     "ia3": ia3,
     "ia3_ff": ia3_ff,
     "abliteration": abliteration,
+    "history": history,
 }

@@ -35,7 +35,7 @@ def adapted(model: Any, mode: dict[str, Any], name: str = "default", **more: Any
 
 def attach_data(model: Any, cfg: Any, name: str) -> ll.Adapter:
     if not ll.REGISTRY[cfg.variant].needs_calibration:
-        return ll.attach(model, cfg, name)
+        return attach(model, cfg, name)
     generator = torch.Generator().manual_seed(3)
     rank = cfg.rank
     given = {t.path: torch.randn(rank, t.d_out, generator=generator) for t in ll.plan(model, cfg)}
