@@ -26,6 +26,7 @@ from .targets import Target
 from .variant import check_takes_data, lookup
 
 T = TypeVar("T")
+A = TypeVar("A", AdapterState, Slot)
 
 _SLOTS = "_lora_lite"
 _SESSION = "_lora_lite_session"
@@ -333,17 +334,22 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
 
 
 def keep_slot(module: nn.Module, slot: Slot) -> None:
-    """Remember an adapter at a layer: after the others, or before them if its variant leads, or where it was."""
-    put(module.__dict__.setdefault(_SLOTS, {}), slot.state, slot)
+    """Remember an adapter at a layer, as `put` does."""
+    put(module.__dict__.setdefault(_SLOTS, {}), slot.state.name, slot)
 
 
-def put(known: dict[str, T], state: AdapterState, value: T) -> None:
-    """What is known of an adapter, by name: after the others, or before them if its variant leads, or where it was."""
-    others = dict(known) if lookup(state.cfg.variant).leads and state.name not in known else {}
-    for name in others:
-        del known[name]
-    known[state.name] = value
-    known.update(others)
+def put(known: dict[str, A], name: str, value: A) -> None:
+    """What is known of an adapter in the place it had, or a new one's after the others; one that leads, before those
+    that don't."""
+    later = {} if name in known or not leads(value) else {n: each for n, each in known.items() if not leads(each)}
+    for each in later:
+        del known[each]
+    known.update({name: value, **later})
+
+
+def leads(known: AdapterState | Slot) -> bool:
+    """Does this adapter come before those that don't lead?"""
+    return lookup(known.cfg.variant).leads
 
 
 def drop_slot(module: nn.Module, name: str) -> Slot | None:
@@ -420,7 +426,7 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
 @torch.no_grad()
 def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
     """A layer's weight with the adapters worked in that lead all others there, at their scales."""
-    leading = [slot for slot in slots_of(module).values() if lookup(slot.cfg.variant).leads and not slot.state.is_idle]
+    leading = [slot for slot in slots_of(module).values() if leads(slot) and not slot.state.is_idle]
     if not leading:
         return weight
     affine = Affine(module, leading, torch.float64, weight.device, expert)

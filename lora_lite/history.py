@@ -16,7 +16,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import quant, record
-from .adapter import Adapter, adapters, check_unmerged, file_key, get_adapter, scaled, session_of, slots_of
+from .adapter import Adapter, adapters, check_unmerged, file_key, get_adapter, leads, scaled, session_of, slots_of
 from .config import is_name, is_number
 from .errors import BaseModelError, ConfigError, TargetError, VariantError
 from .files import check_numbers
@@ -214,21 +214,21 @@ def _at(base: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
-    """TargetError if a layer would give something else once the adapter comes right after the history, or first."""
+    """TargetError if a layer would give something else once the adapter comes right after the history."""
     with ExitStack() as stack:
         for each in adapters(model).values():
             if each.scale == 0:
                 stack.enter_context(scaled(model, 1.0, each.name))
         for module, slot in adapter.slots():
-            now = list(slots_of(module).values())
-            then = [each for each in now if each is not slot]
-            then.insert(1 + max((i for i, each in enumerate(then) if each.state.name == into), default=-1), slot)
-            passed = [each.state.name for each in now[: now.index(slot)] if then.index(each) > then.index(slot)]
-            if passed and not _alike(_outcome(module, now), _outcome(module, then)):
-                raise TargetError(
-                    f"{slot.path}: {', '.join(passed)} came before {adapter.name!r}, and would act differently after\n"
-                    f"  a history comes first: keep {passed[0]!r} too, before {adapter.name!r}, or detach it"
-                )
+            here = list(slots_of(module).values())
+            names = [each.state.name for each in here]
+            start = names.index(into) + 1 if into in names else sum(map(leads, here))
+            for other in here[start : here.index(slot)]:
+                if not _alike(_outcome(module, [other, slot]), _outcome(module, [slot, other])):
+                    raise TargetError(
+                        f"{slot.path}: {other.state.name!r} came before {adapter.name!r}, and would act differently "
+                        f"after it\n  a history comes first: keep {other.state.name!r} before, or detach it"
+                    )
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from .adapter import (
     get_adapter,
     keep_session,
     keep_slot,
+    leads,
     put,
     scaled,
     session_of,
@@ -129,7 +130,7 @@ def installed(
 
     with torch.inference_mode(False), ExitStack() as undo:  # tensors of inference mode could never be trained
         undo.callback(_forget, root, session, name)
-        put(session.adapters, state, state)
+        put(session.adapters, name, state)
         keep_session(root, session)
         session.changes.append(change)
         undo.callback(_undo, session, change)
@@ -158,8 +159,8 @@ def remade(
     state = AdapterState(name, cfg, targets, record.base_record(root, layers), before.scale, per_layer=changes)
 
     with torch.inference_mode(False), ExitStack() as undo:
-        undo.callback(put, session.adapters, before, before)
-        put(session.adapters, state, state)
+        undo.callback(put, session.adapters, name, before)
+        put(session.adapters, name, state)
         for target in targets:
             layer, slot = layers[target.path], _slot(state, target, configs)
             held = slots_of(layer).get(name)
@@ -185,22 +186,31 @@ def _slot(state: AdapterState, target: Target, configs: Mapping[str, BaseConfig]
 
 
 def _install(module: quant.Linear, slot: Slot, specs: Mapping[str, ParamSpec], values: Values) -> None:
-    state, variant = slot.state, lookup(slot.cfg.variant)
     keep_slot(module, slot)
-    state.layers.append(module)
+    slot.state.layers.append(module)
     for name, spec in specs.items():
         _hold(module, slot, name, _value(module, slot, name, spec, values))
         slot.tensors[name] = spec.keep_dtype
+    leading = [each for each in slots_of(module).values() if leads(each)]
+    for each in reversed(leading) if slot in leading else [slot]:
+        _hook(module, each)
+
+
+def _hook(module: quant.Linear, slot: Slot) -> None:
+    """Register a slot's hooks, those of an adapter that leads before all others."""
+    name, variant, handles = slot.state.name, lookup(slot.cfg.variant), slot.handles
+    while handles:
+        handles.pop().remove()
     before = partial(module.register_forward_pre_hook, prepend=variant.leads)
     after = partial(module.register_forward_hook, prepend=variant.leads)
     if slot.stacked:
-        slot.handles.append(before(partial(_experts_hook, state.name)))
-        slot.handles.append(after(_experts_done, always_call=True))
+        handles.append(before(partial(_experts_hook, name)))
+        handles.append(after(_experts_done, always_call=True))
         return
     if variant.forward_input is not None:
-        slot.handles.append(before(partial(_input_hook, state.name), with_kwargs=True))
+        handles.append(before(partial(_input_hook, name), with_kwargs=True))
     if variant.forward is not None:
-        slot.handles.append(after(partial(_output_hook, state.name), with_kwargs=True))
+        handles.append(after(partial(_output_hook, name), with_kwargs=True))
 
 
 def _value(module: quant.Linear, slot: Slot, name: str, spec: ParamSpec, values: Values) -> Tensor:

@@ -68,7 +68,7 @@ class Variant(Protocol):
                        rounds a small change to y's dtype twice
     needs_calibration  `group_init` needs `attach(..., calibration_data=...)`
     live               config fields that `Adapter.configure` may change while the adapter is attached
-    leads              its adapters come before the others on a layer, whenever they were attached
+    leads              its adapters come before those that don't lead, whenever they were attached
     default_lr         a learning rate for AdamW that works, with the reason in the variant's file; None for a method
                        that is computed and not trained
 

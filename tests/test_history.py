@@ -155,7 +155,7 @@ def test_rounds_are_listed_by_labels() -> None:
     keep(model, c=0.5, r=3)
     keep(model, "ia3", target_names="k_proj")
     trained(model, "pissa", "formal", r=2, target_names="mlp")
-    ll.freeze_into(model, "formal", c=-2)
+    ll.freeze_into(model, "formal", c=-2.0)
     trained(model, "lora", per_layer={"mlp": {"r": 2}})
     ll.freeze_into(model, label="last")
     assert [str(round_) for round_ in ll.history(model)] == [
@@ -247,7 +247,9 @@ def test_a_round_may_pass_an_adapter_that_does_not_notice() -> None:
     trained(model, "lora", target_names="q_proj")
     ll.freeze_into(model)
     trained(model, "lora", target_names="down_proj")
-    match = r"down_proj: gain came before 'default', and would act diff.*\n  a history comes first: keep 'gain' too"
+    match = (
+        r"down_proj: 'gain' came before 'default', and would act diff.*\n  a history comes first: keep 'gain' before"
+    )
     unchanged(model, lambda: ll.freeze_into(model), ll.TargetError, match)
     ll.freeze_into(model, "gain", c=1.0)
     ll.freeze_into(model)
@@ -329,7 +331,8 @@ def test_a_history_with_a_round_that_reads_the_base_wants_its_own(tmp_path: Path
     match = r"adapter 'default' and the history 'history' belong to different bases\n  default: .*\n  history: "
     unchanged(other, lambda: ll.freeze_into(other), ll.BaseModelError, match)
     ll.freeze_into(other, into="here")
-    assert list(ll.adapters(other)) == ["here", "history"]
+    assert list(ll.adapters(other)) == ["history", "here"]
+    assert [slot.state.name for slot in other.model.layers[0].mlp.up_proj._lora_lite.values()] == ["history", "here"]
 
 
 def test_a_merged_history_is_the_attached_one(tmp_path: Path) -> None:
@@ -467,7 +470,6 @@ def test_a_pissa_file_from_before_the_choice_loads(tmp_path: Path) -> None:
 BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda m: ll.freeze_into(m, c=float("nan")), ll.ConfigError, "c=nan: wanted a finite number, the coefficient"),
     (lambda m: ll.freeze_into(m, c=float("inf")), ll.ConfigError, "c=inf: wanted a finite number"),
-    (lambda m: ll.freeze_into(m, c="1"), ll.ConfigError, "c='1': wanted a finite number"),
     (lambda m: ll.freeze_into(m, "fr"), ll.TargetError, "no adapter 'fr' on this LlamaForCausalLM"),
     (lambda m: ll.freeze_into(m, into="default"), ll.TargetError, "adapter 'default' is no history: its method is 'l"),
     (lambda m: ll.freeze_into(m, into="a b"), ll.ConfigError, "adapter name 'a b'"),
@@ -597,7 +599,7 @@ KEPT = {"label": "a", "c": 1.0, "config": LORA}
         ({"rounds": [KEPT], "here": {"a": 0}}, "a rank of at least 1, or fields, for each"),
         ({"rounds": [KEPT], "here": {"a": True}}, "a rank of at least 1"),
         ({"rounds": [KEPT], "here": {"a": 2**40}}, "a rank of at least 1"),
-        ({"rounds": [KEPT], "here": {"a": {"dropout": 3}}}, r"dropout=3\)"),
+        ({"rounds": [KEPT], "here": {"a": {"dropout": 3.0}}}, r"dropout=3.0\)"),
         ({"rounds": [KEPT], "here": {"a": {"target_names": "x"}}}, r"\['target_names'\] can't differ by layer"),
     ],
 )

@@ -81,7 +81,7 @@ class PiSSA:
             getattr(layer, f"lora_{factor}").copy_(getattr(layer, f"lora_{factor}0"))
 
     @staticmethod
-    def low_rank(layer: Layer) -> tuple[Float[Tensor, "2*r i"], Float[Tensor, "o 2*r"], float]:
+    def low_rank(layer: Layer) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"], float]:
         a, b, a0, b0 = _factors(layer)
         return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), layer.scale * layer.cfg.scaling
 
