@@ -17,6 +17,7 @@ from .errors import (
     VariantError,
 )
 from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
+from .history import Round, drop_round, freeze_into, history
 from .layer import Layer
 from .merge import merge, unmerge
 from .merge_disk import Merged, merge_checkpoint
@@ -31,6 +32,7 @@ from .variants import (
     AbliterationConfig,
     AntiPaSTOConfig,
     DoRAConfig,
+    HistoryConfig,
     IA3Config,
     IA3FFConfig,
     LoRAConfig,
@@ -56,6 +58,7 @@ __all__ = [
     "ConfigError",
     "Contrast",
     "DoRAConfig",
+    "HistoryConfig",
     "IA3Config",
     "IA3FFConfig",
     "Kernel",
@@ -69,6 +72,7 @@ __all__ = [
     "PiSSAConfig",
     "Plan",
     "QuantizedWeightError",
+    "Round",
     "SSteerConfig",
     "Statistics",
     "SteerConfig",
@@ -86,7 +90,10 @@ __all__ = [
     "contrast",
     "detach",
     "disabled",
+    "drop_round",
+    "freeze_into",
     "greedy_answers",
+    "history",
     "kl_divergence",
     "load",
     "load_base",

@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import quant
+from .affine import Affine
 from .config import dtype_name
 from .errors import CheckpointError, ConfigError, TargetError, brief
 from .layer import AdapterState, Layer, Slot
@@ -23,6 +26,7 @@ from .targets import Target
 from .variant import check_takes_data, lookup
 
 T = TypeVar("T")
+A = TypeVar("A", AdapterState, Slot)
 
 _SLOTS = "_lora_lite"
 _SESSION = "_lora_lite_session"
@@ -235,10 +239,11 @@ class Adapter:
         views: dict[str, Layer] = {}
         for module in self._state.layers:  # no walk over the model: a search changes the config at every trial
             slot = slots_of(module)[self.name]
-            if slot.stacked:
-                views |= {f"{slot.path}[{i}]": Layer(module, slot, expert=i) for i in range(slot.target.experts)}
-            else:
-                views[slot.path] = Layer(module, slot)
+            for i in range(slot.target.experts) if slot.stacked else [None]:
+                worked_in = {"history": partial(_with_history, module, i)}
+                views[slot.path if i is None else f"{slot.path}[{i}]"] = Layer(
+                    module, slot, expert=i, instead=worked_in
+                )
         return views
 
     def counts(self) -> str:
@@ -336,8 +341,22 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
 
 
 def keep_slot(module: nn.Module, slot: Slot) -> None:
-    """Remember an adapter at a layer."""
-    module.__dict__.setdefault(_SLOTS, {})[slot.state.name] = slot
+    """Remember an adapter at a layer, as `put` does."""
+    put(module.__dict__.setdefault(_SLOTS, {}), slot.state.name, slot)
+
+
+def put(known: dict[str, A], name: str, value: A) -> None:
+    """What is known of an adapter in the place it had, or a new one's after the others; one that leads, before those
+    that don't."""
+    later = {} if name in known or not leads(value) else {n: each for n, each in known.items() if not leads(each)}
+    for each in later:
+        del known[each]
+    known.update({name: value, **later})
+
+
+def leads(known: AdapterState | Slot) -> bool:
+    """Does this adapter come before those that don't lead?"""
+    return lookup(known.cfg.variant).leads
 
 
 def drop_slot(module: nn.Module, name: str) -> Slot | None:
@@ -409,6 +428,16 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
                 f"  such as {brief('; '.join(keys[:3]), 1200)}\n"
                 f"  an adapter is loaded whole or not at all"
             )
+
+
+@torch.no_grad()
+def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+    """A layer's weight with the adapters worked in that lead all others there, at their scales."""
+    leading = [slot for slot in slots_of(module).values() if leads(slot) and not slot.state.is_idle]
+    if not leading:
+        return weight
+    affine = Affine(module, leading, torch.float64, weight.device, expert)
+    return torch.cat([columns for *_, columns in affine.columns(weight)], dim=1).to(weight.dtype)
 
 
 def _alive(references: list[weakref.ref[T]]) -> list[T]:

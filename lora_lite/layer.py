@@ -135,7 +135,7 @@ class Layer:
     layer.experts          how many experts it fuses
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
-    there: tensors by their name, `bias`, `training`.
+    there: tensors by their name, `bias`, `training`; `history` makes the weight that `dense_weight("history")` gives.
     """
 
     def __init__(
@@ -226,10 +226,17 @@ class Layer:
         self._may_read("weight")
         return quant.plain_weight(self._module, self.path, self._expert)
 
-    def dense_weight(self) -> Float[Tensor, "o i"]:
-        """A float32 copy (of a float64 layer float64) of the numbers that it computes with; dequantises. For `init`."""
+    def dense_weight(self, of: str = "base") -> Float[Tensor, "o i"]:
+        """A float32 copy (of a float64 layer float64) of the numbers that it computes with; dequantises. For `init`.
+
+        of="history", while an adapter is attached: with what the layer's histories change in it, exactly.
+        """
         self._may_read("dense_weight()")
-        return quant.dense_weight(self._module, self.path, self._expert)
+        weight = quant.dense_weight(self._module, self.path, self._expert)
+        if of == "base":
+            return weight
+        worked_in: Tensor = self._instead["history"](weight)
+        return worked_in
 
     def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""
@@ -254,12 +261,48 @@ class Layer:
                 memo = self._slot.memo[name] = ([t.clone() for t in inputs], compute(*inputs))
             return memo[1]
 
+    def part(self, prefix: str, cfg: Any, c: float) -> "Layer":
+        """One of several methods that share this adapter, as if it were attached by itself with this config at scale c:
+        its `lora_A` is `lora_<prefix>_A` here. It is always out of training, so nothing is dropped."""
+        return _Part(self, prefix, cfg, c)
+
     def _may_read(self, what: str) -> None:
         if self._slot.base_weight == "unused":
             raise VariantError(
                 f"{self.path}: {what} was used by a variant whose base_weight is 'unused'\n"
                 f"  declare base_weight = 'read' (dequantised values will do) or 'dense' on the variant class"
             )
+
+
+class _Part(Layer):
+    def __init__(self, whole: Layer, prefix: str, cfg: Any, c: float) -> None:
+        super().__init__(whole._module, whole._slot, whole._dtype, whole._expert, {**whole._instead, "training": False})
+        for name, value in {"_whole": whole, "_prefix": prefix, "_cfg": cfg, "_c": c}.items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("lora_"):
+            raise AttributeError(name)
+        return getattr(self._whole, f"lora_{self._prefix}_{name.removeprefix('lora_')}")
+
+    @property
+    def cfg(self) -> Any:
+        return self._cfg
+
+    @property
+    def scale(self) -> Any:
+        return self._whole.scale * self._c
+
+    @property
+    def is_off(self) -> bool:
+        return self._c == 0 or self._whole.is_off
+
+    @property
+    def is_whole(self) -> bool:
+        return self._c == 1 and self._whole.is_whole
+
+    def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        return super().constant(f"{self._prefix} {name}", compute, *inputs)
 
 
 def _transformed() -> bool:

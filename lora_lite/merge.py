@@ -19,7 +19,6 @@ from .config import dtype_name
 from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
 from .layer import Slot
 from .runtime import detach, uninstall
-from .variant import weight_use
 
 CHOICES = (None, "dequantize", "requantize")
 
@@ -254,7 +253,7 @@ def _folded(
 
 def _check_apart(layer: _Layer, weight: Tensor, bias: Tensor | None, expert: int | None) -> None:
     """TargetError unless those that go in and those that stay give the same in this order as in the one attached."""
-    reads = [slot for slot in layer.stay if weight_use(slot.state.cfg) != "unused"]
+    reads = [slot for slot in layer.stay if slot.base_weight != "unused"]
     everything = sorted(slots_of(layer.module).values(), key=lambda slot: not slot.stacked)
     whole, inner, outer = (
         Affine(layer.module, slots, torch.float64, weight.device, expert)

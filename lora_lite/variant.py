@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import AdapterConfig, BaseConfig
@@ -68,6 +69,7 @@ class Variant(Protocol):
     needs_calibration  `group_init` needs `attach(..., calibration_data=...)`. Or a function of the config that says so;
                        where that says no, data is an error
     live               config fields that `Adapter.configure` may change while the adapter is attached
+    leads              its adapters come before those that don't lead, whenever they were attached
     default_lr         a learning rate for AdamW that works, with the reason in the variant's file; None for a method
                        that is computed and not trained
 
@@ -84,6 +86,7 @@ class Variant(Protocol):
     handles_scale: bool = False
     needs_calibration: bool | Callable[[Any], bool] = False
     live: tuple[str, ...] = ()
+    leads: bool = False
     default_lr: float | None = 1e-3
 
     @staticmethod
@@ -103,6 +106,12 @@ class Variant(Protocol):
     def refresh(targets: Mapping[str, Layer], cfg: Any) -> None:
         """Bring the tensors in line with the config: after `group_init`, and whenever its `live` fields change."""
 
+    @staticmethod
+    def low_rank(layer: Layer) -> tuple[Tensor, Tensor, float] | None:
+        """(A (r, d_in), B (d_out, r), s), exact, if all it does at `layer.scale` is to add s B A x, whatever y is: then
+        the rounds that a history keeps are one pair of products. None for any other change."""
+        return None
+
     forward: Callable[[Layer, Tensor, Tensor], Tensor] | None = None
     """`(layer, x, y) -> y_new`, with x (*b, d_in) and y (*b, d_out), the layer's output, of one dtype."""
 
@@ -114,8 +123,8 @@ REGISTRY: dict[str, Variant] = {}
 """Every registered variant, by name."""
 
 _DEFAULTS = (
-    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "default_lr"),
-    *("init", "group_init", "refresh", "forward", "forward_input"),
+    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "leads"),
+    *("default_lr", "init", "group_init", "refresh", "low_rank", "forward", "forward_input"),
 )
 
 _USES = ("unused", "read", "dense")
@@ -173,6 +182,24 @@ def lookup(name: str) -> Variant:
             f"  a variant of your own: import the file that has its @lora_lite.register first"
         )
     return REGISTRY[name]
+
+
+def apply_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
+    """What one adapter makes of the layer's input, at its scale."""
+    variant = lookup(layer.cfg.variant)
+    if variant.forward_input is None or layer.is_off:
+        return x
+    new = variant.forward_input(layer, x)
+    return new if variant.handles_scale or layer.is_whole else x + layer.scale * (new - x)
+
+
+def apply_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+    """What one adapter makes of the layer's output, at its scale."""
+    variant = lookup(layer.cfg.variant)
+    if variant.forward is None or layer.is_off:
+        return y
+    new = variant.forward(layer, x, y)
+    return new if variant.handles_scale or layer.is_whole else y + layer.scale * (new - y)
 
 
 def weight_use(cfg: BaseConfig) -> str:

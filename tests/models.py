@@ -108,12 +108,24 @@ def config(variant: str, **overrides: Any) -> Any:
 
 
 def attach(model: nn.Module, cfg: Any, name: str = "default") -> ll.Adapter:
-    """ll.attach, with data for a method that is computed from it: a direction for each of its layers."""
+    """ll.attach, with data for a method that is computed from it: a direction for each of its layers. A history: of two
+    rounds."""
+    if cfg.variant == "history":
+        return keep_two(model, cfg, name)
     if not needs_data(cfg):
         return ll.attach(model, cfg, name)
     generator = torch.Generator().manual_seed(3)
     given = {t.path: torch.randn(t.d_out, generator=generator) for t in ll.plan(model, cfg)}
     return ll.attach(model, cfg, name, calibration_data={"directions": given})
+
+
+def keep_two(model: nn.Module, cfg: Any, name: str) -> ll.Adapter:
+    """A history of two LoRAs, of different ranks, on the layers that this config is for."""
+    filters = {field: getattr(cfg, field) for field in cfg.FILTERS}
+    for r, c in ((3, 0.7), (2, -1.5)):
+        perturb(ll.attach(model, ll.LoRAConfig(r=r, dtype=cfg.dtype, **filters), "round"), seed=r)
+        made = ll.freeze_into(model, "round", into=name, c=c)
+    return made
 
 
 @torch.no_grad()

@@ -86,6 +86,10 @@ def skew(theta: Tensor, b: int, r: int) -> Tensor:
     return A
 
 
+def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ (W + t["lora_B"] @ t["lora_c"].diag() @ t["lora_A"]).T + b
+
+
 ORACLES: dict[str, Oracle] = {
     "lora": lora,
     "pissa": pissa,
@@ -96,6 +100,7 @@ ORACLES: dict[str, Oracle] = {
     "steer": steer,
     "ssteer": ssteer,
     "antipasto": antipasto,
+    "history": history,
 }
 
 AT_SCALE: dict[str, Callable[..., Tensor]] = {"antipasto": antipasto}

@@ -43,7 +43,7 @@ def adapted(model: Any, mode: dict[str, Any], name: str = "default", **more: Any
 
 def attach_data(model: Any, cfg: Any, name: str) -> ll.Adapter:
     if not needs_data(cfg):
-        return ll.attach(model, cfg, name)
+        return attach(model, cfg, name)
     generator = torch.Generator().manual_seed(3)
     rank = getattr(cfg, "rank", 1)
     given = {t.path: torch.randn(rank, t.d_out, generator=generator) for t in ll.plan(model, cfg)}

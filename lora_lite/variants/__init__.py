@@ -3,6 +3,7 @@
 from .abliteration import Abliteration, AbliterationConfig, Normalization
 from .antipasto import AntiPaSTO, AntiPaSTOConfig
 from .dora import DoRA, DoRAConfig
+from .history import History, HistoryConfig
 from .ia3 import IA3, IA3Config
 from .ia3_ff import IA3FF, IA3FFConfig
 from .lora import LoRA, LoRAConfig
@@ -19,6 +20,8 @@ __all__ = [
     "AntiPaSTOConfig",
     "DoRA",
     "DoRAConfig",
+    "History",
+    "HistoryConfig",
     "IA3Config",
     "IA3FFConfig",
     "LoRA",

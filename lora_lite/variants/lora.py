@@ -59,6 +59,10 @@ class LoRA:
         }
 
     @staticmethod
+    def low_rank(layer: Layer) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"], float]:
+        return layer.lora_A, layer.lora_B, layer.scale * layer.cfg.scaling
+
+    @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         h = F.dropout(x, layer.cfg.dropout, layer.training) @ layer.lora_A.mT  # (*b, r)
         return y + (h * (layer.scale * layer.cfg.scaling)) @ layer.lora_B.mT

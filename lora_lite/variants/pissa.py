@@ -13,6 +13,7 @@ Checked    against PEFT LoraConfig(init_lora_weights="pissa"): outputs, gradient
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,16 +29,20 @@ OVERSAMPLE, ITERATIONS, SEED = 16, 8, 0
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSAConfig(AdapterConfig):
-    """alpha: None is r. svd: "exact", or "fast", a seeded randomised SVD that logs its error."""
+    """alpha: None is r. svd: "exact", or "fast", a seeded randomised SVD that logs its error. svd_of: "base", or
+    "history", the base with the rounds that are kept on it (`lora_lite.freeze_into`); read at attach alone."""
 
     variant: str = "pissa"
     alpha: float | None = None
     svd: str = "exact"
+    svd_of: str = "base"
+    LATER: ClassVar[tuple[str, ...]] = ("svd_of",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
         self._require(self.svd in ("exact", "fast"), "svd", '"exact" or "fast"')
+        self._require(self.svd_of in ("base", "history"), "svd_of", '"base" or "history"')
 
     @property
     def scaling(self) -> float:
@@ -69,19 +74,29 @@ class PiSSA:
 
     @staticmethod
     def init(layer: Layer, cfg: PiSSAConfig) -> None:
-        u, s, v = _top_svd(layer.dense_weight(), cfg, layer.path)
+        u, s, v = _top_svd(layer.dense_weight(cfg.svd_of), cfg, layer.path)
         root = (s / cfg.scaling).sqrt()
         for factor, value in (("A", root[:, None] * v.mT), ("B", u * root)):
             getattr(layer, f"lora_{factor}0").copy_(value)
             getattr(layer, f"lora_{factor}").copy_(getattr(layer, f"lora_{factor}0"))
 
     @staticmethod
+    def low_rank(layer: Layer) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"], float]:
+        a, b, a0, b0 = _factors(layer)
+        return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), layer.scale * layer.cfg.scaling
+
+    @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        a, b = layer.lora_A, layer.lora_B
-        a0, b0 = layer.lora_A0.to(a.dtype), layer.lora_B0.to(b.dtype)  # a cast of parameters alone must not part them
+        a, b, a0, b0 = _factors(layer)
         s = layer.scale * layer.cfg.scaling
         change = (x @ (a - a0).to(x).mT) @ b.to(x).mT + (x @ a0.to(x).mT) @ (b - b0).to(x).mT
         return y + s * change
+
+
+def _factors(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B, A0, B0, the latter in the dtypes of the former: a cast of parameters alone must not part them."""
+    a, b = layer.lora_A, layer.lora_B
+    return a, b, layer.lora_A0.to(a.dtype), layer.lora_B0.to(b.dtype)
 
 
 def _top_svd(
