@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from . import quant
 from .errors import VariantError
+from .lowrank import is_transformed
 from .targets import Target
 from .timeline import Timeline, second_run_of
 
@@ -252,7 +252,7 @@ class Layer:
         would. The comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only
         while an adapter is on it.
         """
-        remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
+        remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed())
         with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             if not remember:
                 return compute(*inputs).detach()
@@ -303,11 +303,6 @@ class _Part(Layer):
 
     def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return super().constant(f"{self._prefix} {name}", compute, *inputs)
-
-
-def _transformed() -> bool:
-    """Is a torch.func transform at work, or a level of forward_ad? Neither has a public question for it."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

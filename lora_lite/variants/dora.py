@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BaseModelError
+from ..lowrank import add_low_rank
 from ..variant import Layer, ParamSpec, register
 from .lora import LoRAConfig
 
@@ -65,13 +65,12 @@ class DoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        n0 = layer.lora_n0.to(layer.lora_m.dtype)  # a cast of parameters alone must not part it from m
-        n = layer.constant("n", partial(_norm_ratio, layer), layer.lora_A, layer.lora_B, n0)
-        g = (layer.lora_m.float() / n0.float()) / n
-        h = F.dropout(x, layer.cfg.dropout, layer.training) @ layer.lora_A.to(x).mT  # (*b, r)
-        branch = (h * layer.cfg.scaling) @ layer.lora_B.to(x).mT
-        wx = y if layer.bias is None else y - layer.bias
-        return y + layer.scale * ((g - 1).to(x) * wx + g.to(x) * branch)
+        a, b, m, cfg = layer.lora_A, layer.lora_B, layer.lora_m, layer.cfg
+        n0 = layer.lora_n0.to(m.dtype)  # a cast of parameters alone must not part it from m
+        n = layer.constant("n", partial(_norm_ratio, layer), a, b, n0)
+        g = (m.float() / n0.float()) / n
+        p = cfg.dropout if layer.training else 0.0
+        return add_low_rank(y, x, a, b, cfg.scaling, p, gain=g, c=layer.scale, bias=layer.bias)
 
 
 def _norm_ratio(

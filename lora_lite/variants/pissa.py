@@ -1,7 +1,7 @@
 """PiSSA: LoRA that starts from the principal singular vectors (Meng et al. 2024, arXiv:2404.02948, section 3).
 
     y = (W - s B0 A0) x + b + s B A x       A (r, i)   B (o, r)   s = α/r
-      = y_base + s [B (ΔA x) + ΔB (A0 x)]   ΔA = A - A0   ΔB = B - B0
+      = y_base + s [B ΔB] [ΔA; A0] x        ΔA = A - A0   ΔB = B - B0
     s B0 A0 = U_r S_r V_rᵀ, the top r of W = U S Vᵀ;  A0 = √(S_r/s) V_rᵀ,  B0 = U_r √(S_r/s)
 
 Identity   ΔA = ΔB = 0, bit-exact
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig, positive_or_none
 from ..errors import ConfigError
+from ..lowrank import add_low_rank
 from ..variant import Layer, ParamSpec, register
 
 OVERSAMPLE, ITERATIONS, SEED = 16, 8, 0
@@ -82,21 +83,14 @@ class PiSSA:
 
     @staticmethod
     def low_rank(layer: Layer) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"], float]:
-        a, b, a0, b0 = _factors(layer)
+        a, b = layer.lora_A, layer.lora_B
+        a0, b0 = layer.lora_A0.to(a.dtype), layer.lora_B0.to(b.dtype)  # a cast of parameters alone must not part them
         return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), layer.scale * layer.cfg.scaling
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        a, b, a0, b0 = _factors(layer)
-        s = layer.scale * layer.cfg.scaling
-        change = (x @ (a - a0).to(x).mT) @ b.to(x).mT + (x @ a0.to(x).mT) @ (b - b0).to(x).mT
-        return y + s * change
-
-
-def _factors(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B, A0, B0, the latter in the dtypes of the former: a cast of parameters alone must not part them."""
-    a, b = layer.lora_A, layer.lora_B
-    return a, b, layer.lora_A0.to(a.dtype), layer.lora_B0.to(b.dtype)
+        a, b, s = PiSSA.low_rank(layer)
+        return add_low_rank(y, x, a.to(x.dtype), b.to(x.dtype), s)
 
 
 def _top_svd(
