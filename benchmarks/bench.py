@@ -150,7 +150,7 @@ def starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
             attached["PEFT"].append(timed(attach_peft, load()))
     yield Times(attached).ratio("attach to 210 layers / PEFT", "ours", "PEFT", 0.2, "starting")
     yield Times(loaded).ratio("load a file / PEFT", "ours", "PEFT", 0.2, "starting")
-    runs = {name: lambda name=name: in_a_process("-c", f"import {name}") for name in ("torch", "lora_lite")}  # type: ignore[misc]
+    runs = {name: lambda name=name: in_a_process("-c", f"import {name}") for name in ("torch", "lora_lite")}
     times = interleaved(runs, rounds, "import")
     yield times.ratio("import lora_lite / import torch", "lora_lite", "torch", 1.05, "starting")
 
@@ -158,7 +158,7 @@ def starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 def attach_peft(model: nn.Module) -> object:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))  # type: ignore[arg-type]
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
 
 
 def timed(run: Callable[[nn.Module], object], model: nn.Module) -> float:
@@ -170,19 +170,18 @@ def timed(run: Callable[[nn.Module], object], model: nn.Module) -> float:
 def pissa(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     """On a 2048 x 2048 layer with the singular values of a real one: SmolLM2's largest matrix, its spectrum stretched."""
     spectrum = torch.linalg.svdvals(load().model.layers[15].mlp.down_proj.weight.float())
-    places = torch.linspace(0, 1, 2048)[None, None]
     values = nn.functional.interpolate(spectrum[None, None], 2048, mode="linear", align_corners=True)[0, 0]
-    assert places.shape[-1] == len(values)
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(2048, 2048, generator=generator)).Q for _ in range(2))
-    layer = nn.Sequential(nn.Linear(2048, 2048, bias=False))
-    layer[0].weight.data = (u * values) @ v.mT  # type: ignore[assignment, operator]
+    linear = nn.Linear(2048, 2048, bias=False)
+    linear.weight.data = (u * values) @ v.mT
+    layer = nn.Sequential(linear)
     found: dict[str, list[float]] = {"exact": [], "fast": []}
     parts = {}
     for _ in range(max(3, rounds // 3)):
         for svd, seconds in found.items():
             cfg = ll.PiSSAConfig(r=16, svd=svd, target_names=r"^0$")
-            seconds.append(timed(lambda model, cfg=cfg: ll.attach(model, cfg), layer))  # type: ignore[misc]
+            seconds.append(timed(lambda model, cfg=cfg: ll.attach(model, cfg), layer))
             held = ll.adapters(layer)["default"].state_dict()
             parts[svd] = held["0.lora_B"] @ held["0.lora_A"]
             ll.detach(layer)
@@ -203,7 +202,8 @@ def peaks(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 
 def peak(name: str, ids: Tensor) -> float:
     """MiB"""
-    model = {"base": base, "ours": ours, "PEFT": peft}[name]()
+    makers: dict[str, Callable[[], nn.Module]] = {"base": base, "ours": ours, "PEFT": peft}
+    model = makers[name]()
     return peak_of(train_step(model, ids))
 
 

@@ -32,9 +32,14 @@ def base(quantization: str | None = None) -> Any:
 
 def ours(variant: str = "lora", quantization: str | None = None, **fields: Any) -> Any:
     model = load(quantization)
-    adapter = ll.attach(model, ll.config_for(variant)(variant=variant, r=RANK, **fields))
+    adapter = ll.attach(model, configured(variant, **fields))
     settle(adapter.parameters())
     return differentiable(model)
+
+
+def configured(variant: str, **fields: Any) -> Any:
+    cls: Any = ll.config_for(variant)
+    return cls(variant=variant, r=RANK, **fields)
 
 
 def peft(quantization: str | None = None, bf16: bool = False, **fields: Any) -> Any:
@@ -119,13 +124,13 @@ def stack() -> nn.Sequential:
 
 def stack_ours(variant: str = "lora") -> nn.Sequential:
     model = stack()
-    settle(ll.attach(model, ll.config_for(variant)(variant=variant, r=RANK, target_names=r"^\d+$")).parameters())
+    settle(ll.attach(model, configured(variant, target_names=r"^\d+$")).parameters())
     return model
 
 
 def stack_peft(**fields: Any) -> Any:
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[str(i) for i in range(DEPTH)], **fields)
-    model: Any = get_peft_model(stack(), config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(stack(), config)
     settle(p for p in model.parameters() if p.requires_grad)
     return model
 

@@ -27,9 +27,8 @@ def show(found: Sequence[Ratio], seconds: float) -> None:
         met = {None: "", True: "met", False: "missed"}[each.met]
         table.add_row(each.measure, f"{each.value:.3f}", spread, mark, met)
     Console(width=80).print(table)
-    print(
-        f"{sum(each.met is True for each in found)} marks met, {sum(each.met is False for each in found)} missed; {seconds / 60:.1f} minutes"
-    )
+    verdicts = [each.met for each in found]
+    print(f"{verdicts.count(True)} marks met, {verdicts.count(False)} missed; {seconds / 60:.1f} minutes")
 
 
 def draw(found: Sequence[Ratio], file: Path) -> None:
