@@ -146,9 +146,7 @@ class Layer:
         expert: int | None = None,
         instead: Mapping[str, Any] | None = None,
     ) -> None:
-        given = {"_module": module, "_slot": slot, "_dtype": dtype, "_expert": expert, "_instead": instead or {}}
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
+        self.__dict__.update(_module=module, _slot=slot, _dtype=dtype, _expert=expert, _instead=instead or {})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -159,15 +157,14 @@ class Layer:
         if name.startswith("_"):
             raise AttributeError(name)
         slot = self._slot
-        if name not in slot.tensors:
+        keep_dtype = slot.tensors.get(name)
+        if keep_dtype is None:
             raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
         tensor = self._instead.get(name)
         if tensor is None:
             tensor = getattr(self._module, slot.state.attribute(name))
             tensor = tensor if self._expert is None else tensor[self._expert]
-        if self._dtype is None or slot.tensors[name]:
-            return tensor
-        return tensor.to(self._dtype)
+        return tensor if keep_dtype or self._dtype is None else tensor.to(self._dtype)
 
     @property
     def cfg(self) -> Any:
@@ -253,13 +250,14 @@ class Layer:
         while an adapter is on it.
         """
         remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed())
-        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-            if not remember:
-                return compute(*inputs).detach()
-            memo = self._slot.memo.get(name)
-            if memo is None or not all(map(_same, memo[0], inputs)):
-                memo = self._slot.memo[name] = ([t.clone() for t in inputs], compute(*inputs))
+        memo = self._slot.memo.get(name) if remember else None
+        if memo is not None and all(map(_same, memo[0], inputs)):
             return memo[1]
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            value = compute(*inputs).detach()
+            if remember:
+                self._slot.memo[name] = [t.clone() for t in inputs], value
+            return value
 
     def part(self, prefix: str, cfg: Any, c: float) -> "Layer":
         """One of several methods that share this adapter, as if it were attached by itself with this config at scale c:

@@ -47,7 +47,17 @@ from .preflight import (
     is_stacked,
 )
 from .targets import Target, find_targets
-from .variant import ParamSpec, apply_input, apply_output, check_takes_data, lookup, needs_data, weight_use
+from .variant import (
+    ParamSpec,
+    apply_input,
+    apply_output,
+    changed_input,
+    changed_output,
+    check_takes_data,
+    lookup,
+    needs_data,
+    weight_use,
+)
 
 Values = Callable[[str, ParamSpec, torch.dtype, torch.device], Tensor]
 """(key, spec, dtype, device) -> the first values of one tensor."""
@@ -286,7 +296,7 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
         raise TargetError(
             f"{slot.path}: wanted a tensor from this layer, got {type(y).__name__}\n  leave it out with exclude_names"
         )
-    return apply_output(Layer(module, slot, y.dtype), x.to(y.dtype), y)
+    return changed_output(Layer(module, slot, y.dtype), x.to(y.dtype), y)
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,7 +304,7 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     if slot.state.is_idle:
         return None
     x = _argument(args, kwargs)
-    new = apply_input(Layer(module, slot, x.dtype), x)
+    new = changed_input(Layer(module, slot, x.dtype), x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
 
