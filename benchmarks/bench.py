@@ -1,8 +1,8 @@
 """What adapters cost beside the frozen base and beside PEFT, as ratios in one run: a table, JSON and a picture.
 
-    make bench [ARGS="--text gsm8k.jsonl --quick"]
+    make bench [ARGS="--text gsm8k.jsonl"]
 
-SmolLM2-135M-Instruct in bfloat16, rank 16 on all 210 linear layers, 2 x 256 tokens; decoding 64 tokens after a prompt of 8.
+SmolLM2-135M-Instruct in bfloat16, rank 16 on all 210 linear layers, 2 x 256 tokens; decoding 64 tokens after 8.
 Contenders take turns, in a new order each round; a ratio is the median of the rounds' ratios, with their quartiles.
 Bytes that autograd keeps are exact. Times are wall-clock times of the whole step: forward, backward, AdamW.
 """
@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -168,7 +169,7 @@ def timed(run: Callable[[nn.Module], object], model: nn.Module) -> float:
 
 
 def pissa(ids: Tensor, rounds: int) -> Iterator[Ratio]:
-    """On a 2048 x 2048 layer with the singular values of a real one: SmolLM2's largest matrix, its spectrum stretched."""
+    """On a 2048 x 2048 layer with the singular values of a real one, stretched to that many."""
     spectrum = torch.linalg.svdvals(load().model.layers[15].mlp.down_proj.weight.float())
     values = nn.functional.interpolate(spectrum[None, None], 2048, mode="linear", align_corners=True)[0, 0]
     generator = torch.Generator().manual_seed(0)
@@ -181,7 +182,7 @@ def pissa(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     for _ in range(max(3, rounds // 3)):
         for svd, seconds in found.items():
             cfg = ll.PiSSAConfig(r=16, svd=svd, target_names=r"^0$")
-            seconds.append(timed(lambda model, cfg=cfg: ll.attach(model, cfg), layer))
+            seconds.append(timed(partial(ll.attach, cfg=cfg), layer))
             held = ll.adapters(layer)["default"].state_dict()
             parts[svd] = held["0.lora_B"] @ held["0.lora_A"]
             ll.detach(layer)
