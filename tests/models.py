@@ -137,6 +137,9 @@ MIXED: list[tuple[str, dict[str, Any], float]] = [
     ("dora", {"r": 2, "per_layer": {"down_proj": {"r": 4, "alpha": 1.0}}}, 0.9),
     ("abliteration", {"target_names": "o_proj|down_proj", "normalization": "full"}, 0.3),
     ("abliteration", {"target_names": "down_proj", "normalization": "column"}, 0.6),
+    ("ssteer", {"r": 6, "target_names": "k_proj|down_proj"}, 0.8),
+    ("antipasto", {"r": 7, "target_names": "o_proj|down_proj"}, -0.5),
+    ("steer", {"target_names": "o_proj|down_proj"}, 0.5),
     ("lora", {"r": 1, "target_names": "down_proj|k_proj"}, 1.0),
 ]
 """Rounds of every kind: method, fields, coefficient."""

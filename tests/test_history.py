@@ -30,11 +30,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_laws import logits, same_snapshot, snapshot
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lora_lite as ll
 
 EXACT: dict[str, Any] = {"dtype": torch.float64}
-METHODS = [{"variant": variant} for variant in ("lora", "dora", "ia3", "ia3_ff", "abliteration")]
+METHODS = [{"variant": v} for v in ("lora", "dora", "ia3", "ia3_ff", "abliteration", "steer", "antipasto")]
 METHODS += [{"variant": "abliteration", "normalization": mode} for mode in ("pre", "full", "column")]
 
 
@@ -51,6 +52,9 @@ def _mixed(dtype: torch.dtype) -> Any:
 def mixed(dtype: torch.dtype = torch.float32) -> Any:
     """A model with a history of many methods."""
     return copy.deepcopy(_mixed(dtype))
+
+
+LABELS = [f"default-{i}" if i > 1 else "default" for i in range(1, len(MIXED) + 1)]
 
 
 def unchanged(model: Any, call: Callable[[], Any], error: type[Exception], match: str) -> None:
@@ -92,6 +96,8 @@ def test_many_rounds_of_any_method_are_those_rounds_side_by_side() -> None:
     # In float32, where DoRA's norm and PiSSA's differences are formed, so far as the storage goes.
     torch.testing.assert_close(logits(kept), logits(beside), rtol=1e-10, atol=1e-12)
     assert [round_.c for round_ in ll.history(kept)] == [c for *_, c in MIXED]
+    steps = ll.adapters(kept)["history"].views()["model.layers.0.mlp.down_proj"].cfg.steps
+    assert sum(isinstance(step, slice) for step in steps) == 4  # of five low-rank rounds there two are consecutive
 
 
 def test_twenty_low_rank_rounds_are_one_pair_of_products() -> None:
@@ -130,14 +136,17 @@ def test_no_bit_changes_as_a_round_is_kept(method: dict[str, Any], dtype: torch.
     assert torch.equal(logits(model), out)
 
 
-def test_a_pissa_is_kept_by_its_exact_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variant", "fields", "rank"), [("pissa", {"alpha": 2.0}, 6), ("ssteer", {}, 3)])
+def test_other_low_rank_methods_are_kept_by_their_exact_factors(
+    variant: str, fields: dict[str, Any], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama(torch.float64)
-    trained(model, "pissa", r=3, alpha=2.0, **EXACT).scale = -0.6
+    trained(model, variant, r=3, **fields).scale = -0.6
     out = logits(model)
     monkeypatch.setattr(torch.linalg, "svd", None)
     ll.freeze_into(model)
     torch.testing.assert_close(logits(model), out, rtol=1e-12, atol=1e-13)
-    assert set(ll.history(model)[0].ranks.values()) == {6}
+    assert set(ll.history(model)[0].ranks.values()) == {rank}
 
 
 def test_the_history_is_stored_so_that_its_rounds_stay_exact() -> None:
@@ -255,6 +264,11 @@ def test_a_round_may_pass_an_adapter_that_does_not_notice() -> None:
     ll.freeze_into(model)
     assert len(ll.history(model)) == 4
 
+    trained(model, "steer", "late", target_names="down_proj", start=3)
+    trained(model, "abliteration", target_names="down_proj")
+    with pytest.raises(ll.TargetError, match=r"down_proj: 'late' came before 'default', and would act differently"):
+        ll.freeze_into(model)
+
 
 # ---- dropping, one file, merging ----------------------------------------------------------------
 
@@ -270,9 +284,7 @@ def test_a_dropped_round_is_as_if_it_had_not_been_kept(at: int) -> None:
     assert ours.targets == theirs.targets
     assert ours.base == theirs.base
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
-    assert [r.label for r in ll.history(model)] == [
-        f"default-{i + 1}" if i else "default" for i in range(len(MIXED)) if i != at
-    ]
+    assert [r.label for r in ll.history(model)] == [label for i, label in enumerate(LABELS) if i != at]
 
 
 def test_adding_and_dropping_leaves_every_bit_and_the_last_round_takes_the_history_along() -> None:
@@ -359,6 +371,25 @@ def test_a_merged_history_is_the_attached_one(tmp_path: Path) -> None:
     train(lora, adapter, 1)
 
 
+def test_a_history_is_merged_on_disk_and_written_as_a_lora(tmp_path: Path) -> None:
+    """Of rounds that read the base, turn or scale inputs and add constants, too; a LoRA has no room for constants."""
+    bare().save_pretrained(tmp_path / "base")
+    model = mixed()
+    ll.save(model, tmp_path / "h.safetensors", "history")
+    ll.merge_checkpoint(tmp_path / "base", tmp_path / "h.safetensors", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(bare()), logits(model), atol=0.1)
+
+    for label, round_ in zip(LABELS, MIXED, strict=True):
+        if round_[0] in ("steer", "ia3_ff", "ia3", "abliteration", "dora"):  # these change a bias, or all of a weight
+            ll.drop_round(model, label)
+    ll.save_peft(model, tmp_path / "peft", "history", rank=32)
+    fresh = bare()
+    ll.load_peft(fresh, tmp_path / "peft")
+    torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_history_on_a_quantised_base(tiny: str, quantization: str, tmp_path: Path) -> None:
     model = quantized(tiny, quantization)
@@ -428,11 +459,13 @@ def test_the_round_in_training_has_the_same_gradients_through_checkpoints() -> N
 
 def test_the_next_svd_is_of_the_base_or_of_base_and_history() -> None:
     def check(of: str, w: torch.Tensor) -> None:
-        adapter = ll.attach(model, ll.PiSSAConfig(r=2, target_names="proj", svd_of=of, **EXACT))
-        a0, b0 = (adapter.state_dict()[f"proj.lora_{x}0"] for x in "AB")
-        u, s, vt = torch.linalg.svd(w, full_matrices=False)
-        torch.testing.assert_close(b0 @ a0, u[:, :2] * s[:2] @ vt[:2])
-        ll.detach(model, "default")
+        for variant in ("pissa", "ssteer", "antipasto"):
+            adapter = ll.attach(model, config(variant, r=2, target_names="proj", svd_of=of, **EXACT))
+            held = {key.removeprefix("proj.lora_"): value for key, value in adapter.state_dict().items()}
+            part = held["B0"] @ held["A0"] if variant == "pissa" else held["U"] * held["S"] @ held["V"].T
+            u, s, vt = torch.linalg.svd(w, full_matrices=False)
+            torch.testing.assert_close(part, u[:, :2] * s[:2] @ vt[:2])
+            ll.detach(model, "default")
 
     model = OneLinear().double()
     w, x = model.proj.weight.detach().clone(), torch.randn(4, 16, dtype=torch.float64)
@@ -557,7 +590,8 @@ def test_a_low_rank_that_is_not_what_forward_does_is_refused() -> None:
     match = "q_proj: low_rank of 'odd' gave another change than its forward makes"
     unchanged(model, lambda: ll.freeze_into(model), ll.VariantError, match)
     for wrong, found in (
-        (lambda layer: (layer.lora_A, layer.lora_B.mT, 2.0), r"A \(8, 64\) and B \(8, 64\)"),
+        (lambda layer: (layer.lora_A, layer.lora_B.mT, 2.0), r"A \(8, 64\), B \(8, 64\) and s \(\)"),
+        (lambda layer: (layer.lora_A, layer.lora_B, torch.ones(3)), r"B \(64, 8\) and s \(3,\)"),
         (lambda layer: (layer.lora_A, layer.lora_B, 2.0), "another change"),  # without layer.scale
     ):
         ll.REGISTRY["odd"].low_rank = staticmethod(wrong)
@@ -598,6 +632,7 @@ KEPT = {"label": "a", "c": 1.0, "config": LORA}
         ({"rounds": [KEPT | {"config": {"variant": ["lora"]}}]}, "a config for each"),
         ({"rounds": [KEPT | {"config": LORA | {"r": 0}}]}, r"LoRAConfig\(r=0\)"),
         ({"rounds": [KEPT | {"config": ll.HistoryConfig().to_dict()}]}, "no history within a history"),
+        ({"rounds": [KEPT | {"label": f"a{i}"} for i in range(1001)]}, "wanted at most 1000"),
         ({"rounds": [KEPT, KEPT]}, "labels of which no two are alike"),
         ({"rounds": [KEPT], "here": {"b": 3}}, "wanted {label of a round: rank, or fields}"),
         ({"rounds": [KEPT], "here": {"a": 0}}, "a rank of at least 1, or fields, for each"),
