@@ -86,9 +86,10 @@ def freeze_into(
     c       the coefficient for good; None for the scale that the adapter has
     label   what to call the round; None for the adapter's name, with a number if the history has that already
 
-    Low-rank rounds (LoRA, PiSSA, ssteer, any method that declares `low_rank`) become one pair of products however many they
-    are, each with its own rank and layers; a round of another method acts as before, with its tensors as buffers. The
-    change of several low-rank rounds is summed in one product, so its last bits may differ from theirs side by side.
+    Low-rank rounds (LoRA, PiSSA, ssteer, any method that declares `low_rank`) become one pair of products however many
+    they are, each with its own rank and layers; a round of another method acts as before, with its tensors as buffers.
+    The change of several low-rank rounds is summed in one product, so its last bits may differ from theirs side by
+    side.
 
     A history is an adapter: `save(model, path, "history")` writes all rounds to one file and `load(model, path,
     "history")` brings them back; `scaled`, `merge` and `detach` take its name. It comes first on each layer. So for the

@@ -1,5 +1,6 @@
 """Small models for tests, built from configs: nothing is downloaded."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,11 @@ def keep(model: nn.Module, variant: str = "lora", c: float = 1.0, *, seed: int =
     return ll.freeze_into(model, c=c)
 
 
-def keep_mixed(model: Any, leave_out: int | None = None) -> Any:
-    """The model with a history of MIXED."""
-    for seed, (variant, fields, c) in enumerate(MIXED):
-        if seed != leave_out:
-            keep(model, variant, c, seed=seed, **fields)
+def keep_rounds(model: Any, which: Iterable[int]) -> Any:
+    """The model with these of MIXED in its history, after those that it has."""
+    for i in which:
+        variant, fields, c = MIXED[i]
+        keep(model, variant, c, seed=i, **fields)
     return model
 
 
@@ -202,7 +203,7 @@ __all__ = [
     "attach",
     "config",
     "keep",
-    "keep_mixed",
+    "keep_rounds",
     "loss_of",
     "moe",
     "perturb",
