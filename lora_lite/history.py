@@ -86,9 +86,10 @@ def freeze_into(
     c       the coefficient for good; None for the scale that the adapter has
     label   what to call the round; None for the adapter's name, with a number if the history has that already
 
-    Low-rank rounds (LoRA, PiSSA, any method that declares `low_rank`) become one pair of products however many they
-    are, each with its own rank and layers; a round of another method acts as before, with its tensors as buffers. The
-    change of several low-rank rounds is summed in one product, so its last bits may differ from theirs side by side.
+    Low-rank rounds (LoRA, PiSSA, ssteer, any method that declares `low_rank`) become one pair of products however many
+    they are, each with its own rank and layers; a round of another method acts as before, with its tensors as buffers.
+    The change of several low-rank rounds is summed in one product, so its last bits may differ from theirs side by
+    side.
 
     A history is an adapter: `save(model, path, "history")` writes all rounds to one file and `load(model, path,
     "history")` brings them back; `scaled`, `merge` and `detach` take its name. It comes first on each layer. So for the
@@ -237,7 +238,8 @@ def _outcome(module: nn.Module, slots: Sequence[Slot]) -> Tensor:
     slots = sorted(slots, key=lambda slot: not slot.stacked)  # experts' matrices come first
     target, device = slots[0].target, quant.stored(module).device
     views = [Layer(module, s, torch.float64, 0 if s.stacked else None, {"training": False}) for s in slots]
-    x, down, up = _random((3, target.d_in), (target.d_in, 4), (4, target.d_out), device=device)
+    # Of one position each: a step of decoding, in which nothing is left out for where it is.
+    x, down, up = _random((3, 1, target.d_in), (target.d_in, 4), (4, target.d_out), device=device)
     for view in views:
         x = apply_input(view, x)
     y = x @ down @ up
@@ -250,7 +252,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= SAME * b.abs().max())
 
 
-def _random(*shapes: tuple[int, int], device: torch.device) -> list[Tensor]:
+def _random(*shapes: tuple[int, ...], device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]
 
@@ -265,22 +267,23 @@ def _piece(adapter: Adapter, module: nn.Module, slot: Slot) -> _Piece:
         tensors = {name: getattr(module, slot.state.attribute(name)) for name in slot.tensors}
         return _Piece(slot.target, adapter.per_layer.get(slot.path, {}), slot.stacked, tensors)
     a, b, s = found
-    if a.ndim != 2 or b.shape != (slot.target.d_out, len(a)) or a.shape[1] != slot.target.d_in or not len(a):
-        raise _not_low_rank(slot, f"A {tuple(a.shape)} and B {tuple(b.shape)}")
+    c = torch.as_tensor(s, dtype=torch.float64, device=a.device)
+    r = a.shape[0]
+    if not r or a.shape != (r, slot.target.d_in) or b.shape != (slot.target.d_out, r) or c.shape not in ((), (r,)):
+        raise _not_low_rank(slot, f"A {tuple(a.shape)}, B {tuple(b.shape)} and s {tuple(c.shape)}")
     view = Layer(module, slot, torch.float64, instead={"training": False, "bias": None})
     x, y = _random((3, slot.target.d_in), (3, slot.target.d_out), device=a.device)
-    added = s * (x @ a.double().mT) @ b.double().mT
+    added = (c * (x @ a.double().mT)) @ b.double().mT
     alike = [_alike(apply_output(view, x, at), at + added) for at in (y, added)]
     if not (torch.equal(apply_input(view, x), x) and all(alike)):
         raise _not_low_rank(slot, "another change than its forward makes")
-    c = torch.full((len(a),), s, dtype=torch.float64, device=a.device)
-    return _Piece(slot.target, len(a), False, dict(zip(PAIR, (a, b, c), strict=True)))
+    return _Piece(slot.target, r, False, dict(zip(PAIR, (a, b, c.expand(r)), strict=True)))
 
 
 def _not_low_rank(slot: Slot, found: str) -> VariantError:
     return VariantError(
         f"{slot.path}: low_rank of {slot.cfg.variant!r} gave {found}\n"
-        f"  wanted A (r, d_in), B (d_out, r) and s, so that at layer.scale the output is y + s B A x for any y"
+        f"  wanted A (r, d_in), B (d_out, r), s a number or (r,): at layer.scale the output is y + B (s A x) for any y"
     )
 
 

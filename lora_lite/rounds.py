@@ -8,6 +8,8 @@ from .config import BaseConfig, is_name, is_number
 from .variant import config_for
 
 LONGEST_LABEL = 100
+MOST_ROUNDS = 1000
+"""A file may be anyone's, and each of its layers is looked up in all rounds."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class RoundsConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         self._require(isinstance(self.rounds, list | tuple), "rounds", "a list of rounds")
+        self._require(len(self.rounds) <= MOST_ROUNDS, "rounds", f"at most {MOST_ROUNDS}")
         object.__setattr__(self, "rounds", tuple(map(self._as_kept, self.rounds)))
         known = {kept.label: kept for kept in self.rounds}
         self._require(len(known) == len(self.rounds), "rounds", "labels of which no two are alike")

@@ -15,7 +15,7 @@ from .calibrate import Statistics, capture, check_batches, check_sides
 from .config import AdapterConfig
 from .errors import ConfigError
 from .layer import Layer
-from .variant import ParamSpec
+from .variant import ParamSpec, lookup
 
 SELECT = ("top_s", "wanda", "act", "min_std")
 HELD = 2 << 30
@@ -35,15 +35,18 @@ class SSpaceConfig(AdapterConfig):
               "act"       mean |Vᵀx|
               "min_std"   the lesser of std(Vᵀx) on two sides, {"positive": batches, "negative": batches}: directions
                           that are alive on both. The other two take a list of batches, or both sides together
+    svd_of    "base", or "history", the base with the rounds that are kept on it (`lora_lite.freeze_into`)
     """
 
     r: int = 64
     select: str = "top_s"
+    svd_of: str = "base"
     SHARED: ClassVar[tuple[str, ...]] = (*AdapterConfig.SHARED, "select")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.select in SELECT, "select", f"one of {SELECT}")
+        self._require(self.svd_of in ("base", "history"), "svd_of", '"base" or "history"')
 
 
 def needs_data(cfg: SSpaceConfig) -> bool:
@@ -70,7 +73,7 @@ def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig, calib
     The batches run once for each HELD bytes of singular vectors: for most models once. Raises ConfigError for data that
     doesn't fit `select`, or an adapter that was trained in the directions it has, and what `capture` raises.
     """
-    trained = [layer.path for layer in targets.values() if layer.lora_ds.any()]
+    trained = [layer.path for layer in targets.values() if _is_trained(layer)]
     if trained:
         raise ConfigError(
             f"{trained[0]}: it was trained in the directions that it has, so they can't be chosen anew\n"
@@ -79,7 +82,7 @@ def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig, calib
     sides = _sides(cfg.select, calibration_data)
     depths: dict[str, float] = {}
     for group in _groups(targets.values(), HELD if sides else 0):
-        found = {layer.path: torch.linalg.svd(layer.dense_weight(), full_matrices=False) for layer in group}
+        found = {layer.path: _svd(layer) for layer in group}
         scores = _scores(model, found, cfg.select, sides)
         for layer in group:
             u, s, vt = found.pop(layer.path)
@@ -104,6 +107,16 @@ def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig, calib
         logger.info(
             f"{len(whole)} of {len(targets)} layers have fewer directions than r, such as {whole[0]}: all are used"
         )
+
+
+def _is_trained(layer: Layer) -> bool:
+    specs = lookup(layer.cfg.variant).param_specs(layer.in_features, layer.out_features, layer.cfg)
+    return any(bool(getattr(layer, name).any()) for name, spec in specs.items() if spec.trainable)
+
+
+def _svd(layer: Layer) -> Svd:
+    u, s, vt = torch.linalg.svd(layer.dense_weight(layer.cfg.svd_of), full_matrices=False)
+    return u, s, vt
 
 
 def top(scores: Float[Tensor, "k"], r: int) -> Bool[Tensor, "k"]:

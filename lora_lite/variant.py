@@ -107,9 +107,10 @@ class Variant(Protocol):
         """Bring the tensors in line with the config: after `group_init`, and whenever its `live` fields change."""
 
     @staticmethod
-    def low_rank(layer: Layer) -> tuple[Tensor, Tensor, float] | None:
-        """(A (r, d_in), B (d_out, r), s), exact, if all it does at `layer.scale` is to add s B A x, whatever y is: then
-        the rounds that a history keeps are one pair of products. None for any other change."""
+    def low_rank(layer: Layer) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """(A (r, d_in), B (d_out, r), s), exact, if all it does at `layer.scale` is to add B (s ⊙ A x), whatever y is:
+        then the rounds that a history keeps are one pair of products. s is a number or (r,). None for any other change.
+        """
         return None
 
     forward: Callable[[Layer, Tensor, Tensor], Tensor] | None = None

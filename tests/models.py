@@ -1,5 +1,6 @@
 """Small models for tests, built from configs: nothing is downloaded."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,45 @@ def keep_two(model: nn.Module, cfg: Any, name: str) -> ll.Adapter:
     return made
 
 
+MIXED: list[tuple[str, dict[str, Any], float]] = [
+    ("lora", {"r": 3, "target_names": "q_proj|mlp"}, 0.7),
+    ("ia3", {"target_names": "_proj$"}, 1.5),
+    ("lora", {"r": 5, "alpha": 3.0, "rslora": True, "target_names": "down_proj"}, -0.4),
+    ("pissa", {"r": 2, "target_names": "q_proj|down_proj"}, 2.0),
+    ("ia3_ff", {"target_names": "down_proj|o_proj"}, 0.5),
+    ("dora", {"r": 2, "per_layer": {"down_proj": {"r": 4, "alpha": 1.0}}}, 0.9),
+    ("abliteration", {"target_names": "o_proj|down_proj", "normalization": "full"}, 0.3),
+    ("abliteration", {"target_names": "down_proj", "normalization": "column"}, 0.6),
+    ("ssteer", {"r": 6, "target_names": "k_proj|down_proj"}, 0.8),
+    ("antipasto", {"r": 7, "target_names": "o_proj|down_proj"}, -0.5),
+    ("steer", {"target_names": "o_proj|down_proj"}, 0.5),
+    ("lora", {"r": 1, "target_names": "down_proj|k_proj"}, 1.0),
+]
+"""Rounds of every kind: method, fields, coefficient."""
+
+
+def trained(model: nn.Module, variant: str, name: str = "default", *, seed: int = 1, **fields: Any) -> ll.Adapter:
+    """An adapter that has moved from its start, the same for the same seed."""
+    torch.manual_seed(seed)  # a fresh LoRA is random
+    adapter = attach(model, config(variant, **fields), name)
+    perturb(adapter, 0.1, seed)
+    return adapter
+
+
+def keep(model: nn.Module, variant: str = "lora", c: float = 1.0, *, seed: int = 1, **fields: Any) -> ll.Adapter:
+    """A trained adapter as a round of the model's history."""
+    trained(model, variant, seed=seed, **fields)
+    return ll.freeze_into(model, c=c)
+
+
+def keep_rounds(model: Any, which: Iterable[int]) -> Any:
+    """The model with these of MIXED in its history, after those that it has."""
+    for i in which:
+        variant, fields, c = MIXED[i]
+        keep(model, variant, c, seed=i, **fields)
+    return model
+
+
 @torch.no_grad()
 def perturb(adapter: ll.Adapter, size: float = 0.05, seed: int = 1) -> None:
     """Move every trainable tensor away from its start."""
@@ -156,11 +196,14 @@ def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 __all__ = [
     "IDS",
+    "MIXED",
     "SIZES",
     "AutoModelForCausalLM",
     "OneLinear",
     "attach",
     "config",
+    "keep",
+    "keep_rounds",
     "loss_of",
     "moe",
     "perturb",
@@ -168,4 +211,5 @@ __all__ = [
     "tiny_folder",
     "tiny_llama",
     "train",
+    "trained",
 ]

@@ -4,54 +4,57 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import IDS, OneLinear, attach, config, loss_of, moe, perturb, quantized, tiny_llama, train
+from models import (
+    IDS,
+    MIXED,
+    OneLinear,
+    attach,
+    config,
+    keep,
+    keep_rounds,
+    loss_of,
+    moe,
+    quantized,
+    tiny_llama,
+    train,
+    trained,
+)
 from oracles import ORACLES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_laws import logits, same_snapshot, snapshot
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lora_lite as ll
 
 EXACT: dict[str, Any] = {"dtype": torch.float64}
-MIXED: list[tuple[str, dict[str, Any], float]] = [
-    ("lora", {"r": 3, "target_names": "q_proj|mlp"}, 0.7),
-    ("ia3", {"target_names": "_proj$"}, 1.5),
-    ("lora", {"r": 5, "alpha": 3.0, "rslora": True, "target_names": "down_proj"}, -0.4),
-    ("pissa", {"r": 2, "target_names": "q_proj|down_proj"}, 2.0),
-    ("ia3_ff", {"target_names": "down_proj|o_proj"}, 0.5),
-    ("dora", {"r": 2, "per_layer": {"down_proj": {"r": 4, "alpha": 1.0}}}, 0.9),
-    ("abliteration", {"target_names": "o_proj|down_proj", "normalization": "full"}, 0.3),
-    ("abliteration", {"target_names": "down_proj", "normalization": "column"}, 0.6),
-    ("lora", {"r": 1, "target_names": "down_proj|k_proj"}, 1.0),
-]
-"""Rounds: method, fields, coefficient."""
-METHODS = [{"variant": variant} for variant in ("lora", "dora", "ia3", "ia3_ff", "abliteration")]
+METHODS = [{"variant": v} for v in ("lora", "dora", "ia3", "ia3_ff", "abliteration", "steer", "antipasto")]
 METHODS += [{"variant": "abliteration", "normalization": mode} for mode in ("pre", "full", "column")]
 
 
-def trained(model: Any, variant: str, name: str = "default", *, seed: int = 1, **fields: Any) -> ll.Adapter:
-    adapter = attach(model, config(variant, **fields), name)
-    perturb(adapter, 0.1, seed)
-    return adapter
+def bare(dtype: torch.dtype = torch.float32) -> Any:
+    """What `mixed` has its history on."""
+    return tiny_llama(dtype, bias=True, num_hidden_layers=1)
 
 
-def keep(model: Any, variant: str = "lora", c: float = 1.0, *, seed: int = 1, **fields: Any) -> ll.Adapter:
-    trained(model, variant, seed=seed, **fields)
-    return ll.freeze_into(model, c=c)
+@cache
+def _mixed(dtype: torch.dtype, rounds: int) -> Any:
+    return keep_rounds(mixed(dtype, rounds - 1), [rounds - 1]) if rounds else bare(dtype)
 
 
-def mixed(dtype: torch.dtype = torch.float32) -> Any:
-    """A model with a history of many methods."""
-    model = tiny_llama(dtype, bias=True)
-    for seed, (variant, fields, c) in enumerate(MIXED):
-        keep(model, variant, c, seed=seed, **fields)
-    return model
+def mixed(dtype: torch.dtype = torch.float32, rounds: int = len(MIXED)) -> Any:
+    """A model with a history of many methods: MIXED, or the first of it."""
+    return copy.deepcopy(_mixed(dtype, rounds))
+
+
+LABELS = [f"default-{i}" if i > 1 else "default" for i in range(1, len(MIXED) + 1)]
 
 
 def unchanged(model: Any, call: Callable[[], Any], error: type[Exception], match: str) -> None:
@@ -87,12 +90,19 @@ def test_two_rounds_are_the_explicit_sum_in_float64() -> None:
 
 
 def test_many_rounds_of_any_method_are_those_rounds_side_by_side() -> None:
-    kept, beside = mixed(torch.float64), tiny_llama(torch.float64, bias=True)
+    kept, beside = mixed(torch.float64), bare(torch.float64)
     for seed, (variant, fields, c) in enumerate(MIXED):
         trained(beside, variant, f"r{seed}", seed=seed, **fields).scale = c
-    # In float32, where DoRA's norm and PiSSA's differences are formed, so far as the storage goes.
     torch.testing.assert_close(logits(kept), logits(beside), rtol=1e-10, atol=1e-12)
+    with ll.scaled(kept, 0.5, "history"):  # which multiplies every coefficient
+        for adapter in ll.adapters(beside).values():
+            adapter.scale *= 0.5
+        torch.testing.assert_close(logits(kept), logits(beside), rtol=1e-10, atol=1e-12)
+    with ll.scaled(kept, 0.0, "history"):
+        assert torch.equal(logits(kept), logits(bare(torch.float64)))
     assert [round_.c for round_ in ll.history(kept)] == [c for *_, c in MIXED]
+    steps = ll.adapters(kept)["history"].views()["model.layers.0.mlp.down_proj"].cfg.steps
+    assert sum(isinstance(step, slice) for step in steps) == 4  # of five low-rank rounds there two are consecutive
 
 
 def test_twenty_low_rank_rounds_are_one_pair_of_products() -> None:
@@ -109,18 +119,19 @@ def test_twenty_low_rank_rounds_are_one_pair_of_products() -> None:
             ll.adapters(model)["history"].scale = 1.0
         ll.freeze_into(model)
     torch.testing.assert_close(model(x), base + total, rtol=1e-12, atol=1e-12)
+    # Ranks 1 to 4, and twice that of the seven PiSSAs, whose change takes two pairs.
     assert {name: tuple(b.shape) for name, b in model.proj.named_buffers()} == {
-        "lora_A__history": (63, 16),
-        "lora_B__history": (24, 63),
-        "lora_c__history": (63,),
+        "lora_A__history": (68, 16),
+        "lora_B__history": (24, 68),
+        "lora_c__history": (68,),
     }
     assert len(model.proj._forward_hooks) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(method.values()))
 def test_no_bit_changes_as_a_round_is_kept(method: dict[str, Any], dtype: torch.dtype) -> None:
-    model = tiny_llama(dtype, bias=True)
+    model = bare(dtype)
     keep(model, "lora", 0.7, target_names="q_proj")
     ranks = {"r": 3, "alpha": 7.0} if method["variant"] in ("lora", "dora") else {}
     adapter = trained(model, target_names="k_proj|mlp", **method, **ranks)
@@ -130,14 +141,17 @@ def test_no_bit_changes_as_a_round_is_kept(method: dict[str, Any], dtype: torch.
     assert torch.equal(logits(model), out)
 
 
-def test_a_pissa_is_kept_by_its_exact_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variant", "fields", "rank"), [("pissa", {"alpha": 2.0}, 6), ("ssteer", {}, 3)])
+def test_other_low_rank_methods_are_kept_by_their_exact_factors(
+    variant: str, fields: dict[str, Any], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama(torch.float64)
-    trained(model, "pissa", r=3, alpha=2.0, **EXACT).scale = -0.6
+    trained(model, variant, r=3, **fields).scale = -0.6
     out = logits(model)
     monkeypatch.setattr(torch.linalg, "svd", None)
     ll.freeze_into(model)
     torch.testing.assert_close(logits(model), out, rtol=1e-12, atol=1e-13)
-    assert set(ll.history(model)[0].ranks.values()) == {6}
+    assert set(ll.history(model)[0].ranks.values()) == {rank}
 
 
 def test_the_history_is_stored_so_that_its_rounds_stay_exact() -> None:
@@ -210,17 +224,6 @@ def test_the_anchors_are_base_plus_history_and_the_pristine_base() -> None:
     assert not torch.allclose(ll.kl_divergence(model, [IDS], "default"), ll.kl_divergence(model, [IDS]), rtol=0.01)
 
 
-def test_the_scale_of_a_history_multiplies_every_coefficient() -> None:
-    model, other = mixed(torch.float64), tiny_llama(torch.float64, bias=True)
-    for seed, (variant, fields, c) in enumerate(MIXED):
-        keep(other, variant, 0.5 * c, seed=seed, **fields)
-    with ll.scaled(model, 0.5, "history"):
-        torch.testing.assert_close(logits(model), logits(other), rtol=1e-7, atol=1e-9)
-    base = logits(tiny_llama(torch.float64, bias=True))
-    with ll.scaled(model, 0.0, "history"):
-        assert torch.equal(logits(model), base)
-
-
 def test_a_history_comes_first_whenever_it_was_loaded(tmp_path: Path) -> None:
     model = tiny_llama()
     keep(model)
@@ -236,7 +239,7 @@ def test_a_history_comes_first_whenever_it_was_loaded(tmp_path: Path) -> None:
 
 def test_a_round_may_pass_an_adapter_that_does_not_notice() -> None:
     model = tiny_llama(torch.float64)
-    trained(model, "lora", "style", seed=3, **EXACT)
+    trained(model, "lora", "style", seed=3, target_names="q_proj|up_proj", **EXACT)
     trained(model, "lora", **EXACT)
     out = logits(model)
     ll.freeze_into(model)
@@ -255,16 +258,19 @@ def test_a_round_may_pass_an_adapter_that_does_not_notice() -> None:
     ll.freeze_into(model)
     assert len(ll.history(model)) == 4
 
+    trained(model, "steer", "late", target_names="down_proj", start=3)
+    trained(model, "abliteration", target_names="down_proj")
+    with pytest.raises(ll.TargetError, match=r"down_proj: 'late' came before 'default', and would act differently"):
+        ll.freeze_into(model)
+
 
 # ---- dropping, one file, merging ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", range(len(MIXED)))
+@pytest.mark.parametrize("at", [2, 5])
 def test_a_dropped_round_is_as_if_it_had_not_been_kept(at: int) -> None:
-    model, without = mixed(), tiny_llama(bias=True)
-    wanted = [each for i, each in enumerate(MIXED) if i != at]
-    for variant, fields, c in wanted:
-        keep(without, variant, c, seed=MIXED.index((variant, fields, c)), **fields)
+    """A low-rank one, with others before and after it in the pair of products; one of another method."""
+    model, without = mixed(), keep_rounds(mixed(rounds=at), range(at + 1, len(MIXED)))
     round_ = ll.history(model)[at]
     ll.drop_round(model, round_.label)
     assert torch.equal(logits(model), logits(without))
@@ -272,9 +278,7 @@ def test_a_dropped_round_is_as_if_it_had_not_been_kept(at: int) -> None:
     assert ours.targets == theirs.targets
     assert ours.base == theirs.base
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
-    assert [r.label for r in ll.history(model)] == [
-        f"default-{i + 1}" if i else "default" for i in range(len(MIXED)) if i != at
-    ]
+    assert [r.label for r in ll.history(model)] == [label for i, label in enumerate(LABELS) if i != at]
 
 
 def test_adding_and_dropping_leaves_every_bit_and_the_last_round_takes_the_history_along() -> None:
@@ -298,10 +302,14 @@ def test_adding_and_dropping_leaves_every_bit_and_the_last_round_takes_the_histo
 def test_one_file_holds_the_whole_history_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mixed()
     ll.save(model, tmp_path / "h.safetensors", "history")
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("load computed something")
+
     for variant in ("dora", "pissa", "abliteration"):
-        monkeypatch.setattr(ll.REGISTRY[variant], "init", None)
-    monkeypatch.setattr(torch.linalg, "svd", None)
-    fresh = tiny_llama(bias=True)
+        monkeypatch.setattr(ll.REGISTRY[variant], "init", staticmethod(forbidden))
+    monkeypatch.setattr(torch.linalg, "svd", forbidden)
+    fresh = bare()
     ll.load(fresh, tmp_path / "h.safetensors", "history")
     assert torch.equal(logits(fresh), logits(model))
     assert ll.history(fresh) == ll.history(model)
@@ -357,6 +365,25 @@ def test_a_merged_history_is_the_attached_one(tmp_path: Path) -> None:
     train(lora, adapter, 1)
 
 
+def test_a_history_is_merged_on_disk_and_written_as_a_lora(tmp_path: Path) -> None:
+    """Of rounds that read the base, turn or scale inputs and add constants, too; a LoRA has no room for constants."""
+    bare().save_pretrained(tmp_path / "base")
+    model = mixed()
+    ll.save(model, tmp_path / "h.safetensors", "history")
+    ll.merge_checkpoint(tmp_path / "base", tmp_path / "h.safetensors", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(bare()), logits(model), atol=0.1)
+
+    for label, round_ in zip(LABELS, MIXED, strict=True):
+        if round_[0] in ("steer", "ia3_ff", "ia3", "abliteration", "dora"):  # these change a bias, or all of a weight
+            ll.drop_round(model, label)
+    ll.save_peft(model, tmp_path / "peft", "history", rank=32)
+    fresh = bare()
+    ll.load_peft(fresh, tmp_path / "peft")
+    torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_history_on_a_quantised_base(tiny: str, quantization: str, tmp_path: Path) -> None:
     model = quantized(tiny, quantization)
@@ -403,22 +430,22 @@ def test_copies_pickles_and_casts_of_a_mixed_history() -> None:
     assert logits(model.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_a_mixed_history_compiles_to_one_graph_that_takes_any_scale() -> None:
-    torch._dynamo.reset()
-    model = OneLinear()
-    for seed, (variant, fields, c) in enumerate(MIXED):
-        fields = {key: value for key, value in fields.items() if key != "per_layer"}
-        keep(model, variant, c, seed=seed, **fields | {"target_names": "proj"})
-    trained(model, "lora", target_names="proj")
-    fast, x, graphs = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(5, 16), []
-    with torch.no_grad():
-        for c in (1.0, 0.5, -2.0, 3.0):
+def test_the_round_in_training_has_the_same_gradients_through_checkpoints() -> None:
+    """Which run each block once more in the backward, after the scale of the history is what it was."""
+    found = []
+    for checkpoints in (False, True):
+        model = mixed(torch.float64)
+        adapter = trained(model, "lora", **EXACT)
+        model.train()
+        if checkpoints:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        losses = []
+        for c in (1.0, 0.0, -0.5):
             with ll.scaled(model, c, "history"):
-                torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert graphs[1] == graphs[-1]
-        ll.freeze_into(model)
-        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+                losses.append(loss_of(model))
+        sum(losses).backward()
+        found.append([p.grad for p in adapter.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 # ---- the next round's SVD -----------------------------------------------------------------------
@@ -426,11 +453,13 @@ def test_a_mixed_history_compiles_to_one_graph_that_takes_any_scale() -> None:
 
 def test_the_next_svd_is_of_the_base_or_of_base_and_history() -> None:
     def check(of: str, w: torch.Tensor) -> None:
-        adapter = ll.attach(model, ll.PiSSAConfig(r=2, target_names="proj", svd_of=of, **EXACT))
-        a0, b0 = (adapter.state_dict()[f"proj.lora_{x}0"] for x in "AB")
-        u, s, vt = torch.linalg.svd(w, full_matrices=False)
-        torch.testing.assert_close(b0 @ a0, u[:, :2] * s[:2] @ vt[:2])
-        ll.detach(model, "default")
+        for variant in ("pissa", "ssteer", "antipasto"):
+            adapter = ll.attach(model, config(variant, r=2, target_names="proj", svd_of=of, **EXACT))
+            held = {key.removeprefix("proj.lora_"): value for key, value in adapter.state_dict().items()}
+            part = held["B0"] @ held["A0"] if variant == "pissa" else held["U"] * held["S"] @ held["V"].T
+            u, s, vt = torch.linalg.svd(w, full_matrices=False)
+            torch.testing.assert_close(part, u[:, :2] * s[:2] @ vt[:2])
+            ll.detach(model, "default")
 
     model = OneLinear().double()
     w, x = model.proj.weight.detach().clone(), torch.randn(4, 16, dtype=torch.float64)
@@ -489,7 +518,7 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
 
 @pytest.fixture(scope="module")
 def session() -> Any:
-    model = tiny_llama()
+    model = tiny_llama(num_hidden_layers=1)
     keep(model, "lora", target_names="q_proj")
     keep(model, "dora", target_names="mlp")
     trained(model, "lora")
@@ -518,8 +547,8 @@ def test_odd_states_are_refused(session: Any) -> None:
     unchanged(model, lambda: ll.freeze_into(model), ll.TargetError, "o_proj: it has lora_A__history already")
 
 
-@pytest.mark.parametrize("call", [ll.freeze_into, lambda m: ll.drop_round(m, "default-2"), lambda m: new(m)])
-@pytest.mark.parametrize("at", [1, 4, 20])
+@pytest.mark.parametrize("call", [ll.freeze_into, lambda m: ll.drop_round(m, "default"), lambda m: new(m)])
+@pytest.mark.parametrize("at", [1, 4, 12])
 def test_a_failure_in_the_middle_changes_nothing(
     session: Any, call: Any, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,7 +572,9 @@ def new(model: Any) -> None:
 def test_a_low_rank_that_is_not_what_forward_does_is_refused() -> None:
     class Odd:
         name = "odd"
-        param_specs = staticmethod(ll.REGISTRY["lora"].param_specs)
+        param_specs = staticmethod(
+            lambda d_in, d_out, cfg: {"lora_A": ll.ParamSpec((8, d_in)), "lora_B": ll.ParamSpec((d_out, 8))}
+        )
         forward = staticmethod(lambda layer, x, y: y + 2 * (x @ layer.lora_A.mT) @ layer.lora_B.mT)
         low_rank = staticmethod(lambda layer: (layer.lora_A, layer.lora_B, 1.0))
 
@@ -553,7 +584,8 @@ def test_a_low_rank_that_is_not_what_forward_does_is_refused() -> None:
     match = "q_proj: low_rank of 'odd' gave another change than its forward makes"
     unchanged(model, lambda: ll.freeze_into(model), ll.VariantError, match)
     for wrong, found in (
-        (lambda layer: (layer.lora_A, layer.lora_B.mT, 2.0), r"A \(8, 64\) and B \(8, 64\)"),
+        (lambda layer: (layer.lora_A, layer.lora_B.mT, 2.0), r"A \(8, 64\), B \(8, 64\) and s \(\)"),
+        (lambda layer: (layer.lora_A, layer.lora_B, torch.ones(3)), r"B \(64, 8\) and s \(3,\)"),
         (lambda layer: (layer.lora_A, layer.lora_B, 2.0), "another change"),  # without layer.scale
     ):
         ll.REGISTRY["odd"].low_rank = staticmethod(wrong)
@@ -594,6 +626,7 @@ KEPT = {"label": "a", "c": 1.0, "config": LORA}
         ({"rounds": [KEPT | {"config": {"variant": ["lora"]}}]}, "a config for each"),
         ({"rounds": [KEPT | {"config": LORA | {"r": 0}}]}, r"LoRAConfig\(r=0\)"),
         ({"rounds": [KEPT | {"config": ll.HistoryConfig().to_dict()}]}, "no history within a history"),
+        ({"rounds": [KEPT | {"label": f"a{i}"} for i in range(1001)]}, "wanted at most 1000"),
         ({"rounds": [KEPT, KEPT]}, "labels of which no two are alike"),
         ({"rounds": [KEPT], "here": {"b": 3}}, "wanted {label of a round: rank, or fields}"),
         ({"rounds": [KEPT], "here": {"a": 0}}, "a rank of at least 1, or fields, for each"),

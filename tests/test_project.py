@@ -9,7 +9,7 @@ import pytest
 import torch
 from contrasts import FITTED, NEUTRAL, chats
 from jaxtyping import TypeCheckError
-from models import OneLinear, config, perturb, tiny_llama
+from models import IDS, OneLinear, config, perturb, tiny_llama
 from test_ecosystem import Tokens, arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +19,7 @@ from lora_lite.variant import weight_use
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, OWN_VARIANT, ABLITERATION, MERGING, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
+EXAMPLE, OWN_VARIANT, ABLITERATION, HISTORY, MERGING, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
@@ -46,6 +46,19 @@ def test_the_readmes_merging_runs(tiny: str, tmp_path: Path, monkeypatch: pytest
     exec("".join(rest), scope)
     assert list(ll.adapters(model)) == ["default", "other"]
     assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
+
+
+def test_the_readmes_history_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    exec(HISTORY, {"ll": ll, "model": model, "batches": [IDS], "train": perturb})
+    assert "default: lora, c 0.8, 14 layers, rank 8\nformal: pissa, c 1, 14 layers, rank 8\n" in capsys.readouterr().out
+    assert [round_.label for round_ in ll.history(model)] == ["formal"]
+    fresh = tiny_llama()
+    ll.load(fresh, tmp_path / "history.safetensors", "history")
+    assert len(ll.history(fresh)) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # torch's, on a machine without an accelerator

@@ -197,6 +197,7 @@ def test_data_that_does_not_fit_is_an_error_and_changes_nothing(
     [
         ({"select": "best"}, r"Config\(select='best'\): wanted one of \('top_s', 'wanda', 'act', 'min_std'\)"),
         ({"r": 0}, r"Config\(r=0\): wanted a rank of at least 1"),
+        ({"svd_of": "both"}, r"Config\(svd_of='both'\): wanted \"base\" or \"history\""),
         ({"per_layer": {"up": {"select": "act"}}}, r"\['select'\] can't differ by layer"),
     ],
 )
@@ -249,6 +250,16 @@ def test_c_is_a_finite_number(variant: str) -> None:
         with pytest.raises(ll.ConfigError, match=r"scale .*: wanted a finite number"), ll.scaled(model, c):
             pass
     assert adapter.scale == 1.0
+    assert torch.equal(logits(model), wanted)
+
+
+def test_a_rotation_alone_is_training_too() -> None:
+    model, adapter = made("antipasto", data=DATA["act"], select="act")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_theta[0, 0] = 0.1
+    wanted = logits(model)
+    with pytest.raises(ll.ConfigError, match=r"layers.1.mlp.up_proj: it was trained in the directions that it has"):
+        adapter.configure(calibration_data=batches(7))
     assert torch.equal(logits(model), wanted)
 
 
@@ -373,33 +384,33 @@ def test_both_poles_train_in_one_step(variant: str) -> None:
     torch.testing.assert_close([p.grad for p in adapter.parameters()], wanted, rtol=1e-4, atol=1e-7)
 
 
-@per_method
-def test_a_real_model_is_calibrated_trains_and_loads(variant: str, smollm2: str, tmp_path: Path) -> None:
+def test_a_real_model_is_calibrated_trains_and_loads(smollm2: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     ids = tokenizer("The capital of France is Paris.", return_tensors="pt").input_ids
-    model = ll.load_base(smollm2, torch.bfloat16)
+    model, fresh = (ll.load_base(smollm2, torch.bfloat16) for _ in range(2))
     with torch.no_grad():
         base = model(input_ids=ids).logits
-    cfg = ll.config_for(variant)(select="min_std", layers=(10, 20))
-    adapter = ll.attach(model, cfg, calibration_data=sides(tokenizer))
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, base)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=ll.REGISTRY[variant].default_lr)
-    losses = []
-    for _ in range(4):
-        loss = loss_of(model, ids)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.05
-    ll.save(model, tmp_path / "a.safetensors")
-    fresh = ll.load_base(smollm2, torch.bfloat16)
-    ll.load(fresh, tmp_path / "a.safetensors")
-    with torch.no_grad():
-        assert torch.equal(fresh(input_ids=ids).logits, model(input_ids=ids).logits)
-        ll.detach(model)
-        assert torch.equal(model(input_ids=ids).logits, base)
+    for variant in ("ssteer", "antipasto"):
+        cfg = ll.config_for(variant)(select="min_std", layers=(10, 20))
+        adapter = ll.attach(model, cfg, calibration_data=sides(tokenizer))
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, base)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=ll.REGISTRY[variant].default_lr)
+        losses = []
+        for _ in range(4):
+            loss = loss_of(model, ids)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] - 0.05
+        ll.save(model, tmp_path / "a.safetensors")
+        ll.load(fresh, tmp_path / "a.safetensors")
+        with torch.no_grad():
+            assert torch.equal(fresh(input_ids=ids).logits, model(input_ids=ids).logits)
+            ll.detach(model)
+            assert torch.equal(model(input_ids=ids).logits, base)
+        ll.detach(fresh)
 
 
 def test_a_mask_survives_every_cast() -> None:

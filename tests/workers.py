@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
-from models import IDS, OneLinear, attach, config, perturb, tiny_llama
+from models import IDS, OneLinear, attach, config, keep, perturb, tiny_llama
+from models import trained as moved
 from torch.distributed.tensor import DTensor
 
 import lora_lite as ll
@@ -124,6 +125,34 @@ def poles(folder: Path) -> None:
 
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
     assert ll.adapters(layer)["default"].scale == 1.0
+
+
+def rounds_of_many_methods(folder: Path) -> None:
+    """They are one graph at any scale of the history, forward and backward; a round that is kept later is seen."""
+    torch._dynamo.reset()
+    layer, x = OneLinear(), torch.randn(5, 16)
+    for variant, c in (("lora", 0.7), ("ia3", 1.5), ("lora", -0.4), ("dora", 0.9), ("pissa", 2.0)):
+        keep(layer, variant, c, target_names="proj")
+    adapter = moved(layer, "lora", target_names="proj")
+    fast, graphs = torch.compile(layer, fullgraph=True, backend="aot_eager"), []
+    for c in (1.0, 0.5, -2.0, 3.0, 0.0):
+        found = []
+        for each in (fast, layer):
+            layer.zero_grad()
+            with ll.scaled(layer, c, "history"):
+                out = each(x)
+            out.square().sum().backward()
+            found.append((out, gradients(adapter)))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [*4 * graphs[:1], graphs[0] + 1], f"a new scale recompiles: {graphs}"
+    with torch.no_grad():
+        before = fast(x)
+        ll.freeze_into(layer)
+        torch.testing.assert_close(fast(x), before, rtol=1e-4, atol=1e-5)
+        ll.drop_round(layer, "default")
+        torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(fast(x), before, atol=1e-2)
 
 
 # ---- two processes ------------------------------------------------------------------------------
@@ -364,6 +393,7 @@ if __name__ == "__main__":
     if name == "compile":
         each_variant(compiled, folder)
         poles(Path(folder))
+        rounds_of_many_methods(Path(folder))
     elif name == "killed":
         killed(Path(folder))
     else:

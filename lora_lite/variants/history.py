@@ -2,7 +2,7 @@
 
     y_0 = W x + b        y_k = f_k(x, y_{k-1}) at the coefficient c_k, for the rounds k = 1 ... n in the order kept
     of consecutive low-rank rounds at once:  y + B (c ⊙ A x)       A (R, i)   B (o, R)   c (R,)
-        A = [A_1; ...; A_n]   B = [B_1 ... B_n]   c = [c_1 s_1 ... c_n s_n], s_k c_k as often as the rank of round k
+        A = [A_1; ...; A_n]   B = [B_1 ... B_n]   c = [c_1 s_1 ... c_n s_n], of each round as often as its rank
     x is what the layer sees once all rounds and adapters have done with its input
 
 Identity   never: nothing is trained

@@ -45,5 +45,9 @@ class SSteer:
         return {**specs, "lora_ds": ParamSpec(specs["lora_S"].shape, keep_dtype=True)}
 
     @staticmethod
+    def low_rank(layer: Layer) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"], Float[Tensor, "r"]]:
+        return layer.lora_V.mT, layer.lora_U, layer.scale * layer.lora_ds
+
+    @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         return y + ((x @ layer.lora_V) * (layer.scale * layer.lora_ds).to(x)) @ layer.lora_U.mT
