@@ -23,9 +23,8 @@ from torch import Tensor
 from ..config import AdapterConfig, positive_or_none
 from ..errors import ConfigError
 from ..lowrank import add_low_rank
+from ..svd import leading_svd
 from ..variant import Layer, ParamSpec, register
-
-OVERSAMPLE, ITERATIONS, SEED = 16, 8, 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +99,7 @@ def _top_svd(
     if cfg.svd == "exact":
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
         return u[:, : cfg.r], s[: cfg.r], vt[: cfg.r].mT
-    with torch.random.fork_rng(devices=[w.device] if w.is_cuda else []):
-        torch.manual_seed(SEED)
-        u, s, v = torch.svd_lowrank(w, q=min(cfg.r + OVERSAMPLE, *w.shape), niter=ITERATIONS)
-    u, s, v = u[:, : cfg.r], s[: cfg.r], v[:, : cfg.r]
+    u, s, v = leading_svd(w, cfg.r)
     error = float(max((w @ v - u * s).norm(), (w.mT @ u - v * s).norm()) / s.norm())  # 0 for true singular vectors
     logger.debug(f"{path}: randomised SVD, max(‖WV - US‖, ‖WᵀU - VS‖)/‖S‖ = {error:.1e}")
     return u, s, v
