@@ -112,6 +112,7 @@ def test_importing_the_library_imports_no_extra() -> None:
         "typer",
         "rich",
         "matplotlib",
+        "sklearn",
         "beartype",
     }
 
