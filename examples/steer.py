@@ -151,7 +151,7 @@ def steer(
         f"KL {found.kl:.3f} at c = {found.c:.3f}, found in {found.evaluations} evaluations: "
         f"gap {next(p.gap for p in points if p.c == 0):+.2f} -> {gap:+.2f}"
     )
-    plot_sweep(points, settings["break_kl"], found, name, out / "sweep.png")
+    plot_sweep(points, settings["break_kl"], found, gap, name, out / "sweep.png")
     ll.save(model, out / "steer.safetensors")
     ll.detach(model)
     return {"questions": questions, "sweep": [asdict(p) for p in points], "calibrated": asdict(found) | {"gap": gap}}

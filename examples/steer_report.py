@@ -87,8 +87,10 @@ def show_answers(questions: Sequence[str], points: Sequence[Point]) -> None:
     Console().print(table)
 
 
-def plot_sweep(points: Sequence[Point], limit: float, chosen: ll.Calibrated, title: str, file: Path) -> None:
-    """Effect against divergence, each c written to its point, as a PNG."""
+def plot_sweep(
+    points: Sequence[Point], limit: float, chosen: ll.Calibrated, gap: float, title: str, file: Path
+) -> None:
+    """Effect against divergence, each c written to its point, as a PNG; gap is that at the calibrated c."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     marked = broken(points, limit)
@@ -104,16 +106,7 @@ def plot_sweep(points: Sequence[Point], limit: float, chosen: ll.Calibrated, tit
                 axes.plot(x, point.gap, "x", color="tab:red", markersize=12, markeredgewidth=2.5, label=label)
     axes.axhline(base, color="grey", linestyle="--", linewidth=1, label="the base, c = 0")
     axes.axvline(limit, color="tab:red", linestyle=":", linewidth=1)
-    axes.axvline(chosen.target, color="grey", linestyle=":", linewidth=1)
-    axes.annotate(
-        f"KL {chosen.target:g} at c = {chosen.c:.2f}",
-        (chosen.target, 0.02),
-        (4, 0),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        color="grey",
-        fontsize=8,
-    )
+    axes.plot(max(chosen.kl, LEAST_KL), gap, "*", color="black", markersize=13, label=f"calibrated: c = {chosen.c:.2f}")
     axes.set(title=title, xlabel="KL divergence on neutral prompts (nats)", ylabel="gap on held-out prompts")
     axes.set_xscale("log")
     axes.margins(y=0.1)
