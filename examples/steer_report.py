@@ -100,7 +100,9 @@ def plot_sweep(
         xs, ys = [max(point.kl, LEAST_KL) for point in side], [point.gap for point in side]
         axes.plot(xs, ys, "o-", color=colour, label="c > 0" if sign > 0 else "c < 0")
         for point, x in zip(side, xs, strict=True):
-            axes.annotate(_sign(point.c), (x, point.gap), (5, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                _sign(point.c), (x, point.gap), (6, -13) if sign > 0 else (5, 5), textcoords="offset points", fontsize=8
+            )
             if point.c in marked:
                 label = None if sign < 0 and len(marked) > 1 else f"breaks down: first KL above {limit:g}"
                 axes.plot(x, point.gap, "x", color="tab:red", markersize=12, markeredgewidth=2.5, label=label)
