@@ -224,6 +224,19 @@ def test_nothing_to_calibrate_on_is_an_error_and_changes_nothing(batches: Any) -
     assert adapter.scale == 0.37
 
 
+@pytest.mark.parametrize("batch", [IDS, {"input_ids": IDS}, "text"])
+def test_one_batch_in_place_of_a_list_is_an_error(batch: Any) -> None:
+    model, adapter = adapted()
+    for call in (
+        lambda: ll.calibrate_scale(model, batch, 0.1),
+        lambda: ll.kl_divergence(model, batch),
+        lambda: ll.capture(model, batch),
+    ):
+        with pytest.raises(ll.ConfigError, match=f"batches is a {type(batch).__name__}: wanted a list of batches"):
+            call()
+    assert adapter.scale == 0.37
+
+
 def test_a_model_without_an_adapter_is_an_error() -> None:
     with pytest.raises(ll.TargetError, match="no adapter is attached to this LlamaForCausalLM"):
         ll.calibrate_scale(tiny_llama(), BATCHES, 0.1)
