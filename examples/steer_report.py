@@ -123,7 +123,7 @@ def show_rounds(kept: Sequence[ll.Round], rounds: Sequence[Round], gap: float) -
         title="The history",
         caption=f"KL of round: from base + the rounds before; in all: from the base\ngap without any round: {gap:+.2f}",
     )
-    for name in ("round", "method", "c", "layers", "rank", "loss", "KL of\nround", "KL\nin all", "gap\nin all"):
+    for name in ("round", "method", "c", "rank", "loss", "KL of\nround", "KL\nin all", "gap\nin all"):
         table.add_column(name, justify="left" if name in ("round", "method") else "right")
     for each, done in zip(kept, rounds, strict=True):
         ranks = {rank for rank in each.ranks.values() if rank is not None}
@@ -132,7 +132,6 @@ def show_rounds(kept: Sequence[ll.Round], rounds: Sequence[Round], gap: float) -
             each.label,
             each.variant,
             f"{each.c:.3f}",
-            str(len(each.ranks)),
             "/".join(map(str, sorted(ranks))) or "-",
             f"{done.losses[0]:.2f} → {done.losses[-1]:.2f}",
             f"{found.kl:.3f}" if found else "",

@@ -24,7 +24,7 @@ def test_c_moves_the_real_model_from_english_to_french_and_can_be_budgeted(
     sides = {"positive": positive, "negative": negative}
     adapter = ll.attach(model, ll.SteerConfig(layers=[18]), calibration_data=sides)
 
-    held_out = ll.prompt_batches(tokenizer, [chat for each in languages for chat in chats(each, HELD_OUT[:4])])
+    held_out = ll.prompt_batches(tokenizer, [chat for each in languages for chat in chats(each, HELD_OUT[:3])])
     tokens = first_tokens(tokenizer, FRENCH), first_tokens(tokenizer, ENGLISH)
     gaps = []
     for c in COEFFICIENTS:
@@ -36,7 +36,7 @@ def test_c_moves_the_real_model_from_english_to_french_and_can_be_budgeted(
     means = [float(each.mean()) for each in gaps]
     assert all(a < b for a, b in itertools.pairwise(means))
 
-    neutral = ll.prompt_batches(tokenizer, NEUTRAL[:6])
+    neutral = ll.prompt_batches(tokenizer, NEUTRAL[:4])
     found = ll.calibrate_scale(model, neutral, BUDGET, apply=True)
     kl = ll.kl_divergence(model, neutral).mean().item()
     print(f"\n{quantization or 'bfloat16'}: KL {kl:.4f} at c = {found.c:.3f}, {found.evaluations} evaluations")
