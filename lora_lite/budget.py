@@ -10,7 +10,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from .adapter import adapters, get_adapter, scaled
-from .calibrate import Positions
+from .calibrate import Positions, check_several
 from .config import is_number
 from .errors import ConfigError
 from .evaluate import ROUNDING, divergences
@@ -78,6 +78,7 @@ def calibrate_scale(
     Raises ConfigError for a bad argument or no batches, and what `kl_divergence` and `scaled` raise.
     """
     _check(target_kl, statistic, limit, tolerance, max_evaluations)
+    check_several(batches)
     kept = list(batches)
     base_side: dict[int, Tensor] = {}
     names = list(adapters(model)) if name is None else [get_adapter(model, name).name]

@@ -94,6 +94,7 @@ def capture(
         if not got or not got <= set(wanted):
             raise ConfigError(f"{name}={sorted(got)}: wanted any of {wanted}")
     places = _places(model, where, what)
+    check_several(batches)
     budget = _Budget(max_bytes)
     sums = {path: _Sums(path, reductions, budget) for path in places.values()}
     transforms = transform if isinstance(transform, Mapping) else dict.fromkeys(sums, transform)
@@ -196,10 +197,15 @@ def check_sides(data: Any) -> None:
         check_batches(batches, f"calibration_data[{side!r}]")
 
 
-def check_batches(batches: Any, what: str = "calibration_data") -> None:
-    """ConfigError unless they can be gone through again."""
+def check_several(batches: Any, what: str = "batches") -> None:
+    """ConfigError for one batch, or what is none, in place of a list."""
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise ConfigError(f"{what} is a {type(batches).__name__}: wanted a list of batches")
+
+
+def check_batches(batches: Any, what: str = "calibration_data") -> None:
+    """ConfigError unless they can be gone through again."""
+    check_several(batches, what)
     if iter(batches) is batches:
         raise ConfigError(
             f"{what} is an iterator, which can be read once: what a call that fails has read of it would be lost\n"

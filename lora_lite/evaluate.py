@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import quant
 from .adapter import adapters, scaled, session_of
-from .calibrate import Positions, as_inputs, select, still, with_progress
+from .calibrate import Positions, as_inputs, check_several, select, still, with_progress
 from .errors import BaseModelError, ConfigError, TargetError
 from .prompts import Prompt, prompt_batches
 
@@ -189,6 +189,7 @@ def _each(
     model: nn.Module, batches: Iterable[Any], positions: Positions, progress: bool
 ) -> Iterator[tuple[dict[str, Any], Callable[[], Tensor]]]:
     """For each batch, its content and a function that runs the model and gives float32 logits at the positions."""
+    check_several(batches)
     counted = 0
     with still(model), _contiguous_into_head(model):
         for batch in with_progress(batches, progress, "evaluation"):

@@ -19,7 +19,8 @@ from lora_lite.variant import weight_use
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, OWN_VARIANT, ABLITERATION, HISTORY, MERGING, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+EXAMPLE, OWN_VARIANT, ABLITERATION, STEERING, POLES, HISTORY, MERGING, TRAINER = BLOCKS
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
@@ -88,6 +89,28 @@ def test_the_readmes_abliteration_runs(smollm2: str, capsys: pytest.CaptureFixtu
     assert scope["adapter"].config.strength == 0.8  # type: ignore[attr-defined]
 
 
+def test_the_readmes_steering_runs(smollm2: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = {
+        "positive": chats("French", FITTED[:4]),
+        "negative": chats("English", FITTED[:4]),
+        "neutral": NEUTRAL[:4],
+    }
+    scope: dict[str, object] = {"ll": ll, "prompts": prompts}
+    scope |= {"tokenizer": AutoTokenizer.from_pretrained(smollm2), "model": ll.load_base(smollm2, torch.bfloat16)}
+    exec(STEERING, scope)
+    printed = re.search(r"tensor\((0\.\d+)", capsys.readouterr().out)
+    assert printed is not None
+    assert float(printed[1]) == pytest.approx(0.1, rel=0.05)
+
+
+def test_the_readmes_two_poles_train() -> None:
+    model = tiny_llama()
+    adapter = ll.attach(model, ll.LoRAConfig())
+    batch = {"input_ids": IDS, "labels": IDS}
+    exec(POLES, {"ll": ll, "model": model, "positive": batch, "negative": {**batch, "labels": IDS.flip(1)}})
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
 def test_the_readmes_table_is_true() -> None:
     with torch.device("meta"):
         smollm2 = LlamaForCausalLM(
@@ -125,6 +148,7 @@ def test_importing_the_library_imports_no_extra() -> None:
         "typer",
         "rich",
         "matplotlib",
+        "sklearn",
         "beartype",
     }
 
