@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,22 @@ def test_importing_the_library_imports_no_extra() -> None:
         "sklearn",
         "beartype",
     }
+
+
+def test_what_is_imported_later_is_all_there() -> None:
+    """In a process of its own: the runtime alone comes with the import, all else when it is asked for."""
+    code = """
+        import sys, lora_lite as ll
+        later = ("base", "budget", "checkpoint", "evaluate", "foreign", "merge_disk", "peft_format", "prompts")
+        assert not [name for name in later if f"lora_lite.{name}" in sys.modules]
+        assert all(getattr(ll, name) is not None for name in ll.__all__)
+        assert callable(ll.merge) and callable(ll.history)
+        try:
+            ll.mrege
+        except AttributeError as error:
+            assert "has no attribute 'mrege'" in str(error)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
 
 
 def test_variants_import_nothing_of_the_runtime_and_the_runtime_names_no_variant() -> None:
