@@ -101,6 +101,8 @@ def play(
     done = Round(label)
     done.losses += train_at_both_poles(model, adapter, data, steps, lr)
     done.found = ll.calibrate_scale(model, task.neutral, budget, name=NAME)
+    if done.found.c == 0:
+        raise ll.ConfigError(f"{label}: no c with a divergence of {budget:g} was found, so there is nothing to keep")
     ll.freeze_into(model, NAME, into=HISTORY, c=done.found.c, label=label)
     done.kl = ll.kl_divergence(model, task.neutral).mean().item()
     done.gap = mean_gap(model, task)

@@ -4,7 +4,6 @@ An adapter's tensors are parameters and buffers of the layers that it adapts. Ea
 keeps a `Slot` per adapter, and the model that `attach` was given keeps a `Session`.
 """
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from . import quant
 from .affine import Affine
-from .config import dtype_name
+from .config import dtype_name, is_number
 from .errors import CheckpointError, ConfigError, TargetError, brief
 from .layer import AdapterState, Layer, Slot
 from .targets import Target
@@ -308,8 +307,8 @@ def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None
     """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
 
     A backward may come after the block: what gradient checkpointing runs again then, it runs at the c of the forward
-    (not where a compiled module stands inside of an eager checkpoint, or one reentrant checkpoint inside of another:
-    call backward inside the block there).
+    (not where a compiled module stands inside of an eager checkpoint: call backward inside the block there). Where that
+    can't be known, with several threads or a checkpoint inside of a reentrant one, it raises ConfigError.
 
     Raises ConfigError unless c is finite, TargetError for an unknown name.
     """
@@ -317,7 +316,7 @@ def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None
     names = list(session.adapters) if name is None else [get_adapter(model, name).name]
     if any(session.adapters[each].merged for each in names):
         check_unmerged(session, "change the scale")
-    before: list[tuple[AdapterState, tuple[float, bool]]] = []
+    before: list[tuple[AdapterState, tuple[float, int]]] = []
     try:
         for state in [session.adapters[each] for each in names]:
             before.append((state, state.set_scale(c)))
@@ -445,7 +444,7 @@ def _alive(references: list[weakref.ref[T]]) -> list[T]:
 
 
 def _finite(c: float) -> float:
-    if not math.isfinite(c):
+    if not is_number(c):
         raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
     return float(c)
 

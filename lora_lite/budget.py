@@ -70,7 +70,8 @@ def calibrate_scale(
     batches, positions    as in `capture`; a generator is read once, into memory
 
     |c| doubles from 1 until the divergence is above the target. Then the bracket is cut where its root, about linear in
-    c, would meet the target, but never nearer to an end than a tenth. The base runs once for each batch.
+    c, would meet the target, but never nearer to an end than a tenth; in the middle, if the same end has moved twice.
+    Where the adapted model overflows, the divergence is infinite. The base runs once for each batch.
 
     Where the target can't be met (too little divergence up to the limit, or a jump over the target) or the divergence
     falls as c grows, nothing is raised: the result says so, and a warning is logged. Its c then is within the budget.
@@ -86,8 +87,8 @@ def calibrate_scale(
 
     def at(c: float) -> float:
         with scaled(model, c, name):
-            kl = divergences(model, kept, name, positions, progress, base_side)
-        seen[c] = float(kl.quantile(0.95) if statistic == "p95" else kl.mean())
+            kl = divergences(model, kept, name, positions, progress, base_side, overflow=True)
+        seen[c] = float(kl.quantile(0.95) if statistic == "p95" else kl.mean()) if kl.isfinite().all() else math.inf
         return seen[c]
 
     def going_on() -> bool:
@@ -99,16 +100,19 @@ def calibrate_scale(
     while (kl_high := at(high)) < target_kl and high != limit and going_on():
         low, kl_low = high, kl_high
         high = limit if abs(2 * high) > abs(limit) else 2 * high
+    ends = ""
     while kl_high > target_kl and going_on():
         a, b = (math.sqrt(max(kl, 0.0)) for kl in (kl_low, kl_high))
-        part = (math.sqrt(target_kl) - a) / (b - a)
-        middle = low + min(max(part, 0.1), 0.9) * (high - low)
+        part = min(max((math.sqrt(target_kl) - a) / (b - a), 0.1), 0.9)
+        if ends[-2:] in ("ll", "hh"):
+            part = 0.5  # the same end was moved twice: a line through such a curve leads nowhere
+        middle = low + part * (high - low)
         if middle in (low, high):
             break  # a jump between neighbouring numbers
         if (kl := at(middle)) < target_kl:
-            low, kl_low = middle, kl
+            low, kl_low, ends = middle, kl, ends + "l"
         else:
-            high, kl_high = middle, kl
+            high, kl_high, ends = middle, kl, ends + "h"
     found = _result(seen, target_kl, tolerance)
     if apply:
         for each in names:

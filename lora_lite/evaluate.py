@@ -55,11 +55,13 @@ def divergences(
     positions: Positions,
     progress: bool,
     base_side: dict[int, Tensor],
+    overflow: bool = False,
 ) -> Float[Tensor, "n"]:
-    """As `kl_divergence`, with the base's log-probabilities of each batch, by its number, kept for a next call."""
+    """As `kl_divergence`, with the base's log-probabilities of each batch, by its number, kept for a next call; with
+    `overflow`, NaN where the adapted model's are not finite, in place of an error."""
     if not adapters(model):
         raise TargetError(f"no adapter is attached to this {type(model).__name__}, so there is nothing to compare")
-    found = []
+    found, whole_base = [], True
     for i, (content, logits) in enumerate(_each(model, batches, positions, progress)):
         adapted = _log_probabilities(logits)
         base = base_side.get(i)
@@ -69,8 +71,11 @@ def divergences(
             if base.nbytes + sum(kept.nbytes for kept in base_side.values()) <= MEMO_BYTES:
                 base_side[i] = base.cpu()
         base = base.to(adapted)
+        whole_base = whole_base and bool(base.isfinite().all())
         found.append((base.exp() * (base - adapted)).sum(-1, dtype=torch.float64).cpu())
     kl = torch.cat(found)
+    if overflow and whole_base and not kl.isfinite().all():
+        return kl
     if not (kl.isfinite().all() and (kl >= -ROUNDING).all()):
         raise BaseModelError(
             f"KL divergences from {kl.min():.3g} to {kl.max():.3g}: below zero or not finite\n"

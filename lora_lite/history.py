@@ -28,7 +28,7 @@ from .targets import Target
 from .variant import ParamSpec, apply_input, apply_output, config_for, lookup
 
 VARIANT = "history"
-PAIR = ("lora_A", "lora_B", "lora_c")
+PAIR = ("lora_A", "lora_B", "lora_s")
 SAME = 1e-9
 """Of what adapters make of a vector in float64: a difference below it is rounding."""
 
@@ -104,9 +104,13 @@ def freeze_into(
     """
     root, adapter, session = attachable(model), get_adapter(model, name), session_of(model)[1]
     check_unmerged(session, "keep a round")
-    c = adapter.scale if c is None else c
+    given, c = c, adapter.scale if c is None else c
     if not is_number(c):
         raise ConfigError(f"c={c!r}: wanted a finite number, the coefficient at which to keep {name!r}")
+    if given is None and c == 0:
+        raise ConfigError(
+            f"adapter {name!r} is off (scale 0), so nothing of it would be kept\n  give c=, or c=0.0 for that"
+        )
     known = adapters(model).get(into)
     if known is not None and _history(known).scale != 1:
         raise ConfigError(f"{into!r} is at scale {known.scale:g}, which multiplies what it keeps\n  set it to 1 first")
@@ -116,8 +120,11 @@ def freeze_into(
     _check_whole(adapter)
     base = _common_base(root, adapter, known)
     kept = Kept(_label(label, name, [each.kept.label for each in old]), float(c), adapter.config)
+    with torch.no_grad(), scaled(root, 1.0, name):
+        factors = {slot.path: _factors(module, slot) for module, slot in adapter.slots()}
     with torch.no_grad(), scaled(root, c, name):
-        new = _Pieces(kept, {slot.path: _piece(adapter, module, slot) for module, slot in adapter.slots()})
+        pieces = {slot.path: _piece(adapter, module, slot, factors[slot.path]) for module, slot in adapter.slots()}
+    new = _Pieces(kept, pieces)
     _check_order(model, adapter, into)
     rounds = [*old, new]
     how = installed if known is None else remade
@@ -260,30 +267,38 @@ def _random(*shapes: tuple[int, ...], device: torch.device) -> list[Tensor]:
 # ---- rounds as pieces, and pieces as a history ---------------------------------------------------
 
 
-def _piece(adapter: Adapter, module: nn.Module, slot: Slot) -> _Piece:
-    """An adapter at one layer, at the scale that it has: exact factors of its change, or all its tensors."""
-    found = None if slot.target.experts else lookup(slot.cfg.variant).low_rank(Layer(module, slot))
+Factors = tuple[Tensor, Tensor, Any]
+"""A, B, s"""
+
+
+def _factors(module: nn.Module, slot: Slot) -> Factors | None:
+    return None if slot.target.experts else lookup(slot.cfg.variant).low_rank(Layer(module, slot))
+
+
+def _piece(adapter: Adapter, module: nn.Module, slot: Slot, found: Factors | None) -> _Piece:
+    """An adapter at one layer: exact factors of its change at scale 1, tested at the scale it has; or its tensors."""
     if found is None:
         tensors = {name: getattr(module, slot.state.attribute(name)) for name in slot.tensors}
         return _Piece(slot.target, adapter.per_layer.get(slot.path, {}), slot.stacked, tensors)
     a, b, s = found
-    c = torch.as_tensor(s, dtype=torch.float64, device=a.device)
+    s = torch.as_tensor(s, dtype=torch.float64, device=a.device)
     r = a.shape[0]
-    if not r or a.shape != (r, slot.target.d_in) or b.shape != (slot.target.d_out, r) or c.shape not in ((), (r,)):
-        raise _not_low_rank(slot, f"A {tuple(a.shape)}, B {tuple(b.shape)} and s {tuple(c.shape)}")
+    if not r or a.shape != (r, slot.target.d_in) or b.shape != (slot.target.d_out, r) or s.shape not in ((), (r,)):
+        raise _not_low_rank(slot, f"A {tuple(a.shape)}, B {tuple(b.shape)} and s {tuple(s.shape)}")
     view = Layer(module, slot, torch.float64, instead={"training": False, "bias": None})
     x, y = _random((3, slot.target.d_in), (3, slot.target.d_out), device=a.device)
-    added = (c * (x @ a.double().mT)) @ b.double().mT
+    added = slot.state.scale * (s * (x @ a.double().mT)) @ b.double().mT
     alike = [_alike(apply_output(view, x, at), at + added) for at in (y, added)]
     if not (torch.equal(apply_input(view, x), x) and all(alike)):
         raise _not_low_rank(slot, "another change than its forward makes")
-    return _Piece(slot.target, r, False, dict(zip(PAIR, (a, b, c.expand(r)), strict=True)))
+    return _Piece(slot.target, r, False, dict(zip(PAIR, (a, b, s.expand(r)), strict=True)))
 
 
 def _not_low_rank(slot: Slot, found: str) -> VariantError:
     return VariantError(
         f"{slot.path}: low_rank of {slot.cfg.variant!r} gave {found}\n"
-        f"  wanted A (r, d_in), B (d_out, r), s a number or (r,): at layer.scale the output is y + B (s A x) for any y"
+        f"  wanted A (r, d_in), B (d_out, r), s a number or (r,), in proportion to layer.scale: the output is "
+        f"y + B (s A x) for any y"
     )
 
 
@@ -295,8 +310,8 @@ def _apart(history: Adapter) -> list[_Pieces]:
         columns = slot.cfg.columns()
         for label, at in ((each.kept.label, each.at) for each in out if each.kept.label in slot.cfg.here):
             if label in columns:
-                a, b, c = (tensors[name] for name in PAIR)
-                own = dict(zip(PAIR, (a[columns[label]], b[:, columns[label]], c[columns[label]]), strict=True))
+                a, b, s = (tensors[name] for name in PAIR)
+                own = dict(zip(PAIR, (a[columns[label]], b[:, columns[label]], s[columns[label]]), strict=True))
             else:
                 start = f"lora_{slot.cfg.prefix(label)}_"
                 own = {f"lora_{k.removeprefix(start)}": t for k, t in tensors.items() if k.startswith(start)}

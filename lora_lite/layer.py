@@ -34,8 +34,8 @@ class AdapterState:
     """The adapted modules, in the order of `targets`."""
     per_layer: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Path of a target -> the config fields that differ there."""
-    set_in_backward: bool = False
-    """The scale was set inside of a backward, by who runs a forward there: it counts as it is."""
+    set_in: int = -1
+    """The backward inside of which the scale was set, by who runs a forward there: it counts as it is."""
     timeline: Timeline = field(default_factory=Timeline)
     traced: tuple[Tensor, bool, bool] = field(init=False)
     """The scale for a graph of torch.compile, an input that may change; is it 0; is it 1."""
@@ -43,14 +43,14 @@ class AdapterState:
     def __post_init__(self) -> None:
         self._show()
 
-    def set_scale(self, scale: float, in_backward: bool | None = None) -> tuple[float, bool]:
+    def set_scale(self, scale: float, set_in: int | None = None) -> tuple[float, int]:
         """Returns the arguments that undo it."""
-        before = self.scale, self.set_in_backward
+        before = self.scale, self.set_in
         if torch.compiler.is_compiling():
             self.timeline = Timeline()  # there is no clock in a graph: what is pending goes by the scale as it is
         else:
             self.timeline.change(self.scale, scale)
-            self.set_in_backward = second_run_of() is not None if in_backward is None else in_backward
+            self.set_in = torch._C._current_graph_task_id() if set_in is None else set_in  # -1 outside of all
         self.scale = scale
         self._show()
         return before
@@ -69,7 +69,11 @@ class AdapterState:
         torch.compile a tensor: a number would be a part of the graph, or break it (torch 2.13, with checkpointing)."""
         if torch.compiler.is_compiling():
             return self.traced[0]
-        if self.set_in_backward or (node := second_run_of()) is None:
+        node = second_run_of()
+        if node is None:
+            self.timeline.first_run(self.scale)
+            return self.scale
+        if self.set_in == torch._C._current_graph_task_id():
             return self.scale
         return self.timeline.at(node, self.scale)
 
@@ -162,7 +166,9 @@ class Layer:
             raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
         tensor = self._instead.get(name)
         if tensor is None:
-            tensor = getattr(self._module, slot.state.attribute(name))
+            attribute = slot.state.attribute(name)
+            tensor = self._module._parameters.get(attribute)  # getattr finds it too, and takes three times as long
+            tensor = getattr(self._module, attribute) if tensor is None else tensor
             tensor = tensor if self._expert is None else tensor[self._expert]
         return tensor if keep_dtype or self._dtype is None else tensor.to(self._dtype)
 
@@ -250,6 +256,8 @@ class Layer:
         while an adapter is on it.
         """
         remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed())
+        if not (remember or torch.compiler.is_compiling()):
+            self._slot.memo.pop(name, None)  # it takes as much memory as the adapter
         memo = self._slot.memo.get(name) if remember else None
         if memo is not None and all(map(_same, memo[0], inputs)):
             return memo[1]

@@ -27,8 +27,8 @@ from torch.autograd import forward_ad
 
 FEW = 16
 """Tokens up to which products run in float32."""
-LEAST_GAIN = 0.05
-"""Below this |k| of a row y' says too little of d: then it is kept as well."""
+LEAST_GAIN, LEAST_GAIN_16 = 0.05, 0.5
+"""Below this |k| of a row, in 16 bits the second, y' says too little of d: then plain autograd keeps what it needs."""
 
 
 def add_low_rank(
@@ -49,21 +49,31 @@ def add_low_rank(
 
     With a gain, y' is kept for the backward: an in-place change of it raises there, as PyTorch does for its own ops.
     """
+    if gain is not None:
+        gain = gain.to(torch.promote_types(gain.dtype, x.dtype))
     if torch.compiler.is_compiling() or is_transformed():
         return _plain(y, x, a, b, s, dropout, gain, c, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y)):
-        if gain is not None and bool(((1 - c + c * gain.detach()).abs() < LEAST_GAIN).any()):
+        if gain is not None and not _tells_direction(gain.detach(), c, x.dtype, bias):
             return _plain(y, x, a, b, s, dropout, gain, c, bias)
         out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout)
         return out
-    if not dropout and x.dtype.itemsize < 4 and x.numel() <= FEW * x.shape[-1]:
-        return _few(y, x, a, b, s, gain, c, bias)
-    return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias)
+    with _as_written(x):
+        if not dropout and x.dtype.itemsize < 4 and x.numel() <= FEW * x.shape[-1]:
+            return _few(y, x, a, b, s, gain, c, bias)
+        return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias)
 
 
 def is_transformed() -> bool:
     """Is a torch.func transform at work, or a level of forward_ad? Neither has a public question for it."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _tells_direction(gain: Tensor, c: float, dtype: torch.dtype, bias: Tensor | None) -> bool:
+    """Can d be had from y' in this dtype? Its rounding is divided by k, and in 16 bits a bias takes digits as well."""
+    is_short = dtype.itemsize < 4
+    least = LEAST_GAIN_16 if is_short else LEAST_GAIN
+    return not (is_short and bias is not None) and bool(((1 - c + c * gain).abs() >= least).all())
 
 
 def _plain(
@@ -133,12 +143,13 @@ class _AddLowRank(torch.autograd.Function):
         with _as_written(x):
             flat, dropped = u.reshape(rows, o), _dropped(x, ctx.p, ctx.seed).reshape(rows, i)
             low, up = a.to(x.dtype), (b if gain is None else (c * gain)[:, None] * b).to(x.dtype)
-            uh = s * (flat.mT @ (dropped @ low.mT))  # (o, r)
+            needs = ctx.needs_input_grad
+            uh = s * (flat.mT @ (dropped @ low.mT)) if needs[3] or gain is not None else None  # (o, r)
             v = s * (flat @ up)  # (n, r)
-            da = (v.mT @ dropped).to(a.dtype)
-            dx = _dropped((v @ low).view(x.shape), ctx.p, ctx.seed) if ctx.needs_input_grad[1] else None
+            da = (v.mT @ dropped).to(a.dtype) if needs[2] else None
+            dx = _dropped((v @ low).view(x.shape), ctx.p, ctx.seed) if needs[1] else None
             if gain is None:
-                return u, dx, da, uh.to(b.dtype), None, None, None, None, None
+                return u, dx, da, None if uh is None else uh.to(b.dtype), None, None, None, None, None
             less = c * (gain - 1)  # k - 1
             dy = torch.addcmul(u, u, less.to(u.dtype))
             db = (c * gain)[:, None] * uh
@@ -146,14 +157,14 @@ class _AddLowRank(torch.autograd.Function):
             total = flat.sum(0, dtype=gain.dtype) if bias is not None else None
             if total is not None:
                 sums = sums - bias * total
-            dg = c * (sums + (1 - c) * (uh * b).sum(1)) / (1 + less)
-            dbias = -less * total if ctx.needs_input_grad[5] else None
+            dg = c * (sums + (1 - c) * (uh * b).sum(1)) / (1 + less.to(u.dtype).to(less.dtype))  # as the forward had it
+            dbias = -less * total if needs[5] else None
         return dy, dx, da, db.to(b.dtype), dg, dbias, None, None, None
 
 
 def _seed(p: float) -> int:
     """Out of the CPU's generator, which gradient checkpointing sets back for a second run."""
-    return int(torch.randint(2**62, ())) if p else 0
+    return int(torch.randint(2**62, (), device="cpu")) if p else 0
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ from .config import BaseConfig, is_name, is_number
 from .variant import config_for
 
 LONGEST_LABEL = 100
-MOST_ROUNDS = 1000
+MOST_ROUNDS = 256
 """A file may be anyone's, and each of its layers is looked up in all rounds."""
 
 
@@ -52,6 +52,8 @@ class RoundsConfig(BaseConfig):
     """Of these, the rounds that act by their own method."""
     rank: ClassVar[int]
     """Of the pair of products."""
+    coefficients: ClassVar[tuple[float, ...]]
+    """c of each of its columns."""
 
     def __post_init__(self) -> None:
         self._require(isinstance(self.rounds, list | tuple), "rounds", "a list of rounds")
@@ -66,7 +68,10 @@ class RoundsConfig(BaseConfig):
         steps = tuple(self._steps())  # of a config that is read at every forward
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "whole", tuple(step for step in steps if isinstance(step, Whole)))
-        object.__setattr__(self, "rank", sum(what for what in here.values() if isinstance(what, int)))
+        ranks = [(kept.c, here.get(kept.label)) for kept in self.rounds]
+        columns = tuple(c for c, rank in ranks if isinstance(rank, int) for _ in range(rank))
+        object.__setattr__(self, "coefficients", columns)
+        object.__setattr__(self, "rank", len(columns))
         super().__post_init__()
 
     def columns(self) -> dict[str, slice]:
@@ -79,19 +84,19 @@ class RoundsConfig(BaseConfig):
 
     def prefix(self, label: str) -> str:
         """What the names of a round's tensors have after `lora_`, if it acts by its own method: its number."""
-        return str(1 + [kept.label for kept in self.rounds].index(label))
+        return next(str(number) for number, kept in enumerate(self.rounds, 1) if kept.label == label)
 
     def _steps(self) -> list[slice | Whole]:
         steps: list[slice | Whole] = []
         columns = self.columns()
-        for kept in self.rounds:
+        for number, kept in enumerate(self.rounds, 1):
             last = steps[-1] if steps else None
             if kept.label in columns and isinstance(last, slice):
                 steps[-1] = slice(last.start, columns[kept.label].stop)
             elif kept.label in columns:
                 steps.append(columns[kept.label])
             elif kept.label in self.here:
-                steps.append(Whole(self.prefix(kept.label), kept.config.at(self.here[kept.label]), kept.c))
+                steps.append(Whole(str(number), kept.config.at(self.here[kept.label]), kept.c))
         return steps
 
     def _as_kept(self, value: Any) -> Kept:

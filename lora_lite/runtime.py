@@ -119,7 +119,13 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 @contextmanager
 def installed(
-    root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], changes: Changes, values: Values
+    root: nn.Module,
+    cfg: BaseConfig,
+    name: str,
+    targets: list[Target],
+    changes: Changes,
+    values: Values,
+    scale: float = 1.0,
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
@@ -134,7 +140,7 @@ def installed(
     modules = dict(root.named_modules())
     layers = {target.path: modules[target.path] for target in targets}
     repackable = quant.repackable(root)
-    state = AdapterState(name, cfg, targets, record.base_record(root, layers), per_layer=changes)
+    state = AdapterState(name, cfg, targets, record.base_record(root, layers), scale, per_layer=changes)
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
     change = BaseChange((p for p in root.parameters() if p.requires_grad and id(p) not in adapted), repackable.values())
 

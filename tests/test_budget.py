@@ -1,5 +1,6 @@
 """calibrate_scale: the budget met at either pole, by name, nothing left behind; and what it says where it can't be."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -257,3 +258,43 @@ def test_the_scale_is_restored_whatever_stops_it(error: type[BaseException]) -> 
         ll.calibrate_scale(model, BATCHES, 0.05, apply=True)
     assert (adapter.scale, other.scale) == (0.37, 1.0)
     assert calls.count == 8
+
+
+class Saturating:
+    """At once just above the target, whatever c."""
+
+    name = "saturating"
+    handles_scale = True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ll.ParamSpec]:
+        return {"lora_v": ll.ParamSpec((d_out,), init="normal")}
+
+    @staticmethod
+    def forward(layer: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + math.tanh(2000 * layer.scale) * 30 * layer.lora_v
+
+
+def test_a_curve_that_saturates_just_above_the_target_is_halved() -> None:
+    ll.register(Saturating)
+    model = tiny_llama()
+    ll.attach(model, ll.AdapterConfig(variant="saturating", target_names="down_proj"))
+    whole = ll.kl_divergence(model, BATCHES).mean().item()
+    found = ll.calibrate_scale(model, BATCHES, 0.9 * whole)
+    assert found.met
+    assert found.evaluations < 25
+    assert 0 < found.c < 1e-2
+
+
+def test_an_overflow_counts_as_above_the_target() -> None:
+    model = tiny_llama()
+    adapter = ll.attach(model, ll.LoRAConfig(r=2))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0, 1e19)
+    with pytest.raises(ll.BaseModelError, match="not finite"):
+        ll.kl_divergence(model, BATCHES)
+    found = ll.calibrate_scale(model, BATCHES, 0.5, max_evaluations=20)
+    assert found.c < 1
+    assert found.kl <= 0.5
+    assert max(kl for _, kl in found.curve) == math.inf

@@ -111,7 +111,7 @@ def test_twenty_low_rank_rounds_are_one_pair_of_products() -> None:
     base = model(x)
     for i in range(20):
         variant = "lora" if i % 3 else "pissa"
-        trained(model, variant, seed=i, r=1 + i % 4, target_names="proj", **EXACT).scale = 0.1 * i - 1
+        trained(model, variant, seed=i, r=1 + i % 4, target_names="proj", **EXACT).scale = 0.1 * i - 0.95
         if i:
             ll.adapters(model)["history"].scale = 0.0
         total = total + model(x) - base
@@ -123,7 +123,7 @@ def test_twenty_low_rank_rounds_are_one_pair_of_products() -> None:
     assert {name: tuple(b.shape) for name, b in model.proj.named_buffers()} == {
         "lora_A__history": (68, 16),
         "lora_B__history": (24, 68),
-        "lora_c__history": (68,),
+        "lora_s__history": (68,),
     }
     assert len(model.proj._forward_hooks) == 1
 
@@ -138,7 +138,10 @@ def test_no_bit_changes_as_a_round_is_kept(method: dict[str, Any], dtype: torch.
     adapter.scale = 0.3
     out = logits(model)
     ll.freeze_into(model)
-    assert torch.equal(logits(model), out)
+    if method["variant"] == "lora":  # now one pair of products with what was kept before
+        torch.testing.assert_close(logits(model), out, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(logits(model), out)
 
 
 @pytest.mark.parametrize(("variant", "fields", "rank"), [("pissa", {"alpha": 2.0}, 6), ("ssteer", {}, 3)])
@@ -146,7 +149,7 @@ def test_other_low_rank_methods_are_kept_by_their_exact_factors(
     variant: str, fields: dict[str, Any], rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama(torch.float64)
-    trained(model, variant, r=3, **fields).scale = -0.6
+    trained(model, variant, r=3, **fields, **EXACT).scale = -0.6
     out = logits(model)
     monkeypatch.setattr(torch.linalg, "svd", None)
     ll.freeze_into(model)
@@ -391,7 +394,10 @@ def test_a_history_on_a_quantised_base(tiny: str, quantization: str, tmp_path: P
         trained(model, variant, seed=seed).scale = 0.7
         out = logits(model)
         ll.freeze_into(model)
-        assert torch.equal(logits(model), out)
+        if variant == "lora":
+            torch.testing.assert_close(logits(model), out, rtol=0.02, atol=0.02)
+        else:
+            assert torch.equal(logits(model), out)
     ll.save(model, tmp_path / "h.safetensors", "history")
     fresh = quantized(tiny, quantization)
     ll.load(fresh, tmp_path / "h.safetensors", "history")
@@ -446,6 +452,30 @@ def test_the_round_in_training_has_the_same_gradients_through_checkpoints() -> N
         sum(losses).backward()
         found.append([p.grad for p in adapter.parameters()])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_a_round_on_another_history_is_told(tmp_path: Path, log: list[str]) -> None:
+    """Its file remembers the history that it was trained on: a load on another one warns, a resume is refused."""
+    model = bare()
+    keep(model, "lora", 0.7)
+    trained(model, "lora")
+    ll.save(model, tmp_path / "round.safetensors")
+    ll.save(model, tmp_path / "history.safetensors", "history")
+
+    def warnings() -> list[str]:
+        return [line for line in log if "on top of" in line]
+
+    fresh = bare()
+    ll.load(fresh, tmp_path / "history.safetensors", "history")
+    ll.load(fresh, tmp_path / "round.safetensors")
+    assert not warnings()
+    assert torch.equal(logits(fresh), logits(model))
+    ll.restore(fresh, tmp_path / "round.safetensors")
+    ll.adapters(fresh)["history"].scale = 0.5
+    with pytest.raises(ll.CheckpointError, match="another history than this model has"):
+        ll.restore(fresh, tmp_path / "round.safetensors")
+    ll.load(bare(), tmp_path / "round.safetensors")
+    assert len(warnings()) == 1
 
 
 # ---- the next round's SVD -----------------------------------------------------------------------
@@ -586,7 +616,7 @@ def test_a_low_rank_that_is_not_what_forward_does_is_refused() -> None:
     for wrong, found in (
         (lambda layer: (layer.lora_A, layer.lora_B.mT, 2.0), r"A \(8, 64\), B \(8, 64\) and s \(\)"),
         (lambda layer: (layer.lora_A, layer.lora_B, torch.ones(3)), r"B \(64, 8\) and s \(3,\)"),
-        (lambda layer: (layer.lora_A, layer.lora_B, 2.0), "another change"),  # without layer.scale
+        (lambda layer: (layer.lora_A, layer.lora_B, 3.0 * layer.scale), "another change"),
     ):
         ll.REGISTRY["odd"].low_rank = staticmethod(wrong)
         with pytest.raises(ll.VariantError, match=found):
@@ -626,7 +656,7 @@ KEPT = {"label": "a", "c": 1.0, "config": LORA}
         ({"rounds": [KEPT | {"config": {"variant": ["lora"]}}]}, "a config for each"),
         ({"rounds": [KEPT | {"config": LORA | {"r": 0}}]}, r"LoRAConfig\(r=0\)"),
         ({"rounds": [KEPT | {"config": ll.HistoryConfig().to_dict()}]}, "no history within a history"),
-        ({"rounds": [KEPT | {"label": f"a{i}"} for i in range(1001)]}, "wanted at most 1000"),
+        ({"rounds": [KEPT | {"label": f"a{i}"} for i in range(257)]}, "wanted at most 256"),
         ({"rounds": [KEPT, KEPT]}, "labels of which no two are alike"),
         ({"rounds": [KEPT], "here": {"b": 3}}, "wanted {label of a round: rank, or fields}"),
         ({"rounds": [KEPT], "here": {"a": 0}}, "a rank of at least 1, or fields, for each"),

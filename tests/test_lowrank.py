@@ -268,6 +268,64 @@ def test_products_are_of_the_dtypes_given_under_autocast() -> None:
     assert all(torch.equal(one, each.grad) for one, each in zip(grads, (a, b, x), strict=True))
 
 
+@pytest.mark.parametrize("rows", [lowrank.FEW, lowrank.FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_are_they_without_gradients(rows: int, dtype: torch.dtype) -> None:
+    y, x, *_ = operands(dtype, (rows,), grad=False)
+    _, _, a, b, gain, _ = operands(torch.float32, grad=False)
+    for given in ({}, {"gain": gain, "c": 0.5}):
+        wanted = add_low_rank(y, x, a, b, 1.0, **given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(add_low_rank(y, x, a, b, 1.0, **given), wanted)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+def test_a_layer_that_autocast_leaves_alone(variant: str) -> None:
+    """As bitsandbytes' layers, which answer in the dtype that they are asked in."""
+
+    class Own(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x)
+
+    model = torch.nn.Sequential(Own(16, 24)).eval()
+    perturb(ll.attach(model, config(variant, target_names=r"^0$")))
+    x = torch.randn(20, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with_gradients = model(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), with_gradients)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [1.0, 0.5, 0.2, 0.06])
+@pytest.mark.parametrize("c", [1.0, 0.5])
+def test_the_gains_gradient_in_bfloat16_is_as_good_as_autograds(biased: bool, size: float, c: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    n, i, o = 64, 48, 40
+    made = [torch.randn(shape, generator=generator) for shape in ((n, i), (o, i), (R, i), (o, R), (o,), (n, o))]
+    x, w, a, b, noise, u = made
+    bias = 3 * noise if biased else None
+    gain = size * (1 + 0.1 * noise)
+    x, u = x.bfloat16(), u.bfloat16()
+    y = x.double() @ w.double().T + (0 if bias is None else bias.double())
+
+    def found(op: Any, dtype: torch.dtype) -> torch.Tensor:
+        g = gain.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        own = None if bias is None else bias.to(dtype)
+        factors = (a.to(g.dtype), b.to(g.dtype))
+        op(y.to(dtype), x.to(dtype), *factors, 0.1, gain=g, c=c, bias=own).backward(u.to(dtype))
+        assert g.grad is not None
+        return g.grad.double()
+
+    def plain(y: Any, x: Any, a: Any, b: Any, s: float, **given: Any) -> Any:
+        return lowrank._plain(y, x, a, b, s, 0.0, given["gain"], given["c"], given["bias"])
+
+    exact = found(formula, torch.float64)
+    off = [float((found(op, torch.bfloat16) - exact).norm() / exact.norm()) for op in (add_low_rank, plain)]
+    assert off[0] < 2 * off[1] + 0.002
+
+
 # ---- the plain form -----------------------------------------------------------------------------
 
 

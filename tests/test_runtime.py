@@ -304,9 +304,9 @@ def test_dropout_acts_in_train_mode_only() -> None:
         assert torch.equal(model(x), model(x))
         model.train()
         assert not torch.equal(model(x), model(x))
-        mean = torch.stack([model(x) for _ in range(2000)]).mean(0)
+        mean = torch.stack([model(x) for _ in range(500)]).mean(0)
         model.eval()
-        assert (mean - model(x)).norm() < 0.05 * model(x).norm()
+        assert (mean - model(x)).norm() < 0.1 * model(x).norm()
 
 
 def test_one_log_line_an_operation(log: list[str], tmp_path: Any) -> None:

@@ -1,6 +1,7 @@
 """The coefficient c of every method: the base, the poles, several adapters, and a forward that is run again later."""
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -252,7 +253,7 @@ def test_what_is_remembered_of_the_scale_is_bounded(monkeypatch: pytest.MonkeyPa
         late = at_the_poles(model)
     late.backward()
     assert len(state.timeline._since) <= 8
-    with pytest.raises(ll.ConfigError, match=r"the scale changed more than 4 times since a forward .*\n.*earlier"):
+    with pytest.raises(ll.ConfigError, match=r"more than 4 changes of the scale ago: .*\n.*earlier"):
         early.backward()
 
 
@@ -266,3 +267,82 @@ def test_a_copy_starts_without_what_is_pending() -> None:
     torch.testing.assert_close(gradients(adapter), wanted, rtol=1e-10, atol=1e-13)
     at_the_poles(twin).backward()
     torch.testing.assert_close(gradients(ll.adapters(twin)["default"]), wanted, rtol=1e-10, atol=1e-13)
+
+
+def in_a_thread(run: Any) -> Any:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(run()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_thread_of_its_own_trains_at_the_scale_that_was_set_elsewhere() -> None:
+    model, adapter = trainable("lora")
+    checkpointed(model, {"use_reentrant": False})
+    adapter.scale = 0.5
+    in_a_thread(lambda: loss_of(model).backward())
+    got = gradients(adapter)
+    for each in adapter.parameters():
+        each.grad = None
+    loss_of(model).backward()
+    torch.testing.assert_close(got, gradients(adapter), rtol=1e-10, atol=1e-13)
+
+
+def test_another_threads_change_before_a_second_run_raises_and_is_over_with_the_next_forward() -> None:
+    model, adapter = trainable("lora")
+    wanted = apart(model)
+    checkpointed(model, {"use_reentrant": False})
+    at_the_poles(model).backward()
+
+    def evaluate() -> None:
+        with ll.disabled(model):
+            loss_of(model).backward()
+
+    for each in adapter.parameters():
+        each.grad = None
+    pending = at_the_poles(model)
+    in_a_thread(evaluate)
+    with pytest.raises(ll.ConfigError, match="several threads"):
+        pending.backward()
+    for each in adapter.parameters():
+        each.grad = None
+    at_the_poles(model)
+    for _ in range(2):
+        at_the_poles(model).backward()
+        torch.testing.assert_close(gradients(adapter), wanted, rtol=1e-10, atol=1e-13)
+        for each in adapter.parameters():
+            each.grad = None
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_checkpoint_inside_of_a_reentrant_one_raises(inner: bool) -> None:
+    model, _ = trainable("lora")
+    checkpointed(model, {"use_reentrant": inner})
+
+    def run(model: Any) -> torch.Tensor:
+        embedded = model.model.embed_tokens(IDS).requires_grad_()
+        return checkpoint(
+            lambda e: model(inputs_embeds=e, labels=IDS, use_cache=False).loss, embedded, use_reentrant=True
+        )
+
+    with ll.scaled(model, -1.0):
+        inside = run(model)
+        inside.backward()  # inside of the block all is known
+        loss = run(model)
+    with pytest.raises(ll.ConfigError, match="inside of a reentrant one"):
+        loss.backward()
+
+
+def test_a_scale_that_is_set_for_good_in_a_backward_counts_there_alone() -> None:
+    model, adapter = trainable("lora")
+    wanted = apart(model)
+    first = next(adapter.parameters())
+    handle = first.register_post_accumulate_grad_hook(lambda p: setattr(adapter, "scale", 1.0))
+    loss_of(model).backward()
+    handle.remove()
+    for each in adapter.parameters():
+        each.grad = None
+    checkpointed(model, {"use_reentrant": False})
+    at_the_poles(model).backward()
+    torch.testing.assert_close(gradients(adapter), wanted, rtol=1e-10, atol=1e-13)

@@ -1,8 +1,8 @@
 """History: trained rounds, kept at fixed coefficients.
 
     y_0 = W x + b        y_k = f_k(x, y_{k-1}) at the coefficient c_k, for the rounds k = 1 ... n in the order kept
-    of consecutive low-rank rounds at once:  y + B (c ⊙ A x)       A (R, i)   B (o, R)   c (R,)
-        A = [A_1; ...; A_n]   B = [B_1 ... B_n]   c = [c_1 s_1 ... c_n s_n], of each round as often as its rank
+    of consecutive low-rank rounds at once:  y + B (c ⊙ s ⊙ A x)       A (R, i)   B (o, R)   s (R,)   c (R,)
+        A = [A_1; ...; A_n]   B = [B_1 ... B_n]   s = [s_1 ... s_n]   c = [c_1 ... c_n], as often as each round's rank
     x is what the layer sees once all rounds and adapters have done with its input
 
 Identity   never: nothing is trained
@@ -44,8 +44,8 @@ class History:
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: HistoryConfig) -> dict[str, ParamSpec]:
-        pair = {"A": (cfg.rank, d_in), "B": (d_out, cfg.rank), "c": (cfg.rank,)} if cfg.rank or not cfg.whole else {}
-        specs = {f"lora_{name}": ParamSpec(pair[name], trainable=False, keep_dtype=name == "c") for name in pair}
+        pair = {"A": (cfg.rank, d_in), "B": (d_out, cfg.rank), "s": (cfg.rank,)} if cfg.rank or not cfg.whole else {}
+        specs = {f"lora_{name}": ParamSpec(pair[name], trainable=False, keep_dtype=name == "s") for name in pair}
         for step in cfg.whole:
             for name, spec in lookup(step.config.variant).param_specs(d_in, d_out, step.config).items():
                 specs[f"lora_{step.prefix}_{name.removeprefix('lora_')}"] = replace(spec, trainable=False)
@@ -73,6 +73,7 @@ class History:
 
 
 def _coordinates(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b R"]:
-    """c ⊙ A x, with c in float32 at least, as a Python number has it in a product with a tensor."""
-    h = x @ layer.lora_A.mT
-    return (h * (layer.scale * layer.lora_c).to(torch.promote_types(h.dtype, torch.float32))).to(h.dtype)
+    """c s ⊙ A x, with c s in float32 at least, as a Python number has it in a product with a tensor."""
+    h, dtype = x @ layer.lora_A.mT, torch.promote_types(x.dtype, torch.float32)
+    c = torch.tensor(layer.cfg.coefficients, dtype=dtype, device=x.device)
+    return (h * (layer.scale * c * layer.lora_s.to(dtype))).to(h.dtype)

@@ -14,6 +14,7 @@ Checked    against the formula above
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,4 +51,5 @@ class SSteer:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        return y + ((x @ layer.lora_V) * (layer.scale * layer.lora_ds).to(x)) @ layer.lora_U.mT
+        ds = layer.lora_ds.to(torch.promote_types(x.dtype, layer.lora_ds.dtype))
+        return y + ((x @ layer.lora_V) * (layer.scale * ds).to(x)) @ layer.lora_U.mT

@@ -89,7 +89,10 @@ class Steer:
                 if not layer.lora_norm:
                     raise ConfigError(f"{layer.path}: unit='norm': given directions say nothing of the activations")
                 d = F.normalize(d, dim=0) * layer.lora_norm
-            layer.lora_v.copy_(weight * d)
+            v = weight * d.double()
+            if not v.to(layer.lora_v.dtype).isfinite().all():
+                raise ConfigError(f"{layer.path}: strength={layer.cfg.strength:g} makes a vector that is not finite")
+            layer.lora_v.copy_(v)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
