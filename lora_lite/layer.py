@@ -134,6 +134,7 @@ class Layer:
                            torch.compile a tensor without dimensions
     layer.is_off, .is_whole    is c 0, or 1
     layer.in_features, .out_features, .bias, .training
+    layer.owned            is y nobody else's, so that `forward` may write into it
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
     layer.experts          how many experts it fuses
@@ -216,6 +217,11 @@ class Layer:
     def training(self) -> bool:
         training: bool = self._instead.get("training", self._module.training)
         return training
+
+    @property
+    def owned(self) -> bool:
+        """True in the one hook on a plain linear layer, of a method that `handles_scale`: y has just been made."""
+        return self._instead.get("owned", False)
 
     @property
     def bias(self) -> Tensor | None:

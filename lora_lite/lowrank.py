@@ -41,11 +41,14 @@ def add_low_rank(
     gain: Float[Tensor, "o"] | None = None,
     c: Any = 1.0,
     bias: Float[Tensor, "o"] | None = None,
+    owned: bool = False,
 ) -> Float[Tensor, "*b o"]:
     """y' in y's dtype, for A, B and g of any dtype, which get their gradients in it. x is of y's dtype.
 
     dropout     the probability on x, of the branch alone; 0 outside of training
     gain, c, bias    g, its coefficient, and what y holds beside W x
+    owned       y is nobody else's (`layer.owned`): y' may take its memory, since to get other pages takes as long as a
+                product
 
     With a gain, y' is kept for the backward: an in-place change of it raises there, as PyTorch does for its own ops.
     """
@@ -56,12 +59,12 @@ def add_low_rank(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y)):
         if gain is not None and not _tells_direction(gain.detach(), c, x.dtype, bias):
             return _plain(y, x, a, b, s, dropout, gain, c, bias)
-        out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout)
+        out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout, owned)
         return out
     with _as_written(x):
         if not dropout and x.dtype.itemsize < 4 and x.numel() <= FEW * x.shape[-1]:
-            return _few(y, x, a, b, s, gain, c, bias)
-        return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias)
+            return _few(y, x, a, b, s, gain, c, bias, owned)
+        return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias, owned)
 
 
 def is_transformed() -> bool:
@@ -87,12 +90,12 @@ def _plain(
 
 
 def _few(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None, owned: bool
 ) -> Tensor:
     """In float32 throughout, rounded once."""
     branch = F.linear(F.linear(x.float(), a.float()), b.float())
     if gain is None:
-        return torch.add(y, branch, alpha=s).to(y.dtype)
+        return y.add_(branch, alpha=s) if owned else torch.add(y, branch, alpha=s).to(y.dtype)
     if bias is None and c == 1:
         return (torch.add(y, branch, alpha=s) * gain).to(y.dtype)
     wx = y.float() if bias is None else y.float() - bias.float()
@@ -100,17 +103,21 @@ def _few(
 
 
 def _many(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None, owned: bool
 ) -> Tensor:
     """In the dtype of x; two products, the second with the sum in it."""
     (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
     if gain is not None:
         wx = y if bias is None else y - bias
-        y = torch.addcmul(y, wx, (c * (gain - 1)).to(y.dtype))
+        less = (c * (gain - 1)).to(y.dtype)
+        y, owned = y.addcmul_(wx, less) if owned else torch.addcmul(y, wx, less), True
         b = (c * gain)[:, None] * b
-    h = F.linear(x.reshape(rows, i), a.to(x.dtype))
+    h, up = F.linear(x.reshape(rows, i), a.to(x.dtype)), b.to(x.dtype).mT
+    if owned and y.is_contiguous():
+        y.view(rows, o).addmm_(h, up, alpha=s)
+        return y
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view, which could not be changed in place later
-    torch.addmm(y.reshape(rows, o), h, b.to(x.dtype).mT, alpha=s, out=out.view(rows, o))
+    torch.addmm(y.reshape(rows, o), h, up, alpha=s, out=out.view(rows, o))
     return out
 
 
@@ -127,10 +134,13 @@ class _AddLowRank(torch.autograd.Function):
         s: float,
         c: float,
         p: float,
+        owned: bool,
     ) -> Tensor:
         seed = _seed(p)
         with _as_written(x):
-            out = _many(y, _dropped(x, p, seed), a, b, s, gain, c, bias)
+            out = _many(y, _dropped(x, p, seed), a, b, s, gain, c, bias, owned)
+        if out is y:
+            ctx.mark_dirty(y)
         ctx.save_for_backward(x, a, b, gain, *((None, None) if gain is None else (bias, out)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out
@@ -144,22 +154,22 @@ class _AddLowRank(torch.autograd.Function):
             flat, dropped = u.reshape(rows, o), _dropped(x, ctx.p, ctx.seed).reshape(rows, i)
             low, up = a.to(x.dtype), (b if gain is None else (c * gain)[:, None] * b).to(x.dtype)
             needs = ctx.needs_input_grad
-            uh = s * (flat.mT @ (dropped @ low.mT)) if needs[3] or gain is not None else None  # (o, r)
-            v = s * (flat @ up)  # (n, r)
+            uh = flat.mT @ ((dropped @ low.mT) * s) if needs[3] or gain is not None else None  # (o, r)
+            v = (flat @ up) * s  # (n, r)
             da = (v.mT @ dropped).to(a.dtype) if needs[2] else None
             dx = _dropped((v @ low).view(x.shape), ctx.p, ctx.seed) if needs[1] else None
             if gain is None:
-                return u, dx, da, None if uh is None else uh.to(b.dtype), None, None, None, None, None
+                return u, dx, da, None if uh is None else uh.to(b.dtype), None, None, None, None, None, None
             less = c * (gain - 1)  # k - 1
             dy = torch.addcmul(u, u, less.to(u.dtype))
             db = (c * gain)[:, None] * uh
-            sums = (flat * out.view(rows, o)).sum(0, dtype=gain.dtype)
-            total = flat.sum(0, dtype=gain.dtype) if bias is not None else None
+            sums = (flat * out.view(rows, o)).sum(0).to(gain.dtype)
+            total = flat.sum(0).to(gain.dtype) if bias is not None else None
             if total is not None:
                 sums = sums - bias * total
             dg = c * (sums + (1 - c) * (uh * b).sum(1)) / (1 + less.to(u.dtype).to(less.dtype))  # as the forward had it
             dbias = -less * total if needs[5] else None
-        return dy, dx, da, db.to(b.dtype), dg, dbias, None, None, None
+        return dy, dx, da, db.to(b.dtype), dg, dbias, None, None, None, None
 
 
 def _seed(p: float) -> int:

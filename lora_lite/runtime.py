@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from . import experts, quant, record
 from .adapter import (
@@ -302,7 +303,23 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
         raise TargetError(
             f"{slot.path}: wanted a tensor from this layer, got {type(y).__name__}\n  leave it out with exclude_names"
         )
-    return changed_output(Layer(module, slot, y.dtype), x.to(y.dtype), y)
+    return changed_output(
+        Layer(module, slot, y.dtype, instead=_OWNED if _is_owned(module, slot, y) else None), x.to(y.dtype), y
+    )
+
+
+_OWNED = {"owned": True}
+
+
+def _is_owned(module: nn.Module, slot: Slot, y: Tensor) -> bool:
+    """Has nothing but this hook seen the layer's output? A plain linear layer makes a new one at each forward."""
+    return (
+        type(module) is nn.Linear
+        and len(module._forward_hooks) == 1
+        and not _global_forward_hooks
+        and lookup(slot.cfg.variant).handles_scale
+        and not y._is_view()
+    )
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

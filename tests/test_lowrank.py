@@ -164,6 +164,65 @@ def test_an_in_place_change_of_what_is_kept_raises() -> None:
         (out * changed).sum().backward()
 
 
+@per_gain
+@per_bias
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_owned_is_written_into(c: float | None, biased: bool, dtype: torch.dtype) -> None:
+    found = []
+    for owned in (False, True):
+        y, x, *_ = operands(dtype, (3, lowrank.FEW))
+        _, _, a, b, gain, bias = operands(torch.float32 if dtype == torch.bfloat16 else dtype)
+        given = kwargs(c, gain, bias.detach().to(dtype), biased)
+        mine = y * 1
+        out = add_low_rank(mine, x, a, b, 1.7, **given, owned=owned)
+        plain = dtype == torch.bfloat16 and biased and c is not None
+        assert (out.data_ptr() == mine.data_ptr()) == (owned and not plain)
+        out.square().sum().backward()
+        found.append([out, y.grad, x.grad, a.grad, b.grad])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@per_gain
+@pytest.mark.parametrize("rows", [2, lowrank.FEW + 1])
+def test_so_it_is_without_gradients(c: float | None, rows: int) -> None:
+    y, x, *_ = operands(torch.bfloat16, (rows,), grad=False)
+    _, _, a, b, gain, _ = operands(torch.float32, grad=False)
+    wanted = add_low_rank(y, x, a, b, 1.7, **kwargs(c, gain, None, False))
+    assert torch.equal(add_low_rank(y.clone(), x, a, b, 1.7, **kwargs(c, gain, None, False), owned=True), wanted)
+
+
+def test_a_layers_output_is_written_into_only_where_nothing_else_has_seen_it() -> None:
+    class Kept(torch.nn.Linear):
+        """A linear layer that keeps what it makes."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.made = super().forward(x)
+            return self.made
+
+    x = torch.randn(3, 16)
+    for layer in (torch.nn.Linear(16, 24), Kept(16, 24)):
+        model = torch.nn.Sequential(layer)
+        seen: list[torch.Tensor] = []
+        base = model(x).detach()
+        for watched in (True, False):
+            handle = layer.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y)) if watched else None
+            perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names=r"^0$")), 0.3)
+            with torch.no_grad():
+                found = model(x)
+            assert not torch.allclose(found, base)
+            if handle is not None:
+                assert torch.equal(seen[-1], base)
+                handle.remove()
+            if isinstance(layer, Kept):
+                assert torch.equal(layer.made, base)
+            ll.attach(model, ll.LoRAConfig(r=2, target_names=r"^0$"), "other")
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), found)
+            ll.detach(model)
+            seen.clear()
+
+
 # ---- dropout ------------------------------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ class DoRA:
         n = layer.constant("n", partial(_norm_ratio, layer), a, b, n0)
         g = (m.float() / n0.float()) / n
         p = cfg.dropout if layer.training else 0.0
-        return add_low_rank(y, x, a, b, cfg.scaling, p, gain=g, c=layer.scale, bias=layer.bias)
+        return add_low_rank(y, x, a, b, cfg.scaling, p, g, layer.scale, layer.bias, layer.owned)
 
 
 def _norm_ratio(
