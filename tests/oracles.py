@@ -87,7 +87,7 @@ def skew(theta: Tensor, b: int, r: int) -> Tensor:
 
 
 def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
-    return x @ (W + t["lora_B"] @ (t["lora_s"] * torch.tensor(cfg.coefficients)).diag() @ t["lora_A"]).T + b
+    return x @ (W + t["lora_B"] @ (t["lora_s"] * torch.tensor(cfg.coefficients).to(W)).diag() @ t["lora_A"]).T + b
 
 
 ORACLES: dict[str, Oracle] = {

@@ -87,7 +87,7 @@ def test_output_is_the_papers_formula(variant: str, bias: bool, overrides: dict[
     x = torch.randn(5, 16, dtype=torch.float64)
     tensors = {key.removeprefix("proj."): value for key, value in adapter.state_dict().items()}
     b = model.proj.bias if bias else torch.zeros(24, dtype=torch.float64)
-    wanted = ORACLES[variant](model.proj.weight, b, cfg, tensors, x)
+    wanted = ORACLES[variant](model.proj.weight, b, adapter.config, tensors, x)
     # DoRA's norm is formed in float32 whatever the dtype, so its last digits are float32's.
     torch.testing.assert_close(model(x), wanted, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(model(x), nn.functional.linear(x, model.proj.weight, b), atol=1e-3)

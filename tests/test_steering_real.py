@@ -36,8 +36,8 @@ def test_c_moves_the_real_model_from_english_to_french_and_can_be_budgeted(
     means = [float(each.mean()) for each in gaps]
     assert all(a < b for a, b in itertools.pairwise(means))
 
-    neutral = ll.prompt_batches(tokenizer, NEUTRAL[:4])
-    found = ll.calibrate_scale(model, neutral, BUDGET, apply=True)
+    neutral = ll.prompt_batches(tokenizer, NEUTRAL[:8])
+    found = ll.calibrate_scale(model, neutral, BUDGET, tolerance=0.045, apply=True)  # int8 rounds activations: it jumps
     kl = ll.kl_divergence(model, neutral).mean().item()
     print(f"\n{quantization or 'bfloat16'}: KL {kl:.4f} at c = {found.c:.3f}, {found.evaluations} evaluations")
     assert found.met
