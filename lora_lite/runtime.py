@@ -303,18 +303,15 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
         raise TargetError(
             f"{slot.path}: wanted a tensor from this layer, got {type(y).__name__}\n  leave it out with exclude_names"
         )
-    return changed_output(
-        Layer(module, slot, y.dtype, instead=_OWNED if _is_owned(module, slot, y) else None), x.to(y.dtype), y
-    )
-
-
-_OWNED = {"owned": True}
+    own = {"owned": True} if _is_owned(module, slot, y) else None
+    return changed_output(Layer(module, slot, y.dtype, instead=own), x.to(y.dtype), y)
 
 
 def _is_owned(module: nn.Module, slot: Slot, y: Tensor) -> bool:
     """Has nothing but this hook seen the layer's output? A plain linear layer makes a new one at each forward."""
     return (
-        type(module) is nn.Linear
+        not torch.compiler.is_compiling()
+        and type(module) is nn.Linear
         and len(module._forward_hooks) == 1
         and not _global_forward_hooks
         and lookup(slot.cfg.variant).handles_scale
