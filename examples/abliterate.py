@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,43 +21,18 @@ import transformers
 import typer
 from abliterate_report import Block, describe, plot_directions, plot_front, show_directions, show_front
 from common import INTERRUPTED, check_reload, load, logits_of, plain_errors, set_up
-from jsonl import DataError
 from loguru import logger
-from prompt_sets import SHIPPED, Prompt, halves, own_token_sets, question, read_prompts, shipped_words, token_sets
+from prompt_sets import SHIPPED, Prompt, halves, question, read_prompts
 from report import show, write_results
 from search import changes, front, measured, open_study, pick, search, tried
 from smollm2 import smollm2_folder
-from torch import Tensor
+from task import BATCH, SIDES, Task, chosen_words, make_task
 
 import lora_lite as ll
 
-BATCH = 20
 ANSWERS = 3
-SIDES = ("positive", "negative")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-Batches = list[dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """The prompts as batches: to fit on by side, held out by side, and neutral; and the two sets of first tokens."""
-
-    fitted: Mapping[str, Batches]
-    held_out: Mapping[str, Batches]
-    neutral: Batches
-    tokens: tuple[list[int], list[int]]
-
-    def gap(self, model: Any, side: str) -> float:
-        return ll.logit_gap(model, self.held_out[side], *self.tokens).mean().item()
-
-    def gaps(self, model: Any) -> dict[str, float]:
-        return {side: self.gap(model, side) for side in SIDES}
-
-    def measure(self, model: Any) -> tuple[float, float]:
-        """What a trial is judged by."""
-        return self.gap(model, "positive"), ll.kl_divergence(model, self.neutral).mean().item()
 
 
 @app.command()
@@ -154,37 +129,6 @@ def main(
 
 
 # ---- prompts ------------------------------------------------------------------------------------
-
-
-def chosen_words(paths: Mapping[str, Path], positive: str | None, negative: str | None) -> list[list[str]] | None:
-    """The first words of both sides: as given, or those of the shipped sets; None for the model's own.
-
-    Raises DataError for one side alone.
-    """
-    if (positive is None) != (negative is None):
-        raise DataError("--positive-words and --negative-words: give both, or neither")
-    if positive is None or negative is None:
-        positive, negative = (shipped_words(paths[side]) for side in SIDES)
-    if positive is None or negative is None:
-        return None
-    return [[word.strip() for word in words.split(",") if word.strip()] for words in (positive, negative)]
-
-
-def make_task(
-    model: Any,
-    tokenizer: Any,
-    sides: Mapping[str, tuple[list[Prompt], list[Prompt]]],
-    neutral: list[Prompt],
-    words: list[list[str]] | None,
-) -> Task:
-    """Raises DataError for words that don't tell the sides apart, ConfigError for chats without a template."""
-    fitted, held_out = (
-        {side: ll.prompt_batches(tokenizer, sides[side][half], BATCH) for side in SIDES} for half in (0, 1)
-    )
-    tokens = token_sets(tokenizer, *words) if words else own_token_sets(model, fitted["positive"], fitted["negative"])
-    for side, ids in zip(SIDES, tokens, strict=True):
-        logger.info(f"first tokens of the {side} side: {' '.join(tokenizer.convert_ids_to_tokens(ids))}")
-    return Task(fitted, held_out, ll.prompt_batches(tokenizer, neutral, BATCH), tokens)
 
 
 def digest(prompts: Any) -> str:

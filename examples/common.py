@@ -1,4 +1,4 @@
-"""What both examples do alike: one voice, errors without a traceback, the base, and the check of a saved adapter."""
+"""What the examples do alike: one voice, errors without a traceback, the base, and the check of a saved adapter."""
 
 import logging
 import sys
@@ -62,9 +62,9 @@ def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return model(**{key: value.to(model.device) for key, value in inputs.items()}).logits.cpu()
 
 
-def check_reload(fresh: Any, file: Path, inputs: Mapping[str, Tensor], expected: Tensor) -> None:
+def check_reload(fresh: Any, file: Path, inputs: Mapping[str, Tensor], expected: Tensor, name: str = "default") -> None:
     """Load the file onto a fresh base. Raises RuntimeError unless its logits are the saved model's, bit for bit."""
-    ll.load(fresh, file)
+    ll.load(fresh, file, name)
     logits = logits_of(fresh, inputs)
     if not torch.equal(logits, expected):
         worst = (logits.float() - expected.float()).abs().max()

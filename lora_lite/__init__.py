@@ -1,11 +1,12 @@
 """lora-lite: a hook-based adapter runtime for PyTorch, with every method in one file."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .adapter import Adapter, adapters, disabled, scaled
-from .base import load_base
 from .calibrate import Statistics, capture
-from .checkpoint import load, restore, save
 from .config import AdapterConfig, BaseConfig
-from .directions import Center, Contrast, Kernel, contrast
+from .directions import Kernel
 from .errors import (
     BaseModelError,
     CheckpointError,
@@ -15,31 +16,74 @@ from .errors import (
     TargetError,
     VariantError,
 )
-from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
+from .history import Round, drop_round, freeze_into, history
 from .layer import Layer
 from .merge import merge, unmerge
-from .merge_disk import Merged, merge_checkpoint
-from .peft_format import load_peft, save_peft
 from .preflight import Plan, plan
-from .prompts import prompt_batches
 from .runtime import attach, detach
+from .sides import Center, Contrast, Method, contrast
 from .targets import Target
 from .variant import REGISTRY, ParamSpec, Variant, config_for, register
-from .variants import AbliterationConfig, DoRAConfig, IA3Config, IA3FFConfig, LoRAConfig, Normalization, PiSSAConfig
+from .variants import (
+    AbliterationConfig,
+    AntiPaSTOConfig,
+    DoRAConfig,
+    HistoryConfig,
+    IA3Config,
+    IA3FFConfig,
+    LoRAConfig,
+    Normalization,
+    PiSSAConfig,
+    SSteerConfig,
+    SteerConfig,
+    Unit,
+)
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .base import load_base
+    from .budget import Calibrated, calibrate_scale
+    from .checkpoint import load, restore, save
+    from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
+    from .merge_disk import Merged, merge_checkpoint
+    from .peft_format import load_peft, save_peft
+    from .prompts import prompt_batches
+
+_LATER = {
+    "base": ("load_base",),
+    "budget": ("Calibrated", "calibrate_scale"),
+    "checkpoint": ("load", "restore", "save"),
+    "evaluate": ("greedy_answers", "kl_divergence", "logit_gap", "marker_rate"),
+    "merge_disk": ("Merged", "merge_checkpoint"),
+    "peft_format": ("load_peft", "save_peft"),
+    "prompts": ("prompt_batches",),
+}
+"""Modules that are imported when one of their names is asked for: half of the library's own time."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "REGISTRY",
     "AbliterationConfig",
     "Adapter",
     "AdapterConfig",
+    "AntiPaSTOConfig",
     "BaseConfig",
     "BaseModelError",
+    "Calibrated",
     "Center",
     "CheckpointError",
     "ConfigError",
     "Contrast",
     "DoRAConfig",
+    "HistoryConfig",
     "IA3Config",
     "IA3FFConfig",
     "Kernel",
@@ -47,25 +91,34 @@ __all__ = [
     "LoRAConfig",
     "LoraLiteError",
     "Merged",
+    "Method",
     "Normalization",
     "ParamSpec",
     "PiSSAConfig",
     "Plan",
     "QuantizedWeightError",
+    "Round",
+    "SSteerConfig",
     "Statistics",
+    "SteerConfig",
     "Target",
     "TargetError",
+    "Unit",
     "Variant",
     "VariantError",
     "__version__",
     "adapters",
     "attach",
+    "calibrate_scale",
     "capture",
     "config_for",
     "contrast",
     "detach",
     "disabled",
+    "drop_round",
+    "freeze_into",
     "greedy_answers",
+    "history",
     "kl_divergence",
     "load",
     "load_base",

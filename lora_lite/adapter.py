@@ -4,25 +4,28 @@ An adapter's tensors are parameters and buffers of the layers that it adapts. Ea
 keeps a `Slot` per adapter, and the model that `attach` was given keeps a `Session`.
 """
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import quant
-from .config import dtype_name
+from .affine import Affine
+from .config import dtype_name, is_number
 from .errors import CheckpointError, ConfigError, TargetError, brief
 from .layer import AdapterState, Layer, Slot
 from .targets import Target
 from .variant import check_takes_data, lookup
 
 T = TypeVar("T")
+A = TypeVar("A", AdapterState, Slot)
 
 _SLOTS = "_lora_lite"
 _SESSION = "_lora_lite_session"
@@ -141,7 +144,7 @@ class Adapter:
     @scale.setter
     def scale(self, c: float) -> None:
         self._check_unmerged("change the scale")
-        self._state.scale = _finite(c)
+        self._state.set_scale(_finite(c))
 
     def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
         """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers
@@ -235,10 +238,11 @@ class Adapter:
         views: dict[str, Layer] = {}
         for module in self._state.layers:  # no walk over the model: a search changes the config at every trial
             slot = slots_of(module)[self.name]
-            if slot.stacked:
-                views |= {f"{slot.path}[{i}]": Layer(module, slot, expert=i) for i in range(slot.target.experts)}
-            else:
-                views[slot.path] = Layer(module, slot)
+            for i in range(slot.target.experts) if slot.stacked else [None]:
+                worked_in = {"history": partial(_with_history, module, i)}
+                views[slot.path if i is None else f"{slot.path}[{i}]"] = Layer(
+                    module, slot, expert=i, instead=worked_in
+                )
         return views
 
     def counts(self) -> str:
@@ -302,7 +306,9 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
 def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None]:
     """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
 
-    Under gradient checkpointing call backward inside the block as well: it runs the forward once more.
+    A backward may come after the block: what gradient checkpointing runs again then, it runs at the c of the forward
+    (not where a compiled module stands inside of an eager checkpoint: call backward inside the block there). Where that
+    can't be known, with several threads or a checkpoint inside of a reentrant one, it raises ConfigError.
 
     Raises ConfigError unless c is finite, TargetError for an unknown name.
     """
@@ -310,14 +316,14 @@ def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None
     names = list(session.adapters) if name is None else [get_adapter(model, name).name]
     if any(session.adapters[each].merged for each in names):
         check_unmerged(session, "change the scale")
-    before = [(session.adapters[each], session.adapters[each].scale) for each in names]
+    before: list[tuple[AdapterState, tuple[float, int]]] = []
     try:
-        for state, _ in before:
-            state.scale = c
+        for state in [session.adapters[each] for each in names]:
+            before.append((state, state.set_scale(c)))
         yield
     finally:
         for state, old in before:
-            state.scale = old
+            state.set_scale(*old)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -334,8 +340,22 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
 
 
 def keep_slot(module: nn.Module, slot: Slot) -> None:
-    """Remember an adapter at a layer."""
-    module.__dict__.setdefault(_SLOTS, {})[slot.state.name] = slot
+    """Remember an adapter at a layer, as `put` does."""
+    put(module.__dict__.setdefault(_SLOTS, {}), slot.state.name, slot)
+
+
+def put(known: dict[str, A], name: str, value: A) -> None:
+    """What is known of an adapter in the place it had, or a new one's after the others; one that leads, before those
+    that don't."""
+    later = {} if name in known or not leads(value) else {n: each for n, each in known.items() if not leads(each)}
+    for each in later:
+        del known[each]
+    known.update({name: value, **later})
+
+
+def leads(known: AdapterState | Slot) -> bool:
+    """Does this adapter come before those that don't lead?"""
+    return lookup(known.cfg.variant).leads
 
 
 def drop_slot(module: nn.Module, name: str) -> Slot | None:
@@ -409,12 +429,22 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
             )
 
 
+@torch.no_grad()
+def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+    """A layer's weight with the adapters worked in that lead all others there, at their scales."""
+    leading = [slot for slot in slots_of(module).values() if leads(slot) and not slot.state.is_idle]
+    if not leading:
+        return weight
+    affine = Affine(module, leading, torch.float64, weight.device, expert)
+    return torch.cat([columns for *_, columns in affine.columns(weight)], dim=1).to(weight.dtype)
+
+
 def _alive(references: list[weakref.ref[T]]) -> list[T]:
     return [found for reference in references if (found := reference()) is not None]
 
 
 def _finite(c: float) -> float:
-    if not math.isfinite(c):
+    if not is_number(c):
         raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
     return float(c)
 

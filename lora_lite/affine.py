@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import VariantError
 from .layer import Layer, Slot
-from .variant import lookup
+from .variant import apply_input, apply_output, lookup
 
 COLUMNS = 128
 """Unit vectors that go through the hooks at a time."""
@@ -32,24 +32,6 @@ def exactly(model: nn.Module) -> Iterator[None]:
         for kind in kinds or {"cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-def apply_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-    """What one adapter makes of the layer's input, at its scale."""
-    variant, c = lookup(layer.cfg.variant), layer.scale
-    if variant.forward_input is None or c == 0:
-        return x
-    new = variant.forward_input(layer, x)
-    return new if c == 1 or variant.handles_scale else x + c * (new - x)
-
-
-def apply_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-    """What one adapter makes of the layer's output, at its scale."""
-    variant, c = lookup(layer.cfg.variant), layer.scale
-    if variant.forward is None or c == 0:
-        return y
-    new = variant.forward(layer, x, y)
-    return new if c == 1 or variant.handles_scale else y + c * (new - y)
 
 
 class Affine:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from . import quant
 from .config import BaseConfig
-from .errors import BaseModelError, ConfigError, TargetError
+from .errors import BaseModelError, ConfigError, TargetError, brief
 from .targets import blocks, find_targets
 
 Batch = Mapping[str, Any]
 Positions = str | Tensor | Callable[[Batch], Tensor]
+Transform = Callable[[Tensor], Tensor]
 
 REDUCTIONS = ("mean", "std", "second_moment", "samples")
 KINDS = ("input", "output", "residual")
@@ -62,7 +63,7 @@ def capture(
     what: str = "residual",
     positions: Positions = "last",
     reduce: str | Iterable[str] = ("mean",),
-    transform: Callable[[Tensor], Tensor] | None = None,
+    transform: Transform | Mapping[str, Transform] | None = None,
     max_bytes: int = MAX_BYTES,
     progress: bool = True,
 ) -> dict[str, Statistics]:
@@ -75,7 +76,8 @@ def capture(
     positions   "last": of each row, the last token that attention_mask keeps, with padding on either side; "all" that
                 it keeps; or a mask (b, t), true where to look, or a function of the batch that gives one
     reduce      any of "mean", "std", "second_moment" (d² numbers a place) and "samples"; the mean always comes along
-    transform   (n, d) float32 -> (n, d), applied to the vectors before they are reduced
+    transform   (n, d) float32 -> (n, k), applied to the vectors before they are reduced; or one for each path of a
+                module that is looked at
     max_bytes   for the samples of all places together
     progress    show a bar, where tqdm is installed (it comes with the extra hf)
 
@@ -92,10 +94,16 @@ def capture(
         if not got or not got <= set(wanted):
             raise ConfigError(f"{name}={sorted(got)}: wanted any of {wanted}")
     places = _places(model, where, what)
+    check_several(batches)
     budget = _Budget(max_bytes)
     sums = {path: _Sums(path, reductions, budget) for path in places.values()}
+    transforms = transform if isinstance(transform, Mapping) else dict.fromkeys(sums, transform)
+    if transforms.keys() != sums.keys():
+        raise ConfigError(
+            f"transform: got some for {brief(sorted(transforms))}; wanted one for each of {brief(sorted(sums))}"
+        )
     with still(model), ExitStack() as hooks:
-        reader = _Reader(sums, transform)
+        reader = _Reader(sums, transforms)
         modules = dict(model.named_modules())
         for path in sums:
             hooks.callback(reader.hook(modules[path], path, before=what == "input").remove)
@@ -180,6 +188,31 @@ def select(inputs: Batch, positions: Positions) -> Bool[Tensor, "b t"]:
     return mask
 
 
+def check_sides(data: Any) -> None:
+    """ConfigError unless data has two sides that can be gone through again."""
+    if not isinstance(data, Mapping) or set(data) != {"positive", "negative"}:
+        got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+        raise ConfigError(f'calibration_data: got {got}; wanted {{"positive": batches, "negative": batches}}')
+    for side, batches in data.items():
+        check_batches(batches, f"calibration_data[{side!r}]")
+
+
+def check_several(batches: Any, what: str = "batches") -> None:
+    """ConfigError for one batch, or what is none, in place of a list."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise ConfigError(f"{what} is a {type(batches).__name__}: wanted a list of batches")
+
+
+def check_batches(batches: Any, what: str = "calibration_data") -> None:
+    """ConfigError unless they can be gone through again."""
+    check_several(batches, what)
+    if iter(batches) is batches:
+        raise ConfigError(
+            f"{what} is an iterator, which can be read once: what a call that fails has read of it would be lost\n"
+            f"  use list(...)"
+        )
+
+
 # ---- places and sums ----------------------------------------------------------------------------
 
 
@@ -215,7 +248,7 @@ class _Reader:
     """The hooks' common state: where to look in the batch that is running."""
 
     sums: dict[str, "_Sums"]
-    transform: Callable[[Tensor], Tensor] | None
+    transforms: Mapping[str, Transform | None]
     mask: Tensor = field(default_factory=lambda: torch.ones(1, 1, dtype=torch.bool))
     seen: set[str] = field(default_factory=set)
 
@@ -238,7 +271,8 @@ class _Reader:
                 f"  capture its block, or the layer before a router"
             )
         vectors = x.reshape(b, t, -1)[self.mask.to(x.device)].float()
-        self.sums[path].add(vectors if self.transform is None else self.transform(vectors))
+        transform = self.transforms[path]
+        self.sums[path].add(vectors if transform is None else transform(vectors))
         self.seen.add(path)
 
     def check_all_seen(self) -> None:

@@ -7,10 +7,12 @@ any name. Metadata key `lora_lite`, JSON:
      quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, weight_dtype, modules},
      fingerprint}, "library": version}
 
-"scale" is the adapter's coefficient c; a file without it has 1. "per_layer", where the config differs by layer, holds
+"scale" is the adapter's coefficient c; a file without it has 1. "on" holds a digest of each history that it was trained
+on top of. "per_layer", where the config differs by layer, holds
 {path: {field: value}} as attach resolved it: a load runs no regex of a file.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -24,7 +26,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import foreign, quant, record
-from .adapter import Adapter, check_shapes, file_key, get_adapter
+from .adapter import Adapter, adapters, check_shapes, file_key, get_adapter
 from .config import BaseConfig, is_number, to_json
 from .errors import CheckpointError, ConfigError, LoraLiteError, brief
 from .files import Header, check_names, check_numbers, parse_json, read_any, read_header, write_tensors
@@ -37,6 +39,8 @@ from .version import __version__
 
 FORMAT = 1
 METADATA = "lora_lite"
+DIGEST = 16
+"""Characters"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class AdapterFile:
     targets: dict[str, tuple[int, int]]
     per_layer: dict[str, dict[str, Any]]
     base: dict[str, Any]
+    on: list[str]
+    """Digests of the histories that it was on top of when it was saved."""
 
     @property
     def path(self) -> Path:
@@ -91,6 +97,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     }
     if adapter.per_layer:
         meta["per_layer"] = to_json(adapter.per_layer)
+    if on := _histories(model, name):
+        meta["on"] = on
     with _together(path) if adapter.is_sharded else nullcontext(True) as first:
         if first:
             write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(meta)})
@@ -130,9 +138,10 @@ def load(
         return tensors[key].to(device, copy=True)
 
     changes = {targets[at].path: fields for at, fields in file.per_layer.items()}
-    with installed(root, file.cfg, name, list(targets.values()), changes, values) as adapter:
-        adapter.scale = file.scale
+    with installed(root, file.cfg, name, list(targets.values()), changes, values, file.scale) as adapter:
         adapter.trained_on(_check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base))
+    if file.on != _histories(root, name):
+        logger.warning(_other_histories(file))
     logger.info(f"loaded {adapter} from {path}")
     return adapter
 
@@ -164,12 +173,36 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
         file_key(at, tensor): file_key(mapping[at], tensor) for at in file.targets for tensor in names[mapping[at]]
     }
     _check_base(file, adapter, mapping, verify=True, resume=True)
+    if file.on != _histories(model, name):
+        raise CheckpointError(_other_histories(file))
     shapes = {key: tuple(tensor.shape) for key, tensor in adapter.named_tensors()}
     check_shapes({moved.get(key, key): shape for key, shape in file.header.shapes().items()}, shapes, str(file.path))
     adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors().items()})
     adapter.scale = file.scale
     logger.info(f"restored {adapter} from {path}")
     return adapter
+
+
+def _histories(model: nn.Module, name: str) -> list[str]:
+    """A digest of each adapter that comes before all others, other than this one: its config, scale and tensors."""
+    if lookup(get_adapter(model, name).variant).leads:
+        return []
+    found = []
+    for each in adapters(model).values():
+        if lookup(each.variant).leads:
+            digest = hashlib.sha256(json.dumps([each.config.to_dict(), to_json(each.per_layer), each.scale]).encode())
+            for key, tensor in each.state_dict().items():
+                digest.update(key.encode())
+                digest.update(quant.whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.append(digest.hexdigest()[:DIGEST])
+    return found
+
+
+def _other_histories(file: AdapterFile) -> str:
+    return (
+        f"{file.path} was trained on top of {'another history' if file.on else 'no history'} than this model has\n"
+        f"  its outputs will not be those that it was trained for: load the history first, as it was then"
+    )
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -218,7 +251,10 @@ def _from_header(header: Header) -> AdapterFile:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {brief(error, 600)}") from error
     if not targets or not record.is_record(meta["base"], targets):
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"])
+    on = meta.get("on", [])
+    if not (isinstance(on, list) and all(isinstance(each, str) and len(each) == DIGEST for each in on)):
+        raise CheckpointError(f'{path}: its metadata has "on": {brief(on)}; wanted digests of histories')
+    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"], on)
 
 
 def _per_layer_of(entries: Any, cfg: BaseConfig, targets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

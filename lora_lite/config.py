@@ -62,6 +62,8 @@ class BaseConfig:
     REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
     SHARED: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
     """Fields that are one for all layers."""
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Fields that files of earlier versions lack: they have the default."""
     FUSED_EXPERTS: ClassVar[bool] = False
     """True for a method that can go on the fused experts of a mixture-of-experts block."""
 
@@ -103,14 +105,18 @@ class BaseConfig:
         object.__setattr__(self, "per_layer", checked)
 
     def at(self: Config, changes: Mapping[str, Any]) -> Config:
-        """The config of a layer where these fields differ. Raises ConfigError."""
+        """The config of a layer where these fields differ. Raises ConfigError; a file's regexes aren't compiled."""
         if not changes:
             return self
         own = [each.name for each in fields(self) if each.name not in self.SHARED]
         wrong = [name for name in changes if name not in own]
         if wrong:
             raise ConfigError(f"{type(self).__name__}: {wrong} can't differ by layer; wanted some of {own}")
-        return replace(self, per_layer={}, **changes)
+        bare: dict[str, Any] = {"per_layer": {}, **dict.fromkeys(self.REGEXES, ())}
+        made = replace(self, **bare, **changes)
+        for name in self.REGEXES:
+            object.__setattr__(made, name, getattr(self, name))
+        return made
 
     def checked_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """The changes as a config at a layer holds them. Raises ConfigError."""
@@ -147,7 +153,8 @@ class BaseConfig:
 
         Its regexes may be anyone's: they aren't compiled, which can take minutes. `attach` and `plan` do that.
         """
-        values = {"per_layer": {}, **values}
+        later = {each.name: to_json(each.default) for each in fields(cls) if each.name in cls.LATER}
+        values = {"per_layer": {}, **later, **values}
         known = {each.name for each in fields(cls)}
         if set(values) != known:
             raise ConfigError(
@@ -195,6 +202,11 @@ class AdapterConfig(BaseConfig):
 def is_number(value: Any) -> bool:
     """True for an int or float that is finite as a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_name(value: Any) -> bool:
+    """True for what can name an adapter or a round: letters and digits, with single '_' or '-' between them."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", value) is not None
 
 
 def positive_or_none(value: Any) -> bool:

@@ -1,167 +1,29 @@
-"""The directions of the residual stream in which two sets of prompts differ."""
+"""Directions of the residual stream in a config, and which of them acts at which layer, and how much of it."""
 
-import enum
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import torch
+import torch.nn.functional as F
 from jaxtyping import Float
+from loguru import logger
 from torch import Tensor, nn
 
-from .calibrate import Positions, capture
+from .calibrate import capture
 from .config import BaseConfig, is_number, is_tame
-from .errors import BaseModelError, ConfigError
+from .errors import ConfigError
 from .layer import Layer
+from .sides import Center, Contrast, Method, contrast, is_quantile, orthonormal
 
+__all__ = ["DirectionConfig", "Kernel", "Method", "SubspaceConfig", "fit", "fit_steps", "placed"]
 
-class Center(enum.StrEnum):
-    """The mean, or the geometric median, which a few odd prompts move little."""
+T = TypeVar("T")
 
-    MEAN, MEDIAN = "mean", "median"
-
-
-SAME = 1e-5
-"""Of a centre's size: a difference below it is float32's rounding."""
-WEISZFELD_STEPS, WEISZFELD_TOLERANCE = 200, 1e-10
 MOST_KERNELS = 100
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """At one block: orthonormal directions (k, d) float32, and the centres (d,) float64 of the two sides."""
-
-    directions: Float[Tensor, "k d"]
-    positive: Float[Tensor, "d"]
-    negative: Float[Tensor, "d"]
-
-
-def contrast(
-    model: nn.Module,
-    data: Any,
-    where: Iterable[str] | None = None,
-    *,
-    rank: int = 1,
-    center: str = "mean",
-    winsorize: float | None = None,
-    projected: bool = False,
-    positions: Positions = "last",
-    progress: bool = True,
-) -> dict[str, Contrast]:
-    """The directions of the residual stream in which two sets of prompts differ, by the path of the block.
-
-    data        {"positive": batches, "negative": batches}, as `capture` takes them, that can be gone through again
-    rank        the first direction is the difference of centres (Arditi et al. 2024, arXiv:2406.11717, section 2.3);
-                further ones are the leading principal directions, orthogonal to it, of the differences of the pairs:
-                then both sides are the same prompts in the same order, as one asks for each side's manner
-    where       paths of blocks; None for all
-    center      "mean" or "median", the geometric one
-    winsorize   q: each prompt's vector is clamped to ± the q-quantile of its own components' sizes (the axis is the
-                component axis), which tames the few huge components that language models have. None: not clamped
-    projected   take the negative side's centre out of the directions, so that ablating spares what both sides share
-
-    Raises ConfigError for a missing, empty or too small side, or an iterator, and what `capture` raises.
-    """
-    check_sides(data)
-    if not _is_quantile(winsorize):
-        raise ConfigError(f"winsorize={winsorize!r}: wanted a quantile above 0, at most 1, or None")
-    if center not in ("mean", "median"):
-        raise ConfigError(f"center={center!r}: wanted 'mean' or 'median'")
-
-    def clamped(vectors: Tensor) -> Tensor:
-        limit = vectors.abs().quantile(winsorize or 1.0, dim=1, keepdim=True)
-        return vectors.clamp(-limit, limit)
-
-    sides = {}
-    for side in ("positive", "negative"):
-        seen = capture(
-            model,
-            data[side],
-            where,
-            positions=positions,
-            reduce=("samples",) if center == "median" or rank > 1 else ("mean",),
-            transform=None if winsorize is None else clamped,
-            progress=progress,
-        )
-        count = next(iter(seen.values())).count
-        if count < max(2, rank):
-            raise ConfigError(
-                f"calibration_data[{side!r}] has {count} vectors: wanted {max(2, rank)} at least for rank {rank}\n"
-                f"  one prompt gives one vector at positions='last'"
-            )
-        sides[side] = seen
-    counts = {side: next(iter(seen.values())).count for side, seen in sides.items()}
-    if rank > 1 and len(set(counts.values())) > 1:
-        raise ConfigError(
-            f"calibration_data has {counts} vectors: rank {rank} is taken of pairs, so wanted equal numbers"
-        )
-    out = {}
-    for path, here in sides["positive"].items():
-        there = sides["negative"][path]
-        p, n = (each.mean if center == "mean" else geometric_median(each.kept_samples()) for each in (here, there))
-        if (p - n).norm() <= SAME * max(p.norm(), n.norm()):
-            raise BaseModelError(f"{path}: both sides have the same centre, so no direction\n  give sides that differ")
-        directions = [p - n]
-        if rank > 1:
-            rest = here.kept_samples().double() - there.kept_samples().double()
-            rest = rest - rest.mean(0)
-            rest = rest - (rest @ directions[0])[:, None] * directions[0] / directions[0].square().sum()
-            directions += list(torch.linalg.svd(rest, full_matrices=False)[2][: rank - 1])
-        found = torch.stack(directions)
-        if projected:
-            found = found - (found @ n)[:, None] * n / n.square().sum()
-        out[path] = Contrast(orthonormal(found, path).float(), p, n)
-    return out
-
-
-def _is_quantile(value: Any) -> bool:
-    return value is None or (is_number(value) and 0 < value <= 1)
-
-
-def check_sides(data: Any) -> None:
-    """ConfigError unless data has two sides that can be gone through again."""
-    if not isinstance(data, Mapping) or set(data) != {"positive", "negative"}:
-        got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
-        raise ConfigError(f'calibration_data: got {got}; wanted {{"positive": batches, "negative": batches}}')
-    for side, batches in data.items():
-        if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-            raise ConfigError(f"calibration_data[{side!r}] is a {type(batches).__name__}: wanted a list of batches")
-        if iter(batches) is batches:
-            raise ConfigError(
-                f"calibration_data[{side!r}] is an iterator, which can be read once: what a call that fails has read "
-                f"of it would be lost\n  use list(...)"
-            )
-
-
-def orthonormal(rows: Float[Tensor, "k d"], where: str) -> Float[Tensor, "k d"]:
-    """The rows made orthonormal in their order (Gram-Schmidt), each on its own side. Raises BaseModelError."""
-    q, r = torch.linalg.qr(rows.double().mT)
-    sizes = r.diagonal().abs()
-    if not (rows.isfinite().all() and (sizes > 1e-6 * rows.double().norm(dim=1)).all() and sizes.all()):
-        raise BaseModelError(
-            f"{where}: {rows.shape[0]} directions of which some are zero, not finite, or in the span of others\n"
-            f"  give sides that differ there, or a smaller rank"
-        )
-    return (q * r.diagonal().sign()).mT
-
-
-def geometric_median(x: Float[Tensor, "n d"]) -> Float[Tensor, "d"]:
-    """The point with the least sum of distances, float64 (Weiszfeld's iteration, started at the mean)."""
-    x = x.double()
-    at = x.mean(0)
-    for _ in range(WEISZFELD_STEPS):
-        weights = 1 / (x - at).norm(dim=1).clamp_min(1e-12)
-        new = (weights[:, None] * x).sum(0) / weights.sum()
-        done = (new - at).norm() <= WEISZFELD_TOLERANCE * (1 + new.norm())
-        at = new
-        if done:
-            break
-    return at
-
-
-# ---- which direction, and how much of it, at which layer ----------------------------------------
+REACH = 0.1
+"""Of a vector: how far off a block's output may move when it is added to what a layer of the block writes."""
 
 
 class Kernel(NamedTuple):
@@ -185,7 +47,6 @@ class DirectionConfig(BaseConfig):
     """Directions of the residual stream, and where they act.
 
     strength    λ, or its counterpart, before the kernels
-    rank        k, how many directions
     layer       whose directions: None each block's own; 18 those of block 18, everywhere; 18.5 between two blocks'. A
                 block has directions if one of its layers is a target
     kernels     {regex: Kernel}, or pairs: the weight over depth of the layers whose path the regex is found in. A file
@@ -194,20 +55,18 @@ class DirectionConfig(BaseConfig):
     """
 
     strength: float = 1.0
-    rank: int = 1
     layer: int | float | None = None
     kernels: Any = ()
     center: Center | str = Center.MEAN
     winsorize: float | None = None
     projected: bool = False
-    SHARED: ClassVar[tuple[str, ...]] = (*BaseConfig.SHARED, "rank", "center", "winsorize", "projected")
+    SHARED: ClassVar[tuple[str, ...]] = (*BaseConfig.SHARED, "center", "winsorize", "projected")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(is_number(self.strength), "strength", "a finite number")
-        self._require(type(self.rank) is int and self.rank > 0, "rank", "a number of directions, at least 1")
         self._require(self.layer is None or (is_number(self.layer) and self.layer >= 0), "layer", "a depth, or None")
-        self._require(_is_quantile(self.winsorize), "winsorize", "a quantile above 0, at most 1, or None")
+        self._require(is_quantile(self.winsorize), "winsorize", "a quantile above 0, at most 1, or None")
         self._require(isinstance(self.projected, bool), "projected", "True or False")
         pairs = self.kernels.items() if isinstance(self.kernels, Mapping) else self.kernels
         try:
@@ -221,32 +80,106 @@ class DirectionConfig(BaseConfig):
         object.__setattr__(self, "kernels", kernels)
 
 
-def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: DirectionConfig, calibration_data: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SubspaceConfig(DirectionConfig):
+    """rank: k, how many directions."""
+
+    rank: int = 1
+    SHARED: ClassVar[tuple[str, ...]] = (*DirectionConfig.SHARED, "rank")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(type(self.rank) is int and self.rank > 0, "rank", "a number of directions, at least 1")
+
+
+def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SubspaceConfig, calibration_data: Any) -> None:
     """Each layer's own directions into its `lora_own`: out of two sides of prompts, or as given.
 
-    The data is {"positive": batches, "negative": batches}, or {"directions": given}: a tensor (d,) or (k, d) for all
-    layers, (n_blocks, k, d) by block, or {path of a layer or of its block: (d,) or (k, d)}. Raises ConfigError.
+    The data is {"positive": batches, "negative": batches}, or {"directions": given} as `rows_for` takes it. Raises
+    ConfigError.
     """
-    if isinstance(calibration_data, Mapping) and set(calibration_data) == {"directions"}:
-        given = calibration_data["directions"]
-    else:
-        around = {f"{layer.block[0]}{layer.block[1]}": None for layer in targets.values() if layer.block}
-        sides = contrast(
-            model,
-            calibration_data,
-            list(around),
-            rank=cfg.rank,
-            center=cfg.center,
-            winsorize=cfg.winsorize,
-            projected=cfg.projected,
-        )
+    given = given_in(calibration_data)
+    if given is None:
+        sides = contrasts(model, targets, cfg, calibration_data, rank=cfg.rank)
         given = {path: side.directions for path, side in sides.items()}
     for layer in targets.values():
-        layer.lora_own.copy_(_rows_for(layer, given, cfg.rank))
+        layer.lora_own.copy_(orthonormal(rows_for(layer, given, cfg.rank), layer.path))
 
 
-def placed(layers: Mapping[str, Layer]) -> list[tuple[Layer, Float[Tensor, "k o"], float]]:
-    """Each layer with the directions that act on it and their weight, by its config. Raises ConfigError."""
+def fit_steps(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibration_data: Any) -> None:
+    """Into each layer's `lora_own` the way from the negative side to the positive one, or what is given, as it is; into
+    `lora_norm` how long the activations there are, or 0. cfg has `method` and `what`. Raises ConfigError."""
+    given, sides = given_in(calibration_data), {}
+    if given is None:
+        sides = contrasts(model, targets, cfg, calibration_data, cfg.what, method=cfg.method)
+        given = {path: side.step for path, side in sides.items()}
+    for layer in targets.values():
+        row, side = rows_for(layer, given, 1).double(), at_layer(layer, sides)
+        layer.lora_own.copy_(orthonormal(row, layer.path)[0] * row.norm())
+        layer.lora_norm.fill_(side.length if side else 0.0)
+    if sides and cfg.what == "residual":
+        layer = next(iter(targets.values()))
+        step = layer.lora_norm * F.normalize(layer.lora_own, dim=0)
+        check_reach(model, layer, step, next(iter(calibration_data["positive"])))
+
+
+def given_in(calibration_data: Any) -> Any:
+    """What {"directions": given} gives; None for two sides of prompts."""
+    if isinstance(calibration_data, Mapping) and set(calibration_data) == {"directions"}:
+        return calibration_data["directions"]
+    return None
+
+
+def contrasts(
+    model: nn.Module, targets: Mapping[str, Layer], cfg: DirectionConfig, data: Any, what: str = "residual", **how: Any
+) -> dict[str, Contrast]:
+    """Between two sides of prompts, at the block of each target; or in its own output. Raises as `contrast`."""
+    around = [f"{layer.block[0]}{layer.block[1]}" for layer in targets.values() if layer.block]
+    where = list(targets) if what == "output" else list(dict.fromkeys(around))
+    options: dict[str, Any] = {"center": cfg.center, "winsorize": cfg.winsorize, "projected": cfg.projected, **how}
+    return contrast(model, data, where, what=what, **options)
+
+
+def at_layer(layer: Layer, found: Mapping[str, T]) -> T | None:
+    """What is found for a layer, by its own path or that of its block."""
+    stack, block = layer.block or ("", None)
+    return found.get(layer.path, found.get(f"{stack}{block}"))
+
+
+def rows_for(layer: Layer, given: Any, rank: int) -> Float[Tensor, "k o"]:
+    """A layer's own of what is given: a tensor (d,) or (k, d) for all layers, (n_blocks, k, d) by block, or {path of a
+    layer or of its block: (d,) or (k, d)}. Raises ConfigError."""
+    block = layer.block[1] if layer.block else None
+    rows: Any
+    if isinstance(given, Mapping):
+        rows = at_layer(layer, given)
+    elif isinstance(given, Tensor) and given.ndim == 3:
+        rows = given[block] if block is not None and block < len(given) else None
+    else:
+        rows = given
+    got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+    if got not in ((rank, layer.out_features), (layer.out_features,)[: 1 if rank == 1 else 0]):
+        raise ConfigError(
+            f"{layer.path}: wanted directions {(rank, layer.out_features)} for its block {block}, got {got}\n"
+            f"  give a tensor (d,) or (k, d), one (n_blocks, k, d), or {{path: (k, d)}}"
+        )
+    return rows.detach().reshape(rank, -1)
+
+
+def turned(a: Float[Tensor, "k o"], b: Float[Tensor, "k o"], t: float) -> Float[Tensor, "k o"]:
+    """Orthonormal directions between those of two blocks."""
+    b = b * (a * b).sum(1, keepdim=True).sign()  # of a principal direction the sign means nothing
+    return orthonormal((1 - t) * a + t * b, f"{t:g} of the way between two blocks")
+
+
+Between = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def placed(layers: Mapping[str, Layer], between: Between = turned) -> list[tuple[Layer, Float[Tensor, "*k o"], float]]:
+    """Each layer with what acts on it, its own `lora_own` or another's, and its weight, by its config.
+
+    `between(a, b, t)` is what lies between two blocks'. Raises ConfigError.
+    """
     own = {layer.block: layer.lora_own for layer in layers.values()}
     chosen: dict[tuple[str, float], Tensor] = {}
     out = []
@@ -254,7 +187,7 @@ def placed(layers: Mapping[str, Layer]) -> list[tuple[Layer, Float[Tensor, "k o"
         rows, cfg = layer.lora_own, layer.cfg
         if cfg.layer is not None:
             at = (layer.block[0] if layer.block else "", cfg.layer)
-            rows = chosen[at] if at in chosen else chosen.setdefault(at, _rows_at(cfg.layer, at[0], own))
+            rows = chosen[at] if at in chosen else chosen.setdefault(at, _rows_at(cfg.layer, at[0], own, between))
             if rows.shape != layer.lora_own.shape:
                 raise ConfigError(
                     f"layer={cfg.layer}: its directions are {tuple(rows.shape)}, and {layer.path} wants "
@@ -278,25 +211,10 @@ def _weight(layer: Layer) -> float:
     return found[0].at(layer.block[1])
 
 
-def _rows_for(layer: Layer, given: Any, rank: int) -> Float[Tensor, "k o"]:
-    stack, block = layer.block or ("", None)
-    if isinstance(given, Mapping):
-        rows = given.get(layer.path, given.get(f"{stack}{block}"))
-    elif isinstance(given, Tensor) and given.ndim == 3:
-        rows = given[block] if block is not None and block < len(given) else None
-    else:
-        rows = given
-    got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-    if got not in ((rank, layer.out_features), (layer.out_features,)[: 1 if rank == 1 else 0]):
-        raise ConfigError(
-            f"{layer.path}: wanted directions {(rank, layer.out_features)} for its block {block}, got {got}\n"
-            f"  give a tensor (d,) or (k, d), one (n_blocks, k, d), or {{path: (k, d)}}"
-        )
-    return orthonormal(rows.detach().reshape(rank, -1), layer.path)
-
-
-def _rows_at(depth: int | float, stack: str, own: Mapping[tuple[str, int] | None, Tensor]) -> Float[Tensor, "k o"]:
-    """The directions of one block of a stack; at a depth between two blocks, those between theirs."""
+def _rows_at(
+    depth: int | float, stack: str, own: Mapping[tuple[str, int] | None, Tensor], between: Between
+) -> Float[Tensor, "*k o"]:
+    """What one block of a stack has; at a depth between two blocks, what lies between theirs."""
     low, high = math.floor(depth), math.ceil(depth)
     a, b = own.get((stack, low)), own.get((stack, high))
     if a is None or b is None:
@@ -305,7 +223,28 @@ def _rows_at(depth: int | float, stack: str, own: Mapping[tuple[str, int] | None
             f"layer={depth}: no direction is kept for it\n"
             f"  blocks with one: {held or 'none'}; target that block too, a kernel can give it no weight"
         )
-    if low == high:
-        return a
-    b = b * (a * b).sum(1, keepdim=True).sign()  # of a principal direction the sign means nothing
-    return orthonormal((1 - (depth - low)) * a + (depth - low) * b, f"layer={depth}").to(a.dtype)
+    return a if low == high else between(a, b, depth - low).to(a.dtype)
+
+
+def check_reach(model: nn.Module, layer: Layer, step: Float[Tensor, "o"], batch: Any) -> None:
+    """Warn if a vector that is added to what a layer writes moves its block's output by another one: not so where the
+    sum of all that the block writes is what it puts out, but so where a norm or a factor comes after the layer."""
+    if layer.block is None:
+        return
+    block = f"{layer.block[0]}{layer.block[1]}"
+
+    def mean() -> Tensor:
+        return capture(model, [batch], [block], progress=False)[block].mean
+
+    before = mean()
+    handle = model.get_submodule(layer.path).register_forward_hook(lambda module, args, y: y + step.to(y))
+    try:
+        moved = mean() - before
+    finally:
+        handle.remove()
+    off = float((moved - step.to(moved)).norm() / step.norm())
+    if off > REACH:
+        logger.warning(
+            f"{layer.path}: a vector added there moves the output of {block} by another one ({off:.0%} off)\n"
+            f"  a norm or a factor follows it: the effect is not that of adding the vector at the block's output"
+        )

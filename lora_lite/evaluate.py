@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import quant
 from .adapter import adapters, scaled, session_of
-from .calibrate import Positions, as_inputs, select, still, with_progress
+from .calibrate import Positions, as_inputs, check_several, select, still, with_progress
 from .errors import BaseModelError, ConfigError, TargetError
 from .prompts import Prompt, prompt_batches
 
@@ -45,16 +45,37 @@ def kl_divergence(
 
     Raises TargetError without an adapter, BaseModelError for a NaN or a divergence below zero by more than rounding.
     """
+    return divergences(model, batches, name, positions, progress, {})
+
+
+def divergences(
+    model: nn.Module,
+    batches: Iterable[Any],
+    name: str | None,
+    positions: Positions,
+    progress: bool,
+    base_side: dict[int, Tensor],
+    overflow: bool = False,
+) -> Float[Tensor, "n"]:
+    """As `kl_divergence`, with the base's log-probabilities of each batch, by its number, kept for a next call; with
+    `overflow`, NaN where the adapted model's are not finite, in place of an error."""
     if not adapters(model):
         raise TargetError(f"no adapter is attached to this {type(model).__name__}, so there is nothing to compare")
-    found = []
-    for content, logits in _each(model, batches, positions, progress):
+    found, whole_base = [], True
+    for i, (content, logits) in enumerate(_each(model, batches, positions, progress)):
         adapted = _log_probabilities(logits)
-        with scaled(model, 0.0, name):
-            base = _remembered(model, ("log-probabilities", content), partial(_log_probabilities, logits))
+        base = base_side.get(i)
+        if base is None:
+            with scaled(model, 0.0, name):
+                base = _remembered(model, ("log-probabilities", content), partial(_log_probabilities, logits))
+            if base.nbytes + sum(kept.nbytes for kept in base_side.values()) <= MEMO_BYTES:
+                base_side[i] = base.cpu()
         base = base.to(adapted)
+        whole_base = whole_base and bool(base.isfinite().all())
         found.append((base.exp() * (base - adapted)).sum(-1, dtype=torch.float64).cpu())
     kl = torch.cat(found)
+    if overflow and whole_base and not kl.isfinite().all():
+        return kl
     if not (kl.isfinite().all() and (kl >= -ROUNDING).all()):
         raise BaseModelError(
             f"KL divergences from {kl.min():.3g} to {kl.max():.3g}: below zero or not finite\n"
@@ -173,6 +194,7 @@ def _each(
     model: nn.Module, batches: Iterable[Any], positions: Positions, progress: bool
 ) -> Iterator[tuple[dict[str, Any], Callable[[], Tensor]]]:
     """For each batch, its content and a function that runs the model and gives float32 logits at the positions."""
+    check_several(batches)
     counted = 0
     with still(model), _contiguous_into_head(model):
         for batch in with_progress(batches, progress, "evaluation"):

@@ -60,7 +60,7 @@ def lies_transposed(block: nn.Module) -> bool | None:
 
     The shape of a fused gate and up projection says which; without a gate, transformers' `is_transposed`.
     """
-    matrices = getattr(block, NAME, None)
+    matrices = vars(block).get(NAME, block._parameters.get(NAME))  # getattr is slow where there is none: nearly always
     if not isinstance(matrices, Tensor) or matrices.ndim != 3:
         return None
     up = getattr(block, "gate_up_proj", getattr(block, "up_proj", None))

@@ -29,7 +29,7 @@ from .peft_format import plain_key
 from .preflight import changes_at, checked_config, configs_at, specs_at
 from .runtime import installed
 from .targets import Target
-from .variant import REGISTRY, ParamSpec, config_for, weight_use
+from .variant import REGISTRY, ParamSpec, config_for
 
 Layers = dict[str, dict[str, str]]
 """Path of a layer in the file -> name of a tensor of the adapter there -> its key in the file."""
@@ -297,7 +297,7 @@ def _same(live: Tensor, raw: _Raw, key: str, kind: quant.Kind) -> bool | None:
 
 def _check_base(path: Path, adapter: Adapter, found: _Base, verify_base: bool) -> None:
     """CheckpointError for a method that depends on its base weight, where that isn't known to be this one."""
-    reads = weight_use(adapter.config) != "unused"
+    reads = any(slot.base_weight != "unused" for _, slot in adapter.slots())
     if not found.different and not (reads and found.prints):
         return
     doubtful = found.different or found.unknown

@@ -1,18 +1,20 @@
 """One adapter at one layer: what is kept there, and the view of it that a variant works on."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from . import quant
 from .errors import VariantError
+from .lowrank import is_transformed
 from .targets import Target
+from .timeline import Timeline, second_run_of
 
 
 @dataclass(eq=False)
@@ -25,17 +27,73 @@ class AdapterState:
     """As attached."""
     base: dict[str, Any]
     scale: float = 1.0
+    """As it was set; hooks go by `c`."""
     merged: bool = False
     """True while its effect is in the weights, and its hooks do nothing."""
     layers: list[nn.Module] = field(default_factory=list)
     """The adapted modules, in the order of `targets`."""
     per_layer: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Path of a target -> the config fields that differ there."""
+    set_in: int = -1
+    """The backward inside of which the scale was set, by who runs a forward there: it counts as it is."""
+    timeline: Timeline = field(default_factory=Timeline)
+    traced: tuple[Tensor, bool, bool] = field(init=False)
+    """The scale for a graph of torch.compile, an input that may change; is it 0; is it 1."""
+
+    def __post_init__(self) -> None:
+        self._show()
+
+    def set_scale(self, scale: float, set_in: int | None = None) -> tuple[float, int]:
+        """Returns the arguments that undo it."""
+        before = self.scale, self.set_in
+        if torch.compiler.is_compiling():
+            self.timeline = Timeline()  # there is no clock in a graph: what is pending goes by the scale as it is
+        else:
+            self.timeline.change(self.scale, scale)
+            self.set_in = torch._C._current_graph_task_id() if set_in is None else set_in  # -1 outside of all
+        self.scale = scale
+        self._show()
+        return before
+
+    def _show(self) -> None:
+        fresh = nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+        with fresh:  # a tensor of inference mode could take part in no training later
+            value = torch.tensor(
+                self.scale, dtype=torch.float64, device="cpu"
+            )  # without dimensions: it casts nothing up
+        self.traced = value, self.scale == 0, self.scale == 1
+
+    @property
+    def c(self) -> Any:
+        """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first. In a graph of
+        torch.compile a tensor: a number would be a part of the graph, or break it (torch 2.13, with checkpointing)."""
+        if torch.compiler.is_compiling():
+            return self.traced[0]
+        node = second_run_of()
+        if node is None:
+            self.timeline.first_run(self.scale)
+            return self.scale
+        if self.set_in == torch._C._current_graph_task_id():
+            return self.scale
+        return self.timeline.at(node, self.scale)
+
+    @property
+    def is_off(self) -> bool:
+        """c = 0"""
+        return self.traced[1] if torch.compiler.is_compiling() else self.c == 0
+
+    @property
+    def is_whole(self) -> bool:
+        """c = 1"""
+        return self.traced[2] if torch.compiler.is_compiling() else self.c == 1
 
     @property
     def is_idle(self) -> bool:
         """Do its hooks leave everything as it is?"""
-        return self.merged or self.scale == 0
+        return self.merged or self.is_off
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"timeline": Timeline()}  # no forward of a copy is pending
 
     def attribute(self, tensor: str) -> str:
         """The name on the layer of this adapter's `tensor`: `lora_A`, or `lora_A__fr` for adapter fr."""
@@ -72,13 +130,17 @@ class Layer:
 
     layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
                            (the activation's), unless their ParamSpec says keep_dtype
-    layer.cfg, .scale      the adapter's config at this layer; its coefficient c
+    layer.cfg, .scale      the adapter's config at this layer; its coefficient c, a number, and in a graph of
+                           torch.compile a tensor without dimensions
+    layer.is_off, .is_whole    is c 0, or 1
     layer.in_features, .out_features, .bias, .training
+    layer.owned            is y nobody else's, so that `forward` may write into it
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
+    layer.experts          how many experts it fuses
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
-    there: tensors by their name, `bias`, `training`.
+    there: tensors by their name, `bias`, `training`; `history` makes the weight that `dense_weight("history")` gives.
     """
 
     def __init__(
@@ -89,9 +151,7 @@ class Layer:
         expert: int | None = None,
         instead: Mapping[str, Any] | None = None,
     ) -> None:
-        given = {"_module": module, "_slot": slot, "_dtype": dtype, "_expert": expert, "_instead": instead or {}}
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
+        self.__dict__.update(_module=module, _slot=slot, _dtype=dtype, _expert=expert, _instead=instead or {})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -102,23 +162,32 @@ class Layer:
         if name.startswith("_"):
             raise AttributeError(name)
         slot = self._slot
-        if name not in slot.tensors:
+        keep_dtype = slot.tensors.get(name)
+        if keep_dtype is None:
             raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
         tensor = self._instead.get(name)
         if tensor is None:
-            tensor = getattr(self._module, slot.state.attribute(name))
+            attribute = slot.state.attribute(name)
+            tensor = self._module._parameters.get(attribute)  # getattr finds it too, and takes three times as long
+            tensor = getattr(self._module, attribute) if tensor is None else tensor
             tensor = tensor if self._expert is None else tensor[self._expert]
-        if self._dtype is None or slot.tensors[name]:
-            return tensor
-        return tensor.to(self._dtype)
+        return tensor if keep_dtype or self._dtype is None else tensor.to(self._dtype)
 
     @property
     def cfg(self) -> Any:
         return self._slot.cfg
 
     @property
-    def scale(self) -> float:
-        return self._slot.state.scale
+    def scale(self) -> Any:
+        return self._slot.state.c
+
+    @property
+    def is_off(self) -> bool:
+        return self._slot.state.is_off
+
+    @property
+    def is_whole(self) -> bool:
+        return self._slot.state.is_whole
 
     @property
     def path(self) -> str:
@@ -130,6 +199,11 @@ class Layer:
         """("model.layers.", 3) in the block `model.layers.3`; None outside of every stack of blocks."""
         target = self._slot.target
         return None if target.stack is None or target.block is None else (target.stack, target.block)
+
+    @property
+    def experts(self) -> int:
+        """How many experts it fuses; 0 for a linear layer."""
+        return self._slot.target.experts
 
     @property
     def in_features(self) -> int:
@@ -145,6 +219,11 @@ class Layer:
         return training
 
     @property
+    def owned(self) -> bool:
+        """True in the one hook on a plain linear layer, of a method that `handles_scale`: y has just been made."""
+        return self._instead.get("owned", False)
+
+    @property
     def bias(self) -> Tensor | None:
         """(d_out,), cast to the compute dtype, or None; experts' biases are added outside of what a variant sees."""
         bias = self._instead["bias"] if "bias" in self._instead else getattr(self._module, "bias", None)
@@ -156,10 +235,17 @@ class Layer:
         self._may_read("weight")
         return quant.plain_weight(self._module, self.path, self._expert)
 
-    def dense_weight(self) -> Float[Tensor, "o i"]:
-        """A float32 copy (of a float64 layer float64) of the numbers that it computes with; dequantises. For `init`."""
+    def dense_weight(self, of: str = "base") -> Float[Tensor, "o i"]:
+        """A float32 copy (of a float64 layer float64) of the numbers that it computes with; dequantises. For `init`.
+
+        of="history", while an adapter is attached: with what the layer's histories change in it, exactly.
+        """
         self._may_read("dense_weight()")
-        return quant.dense_weight(self._module, self.path, self._expert)
+        weight = quant.dense_weight(self._module, self.path, self._expert)
+        if of == "base":
+            return weight
+        worked_in: Tensor = self._instead["history"](weight)
+        return worked_in
 
     def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""
@@ -175,14 +261,22 @@ class Layer:
         would. The comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only
         while an adapter is on it.
         """
-        remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
-        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-            if not remember:
-                return compute(*inputs).detach()
-            memo = self._slot.memo.get(name)
-            if memo is None or not all(map(_same, memo[0], inputs)):
-                memo = self._slot.memo[name] = ([t.clone() for t in inputs], compute(*inputs))
+        remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed())
+        if not (remember or torch.compiler.is_compiling()):
+            self._slot.memo.pop(name, None)  # it takes as much memory as the adapter
+        memo = self._slot.memo.get(name) if remember else None
+        if memo is not None and all(map(_same, memo[0], inputs)):
             return memo[1]
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+            value = compute(*inputs).detach()
+            if remember:
+                self._slot.memo[name] = [t.clone() for t in inputs], value
+            return value
+
+    def part(self, prefix: str, cfg: Any, c: float) -> "Layer":
+        """One of several methods that share this adapter, as if it were attached by itself with this config at scale c:
+        its `lora_A` is `lora_<prefix>_A` here. It is always out of training, so nothing is dropped."""
+        return _Part(self, prefix, cfg, c)
 
     def _may_read(self, what: str) -> None:
         if self._slot.base_weight == "unused":
@@ -192,9 +286,35 @@ class Layer:
             )
 
 
-def _transformed() -> bool:
-    """Is a torch.func transform at work, or a level of forward_ad? Neither has a public question for it."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+class _Part(Layer):
+    def __init__(self, whole: Layer, prefix: str, cfg: Any, c: float) -> None:
+        super().__init__(whole._module, whole._slot, whole._dtype, whole._expert, {**whole._instead, "training": False})
+        for name, value in {"_whole": whole, "_prefix": prefix, "_cfg": cfg, "_c": c}.items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("lora_"):
+            raise AttributeError(name)
+        return getattr(self._whole, f"lora_{self._prefix}_{name.removeprefix('lora_')}")
+
+    @property
+    def cfg(self) -> Any:
+        return self._cfg
+
+    @property
+    def scale(self) -> Any:
+        return self._whole.scale * self._c
+
+    @property
+    def is_off(self) -> bool:
+        return self._c == 0 or self._whole.is_off
+
+    @property
+    def is_whole(self) -> bool:
+        return self._c == 1 and self._whole.is_whole
+
+    def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        return super().constant(f"{self._prefix} {name}", compute, *inputs)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

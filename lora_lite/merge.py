@@ -19,7 +19,6 @@ from .config import dtype_name
 from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
 from .layer import Slot
 from .runtime import detach, uninstall
-from .variant import weight_use
 
 CHOICES = (None, "dequantize", "requantize")
 
@@ -212,13 +211,19 @@ def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
     """Fused experts: each matrix; and each bias, where an adapter acts on the whole block's output."""
     block, outer = layer.module, [slot for slot in layer.slots if not slot.stacked]
     stored, biases = experts.stored(block), experts.bias(block)
+    zero = torch.zeros(layer.slots[0].target.d_out, layer.slots[0].target.d_in, device=stored.device)
+    if outer and Affine(block, outer, _compute(stored), stored.device).bias(None, lambda: zero) is not None:
+        names = " or ".join(slot.state.name for slot in outer)
+        raise TargetError(
+            f"{layer.path}: {names} adds a constant, and a bias of experts would be weighted as their outputs are\n"
+            f"  keep the adapter"
+        )
     new = torch.empty_like(stored)
     for i, matrix in enumerate(experts.oriented(block, stored)):
         experts.oriented(block, new)[i].copy_(_folded(layer, matrix, None, matrix.dtype, i)[0])
     changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(block, experts.NAME, stored.data), new)]
     if biases is not None and outer:
         affine = Affine(block, outer, _compute(biases), biases.device)
-        zero = torch.zeros(affine.d_out, affine.d_in, dtype=affine.dtype, device=biases.device)
         made = torch.stack([x for bias in biases if (x := affine.bias(bias, lambda: zero)) is not None])
         changes.append((Swap(block, experts.BIAS, biases.data), made.to(biases.dtype)))
     return changes
@@ -248,7 +253,7 @@ def _folded(
 
 def _check_apart(layer: _Layer, weight: Tensor, bias: Tensor | None, expert: int | None) -> None:
     """TargetError unless those that go in and those that stay give the same in this order as in the one attached."""
-    reads = [slot for slot in layer.stay if weight_use(slot.state.cfg) != "unused"]
+    reads = [slot for slot in layer.stay if slot.base_weight != "unused"]
     everything = sorted(slots_of(layer.module).values(), key=lambda slot: not slot.stacked)
     whole, inner, outer = (
         Affine(layer.module, slots, torch.float64, weight.device, expert)

@@ -358,11 +358,15 @@ class _Plan:
         module = self._stand_in(at, place, lambda: weight)
         slot = self._slots[at]
         affine = Affine(module, [slot], torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
-        if not place.bias and affine.bias(None, lambda: weight) is not None:
-            raise CheckpointError(
-                f"{place.target.path}: {slot.state.cfg.variant!r} adds a constant there, and this model has no bias to "
-                f"hold it\n  from_pretrained would drop one in silence: keep the adapter, or merge in memory"
+        fused = place.target.experts
+        if (fused or not place.bias) and affine.bias(None, lambda: weight) is not None:
+            why = (
+                "an expert's bias would be weighted as its output is\n  keep the adapter"
+                if fused
+                else "this model has no bias to "
+                "hold it\n  from_pretrained would drop one in silence: keep the adapter, or merge in memory"
             )
+            raise CheckpointError(f"{place.target.path}: {slot.state.cfg.variant!r} adds a constant there, and {why}")
         reads = module.reads
         affine.prepare()
         dtype = DTYPES[self._base.dtype(stored.key)]

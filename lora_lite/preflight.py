@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import quant
 from .adapter import Adapter, file_key, has_session, session_of
-from .config import BaseConfig
+from .config import BaseConfig, is_name
 from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .layer import AdapterState
 from .targets import Target, find_targets, model_width
@@ -161,7 +161,7 @@ def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 def check_name(name: str, root: nn.Module, specs: Specs) -> None:
     """ConfigError for an odd adapter name, TargetError for one that is taken, on the model or at a layer."""
-    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", name)):
+    if not is_name(name):
         raise ConfigError(
             f"adapter name {name!r}: it becomes part of parameter names\n"
             f"  use letters and digits, with single '_' or '-' between them"
@@ -171,6 +171,11 @@ def check_name(name: str, root: nn.Module, specs: Specs) -> None:
             f"adapter {name!r} is attached to this {type(root).__name__} already\n"
             f"  give the new one another name, detach the old one, or lora_lite.restore a file's values into it"
         )
+    check_free(name, root, specs)
+
+
+def check_free(name: str, root: nn.Module, specs: Specs) -> None:
+    """TargetError if a layer has an attribute of a name that an adapter's tensor would take."""
     modules, attribute = dict(root.named_modules()), AdapterState(name, None, [], {}).attribute
     for path, at in specs.items():
         taken = [attribute(tensor) for tensor in at if hasattr(modules[path], attribute(tensor))]

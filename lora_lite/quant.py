@@ -13,6 +13,7 @@ import enum
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -240,6 +241,7 @@ def spread(tensor: Tensor) -> list[float]:
     return flat[torch.tensor(spread_places(flat.numel()), device=flat.device)].float().tolist()
 
 
+@cache
 def spread_places(numel: int) -> list[int]:
     """Which elements of a flat tensor are looked at."""
     return torch.linspace(0, numel - 1, min(SAMPLES, numel), dtype=torch.float64, device="cpu").long().tolist()

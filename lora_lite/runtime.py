@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from . import experts, quant, record
 from .adapter import (
@@ -25,11 +26,12 @@ from .adapter import (
     get_adapter,
     keep_session,
     keep_slot,
+    leads,
+    put,
     scaled,
     session_of,
     slots_of,
 )
-from .affine import apply_input, apply_output
 from .config import BaseConfig
 from .errors import ConfigError, TargetError
 from .layer import AdapterState, Layer, Slot
@@ -37,6 +39,7 @@ from .preflight import (
     Changes,
     attachable,
     changes_at,
+    check_free,
     check_name,
     check_ready,
     checked_config,
@@ -45,7 +48,17 @@ from .preflight import (
     is_stacked,
 )
 from .targets import Target, find_targets
-from .variant import ParamSpec, check_takes_data, lookup, weight_use
+from .variant import (
+    ParamSpec,
+    apply_input,
+    apply_output,
+    changed_input,
+    changed_output,
+    check_takes_data,
+    lookup,
+    needs_data,
+    weight_use,
+)
 
 Values = Callable[[str, ParamSpec, torch.dtype, torch.device], Tensor]
 """(key, spec, dtype, device) -> the first values of one tensor."""
@@ -63,7 +76,7 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
     given stay free to repack (lora_lite/quant.py).
     """
     variant, root = lookup(checked_config(cfg).variant), attachable(model)
-    if variant.needs_calibration and calibration_data is None:
+    if needs_data(cfg) and calibration_data is None:
         raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
     if calibration_data is not None:
         check_takes_data(cfg)
@@ -107,7 +120,13 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 @contextmanager
 def installed(
-    root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], changes: Changes, values: Values
+    root: nn.Module,
+    cfg: BaseConfig,
+    name: str,
+    targets: list[Target],
+    changes: Changes,
+    values: Values,
+    scale: float = 1.0,
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
@@ -122,46 +141,126 @@ def installed(
     modules = dict(root.named_modules())
     layers = {target.path: modules[target.path] for target in targets}
     repackable = quant.repackable(root)
-    state = AdapterState(name, cfg, targets, record.base_record(root, layers), per_layer=changes)
+    state = AdapterState(name, cfg, targets, record.base_record(root, layers), scale, per_layer=changes)
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
     change = BaseChange((p for p in root.parameters() if p.requires_grad and id(p) not in adapted), repackable.values())
 
     with torch.inference_mode(False), ExitStack() as undo:  # tensors of inference mode could never be trained
         undo.callback(_forget, root, session, name)
-        session.adapters[name] = state
+        put(session.adapters, name, state)
         keep_session(root, session)
         session.changes.append(change)
         undo.callback(_undo, session, change)
         change.make()
         for target in targets:
             undo.callback(uninstall, layers[target.path], name)
-            cfg_here = configs[target.path]
-            slot = Slot(state, target, cfg_here, weight_use(cfg_here), is_stacked(target, cfg_here))
-            _install(layers[target.path], slot, specs[target.path], values)
+            _install(layers[target.path], _slot(state, target, configs), specs[target.path], values)
         yield Adapter(root, name)
         undo.pop_all()
 
 
+@contextmanager
+def remade(
+    root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], changes: Changes, values: Values
+) -> Iterator[Adapter]:
+    """As `installed`, of an adapter that is attached: it gets this config, these targets and new tensors at its place
+    in the order, and keeps its scale. As it was again if the block raises."""
+    configs = configs_at(cfg, targets, changes)
+    specs = checked_specs(root, targets, configs)
+    check_ready(root, targets)
+    _, session = session_of(root)
+    check_unmerged(session, f"change {name!r}")
+    modules, before = dict(root.named_modules()), session.adapters[name]
+    check_free(name, root, {path: at for path, at in specs.items() if name not in slots_of(modules[path])})
+    layers = {target.path: modules[target.path] for target in targets}
+    state = AdapterState(name, cfg, targets, record.base_record(root, layers), before.scale, per_layer=changes)
+
+    with torch.inference_mode(False), ExitStack() as undo:
+        undo.callback(put, session.adapters, name, before)
+        put(session.adapters, name, state)
+        for target in targets:
+            layer, slot = layers[target.path], _slot(state, target, configs)
+            held = slots_of(layer).get(name)
+            if held is None:
+                undo.callback(uninstall, layer, name)
+                _install(layer, slot, specs[target.path], values)
+            else:
+                undo.callback(_exchange, layer, held, {each: _tensor(layer, held, each) for each in held.tensors})
+                made = {each: _value(layer, slot, each, spec, values) for each, spec in specs[target.path].items()}
+                slot.tensors = {each: spec.keep_dtype for each, spec in specs[target.path].items()}
+                _exchange(layer, slot, made)
+                state.layers.append(layer)
+        yield Adapter(root, name)
+        undo.pop_all()
+    for layer in before.layers:
+        if layer not in state.layers:
+            uninstall(layer, name)
+
+
+def _slot(state: AdapterState, target: Target, configs: Mapping[str, BaseConfig]) -> Slot:
+    cfg = configs[target.path]
+    return Slot(state, target, cfg, weight_use(cfg), is_stacked(target, cfg))
+
+
 def _install(module: quant.Linear, slot: Slot, specs: Mapping[str, ParamSpec], values: Values) -> None:
-    state, variant = slot.state, lookup(slot.cfg.variant)
     keep_slot(module, slot)
-    state.layers.append(module)
+    slot.state.layers.append(module)
     for name, spec in specs.items():
-        value = values(file_key(slot.path, name), spec, slot.cfg.dtype, quant.stored(module).device)
-        if spec.trainable:
-            module.register_parameter(state.attribute(name), nn.Parameter(value))
-        else:
-            module.register_buffer(state.attribute(name), value)
+        _hold(module, slot, name, _value(module, slot, name, spec, values))
         slot.tensors[name] = spec.keep_dtype
+    leading = [each for each in slots_of(module).values() if leads(each)]
+    for each in reversed(leading) if slot in leading else [slot]:
+        _hook(module, each)
+
+
+def _hook(module: quant.Linear, slot: Slot) -> None:
+    """Register a slot's hooks, those of an adapter that leads before all others."""
+    name, variant, handles = slot.state.name, lookup(slot.cfg.variant), slot.handles
+    while handles:
+        handles.pop().remove()
+    before = partial(module.register_forward_pre_hook, prepend=variant.leads)
+    after = partial(module.register_forward_hook, prepend=variant.leads)
     if slot.stacked:
-        slot.handles.append(module.register_forward_pre_hook(partial(_experts_hook, state.name)))
-        slot.handles.append(module.register_forward_hook(_experts_done, always_call=True))
+        handles.append(before(partial(_experts_hook, name)))
+        handles.append(after(_experts_done, always_call=True))
         return
     if variant.forward_input is not None:
-        hook = partial(_input_hook, state.name)
-        slot.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(before(partial(_input_hook, name), with_kwargs=True))
     if variant.forward is not None:
-        slot.handles.append(module.register_forward_hook(partial(_output_hook, state.name), with_kwargs=True))
+        handles.append(after(partial(_output_hook, name), with_kwargs=True))
+
+
+def _value(module: quant.Linear, slot: Slot, name: str, spec: ParamSpec, values: Values) -> Tensor:
+    value = values(file_key(slot.path, name), spec, slot.cfg.dtype, quant.stored(module).device)
+    return nn.Parameter(value) if spec.trainable else value
+
+
+def _hold(module: nn.Module, slot: Slot, name: str, value: Tensor) -> None:
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(slot.state.attribute(name), value)
+    else:
+        module.register_buffer(slot.state.attribute(name), value)
+
+
+def _tensor(module: nn.Module, slot: Slot, name: str) -> Tensor:
+    tensor: Tensor = getattr(module, slot.state.attribute(name))
+    return tensor
+
+
+def _exchange(module: nn.Module, slot: Slot, tensors: Mapping[str, Tensor]) -> None:
+    """This slot with these tensors in the place of the adapter's slot that is there, under the same hooks."""
+    there = slots_of(module)[slot.state.name]
+    slot.handles = there.handles
+    keep_slot(module, slot)
+    _drop_tensors(module, there)
+    for name, tensor in tensors.items():
+        _hold(module, slot, name, tensor)
+
+
+def _drop_tensors(module: nn.Module, slot: Slot) -> None:
+    for tensor in slot.tensors:
+        with suppress(AttributeError):  # another library's doing, such as a parametrization
+            delattr(module, slot.state.attribute(tensor))
 
 
 def uninstall(module: nn.Module, name: str) -> None:
@@ -172,9 +271,7 @@ def uninstall(module: nn.Module, name: str) -> None:
     for handle in slot.handles:
         handle.remove()
     experts.unshadow(module)
-    for tensor in slot.tensors:
-        with suppress(AttributeError):  # another library's doing, such as a parametrization
-            delattr(module, slot.state.attribute(tensor))
+    _drop_tensors(module, slot)
 
 
 def _undo(session: Session, change: BaseChange) -> None:
@@ -206,7 +303,20 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
         raise TargetError(
             f"{slot.path}: wanted a tensor from this layer, got {type(y).__name__}\n  leave it out with exclude_names"
         )
-    return apply_output(Layer(module, slot, y.dtype), x.to(y.dtype), y)
+    own = {"owned": True} if _is_owned(module, slot, y) else None
+    return changed_output(Layer(module, slot, y.dtype, instead=own), x.to(y.dtype), y)
+
+
+def _is_owned(module: nn.Module, slot: Slot, y: Tensor) -> bool:
+    """Has nothing but this hook seen the layer's output? A plain linear layer makes a new one at each forward."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(module) is nn.Linear
+        and len(module._forward_hooks) == 1
+        and not _global_forward_hooks
+        and lookup(slot.cfg.variant).handles_scale
+        and not y._is_view()
+    )
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -214,7 +324,7 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     if slot.state.is_idle:
         return None
     x = _argument(args, kwargs)
-    new = apply_input(Layer(module, slot, x.dtype), x)
+    new = changed_input(Layer(module, slot, x.dtype), x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .config import AdapterConfig, BaseConfig
@@ -65,14 +66,17 @@ class Variant(Protocol):
     has_identity_init  a fresh adapter leaves every output bit-exact
     handles_scale      the maths uses `layer.scale` itself; otherwise the runtime blends y + c·(f(y) - y), which
                        rounds a small change to y's dtype twice
-    needs_calibration  `group_init` needs `attach(..., calibration_data=...)`
+    needs_calibration  `group_init` needs `attach(..., calibration_data=...)`. Or a function of the config that says so;
+                       where that says no, data is an error
     live               config fields that `Adapter.configure` may change while the adapter is attached
+    leads              its adapters come before those that don't lead, whenever they were attached
     default_lr         a learning rate for AdamW that works, with the reason in the variant's file; None for a method
                        that is computed and not trained
 
     On fused experts (a config with FUSED_EXPERTS): where the weight is unused, `forward` runs once, on the block's
-    output, and must be linear in y alone; otherwise every expert has tensors of its own, and `init`, `forward_input`
-    and `forward` see it as the linear layer that it is (x an identity matrix, y its weight).
+    output, and must be affine in y alone (what it adds whatever y is can't be merged); otherwise every expert has
+    tensors of its own, and `init`, `forward_input` and `forward` see it as the linear layer that it is (x an identity
+    matrix, y its weight).
     """
 
     name: str
@@ -80,8 +84,9 @@ class Variant(Protocol):
     base_weight: Literal["unused", "read", "dense"] | Callable[[Any], str] = "unused"
     has_identity_init: bool = True
     handles_scale: bool = False
-    needs_calibration: bool = False
+    needs_calibration: bool | Callable[[Any], bool] = False
     live: tuple[str, ...] = ()
+    leads: bool = False
     default_lr: float | None = 1e-3
 
     @staticmethod
@@ -101,6 +106,13 @@ class Variant(Protocol):
     def refresh(targets: Mapping[str, Layer], cfg: Any) -> None:
         """Bring the tensors in line with the config: after `group_init`, and whenever its `live` fields change."""
 
+    @staticmethod
+    def low_rank(layer: Layer) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """(A (r, d_in), B (d_out, r), s), exact, if all it does at `layer.scale` is to add B (s ⊙ A x), whatever y is:
+        then the rounds that a history keeps are one pair of products. s is a number or (r,). None for any other change.
+        """
+        return None
+
     forward: Callable[[Layer, Tensor, Tensor], Tensor] | None = None
     """`(layer, x, y) -> y_new`, with x (*b, d_in) and y (*b, d_out), the layer's output, of one dtype."""
 
@@ -112,8 +124,8 @@ REGISTRY: dict[str, Variant] = {}
 """Every registered variant, by name."""
 
 _DEFAULTS = (
-    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "default_lr"),
-    *("init", "group_init", "refresh", "forward", "forward_input"),
+    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "leads"),
+    *("default_lr", "init", "group_init", "refresh", "low_rank", "forward", "forward_input"),
 )
 
 _USES = ("unused", "read", "dense")
@@ -147,6 +159,8 @@ def _check(cls: Any) -> None:
     """VariantError for a declaration that the runtime could not keep."""
     if not callable(cls.base_weight) and cls.base_weight not in _USES:
         problem = f"base_weight is 'unused', 'read' or 'dense', got {cls.base_weight!r}"
+    elif not (callable(cls.needs_calibration) or isinstance(cls.needs_calibration, bool)):
+        problem = f"needs_calibration is True, False or a function of the config, got {cls.needs_calibration!r}"
     elif not (isinstance(cls.config, type) and issubclass(cls.config, BaseConfig)):
         problem = f"config is a subclass of BaseConfig, got {cls.config!r}"
     elif cls.forward and cls.forward_input and not cls.handles_scale:
@@ -171,6 +185,30 @@ def lookup(name: str) -> Variant:
     return REGISTRY[name]
 
 
+def apply_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
+    """What one adapter makes of the layer's input, at its scale."""
+    return x if lookup(layer.cfg.variant).forward_input is None or layer.is_off else changed_input(layer, x)
+
+
+def changed_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
+    """The same, of a method with a `forward_input`, at another scale than 0."""
+    variant: Any = lookup(layer.cfg.variant)
+    new: Tensor = variant.forward_input(layer, x)
+    return new if variant.handles_scale or layer.is_whole else x + layer.scale * (new - x)
+
+
+def apply_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+    """What one adapter makes of the layer's output, at its scale."""
+    return y if lookup(layer.cfg.variant).forward is None or layer.is_off else changed_output(layer, x, y)
+
+
+def changed_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+    """The same, of a method with a `forward`, at another scale than 0."""
+    variant: Any = lookup(layer.cfg.variant)
+    new: Tensor = variant.forward(layer, x, y)
+    return new if variant.handles_scale or layer.is_whole else y + layer.scale * (new - y)
+
+
 def weight_use(cfg: BaseConfig) -> str:
     """What a config's variant does with the base weight: "unused", "read" or "dense". Raises VariantError."""
     declared = lookup(cfg.variant).base_weight
@@ -180,10 +218,22 @@ def weight_use(cfg: BaseConfig) -> str:
     return use
 
 
+def needs_data(cfg: BaseConfig) -> bool:
+    """Does a config's variant want calibration data?"""
+    declared = lookup(cfg.variant).needs_calibration
+    return bool(declared(cfg) if callable(declared) else declared)
+
+
 def check_takes_data(cfg: BaseConfig) -> None:
     """ConfigError for calibration data that the variant would never look at."""
-    if lookup(cfg.variant).group_init is Variant.group_init:
+    variant = lookup(cfg.variant)
+    if variant.group_init is Variant.group_init:
         raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data\n  it is trained: leave it out")
+    if callable(variant.needs_calibration) and not needs_data(cfg):
+        raise ConfigError(
+            f"variant {cfg.variant!r} takes no calibration_data as it is configured\n"
+            f"  leave it out, or change what the config says of it"
+        )
 
 
 def config_for(name: str) -> type[BaseConfig]:

@@ -17,6 +17,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 import lora_lite as ll  # noqa: E402
 from lora_lite.variant import REGISTRY  # noqa: E402
 
+LONGEST = ("test_processes.py", "test_story.py", "test_abliteration.py", "test_examples.py", "test_steering_real.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes a minute comes first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:

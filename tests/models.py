@@ -1,5 +1,6 @@
 """Small models for tests, built from configs: nothing is downloaded."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 import lora_lite as ll
+from lora_lite.variant import needs_data
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -107,12 +109,63 @@ def config(variant: str, **overrides: Any) -> Any:
 
 
 def attach(model: nn.Module, cfg: Any, name: str = "default") -> ll.Adapter:
-    """ll.attach, with data for a method that is computed from it: a direction for each of its layers."""
-    if not ll.REGISTRY[cfg.variant].needs_calibration:
+    """ll.attach, with data for a method that is computed from it: a direction for each of its layers. A history: of two
+    rounds."""
+    if cfg.variant == "history":
+        return keep_two(model, cfg, name)
+    if not needs_data(cfg):
         return ll.attach(model, cfg, name)
     generator = torch.Generator().manual_seed(3)
     given = {t.path: torch.randn(t.d_out, generator=generator) for t in ll.plan(model, cfg)}
     return ll.attach(model, cfg, name, calibration_data={"directions": given})
+
+
+def keep_two(model: nn.Module, cfg: Any, name: str) -> ll.Adapter:
+    """A history of two LoRAs, of different ranks, on the layers that this config is for."""
+    filters = {field: getattr(cfg, field) for field in cfg.FILTERS}
+    for r, c in ((3, 0.7), (2, -1.5)):
+        perturb(ll.attach(model, ll.LoRAConfig(r=r, dtype=cfg.dtype, **filters), "round"), seed=r)
+        made = ll.freeze_into(model, "round", into=name, c=c)
+    return made
+
+
+MIXED: list[tuple[str, dict[str, Any], float]] = [
+    ("lora", {"r": 3, "target_names": "q_proj|mlp"}, 0.7),
+    ("ia3", {"target_names": "_proj$"}, 1.5),
+    ("lora", {"r": 5, "alpha": 3.0, "rslora": True, "target_names": "down_proj"}, -0.4),
+    ("pissa", {"r": 2, "target_names": "q_proj|down_proj"}, 2.0),
+    ("ia3_ff", {"target_names": "down_proj|o_proj"}, 0.5),
+    ("dora", {"r": 2, "per_layer": {"down_proj": {"r": 4, "alpha": 1.0}}}, 0.9),
+    ("abliteration", {"target_names": "o_proj|down_proj", "normalization": "full"}, 0.3),
+    ("abliteration", {"target_names": "down_proj", "normalization": "column"}, 0.6),
+    ("ssteer", {"r": 6, "target_names": "k_proj|down_proj"}, 0.8),
+    ("antipasto", {"r": 7, "target_names": "o_proj|down_proj"}, -0.5),
+    ("steer", {"target_names": "o_proj|down_proj"}, 0.5),
+    ("lora", {"r": 1, "target_names": "down_proj|k_proj"}, 1.0),
+]
+"""Rounds of every kind: method, fields, coefficient."""
+
+
+def trained(model: nn.Module, variant: str, name: str = "default", *, seed: int = 1, **fields: Any) -> ll.Adapter:
+    """An adapter that has moved from its start, the same for the same seed."""
+    torch.manual_seed(seed)  # a fresh LoRA is random
+    adapter = attach(model, config(variant, **fields), name)
+    perturb(adapter, 0.1, seed)
+    return adapter
+
+
+def keep(model: nn.Module, variant: str = "lora", c: float = 1.0, *, seed: int = 1, **fields: Any) -> ll.Adapter:
+    """A trained adapter as a round of the model's history."""
+    trained(model, variant, seed=seed, **fields)
+    return ll.freeze_into(model, c=c)
+
+
+def keep_rounds(model: Any, which: Iterable[int]) -> Any:
+    """The model with these of MIXED in its history, after those that it has."""
+    for i in which:
+        variant, fields, c = MIXED[i]
+        keep(model, variant, c, seed=i, **fields)
+    return model
 
 
 @torch.no_grad()
@@ -143,11 +196,14 @@ def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 __all__ = [
     "IDS",
+    "MIXED",
     "SIZES",
     "AutoModelForCausalLM",
     "OneLinear",
     "attach",
     "config",
+    "keep",
+    "keep_rounds",
     "loss_of",
     "moe",
     "perturb",
@@ -155,4 +211,5 @@ __all__ = [
     "tiny_folder",
     "tiny_llama",
     "train",
+    "trained",
 ]

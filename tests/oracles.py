@@ -7,6 +7,7 @@ input x (n, i), and gives y (n, o).
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Oracle = Callable[[Tensor, Tensor, Any, dict[str, Tensor], Tensor], Tensor]
@@ -43,6 +44,10 @@ def abliteration(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor
     return x @ weight_form(W, t["lora_v"], t["lora_strength"], cfg.normalization).T + b
 
 
+def steer(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ W.T + b + cfg.strength * t["lora_own"]
+
+
 def weight_form(W: Tensor, V: Tensor, s: Tensor, mode: str) -> Tensor:
     """W (o, i) with the rows of V (k, o) taken out of what it writes, in one of four ways of keeping norms."""
     rows, columns = W.norm(dim=1, keepdim=True), W.norm(dim=0)
@@ -57,6 +62,34 @@ def weight_form(W: Tensor, V: Tensor, s: Tensor, mode: str) -> Tensor:
     return forms[mode]
 
 
+def ssteer(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ (W + t["lora_U"] @ t["lora_ds"].diag() @ t["lora_V"].T).T + b
+
+
+def antipasto(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor, c: float = 1.0) -> Tensor:
+    U, S, V = t["lora_U"], t["lora_S"].diag(), t["lora_V"]
+    R = torch.eye(len(S), dtype=W.dtype)
+    if cfg.rotate != "none":
+        A = c * skew(t["lora_theta"], min(cfg.block, len(S)), len(S))
+        R = (R - A / 2) @ torch.linalg.inv(R + A / 2)
+    U_rot, V_rot = (U @ R, V) if cfg.rotate == "U" else (U, V @ R)
+    return x @ (W - U @ S @ V.T + U_rot @ (S + c * t["lora_ds"].diag()) @ V_rot.T).T + b
+
+
+def skew(theta: Tensor, b: int, r: int) -> Tensor:
+    """The block-diagonal A = -Aᵀ (r, r), each row of theta above the diagonal of a block, row by row."""
+    A = torch.zeros(r, r, dtype=theta.dtype)
+    for n, row in enumerate(theta):
+        pairs = [(i, j) for i in range(b) for j in range(i + 1, b)]
+        for (i, j), angle in zip(pairs, row, strict=True):
+            A[n * b + i, n * b + j], A[n * b + j, n * b + i] = angle, -angle
+    return A
+
+
+def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ (W + t["lora_B"] @ (t["lora_s"] * torch.tensor(cfg.coefficients).to(W)).diag() @ t["lora_A"]).T + b
+
+
 ORACLES: dict[str, Oracle] = {
     "lora": lora,
     "pissa": pissa,
@@ -64,4 +97,11 @@ ORACLES: dict[str, Oracle] = {
     "ia3": ia3,
     "ia3_ff": ia3_ff,
     "abliteration": abliteration,
+    "steer": steer,
+    "ssteer": ssteer,
+    "antipasto": antipasto,
+    "history": history,
 }
+
+AT_SCALE: dict[str, Callable[..., Tensor]] = {"antipasto": antipasto}
+"""Those whose c is no blend of base and method, with c as one more argument."""

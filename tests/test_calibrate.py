@@ -8,7 +8,7 @@ from models import IDS, moe, quantized, tiny_llama
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.directions import geometric_median, orthonormal
+from lora_lite.sides import geometric_median, orthonormal
 
 PAD = 0
 

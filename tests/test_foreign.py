@@ -23,8 +23,9 @@ def source(variant: str = "lora", *, name: str = "default", dtype: torch.dtype =
     """(model with an adapter that has moved, its config, its state dict as a consolidation gathers it)."""
     model = tiny_llama(dtype)
     cfg = config(variant, **fields)
-    perturb(attach(model, cfg, name))
-    return model, cfg, whole(model)
+    adapter = attach(model, cfg, name)
+    perturb(adapter)
+    return model, adapter.config, whole(model)
 
 
 def whole(model: nn.Module, prefix: str = "") -> Tensors:

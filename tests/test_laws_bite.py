@@ -111,6 +111,12 @@ def test_an_oracle_notices_one_per_cent(monkeypatch: pytest.MonkeyPatch) -> None
         test_laws.test_output_is_the_papers_formula("lora", True, {})
 
 
+def test_a_rotation_is_not_taken_for_a_blend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ll.REGISTRY["antipasto"], "handles_scale", False)
+    with pytest.raises(AssertionError):
+        test_laws.test_scale_c_blends_base_and_method_at_each_layer("antipasto", 0.5)
+
+
 @pytest.mark.parametrize(("law", "args"), [case[2:] for case in CASES], ids=[case[0] for case in CASES])
 def test_the_unbroken_one_passes_each(law: Callable[..., Any], args: tuple[Any, ...]) -> None:
     law(broken(), *args)

@@ -15,10 +15,16 @@ from transformers.pytorch_utils import Conv1D
 import lora_lite as ll
 from lora_lite import quant
 from lora_lite.adapter import Swap
+from lora_lite.variant import needs_data
 
 MODES = [{"variant": name} for name in sorted(ll.REGISTRY)]
 MODES += [{"variant": "abliteration", "normalization": mode} for mode in ("pre", "full", "column")]
 MODES += [{"variant": "abliteration", "rank": 2}, {"variant": "lora", "rslora": True, "r": 3}]
+MODES += [
+    {"variant": "ssteer", "r": 5},
+    {"variant": "antipasto", "rotate": "U", "r": 7},
+    {"variant": "antipasto", "rotate": "none"},
+]
 
 
 def named(mode: dict[str, Any]) -> str:
@@ -36,10 +42,10 @@ def adapted(model: Any, mode: dict[str, Any], name: str = "default", **more: Any
 
 
 def attach_data(model: Any, cfg: Any, name: str) -> ll.Adapter:
-    if not ll.REGISTRY[cfg.variant].needs_calibration:
-        return ll.attach(model, cfg, name)
+    if not needs_data(cfg):
+        return attach(model, cfg, name)
     generator = torch.Generator().manual_seed(3)
-    rank = cfg.rank
+    rank = getattr(cfg, "rank", 1)
     given = {t.path: torch.randn(rank, t.d_out, generator=generator) for t in ll.plan(model, cfg)}
     return ll.attach(model, cfg, name, calibration_data={"directions": given})
 

@@ -21,10 +21,21 @@ BY_LAYER: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {r"down_proj$": {"r": 6, "alpha": 3.0}, r"\.1\.mlp\.down": {"r": 2}, r"k_proj": {"rslora": True}},
     "dora": {r"down_proj$": {"r": 6, "alpha": 3.0}, r"\.1\.mlp\.down": {"r": 2}},
     "pissa": {r"down_proj$": {"r": 6, "alpha": 3.0}, r"\.1\.mlp\.down": {"r": 2}, r"k_proj": {"svd": "fast"}},
+    "ssteer": {r"down_proj$": {"r": 6}, r"\.1\.mlp\.down": {"r": 2}, r"k_proj": {"r": 1}},
+    "antipasto": {
+        r"down_proj$": {"r": 6, "rotate": "U"},
+        r"\.1\.mlp\.down": {"r": 2, "block": 3},
+        r"k_proj": {"rotate": "none"},
+    },
     "abliteration": {
         r"down_proj$": {"strength": 0.5, "normalization": "full"},
         r"\.1\.mlp\.down": {"normalization": "none"},
         r"k_proj": {"kernels": {"": [1.0, 0.0, 0.5, 3.0]}},
+    },
+    "steer": {
+        r"down_proj$": {"strength": 0.5},
+        r"\.1\.mlp\.down": {"strength": 0.7},
+        r"k_proj": {"kernels": {"": [1.0, 0.0, 0.5, 3.0]}, "strength": 2.0},
     },
 }
 per_case = pytest.mark.parametrize("variant", BY_LAYER)

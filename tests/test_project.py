@@ -3,13 +3,14 @@
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from contrasts import FITTED, NEUTRAL, chats
 from jaxtyping import TypeCheckError
-from models import OneLinear, config, perturb, tiny_llama
+from models import IDS, OneLinear, config, perturb, tiny_llama
 from test_ecosystem import Tokens, arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +20,8 @@ from lora_lite.variant import weight_use
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLE, OWN_VARIANT, ABLITERATION, MERGING, TRAINER = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+EXAMPLE, OWN_VARIANT, ABLITERATION, STEERING, POLES, HISTORY, MERGING, TRAINER = BLOCKS
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
@@ -48,6 +50,19 @@ def test_the_readmes_merging_runs(tiny: str, tmp_path: Path, monkeypatch: pytest
     assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
 
 
+def test_the_readmes_history_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    exec(HISTORY, {"ll": ll, "model": model, "batches": [IDS], "train": perturb})
+    assert "default: lora, c 0.8, 14 layers, rank 8\nformal: pissa, c 1, 14 layers, rank 8\n" in capsys.readouterr().out
+    assert [round_.label for round_ in ll.history(model)] == ["formal"]
+    fresh = tiny_llama()
+    ll.load(fresh, tmp_path / "history.safetensors", "history")
+    assert len(ll.history(fresh)) == 2
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # torch's, on a machine without an accelerator
 def test_the_readmes_trainer_trains_and_goes_on(tmp_path: Path) -> None:
     for last in (3, 6):
@@ -73,6 +88,28 @@ def test_the_readmes_abliteration_runs(smollm2: str, capsys: pytest.CaptureFixtu
     exec(ABLITERATION, scope)
     assert "tensor(0." in capsys.readouterr().out
     assert scope["adapter"].config.strength == 0.8  # type: ignore[attr-defined]
+
+
+def test_the_readmes_steering_runs(smollm2: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = {
+        "positive": chats("French", FITTED[:4]),
+        "negative": chats("English", FITTED[:4]),
+        "neutral": NEUTRAL[:4],
+    }
+    scope: dict[str, object] = {"ll": ll, "prompts": prompts}
+    scope |= {"tokenizer": AutoTokenizer.from_pretrained(smollm2), "model": ll.load_base(smollm2, torch.bfloat16)}
+    exec(STEERING, scope)
+    printed = re.search(r"tensor\((0\.\d+)", capsys.readouterr().out)
+    assert printed is not None
+    assert float(printed[1]) == pytest.approx(0.1, rel=0.05)
+
+
+def test_the_readmes_two_poles_train() -> None:
+    model = tiny_llama()
+    adapter = ll.attach(model, ll.LoRAConfig())
+    batch = {"input_ids": IDS, "labels": IDS}
+    exec(POLES, {"ll": ll, "model": model, "positive": batch, "negative": {**batch, "labels": IDS.flip(1)}})
+    assert all(p.grad is not None for p in adapter.parameters())
 
 
 def test_the_readmes_table_is_true() -> None:
@@ -112,15 +149,34 @@ def test_importing_the_library_imports_no_extra() -> None:
         "typer",
         "rich",
         "matplotlib",
+        "sklearn",
         "beartype",
     }
+
+
+def test_what_is_imported_later_is_all_there() -> None:
+    """In a process of its own: the runtime alone comes with the import, all else when it is asked for."""
+    code = """
+        import sys, lora_lite as ll
+        later = ("base", "budget", "checkpoint", "evaluate", "foreign", "merge_disk", "peft_format", "prompts")
+        assert not [name for name in later if f"lora_lite.{name}" in sys.modules]
+        assert all(getattr(ll, name) is not None for name in ll.__all__)
+        assert callable(ll.merge) and callable(ll.history)
+        try:
+            ll.mrege
+        except AttributeError as error:
+            assert "has no attribute 'mrege'" in str(error)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
 
 
 def test_variants_import_nothing_of_the_runtime_and_the_runtime_names_no_variant() -> None:
     package = ROOT / "lora_lite"
     for file in (package / "variants").glob("*.py"):
         for module in re.findall(r"^from \.\.(\w+) import", file.read_text(), re.M):
-            assert module in {"variant", "config", "directions", "errors"}, f"{file.name} imports {module}"
+            assert module in {"variant", "config", "directions", "errors", "lowrank", "rounds", "sspace", "svd"}, (
+                f"{file.name} imports {module}"
+            )
         assert len(file.read_text().splitlines()) <= 120, file.name
     for file in package.glob("*.py"):
         if file.name != "__init__.py":
@@ -144,4 +200,4 @@ def test_shapes_are_checked_while_the_tests_run() -> None:
 def test_every_config_and_error_is_public() -> None:
     for name in ll.REGISTRY:
         assert getattr(ll, ll.config_for(name).__name__) is ll.config_for(name)
-    assert set(ll.__all__) <= set(dir(ll))
+    assert all(hasattr(ll, name) for name in ll.__all__)

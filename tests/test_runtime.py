@@ -13,6 +13,7 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.preflight import checked_config
+from lora_lite.svd import leading_svd
 
 
 def test_adapters_stack_each_with_its_own_config_scale_and_parameters() -> None:
@@ -303,9 +304,9 @@ def test_dropout_acts_in_train_mode_only() -> None:
         assert torch.equal(model(x), model(x))
         model.train()
         assert not torch.equal(model(x), model(x))
-        mean = torch.stack([model(x) for _ in range(2000)]).mean(0)
+        mean = torch.stack([model(x) for _ in range(500)]).mean(0)
         model.eval()
-        assert (mean - model(x)).norm() < 0.05 * model(x).norm()
+        assert (mean - model(x)).norm() < 0.1 * model(x).norm()
 
 
 def test_one_log_line_an_operation(log: list[str], tmp_path: Any) -> None:
@@ -325,10 +326,10 @@ def test_one_log_line_an_operation(log: list[str], tmp_path: Any) -> None:
 
 
 def test_fast_svd_is_seeded_close_and_reports_its_error(log: list[str]) -> None:
-    left, right = (torch.linalg.qr(torch.randn(64, 64))[0] for _ in range(2))
-    model = OneLinear(64, 64)
+    left, right = (torch.linalg.qr(torch.randn(512, 512))[0] for _ in range(2))
+    model = OneLinear(512, 512)
     with torch.no_grad():
-        model.proj.weight.copy_(left @ torch.diag(0.8 ** torch.arange(64.0)) @ right)
+        model.proj.weight.copy_(left @ torch.diag(0.99 ** torch.arange(512.0)) @ right)
     products = []
     for svd in ("exact", "fast", "fast"):
         state = torch.random.get_rng_state()
@@ -344,14 +345,31 @@ def test_fast_svd_is_seeded_close_and_reports_its_error(log: list[str]) -> None:
     assert float(reports[0].rpartition("= ")[2]) < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(512, 512), (700, 512), (512, 700), (40, 30)])
+@pytest.mark.parametrize("rank", [600, 100, 3])
+def test_leading_singular_triplets(shape: tuple[int, int], rank: int) -> None:
+    """Of close singular values, of a matrix with fewer directions than the space has, and of a small one."""
+    generator = torch.Generator().manual_seed(1)
+    full = min(*shape, rank)
+    values = 2 * 0.99 ** torch.arange(float(full))
+    left, right = (torch.linalg.qr(torch.randn(n, full, generator=generator)).Q for n in shape)
+    w = (left * values) @ right.mT
+    u, s, v = leading_svd(w, 8)
+    held = min(8, full)
+    torch.testing.assert_close(s[:held], values[:held], rtol=1e-3, atol=1e-4)
+    assert s[held:].abs().sum() < 2e-3
+    assert ((u * s) @ v.mT - (left[:, :held] * values[:held]) @ right[:, :held].mT).norm() < 0.05
+    torch.testing.assert_close(u.mT @ u, torch.eye(8), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("d_in", "d_out"), [(96, 64), (64, 64), (64, 96)])
 def test_fast_svd_reports_how_bad_a_bad_run_is(
     d_in: int, d_out: int, log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In either orientation one of the two residuals is zero by construction."""
     model = OneLinear(d_in, d_out)
-    monkeypatch.setattr("lora_lite.variants.pissa.OVERSAMPLE", 0)
-    monkeypatch.setattr("lora_lite.variants.pissa.ITERATIONS", 0)
+    monkeypatch.setattr("lora_lite.svd.OVERSAMPLE", 0)
+    monkeypatch.setattr("lora_lite.svd.DEPTH", 1)
     ll.attach(model, config("pissa", target_names="proj", svd="fast"))
     (report,) = (line for line in log if "randomised SVD" in line)
     assert float(report.rpartition("= ")[2]) > 0.1

@@ -21,13 +21,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
-from models import IDS, OneLinear, attach, config, perturb, tiny_llama
+from models import IDS, OneLinear, attach, config, keep, perturb, tiny_llama
+from models import trained as moved
 from torch.distributed.tensor import DTensor
 
 import lora_lite as ll
 from lora_lite.merge_disk import MARKER
 
 WORLD, STEPS = 2, 3
+GENERATED = ("lora", "dora", "antipasto", "steer")
+"""Variants that go through the code generator as well, which takes ten seconds for each."""
 BATCH = torch.arange(48).reshape(4, 12)
 
 
@@ -45,10 +48,10 @@ def gradients(adapter: ll.Adapter) -> list[torch.Tensor]:
 def compiled(variant: str, folder: Path) -> None:
     """One graph, forward and backward; an attach, a new scale and a detach after the first call are all seen.
 
-    The whole model is traced and differentiated ahead of time; a single layer goes through the code generator as well.
+    The whole model is traced and differentiated ahead of time; of some variants a layer is compiled to code as well.
     """
     torch._dynamo.reset()
-    if shutil.which("g++"):
+    if shutil.which("g++") and variant in GENERATED:
         layer = OneLinear()
         perturb(attach(layer, config(variant, target_names="proj")))
         x = torch.randn(5, 16)
@@ -76,14 +79,15 @@ def compiled(variant: str, folder: Path) -> None:
     model.eval()
     graphs = []
     with torch.no_grad():
-        for c in (1.0, 0.5, 0.25, -2.0, 3.0):
+        for c in (1.0, 0.5, -2.0, 0.0, 3.0, 0.0, -1.0):
             perturb(adapter, seed=len(graphs))
+            with torch.inference_mode(), ll.scaled(model, c):  # in which no tensor may be made that training meets
+                wanted = model(input_ids=IDS).logits
             with ll.scaled(model, c):
-                torch.testing.assert_close(
-                    fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5
-                )
+                torch.testing.assert_close(fast(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-5)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert graphs[1] == graphs[-1], f"a new scale recompiles: {graphs}"
+        first = graphs[0]
+        assert graphs == [first, first, first, *4 * [first + 1]], f"a new scale recompiles: {graphs}"
         if "strength" in ll.REGISTRY[variant].live:
             before = model(input_ids=IDS).logits
             for strength in (0.9, 0.4):
@@ -94,6 +98,63 @@ def compiled(variant: str, folder: Path) -> None:
             assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-3)
         ll.detach(model)
         torch.testing.assert_close(fast(input_ids=IDS).logits, base)
+
+
+def poles(folder: Path) -> None:
+    """Compiled with its checkpoints, a model has the gradients of both poles; a whole step may be one graph, too."""
+    torch._dynamo.reset()
+    found = []
+    for way in ("plain", "compiled"):
+        model = tiny_llama(num_hidden_layers=1).train()
+        adapter = ll.attach(model, config("lora"))
+        perturb(adapter)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        run: Any = model if way == "plain" else torch.compile(model, backend="aot_eager")
+        losses = []
+        for c in (1.0, -1.0, 0.5):
+            with ll.scaled(model, c):
+                losses.append(run(input_ids=IDS, labels=IDS).loss)
+        sum(losses).backward()
+        found.append(gradients(adapter))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+    layer, x = OneLinear(), torch.randn(5, 16)
+    perturb(ll.attach(layer, config("lora", target_names="proj")))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        with ll.scaled(layer, -0.5):
+            return layer(x)
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
+    assert ll.adapters(layer)["default"].scale == 1.0
+
+
+def rounds_of_many_methods(folder: Path) -> None:
+    """They are one graph at any scale of the history, forward and backward; a round that is kept later is seen."""
+    torch._dynamo.reset()
+    layer, x = OneLinear(), torch.randn(5, 16)
+    for variant, c in (("lora", 0.7), ("ia3", 1.5), ("lora", -0.4), ("dora", 0.9), ("pissa", 2.0)):
+        keep(layer, variant, c, target_names="proj")
+    adapter = moved(layer, "lora", target_names="proj")
+    fast, graphs = torch.compile(layer, fullgraph=True, backend="aot_eager"), []
+    for c in (1.0, 0.5, -2.0, 3.0, 0.0):
+        found = []
+        for each in (fast, layer):
+            layer.zero_grad()
+            with ll.scaled(layer, c, "history"):
+                out = each(x)
+            out.square().sum().backward()
+            found.append((out, gradients(adapter)))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [*4 * graphs[:1], graphs[0] + 1], f"a new scale recompiles: {graphs}"
+    with torch.no_grad():
+        before = fast(x)
+        ll.freeze_into(layer)
+        torch.testing.assert_close(fast(x), before, rtol=1e-4, atol=1e-5)
+        ll.drop_round(layer, "default")
+        torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(fast(x), before, atol=1e-2)
 
 
 # ---- two processes ------------------------------------------------------------------------------
@@ -333,6 +394,8 @@ if __name__ == "__main__":
     _, name, folder = sys.argv
     if name == "compile":
         each_variant(compiled, folder)
+        poles(Path(folder))
+        rounds_of_many_methods(Path(folder))
     elif name == "killed":
         killed(Path(folder))
     else:

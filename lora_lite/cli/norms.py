@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..affine import Affine, apply_input, apply_output
+from ..affine import Affine
 from ..base_folder import BaseFolder
 from ..errors import CheckpointError, QuantizedWeightError
 from ..layer import AdapterState, Layer, Slot
 from ..packed import unpack
 from ..preflight import is_stacked, specs_at
 from ..targets import Target
-from ..variant import lookup, weight_use
+from ..variant import apply_input, apply_output, lookup, weight_use
 from .stored import StoredLayer
 
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import DirectionConfig, fit, placed
+from ..directions import SubspaceConfig, fit, placed
 from ..errors import BaseModelError
 from ..variant import Layer, ParamSpec, register
 
@@ -35,7 +35,7 @@ class Normalization(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbliterationConfig(DirectionConfig):
+class AbliterationConfig(SubspaceConfig):
     """Targets all that writes to the residual stream, fused experts included; strength is λ before the kernels."""
 
     variant: str = "abliteration"

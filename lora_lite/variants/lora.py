@@ -12,17 +12,17 @@ Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps
 import math
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..config import AdapterConfig, is_number, positive_or_none
+from ..lowrank import add_low_rank
 from ..variant import Layer, ParamSpec, register
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(AdapterConfig):
-    """alpha: None is r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: on the branch's x."""
+    """alpha: None is r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: on the branch."""
 
     variant: str = "lora"
     alpha: float | None = None
@@ -54,11 +54,16 @@ class LoRA:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
         return {
-            "lora_A": ParamSpec((cfg.r, d_in), init="kaiming"),
-            "lora_B": ParamSpec((d_out, cfg.r), init="zeros"),
+            "lora_A": ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True),
+            "lora_B": ParamSpec((d_out, cfg.r), init="zeros", keep_dtype=True),
         }
 
     @staticmethod
+    def low_rank(layer: Layer) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"], float]:
+        return layer.lora_A, layer.lora_B, layer.scale * layer.cfg.scaling
+
+    @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        h = F.dropout(x, layer.cfg.dropout, layer.training) @ layer.lora_A.mT  # (*b, r)
-        return y + (h * (layer.scale * layer.cfg.scaling)) @ layer.lora_B.mT
+        return add_low_rank(
+            y, x, *LoRA.low_rank(layer), layer.cfg.dropout if layer.training else 0.0, owned=layer.owned
+        )

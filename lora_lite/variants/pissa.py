@@ -1,7 +1,7 @@
 """PiSSA: LoRA that starts from the principal singular vectors (Meng et al. 2024, arXiv:2404.02948, section 3).
 
     y = (W - s B0 A0) x + b + s B A x       A (r, i)   B (o, r)   s = α/r
-      = y_base + s [B (ΔA x) + ΔB (A0 x)]   ΔA = A - A0   ΔB = B - B0
+      = y_base + s [B ΔB] [ΔA; A0] x        ΔA = A - A0   ΔB = B - B0
     s B0 A0 = U_r S_r V_rᵀ, the top r of W = U S Vᵀ;  A0 = √(S_r/s) V_rᵀ,  B0 = U_r √(S_r/s)
 
 Identity   ΔA = ΔB = 0, bit-exact
@@ -13,6 +13,7 @@ Checked    against PEFT LoraConfig(init_lora_weights="pissa"): outputs, gradient
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,23 +22,27 @@ from torch import Tensor
 
 from ..config import AdapterConfig, positive_or_none
 from ..errors import ConfigError
+from ..lowrank import add_low_rank
+from ..svd import leading_svd
 from ..variant import Layer, ParamSpec, register
-
-OVERSAMPLE, ITERATIONS, SEED = 16, 8, 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSAConfig(AdapterConfig):
-    """alpha: None is r. svd: "exact", or "fast", a seeded randomised SVD that logs its error."""
+    """alpha: None is r. svd: "exact", or "fast", a seeded randomised SVD that logs its error. svd_of: "base", or
+    "history", the base with the rounds that are kept on it (`lora_lite.freeze_into`); read at attach alone."""
 
     variant: str = "pissa"
     alpha: float | None = None
     svd: str = "exact"
+    svd_of: str = "base"
+    LATER: ClassVar[tuple[str, ...]] = ("svd_of",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
         self._require(self.svd in ("exact", "fast"), "svd", '"exact" or "fast"')
+        self._require(self.svd_of in ("base", "history"), "svd_of", '"base" or "history"')
 
     @property
     def scaling(self) -> float:
@@ -69,19 +74,22 @@ class PiSSA:
 
     @staticmethod
     def init(layer: Layer, cfg: PiSSAConfig) -> None:
-        u, s, v = _top_svd(layer.dense_weight(), cfg, layer.path)
+        u, s, v = _top_svd(layer.dense_weight(cfg.svd_of), cfg, layer.path)
         root = (s / cfg.scaling).sqrt()
         for factor, value in (("A", root[:, None] * v.mT), ("B", u * root)):
             getattr(layer, f"lora_{factor}0").copy_(value)
             getattr(layer, f"lora_{factor}").copy_(getattr(layer, f"lora_{factor}0"))
 
     @staticmethod
-    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+    def low_rank(layer: Layer) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"], float]:
         a, b = layer.lora_A, layer.lora_B
         a0, b0 = layer.lora_A0.to(a.dtype), layer.lora_B0.to(b.dtype)  # a cast of parameters alone must not part them
-        s = layer.scale * layer.cfg.scaling
-        change = (x @ (a - a0).to(x).mT) @ b.to(x).mT + (x @ a0.to(x).mT) @ (b - b0).to(x).mT
-        return y + s * change
+        return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), layer.scale * layer.cfg.scaling
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        a, b, s = PiSSA.low_rank(layer)
+        return add_low_rank(y, x, a.to(x.dtype), b.to(x.dtype), s, owned=layer.owned)
 
 
 def _top_svd(
@@ -91,10 +99,7 @@ def _top_svd(
     if cfg.svd == "exact":
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
         return u[:, : cfg.r], s[: cfg.r], vt[: cfg.r].mT
-    with torch.random.fork_rng(devices=[w.device] if w.is_cuda else []):
-        torch.manual_seed(SEED)
-        u, s, v = torch.svd_lowrank(w, q=min(cfg.r + OVERSAMPLE, *w.shape), niter=ITERATIONS)
-    u, s, v = u[:, : cfg.r], s[: cfg.r], v[:, : cfg.r]
+    u, s, v = leading_svd(w, cfg.r)
     error = float(max((w @ v - u * s).norm(), (w.mT @ u - v * s).norm()) / s.norm())  # 0 for true singular vectors
     logger.debug(f"{path}: randomised SVD, max(‖WV - US‖, ‖WᵀU - VS‖)/‖S‖ = {error:.1e}")
     return u, s, v

@@ -1,0 +1,284 @@
+"""What adapters cost beside the frozen base and beside PEFT, as ratios in one run: a table, JSON and a picture.
+
+    make bench [ARGS="--text gsm8k.jsonl"]
+
+SmolLM2-135M-Instruct in bfloat16, rank 16 on all 210 linear layers, 2 x 256 tokens; decoding 64 tokens after 8.
+Contenders take turns, in a new order each round; a ratio is the median of the rounds' ratios, with their quartiles.
+Bytes that autograd keeps are exact. Times are wall-clock times of the whole step: forward, backward, AdamW.
+"""
+
+import json
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from contenders import (
+    base,
+    decode,
+    load,
+    ours,
+    peft,
+    stack,
+    stack_input,
+    stack_ours,
+    stack_peft,
+    text,
+    train_step,
+)
+from loguru import logger
+from measure import Ratio, Times, floor, in_a_process, interleaved, peak_of, saved
+from peft import PeftModel
+from picture import draw, show
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+Section = Callable[[Tensor, int], Iterator[Ratio]]
+NEW_TOKENS = 64
+
+
+def memory(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    """Bytes that autograd keeps above the frozen base: exact."""
+    plain = base()
+    own = saved(plain, ids)
+    model = ours()
+    least = floor(plain, ids, ll.adapters(model)["default"].targets)
+    lora = saved(model, ids) - own
+    theirs = saved(peft(), ids) - own
+    dropped = saved(ours(dropout=0.05), ids) - own
+    yield Ratio("LoRA: kept for backward / floor", lora / least, 1.05, group="memory")
+    yield Ratio("LoRA: kept / PEFT", lora / theirs, group="memory")
+    yield Ratio("LoRA: kept / PEFT with bf16 adapters", lora / (saved(peft(bf16=True), ids) - own), group="memory")
+    yield Ratio("LoRA with dropout: kept / without", dropped / lora, 1.10, group="memory")
+    yield Ratio(
+        "DoRA: kept / PEFT",
+        (saved(ours("dora"), ids) - own) / (saved(peft(use_dora=True), ids) - own),
+        0.22,
+        group="memory",
+    )
+    yield from growth(ids, own, lora)
+
+
+def growth(ids: Tensor, own: int, lora: int) -> Iterator[Ratio]:
+    """What is kept grows with layers, rank and tokens no faster than they do, and not with what is disabled."""
+    half = saved(ours(layers=range(15)), ids) - own
+    yield Ratio("kept by 30 blocks / 2 x 15 blocks", lora / (2 * half), 1.05, group="growth")
+    model = load()
+    ll.attach(model, ll.LoRAConfig(r=64))
+    yield Ratio("kept at rank 64 / 4 x rank 16", (saved(model, ids) - own) / (4 * lora), 1.0, group="growth")
+    quarter = ids[:, : ids.shape[1] // 4]
+    few = saved(ours(), quarter) - saved(base(), quarter)
+    yield Ratio("kept of 512 tokens / 4 x 128 tokens", lora / (4 * few), 1.05, group="growth")
+    model = ours()
+    for i in range(8):
+        ll.attach(model, ll.LoRAConfig(r=16), f"off{i}").scale = 0.0
+    yield Ratio("kept with 8 disabled adapters / without", (saved(model, ids) - own) / lora, 1.0, group="growth")
+
+
+def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    crowded = ours()
+    for i in range(8):
+        ll.attach(crowded, ll.LoRAConfig(r=16), f"off{i}").scale = 0.0
+        for parameter in ll.adapters(crowded)[f"off{i}"].parameters():
+            parameter.requires_grad_(False)
+    models = {
+        "base": base(),
+        "lora": ours(),
+        "PEFT": peft(),
+        "PEFT bf16": peft(bf16=True),
+        "dora": ours("dora"),
+        "PEFT DoRA": peft(use_dora=True),
+        "crowded": crowded,
+    }
+    times = interleaved({name: train_step(model, ids) for name, model in models.items()}, rounds, "training")
+    yield times.ratio("LoRA step / frozen base", "lora", "base", 1.10, "training")
+    yield times.ratio("LoRA step / PEFT", "lora", "PEFT", 0.85, "training")
+    yield times.ratio("LoRA step / PEFT with bf16 adapters", "lora", "PEFT bf16", 1.0, "training")
+    yield times.ratio("DoRA step / frozen base", "dora", "base", 1.15, "training")
+    yield times.ratio("DoRA step / PEFT", "dora", "PEFT DoRA", 0.5, "training")
+    yield times.ratio("LoRA step with 8 disabled adapters / without", "crowded", "lora", 1.05, "training")
+    for name in ("PEFT", "PEFT DoRA"):
+        yield times.ratio(f"{name} step / frozen base", name, "base", group="peers")
+
+
+def quantised(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    models = {"base": base("nf4"), "lora": ours(quantization="nf4"), "PEFT": peft("nf4")}
+    times = interleaved({name: train_step(model, ids) for name, model in models.items()}, rounds, "nf4")
+    yield times.ratio("nf4: LoRA step / PEFT", "lora", "PEFT", 0.9, "training")
+    yield times.ratio("nf4: LoRA step / frozen base", "lora", "base", group="training")
+
+
+def decoding(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    merged = ours()
+    ll.merge(merged, keep=False)
+    models = {"base": load(), "lora": ours(), "dora": ours("dora"), "merged": merged, "PEFT": peft()}
+    slow = {"base": models["base"], "PEFT DoRA": peft(use_dora=True)}
+    for batch in (1, 8):
+        runs = {name: decode(model, ids, batch, NEW_TOKENS) for name, model in models.items()}
+        times = interleaved(runs, rounds, f"decoding, batch {batch}")
+        yield times.ratio(f"decode LoRA / base, batch {batch}", "lora", "base", 1.10, "decoding")
+        yield times.ratio(f"decode DoRA / base, batch {batch}", "dora", "base", 1.15, "decoding")
+        yield times.ratio(f"decode merged / base, batch {batch}", "merged", "base", 1.02, "decoding")
+        yield times.ratio(f"decode PEFT LoRA / base, batch {batch}", "PEFT", "base", group="peers")
+        runs = {name: decode(model, ids, batch, 8) for name, model in slow.items()}
+        times = interleaved(runs, min(rounds, 5), f"PEFT's DoRA, batch {batch}")
+        yield times.ratio(f"decode PEFT DoRA / base, batch {batch}, 8 tokens", "PEFT DoRA", "base", group="peers")
+
+
+def starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    """Attach and load on a model that is there, each on a fresh one; the import in processes of their own."""
+    attached: dict[str, list[float]] = {"ours": [], "PEFT": []}
+    loaded: dict[str, list[float]] = {"ours": [], "PEFT": []}
+    with tempfile.TemporaryDirectory() as folder:
+        ll.save(ours(), f"{folder}/a.safetensors")
+        peft().save_pretrained(f"{folder}/peft")
+        for _ in range(rounds):
+            ways: dict[str, Callable[[nn.Module], object]] = {
+                "ours": lambda model: ll.load(model, f"{folder}/a.safetensors"),
+                "PEFT": lambda model: PeftModel.from_pretrained(model, f"{folder}/peft"),
+            }
+            for name, way in ways.items():
+                loaded[name].append(timed(way, load()))
+            attached["ours"].append(timed(lambda model: ll.attach(model, ll.LoRAConfig(r=16)), load()))
+            attached["PEFT"].append(timed(attach_peft, load()))
+    yield Times(attached).ratio("attach to 210 layers / PEFT", "ours", "PEFT", 0.2, "starting")
+    yield Times(loaded).ratio("load a file / PEFT", "ours", "PEFT", 0.2, "starting")
+    runs = {name: lambda name=name: in_a_process("-c", f"import {name}") for name in ("torch", "lora_lite")}
+    times = interleaved(runs, rounds, "import")
+    yield times.ratio("import lora_lite / import torch", "lora_lite", "torch", 1.05, "starting")
+
+
+def attach_peft(model: nn.Module) -> object:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+
+
+def timed(run: Callable[[nn.Module], object], model: nn.Module) -> float:
+    started = time.perf_counter()
+    run(model)
+    return time.perf_counter() - started
+
+
+def pissa(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    """On a 2048 x 2048 layer with the singular values of a real one, stretched to that many."""
+    spectrum = torch.linalg.svdvals(load().model.layers[15].mlp.down_proj.weight.float())
+    values = nn.functional.interpolate(spectrum[None, None], 2048, mode="linear", align_corners=True)[0, 0]
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(2048, 2048, generator=generator)).Q for _ in range(2))
+    linear = nn.Linear(2048, 2048, bias=False)
+    linear.weight.data = (u * values) @ v.mT
+    layer = nn.Sequential(linear)
+    found: dict[str, list[float]] = {"exact": [], "fast": []}
+    parts = {}
+    for _ in range(max(3, rounds // 3)):
+        for svd, seconds in found.items():
+            cfg = ll.PiSSAConfig(r=16, svd=svd, target_names=r"^0$")
+            seconds.append(timed(partial(ll.attach, cfg=cfg), layer))
+            held = ll.adapters(layer)["default"].state_dict()
+            parts[svd] = held["0.lora_B"] @ held["0.lora_A"]
+            ll.detach(layer)
+    error = float((parts["fast"] - parts["exact"]).norm() / parts["exact"].norm())
+    yield Times(found).ratio("PiSSA fast init / full SVD, 2048 x 2048", "fast", "exact", 0.1, "starting")
+    yield Ratio("its relative error of the top 16", error, 0.01, group="starting")
+
+
+def peaks(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    """Resident memory of processes of their own, at the highest point of a step."""
+    found: dict[str, list[float]] = {"base": [], "ours": [], "PEFT": []}
+    for _ in range(max(3, rounds // 3)):
+        for name, values in found.items():
+            values.append(float(in_a_process(__file__, "--peak", name).split()[-1]))
+    above = {name: [a - b for a, b in zip(found[name], found["base"], strict=True)] for name in ("ours", "PEFT")}
+    yield Times(above).ratio("peak memory of a step above base / PEFT", "ours", "PEFT", 0.6, "memory")
+
+
+def peak(name: str, ids: Tensor) -> float:
+    """MiB"""
+    makers: dict[str, Callable[[], nn.Module]] = {"base": base, "ours": ours, "PEFT": peft}
+    model = makers[name]()
+    return peak_of(train_step(model, ids))
+
+
+def compiled(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    """A stack of 8 linear layers of 2048, which compiles in seconds."""
+    x = stack_input()
+    models = {"base": stack(), "lora": stack_ours(), "PEFT": stack_peft(), "dora": stack_ours("dora")}
+    models["PEFT DoRA"] = stack_peft(use_dora=True)
+    own = saved(models["base"], x)
+    least = floor(models["base"], x, [str(i) for i in range(8)])
+    yield Ratio("stack: LoRA kept / floor", (saved(models["lora"], x) - own) / least, 1.05, group="stack")
+    yield Ratio(
+        "stack: DoRA kept / PEFT",
+        (saved(models["dora"], x) - own) / (saved(models["PEFT DoRA"], x) - own),
+        group="stack",
+    )
+    times = interleaved({name: train_step(model, x) for name, model in models.items()}, 2 * rounds, "stack", 2)
+    yield times.ratio("stack: LoRA step / frozen base", "lora", "base", group="stack")
+    yield times.ratio("stack: LoRA step / PEFT", "lora", "PEFT", group="stack")
+    yield times.ratio("stack: DoRA step / PEFT", "dora", "PEFT DoRA", group="stack")
+    fast = {name: torch.compile(models[name]) for name in ("base", "lora", "PEFT")}
+    times = interleaved({name: train_step(model, x) for name, model in fast.items()}, 2 * rounds, "compiled stack", 3)
+    yield times.ratio("stack, compiled: LoRA step / PEFT", "lora", "PEFT", group="stack")
+    yield times.ratio("stack, compiled: LoRA step / frozen base", "lora", "base", group="stack")
+
+
+SECTIONS: dict[str, Section] = {
+    "memory": memory,
+    "starting": starting,
+    "pissa": pissa,
+    "training": training,
+    "quantised": quantised,
+    "decoding": decoding,
+    "peaks": peaks,
+    "compiled": compiled,
+}
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    file: Annotated[Path | None, typer.Option("--text", help="JSONL of questions and answers, such as GSM8K.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SECTIONS)}.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Of each timed comparison.")] = 11,
+    out: Annotated[Path, typer.Option(help="Where bench.json and bench.png go.")] = Path("runs", "bench"),
+    measured: Annotated[str | None, typer.Option("--peak", hidden=True)] = None,
+) -> None:
+    """Measure, and print a line for each ratio, with its mark."""
+    logger.remove()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    ids = text(file)
+    if measured is not None:
+        print(peak(measured, ids))
+        return
+    started, found = time.perf_counter(), []
+    for name in only or SECTIONS:
+        for ratio in SECTIONS[name](ids, rounds):
+            found.append(ratio)
+            print(f"{ratio.measure}: {ratio.value:.3f}", file=sys.stderr)
+    seconds = time.perf_counter() - started
+    show(found, seconds)
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(), "seconds": seconds, "rounds": rounds, "ratios": [each.record() for each in found]}
+    (out / "bench.json").write_text(json.dumps(record, indent=2) + "\n")
+    draw(found, out / "bench.png")
+
+
+def machine() -> dict[str, object]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.platform()}
+
+
+if __name__ == "__main__":
+    app()

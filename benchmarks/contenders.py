@@ -1,0 +1,140 @@
+"""The models that are compared, and their work: SmolLM2-135M-Instruct on real text, and a stack of linear layers."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+import lora_lite as ll
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from pairs import read_jsonl, stdlib_pairs
+from smollm2 import smollm2_folder
+
+RANK, BATCH, TOKENS = 16, 2, 256
+WIDTH, DEPTH = 2048, 8
+
+
+def load(quantization: str | None = None) -> Any:
+    return ll.load_base(str(smollm2_folder()), torch.bfloat16, quantization)
+
+
+def base(quantization: str | None = None) -> Any:
+    """The frozen base."""
+    return differentiable(load(quantization).requires_grad_(False))
+
+
+def ours(variant: str = "lora", quantization: str | None = None, **fields: Any) -> Any:
+    model = load(quantization)
+    adapter = ll.attach(model, configured(variant, **fields))
+    settle(adapter.parameters())
+    return differentiable(model)
+
+
+def configured(variant: str, **fields: Any) -> Any:
+    cls: Any = ll.config_for(variant)
+    return cls(variant=variant, r=RANK, **fields)
+
+
+def peft(quantization: str | None = None, bf16: bool = False, **fields: Any) -> Any:
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", **fields)
+    model = get_peft_model(load(quantization), config, autocast_adapter_dtype=not bf16)
+    settle(p for p in model.parameters() if p.requires_grad)
+    return differentiable(model)
+
+
+def differentiable(model: Any) -> Any:
+    """With the gradient of the input in every contender: what an adapter adds is then all that differs."""
+    model.enable_input_require_grads()
+    return model
+
+
+@torch.no_grad()
+def settle(parameters: Any) -> None:
+    """Small values, as after some training: with B = 0 some products could be skipped."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        if parameter.ndim == 2:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+
+
+def text(file: Path | None) -> Tensor:
+    """(2, 256) tokens: of a JSONL file of questions and answers such as GSM8K, or of the standard library's
+    docstrings."""
+    pairs = stdlib_pairs() if file is None else read_jsonl(file)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
+    words = "\n".join(f"{pair.prompt}\n{pair.completion}" for pair in pairs[:200])
+    return torch.tensor(tokenizer(words).input_ids[: BATCH * TOKENS]).view(BATCH, TOKENS)
+
+
+def train_step(model: Any, ids: Tensor) -> Callable[[], None]:
+    """Forward, backward and AdamW (of what is trained), as a function."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+    model.train()
+
+    def step() -> None:
+        loss_of(model, ids).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """Of a language model, or of the stack with ids as its input."""
+    if ids.is_floating_point():
+        squares: Tensor = model(ids).float().square().mean()
+        return squares
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+def decode(model: Any, ids: Tensor, batch: int, tokens: int) -> Callable[[], None]:
+    """Greedy decoding of so many tokens after a prompt of 8, as a function."""
+    model.eval()
+    prompt = ids.reshape(-1)[: 8 * batch].view(batch, 8)
+
+    @torch.no_grad()
+    def run() -> None:
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    return run
+
+
+def stack() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(DEPTH)]
+    return nn.Sequential(*layers).requires_grad_(False)
+
+
+def stack_ours(variant: str = "lora") -> nn.Sequential:
+    model = stack()
+    settle(ll.attach(model, configured(variant, target_names=r"^\d+$")).parameters())
+    return model
+
+
+def stack_peft(**fields: Any) -> Any:
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[str(i) for i in range(DEPTH)], **fields)
+    model: Any = get_peft_model(stack(), config)
+    settle(p for p in model.parameters() if p.requires_grad)
+    return model
+
+
+def stack_input() -> Tensor:
+    x = torch.randn(BATCH * TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    return x.bfloat16().requires_grad_()

@@ -1,0 +1,102 @@
+"""What kept rounds cost: a forward of 256 tokens and a step of decoding, as ratios to the base in one run.
+
+    python benchmarks/history.py [--rounds 1 20]
+
+LoRAs of rank 8 on all 210 linear layers of SmolLM2-135M in bfloat16, on one thread: as rounds of one history and,
+beside it, as adapters that are attached by name. Medians; interleaved, since machines are shared and noisy.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from smollm2 import smollm2_folder
+
+TOKENS, CONTEXT, RANK, REPEATS = 256, 64, 8, 15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, nargs="+", default=[1, 20])
+    args = parser.parse_args()
+    logger.remove()
+    torch.set_num_threads(1)
+    base = ll.load_base(str(smollm2_folder()), torch.bfloat16)
+    models = {"base": base}
+    for rounds in args.rounds:
+        models[f"history of {rounds}"] = with_history(copy.deepcopy(base), rounds)
+        models[f"{rounds} attached"] = with_adapters(copy.deepcopy(base), rounds)
+    ids = torch.randint(0, base.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for what, prepare in (("forward", forward), ("decode step", decode_step)):
+            compare(what, {name: prepare(model, ids) for name, model in models.items()})
+
+
+def compare(what: str, runs: dict[str, Callable[[], Any]]) -> None:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(REPEATS):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    unit = statistics.median(times["base"])
+    print(f"{what:<20}{'milliseconds':>14}{'ratio':>9}")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        print(f"  {name:<18}{median * 1e3:>14.1f}{median / unit:>9.2f}")
+
+
+def with_history(model: nn.Module, rounds: int) -> nn.Module:
+    for i in range(rounds):
+        moved(ll.attach(model, ll.LoRAConfig(r=RANK)))
+        ll.freeze_into(model, c=0.5, label=f"round-{i}")
+    return model
+
+
+def with_adapters(model: nn.Module, rounds: int) -> nn.Module:
+    for i in range(rounds):
+        adapter = ll.attach(model, ll.LoRAConfig(r=RANK), f"round-{i}")
+        moved(adapter)
+        adapter.scale = 0.5
+    return model
+
+
+@torch.no_grad()
+def moved(adapter: ll.Adapter) -> None:
+    for parameter in adapter.parameters():
+        parameter.add_(1e-3 * torch.randn(parameter.shape))
+
+
+def forward(model: Any, ids: Tensor) -> Callable[[], Any]:
+    model(input_ids=ids)
+    return partial(model, input_ids=ids)
+
+
+def decode_step(model: Any, ids: Tensor) -> Callable[[], Any]:
+    """One token more after CONTEXT of them, which stay in the cache as they are."""
+    cache = model(input_ids=ids[:, :CONTEXT], use_cache=True).past_key_values
+
+    def step() -> None:
+        model(input_ids=ids[:, CONTEXT : CONTEXT + 1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    step()
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""How things are measured: interleaved times, bytes that autograd keeps, peaks of processes of their own."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import loss_of
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the table. low, high: the quartiles of the ratios by round; None for what is exact."""
+
+    measure: str
+    value: float
+    mark: float | None = None
+    low: float | None = None
+    high: float | None = None
+    group: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.mark is None else self.value <= self.mark
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {"met": self.met}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds by contender, one a round."""
+
+    seconds: dict[str, list[float]]
+
+    def ratio(self, measure: str, one: str, other: str, mark: float | None = None, group: str = "") -> Ratio:
+        """The median of the rounds' ratios: what slows the machine down for some rounds slows both."""
+        of_rounds = sorted(a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=False))
+        low, middle, high = statistics.quantiles(of_rounds, n=4)
+        return Ratio(measure, middle, mark, low, high, group)
+
+
+def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, what: str, warm: int = 1) -> Times:
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        for _ in range(warm):
+            run()
+    for i in tqdm(range(rounds), desc=what, disable=not sys.stderr.isatty(), leave=False):
+        names = list(contenders)
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # none is always after the same one
+            started = time.perf_counter()
+            contenders[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return Times(seconds)
+
+
+def saved_storages(model: Any, ids: Tensor) -> dict[int, torch.UntypedStorage]:
+    """What autograd keeps of one forward for its backward: each storage once, parameters and buffers aside."""
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    model.train()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, ids)
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    del loss
+    return {at: storage for at, storage in found.items() if at not in own}
+
+
+def saved(model: Any, ids: Tensor) -> int:
+    """Bytes"""
+    return sum(storage.nbytes() for storage in saved_storages(model, ids).values())
+
+
+def floor(model: Any, ids: Tensor, paths: Any) -> int:
+    """Bytes of the distinct inputs of these layers that the frozen model doesn't keep anyway: dA needs them."""
+    inputs: dict[int, torch.UntypedStorage] = {}
+
+    def remember(module: Any, args: Any) -> None:
+        inputs[args[0].untyped_storage().data_ptr()] = args[0].untyped_storage()
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(remember) for path in paths]
+    kept = saved_storages(model, ids)
+    for handle in handles:
+        handle.remove()
+    return sum(storage.nbytes() for at, storage in inputs.items() if at not in kept)
+
+
+def resident(what: str) -> float:
+    """VmRSS (now) or VmHWM (the peak) of this process, in MiB. Linux."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
+
+
+def peak_of(step: Callable[[], Any]) -> float:
+    """MiB of resident memory at the highest point of one more step."""
+    step()
+    Path("/proc/self/clear_refs").write_text("5")
+    step()
+    return resident("VmHWM")
+
+
+def in_a_process(*arguments: str) -> str:
+    """What a command of Python prints."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -1,0 +1,190 @@
+"""The one op of every low-rank update: as many passes as the maths has, and nothing kept for the backward but x.
+
+    y' = y + s (x̂ Aᵀ) Bᵀ                                     x̂ = drop(x)
+    y' = y + c [(g - 1) ⊙ (y - b) + g ⊙ s (x̂ Aᵀ) Bᵀ]          with a gain g (o,) on the direction d = W x + s B A x̂
+
+Plain autograd keeps x̂ and its mask, x̂ Aᵀ, casts of A and B, and for the gain W x and B A x̂ as well. Here, with u the
+gradient of y', h = s x̂ Aᵀ, and k = 1 - c + c g:
+
+    dB = c g ⊙ uᵀ h      dA = (s u (c g ⊙ B))ᵀ x̂      dx = s u (c g ⊙ B) A      dy = k ⊙ u
+    dg = c Σ_tokens u ⊙ d,   d = (y' - b + (1 - c) h Bᵀ) / k,   so  dg = c [Σ u ⊙ (y' - b) + (1 - c) Σ_r uᵀ h ⊙ B] / k
+
+so from x, the parameters and y' itself, which the model around mostly keeps anyway (an activation's input, a value of
+attention). x̂ is made again from the seed of its mask. Without gradients, of a few tokens, products run in float32: at
+that size the casts of A and B are what takes time, and float32 products are the faster ones on a CPU.
+
+torch.compile, torch.func and forward-mode AD take the plain form, which they differentiate and fuse on their own.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import forward_ad
+
+FEW = 16
+"""Tokens up to which products run in float32."""
+LEAST_GAIN, LEAST_GAIN_16 = 0.05, 0.5
+"""Below this |k| of a row, in 16 bits the second, y' says too little of d: then plain autograd keeps what it needs."""
+
+
+def add_low_rank(
+    y: Float[Tensor, "*b o"],
+    x: Float[Tensor, "*b i"],
+    a: Float[Tensor, "r i"],
+    b: Float[Tensor, "o r"],
+    s: Any,
+    dropout: float = 0.0,
+    gain: Float[Tensor, "o"] | None = None,
+    c: Any = 1.0,
+    bias: Float[Tensor, "o"] | None = None,
+    owned: bool = False,
+) -> Float[Tensor, "*b o"]:
+    """y' in y's dtype, for A, B and g of any dtype, which get their gradients in it. x is of y's dtype.
+
+    dropout     the probability on x, of the branch alone; 0 outside of training
+    gain, c, bias    g, its coefficient, and what y holds beside W x
+    owned       y is nobody else's (`layer.owned`): y' may take its memory, since to get other pages takes as long as a
+                product
+
+    With a gain, y' is kept for the backward: an in-place change of it raises there, as PyTorch does for its own ops.
+    """
+    if gain is not None:
+        gain = gain.to(torch.promote_types(gain.dtype, x.dtype))
+    if torch.compiler.is_compiling() or is_transformed():
+        return _plain(y, x, a, b, s, dropout, gain, c, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y)):
+        if gain is not None and not _tells_direction(gain.detach(), c, x.dtype, bias):
+            return _plain(y, x, a, b, s, dropout, gain, c, bias)
+        out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout, owned)
+        return out
+    with _as_written(x):
+        if not dropout and x.dtype.itemsize < 4 and x.numel() <= FEW * x.shape[-1]:
+            return _few(y, x, a, b, s, gain, c, bias, owned)
+        return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias, owned)
+
+
+def is_transformed() -> bool:
+    """Is a torch.func transform at work, or a level of forward_ad? Neither has a public question for it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _tells_direction(gain: Tensor, c: float, dtype: torch.dtype, bias: Tensor | None) -> bool:
+    """Can d be had from y' in this dtype? Its rounding is divided by k, and in 16 bits a bias takes digits as well."""
+    is_short = dtype.itemsize < 4
+    least = LEAST_GAIN_16 if is_short else LEAST_GAIN
+    return not (is_short and bias is not None) and bool(((1 - c + c * gain).abs() >= least).all())
+
+
+def _plain(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, p: float, gain: Tensor | None, c: Any, bias: Tensor | None
+) -> Tensor:
+    branch = ((F.dropout(x, p) @ a.to(x.dtype).mT) * s) @ b.to(x.dtype).mT
+    if gain is None:
+        return y + branch
+    wx = y if bias is None else y - bias
+    return y + c * ((gain - 1).to(x.dtype) * wx + gain.to(x.dtype) * branch)
+
+
+def _few(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None, owned: bool
+) -> Tensor:
+    """In float32 throughout, rounded once."""
+    branch = F.linear(F.linear(x.float(), a.float()), b.float())
+    if gain is None:
+        return y.add_(branch, alpha=s) if owned else torch.add(y, branch, alpha=s).to(y.dtype)
+    if bias is None and c == 1:
+        return (torch.add(y, branch, alpha=s) * gain).to(y.dtype)
+    wx = y.float() if bias is None else y.float() - bias.float()
+    return (y + c * (gain * torch.add(wx, branch, alpha=s) - wx)).to(y.dtype)
+
+
+def _many(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None, owned: bool
+) -> Tensor:
+    """In the dtype of x; two products, the second with the sum in it."""
+    (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
+    if gain is not None:
+        wx = y if bias is None else y - bias
+        less = (c * (gain - 1)).to(y.dtype)
+        y, owned = y.addcmul_(wx, less) if owned else torch.addcmul(y, wx, less), True
+        b = (c * gain)[:, None] * b
+    h, up = F.linear(x.reshape(rows, i), a.to(x.dtype)), b.to(x.dtype).mT
+    if owned and y.is_contiguous():
+        y.view(rows, o).addmm_(h, up, alpha=s)
+        return y
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view, which could not be changed in place later
+    torch.addmm(y.reshape(rows, o), h, up, alpha=s, out=out.view(rows, o))
+    return out
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        gain: Tensor | None,
+        bias: Tensor | None,
+        s: float,
+        c: float,
+        p: float,
+        owned: bool,
+    ) -> Tensor:
+        seed = _seed(p)
+        with _as_written(x):
+            out = _many(y, _dropped(x, p, seed), a, b, s, gain, c, bias, owned)
+        if out is y:
+            ctx.mark_dirty(y)
+        ctx.save_for_backward(x, a, b, gain, *((None, None) if gain is None else (bias, out)))
+        ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, a, b, gain, bias, out = ctx.saved_tensors
+        (u,), s, c = grads, ctx.s, ctx.c
+        (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
+        with _as_written(x):
+            flat, dropped = u.reshape(rows, o), _dropped(x, ctx.p, ctx.seed).reshape(rows, i)
+            low, up = a.to(x.dtype), (b if gain is None else (c * gain)[:, None] * b).to(x.dtype)
+            needs = ctx.needs_input_grad
+            uh = flat.mT @ ((dropped @ low.mT) * s) if needs[3] or gain is not None else None  # (o, r)
+            v = (flat @ up) * s  # (n, r)
+            da = (v.mT @ dropped).to(a.dtype) if needs[2] else None
+            dx = _dropped((v @ low).view(x.shape), ctx.p, ctx.seed) if needs[1] else None
+            if gain is None:
+                return u, dx, da, None if uh is None else uh.to(b.dtype), None, None, None, None, None, None
+            less = c * (gain - 1)  # k - 1
+            dy = torch.addcmul(u, u, less.to(u.dtype))
+            db = (c * gain)[:, None] * uh
+            sums = (flat * out.view(rows, o)).sum(0).to(gain.dtype)
+            total = flat.sum(0).to(gain.dtype) if bias is not None else None
+            if total is not None:
+                sums = sums - bias * total
+            dg = c * (sums + (1 - c) * (uh * b).sum(1)) / (1 + less.to(u.dtype).to(less.dtype))  # as the forward had it
+            dbias = -less * total if needs[5] else None
+        return dy, dx, da, db.to(b.dtype), dg, dbias, None, None, None, None
+
+
+def _seed(p: float) -> int:
+    """Out of the CPU's generator, which gradient checkpointing sets back for a second run."""
+    return int(torch.randint(2**62, (), device="cpu")) if p else 0
+
+
+def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    if not p:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def _as_written(x: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtypes given, under autocast too."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

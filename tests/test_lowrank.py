@@ -1,0 +1,418 @@
+"""The fused low-rank op: its gradients, what it keeps, its two dtypes, and where it takes the plain form."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import OneLinear, config, perturb
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import lora_lite as ll
+from lora_lite import lowrank
+from lora_lite.lowrank import add_low_rank
+
+D_IN, D_OUT, R = 6, 5, 3
+GAINS = [None, 1.0, 0.4, -1.5]
+per_gain = pytest.mark.parametrize("c", GAINS, ids=["no gain", "c=1", "c=0.4", "c=-1.5"])
+per_bias = pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+
+
+def operands(dtype: torch.dtype = torch.float64, rows: tuple[int, ...] = (2, 4), grad: bool = True) -> list[Any]:
+    """y, x, A, B, gain, bias"""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*rows, D_OUT), (*rows, D_IN), (R, D_IN), (D_OUT, R), (D_OUT,), (D_OUT,)]
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    made[4] = 1 + 0.3 * made[4].tanh()
+    return [each.to(dtype).requires_grad_(grad) for each in made]
+
+
+def formula(y: Any, x: Any, a: Any, b: Any, s: float, gain: Any = None, c: float = 1.0, bias: Any = None) -> Any:
+    branch = s * x @ a.mT @ b.mT
+    if gain is None:
+        return y + branch
+    wx = y if bias is None else y - bias
+    return (1 - c) * wx + c * gain * (wx + branch) + (0 if bias is None else bias)
+
+
+def kwargs(c: float | None, gain: Any, bias: Any, biased: bool) -> dict[str, Any]:
+    return {} if c is None else {"gain": gain, "c": c, "bias": bias if biased else None}
+
+
+# ---- the maths ----------------------------------------------------------------------------------
+
+
+@per_gain
+@per_bias
+def test_values_and_gradients_are_the_formulas(c: float | None, biased: bool) -> None:
+    found = []
+    for op in (add_low_rank, formula):
+        y, x, a, b, gain, bias = operands()
+        out = op(y, x, a, b, 1.7, **kwargs(c, gain, bias, biased))
+        (out.square() * torch.arange(D_OUT)).sum().backward()
+        found.append([out, *(each.grad for each in (y, x, a, b, gain, bias) if each.grad is not None)])
+    assert len(found[0]) == 5 + (c is not None) * (1 + biased)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@per_gain
+@per_bias
+def test_it_can_be_differentiated_twice(c: float | None, biased: bool) -> None:
+    def run(y: Any, x: Any, a: Any, b: Any, gain: Any, bias: Any) -> Any:
+        return add_low_rank(y, x, a, b, 1.7, **kwargs(c, gain, bias, biased))
+
+    used = operands(rows=(2,))
+    if c is None:
+        assert gradcheck(lambda *four: run(*four, None, None), used[:4])
+        assert gradgradcheck(lambda *four: run(*four, None, None), used[:4])
+    else:
+        assert gradcheck(run, used)
+        assert gradgradcheck(run, used)
+
+
+@per_gain
+@pytest.mark.parametrize("rows", [(), (0,), (3, 0), (4,), (2, 1, 3)], ids=str)
+def test_any_batch_shape(c: float | None, rows: tuple[int, ...]) -> None:
+    for grad in (True, False):
+        y, x, a, b, gain, bias = operands(torch.float32, rows, grad)
+        out = add_low_rank(y, x, a, b, 0.5, **kwargs(c, gain, bias, True))
+        assert out.shape == y.shape
+        torch.testing.assert_close(out, formula(y, x, a, b, 0.5, **kwargs(c, gain, bias, True)))
+        if grad:
+            out.sum().backward()
+            assert a.grad.shape == a.shape
+
+
+def test_strided_inputs() -> None:
+    y, x, a, b, gain, _ = operands(grad=False)
+    y, x = y.transpose(0, 1), x.transpose(0, 1)
+    for given in ({}, {"gain": gain, "c": 0.5}):
+        wanted = formula(y, x, a, b, 1.0, **given)
+        torch.testing.assert_close(add_low_rank(y, x, a, b, 1.0, **given), wanted)
+        grown = add_low_rank(y, x, a.clone().requires_grad_(), b, 1.0, **given)
+        torch.testing.assert_close(grown, wanted)
+
+
+def test_only_what_asks_for_a_gradient_gets_one() -> None:
+    y, x, a, b, gain, bias = operands(grad=False)
+    out = add_low_rank(y, x, a.requires_grad_(), b, 1.0, gain=gain, c=0.5, bias=bias)
+    assert [grad is None for grad in torch.autograd.grad(out.sum(), (a,))] == [False]
+    assert all(each.grad is None for each in (y, x, b, gain, bias))
+    assert not add_low_rank(y, x, a.detach(), b, 1.0).requires_grad
+
+
+@pytest.mark.parametrize("c", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("least", [0.0, 1e-7, -1e-4])
+def test_a_row_that_is_all_but_off_has_the_right_gradient(c: float, least: float) -> None:
+    """Where k = 1 - c + c g is about 0 the output tells nothing of the direction."""
+    found = []
+    for op in (add_low_rank, formula):
+        y, x, a, b, gain, _ = operands(torch.float32)
+        with torch.no_grad():
+            gain[1] = 1 - (1 - least) / c
+        op(y, x, a, b, 1.7, gain=gain, c=c).square().sum().backward()
+        found.append(gain.grad)
+    torch.testing.assert_close(*found)
+    assert found[0].isfinite().all()
+
+
+# ---- what is kept -------------------------------------------------------------------------------
+
+
+def kept(run: Any, *without: torch.Tensor) -> dict[int, int]:
+    """Storages that autograd keeps for the backward, with their bytes; those of parameters aside."""
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    parameters = {each.untyped_storage().data_ptr() for each in without}
+    return {at: each.nbytes() for at, each in seen.items() if at not in parameters} | {0 * len(out): 0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_x_is_all_that_is_kept(dtype: torch.dtype, dropout: float) -> None:
+    y, x, *_ = operands(dtype)
+    _, _, a, b, gain, _ = operands(torch.float32)
+    found = kept(lambda: add_low_rank(y, x, a, b, 2.0, dropout), a, b)
+    assert {at for at in found if at} == {x.untyped_storage().data_ptr()}
+    outs = []
+    found = kept(lambda: outs.append(add_low_rank(y, x, a, b, 2.0, dropout, gain=gain)) or outs, a, b, gain)  # type: ignore[func-returns-value]
+    assert {at for at in found if at} == {t.untyped_storage().data_ptr() for t in (x, outs[0])}
+
+
+def test_an_in_place_change_of_what_is_kept_raises() -> None:
+    y, x, a, b, gain, _ = operands()
+    add_low_rank(y, x, a, b, 1.0).relu_().sum().backward()  # nothing of the output is kept without a gain
+    out = add_low_rank(y, x, a, b, 1.0, gain=gain)
+    out.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with torch.no_grad():
+        changed = add_low_rank(y, x, a, b, 1.0).detach()
+    out = add_low_rank(y, x, a, b, 1.0)
+    with torch.no_grad():
+        a.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out * changed).sum().backward()
+
+
+@per_gain
+@per_bias
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_owned_is_written_into(c: float | None, biased: bool, dtype: torch.dtype) -> None:
+    found = []
+    for owned in (False, True):
+        y, x, *_ = operands(dtype, (3, lowrank.FEW))
+        _, _, a, b, gain, bias = operands(torch.float32 if dtype == torch.bfloat16 else dtype)
+        given = kwargs(c, gain, bias.detach().to(dtype), biased)
+        mine = y * 1
+        out = add_low_rank(mine, x, a, b, 1.7, **given, owned=owned)
+        plain = dtype == torch.bfloat16 and biased and c is not None
+        assert (out.data_ptr() == mine.data_ptr()) == (owned and not plain)
+        out.square().sum().backward()
+        found.append([out, y.grad, x.grad, a.grad, b.grad])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@per_gain
+@pytest.mark.parametrize("rows", [2, lowrank.FEW + 1])
+def test_so_it_is_without_gradients(c: float | None, rows: int) -> None:
+    y, x, *_ = operands(torch.bfloat16, (rows,), grad=False)
+    _, _, a, b, gain, _ = operands(torch.float32, grad=False)
+    wanted = add_low_rank(y, x, a, b, 1.7, **kwargs(c, gain, None, False))
+    assert torch.equal(add_low_rank(y.clone(), x, a, b, 1.7, **kwargs(c, gain, None, False), owned=True), wanted)
+
+
+def test_a_layers_output_is_written_into_only_where_nothing_else_has_seen_it() -> None:
+    class Kept(torch.nn.Linear):
+        """A linear layer that keeps what it makes."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.made = super().forward(x)
+            return self.made
+
+    x = torch.randn(3, 16)
+    for layer in (torch.nn.Linear(16, 24), Kept(16, 24)):
+        model = torch.nn.Sequential(layer)
+        seen: list[torch.Tensor] = []
+        base = model(x).detach()
+        for watched in (True, False):
+            handle = layer.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y)) if watched else None
+            perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names=r"^0$")), 0.3)
+            with torch.no_grad():
+                found = model(x)
+            assert not torch.allclose(found, base)
+            if handle is not None:
+                assert torch.equal(seen[-1], base)
+                handle.remove()
+            if isinstance(layer, Kept):
+                assert torch.equal(layer.made, base)
+            ll.attach(model, ll.LoRAConfig(r=2, target_names=r"^0$"), "other")
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), found)
+            ll.detach(model)
+            seen.clear()
+
+
+# ---- dropout ------------------------------------------------------------------------------------
+
+
+def test_dropout_drops_scales_and_is_seeded() -> None:
+    y, x, a, b, *_ = operands(torch.float32, (4000,), grad=False)
+    a = a.requires_grad_()
+    x = torch.ones_like(x)
+
+    def run(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return add_low_rank(torch.zeros_like(y), x, a, b, 1.0, 0.25)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    whole = add_low_rank(torch.zeros_like(y), x, a, b, 1.0)
+    torch.testing.assert_close(run(1).mean(0), whole[0], rtol=0.05, atol=0.05)
+
+
+@per_gain
+def test_the_backward_has_the_mask_of_the_forward(c: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[torch.Tensor] = []
+    dropped = lowrank._dropped
+
+    def watched(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+        masks.append(dropped(torch.ones_like(x), p, seed))
+        return dropped(x, p, seed)
+
+    monkeypatch.setattr(lowrank, "_dropped", watched)
+    y, x, a, b, gain, _ = operands()
+    given = kwargs(c, gain, None, False)
+    weights = torch.arange(D_OUT)
+    (add_low_rank(y, x, a, b, 1.5, 0.4, **given) * weights).sum().backward()
+    got = [each.grad.clone() for each in (y, x, a, b)]
+    assert len(masks) == 3
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+    assert 0 < (masks[0] == 0).sum() < masks[0].numel()
+    y, x, a, b, gain, _ = operands()
+    given = kwargs(c, gain, None, False)
+    (formula(y, x * masks[0], a, b, 1.5, **given) * weights).sum().backward() if c in (None, 1.0) else None
+    if c in (None, 1.0):
+        for one, each in zip(got, (y, x, a, b), strict=True):
+            torch.testing.assert_close(one, each.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_drops_the_same(use_reentrant: bool) -> None:
+    found = []
+    for way in ("plain", "checkpoint"):
+        torch.manual_seed(3)
+        y, x, a, b, *_ = operands()
+        run = lambda y, x, a=a, b=b: add_low_rank(y, x, a, b, 1.0, 0.5).square()  # noqa: E731
+        out = run(y, x) if way == "plain" else checkpoint(run, y, x, use_reentrant=use_reentrant)
+        out.sum().backward()
+        found.append((out, a.grad, b.grad, x.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+# ---- dtypes -------------------------------------------------------------------------------------
+
+
+@per_gain
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_tokens_are_as_right_as_one_rounding(c: float | None, dtype: torch.dtype) -> None:
+    y, x, *_ = operands(dtype, (1, lowrank.FEW), grad=False)
+    _, _, a, b, gain, bias = operands(torch.float32, grad=False)
+    bias = bias.to(dtype)
+    exact = formula(*(t.double() for t in (y, x, a, b)), 0.7, **kwargs(c, gain.double(), bias.double(), True))
+    few = add_low_rank(y, x, a, b, 0.7, **kwargs(c, gain, bias, True))
+    assert few.dtype == dtype
+    torch.testing.assert_close(few, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    many = torch.cat([y, y], 1), torch.cat([x, x], 1)
+    many = add_low_rank(*many, a, b, 0.7, **kwargs(c, gain, bias, True))
+    torch.testing.assert_close(many[:, : lowrank.FEW], few, rtol=0.03, atol=0.1)
+
+
+@per_gain
+def test_an_unmoved_adapter_is_exact_in_every_form(c: float | None) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (1, lowrank.FEW + 1):
+            for grad in (False, True):
+                y, x, *_ = operands(dtype, (rows,), grad)
+                _, _, a, b, gain, _ = operands(torch.float32, grad=grad)
+                _, _, _, _, _, bias = operands(dtype, grad=False)
+                given = kwargs(c, torch.ones_like(gain).requires_grad_(grad), bias, True)
+                out = add_low_rank(y, x, a, torch.zeros_like(b).requires_grad_(grad), 2.0, **given)
+                assert torch.equal(out, y)
+
+
+def test_products_are_of_the_dtypes_given_under_autocast() -> None:
+    y, x, a, b, *_ = operands(torch.float32, (40,))
+    wanted = add_low_rank(y, x, a, b, 1.0)
+    wanted.sum().backward()
+    grads = [each.grad.clone() for each in (a, b, x)]
+    for each in (a, b, x):
+        each.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        out = add_low_rank(y, x, a, b, 1.0)
+        out.sum().backward()
+    assert out.dtype == torch.float32
+    assert torch.equal(out, wanted)
+    assert all(torch.equal(one, each.grad) for one, each in zip(grads, (a, b, x), strict=True))
+
+
+@pytest.mark.parametrize("rows", [lowrank.FEW, lowrank.FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_are_they_without_gradients(rows: int, dtype: torch.dtype) -> None:
+    y, x, *_ = operands(dtype, (rows,), grad=False)
+    _, _, a, b, gain, _ = operands(torch.float32, grad=False)
+    for given in ({}, {"gain": gain, "c": 0.5}):
+        wanted = add_low_rank(y, x, a, b, 1.0, **given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(add_low_rank(y, x, a, b, 1.0, **given), wanted)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+def test_a_layer_that_autocast_leaves_alone(variant: str) -> None:
+    """As bitsandbytes' layers, which answer in the dtype that they are asked in."""
+
+    class Own(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x)
+
+    model = torch.nn.Sequential(Own(16, 24)).eval()
+    perturb(ll.attach(model, config(variant, target_names=r"^0$")))
+    x = torch.randn(20, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        with_gradients = model(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), with_gradients)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [1.0, 0.5, 0.2, 0.06])
+@pytest.mark.parametrize("c", [1.0, 0.5])
+def test_the_gains_gradient_in_bfloat16_is_as_good_as_autograds(biased: bool, size: float, c: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    n, i, o = 64, 48, 40
+    made = [torch.randn(shape, generator=generator) for shape in ((n, i), (o, i), (R, i), (o, R), (o,), (n, o))]
+    x, w, a, b, noise, u = made
+    bias = 3 * noise if biased else None
+    gain = size * (1 + 0.1 * noise)
+    x, u = x.bfloat16(), u.bfloat16()
+    y = x.double() @ w.double().T + (0 if bias is None else bias.double())
+
+    def found(op: Any, dtype: torch.dtype) -> torch.Tensor:
+        g = gain.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        own = None if bias is None else bias.to(dtype)
+        factors = (a.to(g.dtype), b.to(g.dtype))
+        op(y.to(dtype), x.to(dtype), *factors, 0.1, gain=g, c=c, bias=own).backward(u.to(dtype))
+        assert g.grad is not None
+        return g.grad.double()
+
+    def plain(y: Any, x: Any, a: Any, b: Any, s: float, **given: Any) -> Any:
+        return lowrank._plain(y, x, a, b, s, 0.0, given["gain"], given["c"], given["bias"])
+
+    exact = found(formula, torch.float64)
+    off = [float((found(op, torch.bfloat16) - exact).norm() / exact.norm()) for op in (add_low_rank, plain)]
+    assert off[0] < 2 * off[1] + 0.002
+
+
+# ---- the plain form -----------------------------------------------------------------------------
+
+
+def test_function_transforms_go_through() -> None:
+    y, x, a, b, gain, _ = operands(grad=False)
+
+    def loss(a: torch.Tensor, b: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return add_low_rank(y, x, a, b, 1.3, gain=gain, c=0.5).square().sum()
+
+    transformed = torch.func.grad(loss, argnums=(0, 1, 2))(a, b, gain)
+    leaves = [each.clone().requires_grad_() for each in (a, b, gain)]
+    loss(*leaves).backward()
+    for one, leaf in zip(transformed, leaves, strict=True):
+        torch.testing.assert_close(one, leaf.grad)
+    _, tangent = torch.func.jvp(lambda a: add_low_rank(y, x, a, b, 1.3), (a,), (torch.ones_like(a),))
+    torch.testing.assert_close(tangent, 1.3 * F.linear(F.linear(x, torch.ones_like(a)), b))
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+def test_the_layers_of_a_model_keep_no_more(variant: str) -> None:
+    """A LoRA keeps x, a DoRA its output too; neither a cast nor a product of A and B."""
+    model = OneLinear().train()
+    adapter = ll.attach(model, config(variant, target_names="proj"))
+    perturb(adapter, 0.1)
+    x = torch.randn(50, 16, requires_grad=True)
+    found = kept(lambda: model(x), *adapter.parameters(), *model.parameters())
+    assert x.untyped_storage().data_ptr() in found
+    vectors = 4 * 4 * model.proj.out_features  # of DoRA: g and what it is made of
+    factors = 0 if variant != "pissa" else 2 * sum(p.numel() for p in adapter.parameters()) * 4
+    most = x.nbytes + (50 * 4 * model.proj.out_features + vectors if variant == "dora" else factors)
+    assert sum(found.values()) <= most
