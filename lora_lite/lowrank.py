@@ -181,7 +181,8 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
     if not p:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)
-    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # one order of numbers, whatever the strides of x
+    return x * mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 def _as_written(x: Tensor) -> AbstractContextManager[Any]:

@@ -267,6 +267,16 @@ def test_the_backward_has_the_mask_of_the_forward(c: float | None, monkeypatch: 
             torch.testing.assert_close(one, each.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_the_mask_of_a_strided_input_is_the_same_in_the_backward() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(D_IN, 7, 5, generator=generator).permute(2, 1, 0).requires_grad_()
+    a, b = torch.ones(1, D_IN), torch.ones(1, 1).requires_grad_()
+    out = add_low_rank(torch.zeros(5, 7, 1), x, a, b, 1.0, 0.5)
+    (grad,) = torch.autograd.grad(out.sum(), (x,))
+    assert set(grad.unique().tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(out[..., 0], (x * grad).sum(-1))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_drops_the_same(use_reentrant: bool) -> None:
     found = []
