@@ -123,7 +123,7 @@ def decoding(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     slow = {"base": models["base"], "PEFT DoRA": peft(use_dora=True)}
     for batch in (1, 8):
         runs = {name: decode(model, ids, batch, NEW_TOKENS) for name, model in models.items()}
-        times = interleaved(runs, rounds, f"decoding, batch {batch}")
+        times = interleaved(runs, max(3, rounds // 2), f"decoding, batch {batch}")
         yield times.ratio(f"decode LoRA / base, batch {batch}", "lora", "base", 1.10, "decoding")
         yield times.ratio(f"decode DoRA / base, batch {batch}", "dora", "base", 1.15, "decoding")
         yield times.ratio(f"decode merged / base, batch {batch}", "merged", "base", 1.02, "decoding")
