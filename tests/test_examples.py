@@ -314,7 +314,13 @@ def test_without_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(FINETUNE), "--eval-pairs", "1", *arguments]
     environment = os.environ | {"COLUMNS": "80"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job would hand on "ignored"
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run(smollm2: str, tmp_path: Path) -> None:
