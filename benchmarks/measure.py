@@ -43,7 +43,7 @@ class Times:
 
     def ratio(self, measure: str, one: str, other: str, mark: float | None = None, group: str = "") -> Ratio:
         """The median of the rounds' ratios: what slows the machine down for some rounds slows both."""
-        of_rounds = sorted(a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=False))
+        of_rounds = sorted(a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True))
         low, middle, high = statistics.quantiles(of_rounds, n=4)
         return Ratio(measure, middle, mark, low, high, group)
 

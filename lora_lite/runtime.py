@@ -312,6 +312,8 @@ def _is_owned(module: nn.Module, slot: Slot, y: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(module) is nn.Linear
+        and type(y) is Tensor
+        and "forward" not in vars(module)  # as accelerate puts one there
         and len(module._forward_hooks) == 1
         and not _global_forward_hooks
         and lookup(slot.cfg.variant).handles_scale
