@@ -3,28 +3,22 @@
     python benchmarks/history.py [--rounds 1 20]
 
 LoRAs of rank 8 on all 210 linear layers of SmolLM2-135M in bfloat16, on one thread: as rounds of one history and,
-beside it, as adapters that are attached by name. Medians; interleaved, since machines are shared and noisy.
+beside it, as adapters that are attached by name. Interleaved; medians of the rounds' ratios, with their quartiles.
 """
 
 import argparse
 import copy
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import load
 from loguru import logger
+from measure import interleaved
 from torch import Tensor, nn
 
 import lora_lite as ll
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from smollm2 import smollm2_folder
 
 TOKENS, CONTEXT, RANK, REPEATS = 256, 64, 8, 15
 
@@ -35,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     logger.remove()
     torch.set_num_threads(1)
-    base = ll.load_base(str(smollm2_folder()), torch.bfloat16)
+    base = load()
     models = {"base": base}
     for rounds in args.rounds:
         models[f"history of {rounds}"] = with_history(copy.deepcopy(base), rounds)
@@ -47,17 +41,11 @@ def main() -> None:
 
 
 def compare(what: str, runs: dict[str, Callable[[], Any]]) -> None:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(REPEATS):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    unit = statistics.median(times["base"])
-    print(f"{what:<20}{'milliseconds':>14}{'ratio':>9}")
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        print(f"  {name:<18}{median * 1e3:>14.1f}{median / unit:>9.2f}")
+    times = interleaved(runs, REPEATS, what)
+    print(f"{what:<20}{'ratio':>9}{'quartiles':>14}")
+    for name in runs:
+        found = times.ratio(name, name, "base")
+        print(f"  {name:<18}{found.value:>9.2f}{found.low:>9.2f}{found.high:>6.2f}")
 
 
 def with_history(model: nn.Module, rounds: int) -> nn.Module:

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from .checkpoint import load, restore, save
     from .evaluate import greedy_answers, kl_divergence, logit_gap, marker_rate
     from .merge_disk import Merged, merge_checkpoint
-    from .peft_format import load_peft, save_peft
+    from .peft_load import load_peft
+    from .peft_save import save_peft
     from .prompts import prompt_batches
 
 _LATER = {
@@ -55,7 +56,8 @@ _LATER = {
     "checkpoint": ("load", "restore", "save"),
     "evaluate": ("greedy_answers", "kl_divergence", "logit_gap", "marker_rate"),
     "merge_disk": ("Merged", "merge_checkpoint"),
-    "peft_format": ("load_peft", "save_peft"),
+    "peft_load": ("load_peft",),
+    "peft_save": ("save_peft",),
     "prompts": ("prompt_batches",),
 }
 """Modules that are imported when one of their names is asked for: half of the library's own time."""

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from . import experts, quant
-from .adapter import file_key
 from .config import STORAGE_DTYPES, dtype_name
 from .errors import CheckpointError, QuantizedWeightError, TargetError, brief
 from .files import DTYPES, Header, read_json, read_shards
-from .keys import resolve
+from .keys import file_key, resolve
 from .packed import Packed, find_packed
 from .targets import Target
 

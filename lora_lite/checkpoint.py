@@ -26,11 +26,11 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import foreign, quant, record
-from .adapter import Adapter, adapters, check_shapes, file_key, get_adapter
+from .adapter import Adapter, adapters, get_adapter
 from .config import BaseConfig, is_number, to_json
 from .errors import CheckpointError, ConfigError, LoraLiteError, brief
 from .files import Header, check_names, check_numbers, parse_json, read_any, read_header, write_tensors
-from .keys import resolve
+from .keys import check_shapes, file_key, resolve
 from .preflight import attachable, shapes_of, specs_at
 from .runtime import installed
 from .targets import Target

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import quant
-from .adapter import adapters, scaled, session_of
+from .adapter import adapters, scaled
 from .calibrate import Positions, as_inputs, check_several, select, still, with_progress
 from .errors import BaseModelError, ConfigError, TargetError
 from .prompts import Prompt, prompt_batches
+from .session import session_of
 
 ROUNDING = 1e-5
 """Nats by which a divergence of float32 log-probabilities may fall below zero."""

@@ -20,12 +20,12 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import experts, quant
-from .adapter import Adapter, adapters, check_shapes, file_key
+from .adapter import Adapter, adapters
 from .config import BaseConfig, dtype_name
 from .errors import CheckpointError, LoraLiteError, brief
 from .files import DTYPES, Header, check_numbers
-from .keys import core, resolve
-from .peft_format import plain_key
+from .keys import check_shapes, core, file_key, resolve
+from .peft_folder import plain_key
 from .preflight import changes_at, checked_config, configs_at, specs_at
 from .runtime import installed
 from .targets import Target

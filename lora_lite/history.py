@@ -16,14 +16,16 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import quant, record
-from .adapter import Adapter, adapters, check_unmerged, file_key, get_adapter, leads, scaled, session_of, slots_of
+from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import is_name, is_number
 from .errors import BaseModelError, ConfigError, TargetError, VariantError
 from .files import check_numbers
+from .keys import file_key
 from .layer import Layer, Slot
 from .preflight import Changes, attachable, is_stacked
 from .rounds import LONGEST_LABEL, Kept, RoundsConfig
 from .runtime import Values, detach, installed, remade
+from .session import check_unmerged, leads, session_of, slots_of
 from .targets import Target
 from .variant import ParamSpec, apply_input, apply_output, config_for, lookup
 

@@ -1,10 +1,10 @@
-"""Layer paths in files and in models: what wrappers put before and within them, and which path is meant."""
+"""Layer paths and tensor keys in files and models: what wrappers add to a path, which is meant, which keys fit."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .errors import CheckpointError
+from .errors import CheckpointError, brief
 
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.")
 """What wrappers put before every path."""
@@ -48,3 +48,22 @@ def core(path: str) -> str:
     while path.startswith(PREFIXES):
         path = path.removeprefix(next(prefix for prefix in PREFIXES if path.startswith(prefix)))
     return path
+
+
+def file_key(path: str, tensor: str) -> str:
+    """The key of a tensor in `state_dict()` and in a file; the path of a bare layer is empty."""
+    return f"{path}.{tensor}" if path else tensor
+
+
+def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """CheckpointError unless both sides have the same keys with the same shapes."""
+    missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
+    differ = [key for key in wanted if key in got and got[key] != wanted[key]]
+    wrong = [f"{key} {brief(got[key])}, wanted {brief(wanted[key])}" for key in differ]
+    for problem, keys in (("missing keys", missing), ("unexpected keys", extra), ("wrong shapes", wrong)):
+        if keys:
+            raise CheckpointError(
+                f"{where}: {len(keys)} {problem}; {len(got)} tensors where {len(wanted)} are wanted\n"
+                f"  such as {brief('; '.join(keys[:3]), 1200)}\n"
+                f"  an adapter is loaded whole or not at all"
+            )

@@ -13,12 +13,13 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import experts, quant
-from .adapter import Adapter, Session, Swap, adapters, check_unmerged, get_adapter, session_of, slots_of
+from .adapter import Adapter, adapters, get_adapter
 from .affine import Affine, exactly, fits
 from .config import dtype_name
 from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
 from .layer import Slot
 from .runtime import detach, uninstall
+from .session import Session, Swap, check_unmerged, session_of, slots_of
 
 CHOICES = (None, "dequantize", "requantize")
 

@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import quant
-from .adapter import Adapter, file_key, has_session, session_of
+from .adapter import Adapter
 from .config import BaseConfig, is_name
 from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
+from .keys import file_key
 from .layer import AdapterState
+from .session import has_session, session_of
 from .targets import Target, find_targets, model_width
 from .variant import ParamSpec, lookup, weight_use
 

@@ -16,24 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from . import experts, quant, record
-from .adapter import (
-    Adapter,
-    BaseChange,
-    Session,
-    check_unmerged,
-    drop_slot,
-    file_key,
-    get_adapter,
-    keep_session,
-    keep_slot,
-    leads,
-    put,
-    scaled,
-    session_of,
-    slots_of,
-)
+from .adapter import Adapter, get_adapter, scaled
 from .config import BaseConfig
 from .errors import ConfigError, TargetError
+from .keys import file_key
 from .layer import AdapterState, Layer, Slot
 from .preflight import (
     Changes,
@@ -46,6 +32,18 @@ from .preflight import (
     checked_specs,
     configs_at,
     is_stacked,
+)
+from .session import (
+    BaseChange,
+    Session,
+    check_unmerged,
+    drop_slot,
+    keep_session,
+    keep_slot,
+    leads,
+    put,
+    session_of,
+    slots_of,
 )
 from .targets import Target, find_targets
 from .variant import (

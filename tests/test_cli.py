@@ -24,12 +24,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import lora_lite as ll
-from lora_lite.adapter import slots_of
 from lora_lite.cli.commands import app
 from lora_lite.cli.compare import compare
 from lora_lite.cli.report import inspect
 from lora_lite.cli.tables import shortened
 from lora_lite.delta import change
+from lora_lite.session import slots_of
 
 needs_base = pytest.mark.parametrize("variant", ["abliteration", "dora", "ia3", "ia3_ff"])
 needs_none = pytest.mark.parametrize("variant", ["lora", "pissa"])

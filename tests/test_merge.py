@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
 from lora_lite import quant
-from lora_lite.adapter import Swap
+from lora_lite.session import Swap
 from lora_lite.variant import needs_data
 
 MODES = [{"variant": name} for name in sorted(ll.REGISTRY)]

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
 from lora_lite.delta import factors
-from lora_lite.peft_format import plain_key
+from lora_lite.peft_folder import plain_key
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SOME = ["q_proj", "k_proj", "down_proj"]
@@ -717,7 +717,7 @@ def test_a_save_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: py
     def fails(*_: Any, **__: Any) -> bytes:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lora_lite.peft_format.to_bytes", fails)
+    monkeypatch.setattr("lora_lite.peft_save.to_bytes", fails)
     with pytest.raises(OSError, match="no space"):
         ll.save_peft(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

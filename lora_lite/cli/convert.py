@@ -9,7 +9,8 @@ from ..adapter import Adapter, adapters
 from ..base import load_as_recorded
 from ..checkpoint import load, save
 from ..errors import ConfigError
-from ..peft_format import load_peft, save_peft
+from ..peft_load import load_peft
+from ..peft_save import save_peft
 from .stored import OURS, PEFT, is_peft, read_adapter
 
 

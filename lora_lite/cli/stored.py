@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import check_shapes, file_key
 from ..checkpoint import AdapterFile, read_file
 from ..config import BaseConfig
 from ..errors import CheckpointError
 from ..files import Header, read_header, read_shards
-from ..peft_format import CONFIG, WEIGHTS, read_layers
+from ..keys import check_shapes, file_key
+from ..peft_folder import CONFIG, WEIGHTS
+from ..peft_load import read_layers
 from ..preflight import specs_at
 from ..targets import Target, place
 from ..variant import weight_use

@@ -1,0 +1,198 @@
+"""PEFT's adapter folders as they lie on disk, and PEFT's names, which no other file knows.
+
+    adapter_model.safetensors   base_model.model.<path>. with lora_A.weight (r, i), lora_B.weight (o, r),
+                                lora_magnitude_vector[.weight] (o,) of DoRA, ia3_l (o, 1), or (1, i) on an input
+    adapter_config.json         the settings
+
+A folder is untrusted: no pickle is opened, and no regex of its settings is run. The layers are those that have tensors.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+
+from .errors import CheckpointError, brief
+from .files import Header, read_header, read_json
+
+WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+PREFIX = "base_model.model."
+_OURS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"}
+"""PEFT's name of a tensor -> ours."""
+THEIRS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_m": "lora_magnitude_vector.weight",  # PEFT reads it without ".weight" too, but transformers 5.23 only so
+    "lora_l": "ia3_l",
+}
+"""Our name of a tensor -> PEFT's in a file."""
+_KEY = re.compile(
+    r"(?P<path>.+)\.(?:(?P<ab>lora_[AB])(?:\.(?P<of>[^.]+))?\.weight"
+    r"|(?P<vector>lora_magnitude_vector|ia3_l)(?:\.(?!weight$)(?P<of_vector>[^.]+))?(?:\.weight)?"
+    r"|base_layer\.(?P<base>[^.]+))"
+)
+_LITERAL = re.compile(r"(\^?)((?:\\\W|[^\\^$*+?{}\[\]()|])+)\$?")
+"""A regex that is plain text: an escaped sign is itself, and a dot any character."""
+_CHARACTER = re.compile(r"\\.|.", re.DOTALL)
+LONGEST_PATTERN, MOST_PATTERNS = 1000, 10_000
+"""Each is compared with each layer's path."""
+_SAID = {
+    "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
+    "IA3": set[str](),
+}
+"""Settings that are read, by peft_type."""
+_FREE = {
+    *("peft_type", "init_lora_weights", "init_ia3_weights", "task_type", "auto_mapping", "peft_version"),
+    *("base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+}
+"""Settings that say nothing which the tensors don't, or matter beside another one alone. All others must be neutral."""
+
+
+def plain_key(key: str) -> str:
+    """PEFT's key in the words of this library: `<path>.lora_A`, `<path>.weight`; any other key as it is.
+
+    Known are `[base_model.model.]<path>.` with `lora_A[.<adapter>].weight`, `lora_B[...]`, `lora_magnitude_vector[...]`
+    (lora_m), `ia3_l[...]` (lora_l) and `base_layer.<tensor>`. Those of another adapter than "default" are suffixed as
+    ours are: `<path>.lora_A__fr`.
+    """
+    plain = key.removeprefix(PREFIX)
+    match = _KEY.fullmatch(plain)
+    if match is None:
+        return plain
+    name = match["ab"] or match["vector"]
+    of = match["of"] or match["of_vector"] or "default"
+    suffix = "" if of == "default" else f"__{of}"
+    return f"{match['path']}.{_OURS[name] + suffix if name else match['base']}"
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """A folder whose settings are understood and whose tensors are an adapter's, by their keys."""
+
+    header: Header
+    settings: dict[str, Any]
+    keys: dict[str, str]
+    """Our key -> the file's."""
+
+    @property
+    def paths(self) -> dict[str, None]:
+        """Of the layers that have tensors, in the file's order."""
+        return dict.fromkeys(key.rpartition(".")[0] for key in self.keys)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, by our key."""
+        return {ours: self.header.entries[key].shape for ours, key in self.keys.items()}
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.header.path.parent / CONFIG}: {message}")
+
+
+def read_folder(folder: Path) -> PeftFolder:
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLE).is_file():
+        raise CheckpointError(
+            f"{folder / PICKLE} is a pickle, which is never opened: it can run code\n"
+            f"  save it again with PEFT's save_pretrained(..., safe_serialization=True)"
+        )
+    if not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
+        raise CheckpointError(f"{folder} is no adapter folder of PEFT: wanted {WEIGHTS} and {CONFIG} in it")
+    settings = read_json(folder / CONFIG)
+    header = read_header(folder / WEIGHTS)
+    source = PeftFolder(header, settings, {plain_key(key): key for key in header.entries})
+    _check_settings(source)
+    unknown = [key for ours, key in source.keys.items() if ours.rpartition(".")[2] not in THEIRS]
+    unknown += [key for key in header.entries if source.keys[plain_key(key)] != key]
+    if unknown or not source.keys:
+        raise CheckpointError(
+            f"{header.path}: {len(unknown)} of its {len(header.entries)} tensors have no place in an adapter on linear "
+            f"layers\n  such as {'; '.join(unknown[:3]) or 'none'}\n"
+            f"  embeddings, biases and whole modules beside the adapter aren't supported: nothing is dropped"
+        )
+    return source
+
+
+def _check_settings(source: PeftFolder) -> None:
+    kind = source.settings.get("peft_type")
+    if not isinstance(kind, str) or kind not in _SAID:
+        raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_SAID)}")
+    known = _SAID[kind] | _FREE
+    odd = {field: value for field, value in source.settings.items() if field not in known and not _neutral(value)}
+    if odd:
+        some = [f"{brief(field, 60)}={brief(json.dumps(value), 60)}" for field, value in list(odd.items())[:5]]
+        raise source.error(
+            f"{', '.join(some)} can't be kept here, and nothing is dropped\n  such an adapter works with PEFT only"
+        )
+
+
+def _neutral(value: Any) -> bool:
+    return value is None or value is False or value in ("none", "", [], {})
+
+
+def flag_of(source: PeftFolder, field: str) -> bool:
+    value = source.settings.get(field, False)
+    if not isinstance(value, bool):
+        raise source.error(f"{field}={value!r}: wanted true or false")
+    return value
+
+
+def number_of(source: PeftFolder, field: str, value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float64).max:
+        raise source.error(f"{field} has {brief(value, 60)}: wanted a finite number")
+    return float(value)
+
+
+def check_rank(source: PeftFolder, at: str, r: int) -> None:
+    """The rank of the tensors must be one that the settings name, since the scaling rests on it."""
+    patterns = source.settings.get("rank_pattern") or {}
+    named = [source.settings.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    if r not in named:
+        raise source.error(f"{at} has tensors of rank {r}, and r and rank_pattern name {brief(named, 80)}")
+
+
+def alphas_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
+    """Each layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path."""
+    patterns, default = _literal_patterns(source), source.settings.get("lora_alpha", 8)
+    alphas, unsure = {}, []
+    for at in paths:
+        found = [value for start, text, value in patterns if _ends(at, start, text)]
+        unsure += [at] if any(value != found[0] for value in found) else []
+        alphas[at] = number_of(source, "lora_alpha", found[0] if found else default)
+    if unsure:
+        logger.warning(
+            f"{source.header.path.parent / CONFIG}: several entries of alpha_pattern find {', '.join(unsure[:3])}; "
+            f"took the first, as PEFT does\n  it sorts them when it saves, so in training another may have been first"
+        )
+    return alphas
+
+
+def _literal_patterns(source: PeftFolder) -> list[tuple[str, list[str], Any]]:
+    """("^" or nothing, text by character, value) of each entry of alpha_pattern; "" is any character."""
+    patterns = source.settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
+        raise source.error(f"alpha_pattern is no object of at most {MOST_PATTERNS} entries")
+    parsed = {at: _LITERAL.fullmatch(at) if len(at) <= LONGEST_PATTERN else None for at in patterns}
+    odd = [repr(brief(pattern, 80)) for pattern, match in parsed.items() if match is None]
+    if odd:
+        raise source.error(
+            f"alpha_pattern has {', '.join(odd[:3])}, and no regex of a file is run\n"
+            f"  write the paths that it means, or their ends, in its place"
+        )
+    return [
+        (match[1], ["" if each == "." else each[-1] for each in _CHARACTER.findall(match[2])], patterns[pattern])
+        for pattern, match in parsed.items()
+        if match
+    ]
+
+
+def _ends(path: str, start: str, text: Sequence[str]) -> bool:
+    """Is `text` the end of the path from a dot on, or all of it after "^"?"""
+    before, end = path[: max(len(path) - len(text), 0)], path[-len(text) :]
+    if len(end) != len(text) or not all(char in ("", got) for char, got in zip(text, end, strict=True)):
+        return False
+    return not before or (before.endswith(".") and not start)
