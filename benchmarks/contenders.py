@@ -76,7 +76,7 @@ def text(file: Path | None) -> Tensor:
 def train_step(model: Any, ids: Tensor) -> Callable[[], None]:
     """Forward, backward and AdamW (of what is trained), as a function."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
     model.train()
 
     def step() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,17 @@ from .targets import Target
 from .timeline import Timeline, second_run_of
 
 
+class Coefficient(NamedTuple):
+    """The scale c of one call. In a graph of torch.compile a tensor without dimensions: a number would be a part of the
+    graph, or break it (torch 2.13, with checkpointing)."""
+
+    c: Any
+    is_off: bool
+    """c = 0"""
+    is_whole: bool
+    """c = 1"""
+
+
 @dataclass(eq=False)
 class AdapterState:
     """What all layers of one adapter share. Its tensors live on the layers."""
@@ -27,7 +38,7 @@ class AdapterState:
     """As attached."""
     base: dict[str, Any]
     scale: float = 1.0
-    """As it was set; hooks go by `c`."""
+    """As it was set; hooks go by `now`."""
     merged: bool = False
     """True while its effect is in the weights, and its hooks do nothing."""
     layers: list[nn.Module] = field(default_factory=list)
@@ -37,8 +48,7 @@ class AdapterState:
     set_in: int = -1
     """The backward inside of which the scale was set, by who runs a forward there: it counts as it is."""
     timeline: Timeline = field(default_factory=Timeline)
-    traced: tuple[Tensor, bool, bool] = field(init=False)
-    """The scale for a graph of torch.compile, an input that may change; is it 0; is it 1."""
+    traced: Coefficient = field(init=False)
 
     def __post_init__(self) -> None:
         self._show()
@@ -58,39 +68,25 @@ class AdapterState:
     def _show(self) -> None:
         fresh = nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
         with fresh:  # a tensor of inference mode could take part in no training later
-            value = torch.tensor(
-                self.scale, dtype=torch.float64, device="cpu"
-            )  # without dimensions: it casts nothing up
-        self.traced = value, self.scale == 0, self.scale == 1
+            c = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # without dimensions: it casts nothing up
+        self.traced = Coefficient(c, self.scale == 0, self.scale == 1)
 
     @property
-    def c(self) -> Any:
-        """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first. In a graph of
-        torch.compile a tensor: a number would be a part of the graph, or break it (torch 2.13, with checkpointing)."""
+    def now(self) -> Coefficient:
+        """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first."""
         if torch.compiler.is_compiling():
-            return self.traced[0]
-        node = second_run_of()
+            return self.traced
+        c, node = self.scale, second_run_of()
         if node is None:
-            self.timeline.first_run(self.scale)
-            return self.scale
-        if self.set_in == torch._C._current_graph_task_id():
-            return self.scale
-        return self.timeline.at(node, self.scale)
-
-    @property
-    def is_off(self) -> bool:
-        """c = 0"""
-        return self.traced[1] if torch.compiler.is_compiling() else self.c == 0
-
-    @property
-    def is_whole(self) -> bool:
-        """c = 1"""
-        return self.traced[2] if torch.compiler.is_compiling() else self.c == 1
+            self.timeline.first_run(c)
+        elif self.set_in != torch._C._current_graph_task_id():
+            c = self.timeline.at(node, c)
+        return Coefficient(c, c == 0, c == 1)
 
     @property
     def is_idle(self) -> bool:
         """Do its hooks leave everything as it is?"""
-        return self.merged or self.is_off
+        return self.merged or self.now.is_off
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"timeline": Timeline()}  # no forward of a copy is pending
@@ -134,13 +130,13 @@ class Layer:
                            torch.compile a tensor without dimensions
     layer.is_off, .is_whole    is c 0, or 1
     layer.in_features, .out_features, .bias, .training
-    layer.owned            is y nobody else's, so that `forward` may write into it
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
     layer.experts          how many experts it fuses
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
     there: tensors by their name, `bias`, `training`; `history` makes the weight that `dense_weight("history")` gives.
+    `now` is the scale for the whole of a call; without it, the adapter's at each reading.
     """
 
     def __init__(
@@ -150,8 +146,11 @@ class Layer:
         dtype: torch.dtype | None = None,
         expert: int | None = None,
         instead: Mapping[str, Any] | None = None,
+        now: Coefficient | None = None,
     ) -> None:
-        self.__dict__.update(_module=module, _slot=slot, _dtype=dtype, _expert=expert, _instead=instead or {})
+        own = self.__dict__  # one by one: a view is made at every call of every layer
+        own["_module"], own["_slot"], own["_dtype"] = module, slot, dtype
+        own["_expert"], own["_instead"], own["_now"] = expert, instead or {}, now
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -179,15 +178,15 @@ class Layer:
 
     @property
     def scale(self) -> Any:
-        return self._slot.state.c
+        return (self._now or self._slot.state.now).c
 
     @property
     def is_off(self) -> bool:
-        return self._slot.state.is_off
+        return (self._now or self._slot.state.now).is_off
 
     @property
     def is_whole(self) -> bool:
-        return self._slot.state.is_whole
+        return (self._now or self._slot.state.now).is_whole
 
     @property
     def path(self) -> str:
@@ -217,11 +216,6 @@ class Layer:
     def training(self) -> bool:
         training: bool = self._instead.get("training", self._module.training)
         return training
-
-    @property
-    def owned(self) -> bool:
-        """True in the one hook on a plain linear layer, of a method that `handles_scale`: y has just been made."""
-        return self._instead.get("owned", False)
 
     @property
     def bias(self) -> Tensor | None:

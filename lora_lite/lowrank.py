@@ -1,17 +1,19 @@
-"""The one op of every low-rank update: as many passes as the maths has, and nothing kept for the backward but x.
+"""The one op of every low-rank update: as many passes as the maths has, and little kept for the backward but x.
 
     y' = y + s (x̂ Aᵀ) Bᵀ                                     x̂ = drop(x)
     y' = y + c [(g - 1) ⊙ (y - b) + g ⊙ s (x̂ Aᵀ) Bᵀ]          with a gain g (o,) on the direction d = W x + s B A x̂
 
 Plain autograd keeps x̂ and its mask, x̂ Aᵀ, casts of A and B, and for the gain W x and B A x̂ as well. Here, with u the
-gradient of y', h = s x̂ Aᵀ, and k = 1 - c + c g:
+gradient of y', h = x̂ Aᵀ, and k = 1 - c + c g:
 
-    dB = c g ⊙ uᵀ h      dA = (s u (c g ⊙ B))ᵀ x̂      dx = s u (c g ⊙ B) A      dy = k ⊙ u
-    dg = c Σ_tokens u ⊙ d,   d = (y' - b + (1 - c) h Bᵀ) / k,   so  dg = c [Σ u ⊙ (y' - b) + (1 - c) Σ_r uᵀ h ⊙ B] / k
+    dB = c g ⊙ s uᵀ h      dA = (s u (c g ⊙ B))ᵀ x̂      dx = s u (c g ⊙ B) A      dy = k ⊙ u
+    dg = c Σ_tokens u ⊙ d,   d = (y' - b + (1 - c) s h Bᵀ) / k
+       = c [Σ_tokens u ⊙ (y' - b) + (1 - c) Σ_r s uᵀ h ⊙ B] / k
 
-so from x, the parameters and y' itself, which the model around mostly keeps anyway (an activation's input, a value of
-attention). x̂ is made again from the seed of its mask. Without gradients, of a few tokens, products run in float32: at
-that size the casts of A and B are what takes time, and float32 products are the faster ones on a CPU.
+so from x, the parameters, h (r numbers a token) and y' itself, which the model around mostly keeps anyway (an
+activation's input, a value of attention). x̂ is made again from the seed of its mask. Without gradients, of a few
+tokens, products run in float32: at that size the casts of A and B are what takes time, and float32 products are the
+faster ones on a CPU.
 
 torch.compile, torch.func and forward-mode AD take the plain form, which they differentiate and fuse on their own.
 """
@@ -25,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
+SHORT = torch.bfloat16, torch.float16
 FEW = 16
 """Tokens up to which products run in float32."""
 LEAST_GAIN, LEAST_GAIN_16 = 0.05, 0.5
@@ -41,30 +44,27 @@ def add_low_rank(
     gain: Float[Tensor, "o"] | None = None,
     c: Any = 1.0,
     bias: Float[Tensor, "o"] | None = None,
-    owned: bool = False,
 ) -> Float[Tensor, "*b o"]:
     """y' in y's dtype, for A, B and g of any dtype, which get their gradients in it. x is of y's dtype.
 
     dropout     the probability on x, of the branch alone; 0 outside of training
     gain, c, bias    g, its coefficient, and what y holds beside W x
-    owned       y is nobody else's (`layer.owned`): y' may take its memory, since to get other pages takes as long as a
-                product
 
     With a gain, y' is kept for the backward: an in-place change of it raises there, as PyTorch does for its own ops.
     """
     if gain is not None:
-        gain = gain.to(torch.promote_types(gain.dtype, x.dtype))
+        gain = _in(gain, torch.promote_types(gain.dtype, x.dtype))
     if torch.compiler.is_compiling() or is_transformed():
         return _plain(y, x, a, b, s, dropout, gain, c, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y)):
         if gain is not None and not _tells_direction(gain.detach(), c, x.dtype, bias):
             return _plain(y, x, a, b, s, dropout, gain, c, bias)
-        out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout, owned)
+        out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout)
         return out
     with _as_written(x):
-        if not dropout and x.dtype.itemsize < 4 and x.numel() <= FEW * x.shape[-1]:
-            return _few(y, x, a, b, s, gain, c, bias, owned)
-        return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias, owned)
+        if not dropout and x.dtype in SHORT and x.numel() <= FEW * x.shape[-1]:
+            return _few(y, x, a, b, s, gain, c, bias)
+        return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias)[0]
 
 
 def is_transformed() -> bool:
@@ -74,9 +74,10 @@ def is_transformed() -> bool:
 
 def _tells_direction(gain: Tensor, c: float, dtype: torch.dtype, bias: Tensor | None) -> bool:
     """Can d be had from y' in this dtype? Its rounding is divided by k, and in 16 bits a bias takes digits as well."""
-    is_short = dtype.itemsize < 4
-    least = LEAST_GAIN_16 if is_short else LEAST_GAIN
-    return not (is_short and bias is not None) and bool(((1 - c + c * gain).abs() >= least).all())
+    is_short = dtype in SHORT
+    if is_short and bias is not None:
+        return False
+    return bool((1 - c + c * gain).abs().amin() >= (LEAST_GAIN_16 if is_short else LEAST_GAIN))
 
 
 def _plain(
@@ -90,35 +91,32 @@ def _plain(
 
 
 def _few(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None, owned: bool
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None
 ) -> Tensor:
     """In float32 throughout, rounded once."""
-    branch = F.linear(F.linear(x.float(), a.float()), b.float())
+    branch = F.linear(F.linear(x.float(), _in(a, torch.float32)), _in(b, torch.float32))
+    out = torch.empty_like(y)
     if gain is None:
-        return y.add_(branch, alpha=s) if owned else torch.add(y, branch, alpha=s).to(y.dtype)
+        return torch.add(y, branch, alpha=s, out=out)
     if bias is None and c == 1:
-        return (torch.add(y, branch, alpha=s) * gain).to(y.dtype)
+        return torch.mul(torch.add(y, branch, alpha=s), gain, out=out)
     wx = y.float() if bias is None else y.float() - bias.float()
-    return (y + c * (gain * torch.add(wx, branch, alpha=s) - wx)).to(y.dtype)
+    return torch.add(y, gain * torch.add(wx, branch, alpha=s) - wx, alpha=c, out=out)
 
 
 def _many(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None, owned: bool
-) -> Tensor:
-    """In the dtype of x; two products, the second with the sum in it."""
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y' and h (n, r), in the dtype of x; two products, the second with the sum in it."""
     (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
     if gain is not None:
         wx = y if bias is None else y - bias
-        less = (c * (gain - 1)).to(y.dtype)
-        y, owned = y.addcmul_(wx, less) if owned else torch.addcmul(y, wx, less), True
+        y = torch.addcmul(y, wx, (c * (gain - 1)).to(y.dtype))
         b = (c * gain)[:, None] * b
-    h, up = F.linear(x.reshape(rows, i), a.to(x.dtype)), b.to(x.dtype).mT
-    if owned and y.is_contiguous():
-        y.view(rows, o).addmm_(h, up, alpha=s)
-        return y
+    h = F.linear(x.reshape(rows, i), _in(a, x.dtype))
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view, which could not be changed in place later
-    torch.addmm(y.reshape(rows, o), h, up, alpha=s, out=out.view(rows, o))
-    return out
+    torch.addmm(y.reshape(rows, o), h, _in(b, x.dtype).mT, alpha=s, out=out.view(rows, o))
+    return out, h
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -134,42 +132,54 @@ class _AddLowRank(torch.autograd.Function):
         s: float,
         c: float,
         p: float,
-        owned: bool,
     ) -> Tensor:
         seed = _seed(p)
         with _as_written(x):
-            out = _many(y, _dropped(x, p, seed), a, b, s, gain, c, bias, owned)
-        if out is y:
-            ctx.mark_dirty(y)
-        ctx.save_for_backward(x, a, b, gain, *((None, None) if gain is None else (bias, out)))
+            out, h = _many(y, _dropped(x, p, seed), a, b, s, gain, c, bias)
+        ctx.save_for_backward(x, a, b, h, gain, *((None, None) if gain is None else (bias, out)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, a, b, gain, bias, out = ctx.saved_tensors
+        x, a, b, h, gain, bias, out = ctx.saved_tensors
         (u,), s, c = grads, ctx.s, ctx.c
         (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
         with _as_written(x):
             flat, dropped = u.reshape(rows, o), _dropped(x, ctx.p, ctx.seed).reshape(rows, i)
-            low, up = a.to(x.dtype), (b if gain is None else (c * gain)[:, None] * b).to(x.dtype)
+            low, up = _in(a, x.dtype), _in(b if gain is None else (c * gain)[:, None] * b, x.dtype)
             needs = ctx.needs_input_grad
-            uh = flat.mT @ ((dropped @ low.mT) * s) if needs[3] or gain is not None else None  # (o, r)
-            v = (flat @ up) * s  # (n, r)
-            da = (v.mT @ dropped).to(a.dtype) if needs[2] else None
-            dx = _dropped((v @ low).view(x.shape), ctx.p, ctx.seed) if needs[1] else None
+            if torch.is_grad_enabled():
+                h = dropped @ low.mT  # what was kept of it has no graph
+            uh = _in(_product(flat.mT, h, s), b.dtype) if needs[3] or gain is not None else None  # (o, r)
+            v = _product(flat, up, s)  # (n, r)
+            da = _in(v.mT @ dropped, a.dtype) if needs[2] else None
+            # in the shape of x by its product, not by a view: autograd adds other gradients of x into its memory
+            dx = _dropped(v.view(*x.shape[:-1], len(low)) @ low, ctx.p, ctx.seed) if needs[1] else None
             if gain is None:
-                return u, dx, da, None if uh is None else uh.to(b.dtype), None, None, None, None, None, None
+                return u, dx, da, uh, None, None, None, None, None
             less = c * (gain - 1)  # k - 1
             dy = torch.addcmul(u, u, less.to(u.dtype))
             db = (c * gain)[:, None] * uh
-            sums = (flat * out.view(rows, o)).sum(0).to(gain.dtype)
+            sums = torch.linalg.vecdot(flat, out.view(rows, o), dim=0).to(gain.dtype)
             total = flat.sum(0).to(gain.dtype) if bias is not None else None
             if total is not None:
                 sums = sums - bias * total
-            dg = c * (sums + (1 - c) * (uh * b).sum(1)) / (1 + less.to(u.dtype).to(less.dtype))  # as the forward had it
+            if c != 1:
+                sums = sums + (1 - c) * (uh * b).sum(1)
+            dg = c * sums / (1 + less.to(u.dtype).to(less.dtype))  # as the forward had it
             dbias = -less * total if needs[5] else None
-        return dy, dx, da, db.to(b.dtype), dg, dbias, None, None, None, None
+        return dy, dx, da, db.to(b.dtype), dg, dbias, None, None, None
+
+
+def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
+    """s a b, in one pass."""
+    return a @ b if s == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
+
+
+def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), at once where it is; of one token such calls are a good part of the time."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _seed(p: float) -> int:

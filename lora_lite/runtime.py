@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 
 from . import experts, quant, record
 from .adapter import Adapter, get_adapter, scaled
@@ -294,37 +293,24 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     slot = slots_of(module)[name]
-    if slot.state.is_idle:
+    now = slot.state.now
+    if slot.state.merged or now.is_off:
         return None
     x = _argument(args, kwargs)
     if not isinstance(y, Tensor):
         raise TargetError(
             f"{slot.path}: wanted a tensor from this layer, got {type(y).__name__}\n  leave it out with exclude_names"
         )
-    own = {"owned": True} if _is_owned(module, slot, y) else None
-    return changed_output(Layer(module, slot, y.dtype, instead=own), x.to(y.dtype), y)
-
-
-def _is_owned(module: nn.Module, slot: Slot, y: Tensor) -> bool:
-    """Has nothing but this hook seen the layer's output? A plain linear layer makes a new one at each forward."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(module) is nn.Linear
-        and type(y) is Tensor
-        and "forward" not in vars(module)  # as accelerate puts one there
-        and len(module._forward_hooks) == 1
-        and not _global_forward_hooks
-        and lookup(slot.cfg.variant).handles_scale
-        and not y._is_view()
-    )
+    return changed_output(Layer(module, slot, y.dtype, now=now), x if x.dtype == y.dtype else x.to(y.dtype), y)
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = slots_of(module)[name]
-    if slot.state.is_idle:
+    now = slot.state.now
+    if slot.state.merged or now.is_off:
         return None
     x = _argument(args, kwargs)
-    new = changed_input(Layer(module, slot, x.dtype), x)
+    new = changed_input(Layer(module, slot, x.dtype, now=now), x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
 

@@ -67,19 +67,16 @@ class DoRA:
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         a, b, m, cfg = layer.lora_A, layer.lora_B, layer.lora_m, layer.cfg
         n0 = layer.lora_n0.to(m.dtype)  # a cast of parameters alone must not part it from m
-        n = layer.constant("n", partial(_norm_ratio, layer), a, b, n0)
-        g = (m.float() / n0.float()) / n
+        g = m.float() / layer.constant("n", partial(_norm, layer), a, b, n0)
         p = cfg.dropout if layer.training else 0.0
-        return add_low_rank(y, x, a, b, cfg.scaling, p, g, layer.scale, layer.bias, layer.owned)
+        return add_low_rank(y, x, a, b, cfg.scaling, p, g, layer.scale, layer.bias)
 
 
-def _norm_ratio(
-    layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], n0: Float[Tensor, "o"]
-) -> Float[Tensor, "o"]:
-    """n/n0 in float32, with no (o, i) matrix unless terms cancel."""
+def _norm(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], n0: Float[Tensor, "o"]) -> Float[Tensor, "o"]:
+    """n in float32, with no (o, i) matrix unless terms cancel; n0 itself at B = 0."""
     a, b, n0, s = a.float(), b.float(), n0.float(), layer.cfg.scaling
     wa = layer.linear(a).mT  # (o, r)
-    square = 1 + ((2 * s * wa + s * s * (b @ (a @ a.mT))) * b).sum(1) / n0.square()
-    if not torch.compiler.is_compiling() and (square < CANCELLED).any():
-        return (layer.dense_weight() + s * b @ a).norm(dim=1) / n0
-    return square.clamp_min(CANCELLED).sqrt()
+    square = 1 + torch.linalg.vecdot(torch.addmm(wa, b, a @ a.mT, beta=2 * s, alpha=s * s), b) / n0.square()
+    if not torch.compiler.is_compiling() and square.amin() < CANCELLED:
+        return (layer.dense_weight() + s * b @ a).norm(dim=1)
+    return n0 * square.clamp_min(CANCELLED).sqrt()

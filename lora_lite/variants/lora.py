@@ -64,6 +64,4 @@ class LoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        return add_low_rank(
-            y, x, *LoRA.low_rank(layer), layer.cfg.dropout if layer.training else 0.0, owned=layer.owned
-        )
+        return add_low_rank(y, x, *LoRA.low_rank(layer), layer.cfg.dropout if layer.training else 0.0)

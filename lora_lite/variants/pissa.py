@@ -89,7 +89,7 @@ class PiSSA:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         a, b, s = PiSSA.low_rank(layer)
-        return add_low_rank(y, x, a.to(x.dtype), b.to(x.dtype), s, owned=layer.owned)
+        return add_low_rank(y, x, a.to(x.dtype), b.to(x.dtype), s)
 
 
 def _top_svd(
