@@ -4,7 +4,8 @@
 
 SmolLM2-135M-Instruct in bfloat16, rank 16 on all 210 linear layers, 2 x 256 tokens; decoding 64 tokens after 8.
 Contenders take turns, in a new order each round; a ratio is the median of the rounds' ratios, with their quartiles.
-Bytes that autograd keeps are exact. Times are wall-clock times of the whole step: forward, backward, AdamW.
+Bytes that autograd keeps are exact. Times are wall-clock times of the whole step: forward, backward, fused AdamW. A
+bare hook, the least that a LoRA in eager PyTorch can be, shows how much of a ratio is the machine's.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Annotated
 import torch
 import typer
 from contenders import (
+    bare,
     base,
     decode,
     load,
@@ -97,6 +99,7 @@ def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
         "dora": ours("dora"),
         "PEFT DoRA": peft(use_dora=True),
         "crowded": crowded,
+        "bare hook": bare(),
     }
     times = interleaved({name: train_step(model, ids) for name, model in models.items()}, rounds, "training")
     yield times.ratio("LoRA step / frozen base", "lora", "base", 1.10, "training")
@@ -105,7 +108,7 @@ def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     yield times.ratio("DoRA step / frozen base", "dora", "base", 1.15, "training")
     yield times.ratio("DoRA step / PEFT", "dora", "PEFT DoRA", 0.5, "training")
     yield times.ratio("LoRA step with 8 disabled adapters / without", "crowded", "lora", 1.05, "training")
-    for name in ("PEFT", "PEFT DoRA"):
+    for name in ("PEFT", "PEFT bf16", "PEFT DoRA", "bare hook"):
         yield times.ratio(f"{name} step / frozen base", name, "base", group="peers")
 
 
@@ -119,17 +122,20 @@ def quantised(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 def decoding(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     merged = ours()
     ll.merge(merged, keep=False)
-    models = {"base": load(), "lora": ours(), "dora": ours("dora"), "merged": merged, "PEFT": peft()}
+    models = {"base": load(), "lora": ours(), "dora": ours("dora"), "merged": merged, "PEFT": peft(), "bare": bare()}
     slow = {"base": models["base"], "PEFT DoRA": peft(use_dora=True)}
     for batch in (1, 8):
+        for model in models.values():
+            decode(model, ids, batch, 4)()
         runs = {name: decode(model, ids, batch, NEW_TOKENS) for name, model in models.items()}
-        times = interleaved(runs, max(3, rounds // 2), f"decoding, batch {batch}")
+        times = interleaved(runs, max(3, rounds // 3), f"decoding, batch {batch}", warm=0)
         yield times.ratio(f"decode LoRA / base, batch {batch}", "lora", "base", 1.10, "decoding")
         yield times.ratio(f"decode DoRA / base, batch {batch}", "dora", "base", 1.15, "decoding")
         yield times.ratio(f"decode merged / base, batch {batch}", "merged", "base", 1.02, "decoding")
         yield times.ratio(f"decode PEFT LoRA / base, batch {batch}", "PEFT", "base", group="peers")
+        yield times.ratio(f"decode bare hook / base, batch {batch}", "bare", "base", group="peers")
         runs = {name: decode(model, ids, batch, 8) for name, model in slow.items()}
-        times = interleaved(runs, min(rounds, 5), f"PEFT's DoRA, batch {batch}")
+        times = interleaved(runs, 3, f"PEFT's DoRA, batch {batch}")
         yield times.ratio(f"decode PEFT DoRA / base, batch {batch}, 8 tokens", "PEFT DoRA", "base", group="peers")
 
 
@@ -249,7 +255,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def main(
     file: Annotated[Path | None, typer.Option("--text", help="JSONL of questions and answers, such as GSM8K.")] = None,
     only: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SECTIONS)}.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Of each timed comparison.")] = 11,
+    rounds: Annotated[int, typer.Option(min=3, help="Of each timed comparison.")] = 9,
     out: Annotated[Path, typer.Option(help="Where bench.json and bench.png go.")] = Path("runs", "bench"),
     measured: Annotated[str | None, typer.Option("--peak", hidden=True)] = None,
 ) -> None:

@@ -49,6 +49,26 @@ def peft(quantization: str | None = None, bf16: bool = False, **fields: Any) -> 
     return differentiable(model)
 
 
+def bare() -> Any:
+    """LoRA with nothing around it: the fewest calls of PyTorch, in a hook without a name, a scale or a check. What
+    separates it from the base no implementation in eager PyTorch can save, but for what it keeps."""
+    model = base()
+    for path in ll.plan(model, configured("lora")).targets:
+        layer = model.get_submodule(path)
+        layer.bare_a = nn.Parameter(torch.zeros(RANK, layer.in_features))
+        layer.bare_b = nn.Parameter(torch.zeros(layer.out_features, RANK))
+        settle((layer.bare_a, layer.bare_b))
+        layer.register_forward_hook(_bare_hook)
+    return model
+
+
+def _bare_hook(layer: Any, args: tuple[Tensor], y: Tensor) -> Tensor:
+    (x,) = args
+    if torch.is_grad_enabled():
+        return y + (x @ layer.bare_a.to(x.dtype).mT) @ layer.bare_b.to(x.dtype).mT
+    return y.add_(nn.functional.linear(nn.functional.linear(x.float(), layer.bare_a), layer.bare_b))
+
+
 def differentiable(model: Any) -> Any:
     """With the gradient of the input in every contender: what an adapter adds is then all that differs."""
     model.enable_input_require_grads()
@@ -74,7 +94,7 @@ def text(file: Path | None) -> Tensor:
 
 
 def train_step(model: Any, ids: Tensor) -> Callable[[], None]:
-    """Forward, backward and AdamW (of what is trained), as a function."""
+    """Forward, backward and AdamW (fused, of what is trained), as a function."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
     model.train()

@@ -249,6 +249,15 @@ def fsdp(variant: str, folder: Path) -> None:
                 shard(other)
                 ll.restore(other, file)
             torch.testing.assert_close(other(input_ids=BATCH).logits, out)
+        model.eval()
+        model(input_ids=BATCH)  # what a variant remembers of its parameters is of those before
+        for parameter in adapter.parameters():
+            parameter.mul_(1.2)
+        ll.save(model, file.with_suffix(".later"))
+        alone = tiny_llama().eval()
+        ll.load(alone, file.with_suffix(".later"))
+        torch.testing.assert_close(model(input_ids=BATCH).logits, alone(input_ids=BATCH).logits)
+        assert not torch.allclose(alone(input_ids=BATCH).logits, out)
         with ll.disabled(model):
             torch.testing.assert_close(model(input_ids=BATCH).logits, tiny_llama()(input_ids=BATCH).logits)
     half = tiny_llama()
