@@ -53,8 +53,8 @@ def bare() -> Any:
     """LoRA with nothing around it: the fewest calls of PyTorch, in a hook without a name, a scale or a check. What
     separates it from the base no implementation in eager PyTorch can save, but for what it keeps."""
     model = base()
-    for path in ll.plan(model, configured("lora")).targets:
-        layer = model.get_submodule(path)
+    for target in ll.plan(model, configured("lora")):
+        layer = model.get_submodule(target.path)
         layer.bare_a = nn.Parameter(torch.zeros(RANK, layer.in_features))
         layer.bare_b = nn.Parameter(torch.zeros(layer.out_features, RANK))
         settle((layer.bare_a, layer.bare_b))
