@@ -3,13 +3,14 @@
     make bench [ARGS="--text gsm8k.jsonl"]
 
 SmolLM2-135M-Instruct in bfloat16, rank 16 on all 210 linear layers, 2 x 256 tokens; decoding 64 tokens after 8.
-Contenders take turns, in a new order each round; a ratio is the median of the rounds' ratios, with their quartiles.
+Contenders take turns, in a random order each round; a ratio is the median of the rounds' ratios, with their quartiles.
 Bytes that autograd keeps are exact. Times are wall-clock times of the whole step: forward, backward, fused AdamW. A
-bare hook, the least that a LoRA in eager PyTorch can be, shows how much of a ratio is the machine's.
+bare hook with nothing but a LoRA's products shows how much of a ratio they are, on this machine.
 """
 
 import json
 import platform
+import random
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ import typer
 from contenders import (
     bare,
     base,
-    decode,
+    decoder,
     load,
     ours,
     peft,
@@ -45,6 +46,8 @@ import lora_lite as ll
 
 Section = Callable[[Tensor, int], Iterator[Ratio]]
 NEW_TOKENS = 64
+GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k/test.jsonl"
+"""Beside the repository, where it is."""
 
 
 def memory(ids: Tensor, rounds: int) -> Iterator[Ratio]:
@@ -66,16 +69,15 @@ def memory(ids: Tensor, rounds: int) -> Iterator[Ratio]:
         0.22,
         group="memory",
     )
-    yield from growth(ids, own, lora)
+    yield from growth(ids, own, lora, least)
 
 
-def growth(ids: Tensor, own: int, lora: int) -> Iterator[Ratio]:
+def growth(ids: Tensor, own: int, lora: int, least: int) -> Iterator[Ratio]:
     """What is kept grows with layers, rank and tokens no faster than they do, and not with what is disabled."""
     half = saved(ours(layers=range(15)), ids) - own
     yield Ratio("kept by 30 blocks / 2 x 15 blocks", lora / (2 * half), 1.05, group="growth")
-    model = load()
-    ll.attach(model, ll.LoRAConfig(r=64))
-    yield Ratio("kept at rank 64 / 4 x rank 16", (saved(model, ids) - own) / (4 * lora), 1.0, group="growth")
+    more = saved(ours(r=64), ids) - own - least
+    yield Ratio("kept beside x at rank 64 / 4 x rank 16", more / (4 * (lora - least)), 1.05, group="growth")
     quarter = ids[:, : ids.shape[1] // 4]
     few = saved(ours(), quarter) - saved(base(), quarter)
     yield Ratio("kept of 512 tokens / 4 x 128 tokens", lora / (4 * few), 1.05, group="growth")
@@ -99,6 +101,8 @@ def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
         "dora": ours("dora"),
         "PEFT DoRA": peft(use_dora=True),
         "crowded": crowded,
+        "rank 64": ours(r=64),
+        "15 blocks": ours(layers=range(15)),
         "bare hook": bare(),
     }
     times = interleaved({name: train_step(model, ids) for name, model in models.items()}, rounds, "training")
@@ -108,6 +112,9 @@ def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     yield times.ratio("DoRA step / frozen base", "dora", "base", 1.15, "training")
     yield times.ratio("DoRA step / PEFT", "dora", "PEFT DoRA", 0.5, "training")
     yield times.ratio("LoRA step with 8 disabled adapters / without", "crowded", "lora", 1.05, "training")
+    added = times.above("base")
+    yield added.ratio("step time added at rank 64 / at rank 16", "rank 64", "lora", 4.0, "training")
+    yield added.ratio("step time added by 30 blocks / by 15", "lora", "15 blocks", group="training")
     for name in ("PEFT", "PEFT bf16", "PEFT DoRA", "bare hook"):
         yield times.ratio(f"{name} step / frozen base", name, "base", group="peers")
 
@@ -120,23 +127,21 @@ def quantised(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 
 
 def decoding(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    """A round is a token: all contenders are at the same one."""
     merged = ours()
     ll.merge(merged, keep=False)
-    models = {"base": load(), "lora": ours(), "dora": ours("dora"), "merged": merged, "PEFT": peft(), "bare": bare()}
-    slow = {"base": models["base"], "PEFT DoRA": peft(use_dora=True)}
+    models = {"base": base(), "lora": ours(), "dora": ours("dora"), "merged": merged, "PEFT": peft()}
+    models |= {"PEFT DoRA": peft(use_dora=True), "bare hook": bare()}
     for batch in (1, 8):
-        for model in models.values():
-            decode(model, ids, batch, 4)()
-        runs = {name: decode(model, ids, batch, NEW_TOKENS) for name, model in models.items()}
-        times = interleaved(runs, max(3, rounds // 3), f"decoding, batch {batch}", warm=0)
+        runs = {name: decoder(model, ids, batch) for name, model in models.items()}
+        times = interleaved(runs, NEW_TOKENS, f"decoding, batch {batch}", warm=2)  # the prompt, and one token
         yield times.ratio(f"decode LoRA / base, batch {batch}", "lora", "base", 1.10, "decoding")
         yield times.ratio(f"decode DoRA / base, batch {batch}", "dora", "base", 1.15, "decoding")
-        yield times.ratio(f"decode merged / base, batch {batch}", "merged", "base", 1.02, "decoding")
-        yield times.ratio(f"decode PEFT LoRA / base, batch {batch}", "PEFT", "base", group="peers")
-        yield times.ratio(f"decode bare hook / base, batch {batch}", "bare", "base", group="peers")
-        runs = {name: decode(model, ids, batch, 8) for name, model in slow.items()}
-        times = interleaved(runs, 3, f"PEFT's DoRA, batch {batch}")
-        yield times.ratio(f"decode PEFT DoRA / base, batch {batch}, 8 tokens", "PEFT DoRA", "base", group="peers")
+        yield times.ratio(f"decode merged / base, batch {batch}", "merged", "base", 1.00, "decoding")
+        yield times.ratio(f"decode LoRA / PEFT, batch {batch}", "lora", "PEFT", group="decoding")
+        yield times.ratio(f"decode DoRA / PEFT, batch {batch}", "dora", "PEFT DoRA", group="decoding")
+        for name in ("PEFT", "PEFT DoRA", "bare hook"):
+            yield times.ratio(f"decode {name} / base, batch {batch}", name, "base", group="peers")
 
 
 def starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
@@ -146,15 +151,19 @@ def starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     with tempfile.TemporaryDirectory() as folder:
         ll.save(ours(), f"{folder}/a.safetensors")
         peft().save_pretrained(f"{folder}/peft")
+        sizes = [Path(folder, file).stat().st_size for file in ("a.safetensors", "peft/adapter_model.safetensors")]
+        yield Ratio("file of a LoRA / PEFT", sizes[0] / sizes[1], group="starting")
+        order = random.Random(0)
         for _ in range(rounds):
             ways: dict[str, Callable[[nn.Module], object]] = {
                 "ours": lambda model: ll.load(model, f"{folder}/a.safetensors"),
                 "PEFT": lambda model: PeftModel.from_pretrained(model, f"{folder}/peft"),
             }
-            for name, way in ways.items():
-                loaded[name].append(timed(way, load()))
-            attached["ours"].append(timed(lambda model: ll.attach(model, ll.LoRAConfig(r=16)), load()))
-            attached["PEFT"].append(timed(attach_peft, load()))
+            for name in order.sample(list(ways), 2):
+                loaded[name].append(timed(ways[name], load()))
+            attaches = {"ours": lambda model: ll.attach(model, ll.LoRAConfig(r=16)), "PEFT": attach_peft}
+            for name in order.sample(list(attaches), 2):
+                attached[name].append(timed(attaches[name], load()))
     yield Times(attached).ratio("attach to 210 layers / PEFT", "ours", "PEFT", 0.2, "starting")
     yield Times(loaded).ratio("load a file / PEFT", "ours", "PEFT", 0.2, "starting")
     runs = {name: lambda name=name: in_a_process("-c", f"import {name}") for name in ("torch", "lora_lite")}
@@ -203,8 +212,7 @@ def peaks(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     for _ in range(max(3, rounds // 3)):
         for name, values in found.items():
             values.append(float(in_a_process(__file__, "--peak", name).split()[-1]))
-    above = {name: [a - b for a, b in zip(found[name], found["base"], strict=True)] for name in ("ours", "PEFT")}
-    yield Times(above).ratio("peak memory of a step above base / PEFT", "ours", "PEFT", 0.6, "memory")
+    yield Times(found).above("base").ratio("peak memory of a step above base / PEFT", "ours", "PEFT", 0.6, "memory")
 
 
 def peak(name: str, ids: Tensor) -> float:
@@ -227,12 +235,12 @@ def compiled(ids: Tensor, rounds: int) -> Iterator[Ratio]:
         (saved(models["dora"], x) - own) / (saved(models["PEFT DoRA"], x) - own),
         group="stack",
     )
-    times = interleaved({name: train_step(model, x) for name, model in models.items()}, 2 * rounds, "stack", 2)
+    times = interleaved({name: train_step(model, x) for name, model in models.items()}, rounds, "stack", 2)
     yield times.ratio("stack: LoRA step / frozen base", "lora", "base", group="stack")
     yield times.ratio("stack: LoRA step / PEFT", "lora", "PEFT", group="stack")
     yield times.ratio("stack: DoRA step / PEFT", "dora", "PEFT DoRA", group="stack")
     fast = {name: torch.compile(models[name]) for name in ("base", "lora", "PEFT")}
-    times = interleaved({name: train_step(model, x) for name, model in fast.items()}, 2 * rounds, "compiled stack", 3)
+    times = interleaved({name: train_step(model, x) for name, model in fast.items()}, rounds, "compiled stack", 3)
     yield times.ratio("stack, compiled: LoRA step / PEFT", "lora", "PEFT", group="stack")
     yield times.ratio("stack, compiled: LoRA step / frozen base", "lora", "base", group="stack")
 
@@ -263,7 +271,7 @@ def main(
     logger.remove()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    ids = text(file)
+    ids = text(file or (GSM8K if GSM8K.exists() else None))
     if measured is not None:
         print(peak(measured, ids))
         return

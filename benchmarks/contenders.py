@@ -39,7 +39,7 @@ def ours(variant: str = "lora", quantization: str | None = None, **fields: Any) 
 
 def configured(variant: str, **fields: Any) -> Any:
     cls: Any = ll.config_for(variant)
-    return cls(variant=variant, r=RANK, **fields)
+    return cls(**{"variant": variant, "r": RANK, **fields})
 
 
 def peft(quantization: str | None = None, bf16: bool = False, **fields: Any) -> Any:
@@ -50,8 +50,8 @@ def peft(quantization: str | None = None, bf16: bool = False, **fields: Any) -> 
 
 
 def bare() -> Any:
-    """LoRA with nothing around it: the fewest calls of PyTorch, in a hook without a name, a scale or a check. What
-    separates it from the base no implementation in eager PyTorch can save, but for what it keeps."""
+    """LoRA in as few calls of PyTorch as its maths has, in a hook without a name, a scale or a check, and with all that
+    autograd likes to keep: what is left of a ratio is the products and calls themselves."""
     model = base()
     for target in ll.plan(model, configured("lora")):
         layer = model.get_submodule(target.path)
@@ -63,10 +63,11 @@ def bare() -> Any:
 
 
 def _bare_hook(layer: Any, args: tuple[Tensor], y: Tensor) -> Tensor:
-    (x,) = args
-    if torch.is_grad_enabled():
-        return y + (x @ layer.bare_a.to(x.dtype).mT) @ layer.bare_b.to(x.dtype).mT
-    return y.add_(nn.functional.linear(nn.functional.linear(x.float(), layer.bare_a), layer.bare_b))
+    (x,), (o, i) = args, layer.weight.shape
+    if not torch.is_grad_enabled() and x.shape[1] == 1:
+        return y.add_(nn.functional.linear(nn.functional.linear(x.float(), layer.bare_a), layer.bare_b))
+    h = x.reshape(-1, i) @ layer.bare_a.to(x.dtype).mT
+    return torch.addmm(y.reshape(-1, o), h, layer.bare_b.to(x.dtype).mT).view(y.shape)
 
 
 def differentiable(model: Any) -> Any:
@@ -117,23 +118,18 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     return loss
 
 
-def decode(model: Any, ids: Tensor, batch: int, tokens: int) -> Callable[[], None]:
-    """Greedy decoding of so many tokens after a prompt of 8, as a function."""
+def decoder(model: Any, ids: Tensor, batch: int) -> Callable[[], None]:
+    """Greedy decoding after a prompt of 8 tokens: a function whose first call reads the prompt, each later one makes a
+    token."""
     model.eval()
-    prompt = ids.reshape(-1)[: 8 * batch].view(batch, 8)
+    given: dict[str, Any] = {"input_ids": ids.reshape(-1)[: 8 * batch].view(batch, 8), "past_key_values": None}
 
     @torch.no_grad()
-    def run() -> None:
-        model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
+    def token() -> None:
+        out = model(**given, use_cache=True, logits_to_keep=1)
+        given.update(input_ids=out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=out.past_key_values)
 
-    return run
+    return token
 
 
 def stack() -> nn.Sequential:

@@ -1,5 +1,6 @@
 """How things are measured: interleaved times, bytes that autograd keeps, peaks of processes of their own."""
 
+import random
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,8 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        return None if self.mark is None else self.value <= self.mark
+        """To the two digits that a mark has."""
+        return None if self.mark is None else round(self.value, 2) <= self.mark
 
     def record(self) -> dict[str, Any]:
         return asdict(self) | {"met": self.met}
@@ -47,15 +49,25 @@ class Times:
         low, middle, high = statistics.quantiles(of_rounds, n=4)
         return Ratio(measure, middle, mark, low, high, group)
 
+    def above(self, other: str) -> "Times":
+        """What each contender takes longer than another one, by round."""
+        return Times(
+            {
+                name: [a - b for a, b in zip(seconds, self.seconds[other], strict=True)]
+                for name, seconds in self.seconds.items()
+                if name != other
+            }
+        )
+
 
 def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, what: str, warm: int = 1) -> Times:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         for _ in range(warm):
             run()
-    for i in tqdm(range(rounds), desc=what, disable=not sys.stderr.isatty(), leave=False):
-        names = list(contenders)
-        for name in names[i % len(names) :] + names[: i % len(names)]:  # none is always after the same one
+    order = random.Random(0)
+    for _ in tqdm(range(rounds), desc=what, disable=not sys.stderr.isatty(), leave=False):
+        for name in order.sample(list(contenders), len(contenders)):  # none is always after the same one
             started = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - started)
@@ -66,12 +78,11 @@ def saved_storages(model: Any, ids: Tensor) -> dict[int, torch.UntypedStorage]:
     """What autograd keeps of one forward for its backward: each storage once, parameters and buffers aside."""
     found: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:  # no backward is run, and an output handed back would keep its graph alive
         found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
 
     model.train()
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda nothing: nothing):
         loss = loss_of(model, ids)
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
     del loss

@@ -3,17 +3,15 @@
     y' = y + s (x̂ Aᵀ) Bᵀ                                     x̂ = drop(x)
     y' = y + c [(g - 1) ⊙ (y - b) + g ⊙ s (x̂ Aᵀ) Bᵀ]          with a gain g (o,) on the direction d = W x + s B A x̂
 
-Plain autograd keeps x̂ and its mask, x̂ Aᵀ, casts of A and B, and for the gain W x and B A x̂ as well. Here, with u the
-gradient of y', h = x̂ Aᵀ, and k = 1 - c + c g:
+Plain autograd keeps x̂ and its mask, x̂ Aᵀ, casts of A and B, and for the gain W x, B A x̂ and their sum. Here, with u
+the gradient of y', h = x̂ Aᵀ and k = 1 - c + c g:
 
     dB = c g ⊙ s uᵀ h      dA = (s u (c g ⊙ B))ᵀ x̂      dx = s u (c g ⊙ B) A      dy = k ⊙ u
-    dg = c Σ_tokens u ⊙ d,   d = (y' - b + (1 - c) s h Bᵀ) / k
-       = c [Σ_tokens u ⊙ (y' - b) + (1 - c) Σ_r s uᵀ h ⊙ B] / k
+    dg = c Σ_tokens u ⊙ d = c [Σ_tokens u ⊙ (y - b) + Σ_r s uᵀ h ⊙ B]
 
-so from x, the parameters, h (r numbers a token) and y' itself, which the model around mostly keeps anyway (an
-activation's input, a value of attention). x̂ is made again from the seed of its mask. Without gradients, of a few
-tokens, products run in float32: at that size the casts of A and B are what takes time, and float32 products are the
-faster ones on a CPU.
+so from x, the parameters, h (r numbers a token) and, with a gain, y. x̂ is made again from the seed of its mask. Without
+gradients, of a few tokens, products run in float32: at that size the casts of A and B are what takes time, and float32
+products are the faster ones on a CPU.
 
 torch.compile, torch.func and forward-mode AD take the plain form, which they differentiate and fuse on their own.
 """
@@ -30,8 +28,6 @@ from torch.autograd import forward_ad
 SHORT = torch.bfloat16, torch.float16
 FEW = 16
 """Tokens up to which products run in float32."""
-LEAST_GAIN, LEAST_GAIN_16 = 0.05, 0.5
-"""Below this |k| of a row, in 16 bits the second, y' says too little of d: then plain autograd keeps what it needs."""
 
 
 def add_low_rank(
@@ -50,15 +46,13 @@ def add_low_rank(
     dropout     the probability on x, of the branch alone; 0 outside of training
     gain, c, bias    g, its coefficient, and what y holds beside W x
 
-    With a gain, y' is kept for the backward: an in-place change of it raises there, as PyTorch does for its own ops.
+    With a gain, y is kept for the backward: an in-place change of it raises there, as PyTorch does for its own ops.
     """
     if gain is not None:
         gain = _in(gain, torch.promote_types(gain.dtype, x.dtype))
     if torch.compiler.is_compiling() or is_transformed():
         return _plain(y, x, a, b, s, dropout, gain, c, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y)):
-        if gain is not None and not _tells_direction(gain.detach(), c, x.dtype, bias):
-            return _plain(y, x, a, b, s, dropout, gain, c, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y, bias)):
         out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout)
         return out
     with _as_written(x):
@@ -70,14 +64,6 @@ def add_low_rank(
 def is_transformed() -> bool:
     """Is a torch.func transform at work, or a level of forward_ad? Neither has a public question for it."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _tells_direction(gain: Tensor, c: float, dtype: torch.dtype, bias: Tensor | None) -> bool:
-    """Can d be had from y' in this dtype? Its rounding is divided by k, and in 16 bits a bias takes digits as well."""
-    is_short = dtype in SHORT
-    if is_short and bias is not None:
-        return False
-    return bool((1 - c + c * gain).abs().amin() >= (LEAST_GAIN_16 if is_short else LEAST_GAIN))
 
 
 def _plain(
@@ -136,13 +122,13 @@ class _AddLowRank(torch.autograd.Function):
         seed = _seed(p)
         with _as_written(x):
             out, h = _many(y, _dropped(x, p, seed), a, b, s, gain, c, bias)
-        ctx.save_for_backward(x, a, b, h, gain, *((None, None) if gain is None else (bias, out)))
+        ctx.save_for_backward(x, a, b, h, gain, *((None, None) if gain is None else (bias, y)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, a, b, h, gain, bias, out = ctx.saved_tensors
+        x, a, b, h, gain, bias, y = ctx.saved_tensors
         (u,), s, c = grads, ctx.s, ctx.c
         (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
         with _as_written(x):
@@ -151,7 +137,9 @@ class _AddLowRank(torch.autograd.Function):
             needs = ctx.needs_input_grad
             if torch.is_grad_enabled():
                 h = dropped @ low.mT  # what was kept of it has no graph
-            uh = _in(_product(flat.mT, h, s), b.dtype) if needs[3] or gain is not None else None  # (o, r)
+            uh = None
+            if needs[3] or needs[4]:
+                uh = _in(_product(flat.mT, h, s), b.dtype)  # (o, r)
             v = _product(flat, up, s)  # (n, r)
             da = _in(v.mT @ dropped, a.dtype) if needs[2] else None
             # in the shape of x by its product, not by a view: autograd adds other gradients of x into its memory
@@ -159,17 +147,14 @@ class _AddLowRank(torch.autograd.Function):
             if gain is None:
                 return u, dx, da, uh, None, None, None, None, None
             less = c * (gain - 1)  # k - 1
-            dy = torch.addcmul(u, u, less.to(u.dtype))
-            db = (c * gain)[:, None] * uh
-            sums = torch.linalg.vecdot(flat, out.view(rows, o), dim=0).to(gain.dtype)
-            total = flat.sum(0).to(gain.dtype) if bias is not None else None
-            if total is not None:
-                sums = sums - bias * total
-            if c != 1:
-                sums = sums + (1 - c) * (uh * b).sum(1)
-            dg = c * sums / (1 + less.to(u.dtype).to(less.dtype))  # as the forward had it
-            dbias = -less * total if needs[5] else None
-        return dy, dx, da, db.to(b.dtype), dg, dbias, None, None, None
+            dy = torch.addcmul(u, u, less.to(u.dtype)) if needs[0] else None
+            db = _in((c * gain)[:, None] * uh, b.dtype) if needs[3] else None
+            dg = None
+            if needs[4]:
+                wx = (y if bias is None else y - bias).reshape(rows, o)
+                dg = c * (torch.linalg.vecdot(flat, wx, dim=0).to(gain.dtype) + (uh * b).sum(1))
+            dbias = -less * flat.sum(0).to(gain.dtype) if needs[5] else None
+        return dy, dx, da, db, dg, dbias, None, None, None
 
 
 def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
@@ -198,4 +183,6 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
 def _as_written(x: Tensor) -> AbstractContextManager[Any]:
     """Products in the dtypes given, under autocast too."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

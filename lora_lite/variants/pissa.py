@@ -89,7 +89,9 @@ class PiSSA:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         a, b, s = PiSSA.low_rank(layer)
-        return add_low_rank(y, x, a.to(x.dtype), b.to(x.dtype), s)
+        if torch.is_grad_enabled():  # the backward keeps them, and they are nobody's parameters
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        return add_low_rank(y, x, a, b, s)
 
 
 def _top_svd(
