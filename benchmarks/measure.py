@@ -1,5 +1,6 @@
 """How things are measured: interleaved times, bytes that autograd keeps, peaks of processes of their own."""
 
+import os
 import random
 import statistics
 import subprocess
@@ -123,6 +124,7 @@ def peak_of(step: Callable[[], Any]) -> float:
 
 
 def in_a_process(*arguments: str) -> str:
-    """What a command of Python prints."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    """What a command of Python prints; from its second run on it need not compile what it imports."""
+    caching = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, env=caching)
     return done.stdout

@@ -41,7 +41,8 @@ def draw(found: Sequence[Ratio], file: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(marked)), [each.measure for each in marked], fontsize=8)
     for i, each in enumerate(marked):
-        axes.text(shares[i] + 0.01, i, f"{each.value:.2f} of {each.mark:.2f}", va="center", fontsize=7)
+        label = f"{each.value:.2f} of {each.mark:.2f}"
+        axes.text(shares[i] + 0.015, i, label, va="center", fontsize=7, bbox={"facecolor": "white", "lw": 0, "pad": 1})
     axes.set_xlim(0, max(1.3, *(share + 0.2 for share in shares)))
     axes.set_xlabel("ratio / mark; less is better")
     for side in ("top", "right"):
