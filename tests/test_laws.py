@@ -356,13 +356,13 @@ def test_eval_outputs_follow_every_way_to_change_a_parameter(variant: str) -> No
 
     def in_place(tensor: torch.Tensor) -> None:
         with torch.no_grad():
-            tensor.mul_(1.3)
+            tensor.mul_(0.98)
 
     def through_data(tensor: torch.Tensor) -> None:
-        tensor.data.mul_(1.3)  # bumps no version counter
+        tensor.data.mul_(0.98)  # bumps no version counter
 
     def other_memory(tensor: torch.Tensor) -> None:
-        tensor.data = tensor.data * 1.3
+        tensor.data = tensor.data * 0.98
 
     for change in (in_place, through_data, other_memory):
         for _, tensor in adapter.named_tensors():
