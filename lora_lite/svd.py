@@ -13,7 +13,7 @@ def leading_svd(
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r"], Float[Tensor, "i r"]]:
     """U, S, V of the top r of W = U S Vᵀ, from a block Krylov space of 10 (r + 8) dimensions with a seeded start.
 
-    Within it, the best there is. Plain power iteration of the same cost keeps only the last block, and is a hundred
+    Within it, the best there is. Plain power iteration of the same cost keeps only the last block, and is fifty
     times further off where the singular values lie close, as a weight's do. Where the space would be half of all, the
     full SVD is the cheaper way and is taken.
     """
