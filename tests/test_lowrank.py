@@ -399,3 +399,14 @@ def test_the_layers_of_a_model_keep_no_more(variant: str) -> None:
     if variant == "pissa":
         most += 50 * 4 * cfg.r + 2 * 4 * sum(p.numel() for p in adapter.parameters())  # A and B beside what they were
     assert sum(found.values()) <= most
+
+
+@pytest.mark.parametrize("variant", ["lora", "pissa"])
+def test_shapes_alone_go_through(variant: str) -> None:
+    """On the meta device, which has no autocast to ask for."""
+    model = OneLinear()
+    ll.attach(model, config(variant, target_names="proj"))
+    model.to("meta")
+    assert model(torch.empty(5, 16, device="meta", requires_grad=True)).is_meta
+    with torch.no_grad():
+        assert model(torch.empty(5, 16, device="meta")).is_meta
