@@ -49,6 +49,7 @@ class AdapterState:
     """The backward inside of which the scale was set, by who runs a forward there: it counts as it is."""
     timeline: Timeline = field(default_factory=Timeline)
     traced: Coefficient = field(init=False)
+    """The scale for a graph of torch.compile, an input of it that may change."""
 
     def __post_init__(self) -> None:
         self._show()

@@ -14,6 +14,8 @@ gradients, of a few tokens, products run in float32: at that size the casts of A
 products are the faster ones on a CPU.
 
 torch.compile, torch.func and forward-mode AD take the plain form, which they differentiate and fuse on their own.
+
+The update is LoRA's (Hu et al. 2021, arXiv:2106.09685, 4.1), the gain DoRA's (Liu et al. 2024, arXiv:2402.09353, 4.3).
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -63,9 +63,9 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         return held[key].to(device, dtype, copy=True) if key in held else torch.zeros(spec.shape).to(device, dtype)
 
-    loaded = []
+    names, loaded = [name, f"{name}_ff"][: len(parts)], []
     with ExitStack() as stack:
-        for part, each in zip(parts, (name, f"{name}_ff"), strict=False):
+        for part, each in zip(parts, names, strict=True):
             layers = list(part.targets.values())
             adapter = stack.enter_context(installed(root, part.cfg, each, layers, part.changes, values))
             with torch.no_grad():

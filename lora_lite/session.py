@@ -123,7 +123,8 @@ def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
 
     Raises TargetError if there are several such modules, or if the model is a part of one.
     """
-    found = {path: module for path, module in model.named_modules() if has_session(module)}
+    modules = dict(model.named_modules())
+    found = {path: module for path, module in modules.items() if has_session(module)}
     if len(found) > 1:
         raise TargetError(
             f"adapters were attached to several parts of this {type(model).__name__}: {', '.join(found)}\n"
@@ -131,7 +132,7 @@ def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
         )
     for root in found.values():
         return root, root.__dict__[SESSION]
-    if any(slots_of(module) for module in model.modules()):
+    if any(map(slots_of, modules.values())):
         raise TargetError(
             f"this {type(model).__name__} is a part of a model that adapters were attached to\n"
             f"  give the whole model, the one that attach was given"

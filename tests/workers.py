@@ -100,6 +100,28 @@ def compiled(variant: str, folder: Path) -> None:
         torch.testing.assert_close(fast(input_ids=IDS).logits, base)
 
 
+def vanishing() -> None:
+    """DoRA's factored norm has no digits where W + s B A vanishes: eager mode takes the direct one, a graph refuses."""
+    torch._dynamo.reset()
+    layer = OneLinear(bias=False)
+    adapter = ll.attach(layer, config("dora", target_names="proj"))
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(fast(x), layer(x))
+    u, s, vt = torch.linalg.svd(layer.proj.weight.detach(), full_matrices=False)
+    with torch.no_grad():  # a weight of rank r, taken away
+        rank = len(layer.proj.lora_A)
+        layer.proj.lora_A.copy_(vt[:rank])
+        layer.proj.lora_B.copy_(-u[:, :rank] * s[:rank] / adapter.config.scaling)
+        layer.proj.weight.copy_((u[:, :rank] * s[:rank]) @ vt[:rank] * 1.001)
+        layer.proj.lora_n0.copy_(layer.proj.weight.norm(dim=1))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert layer(x).isfinite().all()
+            with pytest.raises(RuntimeError, match="all but vanishes"):
+                fast(x)
+
+
 def poles(folder: Path) -> None:
     """Compiled with its checkpoints, a model has the gradients of both poles; a whole step may be one graph, too."""
     torch._dynamo.reset()
@@ -404,6 +426,7 @@ if __name__ == "__main__":
     if name == "compile":
         each_variant(compiled, folder)
         poles(Path(folder))
+        vanishing()
         rounds_of_many_methods(Path(folder))
     elif name == "killed":
         killed(Path(folder))

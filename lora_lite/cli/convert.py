@@ -67,7 +67,7 @@ def convert(
     made = adapters(model)
     layers, variants = sum(len(each.targets) for each in made.values()), [each.variant for each in made.values()]
     if is_peft(source) and rank is None:
-        places = [path for path, _ in zip((target, second), made, strict=False)]
+        places = [target, second][: len(made)]
         for path, name in zip(places, made, strict=True):
             save(model, path, name)
         return Converted(places, OURS, variants, layers, None, None)
