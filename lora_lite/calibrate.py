@@ -278,7 +278,10 @@ class _Reader:
     def check_all_seen(self) -> None:
         missed = self.sums.keys() - self.seen
         if missed:
-            raise TargetError(f"{sorted(missed)[0]}: the model's forward never called it, so it has no activations")
+            raise TargetError(
+                f"{sorted(missed)[0]}: the model's forward never called it, so it has no activations\n"
+                f"  leave it out of what is captured"
+            )
         self.seen.clear()
 
 

@@ -36,6 +36,7 @@ class Kernel(NamedTuple):
     min_weight_distance: float
 
     def at(self, block: int) -> float:
+        """The strength at a block, by its index."""
         d = abs(block - self.max_weight_position)
         if d > self.min_weight_distance:
             return 0.0

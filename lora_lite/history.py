@@ -50,6 +50,7 @@ class Round:
 
     @property
     def variant(self) -> str:
+        """The name of the method that was trained in it."""
         return self.config.variant
 
     def __str__(self) -> str:

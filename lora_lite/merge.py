@@ -204,7 +204,10 @@ def _changes(
         errors[path] = float(error / new.norm()), float(error / (new - weight).norm())
     places = [(parent, name) for parent in root.modules() for name, child in parent.named_children() if child is module]
     if not places:
-        raise TargetError(f"{path}: the model is this one quantised layer, so nothing can hold its replacement")
+        raise TargetError(
+            f"{path}: the model is this one quantised layer, so nothing can hold its replacement\n"
+            f"  attach to an nn.Sequential with the layer in it"
+        )
     return [(Swap(parent, name, module), replacement) for parent, name in places]
 
 

@@ -120,7 +120,8 @@ def merge_checkpoint(
         needed = total - resumed + sum(p.stat().st_size for p in others)
         if needed > (free := shutil.disk_usage(partial).free):
             raise CheckpointError(
-                f"{out.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written"
+                f"{out.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written\n"
+                f"  make room, or name a place on another disk; what is written so far is kept"
             )
         report = _Counter(total, resumed, progress)
         for shard in plan.shards:

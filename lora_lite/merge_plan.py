@@ -175,7 +175,8 @@ class MergePlan:
     def _put(self, made: dict[str, Piece], key: str, stored: Stored, make: Callable[[], Iterator[Tensor]]) -> None:
         if key in made:
             raise CheckpointError(
-                f"{self._file.path}: two of its layers go into the one tensor {key} of {self._base.path}"
+                f"{self._file.path}: two of its layers go into the one tensor {key} of {self._base.path}\n"
+                f"  is this the base that it was trained on?"
             )
         made[key] = self._computed(key, stored.key, make)
 
@@ -251,7 +252,10 @@ class MergePlan:
                 new = affine.bias(row, lambda: module.weight)
                 assert new is not None
                 if not fits(new, bias.dtype):
-                    raise BaseModelError(f"{place.target.path}: the merged bias holds a NaN or an infinity")
+                    raise BaseModelError(
+                        f"{place.target.path}: the merged bias holds a NaN or an infinity\n"
+                        f"  does it in the base? Else take a smaller scale, or an earlier file of the adapter"
+                    )
                 yield new.to(bias.dtype)
 
         return make

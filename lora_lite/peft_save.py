@@ -105,7 +105,8 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
     odd = [path or "the model itself" for path, (_, slots) in layers.items() if not path or slots[0].target.experts]
     if odd:
         raise CheckpointError(
-            f"{odd[0]}: PEFT's format holds adapters of named linear layers; fused experts have no place"
+            f"{odd[0]}: PEFT's format holds adapters of named linear layers; fused experts have no place\n"
+            f"  keep it as our file (lora_lite.save), or merge it"
         )
     return layers
 
@@ -165,7 +166,10 @@ def _low_rank(
     for path, (module, slots) in layers.items():
         delta, moved_bias = change(module, slots)
         if moved_bias is not None:
-            raise CheckpointError(f"{path}: {slots[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold")
+            raise CheckpointError(
+                f"{path}: {slots[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
+                f"  keep it as our file (lora_lite.save), or merge it"
+            )
         dtype = reduce(torch.promote_types, (slot.cfg.dtype for slot in slots), torch.float32)
         a, b = (factor.to(dtype) for factor in factors(delta, rank))
         rest, size = float((delta - b.double() @ a.double()).norm()), float(delta.norm())

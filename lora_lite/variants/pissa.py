@@ -63,7 +63,10 @@ class PiSSA:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PiSSAConfig) -> dict[str, ParamSpec]:
         if cfg.r > min(d_in, d_out):
-            raise ConfigError(f"PiSSAConfig(r={cfg.r}): a ({d_out}, {d_in}) weight has {min(d_in, d_out)} directions")
+            raise ConfigError(
+                f"PiSSAConfig(r={cfg.r}): a ({d_out}, {d_in}) weight has {min(d_in, d_out)} directions\n"
+                f"  lower r, there alone with per_layer, or leave the layer out with exclude_names"
+            )
         a, b = (cfg.r, d_in), (d_out, cfg.r)
         return {
             "lora_A": ParamSpec(a, keep_dtype=True),
