@@ -263,7 +263,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def main(
     file: Annotated[Path | None, typer.Option("--text", help="JSONL of questions and answers, such as GSM8K.")] = None,
     only: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SECTIONS)}.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Of each timed comparison.")] = 9,
+    rounds: Annotated[int, typer.Option(min=3, help="Of each timed comparison.")] = 10,
     out: Annotated[Path, typer.Option(help="Where bench.json and bench.png go.")] = Path("runs", "bench"),
     measured: Annotated[str | None, typer.Option("--peak", hidden=True)] = None,
 ) -> None:
