@@ -100,12 +100,25 @@ def compiled(variant: str, folder: Path) -> None:
         torch.testing.assert_close(fast(input_ids=IDS).logits, base)
 
 
+def blocks(variant: str, folder: Path) -> None:
+    """Blocks that are compiled one by one share a graph, as the base's do: none has its own name in it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_llama(num_hidden_layers=3)
+    perturb(attach(model, config(variant)))
+    wanted = model(input_ids=IDS, use_cache=False).logits
+    for layer in model.model.layers:
+        layer.mlp.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def vanishing() -> None:
     """DoRA's factored norm has no digits where W + s B A vanishes: eager mode takes the direct one, a graph refuses."""
     torch._dynamo.reset()
     layer = OneLinear(bias=False)
     adapter = ll.attach(layer, config("dora", target_names="proj"))
-    fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    fast = torch.compile(layer, fullgraph=True, backend="inductor" if shutil.which("g++") else "aot_eager")
     x = torch.randn(5, 16)
     torch.testing.assert_close(fast(x), layer(x))
     u, s, vt = torch.linalg.svd(layer.proj.weight.detach(), full_matrices=False)
@@ -425,6 +438,7 @@ if __name__ == "__main__":
     _, name, folder = sys.argv
     if name == "compile":
         each_variant(compiled, folder)
+        each_variant(blocks, folder)
         poles(Path(folder))
         vanishing()
         rounds_of_many_methods(Path(folder))

@@ -78,8 +78,9 @@ def _norm(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], n0: Fl
     wa = layer.linear(a).mT  # (o, r)
     square = 1 + torch.linalg.vecdot(torch.addmm(wa, b, a @ a.mT, beta=2 * s, alpha=s * s), b) / n0.square()
     if torch.compiler.is_compiling():  # a graph can't choose by values, but it can refuse
-        cure = "run it once without torch.compile, or take a lower learning rate"
-        torch._assert_async(~(square < CANCELLED).any(), f"{layer.path}: a row of W + s B A all but vanishes\n  {cure}")
+        # one line, or generated C++ breaks; no path, or equal blocks would not share a graph
+        says = "DoRA: a row of W + s B A all but vanishes; run without torch.compile, or train at a lower learning rate"
+        torch._assert_async(~(square < CANCELLED).any(), says)
     elif square.amin() < CANCELLED:
         return (layer.dense_weight() + s * b @ a).norm(dim=1)
     return n0 * square.sqrt()
