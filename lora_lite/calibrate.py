@@ -218,14 +218,15 @@ def check_batches(batches: Any, what: str = "calibration_data") -> None:
 
 def _places(model: nn.Module, where: BaseConfig | Iterable[str] | None, what: str) -> dict[str, str]:
     """The path asked for -> the path of the module whose input or output it is."""
-    stack = blocks(model)
+    modules = dict(model.named_modules())
+    stack = blocks(modules)
     if where is None:
         paths = list(stack)
     elif isinstance(where, BaseConfig):
         paths = [target.path for target in find_targets(model, where)]
     else:
         paths = [where] if isinstance(where, str) else list(where)
-    unknown = sorted(set(paths) - dict(model.named_modules()).keys())
+    unknown = sorted(set(paths) - modules.keys())
     if unknown or not paths:
         raise TargetError(
             f"nowhere to look in this {type(model).__name__}: {', '.join(unknown) or 'no block, no path'}\n"

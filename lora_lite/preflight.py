@@ -16,7 +16,7 @@ from .config import BaseConfig, is_name
 from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .keys import file_key
 from .layer import AdapterState
-from .session import has_session, session_of
+from .session import has_session, session_at, session_of
 from .targets import Target, find_targets, model_width
 from .variant import ParamSpec, lookup, weight_use
 
@@ -24,6 +24,8 @@ Specs = dict[str, dict[str, ParamSpec]]
 """Path of a target -> name of a tensor -> its spec."""
 Changes = dict[str, dict[str, Any]]
 """Path of a target -> the config fields that differ there."""
+Layers = dict[str, quant.Linear]
+"""Path of a target -> the module there."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     """The layers that `attach(model, cfg)` would adapt; the model may be on the meta device. Raises as attach does."""
     root = attachable(model)
     targets = find_targets(root, checked_config(cfg))
-    specs = checked_specs(root, targets, configs_at(cfg, targets, changes_at(cfg, targets)))
+    specs = checked_specs(targets, layers_at(root, targets), configs_at(cfg, targets, changes_at(cfg, targets)))
     parameters = sum(math.prod(spec.shape) for at in specs.values() for spec in at.values() if spec.trainable)
     return Plan(type(root).__name__, cfg.variant, tuple(targets), parameters, model_width(root))
 
@@ -122,11 +124,16 @@ def configs_at(cfg: BaseConfig, targets: list[Target], changes: Changes) -> dict
     return configs
 
 
-def checked_specs(root: nn.Module, targets: list[Target], configs: dict[str, BaseConfig]) -> Specs:
+def layers_at(root: nn.Module, targets: list[Target]) -> Layers:
+    """The targets' modules, in one walk."""
+    modules: dict[str, Any] = dict(root.named_modules())
+    return {target.path: modules[target.path] for target in targets}
+
+
+def checked_specs(targets: list[Target], layers: Layers, configs: dict[str, BaseConfig]) -> Specs:
     """The variant's tensors for each target. Raises if a layer can't carry them, naming it."""
-    modules = dict(root.named_modules())
     for target in targets:
-        _check_layer(target, modules[target.path], configs[target.path])
+        _check_layer(target, layers[target.path], configs[target.path])
     return {target.path: specs_at(target, configs[target.path]) for target in targets}
 
 
@@ -161,26 +168,26 @@ def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_name(name: str, root: nn.Module, specs: Specs) -> None:
+def check_name(name: str, root: nn.Module, layers: Layers, specs: Specs) -> None:
     """ConfigError for an odd adapter name, TargetError for one that is taken, on the model or at a layer."""
     if not is_name(name):
         raise ConfigError(
             f"adapter name {name!r}: it becomes part of parameter names\n"
             f"  use letters and digits, with single '_' or '-' between them"
         )
-    if name in session_of(root)[1].adapters:
+    if name in session_at(root).adapters:
         raise TargetError(
             f"adapter {name!r} is attached to this {type(root).__name__} already\n"
             f"  give the new one another name, detach the old one, or lora_lite.restore a file's values into it"
         )
-    check_free(name, root, specs)
+    check_free(name, layers, specs)
 
 
-def check_free(name: str, root: nn.Module, specs: Specs) -> None:
+def check_free(name: str, layers: Layers, specs: Specs) -> None:
     """TargetError if a layer has an attribute of a name that an adapter's tensor would take."""
-    modules, attribute = dict(root.named_modules()), AdapterState(name, None, [], {}).attribute
+    attribute = AdapterState(name, None, [], {}).attribute
     for path, at in specs.items():
-        taken = [attribute(tensor) for tensor in at if hasattr(modules[path], attribute(tensor))]
+        taken = [attribute(tensor) for tensor in at if hasattr(layers[path], attribute(tensor))]
         if taken:
             raise TargetError(
                 f"{path}: it has {', '.join(taken)} already, put there by something else\n"
@@ -188,18 +195,18 @@ def check_free(name: str, root: nn.Module, specs: Specs) -> None:
             )
 
 
-def check_ready(root: nn.Module, targets: list[Target]) -> None:
+def check_ready(layers: Layers) -> None:
     """TargetError unless every target's weight is whole and here, which a plan can do without."""
-    modules: dict[str, Any] = dict(root.named_modules())
-    for path, module in ((target.path, modules[target.path]) for target in targets):
+    for path, module in layers.items():
         if quant.is_lazy(module):
             raise TargetError(f"{path}: its weight has no shape yet\n  run one forward before attach")
-        if quant.stored(module).is_meta:
+        weight = quant.stored(module)
+        if weight.is_meta:
             raise TargetError(
                 f"{path}: its weight is on the meta device\n"
                 f"  load the weights before attach, with a device_map that offloads no target"
             )
-        if quant.is_sharded(quant.stored(module)):
+        if quant.is_sharded(weight):
             raise TargetError(f"{path}: its weight is sharded (a DTensor) already\n  attach first, then fully_shard")
 
 

@@ -31,6 +31,7 @@ from .preflight import (
     checked_specs,
     configs_at,
     is_stacked,
+    layers_at,
 )
 from .session import (
     BaseChange,
@@ -41,6 +42,7 @@ from .session import (
     keep_slot,
     leads,
     put,
+    session_at,
     session_of,
     slots_of,
 )
@@ -130,13 +132,11 @@ def installed(
     `changes` are the fields of its config that differ by layer; the regexes of `per_layer` are not run here.
     """
     configs = configs_at(cfg, targets, changes)
-    specs = checked_specs(root, targets, configs)
-    check_ready(root, targets)
-    check_name(name, root, specs)
-    _, session = session_of(root)
+    layers, session = layers_at(root, targets), session_at(root)
+    specs = checked_specs(targets, layers, configs)
+    check_ready(layers)
+    check_name(name, root, layers, specs)
     check_unmerged(session, "attach another adapter")
-    modules = dict(root.named_modules())
-    layers = {target.path: modules[target.path] for target in targets}
     repackable = quant.repackable(root)
     state = AdapterState(name, cfg, targets, record.base_record(root, layers), scale, per_layer=changes)
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
@@ -163,13 +163,12 @@ def remade(
     """As `installed`, of an adapter that is attached: it gets this config, these targets and new tensors at its place
     in the order, and keeps its scale. As it was again if the block raises."""
     configs = configs_at(cfg, targets, changes)
-    specs = checked_specs(root, targets, configs)
-    check_ready(root, targets)
-    _, session = session_of(root)
+    layers, session = layers_at(root, targets), session_at(root)
+    specs = checked_specs(targets, layers, configs)
+    check_ready(layers)
     check_unmerged(session, f"change {name!r}")
-    modules, before = dict(root.named_modules()), session.adapters[name]
-    check_free(name, root, {path: at for path, at in specs.items() if name not in slots_of(modules[path])})
-    layers = {target.path: modules[target.path] for target in targets}
+    before = session.adapters[name]
+    check_free(name, layers, {path: at for path, at in specs.items() if name not in slots_of(layers[path])})
     state = AdapterState(name, cfg, targets, record.base_record(root, layers), before.scale, per_layer=changes)
 
     with torch.inference_mode(False), ExitStack() as undo:

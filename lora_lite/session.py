@@ -131,13 +131,19 @@ def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
             f"  call this for each part by itself"
         )
     for root in found.values():
-        return root, root.__dict__[SESSION]
+        return root, session_at(root)
     if any(map(slots_of, modules.values())):
         raise TargetError(
             f"this {type(model).__name__} is a part of a model that adapters were attached to\n"
             f"  give the whole model, the one that attach was given"
         )
     return getattr(model, "_orig_mod", model), Session()
+
+
+def session_at(root: nn.Module) -> Session:
+    """The record of the module that adapters are attached to; a new one if there is none."""
+    session: Session = root.__dict__.get(SESSION, Session())
+    return session
 
 
 def check_unmerged(session: Session, what: str) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from . import experts, quant
 from .config import BaseConfig
 from .errors import TargetError
+
+Modules = Mapping[str, nn.Module]
+"""All modules of a model by path, in order, as `named_modules` gives them."""
 
 _BLOCK = re.compile(r"(?:^|(?<=\.))(layers?|h|blocks?)\.(\d+)(?=\.|$)")
 """A block in a path: `layers.3` (Llama), `h.3` (GPT-2), `blocks.3` (MPT), `layer.3` (BERT), `block.3` (T5)."""
@@ -64,34 +68,35 @@ def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
     Asked for the writers of the residual stream by role alone, it raises rather than leave one out that no adapter can
     reach: fused experts for most methods, bare matrices in an unknown form.
     """
-    everything = [t for t in linear_layers(model) if cfg.FUSED_EXPERTS or not t.experts]
+    modules = dict(model.named_modules())
+    everything = [t for t in linear_layers(modules) if cfg.FUSED_EXPERTS or not t.experts]
     depth: dict[str, int] = {}  # of each stack of blocks
-    for stack, block in map(place, (*blocks(model), *(target.path for target in everything))):
+    for stack, block in map(place, (*blocks(modules), *(target.path for target in everything))):
         if stack is not None and block is not None:
             depth[stack] = max(depth.get(stack, 0), block + 1)
     _check_layers(cfg, depth)
-    head = _output_head(model)
+    head = _output_head(model, modules)
     stacked = any(t.stack for t in everything)
     named = [t for t in everything if _named(t, cfg, default=bool(t.stack) if stacked else t.path != head)]
     found = [t for t in named if _deep(t.stack, t.block, cfg, depth)]
     if cfg.target_roles:
-        width, text = model_width(model), _text_part(model)
+        width, text = model_width(model), _text_part(model, modules)
         found = _with_roles([t for t in found if t.path.startswith(text)], cfg, width)
         if "writer" in cfg.target_roles and not cfg.target_names:
-            _check_writers(model, cfg, depth, text, found, width)
+            _check_writers(modules, cfg, depth, text, found, width)
     if not found:
         raise TargetError(_nothing_found(model, cfg, everything))
     return found
 
 
-def linear_layers(model: nn.Module) -> list[Target]:
+def linear_layers(modules: Modules) -> list[Target]:
     """Every module with the shape of a linear layer, and fused experts; a shared module once, under its first path.
 
     What such a module holds inside (another library's adapter, say) is its own affair and is left alone.
     """
     out: list[Target] = []
     within: str | None = None
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         target = Target.at(path, module)
         if target is None or (within is not None and path.startswith(within)):
             continue
@@ -100,9 +105,9 @@ def linear_layers(model: nn.Module) -> list[Target]:
     return out
 
 
-def blocks(model: nn.Module) -> dict[str, nn.Module]:
+def blocks(modules: Modules) -> dict[str, nn.Module]:
     """Every block of the model by its path (`model.layers.3`), in order; none that is inside of another."""
-    found = ((path, module, _BLOCK.search(path)) for path, module in model.named_modules())
+    found = ((path, module, _BLOCK.search(path)) for path, module in modules.items())
     return {path: module for path, module, match in found if match and match.end() == len(path)}
 
 
@@ -131,14 +136,14 @@ def model_width(model: nn.Module) -> int | None:
     return None
 
 
-def _text_part(model: nn.Module) -> str:
+def _text_part(model: nn.Module, modules: Modules) -> str:
     """The path of the language model inside a multimodal one, whose width the roles are of; else the empty path."""
     config = getattr(model, "config", None)
     nested = getattr(config, "get_text_config", None)
     text = config if nested is None else nested()
     if text is config:
         return ""
-    return next((f"{path}." for path, m in model.named_modules() if path and getattr(m, "config", None) is text), "")
+    return next((f"{path}." for path, m in modules.items() if path and getattr(m, "config", None) is text), "")
 
 
 def _named(target: Target, cfg: BaseConfig, default: bool) -> bool:
@@ -149,11 +154,11 @@ def _named(target: Target, cfg: BaseConfig, default: bool) -> bool:
     return default
 
 
-def _output_head(model: nn.Module) -> str | None:
+def _output_head(model: nn.Module, modules: Modules) -> str | None:
     """The path of a transformers model's output head."""
     find: Any = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
-    return next((path for path, module in model.named_modules() if module is head), None)
+    return next((path for path, module in modules.items() if module is head), None)
 
 
 def _deep(stack: str | None, block: int | None, cfg: BaseConfig, depth: dict[str, int]) -> bool:
@@ -196,7 +201,7 @@ def _with_roles(found: list[Target], cfg: BaseConfig, d_model: int | None) -> li
 
 
 def _check_writers(
-    model: nn.Module, cfg: BaseConfig, depth: dict[str, int], within: str, found: list[Target], d_model: int | None
+    modules: Modules, cfg: BaseConfig, depth: dict[str, int], within: str, found: list[Target], d_model: int | None
 ) -> None:
     """TargetError if a part of a block has matrices in no layer that could write to the residual stream.
 
@@ -204,17 +209,17 @@ def _check_writers(
     a projection without a module. A module with d_out features and no weight is packed by some other library.
     """
     linear, reached = (
-        {t.path for t in linear_layers(model) if cfg.FUSED_EXPERTS or not t.experts},
+        {t.path for t in linear_layers(modules) if cfg.FUSED_EXPERTS or not t.experts},
         [t.path for t in found],
     )
-    for path, block in blocks(model).items():
+    for path, block in blocks(modules).items():
         if not (path.startswith(within) and _deep(*place(path), cfg, depth)):
             continue
         for part, holder, ndim in _bare(path, block, linear, d_model):
             if any(re.search(pattern, holder) for pattern in cfg.exclude_names):
                 reached.append(holder)  # what was left out on purpose explains what goes with it, such as a router
             elif ndim > 2 or not any(f"{at}.".startswith(f"{part}.") for at in reached):
-                kind = type(model.get_submodule(holder)).__name__
+                kind = type(modules[""].get_submodule(holder)).__name__
                 raise TargetError(
                     f"{holder}: this {kind} may write to the residual stream, and {cfg.variant!r} can't go on it\n"
                     f"  to leave it as it is, say so: exclude_names={holder.rpartition('.')[2]!r}"

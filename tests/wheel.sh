@@ -7,7 +7,7 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 cd "$place"
 "${PYTHON:-python3}" -m venv env
-env/bin/python -m pip install -q --disable-pip-version-check -c "$constraints" "$wheel"
+env/bin/python -m pip install -q --no-compile --disable-pip-version-check -c "$constraints" "$wheel"
 env/bin/python - <<'PY'
 import importlib.util, sys
 import torch
