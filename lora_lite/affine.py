@@ -125,13 +125,6 @@ class Affine:
         return x
 
 
-def fits(values: Tensor, dtype: torch.dtype) -> bool:
-    """Are all finite, and still so in this dtype? One pass; isfinite takes six times as long in bfloat16."""
-    low, high = values.aminmax()
-    largest = torch.finfo(dtype).max
-    return bool(low >= -largest) and bool(high <= largest)
-
-
 def _inputs(layers: Sequence[Layer], x: Float[Tensor, "n i"]) -> Float[Tensor, "n i"]:
     for layer in layers:
         x = apply_input(layer, x)

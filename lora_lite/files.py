@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .config import STORAGE_DTYPES
 from .errors import CheckpointError, brief
+from .finite import fits
 
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
@@ -192,7 +193,7 @@ def _items(value: Any) -> Iterable[Any]:
 
 def check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
     """CheckpointError unless all are finite floating numbers."""
-    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not tensor.isfinite().all()]
+    odd = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not fits(tensor)]
     if odd:
         raise CheckpointError(
             f"{where}: {len(odd)} tensors hold NaN, infinities or no floating numbers, such as {odd[0]} "

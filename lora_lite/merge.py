@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from . import experts, quant
 from .adapter import Adapter, adapters, get_adapter
-from .affine import Affine, exactly, fits
+from .affine import Affine, exactly
 from .config import dtype_name
 from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
+from .finite import fits
 from .layer import Slot
 from .runtime import detach, uninstall
 from .session import Session, Swap, check_unmerged, session_of, slots_of

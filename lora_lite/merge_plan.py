@@ -14,12 +14,13 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import record
-from .affine import Affine, fits
+from .affine import Affine
 from .base_folder import BaseFolder, Place, Stored, refuse_tied, untied_key
 from .checkpoint import AdapterFile
 from .config import dtype_name
 from .errors import BaseModelError, CheckpointError
 from .files import DTYPES, write_json
+from .finite import fits
 from .keys import check_shapes, file_key
 from .layer import AdapterState, Slot
 from .packed import as_trained, unpack

@@ -26,6 +26,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from . import experts
 from .config import STORAGE_DTYPES, dtype_name
 from .errors import BaseModelError, QuantizedWeightError
+from .finite import fits
 
 ROWS = 256
 """Rows of a dense weight that are cast at a time."""
@@ -181,7 +182,7 @@ def dense_weight(layer: Linear, path: str, expert: int | None = None) -> Float[T
             f"{path}: the weight is {describe(layer)}, so its values can't be read\n"
             f'  use a variant whose base_weight is "unused", or a dense or bitsandbytes base'
         )
-    if not weight.isfinite().all():
+    if not fits(weight):
         raise BaseModelError(
             f"{path}: {int((~weight.isfinite()).sum())} of {weight.numel()} base weights are NaN or infinite\n"
             f"  this variant reads the weight; check the checkpoint or the dtype it was loaded in"
