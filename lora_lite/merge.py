@@ -185,11 +185,11 @@ def _changes(
     bias: Tensor | None = getattr(module, "bias", None)
     if quant.kind_of(module) is quant.Kind.DENSE:
         weight = quant.plain_weight(module, path)
-        new, new_bias = _folded(layer, weight, bias, weight.dtype)
+        new, new_bias = _folded(layer, weight, bias, weight.dtype, None if bias is None else bias.dtype)
         stored = new.mT.contiguous() if quant.is_transposed(module) else new
         changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(module, "weight", module.weight.data), stored)]
         if bias is not None and new_bias is not None:
-            changes.append((Swap(module, "bias", bias.data), new_bias.to(bias.dtype)))
+            changes.append((Swap(module, "bias", bias.data), new_bias))
         elif new_bias is not None:
             changes.append((Swap(module, "bias", None), nn.Parameter(new_bias, requires_grad=False)))
         return changes
@@ -199,8 +199,8 @@ def _changes(
     if quantized == "dequantize":
         replacement = quant.dense_module(module, *_folded(layer, weight, bias, dtype))
     else:
-        new, new_bias = _folded(layer, weight, bias, torch.float32)
-        replacement = quant.requantized(module, new, None if new_bias is None else new_bias.to(dtype))
+        new, new_bias = _folded(layer, weight, bias, torch.float32, dtype)
+        replacement = quant.requantized(module, new, new_bias)
         error = (quant.dense_weight(replacement, path) - new).norm()
         errors[path] = float(error / new.norm()), float(error / (new - weight).norm())
     places = [(parent, name) for parent in root.modules() for name, child in parent.named_children() if child is module]
@@ -225,35 +225,46 @@ def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
         )
     new = torch.empty_like(stored)
     for i, matrix in enumerate(experts.oriented(block, stored)):
-        experts.oriented(block, new)[i].copy_(_folded(layer, matrix, None, matrix.dtype, i)[0])
+        experts.oriented(block, new)[i].copy_(_folded(layer, matrix, None, matrix.dtype, expert=i)[0])
     changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(block, experts.NAME, stored.data), new)]
     if biases is not None and outer:
         affine = Affine(block, outer, _compute(biases), biases.device)
         made = torch.stack([x for bias in biases if (x := affine.bias(bias, lambda: zero)) is not None])
+        _check_fits(layer, made, biases.dtype)
         changes.append((Swap(block, experts.BIAS, biases.data), made.to(biases.dtype)))
     return changes
 
 
 @torch.no_grad()
 def _folded(
-    layer: _Layer, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, expert: int | None = None
+    layer: _Layer,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
+    expert: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """W' (d_out, d_in) and b', in this dtype."""
+    """W' (d_out, d_in) and b', in these dtypes, of which the second is the first if it isn't given."""
     affine = Affine(layer.module, layer.slots, _compute(weight), weight.device, expert)
     if layer.stay:
         _check_apart(layer, weight, bias, expert)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     new_bias = affine.bias(bias, lambda: weight)
-    whole = new_bias is None or fits(new_bias, dtype)
+    if new_bias is not None:
+        _check_fits(layer, new_bias, bias_dtype or dtype)
+        new_bias = new_bias.to(bias_dtype or dtype)
     for start, stop, columns in affine.columns(weight):
-        whole = whole and fits(columns, dtype)
+        _check_fits(layer, columns, dtype)
         out[:, start:stop] = columns
-    if not whole:
+    return out, new_bias
+
+
+def _check_fits(layer: _Layer, merged: Tensor, dtype: torch.dtype) -> None:
+    if not fits(merged, dtype):
         raise BaseModelError(
             f"{layer.path}: merged numbers are NaN or infinite in {dtype_name(dtype)}\n"
             f"  check the adapter's and the base's values; nothing was changed"
         )
-    return out, None if new_bias is None else new_bias.to(dtype)
 
 
 def _check_apart(layer: _Layer, weight: Tensor, bias: Tensor | None, expert: int | None) -> None:

@@ -16,7 +16,7 @@ from .config import BaseConfig, is_name
 from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .keys import file_key
 from .layer import AdapterState
-from .session import has_session, session_at, session_of
+from .session import Session, has_session, session_of
 from .targets import Target, find_targets, model_width
 from .variant import ParamSpec, lookup, weight_use
 
@@ -168,19 +168,18 @@ def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_name(name: str, root: nn.Module, layers: Layers, specs: Specs) -> None:
-    """ConfigError for an odd adapter name, TargetError for one that is taken, on the model or at a layer."""
+def check_name(name: str, session: Session, model: str) -> None:
+    """ConfigError for an odd adapter name, TargetError for one that is taken."""
     if not is_name(name):
         raise ConfigError(
             f"adapter name {name!r}: it becomes part of parameter names\n"
             f"  use letters and digits, with single '_' or '-' between them"
         )
-    if name in session_at(root).adapters:
+    if name in session.adapters:
         raise TargetError(
-            f"adapter {name!r} is attached to this {type(root).__name__} already\n"
+            f"adapter {name!r} is attached to this {model} already\n"
             f"  give the new one another name, detach the old one, or lora_lite.restore a file's values into it"
         )
-    check_free(name, layers, specs)
 
 
 def check_free(name: str, layers: Layers, specs: Specs) -> None:

@@ -129,13 +129,15 @@ def installed(
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
-    `changes` are the fields of its config that differ by layer; the regexes of `per_layer` are not run here.
+    `root` is what `attachable` gave. `changes` are the fields of its config that differ by layer; the regexes of
+    `per_layer` are not run here.
     """
     configs = configs_at(cfg, targets, changes)
     layers, session = layers_at(root, targets), session_at(root)
     specs = checked_specs(targets, layers, configs)
     check_ready(layers)
-    check_name(name, root, layers, specs)
+    check_name(name, session, type(root).__name__)
+    check_free(name, layers, specs)
     check_unmerged(session, "attach another adapter")
     repackable = quant.repackable(root)
     state = AdapterState(name, cfg, targets, record.base_record(root, layers), scale, per_layer=changes)
@@ -161,7 +163,7 @@ def remade(
     root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], changes: Changes, values: Values
 ) -> Iterator[Adapter]:
     """As `installed`, of an adapter that is attached: it gets this config, these targets and new tensors at its place
-    in the order, and keeps its scale. As it was again if the block raises."""
+    in the order, and keeps its scale. As it was again if the block raises. `root` is what `attachable` gave."""
     configs = configs_at(cfg, targets, changes)
     layers, session = layers_at(root, targets), session_at(root)
     specs = checked_specs(targets, layers, configs)

@@ -141,7 +141,7 @@ def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
 
 
 def session_at(root: nn.Module) -> Session:
-    """The record of the module that adapters are attached to; a new one if there is none."""
+    """The record on the module itself, a root that `session_of` or `attachable` gave; a new one if there is none."""
     session: Session = root.__dict__.get(SESSION, Session())
     return session
 

@@ -83,7 +83,7 @@ def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
         width, text = model_width(model), _text_part(model, modules)
         found = _with_roles([t for t in found if t.path.startswith(text)], cfg, width)
         if "writer" in cfg.target_roles and not cfg.target_names:
-            _check_writers(modules, cfg, depth, text, found, width)
+            _check_writers(model, modules, cfg, depth, text, found, width)
     if not found:
         raise TargetError(_nothing_found(model, cfg, everything))
     return found
@@ -201,7 +201,13 @@ def _with_roles(found: list[Target], cfg: BaseConfig, d_model: int | None) -> li
 
 
 def _check_writers(
-    modules: Modules, cfg: BaseConfig, depth: dict[str, int], within: str, found: list[Target], d_model: int | None
+    model: nn.Module,
+    modules: Modules,
+    cfg: BaseConfig,
+    depth: dict[str, int],
+    within: str,
+    found: list[Target],
+    d_model: int | None,
 ) -> None:
     """TargetError if a part of a block has matrices in no layer that could write to the residual stream.
 
@@ -219,7 +225,7 @@ def _check_writers(
             if any(re.search(pattern, holder) for pattern in cfg.exclude_names):
                 reached.append(holder)  # what was left out on purpose explains what goes with it, such as a router
             elif ndim > 2 or not any(f"{at}.".startswith(f"{part}.") for at in reached):
-                kind = type(modules[""].get_submodule(holder)).__name__
+                kind = type(model.get_submodule(holder)).__name__
                 raise TargetError(
                     f"{holder}: this {kind} may write to the residual stream, and {cfg.variant!r} can't go on it\n"
                     f"  to leave it as it is, say so: exclude_names={holder.rpartition('.')[2]!r}"

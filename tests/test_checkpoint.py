@@ -1,7 +1,6 @@
 """Files: the format, wrappers' prefixes, other bases, atomic writes, and every way a file can be wrong."""
 
 import json
-import math
 import os
 import pickle
 import struct
@@ -18,7 +17,6 @@ from test_laws import logits, same_snapshot, snapshot
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.finite import fits
 
 
 @pytest.fixture
@@ -459,21 +457,6 @@ def test_an_emptied_tensor_is_never_saved(tmp_path: Path) -> None:
     ):
         ll.save(model, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_every_finite_number_is_one_and_nothing_else(dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
-    assert fits(torch.full((3, 5), largest, dtype=dtype))
-    assert fits(torch.empty(0, 4, dtype=dtype))
-    assert fits(torch.tensor([largest, -largest], dtype=dtype))
-    assert not fits(torch.tensor([1e5], dtype=torch.float32), torch.float16)
-    for odd in (math.nan, math.inf, -math.inf):
-        for at in range(20):  # in the vectorised part and in what is left of it
-            values = torch.ones(20, dtype=dtype)
-            values[at] = odd
-            assert not fits(values)
-    assert not fits(torch.tensor([math.inf, -math.inf], dtype=dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

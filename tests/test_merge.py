@@ -285,6 +285,35 @@ def test_numbers_that_overflow_raise_and_change_nothing(keep: bool) -> None:
     same_snapshot(snapshot(model), before)
 
 
+@pytest.mark.parametrize("where", ["dense", "dequantize", "requantize", "experts"])
+def test_a_bias_that_overflows_in_its_dtype_raises_and_changes_nothing(where: str) -> None:
+    """The weight's may have room for it."""
+    model: Any = moe("gpt_oss") if where == "experts" else OneLinear(16, 64)
+    if where == "dense":
+        model.proj.bias = nn.Parameter(torch.full((64,), 60000.0, dtype=torch.float16))
+    elif where == "experts":
+        block = model.model.layers[1].mlp.experts
+        block.down_proj_bias = nn.Parameter(torch.full_like(block.down_proj_bias, 60000.0, dtype=torch.float16))
+    else:
+        from bitsandbytes.nn import Linear4bit
+
+        layer = Linear4bit(16, 64, bias=True, compute_dtype=torch.float16, quant_type="nf4")
+        layer.load_state_dict(model.proj.state_dict())
+        model.proj = layer.to("cpu")
+        model.proj.bias = nn.Parameter(torch.full((64,), 60000.0, dtype=torch.float16))
+    if where == "experts":
+        cfg, given = ll.AbliterationConfig(target_names="experts"), {"directions": torch.ones(2, 1, 64)}
+        ll.attach(model, cfg, calibration_data=given).scale = -1.0
+    else:
+        with torch.no_grad():
+            for parameter in ll.attach(model, config("ia3", target_names="proj")).parameters():
+                parameter.fill_(2.0)
+    before = snapshot(model)
+    with pytest.raises(ll.BaseModelError, match="merged numbers are NaN or infinite in float16"):
+        ll.merge(model, quantized=where if where.endswith("quantize") else None)
+    same_snapshot(snapshot(model), before)
+
+
 def test_while_merged_what_would_change_nothing_raises() -> None:
     model = tiny_llama()
     adapter = adapted(model, {"variant": "lora"})

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The wheel, in an empty environment: it imports and works with no extra installed.
 set -euo pipefail
+unset PYTHONDONTWRITEBYTECODE  # nothing is compiled ahead
 wheel=$(realpath "$1")
 constraints=$(realpath constraints.txt)
 place=$(mktemp -d)

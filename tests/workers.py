@@ -102,37 +102,44 @@ def compiled(variant: str, folder: Path) -> None:
 
 def blocks(variant: str, folder: Path) -> None:
     """Blocks that are compiled one by one share a graph, as the base's do: none has its own name in it."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = tiny_llama(num_hidden_layers=3)
-    perturb(attach(model, config(variant)))
-    wanted = model(input_ids=IDS, use_cache=False).logits
-    for layer in model.model.layers:
-        layer.mlp.compile(fullgraph=True, backend="eager")
-    torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, wanted)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for grad in (True, False):
+        graphs = []
+        for way in ("base", "adapted"):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            model = tiny_llama(num_hidden_layers=3)
+            if way == "adapted":
+                perturb(attach(model, config(variant)))
+            with torch.set_grad_enabled(grad):
+                wanted = model(input_ids=IDS, use_cache=False).logits
+                for layer in model.model.layers:
+                    layer.mlp.compile(fullgraph=True, backend="eager")
+                torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, wanted)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert graphs[0] == graphs[1], f"graphs of a base and with adapters, with gradients {grad}: {graphs}"
 
 
 def vanishing() -> None:
     """DoRA's factored norm has no digits where W + s B A vanishes: eager mode takes the direct one, a graph refuses."""
-    torch._dynamo.reset()
-    layer = OneLinear(bias=False)
-    adapter = ll.attach(layer, config("dora", target_names="proj"))
-    fast = torch.compile(layer, fullgraph=True, backend="inductor" if shutil.which("g++") else "aot_eager")
-    x = torch.randn(5, 16)
-    torch.testing.assert_close(fast(x), layer(x))
-    u, s, vt = torch.linalg.svd(layer.proj.weight.detach(), full_matrices=False)
-    with torch.no_grad():  # a weight of rank r, taken away
-        rank = len(layer.proj.lora_A)
-        layer.proj.lora_A.copy_(vt[:rank])
-        layer.proj.lora_B.copy_(-u[:, :rank] * s[:rank] / adapter.config.scaling)
-        layer.proj.weight.copy_((u[:, :rank] * s[:rank]) @ vt[:rank] * 1.001)
-        layer.proj.lora_n0.copy_(layer.proj.weight.norm(dim=1))
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            assert layer(x).isfinite().all()
-            with pytest.raises(RuntimeError, match="all but vanishes"):
-                fast(x)
+    for backend in ("aot_eager", "inductor") if shutil.which("g++") else ("aot_eager",):
+        torch._dynamo.reset()
+        layer = OneLinear(bias=False)
+        adapter = ll.attach(layer, config("dora", target_names="proj"))
+        fast = torch.compile(layer, fullgraph=True, backend=backend)
+        x = torch.randn(5, 16)
+        torch.testing.assert_close(fast(x), layer(x))
+        u, s, vt = torch.linalg.svd(layer.proj.weight.detach(), full_matrices=False)
+        with torch.no_grad():  # a weight of rank r, taken away
+            rank = len(layer.proj.lora_A)
+            layer.proj.lora_A.copy_(vt[:rank])
+            layer.proj.lora_B.copy_(-u[:, :rank] * s[:rank] / adapter.config.scaling)
+            layer.proj.weight.copy_((u[:, :rank] * s[:rank]) @ vt[:rank] * 1.001)
+            layer.proj.lora_n0.copy_(layer.proj.weight.norm(dim=1))
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert layer(x).isfinite().all()
+                with pytest.raises(RuntimeError, match="all but vanishes"):
+                    fast(x)
 
 
 def poles(folder: Path) -> None:
