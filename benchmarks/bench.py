@@ -4,8 +4,9 @@
 
 SmolLM2-135M-Instruct in bfloat16, rank 16 on all 210 linear layers, 2 x 256 tokens; decoding 64 tokens after 8.
 Contenders take turns, in a random order each round; a ratio is the median of the rounds' ratios, with their quartiles.
-Bytes that autograd keeps are exact. Times are wall-clock times of the whole step: forward, backward, fused AdamW. A
-bare hook with nothing but a LoRA's products shows how much of a ratio they are, on this machine.
+Bytes, those that autograd keeps and those of all tensors, are exact. Times are wall-clock times of the whole step:
+forward, backward, fused AdamW. A bare hook with nothing but a LoRA's products shows how much of a ratio they are, on
+this machine.
 """
 
 import json
@@ -207,19 +208,9 @@ def pissa(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 
 
 def peaks(ids: Tensor, rounds: int) -> Iterator[Ratio]:
-    """Resident memory of processes of their own, at the highest point of a step."""
-    found: dict[str, list[float]] = {"base": [], "ours": [], "PEFT": []}
-    for _ in range(max(3, rounds // 3)):
-        for name, values in found.items():
-            values.append(float(in_a_process(__file__, "--peak", name).split()[-1]))
-    yield Times(found).above("base").ratio("peak memory of a step above base / PEFT", "ours", "PEFT", 0.6, "memory")
-
-
-def peak(name: str, ids: Tensor) -> float:
-    """MiB"""
-    makers: dict[str, Callable[[], nn.Module]] = {"base": base, "ours": ours, "PEFT": peft}
-    model = makers[name]()
-    return peak_of(train_step(model, ids))
+    """Bytes at the highest point of a step, above the frozen base's: exact."""
+    own, lora, theirs = (peak_of(make, ids) for make in (base, ours, peft))
+    yield Ratio("peak memory of a step above base / PEFT", (lora - own) / (theirs - own), 0.6, group="memory")
 
 
 def compiled(ids: Tensor, rounds: int) -> Iterator[Ratio]:
@@ -265,16 +256,12 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SECTIONS)}.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Of each timed comparison.")] = 10,
     out: Annotated[Path, typer.Option(help="Where bench.json and bench.png go.")] = Path("runs", "bench"),
-    measured: Annotated[str | None, typer.Option("--peak", hidden=True)] = None,
 ) -> None:
     """Measure, and print a line for each ratio, with its mark."""
     logger.remove()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     ids = text(file or (GSM8K if GSM8K.exists() else None))
-    if measured is not None:
-        print(peak(measured, ids))
-        return
     started, found = time.perf_counter(), []
     for name in only or SECTIONS:
         for ratio in SECTIONS[name](ids, rounds):

@@ -1,5 +1,7 @@
-"""How things are measured: interleaved times, bytes that autograd keeps, peaks of processes of their own."""
+"""How things are measured: interleaved times, bytes that autograd keeps, bytes at the highest point of a step."""
 
+import gc
+import itertools
 import os
 import random
 import statistics
@@ -8,13 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import loss_of
+from contenders import loss_of, train_step
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 
@@ -31,8 +33,8 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        """To the two digits that a mark has."""
-        return None if self.mark is None else round(self.value, 2) <= self.mark
+        """None without a mark."""
+        return None if self.mark is None else self.value <= self.mark
 
     def record(self) -> dict[str, Any]:
         return asdict(self) | {"met": self.met}
@@ -109,18 +111,20 @@ def floor(model: Any, ids: Tensor, paths: Any) -> int:
     return sum(storage.nbytes() for at, storage in inputs.items() if at not in kept)
 
 
-def resident(what: str) -> float:
-    """VmRSS (now) or VmHWM (the peak) of this process, in MiB. Linux."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) / 1024
-
-
-def peak_of(step: Callable[[], Any]) -> float:
-    """MiB of resident memory at the highest point of one more step."""
-    step()
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-    return resident("VmHWM")
+def peak_of(make: Callable[[], Any], ids: Tensor) -> int:
+    """Bytes of all tensors, from the making of a model on, at the highest point of its second training step."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints when it starts and stops
+    gc.collect()  # what an earlier contender has left would count as freed by this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        step = train_step(make(), ids)
+        step()
+        with record_function("second step"):
+            step()
+    events = profiler.profiler.kineto_results.events()
+    begins = next(event.start_ns() for event in events if event.name() == "second step")
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    sizes = itertools.accumulate(nbytes for _, nbytes in changes)
+    return max(size for (at, _), size in zip(changes, sizes, strict=True) if at >= begins)
 
 
 def in_a_process(*arguments: str) -> str:

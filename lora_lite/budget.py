@@ -43,6 +43,7 @@ class Calibrated:
 
     @property
     def evaluations(self) -> int:
+        """How many scales were tried."""
         return len(self.curve)
 
 
