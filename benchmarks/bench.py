@@ -37,6 +37,7 @@ from contenders import (
     text,
     train_step,
 )
+from layer import layer
 from loguru import logger
 from measure import Ratio, Times, floor, in_a_process, interleaved, peak_of, saved
 from peft import PeftModel
@@ -237,6 +238,7 @@ def compiled(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 
 
 SECTIONS: dict[str, Section] = {
+    "layer": layer,
     "memory": memory,
     "starting": starting,
     "pissa": pissa,

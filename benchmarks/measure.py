@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table. low, high: the quartiles of the ratios by round; None for what is exact."""
+    """One line of the table. low, high: the quartiles of the ratios by round; None for what is `of`: exact, or of the
+    fastest of all rounds."""
 
     measure: str
     value: float
@@ -30,6 +31,7 @@ class Ratio:
     low: float | None = None
     high: float | None = None
     group: str = ""
+    of: str = "exact"
 
     @property
     def met(self) -> bool | None:

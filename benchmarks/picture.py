@@ -22,7 +22,7 @@ def show(found: Sequence[Ratio], seconds: float) -> None:
         if group and each.group != group:
             table.add_section()
         group = each.group
-        spread = "exact" if each.low is None else f"{each.low:.2f} {each.high:.2f}"
+        spread = each.of if each.low is None else f"{each.low:.2f} {each.high:.2f}"
         mark = "" if each.mark is None else f"{each.mark:.2f}"
         met = {None: "", True: "met", False: "missed"}[each.met]
         table.add_row(each.measure, f"{each.value:.3f}", spread, mark, met)

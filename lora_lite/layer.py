@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from . import quant
 from .errors import VariantError
 from .lowrank import is_transformed
 from .targets import Target
-from .timeline import Timeline, second_run_of
+from .timeline import Timeline, backward_node
 
 
 class Coefficient(NamedTuple):
@@ -48,16 +49,21 @@ class AdapterState:
     set_in: int = -1
     """The backward inside of which the scale was set, by who runs a forward there: it counts as it is."""
     timeline: Timeline = field(default_factory=Timeline)
+    suffix: str = field(init=False)
+    """What the names of its tensors on a layer end with."""
+    plain: Coefficient = field(init=False)
+    """The scale as it is set."""
     traced: Coefficient = field(init=False)
-    """The scale for a graph of torch.compile, an input of it that may change."""
+    """The same for a graph of torch.compile, an input of it that may change."""
 
     def __post_init__(self) -> None:
+        self.suffix = "" if self.name == "default" else f"__{self.name}"
         self._show()
 
     def set_scale(self, scale: float, set_in: int | None = None) -> tuple[float, int]:
         """Returns the arguments that undo it."""
         before = self.scale, self.set_in
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             self.timeline = Timeline()  # there is no clock in a graph: what is pending goes by the scale as it is
         else:
             self.timeline.change(self.scale, scale)
@@ -67,22 +73,25 @@ class AdapterState:
         return before
 
     def _show(self) -> None:
-        fresh = nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+        fresh = nullcontext() if is_dynamo_compiling() else torch.inference_mode(False)
         with fresh:  # a tensor of inference mode could take part in no training later
             c = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # without dimensions: it casts nothing up
-        self.traced = Coefficient(c, self.scale == 0, self.scale == 1)
+        self.plain = Coefficient(self.scale, self.scale == 0, self.scale == 1)
+        self.traced = self.plain._replace(c=c)
 
     @property
     def now(self) -> Coefficient:
         """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first."""
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return self.traced
-        c, node = self.scale, second_run_of()
+        node = backward_node()
         if node is None:
-            self.timeline.first_run(c)
+            if self.timeline.since:
+                self.timeline.first_run(self.scale)
         elif self.set_in != torch._C._current_graph_task_id():
-            c = self.timeline.at(node, c)
-        return Coefficient(c, c == 0, c == 1)
+            c = self.timeline.at(node._sequence_nr(), self.scale)
+            return self.plain if c == self.scale else Coefficient(c, c == 0, c == 1)
+        return self.plain
 
     @property
     def is_idle(self) -> bool:
@@ -94,7 +103,7 @@ class AdapterState:
 
     def attribute(self, tensor: str) -> str:
         """The name on the layer of this adapter's `tensor`: `lora_A`, or `lora_A__fr` for adapter fr."""
-        return tensor if self.name == "default" else f"{tensor}__{self.name}"
+        return tensor + self.suffix
 
 
 @dataclass(eq=False)
@@ -120,6 +129,9 @@ class Slot:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"memo": {}}
+
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Layer:
@@ -151,7 +163,7 @@ class Layer:
     ) -> None:
         own = self.__dict__  # one by one: a view is made at every call of every layer
         own["_module"], own["_slot"], own["_dtype"] = module, slot, dtype
-        own["_expert"], own["_instead"], own["_now"] = expert, instead or {}, now
+        own["_expert"], own["_instead"], own["_now"] = expert, instead or _NOTHING, now
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -167,9 +179,9 @@ class Layer:
             raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
         tensor = self._instead.get(name)
         if tensor is None:
-            attribute = slot.state.attribute(name)
-            tensor = self._module._parameters.get(attribute)  # getattr finds it too, and takes three times as long
-            tensor = getattr(self._module, attribute) if tensor is None else tensor
+            module, attribute = self._module, name + slot.state.suffix
+            tensor = module._parameters.get(attribute)  # getattr finds it too, and takes three times as long
+            tensor = getattr(module, attribute) if tensor is None else tensor
             tensor = tensor if self._expert is None else tensor[self._expert]
         return tensor if keep_dtype or self._dtype is None else tensor.to(self._dtype)
 
@@ -256,8 +268,8 @@ class Layer:
         would. The comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only
         while an adapter is on it.
         """
-        remember = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed())
-        if not (remember or torch.compiler.is_compiling()):
+        remember = not (self.training or torch.is_grad_enabled() or is_dynamo_compiling() or is_transformed())
+        if not (remember or is_dynamo_compiling()):
             self._slot.memo.pop(name, None)  # it takes as much memory as the adapter
         memo = self._slot.memo.get(name) if remember else None
         if memo is not None and all(map(_same, memo[0], inputs)):

@@ -10,8 +10,8 @@ the gradient of y', h = x̂ Aᵀ and k = 1 - c + c g:
     dg = c Σ_tokens u ⊙ d = c [Σ_tokens u ⊙ (y - b) + Σ_r s uᵀ h ⊙ B]
 
 so from x, the parameters, h (r numbers a token) and, with a gain, y. x̂ is made again from the seed of its mask. Without
-gradients, of a few tokens, products run in float32: at that size the casts of A and B are what takes time, and float32
-products are the faster ones on a CPU.
+gradients, of a few tokens, products run in the adapter's dtype, float32 or wider: at that size the casts of A and B are
+what takes time, and float32 products are the faster ones on a CPU.
 
 torch.compile, torch.func and forward-mode AD take the plain form, which they differentiate and fuse on their own.
 
@@ -26,10 +26,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
-SHORT = torch.bfloat16, torch.float16
+WIDE = torch.float32, torch.float64
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_autocast_on = torch._C._is_any_autocast_enabled
 FEW = 16
-"""Tokens up to which products run in float32."""
+"""Tokens up to which products without gradients run in float32 or wider, in the fewest calls."""
 
 
 def add_low_rank(
@@ -52,20 +55,23 @@ def add_low_rank(
     """
     if gain is not None:
         gain = _in(gain, torch.promote_types(gain.dtype, x.dtype))
-    if torch.compiler.is_compiling() or is_transformed():
+    if is_dynamo_compiling() or _innermost_transform() is not None or forward_ad._current_level >= 0:
         return _plain(y, x, a, b, s, dropout, gain, c, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y, bias)):
         out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout)
         return out
+    few = not dropout and x.numel() <= FEW * x.shape[-1]
+    if few and not _is_autocast_on():
+        return _few(y, x, a, b, s, gain, c, bias)
     with _as_written(x):
-        if not dropout and x.dtype in SHORT and x.numel() <= FEW * x.shape[-1]:
+        if few:
             return _few(y, x, a, b, s, gain, c, bias)
         return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias)[0]
 
 
 def is_transformed() -> bool:
     """Is a torch.func transform at work, or a level of forward_ad? Neither has a public question for it."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _innermost_transform() is not None or forward_ad._current_level >= 0
 
 
 def _plain(
@@ -81,14 +87,20 @@ def _plain(
 def _few(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None
 ) -> Tensor:
-    """In float32 throughout, rounded once."""
-    branch = F.linear(F.linear(x.float(), _in(a, torch.float32)), _in(b, torch.float32))
+    """In float32 throughout (float64 for x in it), rounded once."""
+    if x.dtype not in WIDE:
+        x = x.float()
+    if a.dtype != x.dtype or b.dtype != x.dtype:
+        a, b = a.to(x.dtype), b.to(x.dtype)
+    branch = F.linear(F.linear(x, a), b)
+    if gain is None and x.dtype == y.dtype:
+        return torch.add(y, branch, alpha=s)
     out = torch.empty_like(y)
     if gain is None:
         return torch.add(y, branch, alpha=s, out=out)
     if bias is None and c == 1:
         return torch.mul(torch.add(y, branch, alpha=s), gain, out=out)
-    wx = y.float() if bias is None else y.float() - bias.float()
+    wx = _in(y, x.dtype) if bias is None else _in(y, x.dtype) - _in(bias, x.dtype)
     return torch.add(y, gain * torch.add(wx, branch, alpha=s) - wx, alpha=c, out=out)
 
 

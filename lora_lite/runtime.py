@@ -34,6 +34,7 @@ from .preflight import (
     layers_at,
 )
 from .session import (
+    SLOTS,
     BaseChange,
     Session,
     check_unmerged,
@@ -48,11 +49,10 @@ from .session import (
 )
 from .targets import Target, find_targets
 from .variant import (
+    REGISTRY,
     ParamSpec,
     apply_input,
     apply_output,
-    changed_input,
-    changed_output,
     check_takes_data,
     lookup,
     needs_data,
@@ -292,26 +292,38 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 # ---- the hooks ----------------------------------------------------------------------------------
 
 
+# What apply_input and apply_output do, in as few calls as it can be: for one token, calls are what a hook costs.
+
+
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-    slot = slots_of(module)[name]
-    now = slot.state.now
-    if slot.state.merged or now.is_off:
+    slot = module.__dict__[SLOTS][name]
+    state = slot.state
+    now = state.now
+    if state.merged or now.is_off:
         return None
-    x = _argument(args, kwargs)
+    x = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(y, Tensor):
         raise TargetError(
             f"{slot.path}: wanted a tensor from this layer, got {type(y).__name__}\n  leave it out with exclude_names"
         )
-    return changed_output(Layer(module, slot, y.dtype, now=now), x if x.dtype == y.dtype else x.to(y.dtype), y)
+    if x.dtype != y.dtype:
+        x = x.to(y.dtype)
+    variant: Any = REGISTRY[slot.cfg.variant]
+    new = variant.forward(Layer(module, slot, y.dtype, now=now), x, y)
+    return new if variant.handles_scale or now.is_whole else y + now.c * (new - y)
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    slot = slots_of(module)[name]
-    now = slot.state.now
-    if slot.state.merged or now.is_off:
+    slot = module.__dict__[SLOTS][name]
+    state = slot.state
+    now = state.now
+    if state.merged or now.is_off:
         return None
-    x = _argument(args, kwargs)
-    new = changed_input(Layer(module, slot, x.dtype, now=now), x)
+    x = args[0] if args else next(iter(kwargs.values()))
+    variant: Any = REGISTRY[slot.cfg.variant]
+    new = variant.forward_input(Layer(module, slot, x.dtype, now=now), x)
+    if not (variant.handles_scale or now.is_whole):
+        new = x + now.c * (new - x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
 
@@ -337,8 +349,3 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def _experts_done(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
     experts.unshadow(module)
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A linear layer's one argument, however it was passed."""
-    return args[0] if args else next(iter(kwargs.values()))

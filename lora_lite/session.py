@@ -14,7 +14,7 @@ from .variant import lookup
 
 T = TypeVar("T")
 A = TypeVar("A", AdapterState, Slot)
-_SLOTS = "_lora_lite"
+SLOTS = "_lora_lite"
 SESSION = "_lora_lite_session"
 
 
@@ -88,12 +88,12 @@ class Session:
 
 def slots_of(module: nn.Module) -> dict[str, Slot]:
     """The adapters at one layer, in the order attached; an empty dict that isn't kept if there is none."""
-    return module.__dict__.get(_SLOTS, {})
+    return module.__dict__.get(SLOTS, {})
 
 
 def keep_slot(module: nn.Module, slot: Slot) -> None:
     """Remember an adapter at a layer, as `put` does."""
-    put(module.__dict__.setdefault(_SLOTS, {}), slot.state.name, slot)
+    put(module.__dict__.setdefault(SLOTS, {}), slot.state.name, slot)
 
 
 def put(known: dict[str, A], name: str, value: A) -> None:
@@ -114,7 +114,7 @@ def drop_slot(module: nn.Module, name: str) -> Slot | None:
     """Forget an adapter at a layer; leaves no trace of the last one."""
     slot = slots_of(module).pop(name, None)
     if not slots_of(module):
-        module.__dict__.pop(_SLOTS, None)
+        module.__dict__.pop(SLOTS, None)
     return slot
 
 

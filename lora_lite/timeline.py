@@ -14,13 +14,16 @@ import torch
 from .errors import ConfigError
 
 MOST_CHANGES = 10_000
+backward_node = torch._C._current_autograd_node
+"""The node for which a backward runs a forward again, with a `_sequence_nr()`; None outside of every backward."""
 
 
 class Timeline:
     """Values by the number of the first node that was made under each, in the thread that last had to do with it."""
 
     def __init__(self) -> None:
-        self._since: list[int] = []
+        self.since: list[int] = []
+        """Empty while the value has never changed."""
         self._values: list[float] = []
         self._thread = 0
         """Whose count the numbers are of."""
@@ -34,36 +37,36 @@ class Timeline:
     def change(self, before: float, after: float) -> None:
         """From the next node on."""
         now = torch.autograd._get_sequence_nr()
-        if not self._since:
+        if not self.since:
             self._start(0, before)
         elif self._thread != get_ident():
             self._start(now, after)
             self._is_between = True
-        if self._since[-1] == now:
+        if self.since[-1] == now:
             self._values[-1] = after  # nothing was made under the last one
             return
-        self._since.append(now)
+        self.since.append(now)
         self._values.append(after)
-        if len(self._since) > MOST_CHANGES:
-            del self._since[: MOST_CHANGES // 2], self._values[: MOST_CHANGES // 2]
+        if len(self.since) > MOST_CHANGES:
+            del self.since[: MOST_CHANGES // 2], self._values[: MOST_CHANGES // 2]
 
     def first_run(self, value: float) -> None:
         """A forward outside of every backward reads the value."""
-        if not self._since:
+        if not self.since:
             return
         if self._thread != get_ident():
             self._start(torch.autograd._get_sequence_nr() if get_ident() in self._threads else 0, value)
         self._again, self._is_between = None, False
 
     def _start(self, since: int, value: float) -> None:
-        self._since, self._values, self._thread = [since], [value], get_ident()
+        self.since, self._values, self._thread = [since], [value], get_ident()
         self._threads.add(self._thread)
 
     def at(self, node: int, now: float) -> float:
         """The value under which a node was made; `now` if it never changed. Raises ConfigError where it isn't known."""
-        if not self._since:
+        if not self.since:
             return now
-        index = bisect_right(self._since, node) - 1
+        index = bisect_right(self.since, node) - 1
         why = ""
         here = get_ident()  # of a CPU; an accelerator's backward has a thread of its own
         elsewhere = here != self._thread and here in self._threads
@@ -78,9 +81,3 @@ class Timeline:
         if self._values[index] != now and self._again is None:
             self._again = torch.autograd._get_sequence_nr()
         return self._values[index]
-
-
-def second_run_of() -> int | None:
-    """The number of the node for which a backward runs a forward again; None outside of every backward."""
-    node = torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()

@@ -187,24 +187,18 @@ def lookup(name: str) -> Variant:
 
 def apply_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
     """What one adapter makes of the layer's input, at its scale."""
-    return x if lookup(layer.cfg.variant).forward_input is None or layer.is_off else changed_input(layer, x)
-
-
-def changed_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-    """The same, of a method with a `forward_input`, at another scale than 0."""
     variant: Any = lookup(layer.cfg.variant)
+    if variant.forward_input is None or layer.is_off:
+        return x
     new: Tensor = variant.forward_input(layer, x)
     return new if variant.handles_scale or layer.is_whole else x + layer.scale * (new - x)
 
 
 def apply_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
     """What one adapter makes of the layer's output, at its scale."""
-    return y if lookup(layer.cfg.variant).forward is None or layer.is_off else changed_output(layer, x, y)
-
-
-def changed_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-    """The same, of a method with a `forward`, at another scale than 0."""
     variant: Any = lookup(layer.cfg.variant)
+    if variant.forward is None or layer.is_off:
+        return y
     new: Tensor = variant.forward(layer, x, y)
     return new if variant.handles_scale or layer.is_whole else y + layer.scale * (new - y)
 

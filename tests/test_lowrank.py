@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from models import OneLinear, config, perturb
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
@@ -94,6 +95,35 @@ def test_strided_inputs() -> None:
         torch.testing.assert_close(add_low_rank(y, x, a, b, 1.0, **given), wanted)
         grown = add_low_rank(y, x, a.clone().requires_grad_(), b, 1.0, **given)
         torch.testing.assert_close(grown, wanted)
+
+
+class Functions(TorchFunctionMode):
+    """The names of torch's functions that run, without readings of attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in ("__get__", "numel"):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 8, lowrank.FEW])
+def test_few_tokens_without_gradients_take_two_products_and_a_sum(dtype: torch.dtype, tokens: int) -> None:
+    y, x, a, b, _, _ = operands(grad=False, rows=(1, tokens))
+    wide = torch.promote_types(dtype, torch.float32)
+    y, x, a, b = y.to(dtype), x.to(dtype), a.to(wide), b.to(wide)
+    with torch.no_grad(), Functions() as ran:
+        out = add_low_rank(y, x, a, b, 0.5)
+    casts = [] if dtype == wide else ["float"]
+    room = [] if dtype == wide else ["empty_like"]
+    assert ran.names == [*casts, "linear", "linear", *room, "add"]
+    wanted = formula(y.to(wide), x.to(wide), a, b, 0.5).to(dtype)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
+    torch.testing.assert_close(out, wanted, **tolerance)
 
 
 def test_only_what_asks_for_a_gradient_gets_one() -> None:

@@ -242,7 +242,7 @@ def test_what_is_remembered_of_the_scale_is_bounded(monkeypatch: pytest.MonkeyPa
         for c in range(100):
             with ll.scaled(model, float(c)):
                 logits(model)
-    assert len(state.timeline._since) <= 2  # no graph, so nothing that could be run again
+    assert len(state.timeline.since) <= 2  # no graph, so nothing that could be run again
 
     monkeypatch.setattr(timeline, "MOST_CHANGES", 8)
     checkpointed(model, {"use_reentrant": False})
@@ -250,7 +250,7 @@ def test_what_is_remembered_of_the_scale_is_bounded(monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         late = at_the_poles(model)
     late.backward()
-    assert len(state.timeline._since) <= 8
+    assert len(state.timeline.since) <= 8
     with pytest.raises(ll.ConfigError, match=r"more than 4 changes of the scale ago: .*\n.*earlier"):
         early.backward()
 

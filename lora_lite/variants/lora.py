@@ -11,6 +11,7 @@ Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float
 from torch import Tensor
@@ -35,7 +36,7 @@ class LoRAConfig(AdapterConfig):
         self._require(isinstance(self.rslora, bool), "rslora", "True or False")
         self._require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
-    @property
+    @cached_property
     def scaling(self) -> float:
         """s"""
         alpha = self.r if self.alpha is None else self.alpha
@@ -64,4 +65,6 @@ class LoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        return add_low_rank(y, x, *LoRA.low_rank(layer), layer.cfg.dropout if layer.training else 0.0)
+        cfg = layer.cfg
+        p = cfg.dropout if cfg.dropout and layer.training else 0.0
+        return add_low_rank(y, x, layer.lora_A, layer.lora_B, layer.scale * cfg.scaling, p)
