@@ -86,6 +86,11 @@ class PeftFolder:
         """Of the layers that have tensors, in the file's order."""
         return dict.fromkeys(key.rpartition(".")[0] for key in self.keys)
 
+    @property
+    def weights(self) -> set[str]:
+        """The paths of those layers that target_parameters names by their weight."""
+        return {name.removesuffix(".weight") for name in self.settings.get("target_parameters") or ()}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor, by our key."""
         return {ours: self.header.entries[key].shape for ours, key in self.keys.items()}
@@ -121,13 +126,21 @@ def _check_settings(source: PeftFolder) -> None:
     kind = source.settings.get("peft_type")
     if not isinstance(kind, str) or kind not in _SAID:
         raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_SAID)}")
-    known = _SAID[kind] | _FREE
+    known = _SAID[kind] | _FREE | ({"target_parameters"} if _names_weights(source) else set())
     odd = {field: value for field, value in source.settings.items() if field not in known and not _neutral(value)}
     if odd:
         some = [f"{brief(field, 60)}={brief(json.dumps(value), 60)}" for field, value in list(odd.items())[:5]]
         raise source.error(
             f"{', '.join(some)} can't be kept here, and nothing is dropped\n  such an adapter works with PEFT only"
         )
+
+
+def _names_weights(source: PeftFolder) -> bool:
+    """Is each of target_parameters the weight of a layer with tensors here? PEFT's own are mostly fused experts."""
+    names, paths = source.settings.get("target_parameters"), source.paths
+    return isinstance(names, list) and all(
+        isinstance(name, str) and name.endswith(".weight") and name.removesuffix(".weight") in paths for name in names
+    )
 
 
 def _neutral(value: Any) -> bool:
@@ -158,9 +171,10 @@ def check_rank(source: PeftFolder, at: str, r: int) -> None:
 def alphas_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
     """Each layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path."""
     patterns, default = _literal_patterns(source), source.settings.get("lora_alpha", 8)
-    alphas, unsure = {}, []
+    alphas, unsure, weights = {}, [], source.weights
     for at in paths:
-        found = [value for start, text, value in patterns if _ends(at, start, text)]
+        name = f"{at}.weight" if at in weights else at
+        found = [value for start, text, value in patterns if _ends(name, start, text)]
         unsure += [at] if any(value != found[0] for value in found) else []
         alphas[at] = number_of(source, "lora_alpha", found[0] if found else default)
     if unsure:
