@@ -24,7 +24,7 @@ from .files import check_numbers, replacing
 from .keys import check_shapes, file_key
 from .layer import Slot
 from .peft_conversion import moved_keys, named_like_experts
-from .peft_folder import CONFIG, PREFIX, THEIRS, WEIGHTS
+from .peft_folder import CONFIG, PREFIX, SECOND, THEIRS, WEIGHTS
 from .preflight import shapes_of
 from .session import check_unmerged, session_of
 
@@ -41,7 +41,9 @@ def save_peft(
 ) -> float | None:
     """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff as they are, tensors bit-equal.
 
-    name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers
+    name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers. The name of an
+                ia3 alone also takes the ia3_ff `<name>_ff` along, into which load_peft puts its second half; a list
+                means what it names
     rank        write what adapters of any kind, at their scales, change in the weights as a plain LoRA of this rank
                 (less where a layer has fewer directions), alpha = r: its SVD, in float32 at least. Exact where the
                 change has that rank: LoRA's r, PiSSA's 2r, abliteration's own in the modes none and pre. The relative
@@ -64,7 +66,7 @@ def save_peft(
         raise ConfigError(f"rank={rank!r}: wanted an integer of at least 1, or None")
     if max_error is not None and (rank is None or not is_number(max_error)):
         raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
-    chosen = [get_adapter(model, each) for each in ([name] if isinstance(name, str) else name)]
+    chosen = [get_adapter(model, each) for each in (_with_second(model, name) if isinstance(name, str) else name)]
     layers, worst = _layers(model, chosen), None
     scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
     if rank is None and scaled:
@@ -87,6 +89,13 @@ def save_peft(
     _write(folder, tensors, settings | _about(root, chosen[0]))
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
     return worst
+
+
+def _with_second(model: nn.Module, name: str) -> list[str]:
+    """The adapter of this name, and the second half of an IA3 that load_peft made of one of PEFT's."""
+    held = adapters(model)
+    pair = [name, name + SECOND]
+    return pair if [held[each].variant for each in pair if each in held] == ["ia3", "ia3_ff"] else [name]
 
 
 def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
