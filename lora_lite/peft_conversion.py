@@ -61,11 +61,12 @@ def moved_keys(root: nn.Module, paths: Iterable[str]) -> dict[str, str]:
 
 def _registered(root: nn.Module) -> list[Any]:
     """The conversions that transformers has for the root's model type."""
+    kind = getattr(getattr(root, "config", None), "model_type", None)
+    if not isinstance(kind, str):
+        return []
     try:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     except ImportError:
         return []
-    if not isinstance(root, PreTrainedModel):
-        return []
-    return get_checkpoint_conversion_mapping(root.config.model_type) or []
+    return get_checkpoint_conversion_mapping(kind) or [] if isinstance(root, PreTrainedModel) else []

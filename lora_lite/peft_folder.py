@@ -132,9 +132,8 @@ def read_folder(path: Path, modules: Container[str] = ()) -> PeftFolder:
         )
     if not ((path / WEIGHTS).is_file() and (path / CONFIG).is_file()):
         inside = sorted(config.parent.name for config in path.glob(f"*/{CONFIG}"))
-        hint = (
-            f"\n  {len(inside)} of its folders are: {brief(', '.join(inside), 600)}; load one of them" if inside else ""
-        )
+        names = brief(", ".join(inside), 600)
+        hint = f"\n  {len(inside)} of its folders are: {names}; load one of them" if inside else ""
         raise CheckpointError(f"{path} is no adapter folder of PEFT: wanted {WEIGHTS} and {CONFIG} in it{hint}")
     header = read_header(path / WEIGHTS)
     return _with_settings(header, str(path / CONFIG), read_json(path / CONFIG), {key: key for key in header.entries})

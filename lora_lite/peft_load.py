@@ -150,7 +150,8 @@ def _check_base(root: nn.Module, source: PeftFolder, targets: Mapping[str, Targe
         if not same:
             raise CheckpointError(
                 f"{source.header.path}: {key} {'can not be compared with' if same is None else 'is not'} this model's "
-                f"{path}\n  the adapter belongs to another base, or to one that was trained with it: load it there"
+                f"{path}\n  the adapter belongs to another base, or to one that was trained with it: load it there, or "
+                f"take that tensor out of the file if you know that the difference does not matter"
             )
 
 
