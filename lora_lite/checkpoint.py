@@ -31,6 +31,8 @@ from .config import BaseConfig, is_number, to_json
 from .errors import CheckpointError, ConfigError, LoraLiteError, brief
 from .files import Header, check_names, check_numbers, parse_json, read_any, read_header, write_tensors
 from .keys import check_shapes, file_key, resolve
+from .peft_folder import DIFFUSERS_SETTINGS
+from .peft_load import load_peft
 from .preflight import attachable, shapes_of, specs_at
 from .runtime import installed
 from .targets import Target
@@ -119,12 +121,15 @@ def load(
 
     The path may also be a file or a folder of raw tensors, as ZeRO-3 and FSDP consolidation write them: with a
     wrapper's prefix, in shards, base weights mixed in (lora_lite/foreign.py). They don't say how they were trained, so
-    `cfg` does; its filters aren't needed. Of several adapters in it, `name` takes the one of that name.
+    `cfg` does; its filters aren't needed. Of several adapters in it, `name` takes the one of that name. A file of
+    diffusers says it in its metadata, and is read as load_peft reads it.
 
     Raises CheckpointError unless every key and shape fits, ConfigError for a cfg beside the one in a file, and what
     attach raises; the model is then as it was.
     """
     headers, root = read_any(path), attachable(model)
+    if cfg is None and len(headers) == 1 and DIFFUSERS_SETTINGS in headers[0].metadata:
+        return load_peft(model, headers[0].path, name)
     if len(headers) > 1 or METADATA not in headers[0].metadata:
         return foreign.load_raw(root, Path(path), headers, cfg, name, verify_base)
     if cfg is not None:

@@ -262,7 +262,7 @@ def _compared(
     weights = {file_key(at, experts.NAME if experts.count(modules[at]) else "weight"): at for at in adapter.targets}
     found = _Base()
     for at, key in keys.items():
-        same = _same(live[at], raw, key, kinds.get(at, quant.Kind.DENSE))
+        same = same_tensor(live[at], raw.held[key], key, kinds.get(at, quant.Kind.DENSE))
         (found.unknown if same is None else found.equal if same else found.different).append(at)
         entry = raw.held[key].entries[key]
         if at in weights and not same and entry.dtype in DTYPES:
@@ -270,9 +270,12 @@ def _compared(
     return found
 
 
-def _same(live: Tensor, raw: _Raw, key: str, kind: quant.Kind) -> bool | None:
-    """Are they equal: bit for bit in one dtype, of two float dtypes to the coarser one's rounding? None: can't tell."""
-    entry = raw.held[key].entries[key]
+def same_tensor(live: Tensor, header: Header, key: str, kind: quant.Kind) -> bool | None:
+    """Are they equal: bit for bit in one dtype, of two float dtypes to the coarser one's rounding? None: can't tell.
+
+    kind    that of the layer whose weight it is; DENSE for any other tensor
+    """
+    entry = header.entries[key]
     dtype = DTYPES.get(entry.dtype)
     alike = dtype == live.dtype and entry.shape == tuple(live.shape)
     if dtype is None or live.is_meta or quant.is_sharded(live) or kind is quant.Kind.UNKNOWN:
@@ -282,7 +285,7 @@ def _same(live: Tensor, raw: _Raw, key: str, kind: quant.Kind) -> bool | None:
     if entry.shape != tuple(live.shape) or not (alike or dtype.is_floating_point):
         return False
     live = live.as_subclass(Tensor)
-    held = raw.read(key).to(live.device)
+    held = header.read([key])[key].to(live.device)
     if alike:
         return torch.equal(held, live)
     wide, coarse = torch.promote_types(dtype, live.dtype), max(dtype, live.dtype, key=lambda d: torch.finfo(d).eps)

@@ -20,8 +20,9 @@ from .adapter import Adapter
 from .config import STORAGE_DTYPES, BaseConfig
 from .errors import CheckpointError, ConfigError, QuantizedWeightError, brief
 from .files import DTYPES, check_numbers
+from .foreign import same_tensor
 from .keys import check_shapes, file_key, resolve
-from .peft_folder import THEIRS, PeftFolder, alphas_of, check_rank, flag_of, number_of, read_folder
+from .peft_folder import SECOND, THEIRS, PeftFolder, alphas_of, check_rank, flag_of, number_of, read_folder
 from .preflight import Changes, attachable
 from .runtime import installed
 from .targets import Target, place
@@ -43,27 +44,32 @@ class _Part:
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Adapter:
-    """Attach the adapter of a PEFT folder: LoRA, rsLoRA, rank and alpha patterns, DoRA, IA3.
+    """Attach the adapter of a PEFT folder, or of a file of diffusers: LoRA, rsLoRA, rank and alpha patterns, DoRA, IA3.
 
     Tensors are bit-equal, in the file's dtype. Mixed dtypes are promoted to one that holds them all; so are 16-bit
     tensors of DoRA, PiSSA and OLoRA to float32, since their maths compares them with numbers of the live weight.
 
     IA3 on both outputs and inputs (feedforward_modules) becomes two adapters: `name` of the variant ia3, which is
-    returned, and `<name>_ff` of ia3_ff. A folder whose init wrote the base is loaded without writing it: "pissa" as the
-    variant pissa, "olora" as a LoRA of rank 2r that takes the removed part out, on a dense base.
+    returned, and `<name>_ff` of ia3_ff; save_peft writes them as one again. A folder whose init wrote the base is
+    loaded without writing it: "pissa" as the variant pissa, "olora" as a LoRA of rank 2r that takes the removed part
+    out, on a dense base.
 
-    Raises CheckpointError for a setting or a tensor that would be lost, naming it, and what attach raises; the model is
-    then as it was.
+    A copy of the base's own weight, as PEFT adds it to an adapter on lm_head, is compared with this model's.
+
+    Raises CheckpointError for a setting or a tensor that would be lost, or a base weight that isn't this model's,
+    naming it, and what attach raises; the model is then as it was.
     """
-    root, source = attachable(model), read_folder(Path(folder))
+    root = attachable(model)
+    source = read_folder(Path(folder), dict(root.named_modules()))
     targets = _targets(root, source)
+    _check_base(root, source, targets)
     parts = _ia3_parts(source, targets) if source.settings["peft_type"] == "IA3" else [_lora_part(source, targets)]
     held = _tensors(root, source, targets)
 
     def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
         return held[key].to(device, dtype, copy=True) if key in held else torch.zeros(spec.shape).to(device, dtype)
 
-    names, loaded = [name, f"{name}_ff"][: len(parts)], []
+    names, loaded = [name, name + SECOND][: len(parts)], []
     with ExitStack() as stack:
         for part, each in zip(parts, names, strict=True):
             layers = list(part.targets.values())
@@ -74,7 +80,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
             adapter.load_state_dict({key: held.get(key, tensor) for key, tensor in adapter.state_dict().items()})
             loaded.append(adapter)
     for adapter in loaded:
-        logger.info(f"loaded {adapter} from PEFT's folder {folder}")
+        logger.info(f"loaded {adapter} from {folder}, in PEFT's format")
     return loaded[0]
 
 
@@ -132,6 +138,21 @@ def _targets(root: nn.Module, source: PeftFolder) -> dict[str, Target]:
             )
         targets[at] = target
     return targets
+
+
+def _check_base(root: nn.Module, source: PeftFolder, targets: Mapping[str, Target]) -> None:
+    """Raises CheckpointError for a tensor of the base that isn't, or can't be known to be, the live one."""
+    for ours, key in source.base.items():
+        at, _, name = ours.rpartition(".")
+        module, path = root.get_submodule(targets[at].path), file_key(targets[at].path, name)
+        live = module.state_dict().get(name)
+        same = live is not None and same_tensor(live, source.header, key, quant.kind_of(module))
+        if not same:
+            raise CheckpointError(
+                f"{source.header.path}: {key} {'can not be compared with' if same is None else 'is not'} this model's "
+                f"{path}\n  the adapter belongs to another base, or to one that was trained with it: load it there, or "
+                f"take that tensor out of the file if you know that the difference does not matter"
+            )
 
 
 def _lora_part(source: PeftFolder, targets: dict[str, Target]) -> _Part:

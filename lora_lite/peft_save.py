@@ -19,11 +19,12 @@ from . import quant
 from .adapter import Adapter, adapters, get_adapter
 from .config import is_number
 from .delta import change, factors
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, brief
 from .files import check_numbers, replacing
 from .keys import check_shapes, file_key
 from .layer import Slot
-from .peft_folder import CONFIG, PREFIX, THEIRS, WEIGHTS
+from .peft_conversion import moved_keys, named_like_experts
+from .peft_folder import CONFIG, PREFIX, SECOND, THEIRS, WEIGHTS
 from .preflight import shapes_of
 from .session import check_unmerged, session_of
 
@@ -40,7 +41,9 @@ def save_peft(
 ) -> float | None:
     """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff as they are, tensors bit-equal.
 
-    name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers
+    name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers. The name of an
+                ia3 alone also takes the ia3_ff `<name>_ff` along, into which load_peft puts its second half; a list
+                means what it names
     rank        write what adapters of any kind, at their scales, change in the weights as a plain LoRA of this rank
                 (less where a layer has fewer directions), alpha = r: its SVD, in float32 at least. Exact where the
                 change has that rank: LoRA's r, PiSSA's 2r, abliteration's own in the modes none and pre. The relative
@@ -63,7 +66,7 @@ def save_peft(
         raise ConfigError(f"rank={rank!r}: wanted an integer of at least 1, or None")
     if max_error is not None and (rank is None or not is_number(max_error)):
         raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
-    chosen = [get_adapter(model, each) for each in ([name] if isinstance(name, str) else name)]
+    chosen = [get_adapter(model, each) for each in (_with_second(model, name) if isinstance(name, str) else name)]
     layers, worst = _layers(model, chosen), None
     scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
     if rank is None and scaled:
@@ -86,6 +89,13 @@ def save_peft(
     _write(folder, tensors, settings | _about(root, chosen[0]))
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
     return worst
+
+
+def _with_second(model: nn.Module, name: str) -> list[str]:
+    """The adapter of this name, and the second half of an IA3 that load_peft made of one of PEFT's."""
+    held = adapters(model)
+    pair = [name, name + SECOND]
+    return pair if [held[each].variant for each in pair if each in held] == ["ia3", "ia3_ff"] else [name]
 
 
 def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
@@ -190,16 +200,20 @@ def _low_rank(
 
 
 def _lora_settings(root: nn.Module, at_layers: Mapping[str, tuple[int, float]], **fields: Any) -> dict[str, Any]:
-    """The settings for these ranks and alphas by path."""
+    """The settings for these ranks and alphas by path. Raises CheckpointError for layers that PEFT would lose."""
     r, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*at_layers.values(), strict=True))
-    targets, _ = _modules(root, list(at_layers), [])
+    weights = {path: f"{path}.weight" for path in named_like_experts(root, at_layers)}
+    _check_kept(root, list(at_layers), list(weights), fields)
+    targets, _ = _modules(root, [path for path in at_layers if path not in weights], [])
+    patterns = {path: f"^{re.escape(weights.get(path, path))}" for path in at_layers}
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": _whole(alpha),
-        "rank_pattern": {f"^{re.escape(path)}": own for path, (own, _) in at_layers.items() if own != r},
-        "alpha_pattern": {f"^{re.escape(path)}": _whole(own) for path, (_, own) in at_layers.items() if own != alpha},
+        "rank_pattern": {patterns[path]: own for path, (own, _) in at_layers.items() if own != r},
+        "alpha_pattern": {patterns[path]: _whole(own) for path, (_, own) in at_layers.items() if own != alpha},
         "target_modules": targets,
+        **({"target_parameters": sorted(weights.values())} if weights else {}),
         "bias": "none",
         "fan_in_fan_out": _transposed(root, at_layers),
         "init_lora_weights": True,
@@ -207,6 +221,32 @@ def _lora_settings(root: nn.Module, at_layers: Mapping[str, tuple[int, float]], 
         "layers_pattern": None,
         **fields,
     }
+
+
+def _check_kept(root: nn.Module, paths: Sequence[str], as_weights: Sequence[str], fields: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if PEFT would lose layers, or fail, as it reads a folder with these settings.
+
+    as_weights  those of the paths that target_parameters names; PEFT adapts a weight by its name without its layer
+    """
+    moved = moved_keys(root, paths)
+    packed = [path for path in as_weights if quant.kind_of(root.get_submodule(path)) is not quant.Kind.DENSE]
+    lacks = "DoRA" if fields["use_dora"] else "dropout" if fields["lora_dropout"] else None
+    cure = "keep it as our file (lora_lite.save), merge it, leave these layers out (exclude_names)"
+    like_experts = "it takes their names for fused experts', and has no"
+    if moved:
+        lost, goal = list(moved), next(iter(moved.values()))
+        why = f"it reads their keys as an old checkpoint's: the first would go to {goal}"
+    elif packed:
+        lost, why = packed, f"{like_experts} adapter on a packed weight by its name"
+    elif as_weights and lacks:
+        lost, why = list(as_weights), f"{like_experts} {lacks} on a weight by its name"
+        cure += ", or give rank= to write a plain LoRA"
+    else:
+        return
+    raise CheckpointError(
+        f"PEFT would lose {len(lost)} of these {len(paths)} layers as it reads the folder onto this "
+        f"{type(root).__name__}\n  {brief(', '.join(lost), 600)}\n  {why}\n  {cure}"
+    )
 
 
 def _whole(alpha: float) -> int | float:

@@ -24,7 +24,7 @@ import jaxtyping
 import pytest
 import torch
 from models import config, perturb, tiny_llama
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_laws import same_snapshot, snapshot
 
 import lora_lite as ll
@@ -107,6 +107,18 @@ def write_base(folder: Path) -> Path:
     return folder / "model-1.safetensors"
 
 
+def write_diffusers(folder: Path) -> Path:
+    """What a pipeline of diffusers would write, whose component is called unet."""
+    ll.save_peft(trained(), folder / "peft")
+    held = load_file(folder / "peft" / "adapter_model.safetensors")
+    described = json.loads((folder / "peft" / "adapter_config.json").read_text())
+    shutil.rmtree(folder / "peft")
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{field}": value for field, value in described.items()})}
+    tensors = {key.replace("base_model.model.", "unet."): tensor for key, tensor in held.items()}
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
 @functools.cache
 def merge_source() -> tuple[Path, Path]:
     """A whole base and a whole adapter, outside of what a case damages."""
@@ -125,9 +137,11 @@ def merged(model: Any, base: Path, file: Path, out: Path) -> None:
 
 
 PEFT = Reader(write_peft, lambda model, file, out: ll.load_peft(model, file.parent))
+DIFFUSERS = Reader(write_diffusers, lambda model, file, out: ll.load(model, file))
 MERGE = Reader(write_adapter, lambda model, file, out: merged(model, merge_source()[0], file, out))
 BASE = Reader(write_base, lambda model, file, out: merged(model, file.parent, merge_source()[1], out))
-READERS = {"adapter": ADAPTER, "raw": RAW, "shards": SHARDS, "peft": PEFT, "merge": MERGE, "base": BASE}
+READERS = {"adapter": ADAPTER, "raw": RAW, "shards": SHARDS, "peft": PEFT, "diffusers": DIFFUSERS}
+READERS |= {"merge": MERGE, "base": BASE}
 
 Damage = Callable[[Path, random.Random], Any]
 """Change the file (and what is beside it) in place."""
@@ -699,6 +713,45 @@ PEFT_SETTINGS: list[Case] = [
     ("peft-gone", lambda file, rng: file.with_name("adapter_config.json").unlink(), "error"),
     ("peft-pickle", lambda file, rng: file.rename(file.with_name("adapter_model.bin")), "error"),
 ]
+
+
+def described(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Change what diffusers' metadata says, as an object."""
+
+    def edit(held: dict) -> None:
+        value = json.loads(held["__metadata__"]["lora_adapter_metadata"])
+        change(value)
+        held["__metadata__"]["lora_adapter_metadata"] = dumped(value).decode()
+
+    return header(edit)
+
+
+DESCRIBED: list[Case] = [
+    *(
+        (
+            f"diffusers-text-{name}",
+            header(lambda h, t=text: h["__metadata__"].update(lora_adapter_metadata=t.decode())),  # type: ignore[misc]
+            "error",
+        )
+        for name, text in HEADERS.items()
+        if name not in ("not-utf-8", "utf-16", "nothing") and not name.startswith("metadata")
+    ),
+    *(
+        (f"diffusers-{field}-{i}", described(lambda h, f=field, v=v: h.update({f"unet.{f}": v})), right)  # type: ignore[misc]
+        for field, right in (("peft_type", "error"), ("r", "error"), ("lora_alpha", "either"), ("bias", "either"))
+        for i, v in enumerate(WRONG)
+    ),
+    *(
+        (f"diffusers-field-{i}", described(lambda h, k=k: h.update({k: 1})), "error")  # type: ignore[misc]
+        for i, k in enumerate(["r", "", "unet.", "unet..r", "x" * 10**6])
+    ),
+    *(  # settings of another model, which has no tensors
+        (f"diffusers-other-{i}", described(lambda h, k=k: h.update({k: 1})), "same")  # type: ignore[misc]
+        for i, k in enumerate([".", ".r", "text_encoder.r", "\x1b.r", "\ud800.r"])
+    ),
+    ("diffusers-components", described(lambda h: h.update({f"c{i}.r": 1 for i in range(100_000)})), "error"),
+    ("diffusers-nothing", described(lambda h: h.clear()), "error"),
+]
 BASE_CONFIG: list[Case] = [
     *((f"config-text-{name}", beside("config.json", text), "error") for name, text in HEADERS.items()),
     *(
@@ -713,6 +766,7 @@ CASES: dict[str, list[Case]] = {
     "raw": [*ANY, *FOREIGN],
     "shards": [*ANY[::6], *INDEXED],
     "peft": [*ANY[::6], *PEFT_SETTINGS],
+    "diffusers": [*ANY[::6], *DESCRIBED],
     "merge": [*ANY[::12], *METADATA[::6]],
     "base": [*ANY[::12], *INDEXED[::4], *BASE_CONFIG],
 }

@@ -83,7 +83,9 @@ def opened(folder: Path, model: Any = None) -> Any:
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key or "ia3_" in key]
     held = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    assert {plain_key(key) for key in held} == {plain_key(key) for key in load_file(folder / WEIGHTS)}
+    assert {plain_key(key) for key in held} == {
+        plain_key(key) for key in load_file(folder / WEIGHTS) if ".base_layer." not in key
+    }
     return wrapped
 
 
@@ -330,8 +332,8 @@ def refused(folder: Path, message: str, error: Any = ll.CheckpointError, model: 
     [
         ({"peft_type": "OFT"}, r"peft_type 'OFT' isn't supported; wanted one of \['IA3', 'LORA'\]"),
         ({"peft_type": None}, r"peft_type None"),
-        ({"bias": "all"}, r'bias="all" can\'t be kept here'),
-        ({"bias": "lora_only"}, r'bias="lora_only"'),
+        ({"bias": "some"}, r'bias="some" can\'t be kept here'),
+        ({"bias": ["all"]}, r'bias=\["all"\] can\'t be kept here'),
         ({"lora_bias": True}, r"lora_bias=true"),
         ({"modules_to_save": ["lm_head"]}, r'modules_to_save=\["lm_head"\]'),
         ({"target_parameters": ["experts.down_proj"]}, r"target_parameters="),
@@ -340,7 +342,7 @@ def refused(folder: Path, message: str, error: Any = ll.CheckpointError, model: 
         ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens=\[1, 2\]"),
         ({"use_qalora": True}, r"use_qalora=true"),
         ({"a_field_of_tomorrow": 1}, r"a_field_of_tomorrow=1"),
-        ({"bias": "all", "use_qalora": True}, r'bias="all", use_qalora=true'),
+        ({"lora_bias": True, "use_qalora": True}, r"lora_bias=true, use_qalora=true"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights='pissa_niter_4' wrote the base.*\n.*path_initial"),
         ({"init_lora_weights": "corda"}, r"'corda' wrote the base"),
         ({"init_lora_weights": "lora_ga"}, r"'lora_ga' wrote the base"),
@@ -387,6 +389,71 @@ def test_alphas_that_depend_on_the_order_are_named(tmp_path: Path, log: list[str
     change_settings(tmp_path, alpha_pattern={r"1\.mlp\.down_proj": 3, "down_proj": 5, "q_proj": 2, "attn.q_proj": 2})
     ll.load_peft(tiny_llama(bias=True), tmp_path)
     assert f"WARNING {tmp_path / CONFIG}: several entries of alpha_pattern find {DOWN}; took the first" in log[0]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_were_trained_are_tensors_of_the_file(bias: str, tmp_path: Path) -> None:
+    """A base without biases has none to train."""
+    theirs(tmp_path, lora(bias=bias), model=tiny_llama())
+    model = tiny_llama()
+    ll.load_peft(model, tmp_path)
+    assert_close(logits(model), logits(opened(tmp_path, tiny_llama())))
+    if bias == "all":
+        theirs(tmp_path / "biased", lora(bias=bias))
+        refused(tmp_path / "biased", r"tensors have no place(.|\n)*o_proj.bias(.|\n)*biases and .* aren't supported")
+
+
+def test_the_folders_in_a_root_are_named(tmp_path: Path) -> None:
+    wrapped = peft.get_peft_model(tiny_llama(), lora(), "fr")
+    wrapped.add_adapter("de", lora())
+    wrapped.save_pretrained(tmp_path)
+    message = (
+        rf"{tmp_path} is no adapter folder of PEFT: wanted .* in it\n  2 of its folders are: de, fr; load one of them"
+    )
+    refused(tmp_path, message)
+    assert ll.load_peft(tiny_llama(), tmp_path / "fr").targets
+    (tmp_path / "de").rename(tmp_path / ("\x1b" * 200))
+    refused(tmp_path, r"2 of its folders are: \?+, fr|2 of its folders are: fr, \?+")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_copy_of_the_bases_head_is_compared_and_left(tmp_path: Path) -> None:
+    """PEFT adds it to the file of an adapter on lm_head."""
+    for use_dora in (False, True):
+        theirs(tmp_path, lora(target_modules=["lm_head", "q_proj"], use_dora=use_dora), model=tiny_llama())
+        assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+        model = tiny_llama()
+        adapter = ll.load_peft(model, tmp_path)
+        assert "lm_head" in adapter.targets
+        assert_close(logits(model), logits(opened(tmp_path, tiny_llama())))
+    message = r"lm_head.base_layer.weight is not this model's lm_head.weight\n  the adapter belongs to another base"
+    refused(tmp_path, message, model=tiny_llama(seed=1))
+
+    def moved(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        held["base_model.model.lm_head.base_layer.weight"][3, 1] += 1e-3
+        return held
+
+    change_tensors(tmp_path, moved)
+    refused(tmp_path, message, model=tiny_llama())
+
+
+def test_a_copy_of_another_kind_is_refused(tmp_path: Path, tiny: str) -> None:
+    def added(key: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        return lambda held: held | {f"base_model.model.{key}": torch.ones(shape)}
+
+    theirs(tmp_path, lora())
+    change_tensors(tmp_path, added(f"{DOWN}.base_layer.weight", 64, 3))
+    refused(tmp_path, rf"{DOWN}.base_layer.weight is not this model's {DOWN}.weight")
+    theirs(tmp_path, lora())
+    change_tensors(tmp_path, added(f"{DOWN}.base_layer.scales", 64))
+    refused(tmp_path, rf"{DOWN}.base_layer.scales is not this model's {DOWN}.scales")
+    theirs(tmp_path, lora())
+    change_tensors(tmp_path, added("model.layers.1.mlp.up_proj.base_layer.weight", 128, 64))
+    refused(tmp_path, r"1 of its 13 tensors have no place(.|\n)*up_proj.base_layer.weight")
+    theirs(tmp_path, lora(), model=quantized(tiny, "nf4"))
+    change_tensors(tmp_path, added(f"{DOWN}.base_layer.weight", 128, 256))
+    message = rf"{DOWN}.base_layer.weight can not be compared with this model's {DOWN}.weight"
+    refused(tmp_path, message, model=quantized(tiny, "nf4"))
 
 
 class Nested(nn.Module):
@@ -627,6 +694,36 @@ def test_two_kinds_of_ia3_make_one_adapter(tmp_path: Path) -> None:
     perturb(ll.attach(model, config("ia3_ff", target_names=r"k_proj$"), "both"), 0.2)
     with pytest.raises(ll.CheckpointError, match=r"PEFT has no adapter like 'kv' \(ia3\), 'both' \(ia3_ff\)"):
         ll.save_peft(model, tmp_path, ["kv", "both"])
+
+
+def test_an_ia3_of_two_kinds_goes_back_whole(tmp_path: Path) -> None:
+    """Loaded under one name, saved under it; through our own files too."""
+    theirs(tmp_path / "a", KINDS["ia3_both"]())
+    model = tiny_llama(bias=True)
+    ll.load_peft(model, tmp_path / "a", name="fr")
+    ll.save_peft(model, tmp_path / "b", "fr")
+    assert same_tensors(tmp_path / "a", tmp_path / "b")
+    assert_close(logits(opened(tmp_path / "b")), logits(opened(tmp_path / "a")))
+    fresh = tiny_llama(bias=True)
+    for name in ("fr", "fr_ff"):
+        ll.save(model, tmp_path / f"{name}.safetensors", name)
+        ll.load(fresh, tmp_path / f"{name}.safetensors", name)
+    ll.save_peft(fresh, tmp_path / "c", "fr")
+    assert same_tensors(tmp_path / "a", tmp_path / "c")
+    for names, inner in ((["fr"], []), ("fr_ff", ["down_proj"]), (["fr_ff", "fr"], ["down_proj"])):
+        ll.save_peft(model, tmp_path / "d", names)
+        assert settings(tmp_path / "d")["feedforward_modules"] == inner
+    ll.detach(model, "fr_ff")
+    ll.save_peft(model, tmp_path / "e", "fr")
+    assert settings(tmp_path / "e")["feedforward_modules"] == []
+
+
+def test_a_name_that_only_looks_like_a_second_half(tmp_path: Path) -> None:
+    model = tiny_llama(bias=True)
+    ll.attach(model, config("lora", target_names="q_proj"), "fr")
+    ll.attach(model, config("ia3_ff", target_names="down_proj"), "fr_ff")
+    ll.save_peft(model, tmp_path, "fr")
+    assert settings(tmp_path)["peft_type"] == "LORA"
 
 
 def test_a_16_bit_dora_gives_peft_the_same_outputs(tmp_path: Path) -> None:
