@@ -240,7 +240,7 @@ def run(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
         "".join(json.dumps({"prompt": f"{i} and one?", "completion": f"{i + 1}"}) + "\n" for i in range(20))
     )
     monkeypatch.setattr(finetune, "set_up", lambda seed: None)
-    monkeypatch.setattr(finetune, "answers", lambda model, tokenizer, task: ["?"] * len(task.shown))
+    monkeypatch.setattr(finetune, "answers", lambda model, tokenizer, shown, tokens: ["?"] * len(shown))
     monkeypatch.setattr(finetune.transformers.AutoTokenizer, "from_pretrained", lambda *_: TinyLetters())
     options = {"data": data, "model": tiny, "batch_size": 2, "eval_pairs": 2, "out": tmp_path / "out"}
     return lambda **more: finetune.main(**(options | more))
@@ -249,7 +249,7 @@ def run(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 def test_the_adapter_is_saved_before_anything_else_is_done_with_it(
     run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = iter([["?"]])
+    before = iter([["?"]] * 3)  # two to measure how long they take
     monkeypatch.setattr(finetune, "answers", lambda *_: next(before))
     with pytest.raises(StopIteration):  # the answers of the trained model
         run(steps=1)
