@@ -52,10 +52,7 @@ class Plan:
         """One line of what was chosen and why, and a warning if that takes longer than there is time."""
         logger.info(f"for --minutes {self.minutes:g}: {', '.join(self.parts)}")
         if self.seconds < 0:
-            logger.warning(
-                f"that takes about {-self.seconds / 60:.1f} minutes more than --minutes {self.minutes:g} leave, "
-                "and less would show nothing"
-            )
+            logger.warning(f"that takes about {-self.seconds / 60:.1f} minutes more than --minutes {self.minutes:g}")
 
 
 def seconds_of(run: Callable[[], object]) -> float:

@@ -204,16 +204,18 @@ def fitted(
     """
     rows = sorted(pairs, key=lambda example: len(example.prompt) + len(example.completion))
     middle = max(0, (len(rows) - MOST_PAIRS) // 2)
-    (batch,) = batches(tokenizer, rows[middle : middle + MOST_PAIRS], MOST_PAIRS)
+    with torch.random.fork_rng(devices=[]):
+        (batch,) = batches(tokenizer, rows[middle : middle + MOST_PAIRS], MOST_PAIRS)
+        model.eval()
+        step = budget.seconds_of(lambda: loss_of(model, batch).backward())
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            evaluation = budget.seconds_of(lambda: loss_of(model, batch))
+        token = budget.seconds_of(lambda: answers(model, tokenizer, pairs[:ANSWERS], PROBED_TOKENS)) / PROBED_TOKENS
+    # The batch has the middle lengths. One that is drawn is padded to its longest pair.
     count = len(batch["input_ids"])
-    model.eval()
-    # Of a batch with the middle lengths; the longest of a batch that is drawn, to which all are padded, is longer.
     longer = padding(rows, count) * count / batch["input_ids"].numel()
-    step = longer * budget.seconds_of(lambda: loss_of(model, batch).backward()) / count
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        evaluation = longer * budget.seconds_of(lambda: loss_of(model, batch)) / count
-    token = budget.seconds_of(lambda: answers(model, tokenizer, pairs[:ANSWERS], PROBED_TOKENS)) / PROBED_TOKENS
+    step, evaluation = longer * step / count, longer * evaluation / count
 
     plan = time_left.plan(later=loading + 2 * MOST_PAIRS * evaluation)  # the check of what was saved
     tokens = plan.take("tokens of each answer", 2 * token, MOST_TOKENS, LEAST_TOKENS, share=0.15)

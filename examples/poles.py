@@ -93,9 +93,9 @@ def seconds_of_a_prompt(model: Any, tokenizer: Any, examples: Mapping[str, list[
     off again. It changes nothing, the state of the random numbers included."""
     with torch.random.fork_rng(devices=[]):
         adapter = ll.attach(model, ll.LoRAConfig(r=r), NAME)
-    model.eval()
-    pair = [next(iter(batches(tokenizer, examples[side], size))) for side in POLES]
-    seconds = seconds_of(lambda: loss_at_both_poles(model, adapter.name, pair).backward())
+        model.eval()
+        pair = [next(iter(batches(tokenizer, examples[side], size))) for side in POLES]
+        seconds = seconds_of(lambda: loss_at_both_poles(model, adapter.name, pair).backward())
     ll.detach(model, NAME)
     return seconds / len(pair[0]["input_ids"])
 
