@@ -177,9 +177,7 @@ def fitted_to(
     """
     token = seconds_of(lambda: ll.greedy_answers(model, tokenizer, shown, max_new_tokens=PROBED_TOKENS)) / PROBED_TOKENS
     task.measure(model)  # which also runs the base; a trial doesn't
-    started = time.perf_counter()
-    task.measure(model)
-    trial = time.perf_counter() - started
+    trial = seconds_of(lambda: task.measure(model))
     plan = time_left.plan(later=loading + 3 * trial)  # what the picked trial leaves is measured again, and reloaded
     tokens = plan.take("tokens of each answer", 2 * token, MOST_TOKENS, LEAST_TOKENS, 0.15, given=answer_tokens)
     new = None if trials is None else max(0, trials - found)

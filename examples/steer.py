@@ -217,7 +217,7 @@ def fitted(
     # Halves and quarters of --most alone are numbers that one can read.
     half = 2 ** (plan.fits(pair, MOST_POINTS, share=0.5).bit_length() - 1)
     coefficients = grid(most, most / half if step is None else step)
-    points = plan.take("points of the sweep", gap, len(coefficients), given=len(coefficients))
+    points = plan.take("points of the sweep", gap, len(coefficients), len(coefficients))
     answered = points + (2 * BATCH / len(questions) if rounds else 0)  # and the prompts that the rounds learn from
     tokens = plan.take("tokens of each answer", answered * token, MOST_TOKENS, LEAST_TOKENS, 0.25, given=answer_tokens)
     measured = points + EVALUATIONS + rounds * (EVALUATIONS + 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import abliterate
+import budget
 import optuna
 import prompt_sets
 import pytest
@@ -234,6 +235,44 @@ def test_picking_from_a_front() -> None:
     assert search.pick(trials, 0.1, 2).number == 2
     with pytest.raises(DataError, match=r"(?s)--pick 9: no such trial.*measured: 0, 1, 2, 3, 4"):
         search.pick(trials, 0.1, 9)
+
+
+# ---- fitting to the time ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "seconds", "wanted"),
+    [
+        (0, None, 0.01, abliterate.MOST_TRIALS),
+        (0, None, 100.0, abliterate.LEAST_TRIALS),
+        (20, None, 0.01, abliterate.MOST_TRIALS),
+        (20, None, 100.0, 20 + abliterate.LEAST_TRIALS),
+        (abliterate.MOST_TRIALS - 1, None, 100.0, abliterate.MOST_TRIALS),
+        (abliterate.MOST_TRIALS + 3, None, 0.01, abliterate.MOST_TRIALS + 3),
+        (20, 12, 0.01, 12),
+        (20, 70, 100.0, 70),
+    ],
+)
+def test_a_search_goes_on_to_what_the_time_allows(
+    found: int, asked: int | None, seconds: float, wanted: int, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    """A finished search does no more by itself; a number that is asked for counts the trials that are there."""
+    monkeypatch.setattr(abliterate, "seconds_of", lambda run: seconds)
+    task: Any = type("Task", (), {"measure": lambda self, model: (0.0, 0.0)})()
+    time_left = budget.Budget(5.0)
+    tokens, trials = abliterate.fitted_to(time_left, None, None, task, [], 1.0, found, 7, asked)
+    assert (tokens, trials) == (7, wanted)
+    new = max(0, wanted - found)
+    assert f"{new} trials {'as asked' if asked else f'at {seconds:.2g} s'}" in log[0]
+
+
+def test_the_trials_take_what_the_rest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abliterate, "seconds_of", lambda run: 4.0)
+    task: Any = type("Task", (), {"measure": lambda self, model: (0.0, 0.0)})()
+    tokens, trials = abliterate.fitted_to(budget.Budget(5.0), None, None, task, [], 10.0, 0, None, None)
+    assert abliterate.LEAST_TRIALS < trials < abliterate.MOST_TRIALS
+    assert abliterate.LEAST_TOKENS < tokens < abliterate.MOST_TOKENS
+    assert 200 < 10 + 4 * (trials + 3) + 2 * tokens * 4.0 / abliterate.PROBED_TOKENS < 300
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
