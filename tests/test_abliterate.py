@@ -324,7 +324,7 @@ def test_a_run_and_going_on_from_it(
     assert results["kl_mean"] == pytest.approx(picked["kl"], abs=1e-6)
     assert results["marker_rate"].keys() == {"before", "after"}
     assert "torch" in results["versions"]
-    adapter = ll.load(ll.load_base(smollm2, torch.bfloat16), small["out"] / "adapter.safetensors")
+    adapter = ll.load(ll.load_base(smollm2), small["out"] / "adapter.safetensors")
     assert adapter.config.layer == picked["layer"]
 
     def interrupted(*_: Any) -> None:
