@@ -121,7 +121,6 @@ def main(
         adapter = ll.attach(base, cfg)
         held, computed_in = stored_in(adapter)
 
-    # `ll.audit(base, batch)` goes here: one batch, before anything is trained.
     measured = random.Random(seed).sample(held_out, min(eval_pairs or MOST_EVAL_PAIRS, len(held_out)))
     sizes = fitted(base, tokenizer, measured, time_left, loading, steps, batch_size, eval_pairs)
     steps, measured = sizes.steps, measured[: sizes.eval_pairs]
@@ -131,6 +130,7 @@ def main(
         list(batches(tokenizer, measured, sizes.pairs)),
         measured[:ANSWERS],
     )
+    # Here goes `ll.audit(base, task.held_out[0])`: before anything is trained.
     history = History()
     with ll.disabled(base):
         before = answers(base, tokenizer, task.shown, sizes.tokens)

@@ -212,7 +212,8 @@ def fitted(
     prompts = sum(len(batch["input_ids"]) for batch in task.neutral)
     prompt = gap / held_out * sum(batch["input_ids"].numel() for batch in task.neutral) / prompts
 
-    plan = time_left.plan(later=loading)
+    # Fitting the vector reads as many prompts as the gap; each calibration ends with one.
+    plan = time_left.plan(later=loading + (2 + rounds) * gap)
     pair = 2 * (gap + (answer_tokens or MOST_TOKENS) * token + prompts / 2 * prompt)
     # Halves and quarters of --most alone are numbers that one can read.
     half = 2 ** (plan.fits(pair, MOST_POINTS, share=0.5).bit_length() - 1)

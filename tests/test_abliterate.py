@@ -289,6 +289,7 @@ def small(tmp_path: Path) -> dict[str, Any]:
     return options
 
 
+@pytest.mark.slow
 def test_a_run_and_going_on_from_it(
     smollm2: str, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +300,8 @@ def test_a_run_and_going_on_from_it(
         *arguments,
         "--trials",
         "2",
+        "--minutes",
+        "0",
         "--markers",
         " est , les ",
         "--answer-tokens",
