@@ -87,9 +87,13 @@ def test_train_on_4_bit_save_merge_both_ways_and_reload(
         print(f"{name:<64}{kl:>10.5f}{largest:>8.3f}")
     kl = {name: values[0] for name, values in rows.items()}
     assert kl["untrained"] > 0.1
-    for exact in ("as trained, merged on disk", "original, merged on disk; against the adapter on the original"):
-        assert kl[exact] < 2e-3, "more than bfloat16's rounding"
-    assert kl["in memory, dequantized"] < 2e-3
+    exact = (
+        "in memory, dequantized",
+        "as trained, merged on disk",
+        "original, merged on disk; against the adapter on the original",
+    )
+    for name in exact:  # bfloat16's rounding, of weights or of all that is computed, is a thousandth of the training
+        assert kl[name] < kl["untrained"] / 100, name
     assert kl["PEFT merge_and_unload"] > 10 * kl["as trained, merged on disk"]
 
 
