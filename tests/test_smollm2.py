@@ -34,7 +34,7 @@ def test_a_real_model_trains_saves_and_loads(
         optimizer.step()
         losses.append(loss.item())
     print(f"\n{variant} on {quantization or model.dtype}: loss", *(f"{loss:.3f}" for loss in losses), end="")
-    assert losses[-1] < losses[0]
+    assert min(losses) < losses[0] - 0.2, "a step of AdamW at the method's own rate may overshoot, three may not all"
     model.eval()
     ll.save(model, tmp_path / "a.safetensors")
     fresh = real_base(quantization)
