@@ -2,7 +2,8 @@
 
     make bench [ARGS="--text gsm8k.jsonl"]
 
-SmolLM2-135M-Instruct in bfloat16, rank 16 on all 210 linear layers, 2 x 256 tokens; decoding 64 tokens after 8.
+SmolLM2-135M-Instruct in the dtype that load_base chooses here, rank 16 on all 210 linear layers, 2 x 256 tokens;
+decoding 64 tokens after 8.
 Contenders take turns, in a random order each round; a ratio is the median of the rounds' ratios, with their quartiles.
 Bytes, those that autograd keeps and those of all tensors, are exact. Times are wall-clock times of the whole step:
 forward, backward, fused AdamW. A bare hook with nothing but a LoRA's products shows how much of a ratio they are, on
@@ -19,13 +20,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
 from contenders import (
     bare,
     base,
+    choose,
     decoder,
     load,
     ours,
@@ -257,12 +259,15 @@ def main(
     file: Annotated[Path | None, typer.Option("--text", help="JSONL of questions and answers, such as GSM8K.")] = None,
     only: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SECTIONS)}.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Of each timed comparison.")] = 10,
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], typer.Option(help="Of the base.")] = "auto",
     out: Annotated[Path, typer.Option(help="Where bench.json and bench.png go.")] = Path("runs", "bench"),
 ) -> None:
     """Measure, and print a line for each ratio, with its mark."""
     logger.remove()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    stored_in = str(choose(dtype)).removeprefix("torch.")
+    print(f"the base is in {stored_in}", file=sys.stderr)
     ids = text(file or (GSM8K if GSM8K.exists() else None))
     started, found = time.perf_counter(), []
     for name in only or SECTIONS:
@@ -272,7 +277,8 @@ def main(
     seconds = time.perf_counter() - started
     show(found, seconds)
     out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "seconds": seconds, "rounds": rounds, "ratios": [each.record() for each in found]}
+    record = {"machine": machine(), "dtype": stored_in, "seconds": seconds, "rounds": rounds}
+    record["ratios"] = [each.record() for each in found]
     (out / "bench.json").write_text(json.dumps(record, indent=2) + "\n")
     draw(found, out / "bench.png")
 

@@ -1,5 +1,6 @@
 """The models that are compared, and their work: SmolLM2-135M-Instruct on real text, and a stack of linear layers."""
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,28 @@ from smollm2 import smollm2_folder
 RANK, BATCH, TOKENS = 16, 2, 256
 WIDTH, DEPTH = 2048, 8
 
+_asked = "auto"
+
+
+def choose(dtype: str) -> torch.dtype:
+    """The dtype, or "auto", of all that is loaded and stacked from here on; returns what that is on this machine."""
+    global _asked
+    _asked = dtype
+    return stored_in()
+
+
+@functools.cache
+def _stored_in(asked: str) -> torch.dtype:
+    dtype: torch.dtype = ll.load_base(str(smollm2_folder()), asked).dtype
+    return dtype
+
+
+def stored_in() -> torch.dtype:
+    return _stored_in(_asked)
+
 
 def load(quantization: str | None = None) -> Any:
-    return ll.load_base(str(smollm2_folder()), torch.bfloat16, quantization)
+    return ll.load_base(str(smollm2_folder()), _asked, quantization)
 
 
 def base(quantization: str | None = None) -> Any:
@@ -134,7 +154,7 @@ def decoder(model: Any, ids: Tensor, batch: int) -> Callable[[], None]:
 
 def stack() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(DEPTH)]
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False, dtype=stored_in()) for _ in range(DEPTH)]
     return nn.Sequential(*layers).requires_grad_(False)
 
 
@@ -153,4 +173,4 @@ def stack_peft(**fields: Any) -> Any:
 
 def stack_input() -> Tensor:
     x = torch.randn(BATCH * TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
-    return x.bfloat16().requires_grad_()
+    return x.to(stored_in()).requires_grad_()

@@ -2,7 +2,7 @@
 
     python benchmarks/history.py [--rounds 1 20]
 
-LoRAs of rank 8 on all 210 linear layers of SmolLM2-135M in bfloat16, on one thread: as rounds of one history and,
+LoRAs of rank 8 on all 210 linear layers of SmolLM2-135M, on one thread: as rounds of one history and,
 beside it, as adapters that are attached by name. Interleaved; medians of the rounds' ratios, with their quartiles.
 """
 

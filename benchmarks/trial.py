@@ -36,10 +36,10 @@ def main() -> None:
     folder = str(smollm2_folder())
     ours = {}
     for mode in ll.Normalization:
-        model = ll.load_base(folder, torch.bfloat16)
+        model = ll.load_base(folder)
         directions = {"directions": torch.randn(30, 1, 576, generator=torch.Generator().manual_seed(0))}
         ours[mode] = ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions)
-    peft = get_peft_model(ll.load_base(folder, torch.bfloat16), LoraConfig(r=3, target_modules=WRITERS))
+    peft = get_peft_model(ll.load_base(folder), LoraConfig(r=3, target_modules=WRITERS))
     trials: dict[str, Callable[[int], None]] = {}
     for mode, adapter in ours.items():
         trials[f"{mode}: strength, kernels"] = partial(new_strength, adapter)
@@ -54,7 +54,7 @@ def main() -> None:
             times[name].append((time.perf_counter() - started) / REPEATS)
     for _ in range(3):
         started = time.perf_counter()
-        ll.load_base(folder, torch.bfloat16)
+        ll.load_base(folder)
         times[RELOAD].append(time.perf_counter() - started)
 
     unit = statistics.median(times["none: strength, kernels"])

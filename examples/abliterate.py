@@ -20,7 +20,19 @@ from typing import Annotated, Any, Literal
 import transformers
 import typer
 from abliterate_report import Block, describe, plot_directions, plot_front, show_directions, show_front
-from common import INTERRUPTED, check_reload, load, logits_of, plain_errors, set_up
+from budget import Budget, seconds_of
+from common import (
+    DTYPE,
+    INTERRUPTED,
+    MINUTES,
+    Dtype,
+    check_reload,
+    load,
+    logits_of,
+    plain_errors,
+    set_up,
+    stored_in,
+)
 from loguru import logger
 from prompt_sets import SHIPPED, Prompt, halves, question, read_prompts
 from report import show, write_results
@@ -30,7 +42,11 @@ from task import BATCH, SIDES, Task, chosen_words, make_task
 
 import lora_lite as ll
 
-ANSWERS = 3
+ANSWERS, PROBED_TOKENS = 3, 4
+
+MOST_TRIALS, LEAST_TRIALS = 60, 8
+MOST_TOKENS, LEAST_TOKENS = 48, 8
+"""Of an answer."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -45,8 +61,15 @@ def main(
     positive_words: Annotated[str | None, typer.Option(help="First words, by commas. Default: the model's.")] = None,
     negative_words: Annotated[str | None, typer.Option(help="The same of the other side.")] = None,
     markers: Annotated[str | None, typer.Option(help="By commas: count held-out answers with one of them.")] = None,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 48,
-    trials: Annotated[int, typer.Option(min=1, help="Of the search, earlier ones in --out included.")] = 60,
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
+    minutes: Annotated[float, typer.Option(min=0.0, help=MINUTES)] = 5.0,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Of an answer. Default: up to {MOST_TOKENS}.")
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Of the search, earlier ones in --out included. Default: up to {MOST_TRIALS}."),
+    ] = None,
     max_kl: Annotated[float, typer.Option(min=0.0, help="The picked trial's, at most.")] = 0.1,
     pick_trial: Annotated[int | None, typer.Option("--pick", help="Pick this trial instead.")] = None,
     normalization: Annotated[ll.Normalization, typer.Option(help="Of what is left.")] = ll.Normalization.NONE,
@@ -55,7 +78,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("runs", "abliterate"),
 ) -> None:
     """Fit, search, pick, save, and show what it changes."""
-    started = time.perf_counter()
+    time_left = Budget(minutes)
     set_up(seed)
     with plain_errors():
         paths = {"positive": positive, "negative": negative}
@@ -68,22 +91,28 @@ def main(
         settings |= {"prompts": digest([*sides.values(), neutral_prompts])}
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        base = load(source, quantization)
+        loading = time.perf_counter()
+        base = load(source, quantization, dtype)
+        loading = time.perf_counter() - loading
         task = make_task(base, tokenizer, sides, neutral_prompts, words)
         fitted = ll.contrast(base, task.fitted, projected=projected, progress=sys.stderr.isatty())
         blocks = describe_directions(base, task, fitted)
         show_directions(blocks)
         study = open_study(out / "study.jsonl", settings, len(blocks))
-        name = f"{positive.stem} against {negative.stem} on {Path(source).name} in {quantization or 'bfloat16'}"
-        plot_directions(blocks, name, out / "directions.png")
         directions = {path: each.directions for path, each in fitted.items()}
         cfg = ll.AbliterationConfig(normalization=normalization, projected=projected)
         adapter = ll.attach(base, cfg, calibration_data={"directions": directions})
+        held, computed_in = stored_in(adapter)
+        name = f"{positive.stem} against {negative.stem} on {Path(source).name} in {held or computed_in}"
+        plot_directions(blocks, name, out / "directions.png")
     with ll.disabled(base):
         before = task.gaps(base)
     logger.info(f"gap before: {before['positive']:+.2f} on the positive side, {before['negative']:+.2f} on the other")
 
-    found, searched = tried(study), time.perf_counter()
+    found = tried(study)
+    shown = sides["positive"][1][:ANSWERS]
+    answer_tokens, trials = fitted_to(time_left, base, tokenizer, task, shown, loading, found, answer_tokens, trials)
+    searched = time.perf_counter()
     if found:
         going_on = f"the search goes on from there to {trials}" if found < trials else f"--trials {trials} are done"
         logger.info(f"{out} holds {found} trials: {going_on}")
@@ -101,19 +130,19 @@ def main(
     adapter.configure(**changes(chosen.params))
     after = task.gaps(base)
     divergences = ll.kl_divergence(base, task.neutral)
-    prompts = sides["positive"][1]
-    answers = before_and_after(base, tokenizer, prompts[:ANSWERS], answer_tokens)
-    show([question(prompt) for prompt in prompts[:ANSWERS]], *answers)
-    rates = marker_rates(base, tokenizer, prompts, markers, answer_tokens)
+    answers = before_and_after(base, tokenizer, shown, answer_tokens)
+    show([question(prompt) for prompt in shown], *answers)
+    rates = marker_rates(base, tokenizer, sides["positive"][1], markers, answer_tokens)
 
     ll.save(base, out / "adapter.safetensors")
     inputs = task.held_out["positive"][0]
     expected, config = logits_of(base, inputs), adapter.config.to_dict()
     del base, adapter
-    check_reload(load(source, quantization), out / "adapter.safetensors", inputs, expected)
+    check_reload(load(source, quantization, dtype), out / "adapter.safetensors", inputs, expected)
 
-    seconds = time.perf_counter() - started
-    results = settings | {"config": config, "directions": [asdict(block) for block in blocks], "tokens": task.tokens}
+    seconds = time_left.spent
+    results: dict[str, Any] = settings | {"quantization": held, "dtype": computed_in, "minutes": minutes}
+    results |= {"config": config, "directions": [asdict(block) for block in blocks], "tokens": task.tokens}
     results |= {"gap_before": before, "gap_after": after, "kl_mean": divergences.mean().item()}
     results |= {"kl": divergences.tolist(), "marker_rate": rates, "answers": answers, "picked": chosen.number}
     results |= {"max_kl": max_kl, "front": [trial.number for trial in front(measured(study))]}
@@ -126,6 +155,36 @@ def main(
         f"trial {chosen.number}: gap {before['positive']:+.2f} -> {after['positive']:+.2f} with a KL of "
         f"{results['kl_mean']:.3f}; {new} trials in {searched:.0f} s, {seconds:.0f} s in all: see {out}"
     )
+
+
+# ---- fitting to the time ------------------------------------------------------------------------
+
+
+def fitted_to(
+    time_left: Budget,
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    shown: Sequence[Prompt],
+    loading: float,
+    found: int,
+    answer_tokens: int | None,
+    trials: int | None,
+) -> tuple[int, int]:
+    """(tokens of an answer, trials with the `found` that are there): as given, or as the time allows.
+
+    A trial and an answer are timed. loading: the seconds that loading the base once more will take.
+    """
+    token = seconds_of(lambda: ll.greedy_answers(model, tokenizer, shown, max_new_tokens=PROBED_TOKENS)) / PROBED_TOKENS
+    task.measure(model)  # which also runs the base; a trial doesn't
+    trial = seconds_of(lambda: task.measure(model))
+    plan = time_left.plan(later=loading + 3 * trial)  # what the picked trial leaves is measured again, and reloaded
+    tokens = plan.take("tokens of each answer", 2 * token, MOST_TOKENS, LEAST_TOKENS, 0.15, given=answer_tokens)
+    new = None if trials is None else max(0, trials - found)
+    most = max(0, MOST_TRIALS - found)
+    new = plan.take("trials", trial, most, min(most, LEAST_TRIALS), given=new)
+    plan.log()
+    return tokens, found + new if trials is None else trials
 
 
 # ---- prompts ------------------------------------------------------------------------------------

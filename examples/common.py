@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,6 +19,10 @@ from tqdm import tqdm
 import lora_lite as ll
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+DTYPE = "Of the base. auto: the faster of the checkpoint's and float32, measured on a CPU."
+MINUTES = "Sizes that no option gives are fitted to this time."
 
 
 def set_up(seed: int) -> None:
@@ -42,12 +46,18 @@ def plain_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def load(source: str, quantization: str | None) -> Any:
-    """The base in bfloat16, on the accelerator or else the CPU."""
+def load(source: str, quantization: str | None, dtype: Dtype = "auto") -> Any:
+    """The base on the accelerator, there in bfloat16 unless another dtype is asked for, or else on the CPU."""
     if torch.accelerator.is_available():
-        return ll.load_base(source, torch.bfloat16, quantization, device_map="auto")
+        return ll.load_base(source, "bfloat16" if dtype == "auto" else dtype, quantization, device_map="auto")
     # On a CPU, fused attention's backward pass alone takes a quarter of a training step.
-    return ll.load_base(source, torch.bfloat16, quantization, attn_implementation="eager")
+    return ll.load_base(source, dtype, quantization, attn_implementation="eager")
+
+
+def stored_in(adapter: ll.Adapter) -> tuple[str | None, str]:
+    """(how the base is quantised, its dtype): as it is, whatever was asked for. A folder may be quantised already."""
+    quantization = adapter.base["quantization"]
+    return quantization and quantization["quant_type"], adapter.base["dtype"]
 
 
 def progress_bar(what: str, total: int, done: int = 0) -> Any:

@@ -16,11 +16,24 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import budget
 import torch
 import transformers
 import typer
 from batches import IGNORED, Batch, Example, batches, encode
-from common import INTERRUPTED, check_reload, load, logits_of, plain_errors, progress_bar, set_up
+from common import (
+    DTYPE,
+    INTERRUPTED,
+    MINUTES,
+    Dtype,
+    check_reload,
+    load,
+    logits_of,
+    plain_errors,
+    progress_bar,
+    set_up,
+    stored_in,
+)
 from loguru import logger
 from pairs import read_jsonl, split, stdlib_pairs
 from report import History, plot, show, training_numbers, write_results
@@ -31,7 +44,14 @@ from torch.optim.lr_scheduler import LambdaLR
 import lora_lite as ll
 
 WARM_UP, CLIP, EVALUATIONS = 0.1, 1.0, 4
-ANSWERS, ANSWER_TOKENS = 3, 48
+ANSWERS, PROBED_TOKENS = 3, 4
+
+MOST_STEPS, LEAST_STEPS = 80, 16
+MOST_PAIRS = 8
+"""In a step."""
+MOST_EVAL_PAIRS, LEAST_EVAL_PAIRS = 64, 8
+MOST_TOKENS, LEAST_TOKENS = 48, 8
+"""Of an answer."""
 DIVERGED = 1  # exit code
 
 TRAINED = [name for name, method in ll.REGISTRY.items() if method.default_lr is not None]
@@ -48,6 +68,16 @@ class Task:
     shown: list[Example]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much of everything a run does. pairs: in a step. tokens: of an answer, at most."""
+
+    steps: int
+    pairs: int
+    eval_pairs: int
+    tokens: int
+
+
 class DivergedError(Exception):
     """The gradients of a step are not finite."""
 
@@ -60,15 +90,22 @@ def main(
     data: Annotated[Path | None, typer.Option(help="JSONL with prompt/completion or question/answer.")] = None,
     r: Annotated[int | None, typer.Option(help="Rank. Default: the method's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the method's.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 80,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs in a step.")] = 8,
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
+    minutes: Annotated[float, typer.Option(min=0.0, help=MINUTES)] = 5.0,
+    steps: Annotated[int | None, typer.Option(min=1, help=f"Optimiser steps. Default: up to {MOST_STEPS}.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"Pairs in a step. Default: up to {MOST_PAIRS}.")
+    ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Longer pairs, in tokens, are left out.")] = 256,
-    eval_pairs: Annotated[int, typer.Option(min=1, help="Held-out pairs to measure the loss on.")] = 64,
+    eval_pairs: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Held-out pairs to measure the loss on. Default: up to {MOST_EVAL_PAIRS}."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the adapter's first values and the order of the data.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Default: runs/<variant>[-<quantization>].")] = None,
 ) -> None:
     """Train an adapter, save it, show what it changes, and check that it loads again bit for bit."""
-    started = time.perf_counter()
+    time_left = budget.Budget(minutes)
     set_up(seed)
     with plain_errors():
         cfg = adapter_config(variant, r)
@@ -78,20 +115,25 @@ def main(
         source = model or str(smollm2_folder())
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         train_set, held_out = (encode(tokenizer, part, max_length) for part in split(pairs))
-        base = load(source, quantization)
+        loading = time.perf_counter()
+        base = load(source, quantization, dtype)
+        loading = time.perf_counter() - loading
         adapter = ll.attach(base, cfg)
-        held = (adapter.base["quantization"] or {"quant_type": None})["quant_type"]  # a folder may be quantised already
+        held, computed_in = stored_in(adapter)
 
-    measured = random.Random(seed).sample(held_out, min(eval_pairs, len(held_out)))
+    measured = random.Random(seed).sample(held_out, min(eval_pairs or MOST_EVAL_PAIRS, len(held_out)))
+    sizes = fitted(base, tokenizer, measured, time_left, loading, steps, batch_size, eval_pairs)
+    steps, measured = sizes.steps, measured[: sizes.eval_pairs]
     logger.info(f"{len(train_set)} pairs to train on, {len(measured)} of {len(held_out)} held-out ones to measure")
     task = Task(
-        batches(tokenizer, train_set, batch_size, seed),
-        list(batches(tokenizer, measured, batch_size)),
+        batches(tokenizer, train_set, sizes.pairs, seed),
+        list(batches(tokenizer, measured, sizes.pairs)),
         measured[:ANSWERS],
     )
+    # Here goes `ll.audit(base, task.held_out[0])`: before anything is trained.
     history = History()
     with ll.disabled(base):
-        before = answers(base, tokenizer, task)
+        before = answers(base, tokenizer, task.shown, sizes.tokens)
         measure(base, task, history)
     try:
         train(base, adapter, task, lr, steps, history)
@@ -103,18 +145,19 @@ def main(
     ll.save(base, out / "adapter.safetensors")
 
     shown = [example.pair for example in task.shown]
-    after = answers(base, tokenizer, task)
+    after = answers(base, tokenizer, task.shown, sizes.tokens)
     show([p.prompt for p in shown], before, after, references=[p.completion for p in shown])
     inputs = {"input_ids": task.held_out[0]["input_ids"]}
     expected, trainable = logits_of(base, inputs), sum(p.numel() for p in adapter.parameters())
     del base, adapter
-    check_reload(load(source, quantization), out / "adapter.safetensors", inputs, expected)
+    check_reload(load(source, quantization, dtype), out / "adapter.safetensors", inputs, expected)
 
-    name = f"{Path(source).name} in {held or 'bfloat16'}"
+    name = f"{Path(source).name} in {held or computed_in}"
     plot(history, f"{variant} on {name}, learning rate {lr:g}", out / "loss.png")
-    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": held, "model": source, "lr": lr}
-    settings |= {"steps": steps, "batch_size": batch_size, "seed": seed, "trainable_parameters": trainable}
-    seconds = time.perf_counter() - started
+    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": held, "dtype": computed_in}
+    settings |= {"model": source, "lr": lr, "steps": steps, "batch_size": sizes.pairs, "eval_pairs": len(measured)}
+    settings |= {"minutes": minutes, "seed": seed, "trainable_parameters": trainable}
+    seconds = time_left.spent
     results = settings | training_numbers(history) | {"seconds": seconds}
     write_results(results, out / "results.json")
     logger.info(
@@ -141,6 +184,55 @@ def learning_rate(variant: str) -> float:
     if rate is None:
         raise ll.ConfigError(f"--variant {variant}: it is computed, not trained; use one of {', '.join(TRAINED)}")
     return rate
+
+
+# ---- fitting to the time ------------------------------------------------------------------------
+
+
+def fitted(
+    model: Any,
+    tokenizer: Any,
+    pairs: list[Example],
+    time_left: budget.Budget,
+    loading: float,
+    steps: int | None,
+    batch_size: int | None,
+    eval_pairs: int | None,
+) -> Sizes:
+    """The sizes that are given, the others as the time allows: a step, a measurement and an answer are timed on the
+    held-out pairs. They change nothing, the state of the random numbers included. loading: seconds for loading again.
+    """
+    rows = sorted(pairs, key=lambda example: len(example.prompt) + len(example.completion))
+    middle = max(0, (len(rows) - MOST_PAIRS) // 2)
+    with torch.random.fork_rng(devices=[]):
+        (batch,) = batches(tokenizer, rows[middle : middle + MOST_PAIRS], MOST_PAIRS)
+        model.eval()
+        step = budget.seconds_of(lambda: loss_of(model, batch).backward())
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            evaluation = budget.seconds_of(lambda: loss_of(model, batch))
+        token = budget.seconds_of(lambda: answers(model, tokenizer, pairs[:ANSWERS], PROBED_TOKENS)) / PROBED_TOKENS
+    # The batch has the middle lengths. One that is drawn is padded to its longest pair.
+    count = len(batch["input_ids"])
+    longer = padding(rows, count) * count / batch["input_ids"].numel()
+    step, evaluation = longer * step / count, longer * evaluation / count
+
+    plan = time_left.plan(later=loading + 2 * MOST_PAIRS * evaluation)  # the check of what was saved
+    tokens = plan.take("tokens of each answer", 2 * token, MOST_TOKENS, LEAST_TOKENS, share=0.15)
+    most, least = min(MOST_EVAL_PAIRS, len(pairs)), min(LEAST_EVAL_PAIRS, len(pairs))
+    each = (EVALUATIONS + 1) * evaluation
+    eval_pairs = plan.take("held-out pairs", each, most, least, share=0.25, given=eval_pairs)
+    size = batch_size or (MOST_PAIRS if steps else plan.fits(LEAST_STEPS * step, MOST_PAIRS))
+    steps = plan.take(f"steps of {size} pairs", size * step, MOST_STEPS, LEAST_STEPS, given=steps)
+    plan.log()
+    return Sizes(steps, size, eval_pairs, tokens)
+
+
+def padding(examples: list[Example], count: int) -> float:
+    """The tokens that each pair has, on average, in a batch of so many: as many as its longest."""
+    lengths = [len(example.prompt) + len(example.completion) for example in examples]
+    draws = [max(random.Random(i).choices(lengths, k=count)) for i in range(100)]
+    return sum(draws) / len(draws)
 
 
 # ---- training and measuring ---------------------------------------------------------------------
@@ -193,14 +285,14 @@ def measure(model: Any, task: Task, history: History) -> None:
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, task: Task) -> list[str]:
-    """The model's own answers to the prompts that are shown, by the likeliest token each time."""
+def answers(model: Any, tokenizer: Any, shown: list[Example], tokens: int) -> list[str]:
+    """The model's own answers to the prompts, of so many tokens at most, by the likeliest token each time."""
     model.eval()
     texts = []
-    for example in task.shown:
+    for example in shown:
         prompt = torch.tensor([example.prompt], device=model.device)
         mask = torch.ones_like(prompt)
-        output = model.generate(prompt, attention_mask=mask, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        output = model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
         texts.append(tokenizer.decode(output[0, len(example.prompt) :], skip_special_tokens=True))
     return texts
 

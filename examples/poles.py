@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from batches import Batch, Example, batches, chat
+from budget import seconds_of
 from common import progress_bar
 from finetune import CLIP, DivergedError, loss_of
 from jsonl import DataError
 from pairs import Pair
 from prompt_sets import Prompt, question
 from task import BATCH, Task
+from torch import Tensor
 
 import lora_lite as ll
 
@@ -56,6 +58,15 @@ def _example(tokenizer: Any, pair: Pair) -> Example:
     return Example(pair, *(tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, completion)))
 
 
+def loss_at_both_poles(model: Any, name: str, pair: Sequence[Batch]) -> Tensor:
+    """The sum of the loss of the first batch at c = 1 and of the second at c = -1."""
+    losses = []
+    for c, batch in zip(POLES.values(), pair, strict=True):
+        with ll.scaled(model, c, name):
+            losses.append(loss_of(model, batch))
+    return torch.stack(losses).sum()
+
+
 def train_at_both_poles(
     model: Any, adapter: ll.Adapter, data: Mapping[str, Iterable[Batch]], steps: int, lr: float
 ) -> Iterator[float]:
@@ -65,11 +76,7 @@ def train_at_both_poles(
     with progress_bar("training", steps) as bar:
         for step, pair in enumerate(islice(zip(*endless, strict=True), steps), 1):
             model.train()
-            losses = []
-            for c, batch in zip(POLES.values(), pair, strict=True):
-                with ll.scaled(model, c, adapter.name):
-                    losses.append(loss_of(model, batch))
-            loss = torch.stack(losses).sum()
+            loss = loss_at_both_poles(model, adapter.name, pair)
             loss.backward()
             if not torch.nn.utils.clip_grad_norm_(adapter.parameters(), CLIP).isfinite():
                 raise DivergedError(f"step {step}: the gradients are not finite\n  try a lower --lr than {lr:g}")
@@ -79,6 +86,18 @@ def train_at_both_poles(
             bar.update()
             yield loss.item()
     model.eval()
+
+
+def seconds_of_a_prompt(model: Any, tokenizer: Any, examples: Mapping[str, list[Example]], size: int, r: int) -> float:
+    """What a training step of up to `size` prompts of each pole takes for each of them, on an adapter that is taken
+    off again. It changes nothing, the state of the random numbers included."""
+    with torch.random.fork_rng(devices=[]):
+        adapter = ll.attach(model, ll.LoRAConfig(r=r), NAME)
+        model.eval()
+        pair = [next(iter(batches(tokenizer, examples[side], size))) for side in POLES]
+        seconds = seconds_of(lambda: loss_at_both_poles(model, adapter.name, pair).backward())
+    ll.detach(model, NAME)
+    return seconds / len(pair[0]["input_ids"])
 
 
 def play(

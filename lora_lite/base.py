@@ -1,9 +1,12 @@
 """load_base: a transformers model, dense or on bitsandbytes, ready for an adapter."""
 
+import functools
 import logging
 import platform
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +19,15 @@ from .errors import BaseModelError, ConfigError
 CASCADE = (torch.float16, torch.bfloat16, torch.float32)
 """What dtype="auto" tries after the checkpoint's own dtype."""
 
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+PRODUCT = (64, 576, 1536)
+"""(tokens, d_in, d_out) of the product that is timed on a CPU: a millisecond where the dtype is native."""
+
+WORTH = 1.5
+"""How many times as fast float32 must be to take the place of 16 bits, which need half the memory. Without native
+bfloat16 it is 5 to 60 times as fast; near 1 the noise of the two times would choose."""
+
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 _trusted: set[str] = set()
@@ -27,7 +39,7 @@ def load_base(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
     *,
-    compute_dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
     double_quant: bool = True,
     device_map: Any = None,
     trust_remote_code: bool | None = None,
@@ -38,12 +50,15 @@ def load_base(
 
     model_id           a hub id or a folder
     dtype              "auto": the checkpoint's dtype, then float16, bfloat16 and float32, until the forward runs and
-                       gives finite logits; the reason for each fallback is logged. A torch dtype or its name: just that
+                       gives finite logits; the reason for each fallback is logged. On a CPU, float32 comes before a
+                       checkpoint's 16 bits where its products are clearly faster (many CPUs emulate bfloat16): one of
+                       each is timed, once a process, and the log names both times. The weights keep their values and
+                       take twice the memory. A torch dtype or its name: just that
     quantization       None, "nf4", "fp4" (4-bit) or "int8", through bitsandbytes. A folder that is quantised already
                        opens with None, or with what it holds
-    compute_dtype      of a 4-bit base, whatever its folder says. Weights are dequantised to it on every forward and the
-                       layer multiplies in it; bitsandbytes' own default, float32, doubles the cost of both. bfloat16
-                       has float32's range
+    compute_dtype      of a 4-bit base, whatever its folder says: weights are dequantised to it on every forward and the
+                       layer multiplies in it. None: the dtype that is asked for; with "auto" bfloat16, which has
+                       float32's range at half its cost, or float32 on a CPU where that is clearly faster
     double_quant       quantise the 4-bit scales too: 0.37 bits a weight less (QLoRA, arXiv:2305.14314, section 3)
     device_map         as in transformers. None: the CPU for a dense base, the accelerator if any for a quantised one
     trust_remote_code  True runs code that comes with the model. None: only if an earlier call for this model_id in
@@ -66,11 +81,14 @@ def load_base(
     trust = model_id in _trusted if trust_remote_code is None else trust_remote_code
     options = {"device_map": device_map, "trust_remote_code": trust, **kwargs}
     if quantization is not None:
-        options["quantization_config"] = _bnb_config(quantization, compute_dtype, double_quant)
         options["device_map"] = device_map or {"": _accelerator()}
+    chosen = _choice(model_id, dtype, quantization, options["device_map"], kwargs)
+    compute_dtype = compute_dtype or chosen.compute
+    if quantization is not None:
+        options["quantization_config"] = _bnb_config(quantization, compute_dtype, double_quant)
     load = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
     reasons: list[str] = []
-    for attempt in _attempts(dtype):
+    for attempt in chosen.attempts:
         model = None  # what failed must be gone before the next is loaded
         try:
             with warnings.catch_warnings():
@@ -93,7 +111,7 @@ def load_base(
             continue
         if trust and type(model).__module__.startswith("transformers_modules"):
             _trusted.add(model_id)
-        _report(model_id, model)
+        _report(model_id, model, chosen.timed)
         return model
     raise BaseModelError(
         f"{model_id} works in none of {len(reasons)} dtypes on {', '.join(devices())}\n  " + "\n  ".join(reasons)
@@ -182,10 +200,73 @@ def _accelerator() -> Any:
     return "cpu" if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
 
 
-def _attempts(dtype: str | torch.dtype) -> Iterator[Any]:
-    yield dtype
-    if dtype == "auto":
-        yield from CASCADE
+@functools.cache
+def product_milliseconds(dtype: torch.dtype) -> float:
+    """How long this CPU takes for one product of PRODUCT's sizes: the least of three, after one that isn't counted."""
+    tokens, d_in, d_out = PRODUCT
+    # Ones, not random numbers: a load must not move the seed.
+    x, weight = (torch.ones(rows, d_in, dtype=dtype, device="cpu") for rows in (tokens, d_out))
+    seconds = []
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(4):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            seconds.append(time.perf_counter() - started)
+    return 1000 * min(seconds[1:])
+
+
+def faster_on_cpu(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 where this CPU multiplies at least WORTH times as fast in that."""
+    slow = product_milliseconds(dtype) > WORTH * product_milliseconds(torch.float32)
+    return torch.float32 if slow else dtype
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The dtypes to try in order, that of 4-bit layers' products, and the 16-bit ones that were timed to choose."""
+
+    attempts: list[Any]
+    compute: torch.dtype
+    timed: list[torch.dtype]
+
+
+def _choice(
+    model_id: str, dtype: str | torch.dtype, quantization: str | None, device_map: Any, kwargs: Mapping[str, Any]
+) -> _Choice:
+    if isinstance(dtype, torch.dtype):
+        return _Choice([dtype], dtype, [])
+    if not _on_cpu(device_map):
+        return _Choice(["auto", *CASCADE], torch.bfloat16, [])
+    config = _stored_config(model_id, kwargs)
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
+    timed = [stored] if stored in SIXTEEN_BITS else []
+    if (quantization or config.get("quantization_config")) and torch.bfloat16 not in timed:
+        timed.append(torch.bfloat16)
+    faster = {each: faster_on_cpu(each) for each in timed}
+    attempts = ["auto", *CASCADE]
+    if faster.get(stored) is torch.float32:
+        attempts = [torch.float32, *(each for each in attempts if each is not torch.float32)]
+    return _Choice(attempts, faster.get(torch.bfloat16, torch.bfloat16), timed)
+
+
+def _stored_config(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json as it stands, read without its classes, or the config among load_base's kwargs."""
+    import transformers
+
+    if isinstance(kwargs.get("config"), transformers.PreTrainedConfig):
+        return {"dtype": kwargs["config"].dtype}
+    config, _ = transformers.PreTrainedConfig.get_config_dict(model_id, **kwargs)
+    return config
+
+
+def _on_cpu(device_map: Any) -> bool:
+    """Whether from_pretrained will put the whole model on the CPU."""
+    if device_map is None:
+        return torch.get_default_device().type == "cpu"
+    if torch.accelerator.current_accelerator() is None:
+        return True
+    devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return all(str(device) == "cpu" for device in devices)
 
 
 @torch.no_grad()
@@ -199,7 +280,7 @@ def _one_token(model: Any) -> None:
         raise RuntimeError("the logits of one token are not finite")
 
 
-def _report(model_id: str, model: Any) -> None:
+def _report(model_id: str, model: Any, timed: list[torch.dtype]) -> None:
     how, record = _name(model.dtype), quant.quantization(model)
     if record and record["method"] == "bitsandbytes-8bit":
         how = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {how}"
@@ -208,7 +289,11 @@ def _report(model_id: str, model: Any) -> None:
     elif record:
         how = f"4 bit ({record['quant_type']}, computing in {record['compute_dtype']}), all else in {how}"
     where = sorted({str(parameter.device) for parameter in model.parameters()})
-    logger.info(f"loaded {model_id} in {how}, on {', '.join(where)} of {'; '.join(devices())}")
+    times = [f"{product_milliseconds(each):.2g} ms in {_name(each)}" for each in (*timed, torch.float32) if timed]
+    why = (
+        f"; {PRODUCT[0]} tokens through a layer of {PRODUCT[1]} x {PRODUCT[2]} take {', '.join(times)}" if times else ""
+    )
+    logger.info(f"loaded {model_id} in {how}, on {', '.join(where)} of {'; '.join(devices())}{why}")
 
 
 def _name(dtype: Any) -> str:

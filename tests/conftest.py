@@ -1,8 +1,10 @@
 """Fixtures; every test starts from one seed and leaves the registry as it was."""
 
+import copy
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from loguru import logger
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
+
+from transformers import AutoTokenizer  # noqa: E402
 
 import lora_lite as ll  # noqa: E402
 from lora_lite.variant import REGISTRY  # noqa: E402
@@ -58,6 +62,26 @@ def smollm2() -> str:
     from smollm2 import smollm2_folder
 
     return str(smollm2_folder())
+
+
+@pytest.fixture(scope="session")
+def real_base(smollm2: str) -> Callable[..., Any]:
+    """real_base(quantization=None): the real model afresh, in the dtype that this machine is fast in.
+
+    To quantise it takes seconds, so that is done once, and each test has a copy.
+    """
+    quantised = functools.cache(lambda quantization: ll.load_base(smollm2, quantization=quantization))
+
+    def load(quantization: str | None = None) -> Any:
+        return ll.load_base(smollm2) if quantization is None else copy.deepcopy(quantised(quantization))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(smollm2: str) -> Any:
+    """The real model's; a test that changes it takes one of its own."""
+    return AutoTokenizer.from_pretrained(smollm2)
 
 
 @pytest.fixture

@@ -67,17 +67,17 @@ def first_tokens(tokenizer: Any, words: str) -> list[int]:
     return sorted({tokenizer(word, add_special_tokens=False).input_ids[0] for word in words.split()})
 
 
-def gap(model: Any, tokenizer: Any, language: str) -> float:
+def gap(model: Any, tokenizer: Any, language: str, nouns: list[str] = HELD_OUT) -> float:
     """Mean logit gap of French over English first words on held-out nouns."""
-    batches = ll.prompt_batches(tokenizer, chats(language, HELD_OUT), 20)
+    batches = ll.prompt_batches(tokenizer, chats(language, nouns), 20)
     sides = first_tokens(tokenizer, FRENCH), first_tokens(tokenizer, ENGLISH)
     return ll.logit_gap(model, batches, *sides).mean().item()
 
 
-def sides(tokenizer: Any) -> dict[str, Any]:
+def sides(tokenizer: Any, nouns: list[str] = FITTED) -> dict[str, Any]:
     """The calibration data."""
     return {
-        side: ll.prompt_batches(tokenizer, chats(language, FITTED), 20)
+        side: ll.prompt_batches(tokenizer, chats(language, nouns), 20)
         for side, language in (("positive", "French"), ("negative", "English"))
     }
 

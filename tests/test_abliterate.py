@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import abliterate
+import budget
 import optuna
 import prompt_sets
 import pytest
@@ -236,6 +237,44 @@ def test_picking_from_a_front() -> None:
         search.pick(trials, 0.1, 9)
 
 
+# ---- fitting to the time ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "seconds", "wanted"),
+    [
+        (0, None, 0.01, abliterate.MOST_TRIALS),
+        (0, None, 100.0, abliterate.LEAST_TRIALS),
+        (20, None, 0.01, abliterate.MOST_TRIALS),
+        (20, None, 100.0, 20 + abliterate.LEAST_TRIALS),
+        (abliterate.MOST_TRIALS - 1, None, 100.0, abliterate.MOST_TRIALS),
+        (abliterate.MOST_TRIALS + 3, None, 0.01, abliterate.MOST_TRIALS + 3),
+        (20, 12, 0.01, 12),
+        (20, 70, 100.0, 70),
+    ],
+)
+def test_a_search_goes_on_to_what_the_time_allows(
+    found: int, asked: int | None, seconds: float, wanted: int, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    """A finished search does no more by itself; a number that is asked for counts the trials that are there."""
+    monkeypatch.setattr(abliterate, "seconds_of", lambda run: seconds)
+    task: Any = type("Task", (), {"measure": lambda self, model: (0.0, 0.0)})()
+    time_left = budget.Budget(5.0)
+    tokens, trials = abliterate.fitted_to(time_left, None, None, task, [], 1.0, found, 7, asked)
+    assert (tokens, trials) == (7, wanted)
+    new = max(0, wanted - found)
+    assert f"{new} trials {'as asked' if asked else f'at {seconds:.2g} s'}" in log[0]
+
+
+def test_the_trials_take_what_the_rest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abliterate, "seconds_of", lambda run: 4.0)
+    task: Any = type("Task", (), {"measure": lambda self, model: (0.0, 0.0)})()
+    tokens, trials = abliterate.fitted_to(budget.Budget(5.0), None, None, task, [], 10.0, 0, None, None)
+    assert abliterate.LEAST_TRIALS < trials < abliterate.MOST_TRIALS
+    assert abliterate.LEAST_TOKENS < tokens < abliterate.MOST_TOKENS
+    assert 200 < 10 + 4 * (trials + 3) + 2 * tokens * 4.0 / abliterate.PROBED_TOKENS < 300
+
+
 # ---- whole runs ---------------------------------------------------------------------------------
 
 
@@ -250,6 +289,7 @@ def small(tmp_path: Path) -> dict[str, Any]:
     return options
 
 
+@pytest.mark.slow
 def test_a_run_and_going_on_from_it(
     smollm2: str, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +300,8 @@ def test_a_run_and_going_on_from_it(
         *arguments,
         "--trials",
         "2",
+        "--minutes",
+        "0",
         "--markers",
         " est , les ",
         "--answer-tokens",
@@ -285,7 +327,7 @@ def test_a_run_and_going_on_from_it(
     assert results["kl_mean"] == pytest.approx(picked["kl"], abs=1e-6)
     assert results["marker_rate"].keys() == {"before", "after"}
     assert "torch" in results["versions"]
-    adapter = ll.load(ll.load_base(smollm2, torch.bfloat16), small["out"] / "adapter.safetensors")
+    adapter = ll.load(ll.load_base(smollm2), small["out"] / "adapter.safetensors")
     assert adapter.config.layer == picked["layer"]
 
     def interrupted(*_: Any) -> None:

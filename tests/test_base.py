@@ -1,7 +1,12 @@
 """load_base: quantisation, the dtype cascade, remote code, and what it says."""
 
 import json
+import os
+import platform
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,19 @@ from models import IDS, tiny_llama
 
 import lora_lite as ll
 from lora_lite import base
+
+Timed = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
+    """Sets how long a product takes, in ms by the dtype's name; before that, as on a CPU with native 16 bits."""
+
+    def set_to(**milliseconds: float) -> None:
+        monkeypatch.setattr(base, "product_milliseconds", lambda dtype: milliseconds[base._name(dtype)])
+
+    set_to(bfloat16=0.25, float16=0.25, float32=0.75)
+    return set_to
 
 
 def test_nf4_with_double_quantisation_is_the_default_and_compute_dtype_is_explicit(tiny: str) -> None:
@@ -37,7 +55,8 @@ def held(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folders = {}
     for kind, quantization, double_quant in (("nf4", "nf4", True), ("plain nf4", "nf4", False), ("int8", "int8", True)):
         folder = str(tmp_path_factory.mktemp("held"))
-        model = ll.load_base(tiny, quantization=quantization, compute_dtype=torch.float32, double_quant=double_quant)
+        how = {"quantization": quantization, "compute_dtype": torch.float32, "double_quant": double_quant}
+        model = ll.load_base(tiny, torch.bfloat16, **how)
         model.save_pretrained(folder)
         folders[kind] = folder
     return folders
@@ -130,6 +149,138 @@ def test_the_checkpoints_dtype_is_tried_first(tiny: str) -> None:
     assert ll.load_base(tiny).dtype == torch.bfloat16
     assert ll.load_base(tiny, torch.float16).dtype == torch.float16
     assert not ll.load_base(tiny).training
+
+
+# ---- the faster dtype of a CPU --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "dtype"),
+    [(0.2, torch.bfloat16), (0.8, torch.bfloat16), (1.4, torch.bfloat16), (1.6, torch.float32), (24, torch.float32)],
+)
+def test_auto_takes_the_faster_dtype_on_a_cpu_and_says_why(
+    milliseconds: float, dtype: torch.dtype, tiny: str, timed: Timed, log: list[str]
+) -> None:
+    timed(bfloat16=milliseconds, float32=1.0)
+    model = ll.load_base(tiny)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    times = f"take {milliseconds:.2g} ms in bfloat16, 1 ms in float32"
+    assert len(log) == 1
+    assert re.search(
+        rf"loaded {tiny} in {base._name(dtype)}, on cpu .*; 64 tokens through a layer of 576 x 1536 {times}$", log[0]
+    )
+
+
+def test_the_values_of_the_weights_are_the_same_in_the_faster_dtype(tiny: str, timed: Timed) -> None:
+    plain = ll.load_base(tiny).state_dict()
+    timed(bfloat16=24.0, float32=1.0)
+    for name, tensor in ll.load_base(tiny).state_dict().items():
+        assert torch.equal(tensor, plain[name].float())
+
+
+@pytest.mark.parametrize(("milliseconds", "dtype"), [(0.2, torch.bfloat16), (24.0, torch.float32)])
+def test_a_4_bit_base_computes_in_the_faster_dtype(
+    milliseconds: float, dtype: torch.dtype, tiny: str, held: dict[str, str], timed: Timed, log: list[str]
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    timed(bfloat16=milliseconds, float32=1.0)
+    name = base._name(dtype)
+    for load in (lambda: ll.load_base(tiny, quantization="nf4"), lambda: ll.load_base(held["nf4"])):
+        assert {m.compute_dtype for m in load().modules() if isinstance(m, Linear4bit)} == {dtype}
+        assert f"computing in {name})" in log[-1]
+        assert log[-1].endswith(f"take {milliseconds:.2g} ms in bfloat16, 1 ms in float32")
+    for quantization in ("nf4", "int8"):
+        assert ll.load_base(tiny, quantization=quantization).lm_head.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("asked", [torch.bfloat16, "bfloat16", torch.float16, torch.float32])
+def test_an_explicit_dtype_is_not_timed_and_4_bit_layers_compute_in_it(
+    asked: Any, tiny: str, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "product_milliseconds", lambda dtype: pytest.fail("timed"))
+    dtype = asked if isinstance(asked, torch.dtype) else getattr(torch, asked)
+    assert ll.load_base(tiny, asked).dtype == dtype
+    model = ll.load_base(tiny, asked, "nf4")
+    assert (model.dtype, model.model.layers[0].mlp.up_proj.compute_dtype) == (dtype, dtype)
+    assert not any("take" in line for line in log)
+
+
+def test_a_float32_checkpoint_stays_as_it_is(tmp_path: Path, timed: Timed, log: list[str]) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    timed(bfloat16=0.1, float32=1.0)
+    assert ll.load_base(str(tmp_path)).dtype == torch.float32
+    assert "take" not in log[0]
+
+
+def test_a_float16_checkpoint_is_timed_in_float16(tmp_path: Path, timed: Timed, log: list[str]) -> None:
+    tiny_llama(torch.float16).save_pretrained(tmp_path)
+    for milliseconds, dtype in ((0.5, torch.float16), (30.0, torch.float32)):
+        timed(float16=milliseconds, float32=1.0)
+        assert ll.load_base(str(tmp_path)).dtype == dtype
+        assert log[-1].endswith(f"take {milliseconds:.2g} ms in float16, 1 ms in float32")
+
+
+def test_the_config_of_the_caller_says_the_checkpoints_dtype(tiny: str, timed: Timed) -> None:
+    from transformers import AutoConfig
+
+    timed(bfloat16=24.0, float32=1.0)
+    assert ll.load_base(tiny, config=AutoConfig.from_pretrained(tiny)).dtype == torch.float32
+
+
+def test_another_device_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert base._on_cpu(None)
+    assert base._on_cpu("auto") == (torch.accelerator.current_accelerator() is None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert base._on_cpu(None)
+    assert base._on_cpu("cpu")
+    assert base._on_cpu({"": torch.device("cpu")})
+    assert not base._on_cpu("auto")
+    assert not base._on_cpu({"": 0})
+    assert not base._on_cpu({"model": "cpu", "lm_head": "cuda:0"})
+    with torch.device("meta"):
+        assert not base._on_cpu(None)
+
+
+def test_a_faster_dtype_that_does_not_work_gives_way_to_the_checkpoints(
+    tiny: str, timed: Timed, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_float32(model: Any) -> None:
+        if model.dtype == torch.float32:
+            raise RuntimeError("no float32 here")
+
+    monkeypatch.setattr(base, "_one_token", no_float32)
+    timed(bfloat16=24.0, float32=1.0)
+    assert ll.load_base(tiny).dtype == torch.bfloat16
+    assert log[0].endswith("does not work in float32: RuntimeError: no float32 here")
+    assert len(log) == 2
+
+
+MEASURE = """
+import torch
+from lora_lite.base import faster_on_cpu, product_milliseconds
+torch.manual_seed(0)
+state = torch.get_rng_state()
+with torch.autocast("cpu"), torch.device("meta"):
+    times = [product_milliseconds(dtype) for dtype in (torch.bfloat16, torch.float32)]
+assert torch.equal(torch.get_rng_state(), state)
+assert times == [product_milliseconds(dtype) for dtype in (torch.bfloat16, torch.float32)]
+print(faster_on_cpu(torch.bfloat16), *times)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these variables are those of x86 kernels")
+def test_a_cpu_without_native_bfloat16_is_measured_as_one() -> None:
+    """Restricted to AVX2, every x86 machine emulates bfloat16: 5 to 60 times as slow."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    dtype, slow, fast = done.stdout.split()
+    assert dtype == "torch.float32"
+    assert float(slow) > 2 * float(fast) > 0
+
+
+# ---- the cascade, remote code, other classes ------------------------------------------------------
 
 
 @pytest.fixture

@@ -299,7 +299,7 @@ def test_a_quantised_base_is_another_base_than_its_dense_original(tiny: str, tmp
     ll.attach(model, config("dora"))
     ll.save(model, tmp_path / "a.safetensors")
     with pytest.raises(ll.CheckpointError, match=r"(?s)file:  .* nf4\n  model: .* bfloat16"):
-        ll.load(ll.load_base(tiny), tmp_path / "a.safetensors")
+        ll.load(ll.load_base(tiny, torch.bfloat16), tmp_path / "a.safetensors")
     with pytest.raises(ll.CheckpointError, match=r"(?s)file:  .* nf4\n  model: .* int8"):
         ll.load(quantized(tiny, "int8"), tmp_path / "a.safetensors")
 

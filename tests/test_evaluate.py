@@ -1,6 +1,7 @@
 """Divergence, gaps and markers: numbers against the plain formula, what is remembered, and clear errors."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -183,9 +184,8 @@ def test_prompts_are_padded_on_the_left_through_the_template(smollm2: str) -> No
         ll.prompt_batches(tokenizer, [[{"role": "user", "content": "Hi."}]])
 
 
-def test_markers_are_found_in_real_answers(smollm2: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = ll.load_base(smollm2, torch.bfloat16)
+def test_markers_are_found_in_real_answers(smollm2: str, real_base: Callable[..., Any]) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(smollm2), real_base()
     prompts = ["What is the capital of France?", "What is two plus two?", "What is the capital of Italy?"]
     answers = ll.greedy_answers(model, tokenizer, prompts, max_new_tokens=10, batch_size=2)
     assert "Paris" in answers[0]

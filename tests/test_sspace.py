@@ -2,18 +2,18 @@
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from contrasts import sides
+from contrasts import FITTED, sides
 from models import IDS, OneLinear, config, loss_of, perturb, quantized, tiny_llama, train
 from oracles import skew
 from test_laws import logits, same_snapshot, snapshot
 from torch import nn
-from transformers import AutoTokenizer
 
 import lora_lite as ll
 from lora_lite import sspace
@@ -384,15 +384,18 @@ def test_both_poles_train_in_one_step(variant: str) -> None:
     torch.testing.assert_close([p.grad for p in adapter.parameters()], wanted, rtol=1e-4, atol=1e-7)
 
 
-def test_a_real_model_is_calibrated_trains_and_loads(smollm2: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    ids = tokenizer("The capital of France is Paris.", return_tensors="pt").input_ids
-    model, fresh = (ll.load_base(smollm2, torch.bfloat16) for _ in range(2))
+@pytest.mark.slow
+def test_a_real_model_is_calibrated_trains_and_loads(
+    real_base: Callable[..., Any], real_tokenizer: Any, tmp_path: Path
+) -> None:
+    ids = real_tokenizer("The capital of France is Paris.", return_tensors="pt").input_ids
+    data = sides(real_tokenizer, FITTED[:4])
+    model, fresh = real_base(), real_base()
     with torch.no_grad():
         base = model(input_ids=ids).logits
     for variant in ("ssteer", "antipasto"):
         cfg = ll.config_for(variant)(select="min_std", layers=(10, 20))
-        adapter = ll.attach(model, cfg, calibration_data=sides(tokenizer))
+        adapter = ll.attach(model, cfg, calibration_data=data)
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids).logits, base)
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=ll.REGISTRY[variant].default_lr)
@@ -403,6 +406,7 @@ def test_a_real_model_is_calibrated_trains_and_loads(smollm2: str, tmp_path: Pat
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+        print(f"\n{variant} on {model.dtype}: loss", *(f"{loss:.3f}" for loss in losses), end="")
         assert losses[-1] < losses[0] - 0.05
         ll.save(model, tmp_path / "a.safetensors")
         ll.load(fresh, tmp_path / "a.safetensors")

@@ -1,11 +1,11 @@
 """Steering the real model between French and English, on every kind of base; `pytest -s` shows the figures."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-import torch
 from contrasts import ENGLISH, FITTED, FRENCH, HELD_OUT, NEUTRAL, chats, first_tokens
-from transformers import AutoTokenizer
 
 import lora_lite as ll
 
@@ -13,12 +13,12 @@ COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 BUDGET = 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
 def test_c_moves_the_real_model_from_english_to_french_and_can_be_budgeted(
-    quantization: str | None, smollm2: str
+    quantization: str | None, real_base: Callable[..., Any], real_tokenizer: Any
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = ll.load_base(smollm2, torch.bfloat16, quantization)
+    model, tokenizer = real_base(quantization), real_tokenizer
     languages = ("French", "English")
     positive, negative = (ll.prompt_batches(tokenizer, chats(language, FITTED[:6])) for language in languages)
     sides = {"positive": positive, "negative": negative}
@@ -31,7 +31,7 @@ def test_c_moves_the_real_model_from_english_to_french_and_can_be_budgeted(
         with ll.scaled(model, c):
             gaps.append(ll.logit_gap(model, held_out, *tokens).reshape(2, -1).mean(1))
     for language, row in zip(languages, zip(*gaps, strict=True), strict=True):
-        print(f"\n{quantization or 'bfloat16'}, asked for {language}: gap", *(f"{gap:+.2f}" for gap in row), end="")
+        print(f"\n{quantization or model.dtype}, asked for {language}: gap", *(f"{gap:+.2f}" for gap in row), end="")
         assert row[-1] - row[0] > 2.0
     means = [float(each.mean()) for each in gaps]
     assert all(a < b for a, b in itertools.pairwise(means))
@@ -39,7 +39,7 @@ def test_c_moves_the_real_model_from_english_to_french_and_can_be_budgeted(
     neutral = ll.prompt_batches(tokenizer, NEUTRAL[:8])
     found = ll.calibrate_scale(model, neutral, BUDGET, tolerance=0.045, apply=True)  # int8 rounds activations: it jumps
     kl = ll.kl_divergence(model, neutral).mean().item()
-    print(f"\n{quantization or 'bfloat16'}: KL {kl:.4f} at c = {found.c:.3f}, {found.evaluations} evaluations")
+    print(f"\n{quantization or model.dtype}: KL {kl:.4f} at c = {found.c:.3f}, {found.evaluations} evaluations")
     assert found.met
     assert adapter.scale == found.c
     assert kl == pytest.approx(BUDGET, rel=0.05)

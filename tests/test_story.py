@@ -3,6 +3,7 @@
 pytest -s tests/test_story.py     prints the table
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from contrasts import NEUTRAL
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_lite as ll
 from lora_lite import quant
@@ -38,10 +38,12 @@ def resident(what: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def test_train_on_4_bit_save_merge_both_ways_and_reload(smollm2: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
-    model = ll.load_base(smollm2, torch.bfloat16, quantization="nf4")
+@pytest.mark.slow
+def test_train_on_4_bit_save_merge_both_ways_and_reload(
+    smollm2: str, real_base: Callable[..., Any], real_tokenizer: Any, tmp_path: Path
+) -> None:
+    batch = real_tokenizer(TEXTS, return_tensors="pt", padding=True)
+    model = real_base("nf4")
     untrained = log_probabilities(model, batch)
     adapter = ll.attach(model, ll.LoRAConfig(r=8))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=4e-3)
@@ -72,7 +74,7 @@ def test_train_on_4_bit_save_merge_both_ways_and_reload(smollm2: str, tmp_path: 
         assert quant.quantization(opened(tmp_path / way)) is None
     rows["as trained, merged on disk"] = difference(log_probabilities(opened(tmp_path / "as_trained"), batch), wanted)
 
-    dense = ll.load_base(smollm2, torch.bfloat16)
+    dense = real_base()
     ll.load(dense, tmp_path / "adapter.safetensors")
     on_dense = log_probabilities(dense, batch)
     merged = log_probabilities(opened(tmp_path / "original"), batch)
@@ -85,14 +87,18 @@ def test_train_on_4_bit_save_merge_both_ways_and_reload(smollm2: str, tmp_path: 
         print(f"{name:<64}{kl:>10.5f}{largest:>8.3f}")
     kl = {name: values[0] for name, values in rows.items()}
     assert kl["untrained"] > 0.1
-    for exact in ("as trained, merged on disk", "original, merged on disk; against the adapter on the original"):
-        assert kl[exact] < 2e-3, "more than bfloat16's rounding"
-    assert kl["in memory, dequantized"] < 2e-3
+    exact = (
+        "in memory, dequantized",
+        "as trained, merged on disk",
+        "original, merged on disk; against the adapter on the original",
+    )
+    for name in exact:  # bfloat16's rounding, of weights or of all that is computed, is a thousandth of the training
+        assert kl[name] < kl["untrained"] / 100, name
     assert kl["PEFT merge_and_unload"] > 10 * kl["as trained, merged on disk"]
 
 
 def opened(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return ll.load_base(str(folder))
 
 
 def peft_merged(model: Any, factors: dict[str, Tensor], batch: Any) -> Tensor:

@@ -1,0 +1,69 @@
+"""A time budget: what one of each thing costs is measured on this machine, and how many are done is fitted to it."""
+
+import time
+from collections.abc import Callable
+
+from loguru import logger
+
+MARGIN = 0.9
+"""Of the time: what is planned. The rest is for what isn't measured, such as pictures, and for what takes longer."""
+
+WARM = 1.0
+"""Seconds: a call that takes less is measured again, since the first may have warmed up."""
+
+
+class Budget:
+    """Minutes of wall-clock time, which run from when this is made."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.started = minutes, time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Seconds."""
+        return time.perf_counter() - self.started
+
+    def plan(self, later: float = 0.0) -> "Plan":
+        """A plan for what is left, but for `later`: seconds for what comes after what is planned."""
+        return Plan(self.minutes, MARGIN * 60 * self.minutes - self.spent - later)
+
+
+class Plan:
+    """How many of each part of a run fit in some seconds: a part gets a share of what those before it have left."""
+
+    def __init__(self, minutes: float, seconds: float) -> None:
+        self.minutes, self.seconds, self.parts = minutes, seconds, list[str]()
+
+    def fits(self, each: float, most: int, least: int = 1, share: float = 1.0) -> int:
+        """How many things of `each` seconds a share of the time pays for, within the bounds."""
+        paid = share * max(self.seconds, 0.0)
+        return max(least, min(most, int(paid / each) if paid < most * each else most))
+
+    def take(
+        self, what: str, each: float, most: int, least: int = 1, share: float = 1.0, given: int | None = None
+    ) -> int:
+        """How many are done, `given` where that is said. Their time is no longer left."""
+        count = self.fits(each, most, least, share) if given is None else given
+        self.seconds -= count * each
+        self.parts.append(f"{count} {what} {'as asked' if given is not None else f'at {each:.2g} s'}")
+        return count
+
+    def log(self) -> None:
+        """One line of what was chosen and why, and a warning if that takes longer than there is time."""
+        logger.info(f"for --minutes {self.minutes:g}: {', '.join(self.parts)}")
+        if self.seconds < 0:
+            logger.warning(f"that takes about {-self.seconds / 60:.1f} minutes more than --minutes {self.minutes:g}")
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """What a call takes, in seconds; of a quick one, the second call."""
+    started = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - started
+    return seconds if seconds > WARM else _again(run)
+
+
+def _again(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
