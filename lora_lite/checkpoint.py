@@ -7,9 +7,10 @@ any name. Metadata key `lora_lite`, JSON:
      quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, weight_dtype, modules},
      fingerprint}, "library": version}
 
-"scale" is the adapter's coefficient c; a file without it has 1. "on" holds a digest of each history that it was trained
-on top of. "per_layer", where the config differs by layer, holds
-{path: {field: value}} as attach resolved it: a load runs no regex of a file.
+"scale" is the adapter's coefficient c; a file without it has 1. "never_ran" lists the targets that no forward had
+called when it was saved, although one had called others: a merge on disk refuses them. "on" holds a digest of each
+history that it was trained on top of. "per_layer", where the config differs by layer, holds {path: {field: value}} as
+attach resolved it: a load runs no regex of a file.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from . import foreign, quant, record
 from .adapter import Adapter, adapters, get_adapter
+from .calls import uncalled
 from .config import BaseConfig, is_number, to_json
 from .errors import CheckpointError, ConfigError, LoraLiteError, brief
 from .files import Header, check_names, check_numbers, parse_json, read_any, read_header, write_tensors
@@ -55,6 +57,8 @@ class AdapterFile:
     base: dict[str, Any]
     on: list[str]
     """Digests of the histories that it was on top of when it was saved."""
+    never_ran: list[str]
+    """The targets whose layers no forward had called then, although one had called others."""
 
     @property
     def path(self) -> Path:
@@ -99,6 +103,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         meta["per_layer"] = to_json(adapter.per_layer)
     if on := _histories(model, name):
         meta["on"] = on
+    if never_ran := sorted(uncalled(model) & adapter.targets.keys()):
+        meta["never_ran"] = never_ran
     with _together(path) if adapter.is_sharded else nullcontext(True) as first:
         if first:
             write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(meta)})
@@ -254,7 +260,10 @@ def _from_header(header: Header) -> AdapterFile:
     on = meta.get("on", [])
     if not (isinstance(on, list) and all(isinstance(each, str) and len(each) == DIGEST for each in on)):
         raise CheckpointError(f'{path}: its metadata has "on": {brief(on)}; wanted digests of histories')
-    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"], on)
+    never_ran = meta.get("never_ran", [])
+    if not (isinstance(never_ran, list) and all(isinstance(at, str) and at in targets for at in never_ran)):
+        raise CheckpointError(f'{path}: its metadata has "never_ran": {brief(never_ran)}; wanted some of its targets')
+    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"], on, never_ran)
 
 
 def _per_layer_of(entries: Any, cfg: BaseConfig, targets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -294,6 +294,8 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     slot = slots_of(module)[name]
+    if not torch.compiler.is_compiling():
+        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
     now = slot.state.now
     if slot.state.merged or now.is_off:
         return None
@@ -307,6 +309,8 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = slots_of(module)[name]
+    if not torch.compiler.is_compiling():
+        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
     now = slot.state.now
     if slot.state.merged or now.is_off:
         return None
@@ -319,6 +323,8 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
     slots = slots_of(module)
     slot = slots[name]
+    if not torch.compiler.is_compiling():
+        slot.ran = True
     if slot is next(each for each in slots.values() if each.stacked):
         experts.unshadow(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
     matrices = experts.down(module)
