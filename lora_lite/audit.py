@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import quant
-from .calls import Calls, adapted, grouped, reading, trained, watching
+from .calls import Calls, adapted, grouped, in_graphs, reading, trained, watching
 from .errors import TargetError
 from .session import check_unmerged, session_of, slots_of
 from .targets import starred
@@ -69,13 +70,7 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Audit:
     for adapter parameters without a gradient. Raises TargetError, too, where there is nothing to audit: no adapter, a
     merged one, or all at scale 0.
     """
-    root, session = session_of(model)
-    check_unmerged(session, "audit")
-    layers = adapted(root)
-    on = {path: layer for path, layer in layers.items() if any(not s.state.is_idle for s in slots_of(layer).values())}
-    if not on:
-        why, cure = ("every adapter is at scale 0", "set a scale") if layers else ("no adapter", "attach one")
-        raise TargetError(f"nothing to audit on this {type(root).__name__}: {why}\n  {cure} first")
+    root, on = _at_work(model)
     with _kept(root), watching(root, on) as calls, reading(on, calls), torch.inference_mode(False), torch.enable_grad():
         output = root(**batch) if isinstance(batch, Mapping) else root(batch)
         loss = _scalar(output)
@@ -87,6 +82,40 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Audit:
             "\n".join([f"{type(root).__name__}: not every adapter takes part in this forward", *problems])
         )
     return Audit(type(root).__name__, tuple(_audited(path, layer, calls) for path, layer in on.items()))
+
+
+@contextmanager
+def watched_step(model: nn.Module) -> Iterator[None]:
+    """The block is a training step, up to its backward, of a model that may be wrapped. Raises TargetError as `audit`
+    does; warns of what this batch didn't reach, which others may, and of what isn't known since it is compiled."""
+    root, on = _at_work(model)
+    compiled = in_graphs(model)
+    plain = {path: layer for path, layer in on.items() if id(layer) not in compiled}
+    fresh = [p for p in trained({path: on[path] for path in on.keys() - plain.keys()}).items() if p[1].grad is None]
+    with watching(root, plain) as calls:
+        yield
+    if problems := [*silent(plain, calls), *without_gradient(plain, calls)]:
+        message = [f"{type(root).__name__}: not every adapter takes part in the first training step", *problems]
+        raise TargetError("\n".join(message))
+    doubts = list(unreached(plain, calls))
+    if none := [key for key, parameter in fresh if parameter.grad is None]:
+        doubts.append(f"  no gradient in compiled parts, after the first step: {grouped(none)}")
+    if doubts:
+        logger.warning(
+            "\n".join([f"{type(root).__name__}: not every adapter took part in the first training step", *doubts])
+        )
+
+
+def _at_work(model: nn.Module) -> tuple[nn.Module, dict[str, quant.Linear]]:
+    """The module that adapters were attached to, and each layer with an adapter that isn't off. Raises TargetError."""
+    root, session = session_of(model)
+    check_unmerged(session, "audit")
+    layers = adapted(root)
+    on = {path: layer for path, layer in layers.items() if any(not s.state.is_idle for s in slots_of(layer).values())}
+    if not on:
+        why, cure = ("every adapter is at scale 0", "set a scale") if layers else ("no adapter", "attach one")
+        raise TargetError(f"nothing to audit on this {type(root).__name__}: {why}\n  {cure} first")
+    return root, on
 
 
 def silent(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
