@@ -26,7 +26,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import foreign, quant, record
+from . import foreign, record, sharding
 from .adapter import Adapter, adapters, get_adapter
 from .calls import uncalled
 from .config import BaseConfig, is_number, to_json
@@ -74,18 +74,23 @@ class AdapterFile:
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
     """Write one adapter to a safetensors file, with the scale that it has now.
 
-    A crash leaves the old file or the new one, never a part. Under FSDP2 every process must call this: shards are
-    gathered, and the first process writes.
+    A crash leaves the old file or the new one, never a part. Under FSDP2 and ZeRO-3 every process must call this:
+    shards are gathered, and the first process writes.
 
     Raises TargetError for an unknown name, CheckpointError if path is a folder, if a tensor holds NaN or an infinity or
-    has lost its shape, as under a partitioning that this library doesn't know (gather it first); under FSDP2 in every
-    process, also when the first one could not write.
+    has lost its shape, as under a partitioning that this library doesn't know (gather it first); where it is sharded in
+    every process, also when the first one could not write.
     """
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
     adapter = get_adapter(model, name)
-    tensors = {key: quant.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()}
+    is_sharded = adapter.is_sharded
+    with sharding.gathered(tensor for other in adapters(model).values() for _, tensor in other.named_tensors()):
+        tensors = {
+            key: sharding.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()
+        }
+        on = _histories(model, name)
     check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, shapes_of(adapter), f"adapter {name!r} in memory")
     cure = "nothing was written; go back to an earlier file, with a lower learning rate"
     check_numbers(tensors, f"adapter {name!r} in memory", cure)
@@ -101,11 +106,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     }
     if adapter.per_layer:
         meta["per_layer"] = to_json(adapter.per_layer)
-    if on := _histories(model, name):
+    if on:
         meta["on"] = on
     if never_ran := sorted(uncalled(model) & adapter.targets.keys()):
         meta["never_ran"] = never_ran
-    with _together(path) if adapter.is_sharded else nullcontext(True) as first:
+    with _together(path) if is_sharded else nullcontext(True) as first:
         if first:
             write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(meta)})
             logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -155,8 +160,8 @@ def load(
 def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
     """Copy a file's values and scale into an adapter that is attached: training goes on with the same parameters.
 
-    Under FSDP2 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes are the same,
-    TargetError for an unknown name; nothing has changed then.
+    Under FSDP2 and ZeRO-3 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes
+    are the same, TargetError for an unknown name; nothing has changed then.
     """
     file, adapter = read_file(path), get_adapter(model, name)
     mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
@@ -181,7 +186,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     _check_base(file, adapter, mapping, verify=True, resume=True)
     if file.on != _histories(model, name):
         raise CheckpointError(_other_histories(file))
-    shapes = {key: tuple(tensor.shape) for key, tensor in adapter.named_tensors()}
+    shapes = {key: tuple(sharding.shape_of(tensor)) for key, tensor in adapter.named_tensors()}
     check_shapes({moved.get(key, key): shape for key, shape in file.header.shapes().items()}, shapes, str(file.path))
     adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors().items()})
     adapter.scale = file.scale
@@ -199,7 +204,7 @@ def _histories(model: nn.Module, name: str) -> list[str]:
             digest = hashlib.sha256(json.dumps([each.config.to_dict(), to_json(each.per_layer), each.scale]).encode())
             for key, tensor in each.state_dict().items():
                 digest.update(key.encode())
-                digest.update(quant.whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(sharding.whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             found.append(digest.hexdigest()[:DIGEST])
     return found
 

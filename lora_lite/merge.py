@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import experts, quant
+from . import experts, quant, sharding
 from .adapter import Adapter, adapters, get_adapter
 from .affine import Affine, exactly
 from .calls import check_called, check_choice
@@ -154,9 +154,9 @@ def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -
         )
         kind, weight = quant.kind_of(module), quant.stored(module)
         _check_holder(layer, kind)
-        if quant.is_sharded(weight) or weight.is_meta:
+        if sharding.is_sharded(weight) or weight.is_meta:
             raise TargetError(
-                f"{layer.path}: its weight is {'sharded' if quant.is_sharded(weight) else 'offloaded'}\n"
+                f"{layer.path}: its weight is {'sharded' if sharding.is_sharded(weight) else 'offloaded'}\n"
                 f"  save the adapter, and merge on a whole model or with lora_lite.merge_checkpoint"
             )
         if holders[id(quant.stored_parameter(module))] > 1:

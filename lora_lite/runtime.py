@@ -96,7 +96,7 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter off, or all: outputs, state_dict keys, hooks and requires_grad are as before attach.
 
-    Raises TargetError for an unknown name, or where fully_shard manages the parameters.
+    Raises TargetError for an unknown name, or where fully_shard or ZeRO-3 manages the parameters.
     """
     root, session = session_of(model)
     check_unmerged(session, "detach")
@@ -104,7 +104,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for each in names:
         if Adapter(root, each).is_sharded:
             raise TargetError(
-                f"adapter {each!r} is sharded by fully_shard, which keeps a hold of its own on the parameters\n"
+                f"adapter {each!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
                 f"  use lora_lite.disabled(model), or load the base again"
             )
     for module, slot in [pair for each in names for pair in Adapter(root, each).slots()]:

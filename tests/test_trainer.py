@@ -1,13 +1,18 @@
 """Trainers: the first step is audited, no trained head is lost, and a reference model is the adapter switched off."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import IDS, attach, config, loss_of, perturb, quantized, tiny_llama
-from test_audit import FEW, SMALL, Experts, X, jamba
+from test_audit import FEW, SMALL, Experts, X, gpt2, jamba
 from test_ecosystem import Tokens, arguments
 from test_laws import logits
 from torch import nn
@@ -164,6 +169,28 @@ def test_trls_fused_loss_with_an_adapter_on_the_head_stops_the_first_step(tmp_pa
     assert fits.state.global_step == 2
     fits.save_model(str(tmp_path / "end"))
     assert (tmp_path / "end" / "default.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["ddp", "zero"])
+def test_two_processes(job: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    gpt2().save_pretrained(tmp_path / "gpt2-base")
+    command = [sys.executable, str(Path(__file__).with_name("trainer_worker.py")), job, str(tmp_path)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+    with ExitStack() as stack:
+        processes = []
+        for rank in ("0", "1"):
+            log = stack.enter_context((tmp_path / f"log{rank}").open("w"))
+            env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(process.kill)
+            processes.append(process)
+        codes = [process.wait(timeout=600) for process in processes]
+    assert codes == [0, 0], "\n".join((tmp_path / f"log{rank}").read_text()[-3000:] for rank in range(2))
 
 
 # ---- a trained head -----------------------------------------------------------------------------

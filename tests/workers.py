@@ -24,6 +24,7 @@ from loguru import logger
 from models import IDS, OneLinear, attach, config, keep, perturb, tiny_llama
 from models import trained as moved
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
@@ -348,6 +349,9 @@ def fsdp(variant: str, folder: Path) -> None:
         ll.detach(model)
     with pytest.raises(ll.TargetError, match="attach first, then fully_shard"):
         ll.attach(shard(tiny_llama()), config("lora"))
+    tensor_parallel = parallelize_module(tiny_llama(), mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
+    with pytest.raises(ll.TargetError, match=r"up_proj: its weight is a DTensor already.*\n.*load it without tp_plan"):
+        ll.attach(tensor_parallel, config("lora"))
 
 
 def computed(variant: str, shard: Callable[[Any], Any], file: Path) -> None:
