@@ -41,6 +41,7 @@ from .variants import (
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .audit import Audit, Audited, audit
     from .base import load_base
     from .budget import Calibrated, calibrate_scale
     from .checkpoint import load, restore, save
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .prompts import prompt_batches
 
 _LATER = {
+    "audit": ("Audit", "Audited", "audit"),
     "base": ("load_base",),
     "budget": ("Calibrated", "calibrate_scale"),
     "checkpoint": ("load", "restore", "save"),
@@ -77,6 +79,8 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AntiPaSTOConfig",
+    "Audit",
+    "Audited",
     "BaseConfig",
     "BaseModelError",
     "Calibrated",
@@ -111,6 +115,7 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "audit",
     "calibrate_scale",
     "capture",
     "config_for",

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import quant
+from . import quant, sharding
 from .affine import Affine
 from .config import dtype_name, is_number
 from .errors import ConfigError, TargetError
@@ -109,10 +109,11 @@ class Adapter:
 
     @property
     def is_sharded(self) -> bool:
-        """True once fully_shard has taken its parameters or its layers' weights: all processes save it together."""
+        """True once fully_shard or ZeRO-3 has taken its parameters or its layers' weights: all processes save it
+        together."""
         weights = (quant.stored(module) for module in self._state.layers)
-        return any(map(quant.is_sharded, weights)) or any(
-            quant.is_sharded(tensor) for _, tensor in self.named_tensors()
+        return any(map(sharding.is_sharded, weights)) or any(
+            sharding.is_sharded(tensor) for _, tensor in self.named_tensors()
         )
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -141,11 +142,12 @@ class Adapter:
         own = dict(self.named_tensors())
         check_shapes(
             {key: tuple(t.shape) for key, t in tensors.items()},
-            {key: tuple(t.shape) for key, t in own.items()},
+            {key: tuple(sharding.shape_of(t)) for key, t in own.items()},
             f"adapter {self.name!r}",
         )
-        for key, tensor in own.items():
-            tensor.copy_(quant.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
+        with sharding.gathered(own.values(), modifier_rank=0):
+            for key, tensor in own.items():
+                tensor.copy_(sharding.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
 
     def trained_on(self, base: dict[str, Any]) -> None:
         """Set the `base` record: a loaded adapter keeps that of the base its values belong to."""

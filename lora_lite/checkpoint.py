@@ -7,9 +7,10 @@ any name. Metadata key `lora_lite`, JSON:
      quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, weight_dtype, modules},
      fingerprint}, "library": version}
 
-"scale" is the adapter's coefficient c; a file without it has 1. "on" holds a digest of each history that it was trained
-on top of. "per_layer", where the config differs by layer, holds
-{path: {field: value}} as attach resolved it: a load runs no regex of a file.
+"scale" is the adapter's coefficient c; a file without it has 1. "never_ran" lists the targets that no forward had
+called when it was saved, although one had called others: a merge on disk refuses them. "on" holds a digest of each
+history that it was trained on top of. "per_layer", where the config differs by layer, holds {path: {field: value}} as
+attach resolved it: a load runs no regex of a file.
 """
 
 import hashlib
@@ -25,8 +26,9 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import foreign, quant, record
+from . import foreign, record, sharding
 from .adapter import Adapter, adapters, get_adapter
+from .calls import uncalled
 from .config import BaseConfig, is_number, to_json
 from .errors import CheckpointError, ConfigError, LoraLiteError, brief
 from .files import Header, check_names, check_numbers, parse_json, read_any, read_header, write_tensors
@@ -57,6 +59,8 @@ class AdapterFile:
     base: dict[str, Any]
     on: list[str]
     """Digests of the histories that it was on top of when it was saved."""
+    never_ran: list[str]
+    """The targets whose layers no forward had called then, although one had called others."""
 
     @property
     def path(self) -> Path:
@@ -72,18 +76,23 @@ class AdapterFile:
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
     """Write one adapter to a safetensors file, with the scale that it has now.
 
-    A crash leaves the old file or the new one, never a part. Under FSDP2 every process must call this: shards are
-    gathered, and the first process writes.
+    A crash leaves the old file or the new one, never a part. Under FSDP2 and ZeRO-3 every process must call this:
+    shards are gathered, and the first process writes.
 
     Raises TargetError for an unknown name, CheckpointError if path is a folder, if a tensor holds NaN or an infinity or
-    has lost its shape, as under a partitioning that this library doesn't know (gather it first); under FSDP2 in every
-    process, also when the first one could not write.
+    has lost its shape, as under a partitioning that this library doesn't know (gather it first); where it is sharded in
+    every process, also when the first one could not write.
     """
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
     adapter = get_adapter(model, name)
-    tensors = {key: quant.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()}
+    is_sharded = adapter.is_sharded
+    with sharding.gathered(tensor for other in adapters(model).values() for _, tensor in other.named_tensors()):
+        tensors = {
+            key: sharding.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()
+        }
+        on = _histories(model, name)
     check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, shapes_of(adapter), f"adapter {name!r} in memory")
     cure = "nothing was written; go back to an earlier file, with a lower learning rate"
     check_numbers(tensors, f"adapter {name!r} in memory", cure)
@@ -99,9 +108,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     }
     if adapter.per_layer:
         meta["per_layer"] = to_json(adapter.per_layer)
-    if on := _histories(model, name):
+    if on:
         meta["on"] = on
-    with _together(path) if adapter.is_sharded else nullcontext(True) as first:
+    if never_ran := sorted(uncalled(model) & adapter.targets.keys()):
+        meta["never_ran"] = never_ran
+    with _together(path) if is_sharded else nullcontext(True) as first:
         if first:
             write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(meta)})
             logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -154,8 +165,8 @@ def load(
 def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
     """Copy a file's values and scale into an adapter that is attached: training goes on with the same parameters.
 
-    Under FSDP2 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes are the same,
-    TargetError for an unknown name; nothing has changed then.
+    Under FSDP2 and ZeRO-3 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes
+    are the same, TargetError for an unknown name; nothing has changed then.
     """
     file, adapter = read_file(path), get_adapter(model, name)
     mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
@@ -180,7 +191,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     _check_base(file, adapter, mapping, verify=True, resume=True)
     if file.on != _histories(model, name):
         raise CheckpointError(_other_histories(file))
-    shapes = {key: tuple(tensor.shape) for key, tensor in adapter.named_tensors()}
+    shapes = {key: tuple(sharding.shape_of(tensor)) for key, tensor in adapter.named_tensors()}
     check_shapes({moved.get(key, key): shape for key, shape in file.header.shapes().items()}, shapes, str(file.path))
     adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors().items()})
     adapter.scale = file.scale
@@ -198,7 +209,7 @@ def _histories(model: nn.Module, name: str) -> list[str]:
             digest = hashlib.sha256(json.dumps([each.config.to_dict(), to_json(each.per_layer), each.scale]).encode())
             for key, tensor in each.state_dict().items():
                 digest.update(key.encode())
-                digest.update(quant.whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(sharding.whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             found.append(digest.hexdigest()[:DIGEST])
     return found
 
@@ -259,7 +270,10 @@ def _from_header(header: Header) -> AdapterFile:
     on = meta.get("on", [])
     if not (isinstance(on, list) and all(isinstance(each, str) and len(each) == DIGEST for each in on)):
         raise CheckpointError(f'{path}: its metadata has "on": {brief(on)}; wanted digests of histories')
-    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"], on)
+    never_ran = meta.get("never_ran", [])
+    if not (isinstance(never_ran, list) and all(isinstance(at, str) and at in targets for at in never_ran)):
+        raise CheckpointError(f'{path}: its metadata has "never_ran": {brief(never_ran)}; wanted some of its targets')
+    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"], on, never_ran)
 
 
 def _per_layer_of(entries: Any, cfg: BaseConfig, targets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

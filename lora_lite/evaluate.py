@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import quant
+from . import sharding
 from .adapter import adapters, scaled
 from .calibrate import Positions, as_inputs, check_several, select, still, with_progress
 from .errors import BaseModelError, ConfigError, TargetError
@@ -249,7 +249,7 @@ def _remembered(model: nn.Module, key: Sequence[Any], compute: Callable[[], Tens
     own = {id(tensor) for adapter in adapters(model).values() for _, tensor in adapter.named_tensors()}
     base = [t for t in (*root.parameters(), *root.buffers()) if id(t) not in own]
     on = not session.adapters or any(state.scale for state in session.adapters.values())
-    if on or any(map(quant.is_sharded, base)):  # of a sharded model, all processes must run the same forwards
+    if on or any(map(sharding.is_sharded, base)):  # of a sharded model, all processes must run the same forwards
         return compute()
     hashed = hashlib.sha256()
     autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]

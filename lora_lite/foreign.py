@@ -19,7 +19,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import experts, quant
+from . import experts, quant, sharding
 from .adapter import Adapter, adapters
 from .config import BaseConfig, dtype_name
 from .errors import CheckpointError, LoraLiteError, brief
@@ -278,7 +278,7 @@ def same_tensor(live: Tensor, header: Header, key: str, kind: quant.Kind) -> boo
     entry = header.entries[key]
     dtype = DTYPES.get(entry.dtype)
     alike = dtype == live.dtype and entry.shape == tuple(live.shape)
-    if dtype is None or live.is_meta or quant.is_sharded(live) or kind is quant.Kind.UNKNOWN:
+    if dtype is None or live.is_meta or sharding.is_sharded(live) or kind is quant.Kind.UNKNOWN:
         return None
     if not alike and (kind is not quant.Kind.DENSE or dtype.is_floating_point != live.is_floating_point()):
         return None

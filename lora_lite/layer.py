@@ -122,6 +122,8 @@ class Slot:
     """Names of the tensors; True for those that keep their storage dtype in `forward`."""
     handles: list[RemovableHandle] = field(default_factory=list)
     memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
+    ran: bool = False
+    """True once a forward outside of torch.compile has called the layer, at any scale, since its first adapter came."""
 
     @property
     def path(self) -> str:

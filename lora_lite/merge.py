@@ -12,9 +12,10 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import experts, quant
+from . import experts, quant, sharding
 from .adapter import Adapter, adapters, get_adapter
 from .affine import Affine, exactly
+from .calls import check_called, check_choice
 from .config import dtype_name
 from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
 from .finite import fits
@@ -38,7 +39,14 @@ class _Layer:
         return self.slots[0].path
 
 
-def merge(model: nn.Module, name: str | None = None, *, quantized: str | None = None, keep: bool = True) -> None:
+def merge(
+    model: nn.Module,
+    name: str | None = None,
+    *,
+    quantized: str | None = None,
+    keep: bool = True,
+    never_ran: str = "raise",
+) -> None:
     """Fold one adapter, or all, at their scales, into the weights of their layers; a bias where a method needs one.
 
     keep       True: the original tensors stay in memory beside the merged ones, and `unmerge` puts them back; meanwhile
@@ -47,25 +55,34 @@ def merge(model: nn.Module, name: str | None = None, *, quantized: str | None = 
     quantized  what to do with a 4/8-bit layer. None: raise. "dequantize": it becomes an nn.Linear in its compute dtype
                (of 8-bit layers the model's). "requantize": the merged weight is quantised as the old one was; the error
                that this adds is logged
+    never_ran  what to do with layers that no forward has called since attach, although one has called others: the
+               model may read their weights itself, so that the adapter had no effect. "raise", or "merge" where other
+               inputs reach them (an image, another expert). Where nothing has run yet, as after a load, one forward of
+               the model's own `dummy_inputs` finds weights that it reads without calling their layer; a warning says
+               where that isn't known
 
     Raises QuantizedWeightError on a quantised layer without that choice; VariantError for a method that isn't affine;
-    TargetError for a weight that another module shares (a tied head), for adapters that stay and don't commute with
-    those that go in, an unknown name, sharded or merged adapters; BaseModelError where the result holds a NaN or an
-    infinity. The model is then as it was.
+    TargetError for layers that never ran, for a weight that another module shares (a tied head), for adapters that stay
+    and don't commute with those that go in, an unknown name, sharded or merged adapters; BaseModelError where the
+    result holds a NaN or an infinity. The model is then as it was.
     """
     if quantized not in CHOICES:
         raise ConfigError(f"quantized={quantized!r}: wanted one of {CHOICES}")
+    check_choice(never_ran)
     root, session = session_of(model)
     check_unmerged(session, "merge")
     with exactly(root):
-        _merge(root, session, name, quantized, keep)
+        _merge(root, session, name, quantized, keep, never_ran)
 
 
-def _merge(root: nn.Module, session: Session, name: str | None, quantized: str | None, keep: bool) -> None:
+def _merge(
+    root: nn.Module, session: Session, name: str | None, quantized: str | None, keep: bool, never_ran: str
+) -> None:
     chosen = list(adapters(root).values()) if name is None else [get_adapter(root, name)]
     if not chosen:
         raise TargetError(f"no adapter on this {type(root).__name__}\n  attach or load one first")
     layers = _layers(root, chosen, quantized)
+    check_called(root, {layer.path: layer.module for layer in layers}, never_ran)
     errors: dict[str, tuple[float, float]] = {}
     if not keep:
         for layer in layers:
@@ -137,9 +154,9 @@ def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -
         )
         kind, weight = quant.kind_of(module), quant.stored(module)
         _check_holder(layer, kind)
-        if quant.is_sharded(weight) or weight.is_meta:
+        if sharding.is_sharded(weight) or weight.is_meta:
             raise TargetError(
-                f"{layer.path}: its weight is {'sharded' if quant.is_sharded(weight) else 'offloaded'}\n"
+                f"{layer.path}: its weight is {'sharded' if sharding.is_sharded(weight) else 'offloaded'}\n"
                 f"  save the adapter, and merge on a whole model or with lora_lite.merge_checkpoint"
             )
         if holders[id(quant.stored_parameter(module))] > 1:

@@ -22,8 +22,9 @@ from torch import nn
 
 from .affine import exactly
 from .base_folder import BaseFolder
+from .calls import check_choice, refusal
 from .checkpoint import read_file
-from .errors import CheckpointError, ConfigError, LoraLiteError
+from .errors import CheckpointError, ConfigError, LoraLiteError, TargetError
 from .files import read_json, replacing, sync_folder, write_json
 from .merge_plan import INDEX, MergePlan, Shard
 from .version import __version__
@@ -74,6 +75,7 @@ def merge_checkpoint(
     *,
     untie: bool = False,
     verify_base: bool = True,
+    never_ran: str = "raise",
     progress: Progress | None = None,
 ) -> Merged:
     """Write the checkpoint folder `base_dir` with the adapter of a file folded in, at its scale, to `out_dir`.
@@ -85,19 +87,24 @@ def merge_checkpoint(
     untie         write a head that is tied to the embedding as a tensor of its own, instead of an error
     verify_base   False turns the error for a method that depends on its base weight (DoRA), on other weights than it
                   was trained on, into the warning that other methods give
+    never_ran     what to do with layers that no forward had called when the adapter was saved, although one had called
+                  others. "raise", or "merge" where other inputs reach them (an image, another expert)
     progress      called with (bytes written, bytes in all)
 
     Weights are merged in float32 and cast once, to the dtype that they have on disk. A run that was interrupted goes on
     from its last whole shard. A folder that this made before is replaced, any other that isn't empty is refused.
 
     Raises CheckpointError unless every tensor of the adapter has exactly one place (both sides are listed), for another
-    base, a full disk or a damaged file; TargetError for a tied head; VariantError for a method that isn't affine;
-    BaseModelError where a merged number is NaN or infinite. There is then no `out_dir`.
+    base, a full disk or a damaged file; TargetError for a tied head and for layers that never ran; VariantError for a
+    method that isn't affine; BaseModelError where a merged number is NaN or infinite. There is then no `out_dir`.
     """
     if base_weights not in CHOICES:
         raise ConfigError(f"base_weights={base_weights!r}: wanted one of {CHOICES}")
     started, out = time.monotonic(), Path(out_dir).resolve()
+    check_choice(never_ran)
     file, base = read_file(adapter), BaseFolder(Path(base_dir).resolve())
+    if file.never_ran and never_ran == "raise":
+        raise TargetError(f"{file.path}: {refusal(file.never_ran, len(file.targets), 'merge_checkpoint')}")
     if out == base.path or out.is_mount():
         raise CheckpointError(
             f"{out} is {'the base itself' if out == base.path else 'a mount point'}\n  choose another folder"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from . import quant
+from . import quant, sharding
 from .adapter import Adapter
 from .config import BaseConfig, is_name
 from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
@@ -205,8 +205,11 @@ def check_ready(layers: Layers) -> None:
                 f"{path}: its weight is on the meta device\n"
                 f"  load the weights before attach, with a device_map that offloads no target"
             )
-        if quant.is_sharded(weight):
-            raise TargetError(f"{path}: its weight is sharded (a DTensor) already\n  attach first, then fully_shard")
+        if sharding.is_dtensor(weight):
+            raise TargetError(
+                f"{path}: its weight is a DTensor already, sharded by fully_shard or by tensor parallelism\n"
+                f"  attach first, then fully_shard; of a tensor-parallel model, load it without tp_plan"
+            )
 
 
 def _check_layer(target: Target, module: Any, cfg: BaseConfig) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from . import experts
+from . import experts, sharding
 from .config import STORAGE_DTYPES, dtype_name
 from .errors import BaseModelError, QuantizedWeightError
 from .finite import fits
@@ -55,27 +55,6 @@ def _loaded(module: str, name: str) -> type | None:
 def _is(value: Any, module: str, name: str) -> bool:
     cls = _loaded(module, name)
     return cls is not None and isinstance(value, cls)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor, as fully_shard makes of every parameter."""
-    return _is(tensor, "torch.distributed.tensor", "DTensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of a sharded one all shards, gathered by all processes together."""
-    sharded: Any = tensor
-    return sharded.full_tensor() if is_sharded(tensor) else tensor
-
-
-def sharded_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """The value itself; where the tensor is sharded, this process's shard of it."""
-    if not is_sharded(tensor):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    sharded: Any = tensor
-    return distribute_tensor(value, sharded.device_mesh, sharded.placements)
 
 
 def stored(layer: Linear) -> Tensor:
@@ -112,7 +91,7 @@ def features(layer: Linear) -> tuple[int, int] | None:
     if not isinstance(getattr(layer, "weight", None), Tensor):
         return None
     if is_transposed(layer):
-        return layer.weight.shape[0], layer.weight.shape[1]
+        return sharding.shape_of(layer.weight)[0], sharding.shape_of(layer.weight)[1]
     d_in, d_out = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
@@ -124,11 +103,12 @@ def kind_of(layer: Linear) -> Kind:
         return Kind.BNB_4BIT if _quant_state(layer) is not None else Kind.UNKNOWN
     if _is(layer, "bitsandbytes.nn", "Linear8bitLt"):
         return Kind.BNB_8BIT if weight.dtype == torch.int8 and _scales(layer) is not None else Kind.UNKNOWN
-    plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+    plain = type(weight) in (Tensor, nn.Parameter) or sharding.is_dtensor(weight)
     if not plain or weight.dtype not in STORAGE_DTYPES:
         return Kind.UNKNOWN
-    shape = weight.mT.shape if is_transposed(layer) else weight.shape
-    return Kind.DENSE if (shape[-1], shape[-2]) == features(layer) else Kind.UNKNOWN
+    *_, rows, columns = sharding.shape_of(weight)
+    shape = (rows, columns) if is_transposed(layer) else (columns, rows)
+    return Kind.DENSE if shape == features(layer) else Kind.UNKNOWN
 
 
 def describe(layer: Linear) -> str:
@@ -167,8 +147,9 @@ def dense_weight(layer: Linear, path: str, expert: int | None = None) -> Float[T
     """
     kind = kind_of(layer)
     if kind is Kind.DENSE:
-        plain = whole(plain_weight(layer, path, expert))
-        weight = plain.to(torch.promote_types(plain.dtype, torch.float32), copy=True)
+        with sharding.gathered([stored_parameter(layer)]):
+            plain = sharding.whole(plain_weight(layer, path, expert))
+            weight = plain.to(torch.promote_types(plain.dtype, torch.float32), copy=True)
     elif kind is Kind.BNB_4BIT:
         raise_if_repacked(layer, path)
         from bitsandbytes.functional import dequantize_4bit
@@ -226,7 +207,8 @@ def samples(layer: Linear) -> list[float]:
         return spread(codes) + spread(scales)
     if kind is Kind.BNB_4BIT:
         return samples_4bit(layer.weight.view(torch.uint8), _quant_state(layer))
-    return spread(stored(layer))
+    with sharding.gathered([stored_parameter(layer)]):
+        return spread(stored(layer))
 
 
 def samples_4bit(codes: Tensor, state: Any) -> list[float]:

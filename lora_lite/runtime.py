@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import experts, quant, record
 from .adapter import Adapter, get_adapter, scaled
@@ -96,7 +97,7 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter off, or all: outputs, state_dict keys, hooks and requires_grad are as before attach.
 
-    Raises TargetError for an unknown name, or where fully_shard manages the parameters.
+    Raises TargetError for an unknown name, or where fully_shard or ZeRO-3 manages the parameters.
     """
     root, session = session_of(model)
     check_unmerged(session, "detach")
@@ -104,7 +105,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for each in names:
         if Adapter(root, each).is_sharded:
             raise TargetError(
-                f"adapter {each!r} is sharded by fully_shard, which keeps a hold of its own on the parameters\n"
+                f"adapter {each!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
                 f"  use lora_lite.disabled(model), or load the base again"
             )
     for module, slot in [pair for each in names for pair in Adapter(root, each).slots()]:
@@ -297,6 +298,8 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     slot = module.__dict__[SLOTS][name]
+    if not is_dynamo_compiling():
+        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
     state = slot.state
     now = state.now
     if state.merged or now.is_off:
@@ -315,6 +318,8 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = module.__dict__[SLOTS][name]
+    if not is_dynamo_compiling():
+        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
     state = slot.state
     now = state.now
     if state.merged or now.is_off:
@@ -331,6 +336,8 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
     slots = slots_of(module)
     slot = slots[name]
+    if not is_dynamo_compiling():
+        slot.ran = True
     if slot is next(each for each in slots.values() if each.stacked):
         experts.unshadow(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
     matrices = experts.down(module)

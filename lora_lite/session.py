@@ -92,7 +92,8 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
 
 
 def keep_slot(module: nn.Module, slot: Slot) -> None:
-    """Remember an adapter at a layer, as `put` does."""
+    """Remember an adapter at a layer, as `put` does. That the layer has been called is known of each adapter there."""
+    slot.ran = slot.ran or any(other.ran for other in slots_of(module).values())
     put(module.__dict__.setdefault(SLOTS, {}), slot.state.name, slot)
 
 

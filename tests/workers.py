@@ -24,8 +24,11 @@ from loguru import logger
 from models import IDS, OneLinear, attach, config, keep, perturb, tiny_llama
 from models import trained as moved
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
+from lora_lite.checkpoint import read_file
 from lora_lite.merge_disk import MARKER
 
 WORLD, STEPS = 2, 3
@@ -199,6 +202,37 @@ def rounds_of_many_methods(folder: Path) -> None:
         assert not torch.allclose(fast(x), before, atol=1e-2)
 
 
+def parts_that_run(folder: Path) -> None:
+    """In a graph no hook can note that it ran: layers there aren't taken for such that the model never calls, and a
+    checkpoint is no break of the graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_llama(num_hidden_layers=1)
+    perturb(ll.attach(model, config("lora")))
+    model.model.layers[0].mlp.compile(fullgraph=True, backend="eager")
+    with torch.no_grad():
+        attached = model(input_ids=IDS).logits
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(ll.audit(model, {"input_ids": IDS}).layers) == 7
+    ll.detach(model)
+    perturb(ll.attach(model, config("lora")))
+    with torch.no_grad():
+        attached = model(input_ids=IDS).logits
+    ll.save(model, folder / "parts.safetensors")
+    assert read_file(folder / "parts.safetensors").never_ran == []
+    ll.merge(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, attached, rtol=1e-4, atol=1e-5)
+
+    layer, x = OneLinear(), torch.randn(5, 16, requires_grad=True)
+    perturb(ll.attach(layer, config("lora", target_names="proj")))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
 # ---- two processes ------------------------------------------------------------------------------
 
 
@@ -315,6 +349,9 @@ def fsdp(variant: str, folder: Path) -> None:
         ll.detach(model)
     with pytest.raises(ll.TargetError, match="attach first, then fully_shard"):
         ll.attach(shard(tiny_llama()), config("lora"))
+    tensor_parallel = parallelize_module(tiny_llama(), mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
+    with pytest.raises(ll.TargetError, match=r"up_proj: its weight is a DTensor already.*\n.*load it without tp_plan"):
+        ll.attach(tensor_parallel, config("lora"))
 
 
 def computed(variant: str, shard: Callable[[Any], Any], file: Path) -> None:
@@ -449,6 +486,7 @@ if __name__ == "__main__":
         poles(Path(folder))
         vanishing()
         rounds_of_many_methods(Path(folder))
+        parts_that_run(Path(folder))
     elif name == "killed":
         killed(Path(folder))
     else:

@@ -1,0 +1,358 @@
+"""Trainers: the first step is audited, no trained head is lost, and a reference model is the adapter switched off."""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import IDS, attach, config, loss_of, perturb, quantized, tiny_llama
+from test_audit import FEW, SMALL, Experts, X, gpt2, jamba
+from test_ecosystem import Tokens, arguments
+from test_laws import logits
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
+
+import lora_lite as ll
+from lora_lite.trainer import AdapterCheckpoints, AdapterTrainer, reference
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),  # torch's, on a machine without an accelerator
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # which TRL 1.16 still calls
+]
+WORDS = ("the", "cat", "dog", "sat", "ran", "on", "mat", "road", "good", "bad")
+STORIES = [" ".join(WORDS[(i * k + j) % len(WORDS)] for j in range(8)) for i in range(4) for k in (1, 3)]
+PAIRS = [
+    {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran on the road"},
+    {"prompt": "the dog", "chosen": " ran on", "rejected": " sat bad bad mat"},
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    special = ("[PAD]", "[UNK]", "[EOS]")
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate((*special, *WORDS))}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=32
+    )
+
+
+def trl_arguments(kind: Any, folder: Path, **overrides: Any) -> Any:
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "activation_checkpointing": False,
+    }
+    return kind(**(options | overrides))
+
+
+def values(adapter: ll.Adapter) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+
+
+# ---- the first step -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_layer_that_is_read_and_not_called_stops_before_the_first_step(accumulate: int, tmp_path: Path) -> None:
+    model = MambaForCausalLM(MambaConfig(**SMALL, state_size=8))
+    adapter = ll.attach(model, ll.LoRAConfig(r=4))
+    start = values(adapter)
+    trainer = AdapterTrainer(model, arguments(tmp_path, gradient_accumulation_steps=accumulate), train_dataset=Tokens())
+    with pytest.raises(ll.TargetError, match=r"first training step\n.*module around it was: .*mixer\.dt_proj \(2\)\n"):
+        trainer.train()
+    assert all(torch.equal(tensor, start[key]) for key, tensor in adapter.state_dict().items())
+    assert trainer.state.global_step == 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_only_the_first_step_is_watched(tmp_path: Path, log: list[str]) -> None:
+    model = jamba()
+    ll.attach(model, ll.LoRAConfig(r=4, target_names="_proj$", exclude_names="dt_proj"))
+    hooks = []
+
+    class Counting(AdapterTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            hooks.append(sum(len(module._forward_pre_hooks) for module in model.modules()))
+            return super().compute_loss(*args, **kwargs)
+
+    Counting(model, arguments(tmp_path, max_steps=3, save_strategy="no"), train_dataset=Tokens()).train()
+    assert hooks[0] > 0
+    assert hooks[1:] == [0, 0]
+    assert not any("WARNING" in line for line in log)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"x": X[i % len(X)], "labels": X[i % len(X)]}
+
+
+class Regression(nn.Module):
+    """The experts of `Experts` that a batch takes, with a loss."""
+
+    def __init__(self, cut: bool = False) -> None:
+        super().__init__()
+        self.inner, self.cut = Experts(), cut
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        first: Any = self.inner.layers[0]
+        y = first["experts"][0](x)
+        y = first["experts"][1](y.detach() if self.cut else y)
+        return {"loss": (y - labels).square().mean()}
+
+
+def test_what_a_first_batch_does_not_reach_is_a_warning(tmp_path: Path, log: list[str]) -> None:
+    model = Regression()
+    ll.attach(model, config("lora", target_names=r"experts\.\d\.proj"))
+    AdapterTrainer(model, arguments(tmp_path, save_strategy="no"), train_dataset=Rows()).train()
+    warned = [line for line in log if "WARNING" in line]
+    assert len(warned) == 1
+    assert (
+        "not every adapter took part in the first training step\n  not reached by this batch: inner.layers.*.experts.2"
+        in warned[0]
+    )
+
+
+def test_a_parameter_without_a_gradient_stops_the_first_step(tmp_path: Path) -> None:
+    model = Regression(cut=True)
+    ll.attach(model, config("lora", target_names=r"experts\.[01]\.proj"))
+    trainer = AdapterTrainer(model, arguments(tmp_path), train_dataset=Rows())
+    with pytest.raises(ll.TargetError, match=r"no gradient, although the layer ran: .*experts\.0\.proj\.lora_A"):
+        trainer.train()
+
+
+def test_trls_fused_loss_with_an_adapter_on_the_head_stops_the_first_step(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Trains(AdapterCheckpoints, SFTTrainer):
+        pass
+
+    def trainer(**fields: Any) -> Any:
+        model = tiny_llama()
+        perturb(ll.attach(model, config("lora", **fields)))
+        data = Dataset.from_list([{"text": story} for story in STORIES])
+        args = trl_arguments(SFTConfig, tmp_path, max_length=16)
+        return Trains(model, args, train_dataset=data, processing_class=tokenizer())
+
+    with pytest.raises(ll.TargetError, match="never called, although the module around it was: lm_head\n"):
+        trainer(target_names="_proj$|lm_head").train()
+    fits = trainer()
+    fits.train()
+    assert fits.state.global_step == 2
+    fits.save_model(str(tmp_path / "end"))
+    assert (tmp_path / "end" / "default.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["ddp", "zero"])
+def test_two_processes(job: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    gpt2().save_pretrained(tmp_path / "gpt2-base")
+    command = [sys.executable, str(Path(__file__).with_name("trainer_worker.py")), job, str(tmp_path)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+    with ExitStack() as stack:
+        processes = []
+        for rank in ("0", "1"):
+            log = stack.enter_context((tmp_path / f"log{rank}").open("w"))
+            env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(process.kill)
+            processes.append(process)
+        codes = [process.wait(timeout=600) for process in processes]
+    assert codes == [0, 0], "\n".join((tmp_path / f"log{rank}").read_text()[-3000:] for rank in range(2))
+
+
+# ---- a trained head -----------------------------------------------------------------------------
+
+
+def classifier() -> Any:
+    sizes = {**FEW, "intermediate_size": 48, "num_key_value_heads": 2, "num_labels": 2}
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes))
+    ll.attach(model, config("lora"))
+    return model
+
+
+def test_a_trained_head_in_no_adapter_is_refused(tmp_path: Path) -> None:
+    match = r"1 parameters would be trained and are in no adapter, .*: score\.weight\n  freeze them .*target_names"
+    model = classifier()
+    AdapterTrainer(model, arguments(tmp_path))
+    model.score.requires_grad_(True)
+    with pytest.raises(ll.TargetError, match=match):
+        AdapterTrainer(model, arguments(tmp_path))
+    model.score.requires_grad_(False)
+    trainer = AdapterTrainer(model, arguments(tmp_path), train_dataset=Labelled())
+    model.score.requires_grad_(True)
+    with pytest.raises(ll.TargetError, match=match):
+        trainer.train()
+    with pytest.raises(ll.TargetError, match=match):
+        trainer.save_model(str(tmp_path / "end"))
+    assert not (tmp_path / "end").exists()
+
+
+class Labelled(Tokens):
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[i], "labels": torch.tensor(i % 2)}
+
+
+def test_an_adapter_on_the_head_is_saved_with_it(tmp_path: Path) -> None:
+    model = classifier()
+    ll.attach(model, config("lora", target_names="score"), name="head")
+    trainer = AdapterTrainer(model, arguments(tmp_path, max_steps=1, save_steps=1), train_dataset=Labelled())
+    trainer.train()
+    assert {f.stem for f in (tmp_path / "checkpoint-1").glob("*.safetensors")} == {"default", "head"}
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ll.TargetError, match=r"^AdapterTrainer is given .*, not 'org/name'\n  load the model and"):
+        AdapterTrainer("org/name", arguments(tmp_path))
+
+
+# ---- the reference ------------------------------------------------------------------------------
+
+
+def test_the_reference_is_the_base_and_touches_nothing() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        base = model(input_ids=IDS).logits
+        bare = model.generate(IDS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    perturb(ll.attach(model, config("lora", dropout=0.5)), 0.5)
+    model.train()
+    model.model.layers[1].eval()
+    modes, moved = [module.training for module in model.modules()], logits(model)
+    reference_ = reference(model)
+    reference_.eval().requires_grad_(False).to(torch.float64)
+    out = reference_(input_ids=IDS)
+    assert torch.equal(out.logits, base)
+    assert not out.logits.requires_grad
+    assert torch.equal(reference_.generate(IDS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0), bare)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module is not reference_ for module in reference_.modules())
+    assert not list(reference_.parameters())
+    assert reference_.state_dict().keys() == model.state_dict().keys()
+    assert reference_.config is model.config
+    assert reference_.device == model.device
+    assert not hasattr(reference_, "_hf_peft_config_loaded")
+    assert all(p.requires_grad for p in ll.adapters(model)["default"].parameters())
+    assert not torch.equal(moved, base)
+    assert ll.adapters(model)["default"].scale == 1.0
+
+
+def test_the_reference_of_one_adapter_keeps_the_others_on() -> None:
+    model = tiny_llama()
+    perturb(ll.attach(model, config("lora"), name="kept"))
+    wanted = logits(model)
+    perturb(ll.attach(model, config("lora"), name="new"), seed=2)
+    assert torch.equal(reference(model, "new")(input_ids=IDS).logits, wanted)
+    with pytest.raises(ll.TargetError, match="no adapter 'other'"):
+        reference(model, "other")
+    with pytest.raises(ll.TargetError, match="LlamaForCausalLM has no adapter to switch off"):
+        reference(tiny_llama())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_reference_between_forward_and_backward_leaves_checkpointed_gradients(use_reentrant: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_llama().train()
+        adapter = ll.attach(model, config("lora"))
+        perturb(adapter)
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        loss = loss_of(model)
+        reference(model)(input_ids=IDS)
+        loss.backward()
+        found.append([p.grad for p in adapter.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def dpo(model: Any, folder: Path, ref_model: Any, **overrides: Any) -> Any:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Trains(AdapterCheckpoints, DPOTrainer):
+        pass
+
+    args = trl_arguments(DPOConfig, folder, max_length=16, **overrides)
+    data = Dataset.from_list(PAIRS * 2)
+    return Trains(model, ref_model=ref_model, args=args, train_dataset=data, processing_class=tokenizer())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dpo_on_a_quantised_base_starts_from_ln_2(checkpointing: bool, tiny: str, tmp_path: Path) -> None:
+    model = quantized(tiny, "nf4")
+    ll.attach(model, config("lora"))
+    before = len(list(model.modules()))
+    trainer = dpo(model, tmp_path, reference(model), max_steps=3, activation_checkpointing=checkpointing)
+    trainer.train()
+    first, *_, last = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert abs(first["loss"] - math.log(2)) < 1e-5
+    assert first["rewards/margins"] == 0
+    assert last["loss"] < first["loss"] - 1e-3
+    assert len(list(model.modules())) == before
+
+
+def test_precomputed_log_probabilities_are_those_of_the_reference(tiny: str, tmp_path: Path) -> None:
+    losses = []
+    for precomputed in (False, True):
+        torch.manual_seed(0)
+        model = quantized(tiny, "nf4")
+        ll.attach(model, config("lora"))
+        ref = None if precomputed else reference(model)
+        trainer = dpo(model, tmp_path, ref, max_steps=3, precompute_ref_log_probs=precomputed)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_grpo_takes_the_reference_after_construction(tiny: str, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Trains(AdapterCheckpoints, GRPOTrainer):
+        pass
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(completion)) for completion in completions]
+
+    model = ll.load_base(tiny, torch.float32)
+    perturb(attach(model, config("lora")))
+    args = trl_arguments(
+        GRPOConfig, tmp_path, beta=0.1, num_generations=2, max_completion_length=4, max_steps=1, temperature=1.0
+    )
+    data = Dataset.from_list([{"prompt": pair["prompt"]} for pair in PAIRS * 2])
+    trainer: Any = Trains(model, reward, args=args, train_dataset=data, processing_class=tokenizer())
+    trainer.ref_model = reference(trainer.model)
+    trainer.train()
+    assert next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry) > 0
+    assert isinstance(trainer, Trainer)
