@@ -101,6 +101,93 @@ def test_renamed_keys_are_followed(tmp_path: Path) -> None:
     same_weights(LlavaForConditionalGeneration.from_pretrained(tmp_path / "out"), model)
 
 
+def folder_of(model: Any, folder: Path) -> Path:
+    """The model's folder, of numbers that differ everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+def classifier() -> Any:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3)), r"score$|q_proj$"
+
+
+def resnet() -> Any:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    labels = {0: "cat", 1: "dog", 2: "newt"}
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**sizes, id2label=labels)), r"classifier\.1$"
+
+
+def vitpose() -> Any:
+    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
+
+    sizes = {"image_size": [16, 16], "patch_size": [4, 4], "hidden_size": 32, "num_attention_heads": 2}
+    backbone = VitPoseBackboneConfig(**sizes, num_hidden_layers=2, intermediate_size=48)
+    return VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=5)), r"fc1$|query$|q_proj$"
+
+
+def mamba2() -> Any:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"hidden_size": 32, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "vocab_size": 96}
+    return Mamba2ForCausalLM(Mamba2Config(**sizes, num_hidden_layers=2)), r"(in|out)_proj$"
+
+
+def doge() -> Any:
+    from transformers import DogeConfig, DogeForCausalLM
+
+    config = DogeConfig(**SIZES, intermediate_size=48)
+    assert config.num_experts == 16384
+    assert not config.is_moe
+    return DogeForCausalLM(config), r"(q|up)_proj$"
+
+
+@pytest.mark.parametrize("make", [classifier, resnet, vitpose, mamba2, doge])
+def test_a_skeleton_has_its_heads_backbones_and_infinities(make: Callable[[], Any], tmp_path: Path) -> None:
+    model, targets = make()
+    folder_of(model, tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base").eval()
+    adapter = ll.attach(model, ll.LoRAConfig(r=3, target_names=targets))
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.merge(model, keep=False)
+    ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    same_weights(type(model).from_pretrained(tmp_path / "out"), model)
+
+
+def test_infinities_as_json_once_had_them(tmp_path: Path) -> None:
+    """transformers 4 wrote the bare word."""
+    model, targets = mamba2()
+    folder_of(model, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"time_step_limit": [0.0, float("inf")]}))
+    assert "Infinity]" in file.read_text()
+    ll.attach(model, ll.LoRAConfig(target_names=targets))
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+
+
+def test_a_head_of_the_default_size_in_a_config_of_three_labels_is_seen(tmp_path: Path) -> None:
+    model, targets = classifier()
+    folder_of(model, tmp_path / "base")
+    ll.attach(model, ll.LoRAConfig(r=3, target_names=targets))
+    ll.save(model, tmp_path / "a.safetensors")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in config.items() if name != "id2label"}))
+    with pytest.raises(ll.CheckpointError, match=r"score.weight is \(3, 64\); wanted \(2, 64\)"):
+        ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+
+
 def one_rounding(a: torch.Tensor, b: torch.Tensor, exact: bool) -> None:
     """Equal, or neighbours in bfloat16: a 4-bit layer's own kernel adds up DoRA's norm in another order."""
     torch.testing.assert_close(a, b, rtol=0 if exact else 2.0**-7, atol=0)
