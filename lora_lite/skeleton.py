@@ -5,20 +5,24 @@ A config is anyone's. What could fetch or run something is left out of it, and b
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from .errors import CheckpointError, brief
 
 LEAST_BLOCKS = 1000
 """Any model may have as many blocks as this, whatever its files hold."""
-MODULES_A_TENSOR = 10
-"""At most; activations and containers have none. The most of 600 models of transformers 5.23 is 3.2."""
+PARTS_A_TENSOR = 10
+"""At most, modules and parameters; activations and containers have no tensor. The most of 600 models of transformers
+5.23 is 4.5."""
 MOST_LABELS = 30_000
 """More labels are left out: transformers makes a name for each and checks it (20 µs). ImageNet-21k has 21,843."""
 
@@ -94,20 +98,20 @@ def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
 
 @contextmanager
 def _bounded(path: Path, tensors: int) -> Iterator[None]:
-    """Within the block, CheckpointError as soon as this thread has built more modules than such files could fill."""
-    thread, left = get_ident(), MODULES_A_TENSOR * max(tensors, LEAST_BLOCKS)
+    """Within the block, CheckpointError once this thread has built more modules and parameters than such files fill."""
+    thread, most = get_ident(), PARTS_A_TENSOR * max(tensors, LEAST_BLOCKS)
+    built = 0
 
-    def count(parent: Any, name: str, module: Any) -> None:
-        nonlocal left
-        left -= get_ident() == thread
-        if left < 0:
-            raise _too_large(path, f"more than {MODULES_A_TENSOR * max(tensors, LEAST_BLOCKS)} modules", tensors)
+    def count(module: Any, name: str, part: Any) -> None:
+        nonlocal built
+        built += get_ident() == thread
+        if built > most:
+            raise _too_large(path, f"more than {most} modules and parameters", tensors)
 
-    handle = register_module_module_registration_hook(count)
-    try:
+    with ExitStack() as hooks:
+        for register in (register_module_module_registration_hook, register_module_parameter_registration_hook):
+            hooks.callback(register(count).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def _too_large(path: Path, what: str, tensors: int) -> CheckpointError:
