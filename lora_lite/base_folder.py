@@ -17,17 +17,13 @@ from torch import Tensor, nn
 
 from . import experts, quant
 from .config import STORAGE_DTYPES, dtype_name
-from .errors import CheckpointError, QuantizedWeightError, TargetError, brief
+from .errors import CheckpointError, QuantizedWeightError, TargetError
 from .files import DTYPES, Header, read_json, read_shards
 from .keys import file_key, resolve
 from .packed import Packed, find_packed
+from .skeleton import skeleton
 from .targets import Target
 
-LEAST_BLOCKS = 1000
-"""Any model may have as many blocks as this, whatever its files hold."""
-_NOT_BUILT = {"num_labels", "id2label", "label2id", "quantization_config", "auto_map", "backbone", "backbone_config"}
-_NOT_BUILT |= {"use_pretrained_backbone", "use_timm_backbone", "attn_implementation", "_attn_implementation"}
-_NOT_BUILT |= {"_attn_implementation_internal", "experts_implementation", "_experts_implementation"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -80,7 +76,7 @@ class BaseFolder:
             read_json(path / "config.json") if (path / "config.json").exists() else None
         )
         self.packed: dict[str, Packed] = find_packed(self.headers)
-        self.model = None if self.config is None else _skeleton(path, self.config, len(self.headers))
+        self.model = None if self.config is None else skeleton(path, self.config, len(self.headers))
         self._by_key = self._module_keys()
         self._owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
         for at, module in [] if self.model is None else self.model.named_modules():
@@ -243,50 +239,6 @@ class BaseFolder:
 
     def _name(self) -> str:
         return self.path.name if self.model is None else type(self.model).__name__
-
-
-def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
-    """CheckpointError for more blocks than there are tensors: to build those could take forever."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            _check_depth(path, value, tensors)
-        elif (
-            re.search(r"layer|depth|block|expert", name)
-            and isinstance(value, int)
-            and value > max(tensors, LEAST_BLOCKS)
-        ):
-            raise CheckpointError(
-                f"{path / 'config.json'}: {brief(name)}={value:.3g}, and the files hold {tensors} tensors\n"
-                f"  config and files are of two models"
-            )
-
-
-def _harmless(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what says nothing of the weights, and could fetch or run code or take memory without end."""
-    kept = {name: value for name, value in config.items() if name not in _NOT_BUILT}
-    return {name: _harmless(value) if isinstance(value, dict) else value for name, value in kept.items()}
-
-
-def _skeleton(path: Path, config: dict[str, Any], tensors: int) -> Any:
-    """The model of a config on the meta device: modules and shapes, no memory, none of the folder's own code."""
-    import transformers
-
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    cls = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"{path / 'config.json'}: architectures={brief(names)} is no model of transformers "
-            f"{transformers.__version__}\n"
-            f"  code that comes with a model is not run here: merge in memory, with lora_lite.merge"
-        )
-    _check_depth(path, config, tensors)
-    try:
-        with torch.device("meta"):
-            made: Any = cls
-            return made(made.config_class.from_dict(_harmless(config)))
-    except Exception as error:  # of any kind: the config is anyone's, and transformers checks it as it goes
-        raise CheckpointError(f"{path / 'config.json'} describes no {name}: {brief(error, 300)}") from error
 
 
 def untied_key(place: Place) -> str:

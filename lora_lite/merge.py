@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from . import experts, quant, sharding
+from . import experts, probe, quant, sharding
 from .adapter import Adapter, adapters, get_adapter
 from .affine import Affine, exactly
 from .calls import check_called, check_choice
@@ -52,19 +52,20 @@ def merge(
     keep       True: the original tensors stay in memory beside the merged ones, and `unmerge` puts them back; meanwhile
                the adapters are idle, and calls that would change them raise. False: for good, one layer at a time; the
                adapters come off and a plain model is left. It computes twice, first to see that all is well
-    quantized  what to do with a 4/8-bit layer. None: raise. "dequantize": it becomes an nn.Linear in its compute dtype
-               (of 8-bit layers the model's). "requantize": the merged weight is quantised as the old one was; the error
-               that this adds is logged
+    quantized  what to do with a layer of bitsandbytes. None: raise. "dequantize": it becomes an nn.Linear in the
+               model's dtype, with the sum of the numbers that it computes with. "requantize": the merged weight is
+               quantised as the old one was; the error that this adds is logged
     never_ran  what to do with layers that no forward has called since attach, although one has called others: the
                model may read their weights itself, so that the adapter had no effect. "raise", or "merge" where other
                inputs reach them (an image, another expert). Where nothing has run yet, as after a load, one forward of
                the model's own `dummy_inputs` finds weights that it reads without calling their layer; a warning says
                where that isn't known
 
-    Raises QuantizedWeightError on a quantised layer without that choice; VariantError for a method that isn't affine;
-    TargetError for layers that never ran, for a weight that another module shares (a tied head), for adapters that stay
-    and don't commute with those that go in, an unknown name, sharded or merged adapters; BaseModelError where the
-    result holds a NaN or an infinity. The model is then as it was.
+    Raises QuantizedWeightError on a quantised layer without that choice, of another library, or that rounds its
+    activations; VariantError for a method that isn't affine; TargetError for layers that never ran, for a weight that
+    another module shares (a tied head), for adapters that stay and don't commute with those that go in, an unknown
+    name, sharded or merged adapters; BaseModelError where the result holds a NaN or an infinity. The model is then as
+    it was.
     """
     if quantized not in CHOICES:
         raise ConfigError(f"quantized={quantized!r}: wanted one of {CHOICES}")
@@ -164,7 +165,13 @@ def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -
                 f"{layer.path}: another module shares its weight, as an embedding does with a tied head\n"
                 f"  it would change as well: untie them, or leave the layer out with exclude_names"
             )
-        if kind is quant.Kind.UNKNOWN or (kind is not quant.Kind.DENSE and quantized is None):
+        if kind is quant.Kind.UNKNOWN:
+            raise QuantizedWeightError(
+                f"{layer.path}: the weight is {quant.describe(module)}, whose numbers can't be read or replaced here\n"
+                f"  keep the adapter attached, or use lora_lite.merge_checkpoint on the 16-bit checkpoint"
+            )
+        probe.check_affine(module, layer.path)
+        if kind is not quant.Kind.DENSE and quantized is None:
             raise QuantizedWeightError(
                 f"{layer.path}: the weight is {quant.describe(module)}, which can't hold the sum\n"
                 f'  use quantized="dequantize" (a dense layer), "requantize" (quantised again, with its error), or '
@@ -211,9 +218,11 @@ def _changes(
             changes.append((Swap(module, "bias", None), nn.Parameter(new_bias, requires_grad=False)))
         return changes
     weight = quant.dense_weight(module, path)
-    dtype = quant.compute_dtype(module) or getattr(torch, layer.slots[0].state.base["dtype"])
+    dtype = getattr(torch, layer.slots[0].state.base["dtype"])  # of the activations: the layer casts, an nn.Linear not
     replacement: nn.Module
     if quantized == "dequantize":
+        compute = quant.compute_dtype(module)
+        weight = weight if compute is None else weight.to(compute).to(weight.dtype)  # the numbers that it multiplies by
         replacement = quant.dense_module(module, *_folded(layer, weight, bias, dtype))
     else:
         new, new_bias = _folded(layer, weight, bias, torch.float32, dtype)

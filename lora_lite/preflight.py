@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from . import quant, sharding
+from . import probe, quant, sharding
 from .adapter import Adapter
 from .config import BaseConfig, is_name
 from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
@@ -62,8 +62,11 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     """The layers that `attach(model, cfg)` would adapt; the model may be on the meta device. Raises as attach does."""
     root = attachable(model)
     targets = find_targets(root, checked_config(cfg))
-    specs = checked_specs(targets, layers_at(root, targets), configs_at(cfg, targets, changes_at(cfg, targets)))
+    layers = layers_at(root, targets)
+    specs = checked_specs(targets, layers, configs_at(cfg, targets, changes_at(cfg, targets)))
     parameters = sum(math.prod(spec.shape) for at in specs.values() for spec in at.values() if spec.trainable)
+    if parameters:
+        probe.check_gradients(root, layers)
     return Plan(type(root).__name__, cfg.variant, tuple(targets), parameters, model_width(root))
 
 
@@ -229,3 +232,5 @@ def _check_layer(target: Target, module: Any, cfg: BaseConfig) -> None:
             f"{path}: {cfg.variant!r} needs a dense weight, and this one is {target.kind}\n"
             f"  load the base without quantization, or use a variant that works on any base, such as lora"
         )
+    if use != "unused":
+        probe.check_affine(module, path)

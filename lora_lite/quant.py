@@ -78,6 +78,11 @@ def is_bypassed(layer: Linear) -> bool:
     return isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
+def is_bitsandbytes(layer: Linear) -> bool:
+    """True for a layer of bitsandbytes, quantised already or not."""
+    return _is(layer, "bitsandbytes.nn", "Linear4bit") or _is(layer, "bitsandbytes.nn", "Linear8bitLt")
+
+
 def is_transposed(layer: Linear) -> bool:
     """True for transformers' Conv1D (GPT-2), whose weight is (d_in, d_out)."""
     return _is(layer, "transformers.pytorch_utils", "Conv1D")
@@ -237,38 +242,32 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
     """
     odd = {p: m for p, m in model.named_modules() if features(m) and kind_of(m) is not Kind.DENSE}
     layers = {path: layer for path, layer in odd.items() if not is_lazy(layer)}
-    record: dict[str, Any] = {"modules": sorted(layers)}
-    for layer in layers.values():
-        if kind_of(layer) is Kind.BNB_4BIT:
-            state = _quant_state(layer)
-            compute = layer.compute_dtype
-            return {
-                "method": "bitsandbytes-4bit",
-                "quant_type": state.quant_type,
-                "blocksize": state.blocksize,
-                "double_quant": bool(state.nested),
-                "compute_dtype": None if compute is None else dtype_name(compute),
-                "weight_dtype": dtype_name(state.dtype),
-            } | record
-        if kind_of(layer) is Kind.BNB_8BIT:
-            return {
-                "method": "bitsandbytes-8bit",
-                "quant_type": "int8",
-                "blocksize": None,
-                "double_quant": False,
-                "compute_dtype": None,
-                "weight_dtype": None,
-            } | record
     if not layers:
         return None
-    return {
+    first: Linear = next(iter(layers.values()))
+    layer: Linear = next((each for each in layers.values() if kind_of(each) is not Kind.UNKNOWN), first)
+    record = {
         "method": "unknown",
-        "quant_type": describe(next(iter(layers.values()))),
+        "quant_type": describe(layer),
         "blocksize": None,
         "double_quant": False,
         "compute_dtype": None,
         "weight_dtype": None,
-    } | record
+        "modules": sorted(layers),
+    }
+    if kind_of(layer) is Kind.BNB_8BIT:
+        return record | {"method": "bitsandbytes-8bit", "quant_type": "int8"}
+    if kind_of(layer) is Kind.UNKNOWN:
+        return record
+    state, compute = _quant_state(layer), layer.compute_dtype
+    return record | {
+        "method": "bitsandbytes-4bit",
+        "quant_type": state.quant_type,
+        "blocksize": state.blocksize,
+        "double_quant": bool(state.nested),
+        "compute_dtype": None if compute is None else dtype_name(compute),
+        "weight_dtype": dtype_name(state.dtype),
+    }
 
 
 def compute_dtype(layer: Linear) -> torch.dtype | None:

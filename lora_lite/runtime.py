@@ -15,7 +15,7 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from . import experts, quant, record
+from . import experts, probe, quant, record
 from .adapter import Adapter, get_adapter, scaled
 from .config import BaseConfig
 from .errors import ConfigError, TargetError
@@ -82,6 +82,8 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
         check_takes_data(cfg)
     targets = find_targets(root, cfg)
     with installed(root, cfg, name, targets, changes_at(cfg, targets), _fresh) as adapter, torch.no_grad():
+        if next(adapter.parameters(), None) is not None:
+            probe.check_gradients(root, layers_at(root, targets))
         views = adapter.views()
         for view in views.values():
             variant.init(view, view.cfg)

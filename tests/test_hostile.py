@@ -97,12 +97,24 @@ def write_peft(folder: Path) -> Path:
 
 def write_base(folder: Path) -> Path:
     """A checkpoint folder in two shards, with a config."""
-    model = tiny_llama()
+    return write_folder(tiny_llama(), folder)
+
+
+def write_labels(folder: Path) -> Path:
+    """The same blocks under a head whose size is the number of labels."""
+    from transformers import LlamaForSequenceClassification
+
+    labels = tiny_llama().config
+    labels.id2label = dict(enumerate("abc"))
+    return write_folder(LlamaForSequenceClassification(labels), folder)
+
+
+def write_folder(model: Any, folder: Path) -> Path:
     names = {key: f"model-{1 + i % 2}.safetensors" for i, key in enumerate(model.state_dict())}
     for name in set(names.values()):
         save_file({key: value for key, value in model.state_dict().items() if names[key] == name}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     return folder / "model-1.safetensors"
 
@@ -140,8 +152,9 @@ PEFT = Reader(write_peft, lambda model, file, out: ll.load_peft(model, file.pare
 DIFFUSERS = Reader(write_diffusers, lambda model, file, out: ll.load(model, file))
 MERGE = Reader(write_adapter, lambda model, file, out: merged(model, merge_source()[0], file, out))
 BASE = Reader(write_base, lambda model, file, out: merged(model, file.parent, merge_source()[1], out))
+LABELS = BASE._replace(write=write_labels)
 READERS = {"adapter": ADAPTER, "raw": RAW, "shards": SHARDS, "peft": PEFT, "diffusers": DIFFUSERS}
-READERS |= {"merge": MERGE, "base": BASE}
+READERS |= {"merge": MERGE, "base": BASE, "labels": LABELS}
 
 Damage = Callable[[Path, random.Random], Any]
 """Change the file (and what is beside it) in place."""
@@ -759,6 +772,34 @@ BASE_CONFIG: list[Case] = [
         for field in ("architectures", "num_hidden_layers", "hidden_size", "intermediate_size")
         for i, v in enumerate([-1, "x", 10**9, 10**30, NESTED, ["os.system"], [{}], {"a": 1}])
     ),
+    ("config-digits", settings("config.json", lambda h: h.update(num_hidden_layers=10**4000)), "error"),
+]
+FLOATS = [{"__float__": value} for value in ("Infinity", "-Infinity", "NaN", "x", 3, None, [], {}, "1" * 10**6)]
+LABELS_CONFIG: list[Case] = [
+    *(
+        (f"labels-{i}", settings("config.json", lambda h, v=v: h.update(id2label=v)), "error")  # type: ignore[misc]
+        for i, v in enumerate([{"x": "a"}, [], "x", 3, True, NESTED])
+    ),
+    ("labels-lists", settings("config.json", lambda h: h.update(id2label={"0": {}})), "either"),
+    ("labels-digits", settings("config.json", lambda h: h.update(id2label={"9" * 4000: "a"})), "either"),
+    ("labels-many", settings("config.json", lambda h: h.update(id2label=dict.fromkeys(range(10**5), "a"))), "either"),
+    *(
+        (
+            f"number-of-labels-{i}",
+            settings("config.json", lambda h, v=v: h.update(id2label=None, num_labels=v)),  # type: ignore[misc]
+            "either",
+        )
+        for i, v in enumerate([*WRONG, 10**5, 10**6, 10**9, 10**12, 1e300])
+    ),
+    *(
+        (f"{name}-{i}", settings("config.json", lambda h, n=name, v=v: h.update({n: v})), "either")  # type: ignore[misc]
+        for name in ("backbone", "backbone_config", "architecture", "label2id", "num_experts", "depths")
+        for i, v in enumerate([*WRONG, 10**9, ["x"], [10**9] * 3, {"model_type": "x"}, "hf-hub:evil/model", "a/b"])
+    ),
+    *(
+        (f"float-{i}", settings("config.json", lambda h, v=v: h.update(rms_norm_eps=v)), "either")
+        for i, v in enumerate(FLOATS)
+    ),  # type: ignore[misc]
 ]
 
 CASES: dict[str, list[Case]] = {
@@ -769,6 +810,7 @@ CASES: dict[str, list[Case]] = {
     "diffusers": [*ANY[::6], *DESCRIBED],
     "merge": [*ANY[::12], *METADATA[::6]],
     "base": [*ANY[::12], *INDEXED[::4], *BASE_CONFIG],
+    "labels": LABELS_CONFIG,
 }
 
 

@@ -180,6 +180,64 @@ def test_a_quantised_layer_becomes_a_dense_one_with_the_sum(tiny: str, quantizat
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_a_4_bit_model_of_any_dtypes_runs_merged_and_gives_what_it_gave(
+    quantization: str, dtype: torch.dtype, compute: torch.dtype, tiny: str
+) -> None:
+    model = ll.load_base(tiny, dtype, quantization, compute_dtype=compute)
+    adapted(model, {"variant": "lora"})
+    layer: Any = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 5, layer.in_features, dtype=dtype)
+    attached, there = logits(model), layer(x)
+    ll.merge(model, quantized="dequantize")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    exact = dtype == compute == torch.float32
+    with torch.no_grad():
+        ours = model.model.layers[0].mlp.up_proj(x)
+    assert (ours - there).norm() < (1e-6 if exact else 0.01) * there.norm()
+    assert (logits(model) - attached).norm() < (1e-5 if exact else 0.03) * attached.norm()
+    ll.unmerge(model)
+    assert torch.equal(logits(model), attached)
+
+
+def test_a_dequantised_layer_has_the_numbers_that_were_multiplied_by(tiny: str) -> None:
+    model = ll.load_base(tiny, torch.float32, "nf4", compute_dtype=torch.bfloat16)
+    ll.attach(model, ll.LoRAConfig(target_names="up_proj"))  # which changes nothing yet
+    path = "model.layers.0.mlp.up_proj"
+    layer: Any = model.get_submodule(path)
+    with torch.no_grad():
+        numbers = layer(torch.eye(layer.in_features)).mT
+    assert not torch.equal(numbers, quant.dense_weight(layer, path))
+    ll.merge(model, quantized="dequantize")
+    assert torch.equal(model.get_submodule(path).weight, numbers)
+
+
+@pytest.mark.parametrize("quantized", [None, "dequantize", "requantize"])
+@pytest.mark.parametrize("library", ["torchao", "quanto"])
+def test_what_other_libraries_quantised_says_what_can_be_done(library: str, quantized: str | None) -> None:
+    model = tiny_llama()
+    if library == "torchao":
+        import torchao.quantization as ao
+
+        ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    else:
+        from optimum import quanto
+
+        quanto.quantize(model, weights=quanto.qint8)
+        quanto.freeze(model)
+    adapted(model, {"variant": "lora"})
+    attached = logits(model)
+    with pytest.raises(
+        ll.QuantizedWeightError,
+        match=r"q_proj: the weight is unknown \(\w+, float32\), whose numbers can't be read or replaced here\n"
+        r"  keep the adapter attached, or use lora_lite.merge_checkpoint on the 16-bit checkpoint$",
+    ):
+        ll.merge(model, quantized=quantized)
+    assert torch.equal(logits(model), attached)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_a_quantised_layer_quantised_again(tiny: str, quantization: str, log: list[str]) -> None:
     model = quantized(tiny, quantization)

@@ -1,6 +1,7 @@
 """Merging on disk: equal to merging in memory bit for bit, for every method, base and layout; whole or not at all."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from models import SIZES, config, moe, quantized, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_laws import logits
 from test_merge import MODES, adapted, named, own
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
@@ -99,6 +101,164 @@ def test_renamed_keys_are_followed(tmp_path: Path) -> None:
     ll.merge(model, keep=False)
     ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
     same_weights(LlavaForConditionalGeneration.from_pretrained(tmp_path / "out"), model)
+
+
+def folder_of(model: Any, folder: Path) -> Path:
+    """The model's folder, of numbers that differ everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+def classifier() -> Any:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3)), r"score$|q_proj$"
+
+
+def resnet() -> Any:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    labels = {0: "cat", 1: "dog", 2: "newt"}
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**sizes, id2label=labels)), r"classifier\.1$"
+
+
+def vitpose() -> Any:
+    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
+
+    sizes = {"image_size": [16, 16], "patch_size": [4, 4], "hidden_size": 32, "num_attention_heads": 2}
+    backbone = VitPoseBackboneConfig(**sizes, num_hidden_layers=2, intermediate_size=48)
+    return VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=5)), r"fc1$|query$|q_proj$"
+
+
+def mamba2() -> Any:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"hidden_size": 32, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "vocab_size": 96}
+    return Mamba2ForCausalLM(Mamba2Config(**sizes, num_hidden_layers=2)), r"(in|out)_proj$"
+
+
+def doge() -> Any:
+    from transformers import DogeConfig, DogeForCausalLM
+
+    config = DogeConfig(**SIZES, intermediate_size=48)
+    assert config.num_experts == 16384
+    assert not config.is_moe
+    return DogeForCausalLM(config), r"(q|up)_proj$"
+
+
+@pytest.mark.parametrize("make", [classifier, resnet, vitpose, mamba2, doge])
+def test_a_skeleton_has_its_heads_backbones_and_infinities(make: Callable[[], Any], tmp_path: Path) -> None:
+    model, targets = make()
+    folder_of(model, tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base").eval()
+    adapter = ll.attach(model, ll.LoRAConfig(r=3, target_names=targets))
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.merge(model, keep=False)
+    ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    same_weights(type(model).from_pretrained(tmp_path / "out"), model)
+
+
+def test_infinities_as_json_once_had_them(tmp_path: Path) -> None:
+    """transformers 4 wrote the bare word."""
+    model, targets = mamba2()
+    folder_of(model, tmp_path / "base")
+    edited(tmp_path / "base", lambda config: config.update(time_step_limit=[0.0, float("inf")]))
+    assert "Infinity]" in (tmp_path / "base" / "config.json").read_text()
+    ll.attach(model, ll.LoRAConfig(target_names=targets))
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+
+
+def test_a_head_of_the_default_size_in_a_config_of_three_labels_is_seen(tmp_path: Path) -> None:
+    model, targets = classifier()
+    folder_of(model, tmp_path / "base")
+    ll.attach(model, ll.LoRAConfig(r=3, target_names=targets))
+    ll.save(model, tmp_path / "a.safetensors")
+    edited(tmp_path / "base", lambda config: config.pop("id2label"))
+    with pytest.raises(ll.CheckpointError, match=r"score.weight is \(3, 64\); wanted \(2, 64\)"):
+        ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    edit(config)
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda c: c["backbone_config"].update(num_hidden_layers=10**9),
+            r"num_hidden_layers=1e\+09, and the files hold",
+        ),
+        (
+            lambda c: c.update(backbone_config={"model_type": "resnet", "depths": [10**9]}),
+            r"depths=1e\+09, and the files",
+        ),
+        (
+            lambda c: c.update(backbone_config={"model_type": "resnet", "depths": [900] * 9}),
+            r"depths=8.1e\+03, and the",
+        ),
+        (lambda c: c.update(backbone_config={"model_type": "nothing"}), "describes no VitPose"),
+        (lambda c: c.update(backbone_config="evil/backbone"), r"fc1.weight is \(128, 32\); wanted \(3072, 768\)"),
+        (
+            lambda c: c.update(backbone_config=None, backbone="evil/backbone"),
+            r"fc1.weight is \(128, 32\); wanted \(3072, 768\)",
+        ),
+        (
+            lambda c: c.update(backbone_config={"model_type": "timm_backbone", "backbone": "hf-hub:evil/backbone"}),
+            "describes no VitPose.*(timm library|backbone is not set)",
+        ),
+    ],
+)
+def test_a_backbone_can_neither_fetch_nor_grow(
+    edit: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dialled(*_: Any, **__: Any) -> None:
+        asked.append(_)
+        raise OSError("no network")
+
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", dialled)
+    model, _ = vitpose()
+    folder_of(model, tmp_path / "base")
+    ll.attach(model, ll.LoRAConfig(target_names="fc1$"))
+    ll.save(model, tmp_path / "a.safetensors")
+    edited(tmp_path / "base", edit)
+    started = time.monotonic()
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    assert time.monotonic() - started < 20
+    assert not asked
+
+
+def test_whatever_field_asks_for_modules_without_end_building_ends(tmp_path: Path) -> None:
+    from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 96}
+    model = MusicgenForCausalLM(MusicgenDecoderConfig(**sizes, num_codebooks=2))
+    folder_of(model, tmp_path / "base")
+    ll.attach(model, ll.LoRAConfig(target_names="fc1$"))
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    edited(tmp_path / "base", lambda config: config.update(num_codebooks=10**9))
+    started = time.monotonic()
+    with pytest.raises(
+        ll.CheckpointError,
+        match=r"more than 10000 modules and parameters, and the files hold \d+ tensors\n.*two models",
+    ):
+        ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "other")
+    assert time.monotonic() - started < 20
+    assert len(nn.Sequential(*(nn.Identity() for _ in range(20_000)))) == 20_000  # nothing is counted afterwards
 
 
 def one_rounding(a: torch.Tensor, b: torch.Tensor, exact: bool) -> None:

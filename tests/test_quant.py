@@ -84,9 +84,19 @@ def test_the_capability_table(quantization: str, tiny: str) -> None:
     assert quant.kind_of(layer) is (quant.Kind.BNB_8BIT if bits == "8" else quant.Kind.BNB_4BIT)
 
 
+class Codes(nn.Linear):
+    """A layer of another library: what it multiplies by is made of its weight's codes, here ones of any code."""
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        super().__init__(8, 8, bias=False)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.ones(8, 8)
+
+
 def test_an_unknown_kind_is_never_guessed() -> None:
-    layer = nn.Linear(8, 8)
-    layer.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    layer = Codes(torch.ones(8, 8, dtype=torch.int8))
     model = nn.ModuleDict({"proj": layer})
     assert quant.kind_of(layer) is quant.Kind.UNKNOWN
     assert quant.describe(layer) == "unknown (Parameter, int8)"
@@ -98,6 +108,16 @@ def test_an_unknown_kind_is_never_guessed() -> None:
     with pytest.raises(ll.QuantizedWeightError, match="its values can't be read"):
         quant.dense_weight(layer, "proj")
     ll.attach(model, config("lora", target_names="proj"))  # reads nothing, so any kind will do
+
+
+def test_a_layer_of_an_unknown_kind_that_cannot_run_is_not_trained() -> None:
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(
+        ll.QuantizedWeightError,
+        match=r"proj: adapters can't be trained through .* \(unknown \(Parameter, int8\)\): its own forward fails",
+    ):
+        ll.attach(nn.ModuleDict({"proj": layer}), config("lora", target_names="proj"))
 
 
 def test_a_layer_that_is_not_quantised_yet_is_unknown() -> None:
@@ -141,10 +161,7 @@ def test_of_an_unknown_kind_the_record_says_just_that(
     """Its elements may be no numbers, so none is taken; nothing tells two such weights apart."""
 
     def model(dense: bool = False) -> Any:
-        layer = nn.Linear(8, 8)
-        if not dense:
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-        return nn.ModuleDict({"proj": layer})
+        return nn.ModuleDict({"proj": nn.Linear(8, 8) if dense else Codes(weight)})
 
     first = model()
     adapter = ll.attach(first, config("lora", target_names="proj"))
