@@ -19,6 +19,7 @@ from . import quant
 from .affine import exactly
 from .config import STORAGE_DTYPES
 from .errors import QuantizedWeightError, brief
+from .sharding import is_sharded
 
 BENT = 2.0**-10
 """Least departure from f(u + v) = f(u) + f(v) - f(0), beside f, that no rounding explains: TF32 has 10 bits, as float16
@@ -85,7 +86,7 @@ def check_gradients(model: nn.Module, targets: Mapping[str, quant.Linear]) -> No
 def _is_asked(layer: quant.Linear) -> bool:
     """False where the class says what is computed, or nothing can be run: bitsandbytes, meta, shards, experts."""
     weight = quant.stored(layer)
-    if quant.is_lazy(layer) or weight.is_meta or quant.is_sharded(weight) or not weight.numel() or weight.dim() == 3:
+    if quant.is_lazy(layer) or weight.is_meta or is_sharded(weight) or not weight.numel() or weight.dim() == 3:
         return False
     if any(quant.is_bitsandbytes(module) for module in layer.modules()):
         return False
