@@ -5,7 +5,8 @@
 
 Directions are fitted on the first half of each set. The search reads how much is left on the second half: the log of
 the odds, at an answer's first token, between the first tokens of the two sides (the gap). The price is the KL
-divergence from the base on neutral prompts. Run again with the same --out, it goes on where it stopped.
+divergence from the base on neutral prompts. A trial is timed first, and as many are done as fit in --minutes. Run again
+with the same --out, it goes on where it stopped.
 """
 
 import hashlib

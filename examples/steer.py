@@ -9,6 +9,8 @@ on neutral prompts. On each side of 0, c breaks down where that first exceeds --
 
 The rounds: a LoRA is trained at c = +1 and c = -1 at once to answer as each side's system prompt asks for, without it;
 c is calibrated to --max-kl from the base with the rounds before, and the round is kept at that c in a history.
+
+What no option gives is fitted to --minutes: an answer, the gap and a training step are timed.
 """
 
 import time

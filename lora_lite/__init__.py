@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter, adapters, disabled, scaled
+from .audit import Audit, Audited, audit
 from .calibrate import Statistics, capture
 from .config import AdapterConfig, BaseConfig
 from .directions import Kernel
@@ -41,7 +42,6 @@ from .variants import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .audit import Audit, Audited, audit
     from .base import load_base
     from .budget import Calibrated, calibrate_scale
     from .checkpoint import load, restore, save
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from .prompts import prompt_batches
 
 _LATER = {
-    "audit": ("Audit", "Audited", "audit"),
     "base": ("load_base",),
     "budget": ("Calibrated", "calibrate_scale"),
     "checkpoint": ("load", "restore", "save"),

@@ -68,7 +68,7 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Audit:
     Raises TargetError, naming them, for layers that were never called, so that their adapters have no effect: the model
     reads the weight without calling the layer, or doesn't use it, or nothing in this batch reaches that part of it; and
     for adapter parameters without a gradient. Raises TargetError, too, where there is nothing to audit: no adapter, a
-    merged one, or all at scale 0.
+    merged one, or all at scale 0. What the model itself raises on the batch goes through.
     """
     root, on = _at_work(model)
     with _kept(root), watching(root, on) as calls, reading(on, calls), torch.inference_mode(False), torch.enable_grad():

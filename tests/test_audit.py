@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +274,11 @@ def test_a_model_inside_of_wrappers_is_audited() -> None:
     model.model.layers[0].self_attn.compile(backend="eager")
     assert len(ll.audit(torch.compile(model, backend="eager"), TEXT).layers) == 7
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_audit_stays_a_function_whatever_is_imported_first() -> None:
+    code = "import lora_lite.trainer as t, lora_lite as ll; assert callable(ll.audit) and ll.audit.__name__ == 'audit'"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_nothing_to_audit() -> None:

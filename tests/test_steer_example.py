@@ -63,8 +63,10 @@ def run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[int, str]:
 def test_a_whole_run(
     small: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, log = run(monkeypatch, **small, break_kl=1e-4, max_kl=0.05)
+    code, log = run(monkeypatch, **small, break_kl=1e-4, max_kl=0.05, dtype="float32")
     assert code == 0, log
+    assert "for --minutes 5: 5 points of the sweep at" in log
+    assert "2 steps of 1 prompts of each pole in each round as asked" in log
     assert "history.safetensors on a fresh base gives the saved model's logits, bit for bit" in log
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
@@ -74,6 +76,7 @@ def test_a_whole_run(
     assert {file.name for file in small["out"].iterdir()} == names
 
     results = json.loads((small["out"] / "results.json").read_text())
+    assert (results["dtype"], results["quantization"], results["steps"]) == ("float32", None, 2)
     assert [point["c"] for point in results["sweep"]] == [-2.0, -1.0, 0.0, 1.0, 2.0]
     assert [point["kl"] == 0 for point in results["sweep"]] == [False, False, True, False, False]
     gaps = [point["gap"] for point in results["sweep"]]
