@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import quant
 from .config import BaseConfig
 from .errors import BaseModelError, ConfigError, TargetError, brief
-from .targets import blocks, find_targets
+from .stacks import find_stacks
+from .targets import find_targets
 
 Batch = Mapping[str, Any]
 Positions = str | Tensor | Callable[[Batch], Tensor]
@@ -219,7 +220,7 @@ def check_batches(batches: Any, what: str = "calibration_data") -> None:
 def _places(model: nn.Module, where: BaseConfig | Iterable[str] | None, what: str) -> dict[str, str]:
     """The path asked for -> the path of the module whose input or output it is."""
     modules = dict(model.named_modules())
-    stack = blocks(modules)
+    stack = find_stacks(modules).blocks(modules)
     if where is None:
         paths = list(stack)
     elif isinstance(where, BaseConfig):

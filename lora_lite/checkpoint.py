@@ -37,6 +37,7 @@ from .peft_folder import DIFFUSERS_SETTINGS
 from .peft_load import load_peft
 from .preflight import attachable, shapes_of, specs_at
 from .runtime import installed
+from .stacks import find_stacks
 from .targets import Target
 from .variant import ParamSpec, lookup
 from .version import __version__
@@ -325,9 +326,9 @@ def _match(root: nn.Module, file: AdapterFile) -> tuple[dict[str, Target], list[
     """The model's layer for each path of the file, and all (path, tensor) pairs; CheckpointError unless all fit."""
     modules = dict(root.named_modules())
     mapping = resolve(file.path, file.targets, set(modules), type(root).__name__)
-    targets, wanted = {}, {}
+    targets, wanted, stacks = {}, {}, find_stacks(modules)
     for at, shape in file.targets.items():
-        target = Target.at(mapping[at], modules[mapping[at]])
+        target = Target.at(mapping[at], modules[mapping[at]], stacks)
         if target is None or (target.d_in, target.d_out) != shape:
             found = None if target is None else (target.d_in, target.d_out)
             raise CheckpointError(

@@ -26,9 +26,10 @@ class BaseConfig:
     The filters are a conjunction; a filter left at its default lets everything pass. Each takes a list or a tuple
     (a single regex may stand alone) and becomes a tuple.
 
-    target_names    regexes, searched in the full module path. Default: every linear layer of the
-                    block stack, so neither embeddings nor the output head. A regex can name any
-                    linear layer, the head included.
+    target_names    regexes, searched in the full module path. Default: every linear layer in a stack of
+                    blocks but routers of experts (`plan` prints what is left out); in a model without
+                    blocks, every one but the output head. A regex can name any linear layer, the head
+                    included.
     exclude_names   regexes; a path that matches one is left out
     target_roles    any of "reader" (reads the residual stream: d_in is the model width), "writer"
                     (writes it: d_out is) and "inner" (neither)

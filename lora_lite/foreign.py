@@ -28,6 +28,7 @@ from .keys import check_shapes, core, file_key, resolve
 from .peft_folder import plain_key
 from .preflight import changes_at, checked_config, configs_at, specs_at
 from .runtime import installed
+from .stacks import find_stacks
 from .targets import Target
 from .variant import REGISTRY, ParamSpec, config_for
 
@@ -169,10 +170,10 @@ def _targets(root: nn.Module, path: Path, layers: Layers) -> dict[str, Target]:
     """The model's layer for each path with adapter tensors. Raises CheckpointError."""
     modules = dict(root.named_modules())
     mapping = resolve(path, layers, set(modules), type(root).__name__)
-    targets = {}
+    targets, stacks = {}, find_stacks(modules)
     for at, tensors in layers.items():
         module = modules[mapping[at]]
-        target = Target.at(mapping[at], module)
+        target = Target.at(mapping[at], module, stacks)
         if target is None:
             raise CheckpointError(
                 f"{path}: {at} has adapter tensors ({brief(', '.join(tensors))}), and in this {type(root).__name__} it "

@@ -25,7 +25,8 @@ from .keys import check_shapes, file_key, resolve
 from .peft_folder import SECOND, THEIRS, PeftFolder, alphas_of, check_rank, flag_of, number_of, read_folder
 from .preflight import Changes, attachable
 from .runtime import installed
-from .targets import Target, place
+from .stacks import find_stacks, place
+from .targets import Target
 from .variant import ParamSpec, config_for, lookup
 
 _REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -128,9 +129,9 @@ def _targets(root: nn.Module, source: PeftFolder) -> dict[str, Target]:
     """The model's linear layer for each path of the file. Raises CheckpointError."""
     modules = dict(root.named_modules())
     mapping = resolve(source.header.path, source.paths, set(modules), type(root).__name__)
-    targets = {}
+    targets, stacks = {}, find_stacks(modules)
     for at, path in mapping.items():
-        target = Target.at(path, modules[path])
+        target = Target.at(path, modules[path], stacks)
         if target is None or target.experts:
             raise CheckpointError(
                 f"{source.header.path}: {at} is no linear layer of this {type(root).__name__} but "

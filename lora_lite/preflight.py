@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections import defaultdict
+import textwrap
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,8 @@ from .errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .keys import file_key
 from .layer import AdapterState
 from .session import Session, has_session, session_of
-from .targets import Target, find_targets, model_width
+from .shapes import not_linear
+from .targets import LeftOut, Target, model_width, select
 from .variant import ParamSpec, lookup, weight_use
 
 Specs = dict[str, dict[str, ParamSpec]]
@@ -26,6 +28,10 @@ Changes = dict[str, dict[str, Any]]
 """Path of a target -> the config fields that differ there."""
 Layers = dict[str, quant.Linear]
 """Path of a target -> the module there."""
+
+
+COLUMNS, GROUPS = 80, 8
+"""How wide a plan says what is left out, and in how many lines at most."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Plan:
     targets: tuple[Target, ...]
     parameters: int
     d_model: int | None
+    left_out: tuple[LeftOut, ...] = ()
+    """What the config's defaults leave out, and why; empty where target_names says what is wanted."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -55,19 +63,31 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         title = f"{self.variant} on {self.model}: {len(self)} layers, {self.parameters:,} trainable parameters"
-        return "\n".join([title, *lines])
+        return "\n".join([title, *lines, *self._lines_left_out()])
+
+    def _lines_left_out(self) -> list[str]:
+        """One entry for all that differs in numbers only; what is just outside of the blocks comes last."""
+        groups: Counter[LeftOut] = Counter()
+        for path, reason in sorted(self.left_out, key=lambda each: each.reason == "in no stack of blocks"):
+            groups[LeftOut(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), reason)] += 1
+        entries = [f"{path}{f' x {n}' if n > 1 else ''} ({why})" for (path, why), n in groups.items()]
+        more = [f"and {len(entries) - GROUPS} more kinds: Plan.left_out"] if len(entries) > GROUPS else []
+        wrap = textwrap.TextWrapper(COLUMNS, subsequent_indent=" " * 10, break_on_hyphens=False)
+        return [line for entry in entries[:GROUPS] + more for line in wrap.wrap(f"left out: {entry}")]
 
 
 def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     """The layers that `attach(model, cfg)` would adapt; the model may be on the meta device. Raises as attach does."""
     root = attachable(model)
-    targets = find_targets(root, checked_config(cfg))
+    selection = select(root, checked_config(cfg))
+    targets = selection.targets
     layers = layers_at(root, targets)
     specs = checked_specs(targets, layers, configs_at(cfg, targets, changes_at(cfg, targets)))
     parameters = sum(math.prod(spec.shape) for at in specs.values() for spec in at.values() if spec.trainable)
     if parameters:
         probe.check_gradients(root, layers)
-    return Plan(type(root).__name__, cfg.variant, tuple(targets), parameters, model_width(root))
+    left_out = tuple(selection.left_out)
+    return Plan(type(root).__name__, cfg.variant, tuple(targets), parameters, model_width(root), left_out)
 
 
 def attachable(model: nn.Module) -> nn.Module:
@@ -135,6 +155,9 @@ def layers_at(root: nn.Module, targets: list[Target]) -> Layers:
 
 def checked_specs(targets: list[Target], layers: Layers, configs: dict[str, BaseConfig]) -> Specs:
     """The variant's tensors for each target. Raises if a layer can't carry them, naming it."""
+    for path, reason in not_linear(layers).items():
+        kind = type(layers[path]).__name__
+        raise TargetError(f"{path}: an adapter can't act on this {kind}: {reason}\n  leave it out with exclude_names")
     for target in targets:
         _check_layer(target, layers[target.path], configs[target.path])
     return {target.path: specs_at(target, configs[target.path]) for target in targets}
@@ -217,11 +240,6 @@ def check_ready(layers: Layers) -> None:
 
 def _check_layer(target: Target, module: Any, cfg: BaseConfig) -> None:
     path, kind, use = target.path, quant.kind_of(module), weight_use(cfg)
-    if quant.is_bypassed(module):
-        raise TargetError(
-            f"{path}: nn.MultiheadAttention reads this weight without calling the layer, so no adapter on it would "
-            f"ever run\n  leave it out with exclude_names"
-        )
     if kind is quant.Kind.UNKNOWN and use != "unused":
         raise QuantizedWeightError(
             f"{path}: {cfg.variant!r} reads the weight, and this one is {target.kind}\n"

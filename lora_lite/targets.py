@@ -2,22 +2,18 @@
 
 import difflib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import experts, quant
 from .config import BaseConfig
 from .errors import TargetError
-
-Modules = Mapping[str, nn.Module]
-"""All modules of a model by path, in order, as `named_modules` gives them."""
-
-_BLOCK = re.compile(r"(?:^|(?<=\.))(layers?|h|blocks?)\.(\d+)(?=\.|$)")
-"""A block in a path: `layers.3` (Llama), `h.3` (GPT-2), `blocks.3` (MPT), `layer.3` (BERT), `block.3` (T5)."""
+from .shapes import not_linear, routers
+from .stacks import Modules, Place, Stacks, find_stacks, layer_shapes, place, starred
 
 _WRITES = re.compile(
     r"(?:^|\.)(?:o|out|wo|w2|fc2|fc_out|down|dense|dense_4h_to_h|proj|(?:o|out|c|down)_proj|proj_out|to_out\.0)$"
@@ -27,6 +23,9 @@ _READS = re.compile(
     r"|dense_h_to_4h|(?:[qkv]|qkv|kv|gate|up|gate_up|in)_proj|to_[qkv])$"
 )
 """What the last part of a path says of a square layer, whose shape says nothing."""
+
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
+"""What packed weights are kept in; masks are bools, and indices are of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,24 @@ class Target:
     experts: int = 0
 
     @classmethod
-    def at(cls, path: str, layer: quant.Linear) -> "Target | None":
-        """The module as a target; None if it has neither the shape of a linear layer nor fuses experts."""
+    def at(cls, path: str, layer: quant.Linear, stacks: Stacks | None = None) -> "Target | None":
+        """The module as a target; None if it has neither the shape of a linear layer nor fuses experts. Without the
+        model's stacks its place is that of the path alone."""
         shape = quant.features(layer)
         if shape is None:
             return None
-        return cls(path, *shape, quant.describe(layer), *place(path), experts.count(layer))
+        at = place(path) if stacks is None else stacks.place(path)
+        return cls(path, *shape, quant.describe(layer), *at, experts.count(layer))
+
+    @property
+    def place(self) -> Place:
+        """The stack of blocks, and the index of the block in it."""
+        return self.stack, self.block
 
     @property
     def pattern(self) -> str:
         """The path with a star for the block index."""
-        return starred(self.path)
+        return starred(self.path, self.place)
 
     def role(self, d_model: int) -> str | None:
         """ "reader", "writer" or "inner" by the model width; None for a square layer whose name says nothing either."""
@@ -62,73 +68,85 @@ class Target:
         return "reader" if reads else "writer" if writes else "inner"
 
 
-def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
-    """The layers that every filter of the config lets pass, in module order. Raises TargetError.
+class LeftOut(NamedTuple):
+    """A layer, or matrices that are in none, without an adapter though no filter of the config says so."""
 
-    Asked for the writers of the residual stream by role alone, it raises rather than leave one out that no adapter can
-    reach: fused experts for most methods, bare matrices in an unknown form.
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a config chooses in a model."""
+
+    targets: list[Target]
+    left_out: list[LeftOut]
+
+
+def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
+    """The layers that every filter of the config lets pass, in module order. Raises as `select`."""
+    return select(model, cfg).targets
+
+
+def select(model: nn.Module, cfg: BaseConfig) -> Selection:
+    """The layers that every filter of the config lets pass, in module order, and what its defaults leave out.
+
+    Raises TargetError if nothing is chosen. Asked for the writers of the residual stream by role alone, it raises
+    rather than leave one out that no adapter can reach: fused experts for most methods, bare matrices in an unknown
+    form.
     """
     modules = dict(model.named_modules())
-    everything = [t for t in linear_layers(modules) if cfg.FUSED_EXPERTS or not t.experts]
-    depth: dict[str, int] = {}  # of each stack of blocks
-    for stack, block in map(place, (*blocks(modules), *(target.path for target in everything))):
-        if stack is not None and block is not None:
-            depth[stack] = max(depth.get(stack, 0), block + 1)
-    _check_layers(cfg, depth)
-    head = _output_head(model, modules)
-    stacked = any(t.stack for t in everything)
-    named = [t for t in everything if _named(t, cfg, default=bool(t.stack) if stacked else t.path != head)]
-    found = [t for t in named if _deep(t.stack, t.block, cfg, depth)]
+    shapes = layer_shapes(modules)
+    stacks = find_stacks(modules, shapes)
+    layers = [t for path in shapes if (t := Target.at(path, modules[path], stacks)) is not None]
+    everything = [t for t in layers if cfg.FUSED_EXPERTS or not t.experts]
+    _check_layers(cfg, stacks)
+    left_out = [] if cfg.target_names else _left_out(model, modules, layers, stacks, cfg)
+    unnamed = {path for path, _ in left_out}
+    named = [t for t in everything if t.path not in unnamed and _named(t.path, cfg)]
+    found = [t for t in named if _deep(t.place, cfg, stacks)]
     if cfg.target_roles:
         width, text = model_width(model), _text_part(model, modules)
         found = _with_roles([t for t in found if t.path.startswith(text)], cfg, width)
         if "writer" in cfg.target_roles and not cfg.target_names:
-            _check_writers(model, modules, cfg, depth, text, found, width)
+            _check_writers(model, modules, cfg, stacks, text, everything, found, width)
     if not found:
-        raise TargetError(_nothing_found(model, cfg, everything))
-    return found
+        raise TargetError(_nothing_found(model, cfg, everything, left_out))
+    return Selection(found, left_out)
 
 
-def linear_layers(modules: Modules) -> list[Target]:
-    """Every module with the shape of a linear layer, and fused experts; a shared module once, under its first path.
+def _left_out(
+    model: nn.Module, modules: Modules, layers: list[Target], stacks: Stacks, cfg: BaseConfig
+) -> list[LeftOut]:
+    """What a config without target_names leaves out, in module order; nothing that exclude_names excludes.
 
-    What such a module holds inside (another library's adapter, say) is its own affair and is left alone.
+    Of a model with blocks, that is all outside of them; of another, its output head. A layer that no adapter can reach
+    is left out too, but not where the writers of the residual stream are asked for: there it is an error.
     """
-    out: list[Target] = []
-    within: str | None = None
+    shapes = {t.path: (t.d_in, t.d_out) for t in layers if not t.experts}
+    stacked = any(t.stack for t in layers)
+    heads = _output_heads(model, modules, layers)
+    reasons = {t.path: "the output head" if t.path in heads else "in no stack of blocks" for t in layers if not t.stack}
+    if not stacked:
+        reasons = {path: reason for path, reason in reasons.items() if path in heads}
+    reasons |= dict.fromkeys(routers(modules, shapes), "a router of experts")
+    if "writer" not in cfg.target_roles:
+        inside = {path: modules[path] for path in shapes if path not in reasons}
+        reasons |= not_linear(inside)
+    if not cfg.FUSED_EXPERTS:
+        fused = f"fused experts: {cfg.variant} goes on linear layers"
+        reasons |= {t.path: fused for t in layers if t.experts and t.path not in reasons}
+    known = {t.path for t in layers}
     for path, module in modules.items():
-        target = Target.at(path, module)
-        if target is None or (within is not None and path.startswith(within)):
-            continue
-        within = f"{path}." if path else ""
-        out.append(target)
-    return out
-
-
-def blocks(modules: Modules) -> dict[str, nn.Module]:
-    """Every block of the model by its path (`model.layers.3`), in order; none that is inside of another."""
-    found = ((path, module, _BLOCK.search(path)) for path, module in modules.items())
-    return {path: module for path, module, match in found if match and match.end() == len(path)}
-
-
-def starred(path: str) -> str:
-    """The path with a star for the block index: `model.layers.*.mlp`."""
-    return _BLOCK.sub(r"\1.*", path, count=1)
-
-
-def place(path: str) -> tuple[str | None, int | None]:
-    """("model.layers.", 3) for `model.layers.3.mlp`: the stack, and the index in it."""
-    match = _BLOCK.search(path)
-    return (path[: match.start(2)], int(match[2])) if match else (None, None)
+        bare = any(p.ndim == 3 and min(p.shape) > 1 for p in module._parameters.values() if p is not None)
+        if bare and path not in known and stacks.place(path)[0] and not isinstance(module, _ConvNd):
+            reasons[path] = "matrices that are no linear layer"
+    return [LeftOut(path, reasons[path]) for path in modules if path in reasons and not _excluded(path, cfg)]
 
 
 def model_width(model: nn.Module) -> int | None:
     """d_model, the width of the residual stream, from the model's config; never guessed from shapes."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = _text_config(model)
     for name in ("hidden_size", "d_model", "n_embd", "dim"):
         width = getattr(config, name, None)
         if isinstance(width, int):
@@ -138,47 +156,61 @@ def model_width(model: nn.Module) -> int | None:
 
 def _text_part(model: nn.Module, modules: Modules) -> str:
     """The path of the language model inside a multimodal one, whose width the roles are of; else the empty path."""
-    config = getattr(model, "config", None)
-    nested = getattr(config, "get_text_config", None)
-    text = config if nested is None else nested()
-    if text is config:
+    text = _text_config(model)
+    if text is getattr(model, "config", None):
         return ""
     return next((f"{path}." for path, m in modules.items() if path and getattr(m, "config", None) is text), "")
 
 
-def _named(target: Target, cfg: BaseConfig, default: bool) -> bool:
-    if any(re.search(pattern, target.path) for pattern in cfg.exclude_names):
-        return False
-    if cfg.target_names:
-        return any(re.search(pattern, target.path) for pattern in cfg.target_names)
-    return default
+def _text_config(model: nn.Module) -> Any:
+    """The config of the language model; of one with two, a prompt's and the decoder's (MusicGen), the decoder's."""
+    config = getattr(model, "config", None)
+    nested = getattr(config, "get_text_config", None)
+    if nested is None:
+        return config
+    try:
+        return nested()
+    except ValueError:  # transformers: "Multiple valid text configs"
+        return nested(decoder=True)
 
 
-def _output_head(model: nn.Module, modules: Modules) -> str | None:
-    """The path of a transformers model's output head."""
+def _named(path: str, cfg: BaseConfig) -> bool:
+    named = not cfg.target_names or any(re.search(pattern, path) for pattern in cfg.target_names)
+    return named and not _excluded(path, cfg)
+
+
+def _excluded(path: str, cfg: BaseConfig) -> bool:
+    return any(re.search(pattern, path) for pattern in cfg.exclude_names)
+
+
+def _output_heads(model: nn.Module, modules: Modules, layers: list[Target]) -> set[str]:
+    """The paths of a transformers model's output head: what it calls so, and the last layer of one that classifies."""
     find: Any = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
-    return next((path for path, module in modules.items() if module is head), None)
+    heads = {path for path, module in modules.items() if module is head}
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    return heads | {t.path for t in layers[-1:] if t.d_out == labels and not t.stack}
 
 
-def _deep(stack: str | None, block: int | None, cfg: BaseConfig, depth: dict[str, int]) -> bool:
+def _deep(place: Place, cfg: BaseConfig, stacks: Stacks) -> bool:
     if cfg.layers is None and cfg.layer_range is None:
         return True
+    stack, block = place
     if stack is None or block is None:
         return False
-    n = depth[stack]
+    n = stacks.depths[stack]
     if cfg.layers is not None and block not in {i % n for i in cfg.layers if -n <= i < n}:
         return False
     low, high = cfg.layer_range or (0.0, 1.0)
     return low <= (block + 0.5) / n <= high
 
 
-def _check_layers(cfg: BaseConfig, depth: dict[str, int]) -> None:
-    longest = max(depth.values(), default=0)
+def _check_layers(cfg: BaseConfig, stacks: Stacks) -> None:
+    longest = max(stacks.depths.values(), default=0)
     wrong = [i for i in cfg.layers or () if not -longest <= i < longest]
     if wrong:
         raise TargetError(
-            f"layers={cfg.layers}: {wrong} name no block; stacks: {depth or 'none'}\n"
+            f"layers={cfg.layers}: {wrong} name no block; stacks: {stacks.depths or 'none'}\n"
             f"  block indices run from 0; negative ones count from the end"
         )
 
@@ -204,8 +236,9 @@ def _check_writers(
     model: nn.Module,
     modules: Modules,
     cfg: BaseConfig,
-    depth: dict[str, int],
+    stacks: Stacks,
     within: str,
+    everything: list[Target],
     found: list[Target],
     d_model: int | None,
 ) -> None:
@@ -214,15 +247,12 @@ def _check_writers(
     Three dimensions are experts in a form that isn't known; two dimensions, in a part where nothing else was found, are
     a projection without a module. A module with d_out features and no weight is packed by some other library.
     """
-    linear, reached = (
-        {t.path for t in linear_layers(modules) if cfg.FUSED_EXPERTS or not t.experts},
-        [t.path for t in found],
-    )
-    for path, block in blocks(modules).items():
-        if not (path.startswith(within) and _deep(*place(path), cfg, depth)):
+    linear, reached = {t.path for t in everything}, [t.path for t in found]
+    for path, block in stacks.blocks(modules).items():
+        if not (path.startswith(within) and _deep(stacks.place(path), cfg, stacks)):
             continue
         for part, holder, ndim in _bare(path, block, linear, d_model):
-            if any(re.search(pattern, holder) for pattern in cfg.exclude_names):
+            if _excluded(holder, cfg):
                 reached.append(holder)  # what was left out on purpose explains what goes with it, such as a router
             elif ndim > 2 or not any(f"{at}.".startswith(f"{part}.") for at in reached):
                 kind = type(model.get_submodule(holder)).__name__
@@ -241,19 +271,22 @@ def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) ->
             continue
         part = ".".join(at.split(".")[: path.count(".") + 2])
         for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if t.ndim > 1 and (d_model in t.shape[-2:] or not t.is_floating_point()):
+            packed = t.dtype in _PACKED and t.ndim < 4  # older masks are bytes (1, 1, n, n)
+            if t.ndim > 1 and (packed or (t.is_floating_point() and d_model in t.shape[-2:])):
                 out.append((part, at, t.ndim))
         if getattr(module, "out_features", None) == d_model:
             out.append((part, at, 3))
     return sorted(out, key=lambda each: -each[2])
 
 
-def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target]) -> str:
+def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target], left_out: list[LeftOut]) -> str:
     filters = {name: getattr(cfg, name) for name in cfg.FILTERS if getattr(cfg, name)}
     given = ", ".join(f"{name}={value!r}" for name, value in filters.items()) or f"the defaults of {cfg.variant!r}"
+    unasked = "".join(f"  left out by default: {path} ({reason})\n" for path, reason in left_out[:3])
     return (
         f"no layer matched {given} in {type(model).__name__}\n"
         f"  {len(everything)} linear layers searched; nearest: {', '.join(_nearest(cfg, everything)) or 'none'}\n"
+        f"{unasked}"
         f"  preview with lora_lite.plan(model, cfg)"
     )
 

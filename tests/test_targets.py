@@ -158,15 +158,6 @@ def test_a_shared_layer_is_adapted_once() -> None:
     assert list(adapter.targets) == ["0"]
 
 
-def test_an_attention_output_that_is_never_called_is_refused() -> None:
-    model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(
-        ll.TargetError, match=r"self_attn.out_proj: nn.MultiheadAttention reads this weight without calling"
-    ):
-        ll.attach(model, ll.LoRAConfig(r=2))
-    assert len(ll.attach(model, ll.LoRAConfig(r=2, exclude_names="out_proj")).targets) == 2
-
-
 def test_plan_prints_one_row_for_a_kind_of_layer() -> None:
     text = str(ll.plan(tiny_llama(), ll.LoRAConfig(r=4, target_names=("up_proj", "k_proj"))))
     assert text.splitlines() == [
@@ -175,6 +166,96 @@ def test_plan_prints_one_row_for_a_kind_of_layer() -> None:
         "model.layers.*.self_attn.k_proj  64 -> 32   reader  float32  2",
         "model.layers.*.mlp.up_proj       64 -> 128  reader  float32  2",
     ]
+
+
+def test_plan_says_what_the_defaults_leave_out() -> None:
+    model = tiny_llama()
+    plan = ll.plan(model, ll.LoRAConfig(r=4))
+    assert plan.left_out == (("lm_head", "the output head"),)
+    assert str(plan).splitlines()[-1] == "left out: lm_head (the output head)"
+    for fields in ({"exclude_names": "lm_head"}, {"target_names": "up_proj"}):
+        chosen = ll.plan(model, ll.LoRAConfig(r=4, **fields))
+        assert chosen.left_out == ()
+        assert "left out" not in str(chosen)
+
+
+def test_plan_says_it_in_few_lines_of_80_columns() -> None:
+    model = tiny_llama()
+    model.model.a_projector_with_a_rather_long_name = nn.ModuleList([nn.Linear(8, 8) for _ in range(40)])
+    model.model.an_attribute_whose_name_alone_is_longer_than_a_line_of_eighty_columns_can_be_in_all = nn.Linear(8, 8)
+    for i in range(8):
+        setattr(model.model, f"head_{chr(97 + i)}", nn.Linear(8, 8))
+    plan = ll.plan(model, ll.LoRAConfig(r=4))
+    lines = [line for line in str(plan).splitlines() if line.startswith(("left out:", " "))]
+    assert lines[0] == "left out: lm_head (the output head)"  # outside of the blocks comes last
+    assert lines[1:3] == [
+        "left out: model.a_projector_with_a_rather_long_name.* x 40 (in no stack of",
+        "          blocks)",
+    ]
+    assert lines[-1] == "left out: and 3 more kinds: Plan.left_out"
+    assert max(map(len, lines)) <= 80
+    assert len(plan.left_out) == 1 + 40 + 1 + 8
+
+
+def test_the_head_of_a_model_without_blocks_is_left_out() -> None:
+    """A classifier is the last layer and has a row for each label."""
+    model: Any = nn.ModuleDict({"stem": nn.Linear(4, 8), "classifier": nn.Sequential(nn.ReLU(), nn.Linear(8, 5))})
+    model.config = transformers.PretrainedConfig(num_labels=5)
+    plan = ll.plan(model, ll.LoRAConfig(r=2))
+    assert [target.path for target in plan] == ["stem"]
+    assert plan.left_out == (("classifier.1", "the output head"),)
+    named = ll.plan(model, ll.LoRAConfig(r=2, target_names="classifier"))
+    assert [target.path for target in named] == ["classifier.1"]
+    resnet = transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    )
+    with pytest.raises(
+        ll.TargetError,
+        match=r"nearest: classifier.1\n  left out by default: classifier.1 \(the output head\)\n  preview",
+    ):
+        ll.plan(resnet, ll.LoRAConfig(r=2))
+
+
+def test_musicgen_has_two_language_models_and_roles_are_the_decoders() -> None:
+    model = transformers.MusicgenForConditionalGeneration(
+        transformers.MusicgenConfig(
+            text_encoder={"model_type": "t5", "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
+            | SMALL,
+            audio_encoder={"model_type": "encodec", "num_filters": 4, "hidden_size": 16, "codebook_size": 32},
+            decoder={
+                "hidden_size": 16,
+                "ffn_dim": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_codebooks": 2,
+                "pad_token_id": 0,
+            }
+            | SMALL,
+        )
+    )
+    plan = ll.plan(model, ll.LoRAConfig(r=2))
+    assert plan.d_model == 16
+    assert {t.stack for t in plan} == {"text_encoder.encoder.block.", "decoder.model.decoder.layers."}
+    assert len(ll.attach(model, ll.LoRAConfig(r=2)).targets) == len(plan)
+    writers = ll.plan(model, ll.LoRAConfig(r=2, target_roles="writer"))
+    assert {t.stack for t in writers} == {"decoder.model.decoder.layers."}
+
+
+def test_a_mask_is_no_packed_weight() -> None:
+    """GPT-Neo's blocks hold their causal mask as a buffer of bools; a packed weight's codes are integers."""
+    cfg = ll.AbliterationConfig()
+    model = transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], **SMALL
+        )
+    )
+    names = {t.path.rpartition(".")[2] for t in ll.plan(model, cfg)}
+    assert names == {"out_proj", "c_proj"}
+    attention: Any = model.transformer.h[1].attn
+    del attention.attention.out_proj
+    attention.attention.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+    with pytest.raises(ll.TargetError, match=r"transformer.h.1.attn.attention: this GPTNeoSelfAttention may write"):
+        ll.plan(model, cfg)
 
 
 def test_plan_agrees_with_attach_and_leaves_the_model_alone() -> None:

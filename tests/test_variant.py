@@ -82,11 +82,17 @@ def test_constants_are_kept_apart_by_name() -> None:
 
 
 def test_a_layer_that_gives_no_tensor_is_named() -> None:
+    """What holds a linear layer isn't asked at attach what it gives."""
+
     class Pair(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.inner = torch.nn.Linear(4, 4)
+
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), None
 
-    model = torch.nn.ModuleDict({"proj": Pair(4, 4)})
+    model = torch.nn.ModuleDict({"proj": Pair()})
     attach(variant(), model)
     with pytest.raises(ll.TargetError, match="proj: wanted a tensor from this layer, got tuple"):
         model["proj"](torch.ones(1, 4))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from ..config import BaseConfig, dtype_name
-from ..targets import place, starred
+from ..stacks import place, starred
 from .norms import Weights, norm
 from .stored import PEFT, StoredAdapter, StoredTensors, read_stored
 

@@ -16,7 +16,8 @@ from ..keys import check_shapes, file_key
 from ..peft_folder import CONFIG, WEIGHTS
 from ..peft_load import read_layers
 from ..preflight import specs_at
-from ..targets import Target, place
+from ..stacks import place
+from ..targets import Target
 from ..variant import weight_use
 
 OURS, PEFT = "lora-lite file", "PEFT folder"
