@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import quant
+from .sharding import is_sharded
 from .stacks import Modules, Shapes
 
 ROWS = 2
@@ -108,4 +109,4 @@ def _can_be_asked(layer: quant.Linear) -> bool:
     weight = quant.stored(layer)
     dense = weight.ndim == 2 and quant.kind_of(layer) is quant.Kind.DENSE
     wraps = any(quant.features(inner) for inner in layer.modules() if inner is not layer)
-    return dense and not wraps and not weight.is_meta and not quant.is_sharded(weight)
+    return dense and not wraps and not weight.is_meta and not is_sharded(weight)
