@@ -20,12 +20,14 @@ from transformers import AutoTokenizer  # noqa: E402
 import lora_lite as ll  # noqa: E402
 from lora_lite.variant import REGISTRY  # noqa: E402
 
-LONGEST = ("test_processes.py", "test_story.py", "test_abliteration.py", "test_examples.py", "test_steering_real.py")
 
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes a minute comes first, so that no process is left with it at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """Whatever asks for the real model is slow. The slow ones come first, so that no process ends with one."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -595,6 +595,7 @@ def test_any_method_becomes_a_lora(base: Path, tmp_path: Path) -> None:
     assert "lora-lite: as a LoRA of rank 2: relative error" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_convert_prints_the_error_of_a_lora_and_no_noise(base: Path, tmp_path: Path) -> None:
     path = saved(tmp_path, config("ia3", target_names="k_proj"))
     done = process("convert", path, tmp_path / "peft", "--base", base, "--rank", 4)

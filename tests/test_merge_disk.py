@@ -682,6 +682,7 @@ def test_a_config_can_neither_fetch_nor_grow(saved: Path) -> None:
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_goes_on_and_ends_the_same(saved: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "workers.py"), "killed", str(saved)], timeout=300

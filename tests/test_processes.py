@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["compile", "ddp", "fsdp"])
 def test_every_variant(job: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("workers.py")
