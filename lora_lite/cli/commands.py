@@ -1,6 +1,7 @@
 """The commands of `lora-lite`. They only print: what they print is computed elsewhere."""
 
 import json
+import logging
 import sys
 import traceback
 import warnings
@@ -81,12 +82,16 @@ def _reason(error: Exception) -> str:
 def _messages(debug: bool) -> Iterator[None]:
     """The library's log lines on stderr: warnings, with debug all; other libraries' warnings with debug alone."""
     sink = logger.add(sys.stderr, format="{level.name}: {message}", level="DEBUG" if debug else "WARNING")
+    before = logging.root.manager.disable
+    if not debug:
+        logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(before)
         logger.remove(sink)
 
 
