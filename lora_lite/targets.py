@@ -99,20 +99,20 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     shapes = layer_shapes(modules)
     stacks = find_stacks(modules, shapes)
     layers = [t for path in shapes if (t := Target.at(path, modules[path], stacks)) is not None]
-    everything = [t for t in layers if cfg.FUSED_EXPERTS or not t.experts]
+    reachable = [t for t in layers if cfg.FUSED_EXPERTS or not t.experts]
     _check_layers(cfg, stacks)
     left_out = [] if cfg.target_names else _left_out(model, modules, layers, stacks, cfg)
-    unnamed = {path for path, _ in left_out}
-    named = [t for t in everything if t.path not in unnamed and _named(t.path, cfg)]
-    found = [t for t in named if _deep(t.place, cfg, stacks)]
+    unasked = {path for path, _ in left_out}
+    named = [t for t in reachable if t.path not in unasked and _named(t.path, cfg)]
+    targets = [t for t in named if _deep(t.place, cfg, stacks)]
     if cfg.target_roles:
         width, text = model_width(model), _text_part(model, modules)
-        found = _with_roles([t for t in found if t.path.startswith(text)], cfg, width)
+        targets = _with_roles([t for t in targets if t.path.startswith(text)], cfg, width)
         if "writer" in cfg.target_roles and not cfg.target_names:
-            _check_writers(model, modules, cfg, stacks, text, everything, found, width)
-    if not found:
-        raise TargetError(_nothing_found(model, cfg, everything, left_out))
-    return Selection(found, left_out)
+            _check_writers(model, modules, cfg, stacks, text, reachable, targets, width)
+    if not targets:
+        raise TargetError(_nothing_found(model, cfg, reachable, left_out))
+    return Selection(targets, left_out)
 
 
 def _left_out(
