@@ -244,7 +244,7 @@ def test_what_no_matrix_stands_for_is_found(name: str, dtype: torch.dtype) -> No
     model = nn.ModuleDict({"proj": Own(change, dtype)})
     found = found if dtype != torch.bfloat16 else f"{found}|of small inputs is lost"
     with pytest.raises(ll.QuantizedWeightError, match=rf"proj: no matrix stands for this layer .*({found})"):
-        ll.attach(model, config("dora", target_names="proj"))
+        probe.check_affine(model["proj"], "proj")
     if name in ("int8", "groups", "output"):  # a straight-through gradient is a right one, of the weight
         ll.attach(model, config("lora", target_names="proj"))
         with pytest.raises(ll.QuantizedWeightError, match="proj: no matrix stands for this layer"):
@@ -286,9 +286,8 @@ def test_gradients_come_down_through_later_layers_that_are_no_targets() -> None:
 
 
 @pytest.mark.parametrize("change", [lambda f, x: (f(x), None), lambda f, x: f(x.unflatten(-2, (2, 7)))])
-def test_a_forward_that_wants_or_gives_other_things_than_rows_is_left_to_itself(change: Any, log: list[str]) -> None:
-    model = nn.ModuleDict({"proj": Own(change)})
-    ll.attach(model, config("dora", target_names="proj"))
+def test_a_forward_that_wants_or_gives_other_things_than_rows_is_not_probed(change: Any, log: list[str]) -> None:
+    probe.check_affine(Own(change), "proj")
     assert any("DEBUG proj: not probed, its forward says" in line for line in log)
 
 
