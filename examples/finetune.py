@@ -132,7 +132,9 @@ def main(
         list(batches(tokenizer, measured, sizes.pairs)),
         measured[:ANSWERS],
     )
-    # Here goes `ll.audit(base, task.held_out[0])`: before anything is trained.
+    with plain_errors():
+        audited = ll.audit(base, task.held_out[0])
+    logger.info(f"one batch forth and back: every parameter got a gradient\n{audited}")
     history = History()
     with ll.disabled(base):
         before = answers(base, tokenizer, task.shown, sizes.tokens)

@@ -172,6 +172,10 @@ def merge(
         bool,
         typer.Option("--any-base", help="Warn, not fail, where the method depends on other base weights (DoRA)."),
     ] = False,
+    never_ran: Annotated[
+        Literal["raise", "merge"],
+        typer.Option(help="What to do with layers that no forward had called when the adapter was saved."),
+    ] = "raise",
     verify: Annotated[
         Path | None,
         typer.Option(help="Run base + adapter, then the merged model, on this text file, and print how far apart."),
@@ -188,7 +192,14 @@ def merge(
         tokens(base, text)  # what can't be verified should be known before the work
     with _progress("merging", DownloadColumn(), TransferSpeedColumn()) as progress:
         report = merge_checkpoint(
-            base, adapter, out, base_weights, untie=untie, verify_base=not any_base, progress=progress
+            base,
+            adapter,
+            out,
+            base_weights,
+            untie=untie,
+            verify_base=not any_base,
+            never_ran=never_ran,
+            progress=progress,
         )
     print(report)
     if text is not None:
