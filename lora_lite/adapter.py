@@ -69,7 +69,7 @@ class Adapter:
         return self._state.scale
 
     @scale.setter
-    def scale(self, c: float) -> None:
+    def scale(self, c: float | int) -> None:
         self._check_unmerged("change the scale")
         self._state.set_scale(_finite(c))
 
@@ -231,7 +231,7 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
 
 
 @contextmanager
-def scaled(model: nn.Module, c: float, name: str | None = None) -> Iterator[None]:
+def scaled(model: nn.Module, c: float | int, name: str | None = None) -> Iterator[None]:
     """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
 
     A backward may come after the block: what gradient checkpointing runs again then, it runs at the c of the forward
@@ -274,7 +274,7 @@ def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "
     return torch.cat([columns for *_, columns in affine.columns(weight)], dim=1).to(weight.dtype)
 
 
-def _finite(c: float) -> float:
+def _finite(c: float | int) -> float:
     if not is_number(c):
         raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
     return float(c)

@@ -80,7 +80,7 @@ def freeze_into(
     model: nn.Module,
     name: str = "default",
     into: str = "history",
-    c: float | None = None,
+    c: float | int | None = None,
     label: str | None = None,
 ) -> Adapter:
     """Keep a trained adapter at a fixed coefficient as a round of a history, and take it off: its name is free again.
