@@ -175,3 +175,17 @@ def test_diffusers_reads_a_folder_of_ours(name: str, tmp_path: Path) -> None:
     other.load_lora_adapter(state, prefix=None, metadata=json.loads((tmp_path / "adapter_config.json").read_text()))
     assert_close(output(other), output(model))
     assert not torch.allclose(output(other), output(MODELS[name]()), atol=1e-3)
+
+
+def test_layers_that_a_fused_projection_replaces_are_named() -> None:
+    """fuse_qkv_projections makes new layers of the weights of to_q, to_k and to_v, which nothing calls any more."""
+    model = unet()
+    model.fuse_qkv_projections()
+    ll.attach(model, config("lora", target_names=r"to_(q|k|v|out\.0)$"))
+    generator = torch.Generator().manual_seed(0)
+    sample, states = (torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 5, 8)))
+    with pytest.raises(ll.TargetError, match=r"never called, although the module around it was: .*to_k"):
+        ll.audit(model, {"sample": sample, "timestep": 3, "encoder_hidden_states": states})
+    model(sample, 3, states)
+    with pytest.raises(ll.TargetError, match=r"layers were never called, .*to_q"):
+        ll.merge(model)
