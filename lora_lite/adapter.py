@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import quant, sharding
 from .affine import Affine
 from .config import dtype_name, is_number
-from .errors import ConfigError, TargetError
+from .errors import CheckpointError, ConfigError, TargetError
 from .keys import check_shapes, file_key
 from .layer import AdapterState, Layer, Slot
 from .session import Session, check_unmerged, leads, session_at, session_of, slots_of
@@ -136,10 +136,16 @@ class Adapter:
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in place: an optimiser keeps its parameters, and a sharded one takes its shard.
 
-        Raises CheckpointError, before anything is copied, unless keys and shapes are exactly this adapter's.
+        Raises CheckpointError, before anything is copied, unless keys and shapes are exactly this adapter's, and where
+        ZeRO-3's optimizer would undo it.
         """
         self._check_unmerged("load values")
         own = dict(self.named_tensors())
+        if any(map(sharding.has_master, own.values())):
+            raise CheckpointError(
+                f"adapter {self.name!r}: ZeRO-3's optimizer has copies of its values, and its next step starts there\n"
+                f"  load values before the trainer or deepspeed.initialize, or resume from DeepSpeed's own checkpoint"
+            )
         check_shapes(
             {key: tuple(t.shape) for key, t in tensors.items()},
             {key: tuple(sharding.shape_of(t)) for key, t in own.items()},

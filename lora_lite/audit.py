@@ -4,21 +4,21 @@ print(ll.audit(model, batch))
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from loguru import logger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import quant
+from . import quant, sharding
 from .calls import Calls, adapted, grouped, in_graphs, reading, trained, watching
 from .errors import TargetError
 from .session import check_unmerged, session_of, slots_of
-from .targets import starred
+from .stacks import starred
+from .still import random_kept
 
 WIDTH = 80
 """Columns of the table."""
@@ -76,7 +76,7 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Audit:
         loss = _scalar(output)
         if loss.requires_grad:
             loss.backward()
-    problems = [*silent(on, calls), *unreached(on, calls), *without_gradient(on, calls)]
+    problems = [*bypassed(on, calls), *unused(on, calls), *unreached(on, calls), *without_gradient(on, calls)]
     if problems:
         raise TargetError(
             "\n".join([f"{type(root).__name__}: not every adapter takes part in this forward", *problems])
@@ -86,18 +86,23 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Audit:
 
 @contextmanager
 def watched_step(model: nn.Module) -> Iterator[None]:
-    """The block is a training step, up to its backward, of a model that may be wrapped. Raises TargetError as `audit`
-    does; warns of what this batch didn't reach, which others may, and of what isn't known since it is compiled."""
+    """The block is a training step, up to its backward, of a model that may be wrapped.
+
+    Raises TargetError, in every process if there are several, for layers whose weight is read without a call and for
+    parameters without a gradient. Warns of layers that this batch didn't call, which others may, and of what isn't
+    known since it is compiled.
+    """
     root, on = _at_work(model)
     compiled = in_graphs(model)
     plain = {path: layer for path, layer in on.items() if id(layer) not in compiled}
     fresh = [p for p in trained({path: on[path] for path in on.keys() - plain.keys()}).items() if p[1].grad is None]
-    with watching(root, plain) as calls:
+    with watching(root, plain) as calls, nullcontext() if compiled else reading(plain, calls):
         yield
-    if problems := [*silent(plain, calls), *without_gradient(plain, calls)]:
-        message = [f"{type(root).__name__}: not every adapter takes part in the first training step", *problems]
-        raise TargetError("\n".join(message))
-    doubts = list(unreached(plain, calls))
+    problems = [*bypassed(plain, calls), *without_gradient(plain, calls)]
+    if sharding.any_process(bool(problems), next(root.parameters()).device):
+        message = f"{type(root).__name__}: not every adapter takes part in the first training step"
+        raise TargetError("\n".join([message, *(problems or ["  another process says which"])]))
+    doubts = [*unused(plain, calls), *unreached(plain, calls)]
     if none := [key for key, parameter in fresh if parameter.grad is None]:
         doubts.append(f"  no gradient in compiled parts, after the first step: {grouped(none)}")
     if doubts:
@@ -118,16 +123,18 @@ def _at_work(model: nn.Module) -> tuple[nn.Module, dict[str, quant.Linear]]:
     return root, on
 
 
-def silent(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
-    """Lines of a message on layers that were not called although their parent was, or their weight was read."""
-    never = layers.keys() - calls.called
-    read, unused = never & calls.read, never & calls.reached - calls.read
-    if read:
+def bypassed(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
+    """Lines of a message on layers that were not called although their weight was read."""
+    if read := (layers.keys() - calls.called) & calls.read:
         yield f"  never called, while the model reads the weight itself: {grouped(read)}"
-    if unused:
-        yield f"  never called, although the module around it was: {grouped(unused)}"
-    if read or unused:
         yield "    no adapter on them can have an effect: leave them out with exclude_names"
+
+
+def unused(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
+    """Lines on layers that were not called although the module around them was."""
+    if never := (layers.keys() - calls.called - calls.read) & calls.reached:
+        yield f"  not called in this forward, although the module around it was: {grouped(never)}"
+        yield "    leave them out with exclude_names, or give a batch that calls them (an image, another expert)"
 
 
 def unreached(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
@@ -188,17 +195,12 @@ def _kept(model: nn.Module) -> Iterator[None]:
     """Gradients, buffers and random states are afterwards as they were."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = list(_statistics(model))
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    numpy_state = np.random.get_state()  # SpecAugment's and LayerDrop's
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(sorted(d.index or 0 for d in devices), device_type=kind))
+    with random_kept(model):
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
             yield
         finally:
-            np.random.set_state(numpy_state)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             with torch.no_grad():
@@ -209,8 +211,8 @@ def _kept(model: nn.Module) -> Iterator[None]:
 
 
 def _statistics(model: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Every buffer with a copy of it; those of linear layers are packed weights, which no forward changes."""
+    """Every buffer that a forward may count or average in, with a copy of it; codes of packed weights are integers."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if not buffer.is_meta and quant.features(module) is None:
+            if not buffer.is_meta and (buffer.is_floating_point() or buffer.numel() == 1):
                 yield module, name, buffer, buffer.clone()

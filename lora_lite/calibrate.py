@@ -1,7 +1,7 @@
 """What a model's activations are on given inputs, as statistics that are kept up batch by batch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from loguru import logger
 from torch import Tensor, nn
 
-from . import quant
 from .config import BaseConfig
 from .errors import BaseModelError, ConfigError, TargetError, brief
 from .stacks import find_stacks
+from .still import still
 from .targets import find_targets
 
 Batch = Mapping[str, Any]
@@ -115,22 +115,6 @@ def capture(
             reader.check_all_seen()
     found = {path: each.result() for path, each in sums.items()}
     return {at: found[path] for at, path in places.items()}
-
-
-@contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Within the block: eval mode, no gradients, 4-bit layouts kept; mode and RNG are afterwards as they were."""
-    modes = {module: module.training for module in model.modules()}
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    with torch.random.fork_rng(sorted(d.index or 0 for d in devices), device_type=kind), quant.layout_kept(model):
-        try:
-            model.eval()
-            with torch.no_grad():
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def with_progress(batches: Iterable[Any], progress: bool, what: str) -> Iterable[Any]:

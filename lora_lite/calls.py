@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from . import quant
 from .adapter import adapters
-from .calibrate import still
 from .errors import ConfigError, TargetError, brief
 from .layer import Slot
 from .session import slots_of
+from .still import still
 from .targets import starred
 
 NEVER_RAN = ("raise", "merge")
@@ -140,12 +140,19 @@ def adapted(root: nn.Module) -> dict[str, quant.Linear]:
 
 
 def uncalled(root: nn.Module) -> set[str]:
-    """Paths of the layers that no forward has called since attach, although one has called others; none before the
-    first forward. Compiled parts are left out: in a graph no hook can note that it ran."""
-    layers, compiled = adapted(root), in_graphs(root)
-    if not any(map(_has_run, layers.values())):
-        return set()
-    return {path for path, layer in layers.items() if not _has_run(layer) and id(layer) not in compiled}
+    """Paths of the layers that no forward has called since attach, although one has called others; and those of which
+    the adapter's file says so.
+
+    Of the first kind none before the first forward, and none in compiled parts: in a graph no hook can note that it
+    ran.
+    """
+    layers = adapted(root)
+    silent = {path: layer for path, layer in layers.items() if not _has_run(layer)}
+    told = {path for path, layer in silent.items() if any(slot.never_ran for slot in slots_of(layer).values())}
+    if len(silent) == len(layers):
+        return told
+    compiled = in_graphs(root)
+    return told | {path for path, layer in silent.items() if id(layer) not in compiled}
 
 
 def _has_run(layer: nn.Module) -> bool:
@@ -153,14 +160,27 @@ def _has_run(layer: nn.Module) -> bool:
 
 
 def in_graphs(model: nn.Module) -> set[int]:
-    """The ids of all modules inside of a part that torch.compile has taken, with `torch.compile(part)` or
-    `part.compile()`."""
+    """The ids of all modules inside of a part that torch.compile has taken: by `torch.compile(part)`,
+    `part.compile()`, or a wrapper that is not at hand, which shows by the graphs of its class."""
     parts = [
         module
         for path, module in model.named_modules()
-        if path.rpartition(".")[2] == "_orig_mod" or module._compiled_call_impl is not None
+        if path.rpartition(".")[2] == "_orig_mod" or module._compiled_call_impl is not None or _has_graphs(module)
     ]
     return {id(module) for part in parts for module in part.modules()}
+
+
+def _has_graphs(module: nn.Module) -> bool:
+    """Has torch.compile made a graph of this class's forward?"""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    forward: Any = type(module).forward
+    while forward is not None:  # transformers decorates it
+        code = getattr(forward, "__code__", None)
+        if code is not None and torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
 
 
 def check_called(root: nn.Module, layers: Mapping[str, quant.Linear], never_ran: str) -> None:

@@ -157,6 +157,9 @@ def load(
     changes = {targets[at].path: fields for at, fields in file.per_layer.items()}
     with installed(root, file.cfg, name, list(targets.values()), changes, values, file.scale) as adapter:
         adapter.trained_on(_check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base))
+        silent = {targets[at].path for at in file.never_ran}
+        for _, slot in adapter.slots():
+            slot.never_ran = slot.path in silent
     if file.on != _histories(root, name):
         logger.warning(_other_histories(file))
     logger.info(f"loaded {adapter} from {path}")
@@ -167,7 +170,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     """Copy a file's values and scale into an adapter that is attached: training goes on with the same parameters.
 
     Under FSDP2 and ZeRO-3 each process takes its shards. Raises CheckpointError unless config, base, keys and shapes
-    are the same, TargetError for an unknown name; nothing has changed then.
+    are the same, and once ZeRO-3's optimizer has copies of the values; TargetError for an unknown name; nothing has
+    changed then.
     """
     file, adapter = read_file(path), get_adapter(model, name)
     mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from . import sharding
 from .adapter import adapters, scaled
-from .calibrate import Positions, as_inputs, check_several, select, still, with_progress
+from .calibrate import Positions, as_inputs, check_several, select, with_progress
 from .errors import BaseModelError, ConfigError, TargetError
 from .prompts import Prompt, prompt_batches
 from .session import session_of
+from .still import still
 
 ROUNDING = 1e-5
 """Nats by which a divergence of float32 log-probabilities may fall below zero."""

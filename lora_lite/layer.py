@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from . import quant
@@ -63,7 +63,7 @@ class AdapterState:
     def set_scale(self, scale: float, set_in: int | None = None) -> tuple[float, int]:
         """Returns the arguments that undo it."""
         before = self.scale, self.set_in
-        if is_dynamo_compiling():
+        if is_compiling():
             self.timeline = Timeline()  # there is no clock in a graph: what is pending goes by the scale as it is
         else:
             self.timeline.change(self.scale, scale)
@@ -73,7 +73,7 @@ class AdapterState:
         return before
 
     def _show(self) -> None:
-        fresh = nullcontext() if is_dynamo_compiling() else torch.inference_mode(False)
+        fresh = nullcontext() if is_compiling() else torch.inference_mode(False)
         with fresh:  # a tensor of inference mode could take part in no training later
             c = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # without dimensions: it casts nothing up
         self.plain = Coefficient(self.scale, self.scale == 0, self.scale == 1)
@@ -82,7 +82,7 @@ class AdapterState:
     @property
     def now(self) -> Coefficient:
         """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first."""
-        if is_dynamo_compiling():
+        if is_compiling():
             return self.traced
         node = backward_node()
         if node is None:
@@ -124,6 +124,8 @@ class Slot:
     memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
     ran: bool = False
     """True once a forward outside of torch.compile has called the layer, at any scale, since its first adapter came."""
+    never_ran: bool = False
+    """True if none had when the adapter's file was written, although one had called others."""
 
     @property
     def path(self) -> str:
@@ -270,8 +272,8 @@ class Layer:
         would. The comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only
         while an adapter is on it.
         """
-        remember = not (self.training or torch.is_grad_enabled() or is_dynamo_compiling() or is_transformed())
-        if not (remember or is_dynamo_compiling()):
+        remember = not (self.training or torch.is_grad_enabled() or is_compiling() or is_transformed())
+        if not (remember or is_compiling()):
             self._slot.memo.pop(name, None)  # it takes as much memory as the adapter
         memo = self._slot.memo.get(name) if remember else None
         if memo is not None and all(map(_same, memo[0], inputs)):

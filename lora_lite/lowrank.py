@@ -10,8 +10,8 @@ the gradient of y', h = x̂ Aᵀ and k = 1 - c + c g:
     dg = c Σ_tokens u ⊙ d = c [Σ_tokens u ⊙ (y - b) + Σ_r s uᵀ h ⊙ B]
 
 so from x, the parameters, h (r numbers a token) and, with a gain, y. x̂ is made again from the seed of its mask. Without
-gradients, of a few tokens, products run in the adapter's dtype, float32 or wider: at that size the casts of A and B are
-what takes time, and float32 products are the faster ones on a CPU.
+gradients, of a few tokens, products run in x's dtype, float32 at least: at that size the casts of A and B are what
+takes time, and float32 products are the faster ones on a CPU.
 
 torch.compile, torch.func and forward-mode AD take the plain form, which they differentiate and fuse on their own.
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 WIDE = torch.float32, torch.float64
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
@@ -55,7 +55,7 @@ def add_low_rank(
     """
     if gain is not None:
         gain = _in(gain, torch.promote_types(gain.dtype, x.dtype))
-    if is_dynamo_compiling() or _innermost_transform() is not None or forward_ad._current_level >= 0:
+    if is_compiling() or _innermost_transform() is not None or forward_ad._current_level >= 0:
         return _plain(y, x, a, b, s, dropout, gain, c, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y, bias)):
         out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout)

@@ -218,7 +218,7 @@ def _changes(
             changes.append((Swap(module, "bias", None), nn.Parameter(new_bias, requires_grad=False)))
         return changes
     weight = quant.dense_weight(module, path)
-    dtype = getattr(torch, layer.slots[0].state.base["dtype"])  # of the activations: the layer casts, an nn.Linear not
+    dtype = _activation_dtype(root)  # the quantised layer casts its input, an nn.Linear does not
     replacement: nn.Module
     if quantized == "dequantize":
         compute = quant.compute_dtype(module)
@@ -236,6 +236,16 @@ def _changes(
             f"  attach to an nn.Sequential with the layer in it"
         )
     return [(Swap(parent, name, module), replacement) for parent, name in places]
+
+
+def _activation_dtype(root: nn.Module) -> torch.dtype:
+    """In which most of the plain parameters are, by their elements: embeddings, norms and heads, but no adapters."""
+    adapted = {id(p) for adapter in adapters(root).values() for p in adapter.parameters()}
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in root.parameters():
+        if parameter.is_floating_point() and id(parameter) not in adapted:
+            sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:

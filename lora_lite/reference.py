@@ -15,9 +15,9 @@ from typing import Any, cast
 from torch import nn
 
 from .adapter import adapters, get_adapter, scaled
-from .calibrate import still
 from .errors import TargetError
 from .session import session_of
+from .still import still
 
 
 def reference(model: nn.Module, name: str | None = None) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from . import experts, probe, quant, record
 from .adapter import Adapter, get_adapter, scaled
@@ -300,7 +300,7 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     slot = module.__dict__[SLOTS][name]
-    if not is_dynamo_compiling():
+    if not is_compiling():
         slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
     state = slot.state
     now = state.now
@@ -313,21 +313,21 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
         )
     if x.dtype != y.dtype:
         x = x.to(y.dtype)
-    variant: Any = REGISTRY[slot.cfg.variant]
+    variant: Any = REGISTRY.get(slot.cfg.variant) or lookup(slot.cfg.variant)
     new = variant.forward(Layer(module, slot, y.dtype, now=now), x, y)
     return new if variant.handles_scale or now.is_whole else y + now.c * (new - y)
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = module.__dict__[SLOTS][name]
-    if not is_dynamo_compiling():
+    if not is_compiling():
         slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
     state = slot.state
     now = state.now
     if state.merged or now.is_off:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
-    variant: Any = REGISTRY[slot.cfg.variant]
+    variant: Any = REGISTRY.get(slot.cfg.variant) or lookup(slot.cfg.variant)
     new = variant.forward_input(Layer(module, slot, x.dtype, now=now), x)
     if not (variant.handles_scale or now.is_whole):
         new = x + now.c * (new - x)
@@ -338,7 +338,7 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
     slots = slots_of(module)
     slot = slots[name]
-    if not is_dynamo_compiling():
+    if not is_compiling():
         slot.ran = True
     if slot is next(each for each in slots.values() if each.stacked):
         experts.unshadow(module)  # what an interrupt may have left: hooks that clear up run after an Exception only

@@ -44,6 +44,20 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor() if is_dtensor(tensor) else tensor
 
 
+def any_process(is_so: bool, device: torch.device) -> bool:
+    """Is it so in any process of those that train together? All of them ask, each with a tensor on its device."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return is_so
+    count = torch.tensor(int(is_so), device=device)
+    torch.distributed.all_reduce(count)
+    return bool(count)
+
+
+def has_master(tensor: Tensor) -> bool:
+    """True for a parameter of which ZeRO-3's optimizer keeps the copy that each step goes on from."""
+    return hasattr(tensor, "_z3_optimizer")
+
+
 @contextmanager
 def gathered(tensors: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
     """Within the block, the parameters of ZeRO-3 among these are whole; all processes enter it together. With a

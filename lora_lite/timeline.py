@@ -51,9 +51,7 @@ class Timeline:
             del self.since[: MOST_CHANGES // 2], self._values[: MOST_CHANGES // 2]
 
     def first_run(self, value: float) -> None:
-        """A forward outside of every backward reads the value."""
-        if not self.since:
-            return
+        """A forward outside of every backward reads the value, which has changed before."""
         if self._thread != get_ident():
             self._start(torch.autograd._get_sequence_nr() if get_ident() in self._threads else 0, value)
         self._again, self._is_between = None, False

@@ -32,9 +32,10 @@ __all__ = ["AdapterCheckpoints", "AdapterTrainer", "Reference", "reference"]
 class AdapterCheckpoints:
     """Mixin for a Trainer of a model with adapters: `checkpoint-N/<name>.safetensors` for each, and no base.
 
-    Optimizer, schedule and random states are the Trainer's own. Raises TargetError for a model without an adapter, for
-    parameters that would be trained and are in no adapter, since no checkpoint would hold them, and after the first
-    backward, before a step is taken, for adapters that take no part in it (`lora_lite.audit`).
+    Optimizer, schedule and random states are the Trainer's own; DeepSpeed's own checkpoint beside them holds the base.
+    Raises TargetError for a model without an adapter, for parameters that would be trained and are in no adapter, since
+    no checkpoint would hold them, and after the first backward, before the optimizer's step (DeepSpeed takes that
+    within the backward), for adapters that take no part in it.
     """
 
     _is_audited = False

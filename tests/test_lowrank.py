@@ -440,3 +440,16 @@ def test_shapes_alone_go_through(variant: str) -> None:
     assert model(torch.empty(5, 16, device="meta", requires_grad=True)).is_meta
     with torch.no_grad():
         assert model(torch.empty(5, 16, device="meta")).is_meta
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_exported_model_takes_any_number_of_tokens(grad: bool) -> None:
+    """torch.export traces without dynamo, by default: neither the short path nor its limit may be in the graph."""
+    model = OneLinear()
+    perturb(ll.attach(model, config("lora", target_names="proj")))
+    x = torch.randn(1, 5, 16)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {1: torch.export.Dim("n", min=2, max=64)}})
+    for tokens in (5, 40):
+        x = torch.randn(1, tokens, 16)
+        torch.testing.assert_close(program.module()(x), model(x))

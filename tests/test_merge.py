@@ -202,6 +202,26 @@ def test_a_4_bit_model_of_any_dtypes_runs_merged_and_gives_what_it_gave(
     assert torch.equal(logits(model), attached)
 
 
+def test_a_float32_norm_in_front_says_nothing_of_the_dtype(tiny: str) -> None:
+    """The model's first parameter is in float32, its activations are in bfloat16."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner = torch.nn.LayerNorm(128), ll.load_base(tiny, torch.bfloat16, "nf4")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inner.model.layers[0].mlp(self.norm(x).bfloat16())
+            out: torch.Tensor = self.inner.lm_head(h)
+            return out
+
+    model, x = Normed(), torch.randn(3, 128)
+    perturb(ll.attach(model, config("lora", target_names=r"layers\.0\.mlp\.\w+_proj")))
+    attached = model(x)
+    ll.merge(model, quantized="dequantize")
+    assert (model(x) - attached).norm() < 0.02 * attached.norm()
+
+
 def test_a_dequantised_layer_has_the_numbers_that_were_multiplied_by(tiny: str) -> None:
     model = ll.load_base(tiny, torch.float32, "nf4", compute_dtype=torch.bfloat16)
     ll.attach(model, ll.LoRAConfig(target_names="up_proj"))  # which changes nothing yet

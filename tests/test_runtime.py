@@ -433,3 +433,11 @@ def test_only_trainable_tensors_of_the_adapter_are_optimised() -> None:
     after = adapter.state_dict()
     assert len(frozen) == 28
     assert all(torch.equal(after[key], value) for key, value in frozen.items())
+
+
+def test_a_forward_without_the_registered_variant_says_what_to_import(double: Any) -> None:
+    model = OneLinear()
+    ll.attach(model, ll.AdapterConfig(variant="double", target_names="proj"))
+    del ll.REGISTRY["double"]
+    with pytest.raises(ll.VariantError, match=r"no variant is registered as 'double'(.|\n)*import the file"):
+        model(torch.randn(2, 16))

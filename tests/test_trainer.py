@@ -83,7 +83,9 @@ def test_a_layer_that_is_read_and_not_called_stops_before_the_first_step(accumul
     adapter = ll.attach(model, ll.LoRAConfig(r=4))
     start = values(adapter)
     trainer = AdapterTrainer(model, arguments(tmp_path, gradient_accumulation_steps=accumulate), train_dataset=Tokens())
-    with pytest.raises(ll.TargetError, match=r"first training step\n.*module around it was: .*mixer\.dt_proj \(2\)\n"):
+    with pytest.raises(
+        ll.TargetError, match=r"first training step\n.*reads the weight itself: .*mixer\.dt_proj \(2\)\n"
+    ):
         trainer.train()
     assert all(torch.equal(tensor, start[key]) for key, tensor in adapter.state_dict().items())
     assert trainer.state.global_step == 0
@@ -104,6 +106,29 @@ def test_only_the_first_step_is_watched(tmp_path: Path, log: list[str]) -> None:
     assert hooks[0] > 0
     assert hooks[1:] == [0, 0]
     assert not any("WARNING" in line for line in log)
+
+
+class Conditional(nn.Module):
+    """A layer that only some batches call, as BLIP-2's projection of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, image: torch.Tensor | None = None) -> dict[str, Any]:
+        y = self.text(x)
+        if image is not None:
+            y = y + self.image(image)
+        return {"loss": (y - labels).square().mean()}
+
+
+def test_a_layer_that_another_batch_may_call_is_a_warning(tmp_path: Path, log: list[str]) -> None:
+    model = Conditional()
+    ll.attach(model, config("lora", target_names="^(text|image)$"))
+    trainer = AdapterTrainer(model, arguments(tmp_path, save_strategy="no"), train_dataset=Rows())
+    trainer.train()
+    assert trainer.state.global_step > 1
+    assert sum("not called in this forward, although the module around it was: image\n" in line for line in log) == 1
 
 
 class Rows(torch.utils.data.Dataset):
@@ -162,7 +187,7 @@ def test_trls_fused_loss_with_an_adapter_on_the_head_stops_the_first_step(tmp_pa
         args = trl_arguments(SFTConfig, tmp_path, max_length=16)
         return Trains(model, args, train_dataset=data, processing_class=tokenizer())
 
-    with pytest.raises(ll.TargetError, match="never called, although the module around it was: lm_head\n"):
+    with pytest.raises(ll.TargetError, match="never called, while the model reads the weight itself: lm_head\n"):
         trainer(target_names="_proj$|lm_head").train()
     fits = trainer()
     fits.train()

@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 from loguru import logger
 from models import IDS, OneLinear, attach, config, keep, perturb, tiny_llama
 from models import trained as moved
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -202,6 +203,23 @@ def rounds_of_many_methods(folder: Path) -> None:
         assert not torch.allclose(fast(x), before, atol=1e-2)
 
 
+class HalfCompiled(nn.Module):
+    """Inside of a graph but for one layer; whoever has the model alone sees no wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.b(self.run_a(x))
+        return y
+
+    @torch.compiler.disable
+    def run_a(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.a(x)
+        return y
+
+
 def parts_that_run(folder: Path) -> None:
     """In a graph no hook can note that it ran: layers there aren't taken for such that the model never calls, and a
     checkpoint is no break of the graph."""
@@ -223,6 +241,17 @@ def parts_that_run(folder: Path) -> None:
     ll.merge(model)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, attached, rtol=1e-4, atol=1e-5)
+
+    halves, x = HalfCompiled(), torch.randn(5, 16)
+    adapter = ll.attach(halves, config("lora", target_names="^[ab]$"))
+    perturb(adapter)
+    with torch.no_grad():
+        attached = torch.compile(halves, backend="eager")(x)
+    assert [slot.ran for _, slot in adapter.slots()] == [True, False]
+    ll.save(halves, folder / "halves.safetensors")
+    assert read_file(folder / "halves.safetensors").never_ran == []
+    ll.merge(halves)
+    torch.testing.assert_close(halves(x), attached)
 
     layer, x = OneLinear(), torch.randn(5, 16, requires_grad=True)
     perturb(ll.attach(layer, config("lora", target_names="proj")))

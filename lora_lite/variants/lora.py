@@ -64,6 +64,6 @@ class LoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        cfg = layer.cfg
+        cfg = layer.cfg  # low_rank's factors without a call of it: one token's calls are what it costs
         p = cfg.dropout if cfg.dropout and layer.training else 0.0
         return add_low_rank(y, x, layer.lora_A, layer.lora_B, layer.scale * cfg.scaling, p)

@@ -1,0 +1,43 @@
+"""A model that runs to be looked at, and is afterwards as it was: its modes, and the states of random generators."""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from . import quant
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Within the block: eval mode, no gradients, 4-bit layouts kept; modes and random states are afterwards as they
+    were."""
+    modes = {module: module.training for module in model.modules()}
+    with random_kept(model), quant.layout_kept(model):
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+@contextmanager
+def random_kept(model: nn.Module) -> Iterator[None]:
+    """The states of torch's generators on the model's devices, of numpy's (SpecAugment, LayerDrop) and of Python's are
+    afterwards as they were."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    numpy = sys.modules.get("numpy")  # what nobody has imported, nobody draws from
+    before = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(sorted(d.index or 0 for d in devices), device_type=kind):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            if numpy is not None:
+                numpy.random.set_state(before[1])
