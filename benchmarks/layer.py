@@ -28,7 +28,10 @@ def layer(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     try:
         for dtype in (torch.float32, torch.bfloat16):
             for tokens in TOKENS:
-                best = _fastest(_contenders(dtype), torch.randn(1, tokens, D_IN).to(dtype), TURNS * rounds)
+                contenders, x = _contenders(dtype), torch.randn(1, tokens, D_IN).to(dtype)
+                for name in ("PEFT", "bare hook"):  # the same work
+                    torch.testing.assert_close(contenders["LoRA"](x), contenders[name](x))
+                best = _fastest(contenders, x, TURNS * rounds)
                 name = f"one layer, {str(dtype).removeprefix('torch.')}, {tokens} token{'s' if tokens > 1 else ''}"
                 print(f"{name}, µs: " + ", ".join(f"{who} {µs:.0f}" for who, µs in best.items()))
                 yield Ratio(f"{name}: LoRA / PEFT", best["LoRA"] / best["PEFT"], 1.0, group="layer", of="fastest")
