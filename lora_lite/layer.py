@@ -82,8 +82,10 @@ class AdapterState:
     @property
     def now(self) -> Coefficient:
         """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first."""
-        if is_compiling():
-            return self.traced
+        return self.traced if is_compiling() else self.outside_of_graphs()
+
+    def outside_of_graphs(self) -> Coefficient:
+        """The same for who knows that nothing is compiled."""
         node = backward_node()
         if node is None:
             if self.timeline.since:

@@ -300,10 +300,12 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     slot = module.__dict__[SLOTS][name]
-    if not is_compiling():
-        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
     state = slot.state
-    now = state.now
+    if is_compiling():
+        now = state.traced
+    else:
+        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
+        now = state.outside_of_graphs()
     if state.merged or now.is_off:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
@@ -320,10 +322,12 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = module.__dict__[SLOTS][name]
-    if not is_compiling():
-        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
     state = slot.state
-    now = state.now
+    if is_compiling():
+        now = state.traced
+    else:
+        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
+        now = state.outside_of_graphs()
     if state.merged or now.is_off:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
