@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -99,11 +100,12 @@ def main(
         fitted = ll.contrast(base, task.fitted, projected=projected, progress=sys.stderr.isatty())
         blocks = describe_directions(base, task, fitted)
         show_directions(blocks)
-        study = open_study(out / "study.jsonl", settings, len(blocks))
         directions = {path: each.directions for path, each in fitted.items()}
         cfg = ll.AbliterationConfig(normalization=normalization, projected=projected)
         adapter = ll.attach(base, cfg, calibration_data={"directions": directions})
         held, computed_in = stored_in(adapter)
+        settings |= {"dtype": computed_in}  # figures of two dtypes don't compare, so each has a search of its own
+        study = open_study(out / "study.jsonl", settings, len(blocks))
         name = f"{positive.stem} against {negative.stem} on {Path(source).name} in {held or computed_in}"
         plot_directions(blocks, name, out / "directions.png")
     with ll.disabled(base):
@@ -111,8 +113,10 @@ def main(
     logger.info(f"gap before: {before['positive']:+.2f} on the positive side, {before['negative']:+.2f} on the other")
 
     found = tried(study)
-    shown = sides["positive"][1][:ANSWERS]
-    answer_tokens, trials = fitted_to(time_left, base, tokenizer, task, shown, loading, found, answer_tokens, trials)
+    held_out = sides["positive"][1]
+    shown = held_out[:ANSWERS]
+    asked = [shown] if markers is None else [shown, held_out]
+    answer_tokens, trials = fitted_to(time_left, base, tokenizer, task, asked, loading, found, answer_tokens, trials)
     searched = time.perf_counter()
     if found:
         going_on = f"the search goes on from there to {trials}" if found < trials else f"--trials {trials} are done"
@@ -133,7 +137,7 @@ def main(
     divergences = ll.kl_divergence(base, task.neutral)
     answers = before_and_after(base, tokenizer, shown, answer_tokens)
     show([question(prompt) for prompt in shown], *answers)
-    rates = marker_rates(base, tokenizer, sides["positive"][1], markers, answer_tokens)
+    rates = marker_rates(base, tokenizer, held_out, markers, answer_tokens)
 
     ll.save(base, out / "adapter.safetensors")
     inputs = task.held_out["positive"][0]
@@ -142,7 +146,7 @@ def main(
     check_reload(load(source, quantization, dtype), out / "adapter.safetensors", inputs, expected)
 
     seconds = time_left.spent
-    results: dict[str, Any] = settings | {"quantization": held, "dtype": computed_in, "minutes": minutes}
+    results: dict[str, Any] = settings | {"quantization": held, "minutes": minutes}
     results |= {"config": config, "directions": [asdict(block) for block in blocks], "tokens": task.tokens}
     results |= {"gap_before": before, "gap_after": after, "kl_mean": divergences.mean().item()}
     results |= {"kl": divergences.tolist(), "marker_rate": rates, "answers": answers, "picked": chosen.number}
@@ -166,7 +170,7 @@ def fitted_to(
     model: Any,
     tokenizer: Any,
     task: Task,
-    shown: Sequence[Prompt],
+    asked: Sequence[Sequence[Prompt]],
     loading: float,
     found: int,
     answer_tokens: int | None,
@@ -174,9 +178,11 @@ def fitted_to(
 ) -> tuple[int, int]:
     """(tokens of an answer, trials with the `found` that are there): as given, or as the time allows.
 
-    A trial and an answer are timed. loading: the seconds that loading the base once more will take.
+    A trial and the answers to each set of prompts are timed. loading: the seconds that loading the base once more will
+    take.
     """
-    token = seconds_of(lambda: ll.greedy_answers(model, tokenizer, shown, max_new_tokens=PROBED_TOKENS)) / PROBED_TOKENS
+    ask = partial(ll.greedy_answers, model, tokenizer, max_new_tokens=PROBED_TOKENS, batch_size=BATCH)
+    token = sum(seconds_of(partial(ask, prompts)) for prompts in asked) / PROBED_TOKENS
     task.measure(model)  # which also runs the base; a trial doesn't
     trial = seconds_of(lambda: task.measure(model))
     plan = time_left.plan(later=loading + 3 * trial)  # what the picked trial leaves is measured again, and reloaded

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import torch
 from loguru import logger
 
 MARGIN = 0.9
@@ -37,7 +38,8 @@ class Plan:
     def fits(self, each: float, most: int, least: int = 1, share: float = 1.0) -> int:
         """How many things of `each` seconds a share of the time pays for, within the bounds."""
         paid = share * max(self.seconds, 0.0)
-        return max(least, min(most, int(paid / each) if paid < most * each else most))
+        affordable = most if each == 0 else min(most, int(paid / each))
+        return max(least, affordable)
 
     def take(
         self, what: str, each: float, most: int, least: int = 1, share: float = 1.0, given: int | None = None
@@ -57,13 +59,25 @@ class Plan:
 
 def seconds_of(run: Callable[[], object]) -> float:
     """What a call takes, in seconds; of a quick one, the second call."""
-    started = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - started
-    return seconds if seconds > WARM else _again(run)
+    seconds = _timed(run)
+    return seconds if seconds > WARM else _timed(run)
 
 
-def _again(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def seconds_of_one(run: Callable[[int], object], most: int) -> float:
+    """What each of `most` takes that are done at once, in seconds. `run(1)` is timed first, and `run(most)` only where
+    that is quick: many at once may need more memory and time than there is."""
+    alone = seconds_of(lambda: run(1))
+    return alone if most == 1 or alone > WARM else seconds_of(lambda: run(most)) / most
+
+
+def _timed(run: Callable[[], object]) -> float:
+    started = _now()
     run()
-    return time.perf_counter() - started
+    return _now() - started
+
+
+def _now() -> float:
+    """The clock's seconds, once the accelerator, if any, has done what was asked of it: a call only starts it."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

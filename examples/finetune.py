@@ -203,30 +203,35 @@ def fitted(
     batch_size: int | None,
     eval_pairs: int | None,
 ) -> Sizes:
-    """The sizes that are given, the others as the time allows: a step, a measurement and an answer are timed on the
-    held-out pairs. They change nothing, the state of the random numbers included. loading: seconds for loading again.
+    """The sizes that are given, the others as the time allows: a measurement, an answer and, unless `steps` is given, a
+    step are timed on held-out pairs of middle length, one at a time and then as many as a step may have. They change
+    nothing, the state of the random numbers included. loading: seconds for loading again.
     """
-    rows = sorted(pairs, key=lambda example: len(example.prompt) + len(example.completion))
-    middle = max(0, (len(rows) - MOST_PAIRS) // 2)
+    rows = sorted(pairs, key=length)
+    most_pairs = min(batch_size or MOST_PAIRS, MOST_PAIRS, len(rows))
+
+    def loss(count: int) -> Tensor:
+        (batch,) = batches(tokenizer, rows[(len(rows) - count) // 2 :][:count], count)
+        return loss_of(model, batch)
+
     with torch.random.fork_rng(devices=[]):
-        (batch,) = batches(tokenizer, rows[middle : middle + MOST_PAIRS], MOST_PAIRS)
         model.eval()
-        step = budget.seconds_of(lambda: loss_of(model, batch).backward())
+        step = 0.0 if steps else budget.seconds_of_one(lambda count: loss(count).backward(), most_pairs)
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
-            evaluation = budget.seconds_of(lambda: loss_of(model, batch))
+            evaluation = budget.seconds_of_one(loss, most_pairs)
         token = budget.seconds_of(lambda: answers(model, tokenizer, pairs[:ANSWERS], PROBED_TOKENS)) / PROBED_TOKENS
-    # The batch has the middle lengths. One that is drawn is padded to its longest pair.
-    count = len(batch["input_ids"])
-    longer = padding(rows, count) * count / batch["input_ids"].numel()
-    step, evaluation = longer * step / count, longer * evaluation / count
+    # A batch that is drawn is padded to its longest pair.
+    longer = padding(rows, most_pairs) / length(rows[len(rows) // 2])
+    step, evaluation = longer * step, longer * evaluation
 
     plan = time_left.plan(later=loading + 2 * MOST_PAIRS * evaluation)  # the check of what was saved
     tokens = plan.take("tokens of each answer", 2 * token, MOST_TOKENS, LEAST_TOKENS, share=0.15)
     most, least = min(MOST_EVAL_PAIRS, len(pairs)), min(LEAST_EVAL_PAIRS, len(pairs))
     each = (EVALUATIONS + 1) * evaluation
     eval_pairs = plan.take("held-out pairs", each, most, least, share=0.25, given=eval_pairs)
-    size = batch_size or (MOST_PAIRS if steps else plan.fits(LEAST_STEPS * step, MOST_PAIRS))
+    size = batch_size or (MOST_PAIRS if steps else plan.fits((1 + LEAST_STEPS) * step, MOST_PAIRS))
+    plan.seconds -= size * step  # the audit's batch, forth and back
     steps = plan.take(f"steps of {size} pairs", size * step, MOST_STEPS, LEAST_STEPS, given=steps)
     plan.log()
     return Sizes(steps, size, eval_pairs, tokens)
@@ -234,9 +239,19 @@ def fitted(
 
 def padding(examples: list[Example], count: int) -> float:
     """The tokens that each pair has, on average, in a batch of so many: as many as its longest."""
-    lengths = [len(example.prompt) + len(example.completion) for example in examples]
+    lengths = [length(example) for example in examples]
     draws = [max(random.Random(i).choices(lengths, k=count)) for i in range(100)]
     return sum(draws) / len(draws)
+
+
+def length(example: Example) -> int:
+    """Tokens."""
+    return len(example.prompt) + len(example.completion)
+
+
+def measured_after(steps: int) -> set[int]:
+    """The steps after which the held-out loss is measured: EVALUATIONS of them, the last included, or all if fewer."""
+    return {round(i * steps / EVALUATIONS) for i in range(1, EVALUATIONS + 1)} - {0}
 
 
 # ---- training and measuring ---------------------------------------------------------------------
@@ -249,7 +264,7 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
     """
     # No weight decay: it pulls to zero, which for some methods is far from where the adapter does nothing.
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)
-    rise = max(1, int(WARM_UP * steps))
+    rise, evaluated = max(1, int(WARM_UP * steps)), measured_after(steps)
     schedule = LambdaLR(optimizer, lambda done: min((done + 1) / rise, (steps - done) / (steps - rise + 1)))
     with progress_bar("training", steps) as bar:
         for step, batch in enumerate(islice(chain.from_iterable(repeat(task.train)), steps), 1):
@@ -268,7 +283,7 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
             speed = history.tokens / history.seconds
             bar.set_postfix_str(f"loss {history.smoothed[-1]:.2f}, {speed:.0f} tokens/s", refresh=False)
             bar.update()
-            if step == steps or step % max(1, steps // EVALUATIONS) == 0:
+            if step in evaluated:
                 measure(model, task, history)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from batches import Batch, Example, batches, chat
-from budget import seconds_of
+from budget import seconds_of_one
 from common import progress_bar
 from finetune import CLIP, DivergedError, loss_of
 from jsonl import DataError
@@ -91,13 +91,17 @@ def train_at_both_poles(
 def seconds_of_a_prompt(model: Any, tokenizer: Any, examples: Mapping[str, list[Example]], size: int, r: int) -> float:
     """What a training step of up to `size` prompts of each pole takes for each of them, on an adapter that is taken
     off again. It changes nothing, the state of the random numbers included."""
+
+    def step(count: int) -> None:
+        pair = [next(iter(batches(tokenizer, examples[side], count))) for side in POLES]
+        loss_at_both_poles(model, NAME, pair).backward()
+
     with torch.random.fork_rng(devices=[]):
-        adapter = ll.attach(model, ll.LoRAConfig(r=r), NAME)
+        ll.attach(model, ll.LoRAConfig(r=r), NAME)
         model.eval()
-        pair = [next(iter(batches(tokenizer, examples[side], size))) for side in POLES]
-        seconds = seconds_of(lambda: loss_at_both_poles(model, adapter.name, pair).backward())
+        seconds = seconds_of_one(step, min(size, *map(len, examples.values())))
     ll.detach(model, NAME)
-    return seconds / len(pair[0]["input_ids"])
+    return seconds
 
 
 def play(

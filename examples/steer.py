@@ -220,7 +220,8 @@ def fitted(
     # Halves and quarters of --most alone are numbers that one can read.
     half = 2 ** (plan.fits(pair, MOST_POINTS, share=0.5).bit_length() - 1)
     coefficients = grid(most, most / half if step is None else step)
-    points = plan.take("points of the sweep", gap, len(coefficients), len(coefficients))
+    points = len(coefficients)
+    plan.take("points of the sweep", gap, points, points, given=None if step is None else points)
     answered = points + (2 * BATCH / len(questions) if rounds else 0)  # and the prompts that the rounds learn from
     tokens = plan.take("tokens of each answer", answered * token, MOST_TOKENS, LEAST_TOKENS, 0.25, given=answer_tokens)
     measured = points + EVALUATIONS + rounds * (EVALUATIONS + 1)
@@ -284,7 +285,10 @@ def play_all(
     """(the rounds, the steps of each): each on prompts of its own; the history is saved after each."""
     before, count = mean_gap(model, task), settings["rounds"]
     examples = taught(model, tokenizer, {side: sides[side][0] for side in SIDES}, settings["answer_tokens"])
-    prompt = count * seconds_of_a_prompt(model, tokenizer, examples, MOST_PROMPTS, settings["r"])
+    prompt = 0.0
+    if rest.steps is None:
+        at_once = min(rest.batch_size or MOST_PROMPTS, MOST_PROMPTS)
+        prompt = count * seconds_of_a_prompt(model, tokenizer, examples, at_once, settings["r"])
     plan = rest.time_left.plan(rest.later)
     size = rest.batch_size or (MOST_PROMPTS if rest.steps else plan.fits(LEAST_STEPS * prompt, MOST_PROMPTS))
     what = f"steps of {size} prompts of each pole in each round"

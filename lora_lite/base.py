@@ -30,6 +30,18 @@ bfloat16 it is 5 to 60 times as fast; near 1 the noise of the two times would ch
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 
+FINDS_CONFIG = (
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+    "proxies",
+    "gguf_file",
+)
+"""Options of from_pretrained that say where config.json is. The others may hold tensors, or what can't be copied."""
+
 _trusted: set[str] = set()
 """Models whose own code has been needed and has worked, on the caller's word, in this process."""
 
@@ -53,7 +65,8 @@ def load_base(
                        gives finite logits; the reason for each fallback is logged. On a CPU, float32 comes before a
                        checkpoint's 16 bits where its products are clearly faster (many CPUs emulate bfloat16): one of
                        each is timed, once a process, and the log names both times. The weights keep their values and
-                       take twice the memory. A torch dtype or its name: just that
+                       take twice the memory. Without a device_map, a machine with an accelerator counts as no CPU: the
+                       model may be moved there. A torch dtype or its name: just that
     quantization       None, "nf4", "fp4" (4-bit) or "int8", through bitsandbytes. A folder that is quantised already
                        opens with None, or with what it holds
     compute_dtype      of a 4-bit base, whatever its folder says: weights are dequantised to it on every forward and the
@@ -98,6 +111,7 @@ def load_base(
                 model = load(model_id, dtype=attempt, **options)
             if quantization is not None:
                 _check_held(model_id, model, quantization, double_quant)
+            timed = _settle_dtype(model, attempt, chosen)
             if "quantization_config" not in kwargs:
                 quant.compute_in(model, compute_dtype)
             for layer in quant.repackable(model).values():
@@ -111,7 +125,7 @@ def load_base(
             continue
         if trust and type(model).__module__.startswith("transformers_modules"):
             _trusted.add(model_id)
-        _report(model_id, model, chosen.timed)
+        _report(model_id, model, timed)
         return model
     raise BaseModelError(
         f"{model_id} works in none of {len(reasons)} dtypes on {', '.join(devices())}\n  " + "\n  ".join(reasons)
@@ -119,12 +133,13 @@ def load_base(
 
 
 def load_as_recorded(folder: str, record: Mapping[str, Any], **kwargs: Any) -> Any:
-    """The base as an adapter's base record says that it was: dense, or each recorded module quantised in the same way.
+    """The base as an adapter's base record says that it was: in its dtype, dense or with each recorded module quantised
+    in the same way.
 
-    kwargs are load_base's. Raises BaseModelError for an unknown way of quantising, or if other modules are quantised;
-    and what load_base raises.
+    kwargs are load_base's; a dtype among them comes first. Raises BaseModelError for an unknown way of quantising or if
+    other modules are quantised, and what load_base raises.
     """
-    how = record.get("quantization")
+    how, kwargs = record.get("quantization"), {"dtype": record.get("dtype", "auto"), **kwargs}
     if how is None:
         return load_base(folder, **kwargs)
     if how["quant_type"] not in QUANTIZATIONS:
@@ -223,11 +238,15 @@ def faster_on_cpu(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The dtypes to try in order, that of 4-bit layers' products, and the 16-bit ones that were timed to choose."""
+    """The dtypes to try in order, that of 4-bit layers' products, and the 16-bit ones that were timed to choose.
+
+    after_load: whether the checkpoint's dtype is to be timed as soon as the load has told it, since no config.json does
+    """
 
     attempts: list[Any]
     compute: torch.dtype
     timed: list[torch.dtype]
+    after_load: bool = False
 
 
 def _choice(
@@ -246,7 +265,27 @@ def _choice(
     attempts = ["auto", *CASCADE]
     if faster.get(stored) is torch.float32:
         attempts = [torch.float32, *(each for each in attempts if each is not torch.float32)]
-    return _Choice(attempts, faster.get(torch.bfloat16, torch.bfloat16), timed)
+    return _Choice(attempts, faster.get(torch.bfloat16, torch.bfloat16), timed, after_load=stored is None)
+
+
+def _settle_dtype(model: Any, attempt: Any, chosen: _Choice) -> list[torch.dtype]:
+    """Cast what is still in 16 bits to the dtype that is tried, or to the faster one where only the load told what the
+    checkpoint's is; returns the 16-bit dtypes that were timed.
+
+    Of a folder that is quantised already, from_pretrained leaves head, embeddings and norms in the dtype they have.
+    """
+    timed, record = chosen.timed, quant.quantization(model)
+    if record is not None and not record["method"].startswith("bitsandbytes"):
+        return timed
+    if attempt == "auto" and chosen.after_load and model.dtype in SIXTEEN_BITS:
+        timed = [*timed, *({model.dtype} - set(timed))]
+        attempt = faster_on_cpu(model.dtype)
+    if isinstance(attempt, torch.dtype):
+        # One by one, not model.to(): transformers refuses that for a quantised model.
+        for tensor in (*model.parameters(), *model.buffers()):
+            if type(tensor) in (torch.nn.Parameter, torch.Tensor) and tensor.dtype in SIXTEEN_BITS:
+                tensor.data = tensor.data.to(attempt)
+    return timed
 
 
 def _stored_config(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,16 +294,16 @@ def _stored_config(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     if isinstance(kwargs.get("config"), transformers.PreTrainedConfig):
         return {"dtype": kwargs["config"].dtype}
-    config, _ = transformers.PreTrainedConfig.get_config_dict(model_id, **kwargs)
+    where = {name: kwargs[name] for name in FINDS_CONFIG if name in kwargs}
+    config, _ = transformers.PreTrainedConfig.get_config_dict(model_id, **where)
     return config
 
 
 def _on_cpu(device_map: Any) -> bool:
-    """Whether from_pretrained will put the whole model on the CPU."""
-    if device_map is None:
-        return torch.get_default_device().type == "cpu"
+    """Whether the whole model will be on the CPU, and stay there: where there is an accelerator, one that is loaded
+    without a device_map is moved to it, by `.to()` or a trainer, or by from_pretrained if it is quantised."""
     if torch.accelerator.current_accelerator() is None:
-        return True
+        return device_map is not None or torch.get_default_device().type == "cpu"
     devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     return all(str(device) == "cpu" for device in devices)
 

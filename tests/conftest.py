@@ -23,9 +23,10 @@ from lora_lite.variant import REGISTRY  # noqa: E402
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the real model is slow. The slow ones come first, so that no process ends with one."""
+    """Whatever asks for the real model, and not for its tokenizer alone, is slow. The slow ones come first, so that no
+    process ends with one."""
     for item in items:
-        if "smollm2" in getattr(item, "fixturenames", ()):
+        if not {"smollm2", "real_base"}.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -59,11 +60,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> str:
+def real_folder() -> str:
     """The folder of the real model. Without its wheel an error says how to get it: no test is left out in silence."""
     from smollm2 import smollm2_folder
 
     return str(smollm2_folder())
+
+
+@pytest.fixture(scope="session")
+def smollm2(real_folder: str) -> str:
+    """The same, for tests that load the model: they are slow."""
+    return real_folder
 
 
 @pytest.fixture(scope="session")
@@ -81,9 +88,23 @@ def real_base(smollm2: str) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def real_tokenizer(smollm2: str) -> Any:
+def real_tokenizer(real_folder: str) -> Any:
     """The real model's; a test that changes it takes one of its own."""
-    return AutoTokenizer.from_pretrained(smollm2)
+    return AutoTokenizer.from_pretrained(real_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(real_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny bfloat16 Llama that is sure of its next token, and the real model's tokenizer."""
+    from models import tiny_llama
+
+    folder = tmp_path_factory.mktemp("tiny_chat")
+    real_tokenizer.save_pretrained(folder)
+    model = tiny_llama(torch.bfloat16, vocab_size=len(real_tokenizer), max_position_embeddings=128)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

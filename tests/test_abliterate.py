@@ -171,6 +171,8 @@ def test_a_search_in_two_parts_is_the_search_in_one(adapter: ll.Adapter, tmp_pat
     assert values(part)[0][0] == search.uniform(2)
     with pytest.raises(DataError, match=r"(?s)study\.jsonl is a search with another model, seed.*another --out"):
         search.open_study(tmp_path / "b" / "study.jsonl", {"model": "other", "seed": 1}, 2)
+    with pytest.raises(DataError, match=r"study\.jsonl is a search with another dtype"):  # one that tells none
+        search.open_study(tmp_path / "b" / "study.jsonl", SETTINGS | {"dtype": "float32"}, 2)
 
 
 def test_an_interrupted_search_keeps_what_was_tried(adapter: ll.Adapter, tmp_path: Path) -> None:
@@ -260,19 +262,21 @@ def test_a_search_goes_on_to_what_the_time_allows(
     monkeypatch.setattr(abliterate, "seconds_of", lambda run: seconds)
     task: Any = type("Task", (), {"measure": lambda self, model: (0.0, 0.0)})()
     time_left = budget.Budget(5.0)
-    tokens, trials = abliterate.fitted_to(time_left, None, None, task, [], 1.0, found, 7, asked)
+    tokens, trials = abliterate.fitted_to(time_left, None, None, task, [[]], 1.0, found, 7, asked)
     assert (tokens, trials) == (7, wanted)
     new = max(0, wanted - found)
     assert f"{new} trials {'as asked' if asked else f'at {seconds:.2g} s'}" in log[0]
 
 
-def test_the_trials_take_what_the_rest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(abliterate, "seconds_of", lambda run: 4.0)
+@pytest.mark.parametrize("asked", [[["shown"]], [["shown"], ["searched", "for markers"]]])
+def test_the_trials_take_what_the_rest_leaves(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abliterate, "seconds_of", lambda run: 3.0)
     task: Any = type("Task", (), {"measure": lambda self, model: (0.0, 0.0)})()
-    tokens, trials = abliterate.fitted_to(budget.Budget(5.0), None, None, task, [], 10.0, 0, None, None)
-    assert abliterate.LEAST_TRIALS < trials < abliterate.MOST_TRIALS
+    tokens, trials = abliterate.fitted_to(budget.Budget(5.0), None, None, task, asked, 10.0, 0, None, None)
+    assert abliterate.LEAST_TRIALS < trials <= abliterate.MOST_TRIALS
     assert abliterate.LEAST_TOKENS < tokens < abliterate.MOST_TOKENS
-    assert 200 < 10 + 4 * (trials + 3) + 2 * tokens * 4.0 / abliterate.PROBED_TOKENS < 300
+    answers = 2 * tokens * len(asked) * 3.0 / abliterate.PROBED_TOKENS
+    assert 200 < 10 + 3 * (trials + 3) + answers < 300
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
@@ -338,6 +342,23 @@ def test_a_run_and_going_on_from_it(
     assert code == 130
     assert "holds 2 trials: the search goes on from there to 9" in log
     assert "interrupted after 2 of 9 trials, which are kept: the same command goes on" in log
+
+
+def test_a_search_goes_on_in_its_own_dtype_alone(
+    tiny_chat: str, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --dtype, two machines may take two: the figures of one are none of the other's."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(abliterate, "search", interrupted)
+    monkeypatch.setattr(abliterate, "fitted_to", lambda *_: (1, 1))
+    assert run(monkeypatch, **small, model=tiny_chat, dtype="float32")[0] == 130
+    assert run(monkeypatch, **small, model=tiny_chat, dtype="float32")[0] == 130
+    code, log = run(monkeypatch, **small, model=tiny_chat, dtype="bfloat16")
+    assert code == 1
+    assert f"{small['out'] / 'study.jsonl'} is a search with another dtype" in log
 
 
 def test_errors_that_the_user_can_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, tiny_llama
+from models import IDS, tiny_folder, tiny_llama
 
 import lora_lite as ll
 from lora_lite import base
@@ -194,6 +194,59 @@ def test_a_4_bit_base_computes_in_the_faster_dtype(
         assert ll.load_base(tiny, quantization=quantization).lm_head.weight.dtype == dtype
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("asked", ["auto", torch.float32])
+def test_a_folder_that_is_quantised_already_is_in_that_dtype_outside_its_packed_layers(
+    kind: str, asked: Any, held: dict[str, str], timed: Timed, log: list[str]
+) -> None:
+    stored = ll.load_base(held[kind])
+    assert stored.lm_head.weight.dtype == torch.bfloat16
+    timed(bfloat16=24.0, float32=1.0)
+    model = ll.load_base(held[kind], asked)
+    assert "all else in float32" in log[-1]
+    assert model.lm_head.weight.dtype == model.dtype == torch.float32
+    assert {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()} == {torch.float32}
+    packed = {"nf4": torch.uint8, "int8": torch.int8}[kind]
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == packed
+    assert torch.equal(model.model.embed_tokens.weight, stored.model.embed_tokens.weight.float())
+    adapter = ll.attach(model, ll.LoRAConfig())
+    model.train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert any(p.grad.any() for p in adapter.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(("quantization", "milliseconds"), [(None, 0.2), (None, 24.0), ("nf4", 24.0)])
+def test_a_checkpoint_that_does_not_tell_its_dtype_is_timed_after_the_load(
+    quantization: str | None, milliseconds: float, tmp_path: Path, timed: Timed, log: list[str]
+) -> None:
+    tiny_folder(tmp_path, torch.float16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    timed(float16=milliseconds, bfloat16=milliseconds, float32=1.0)
+    model = ll.load_base(str(tmp_path), quantization=quantization)
+    wanted = torch.float32 if milliseconds > 1 else torch.float16
+    assert model.lm_head.weight.dtype == model.model.norm.weight.dtype == wanted
+    assert len(log) == 1
+    assert f"in {base._name(wanted)}, on cpu" in log[0]
+    assert log[0].endswith(f"{milliseconds:.2g} ms in float16, 1 ms in float32")
+
+
+def test_only_what_finds_the_config_is_read_with_it(tmp_path: Path) -> None:
+    """What else from_pretrained gets, such as a state_dict, is neither copied nor asked to be copyable."""
+
+    class Once(dict[str, torch.Tensor]):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("copied")
+
+    state = Once(tiny_llama(seed=1).state_dict())
+    tiny_llama().save_pretrained(tmp_path / "inner")
+    options: dict[str, Any] = {"state_dict": state, "subfolder": "inner"}
+    assert base._stored_config(str(tmp_path), options)["dtype"] == "float32"
+
+
 @pytest.mark.parametrize("asked", [torch.bfloat16, "bfloat16", torch.float16, torch.float32])
 def test_an_explicit_dtype_is_not_timed_and_4_bit_layers_compute_in_it(
     asked: Any, tiny: str, log: list[str], monkeypatch: pytest.MonkeyPatch
@@ -229,17 +282,18 @@ def test_the_config_of_the_caller_says_the_checkpoints_dtype(tiny: str, timed: T
 
 
 def test_another_device_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
     assert base._on_cpu(None)
-    assert base._on_cpu("auto") == (torch.accelerator.current_accelerator() is None)
+    assert base._on_cpu("auto")
+    with torch.device("meta"):
+        assert not base._on_cpu(None)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    assert base._on_cpu(None)
+    assert not base._on_cpu(None)
     assert base._on_cpu("cpu")
     assert base._on_cpu({"": torch.device("cpu")})
     assert not base._on_cpu("auto")
     assert not base._on_cpu({"": 0})
     assert not base._on_cpu({"model": "cpu", "lm_head": "cuda:0"})
-    with torch.device("meta"):
-        assert not base._on_cpu(None)
 
 
 def test_a_faster_dtype_that_does_not_work_gives_way_to_the_checkpoints(

@@ -380,7 +380,6 @@ def test_ctrl_c_keeps_what_has_been_trained(smollm2: str, data: Path, tmp_path: 
     assert all(tensor.any() for key, tensor in adapter.state_dict().items() if key.endswith("lora_B"))
 
 
-@pytest.mark.slow
 def test_errors_that_the_user_can_mend_come_without_a_traceback(
     tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,42 +5,32 @@ import re
 from pathlib import Path
 from typing import Any
 
+import poles
 import pytest
 import steer
 import torch
 import typer
+from batches import Example
+from budget import Budget
 from jsonl import DataError
 from loguru import logger
 from models import tiny_llama
+from pairs import Pair
 from prompt_sets import SHIPPED
 from steer_report import Point, broken, repeated
-from transformers import AutoTokenizer
 
 import lora_lite as ll
 
 
-@pytest.fixture(scope="module")
-def folder(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model that is sure of its next token, with the real model's tokenizer."""
-    made = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tokenizer.save_pretrained(made)
-    model = tiny_llama(torch.bfloat16, vocab_size=len(tokenizer), max_position_embeddings=128)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    model.save_pretrained(made)
-    return str(made)
-
-
 @pytest.fixture
-def small(folder: str, tmp_path: Path) -> dict[str, Any]:
+def small(tiny_chat: str, tmp_path: Path) -> dict[str, Any]:
     """Options for that model and sets of four prompts."""
     options: dict[str, Any] = {"out": tmp_path / "out", "positive_words": "Le,La,Les,Un", "negative_words": "The,A,In"}
     for side, name in (("positive", "french"), ("negative", "english"), ("neutral", "neutral")):
         options[side] = tmp_path / f"{name}.jsonl"
         lines = (SHIPPED / f"{name}.jsonl").read_text().splitlines(keepends=True)
         options[side].write_text("".join(lines[:4]))
-    return options | {"model": folder, "step": 1.0, "answer_tokens": 3, "steps": 2, "r": 1, "batch_size": 1}
+    return options | {"model": tiny_chat, "step": 1.0, "answer_tokens": 3, "steps": 2, "r": 1, "batch_size": 1}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[int, str]:
@@ -65,7 +55,7 @@ def test_a_whole_run(
 ) -> None:
     code, log = run(monkeypatch, **small, break_kl=1e-4, max_kl=0.05, dtype="float32")
     assert code == 0, log
-    assert "for --minutes 5: 5 points of the sweep at" in log
+    assert "for --minutes 5: 5 points of the sweep as asked," in log
     assert "2 steps of 1 prompts of each pole in each round as asked" in log
     assert "history.safetensors on a fresh base gives the saved model's logits, bit for bit" in log
     shown = capsys.readouterr().out
@@ -92,6 +82,57 @@ def test_a_whole_run(
     kept = ll.history(base)
     assert [(each.label, each.c) for each in kept] == [(each["label"], each["c"]) for each in results["history"]]
     assert all(set(each.ranks.values()) == {1} for each in kept)
+
+
+class Tokenizer:
+    """As much as batches use."""
+
+    pad_token_id = eos_token_id = 0
+
+
+EXAMPLES = {side: [Example(Pair("", "", ""), [5] * 4, [6] * 4)] * 3 for side in ("positive", "negative")}
+
+
+@pytest.mark.parametrize(("size", "tried"), [(1, {1}), (2, {1, 2}), (4, {1, 3})])
+def test_a_step_is_timed_with_one_prompt_first_and_leaves_nothing(
+    size: int, tried: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, state, counts = tiny_llama(), torch.get_rng_state(), set()
+    both = poles.loss_at_both_poles
+
+    def noted(model: Any, name: str, pair: Any) -> Any:
+        counts.update(len(batch["input_ids"]) for batch in pair)
+        return both(model, name, pair)
+
+    monkeypatch.setattr(poles, "loss_at_both_poles", noted)
+    assert 0 < poles.seconds_of_a_prompt(model, Tokenizer(), EXAMPLES, size, 2) < 1
+    assert counts == tried
+    assert ll.adapters(model) == {}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "timed"), [(None, None, [4]), (None, 2, [2]), (None, 9, [4]), (5, 2, [])]
+)
+def test_no_more_prompts_are_timed_at_once_than_a_step_may_have(
+    steps: int | None, batch_size: int | None, timed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none where the number of steps is given."""
+    sizes: list[int] = []
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steer, "mean_gap", lambda *_: 0.0)
+    monkeypatch.setattr(steer, "taught", lambda *_: EXAMPLES)
+    monkeypatch.setattr(steer, "seconds_of_a_prompt", lambda *args: sizes.append(args[3]) or 1.0)
+    monkeypatch.setattr(steer, "play", stop)
+    rest = steer.Rest(Budget(5.0), 0.0, steps, batch_size)
+    settings = {"rounds": 2, "answer_tokens": 3, "r": 2, "lr": 1e-3, "max_kl": 0.1, "seed": 0}
+    task: Any = None
+    with pytest.raises(KeyboardInterrupt):
+        steer.play_all(None, None, task, {"positive": ([], []), "negative": ([], [])}, settings, rest, tmp_path)
+    assert sizes == timed
 
 
 def test_what_is_finished_is_kept_on_ctrl_c(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

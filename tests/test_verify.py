@@ -12,8 +12,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import lora_lite as ll
+from lora_lite import base as base_module
 from lora_lite import quant
 from lora_lite.base import load_as_recorded
+from lora_lite.cli.convert import convert
 from lora_lite.cli.verify import verify_merge
 
 WORDS = [f"w{i}" for i in range(90)]
@@ -105,6 +107,21 @@ def test_a_base_is_opened_as_it_was_recorded(tiny: str) -> None:
         record = {"quantization": quant.quantization(quantized(tiny, quantization, **how))}
         assert quant.quantization(load_as_recorded(tiny, record, dtype=torch.bfloat16)) == record["quantization"]
     assert quant.quantization(load_as_recorded(tiny, {"quantization": None})) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_is_opened_in_its_recorded_dtype_whatever_is_fast_here(
+    dtype: torch.dtype, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_module, "product_milliseconds", lambda _: pytest.fail("timed"))
+    for quantization in (None, "nf4"):
+        adapter = attach(ll.load_base(tiny, dtype, quantization), config("lora", r=4))
+        assert load_as_recorded(tiny, adapter.base).dtype == dtype
+    model = ll.load_base(tiny, dtype)
+    attach(model, config("lora", r=4))
+    ll.save(model, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "peft", tiny)
+    assert (tmp_path / "peft").is_dir()
 
 
 def test_a_base_that_cant_be_as_recorded_is_an_error(tiny: str) -> None:

@@ -47,7 +47,8 @@ def verify_merge(
     text: str,
     base_weights: str = "original",
 ) -> Verification:
-    """Compare base + adapter with the merged folder on a text; with "as_trained" the base is quantised as recorded.
+    """Compare base + adapter with the merged folder on a text; with "as_trained" the base is quantised, and both run in
+    the dtype, as recorded.
 
     Logits wait on disk, in the folder for temporary files: tokens times vocabulary, in the model's dtype. Raises
     ConfigError for a text of less than two tokens, BaseModelError for logits that aren't finite, and what load_base and
@@ -57,6 +58,7 @@ def verify_merge(
         raise ConfigError(f"base_weights={base_weights!r}: wanted 'original' or 'as_trained'")
     ids = tokens(base_dir, text)
     record = read_adapter(adapter).base if base_weights == "as_trained" else {}
+    dtype = record.get("dtype", "auto")
     with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
         kept = []
         model = load_as_recorded(str(base_dir), record)
@@ -68,7 +70,7 @@ def verify_merge(
         gc.collect()
         parts = [
             _differences(read_header(path).read()["logits"], logits)
-            for path, logits in zip(kept, _logits(load_base(str(merged_dir)), ids), strict=True)
+            for path, logits in zip(kept, _logits(load_base(str(merged_dir), dtype), ids), strict=True)
         ]
     kl, logit = torch.cat([part[0] for part in parts]), max(part[1] for part in parts)
     return Verification(len(kl), float(kl.mean()), float(kl.max()), logit)
