@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import quant
+from . import experts, quant
 from .sharding import is_sharded
 from .stacks import Modules, Shapes
 
@@ -45,8 +45,8 @@ def routers(modules: Modules, shapes: Shapes) -> set[str]:
         holds[holder] = holds.get(holder, 0) + 1
     return {
         path
-        for path, (_, n) in shapes.items()
-        if n > 1 and any(_are_experts(other, n) for other in _beside(path, modules, holds))
+        for path, (d_in, n) in shapes.items()
+        if n > 1 and any(_are_experts(other, d_in, n) for other in _beside(path, modules, holds))
     }
 
 
@@ -59,20 +59,25 @@ def _beside(path: str, modules: Modules, holds: Mapping[str, int]) -> Iterator[n
             yield from (m for key, m in modules[outer]._modules.items() if key != name and m is not None)
 
 
-def _are_experts(module: nn.Module, n: int) -> bool:
+def _are_experts(module: nn.Module, d_in: int, n: int) -> bool:
     """True for a list of n modules of one class with linear layers, and for a module of bare matrices alone, of which
-    the first axis of one divides into n: some keep the rows of all experts in one matrix (Dbrx), and of some not every
-    expert has each matrix (LongCat's n counts experts that return their input)."""
-    if isinstance(module, _LAYERS):
+    one is d_in wide and the first axis of it divides into n: some keep the rows of all experts in one matrix (Dbrx),
+    and of some not every expert has each matrix (LongCat's n counts experts that return their input)."""
+    if _is_layer(module):
         return False
     children = list(module.children())
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         listed = len(children) == n and len({type(child) for child in children}) == 1
         return listed and any(quant.features(inner) for child in children for inner in child.modules())
-    own = list(module.parameters())
-    if any(p.ndim < 2 for p in own) or all(p.shape[0] % n for p in own):
+    matrices = list(module.parameters())
+    if any(p.ndim < 2 for p in matrices) or not any(d_in in p.shape[-2:] and p.shape[0] % n == 0 for p in matrices):
         return False
-    return not any(isinstance(inner, _LAYERS) for inner in module.modules())
+    return not any(_is_layer(inner) for inner in module.modules())
+
+
+def _is_layer(module: nn.Module) -> bool:
+    linear = quant.features(module) is not None and not experts.count(module)
+    return linear or isinstance(module, _LAYERS)
 
 
 def _reason(layer: quant.Linear) -> str | None:

@@ -234,6 +234,43 @@ ROUTED: dict[str, tuple[Any, set[str]]] = {
 }
 
 
+class Plain(nn.Module):
+    """A linear layer that is no nn.Linear, as DeepSeek's own code has it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Table(nn.Module):
+    """Relative positions: 64 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(64, 4))
+
+
+def block(linear: type[nn.Module], **others: nn.Module) -> nn.Module:
+    """Attention of 16 channels, and an MLP."""
+    shapes = {"q": (16, 16), "k": (16, 16), "v": (16, 16), "o": (16, 16), "w1": (16, 32), "w2": (32, 16)}
+    return nn.ModuleDict({"norm": nn.LayerNorm(16)} | {n: linear(*shape) for n, shape in shapes.items()} | others)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: block(Plain), lambda: block(nn.Linear, table=Table())], ids=["layers of another class", "a table"]
+)
+def test_neither_linear_layers_nor_tables_are_experts(make: Any) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([make(), make()])})
+    plan = ll.plan(model, ll.LoRAConfig(r=2))
+    wanted = ("q", "k", "v", "o", "w1", "w2")
+    assert [target.path for target in plan] == [f"layers.{i}.{name}" for i in (0, 1) for name in wanted]
+    assert not any(why == "a router of experts" for _, why in plan.left_out)
+
+
 @pytest.mark.parametrize("name", ROUTED)
 def test_a_router_is_left_out_by_what_it_is(name: str) -> None:
     make, paths = ROUTED[name]
