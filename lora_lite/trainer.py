@@ -34,7 +34,8 @@ class AdapterCheckpoints:
 
     Optimizer, schedule and random states are the Trainer's own. Raises TargetError for a model without an adapter, for
     parameters that would be trained and are in no adapter, since no checkpoint would hold them, and after the first
-    backward, before a step is taken, for adapters that take no part in it (`lora_lite.audit`).
+    backward, before a step is taken, for adapters that take no part in it (`lora_lite.audit`). Raises
+    QuantizedWeightError before the first step where the base gives wrong gradients or none.
     """
 
     _is_audited = False
