@@ -6,7 +6,6 @@ columns at a time, wherever an adapter leaves its input alone or scales its chan
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float
@@ -20,18 +19,6 @@ COLUMNS = 128
 """Unit vectors that go through the hooks at a time."""
 ROWS = 512
 """Rows of a weight that are cast at a time for a product with it."""
-
-
-@contextmanager
-def exactly(model: nn.Module) -> Iterator[None]:
-    """Within the block, products are what they say: no gradients, no autocast, no tensors of inference mode."""
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for kind in kinds or {"cpu"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 class Affine:

@@ -13,7 +13,7 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import quant, sharding
+from . import probe, quant, sharding
 from .calls import Calls, adapted, grouped, in_graphs, reading, trained, watching
 from .errors import TargetError
 from .session import check_unmerged, session_of, slots_of
@@ -68,9 +68,11 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Audit:
     Raises TargetError, naming them, for layers that were never called, so that their adapters have no effect: the model
     reads the weight without calling the layer, or doesn't use it, or nothing in this batch reaches that part of it; and
     for adapter parameters without a gradient. Raises TargetError, too, where there is nothing to audit: no adapter, a
-    merged one, or all at scale 0. What the model itself raises on the batch goes through.
+    merged one, or all at scale 0. Raises QuantizedWeightError, as attach does, where training would get wrong gradients
+    or none. What the model itself raises on the batch goes through.
     """
     root, on = _at_work(model)
+    _check_gradients(root, on)
     with _kept(root), watching(root, on) as calls, reading(on, calls), torch.inference_mode(False), torch.enable_grad():
         output = root(**batch) if isinstance(batch, Mapping) else root(batch)
         loss = _scalar(output)
@@ -93,6 +95,7 @@ def watched_step(model: nn.Module) -> Iterator[None]:
     known since it is compiled.
     """
     root, on = _at_work(model)
+    _check_gradients(root, on)
     compiled = in_graphs(model)
     plain = {path: layer for path, layer in on.items() if id(layer) not in compiled}
     fresh = [p for p in trained({path: on[path] for path in on.keys() - plain.keys()}).items() if p[1].grad is None]
@@ -121,6 +124,12 @@ def _at_work(model: nn.Module) -> tuple[nn.Module, dict[str, quant.Linear]]:
         why, cure = ("every adapter is at scale 0", "set a scale") if layers else ("no adapter", "attach one")
         raise TargetError(f"nothing to audit on this {type(root).__name__}: {why}\n  {cure} first")
     return root, on
+
+
+def _check_gradients(root: nn.Module, on: Mapping[str, quant.Linear]) -> None:
+    """As attach does, since load doesn't: what is loaded may be for inference."""
+    if trained(on):
+        probe.check_gradients(root, on)
 
 
 def bypassed(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import quant
-from .affine import Affine, exactly
+from .affine import Affine
+from .exact import exactly
 from .layer import Slot
 
 OVERSAMPLE, SEED = 8, 0

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from . import experts, probe, quant, sharding
 from .adapter import Adapter, adapters, get_adapter
-from .affine import Affine, exactly
+from .affine import Affine
 from .calls import check_called, check_choice
 from .config import dtype_name
 from .errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
+from .exact import exactly
 from .finite import fits
 from .layer import Slot
 from .runtime import detach, uninstall

@@ -20,11 +20,11 @@ import torch
 from loguru import logger
 from torch import nn
 
-from .affine import exactly
 from .base_folder import BaseFolder
 from .calls import check_choice, refusal
 from .checkpoint import read_file
 from .errors import CheckpointError, ConfigError, LoraLiteError, TargetError
+from .exact import exactly
 from .files import read_json, replacing, sync_folder, write_json
 from .merge_plan import INDEX, MergePlan, Shard
 from .version import __version__

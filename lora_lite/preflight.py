@@ -82,7 +82,7 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     selection = select(root, checked_config(cfg))
     targets = selection.targets
     layers = layers_at(root, targets)
-    specs = checked_specs(targets, layers, configs_at(cfg, targets, changes_at(cfg, targets)))
+    specs = checked_specs(targets, layers, configs_at(cfg, targets, changes_at(cfg, targets)), selection.asked)
     parameters = sum(math.prod(spec.shape) for at in specs.values() for spec in at.values() if spec.trainable)
     if parameters:
         probe.check_gradients(root, layers)
@@ -153,9 +153,10 @@ def layers_at(root: nn.Module, targets: list[Target]) -> Layers:
     return {target.path: modules[target.path] for target in targets}
 
 
-def checked_specs(targets: list[Target], layers: Layers, configs: dict[str, BaseConfig]) -> Specs:
-    """The variant's tensors for each target. Raises if a layer can't carry them, naming it."""
-    for path, reason in not_linear(layers).items():
+def checked_specs(targets: list[Target], layers: Layers, configs: dict[str, BaseConfig], asked: bool = False) -> Specs:
+    """The variant's tensors for each target. Raises if a layer can't carry them, naming it; whether it is linear was
+    `asked` before, where the targets come from a selection by default."""
+    for path, reason in ({} if asked else not_linear(layers)).items():
         kind = type(layers[path]).__name__
         raise TargetError(f"{path}: an adapter can't act on this {kind}: {reason}\n  leave it out with exclude_names")
     for target in targets:

@@ -4,22 +4,20 @@ Two questions. Is it x -> W x + b, so that a matrix stands for it? Does its back
 it can be trained? A layer that rounds its activations too (torchao's dynamic int8, compressed-tensors' FP8_DYNAMIC)
 answers no: a step of rounding has the gradient 0 or none. One whose weight alone is quantised answers yes twice.
 
-The forward that runs is the module's own, without hooks. Nothing of the module or of torch's random numbers changes.
+The forward that runs is the module's own (`own_forward`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
-from jaxtyping import Float
 from loguru import logger
-from torch import Tensor, nn
+from torch import nn
 
 from . import quant
-from .affine import exactly
 from .config import STORAGE_DTYPES
 from .errors import QuantizedWeightError, brief
-from .sharding import is_sharded
+from .own_forward import NotRunError, Run, is_asked, own_forward
+from .stacks import starred
 
 BENT = 2.0**-10
 """Least departure from f(u + v) = f(u) + f(v) - f(0), beside f, that no rounding explains: TF32 has 10 bits, as float16
@@ -36,19 +34,19 @@ straight-through; 1 where rounding stops it."""
 ROWS = 8
 """Random rows whose gradients are compared."""
 
-Run = Callable[[Tensor], Tensor]
-
 
 def check_affine(layer: quant.Linear, path: str) -> None:
-    """Raises QuantizedWeightError where the weight of a layer isn't what it multiplies its input by."""
-    if not _is_asked(layer):
+    """Raises QuantizedWeightError where the weight of a layer isn't what it multiplies its input by, or may not be."""
+    if not is_asked(layer):
         return
     try:
-        with _own_forward(layer) as run:
+        with own_forward(layer) as run:
             problem = _bend(run, layer)
-    except Exception as error:  # of any kind: the forward is anyone's, and may want more than rows
-        logger.debug(f"{path}: not probed, its forward says {brief(error)}")
-        return
+    except NotRunError as error:
+        raise QuantizedWeightError(
+            f"{path}: its own forward can't be run on rows, so it isn't known whether a matrix stands for it: {error}\n"
+            f"  keep an adapter that doesn't read the weight (lora) attached, or leave it out with exclude_names"
+        ) from error
     if problem is not None:
         raise QuantizedWeightError(
             f"{path}: no matrix stands for this layer ({quant.describe(layer)}): {problem}\n"
@@ -60,59 +58,42 @@ def check_affine(layer: quant.Linear, path: str) -> None:
 def check_gradients(model: nn.Module, targets: Mapping[str, quant.Linear]) -> None:
     """Raises QuantizedWeightError where training adapters on these layers would get wrong gradients, or none.
 
-    Layers after the first target are asked too, in the order of the modules: gradients come down through them.
+    Layers after the first target are asked too, in the order of the modules: gradients come down through them. One
+    before it, which a model may call later all the same, is named in a warning, as is a target that can't be asked.
     """
-    reached = False
+    reached, before, unknown = False, [], []
     for path, layer in model.named_modules():
         reached = reached or path in targets
-        if not reached or not quant.features(layer) or not _is_asked(layer):
+        if not quant.features(layer) or not is_asked(layer):
             continue
         try:
-            with _own_forward(layer) as run:
+            with own_forward(layer) as run:
                 problem = _gradient(run, layer)
-        except Exception as error:  # of any kind, as above
+        except NotRunError as error:
             if path not in targets or quant.kind_of(layer) is not quant.Kind.UNKNOWN:
-                logger.debug(f"{path}: not probed, its forward says {brief(error)}")
+                logger.debug(f"{path}: not probed: {error}")
+                unknown += [path] if path in targets else []
                 continue
-            problem = f"its own forward fails ({brief(error)}); run the model once, if that unpacks its weights"
-        if problem is not None:
+            problem = f"its own forward fails ({error}); run the model once, if that unpacks its weights"
+        if problem is None:
+            continue
+        if reached:
             raise QuantizedWeightError(
                 f"{path}: adapters can't be trained through this layer ({quant.describe(layer)}): {problem}\n"
                 f"  train on the 16-bit base, or on one whose weights alone are quantised; lora_lite.load puts a "
                 f"trained adapter on this one, for inference"
             )
+        before.append(path)
+    if before:
+        logger.warning(
+            f"gradients don't pass, or are wrong below, {_listed(before)}: train nothing that runs before it"
+        )
+    if unknown:
+        logger.warning(f"it isn't known whether gradients pass {_listed(unknown)}: its forward can't be run on rows")
 
 
-def _is_asked(layer: quant.Linear) -> bool:
-    """False where the class says what is computed, or nothing can be run: bitsandbytes, meta, shards, experts."""
-    weight = quant.stored(layer)
-    if quant.is_lazy(layer) or weight.is_meta or is_sharded(weight) or not weight.numel() or weight.dim() == 3:
-        return False
-    if any(quant.is_bitsandbytes(module) for module in layer.modules()):
-        return False
-    own = "forward" not in vars(layer) and (type(layer).forward is nn.Linear.forward or quant.is_transposed(layer))
-    return not own or quant.kind_of(layer) is quant.Kind.UNKNOWN
-
-
-@contextmanager
-def _own_forward(layer: quant.Linear) -> Iterator[Run]:
-    """The layer's forward in eval mode, from rows (n, d_in) to rows (n, d_out)."""
-    d_in, d_out = quant.features(layer) or (0, 0)
-    modes = {module: module.training for module in layer.modules()}
-
-    def run(x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
-        y = layer.forward(x[None])
-        if not isinstance(y, Tensor) or y.shape != (1, len(x), d_out):
-            raise TypeError(f"{type(y).__name__} {getattr(y, 'shape', '')} from {(1, len(x), d_in)}")
-        return y[0]
-
-    with exactly(layer):
-        layer.eval()
-        try:
-            yield run
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+def _listed(paths: Iterable[str]) -> str:
+    return brief(", ".join(dict.fromkeys(map(starred, paths))))
 
 
 def _bend(run: Run, layer: quant.Linear) -> str | None:
@@ -148,7 +129,10 @@ def _gradient(run: Run, layer: quant.Linear) -> str | None:
         if not y.requires_grad:
             return "no gradient passes it"
         u = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
-        (gradient,) = torch.autograd.grad(y, x, u, allow_unused=True)
+        try:
+            (gradient,) = torch.autograd.grad(y, x, u, allow_unused=True)
+        except Exception as failure:  # of any kind: the backward is anyone's
+            raise NotRunError(f"its backward fails: {brief(failure)}") from failure
         if gradient is None:
             return "no gradient passes it"
     steps = (y.detach() - run(torch.zeros_like(x))).double()

@@ -48,7 +48,7 @@ from .session import (
     session_of,
     slots_of,
 )
-from .targets import Target, find_targets
+from .targets import Target, select
 from .variant import (
     REGISTRY,
     ParamSpec,
@@ -80,8 +80,9 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
         raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
     if calibration_data is not None:
         check_takes_data(cfg)
-    targets = find_targets(root, cfg)
-    with installed(root, cfg, name, targets, changes_at(cfg, targets), _fresh) as adapter, torch.no_grad():
+    targets, _, asked = select(root, cfg)
+    changes = changes_at(cfg, targets)
+    with installed(root, cfg, name, targets, changes, _fresh, asked=asked) as adapter, torch.no_grad():
         if next(adapter.parameters(), None) is not None:
             probe.check_gradients(root, layers_at(root, targets))
         views = adapter.views()
@@ -129,15 +130,16 @@ def installed(
     changes: Changes,
     values: Values,
     scale: float = 1.0,
+    asked: bool = False,
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
     `root` is what `attachable` gave. `changes` are the fields of its config that differ by layer; the regexes of
-    `per_layer` are not run here.
+    `per_layer` are not run here. `asked`: it is known already that the targets are linear layers.
     """
     configs = configs_at(cfg, targets, changes)
     layers, session = layers_at(root, targets), session_at(root)
-    specs = checked_specs(targets, layers, configs)
+    specs = checked_specs(targets, layers, configs, asked)
     check_ready(layers)
     check_name(name, session, type(root).__name__)
     check_free(name, layers, specs)

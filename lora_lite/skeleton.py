@@ -29,6 +29,9 @@ MOST_LABELS = 30_000
 _NOT_BUILT = {"label2id", "quantization_config", "auto_map", "use_pretrained_backbone", "use_timm_backbone"}
 _NOT_BUILT |= {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 _NOT_BUILT |= {"experts_implementation", "_experts_implementation"}
+_NOT_BUILT |= {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}  # timm loads the files that these name
+_BLOCKS = {"layer", "layers", "depth", "depths", "block", "blocks"}
+"""Last parts of the names of fields that count blocks; no more than that, as `block_size` counts tokens."""
 _FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 """As transformers 5 writes them, since JSON has none: {"__float__": "Infinity"}."""
 
@@ -89,9 +92,9 @@ def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
     for name, value in config.items():
         if isinstance(value, dict):
             _check_depth(path, value, tensors)
-        elif re.search(r"layer|depth|block", name):
+        elif (unit := name.rpartition("_")[2]) in _BLOCKS:
             counts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
-            blocks = sum(counts) if "depths" in name else max(counts, default=0)  # or indices of layers
+            blocks = sum(counts) if unit == "depths" else max(counts, default=0)  # or indices of layers
             if blocks > max(tensors, LEAST_BLOCKS):
                 raise _too_large(path, f"{brief(name)}={min(blocks, 10**18):.3g}", tensors)
 

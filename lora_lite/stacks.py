@@ -17,7 +17,8 @@ Place = tuple[str | None, int | None]
 """("model.layers.", 3): the stack, and the index of the block in it; (None, None) outside of every stack."""
 
 _NUMBERED = re.compile(r"(?:^|(?<=\.))([^\W\d]\w*\.)(\d+)(?=\.)")
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_ENDS_IN_NUMBER = re.compile(r"(.*?)([0-9]+)")
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Stacks:
     """The stacks of blocks of one model, none inside of another."""
 
     depths: Mapping[str, int]
-    """Path of a stack with its dot (`model.layers.`) -> number of its blocks."""
+    """Path of a stack, up to the numbers of its blocks (`model.layers.`) -> number of its blocks."""
 
     def place(self, path: str) -> Place:
         """The place of a block, or of a layer inside of one."""
@@ -36,7 +37,11 @@ class Stacks:
 
     def blocks(self, modules: Modules) -> dict[str, nn.Module]:
         """Every block by its path (`model.layers.3`), in order; none is inside of another."""
-        return {path: module for path, module in modules.items() if path.rpartition(".")[0] + "." in self.depths}
+        return {
+            path: module
+            for path, module in modules.items()
+            if any(parent in self.depths and numbered == path for parent, _, numbered in _numbers(path))
+        }
 
 
 def place(path: str) -> Place:
@@ -73,8 +78,9 @@ def layer_shapes(modules: Modules) -> dict[str, tuple[int, int]]:
 def find_stacks(modules: Modules, shapes: Shapes | None = None) -> Stacks:
     """The stacks of a model. `shapes` is what `layer_shapes` gives for it.
 
-    A stack is a module whose children all have numbers for names and are no linear layers themselves: an nn.ModuleList
-    of any classes (Jamba's two kinds of decoder layers), or any other module (nn.Sequential) of children of one class.
+    A stack is a module whose children are numbered and are no linear layers themselves: an nn.ModuleList of any classes
+    (Jamba's two kinds of decoder layers), or any other module of children of one class. Of an nn.Sequential or an
+    nn.ModuleDict the names may be one prefix with numbers (`encoder_layer_0`), which then belongs to the stack's name.
     At least one child must be a block: it holds two linear layers or more, and it normalises, or its last layer gives
     back the width that its first one takes. So neither q, k and v in a list, nor a head's list of linear layers, nor a
     list of such heads is a stack. Of nested ones (stages of blocks, experts in a block) the outermost counts.
@@ -93,30 +99,37 @@ def find_stacks(modules: Modules, shapes: Shapes | None = None) -> Stacks:
     }
     depths: dict[str, int] = {}
     for path, layers in sorted(inside.items(), key=lambda item: item[0].count(".")):
-        parent = path[: path.rindex(".") + 1]
+        *outer, (parent, _, _) = _numbers(path)
         is_block = len(layers) > 1 and (path in normed or layers[0][0] == layers[-1][1])
-        nested = any(outer in depths for outer, _, numbered in _numbers(path) if numbered != path)
-        if is_block and not nested and parent not in depths and _is_list(parent, modules[parent[:-1]], shapes):
-            depths[parent] = 1 + max(int(name) for name in modules[parent[:-1]]._modules)
+        nested = any(each in depths for each, _, _ in outer)
+        if is_block and not nested and parent not in depths:
+            numbers = _listed(parent, modules, shapes)
+            depths |= {parent: 1 + max(numbers)} if numbers else {}
     return Stacks(depths)
 
 
 def _numbers(path: str) -> Iterator[tuple[str, int, str]]:
-    """(`model.layers.`, 3, `model.layers.3`) for each number in a path but a leading one: the model itself is no
-    stack."""
+    """(`model.layers.`, 3, `model.layers.3`) for each part of a path that ends in a number, but the first: the model
+    itself is no stack."""
     parts = path.split(".")
     for i, part in enumerate(parts):
-        if i and part.isdecimal():
-            yield ".".join(parts[:i]) + ".", int(part), ".".join(parts[: i + 1])
+        if i and (match := _ENDS_IN_NUMBER.fullmatch(part)):
+            yield ".".join([*parts[:i], match[1]]), int(match[2]), ".".join(parts[: i + 1])
 
 
-def _is_list(parent: str, holder: nn.Module, shapes: Shapes) -> bool:
+def _listed(parent: str, modules: Modules, shapes: Shapes) -> list[int]:
+    """The numbers of a list's children; none if it is no list of equal modules."""
+    path, _, prefix = parent.rpartition(".")
+    holder = modules[path]
     children = {name: child for name, child in holder._modules.items() if child is not None}
     equal = isinstance(holder, nn.ModuleList) or len({type(child) for child in children.values()}) == 1
-    return equal and all(name.isdecimal() and f"{parent}{name}" not in shapes for name in children)
+    named = not prefix or isinstance(holder, nn.Sequential | nn.ModuleDict)
+    matches = [_ENDS_IN_NUMBER.fullmatch(name) for name in children if f"{path}.{name}" not in shapes]
+    numbers = [int(match[2]) for match in matches if match and match[1] == prefix]
+    return numbers if equal and named and len(numbers) == len(children) else []
 
 
 def _is_norm(module: nn.Module) -> bool:
     """True for torch's norms, and for what holds vectors alone: other norms, scales of layers."""
     own = [p for p in module._parameters.values() if p is not None]
-    return isinstance(module, _NORMS) or (bool(own) and all(p.ndim == 1 for p in own))
+    return isinstance(module, NORMS) or (bool(own) and all(p.ndim == 1 for p in own))

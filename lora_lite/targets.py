@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from . import experts, quant
 from .config import BaseConfig
 from .errors import TargetError
 from .shapes import not_linear, routers
-from .stacks import Modules, Place, Stacks, find_stacks, layer_shapes, place, starred
+from .sharding import shape_of
+from .stacks import NORMS, Modules, Place, Stacks, find_stacks, layer_shapes, place, starred
 
 _WRITES = re.compile(
     r"(?:^|\.)(?:o|out|wo|w2|fc2|fc_out|down|dense|dense_4h_to_h|proj|(?:o|out|c|down)_proj|proj_out|to_out\.0)$"
@@ -75,12 +77,13 @@ class LeftOut(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """What a config chooses in a model."""
 
     targets: list[Target]
     left_out: list[LeftOut]
+    asked: bool
+    """Were the targets run, where that can be, to see that they are linear?"""
 
 
 def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
@@ -101,7 +104,8 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     layers = [t for path in shapes if (t := Target.at(path, modules[path], stacks)) is not None]
     reachable = [t for t in layers if cfg.FUSED_EXPERTS or not t.experts]
     _check_layers(cfg, stacks)
-    left_out = [] if cfg.target_names else _left_out(model, modules, layers, stacks, cfg)
+    asked = not cfg.target_names and "writer" not in cfg.target_roles
+    left_out = [] if cfg.target_names else _left_out(model, modules, layers, stacks, cfg, asked)
     unasked = {path for path, _ in left_out}
     named = [t for t in reachable if t.path not in unasked and _named(t.path, cfg)]
     targets = [t for t in named if _deep(t.place, cfg, stacks)]
@@ -112,11 +116,11 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
             _check_writers(model, modules, cfg, stacks, text, reachable, targets, width)
     if not targets:
         raise TargetError(_nothing_found(model, cfg, reachable, left_out))
-    return Selection(targets, left_out)
+    return Selection(targets, left_out, asked)
 
 
 def _left_out(
-    model: nn.Module, modules: Modules, layers: list[Target], stacks: Stacks, cfg: BaseConfig
+    model: nn.Module, modules: Modules, layers: list[Target], stacks: Stacks, cfg: BaseConfig, asked: bool
 ) -> list[LeftOut]:
     """What a config without target_names leaves out, in module order; nothing that exclude_names excludes.
 
@@ -130,18 +134,28 @@ def _left_out(
     if not stacked:
         reasons = {path: reason for path, reason in reasons.items() if path in heads}
     reasons |= dict.fromkeys(routers(modules, shapes), "a router of experts")
-    if "writer" not in cfg.target_roles:
+    if asked:
         inside = {path: modules[path] for path in shapes if path not in reasons}
         reasons |= not_linear(inside)
     if not cfg.FUSED_EXPERTS:
         fused = f"fused experts: {cfg.variant} goes on linear layers"
         reasons |= {t.path: fused for t in layers if t.experts and t.path not in reasons}
-    known = {t.path for t in layers}
+    known, within = {t.path for t in layers}, "."
     for path, module in modules.items():
-        bare = any(p.ndim == 3 and min(p.shape) > 1 for p in module._parameters.values() if p is not None)
-        if bare and path not in known and stacks.place(path)[0] and not isinstance(module, _ConvNd):
-            reasons[path] = "matrices that are no linear layer"
+        within = f"{path}." if path in known else within
+        if stacks.place(path)[0] and not f"{path}.".startswith(within) and _has_matrices(module):
+            attention = isinstance(module, nn.MultiheadAttention)
+            what = "q, k and v: nn.MultiheadAttention multiplies by them itself"
+            reasons[path] = what if attention else "matrices that are no linear layer"
     return [LeftOut(path, reasons[path]) for path in modules if path in reasons and not _excluded(path, cfg)]
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Are there matrices right in this module, which is no norm, embedding, convolution or parametrisation of one?"""
+    if isinstance(module, (_ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList, *NORMS)):
+        return False
+    own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
+    return any(len(shape_of(p)) > 1 and min(shape_of(p)) > 1 for p in own)
 
 
 def model_width(model: nn.Module) -> int | None:

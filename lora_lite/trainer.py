@@ -35,7 +35,8 @@ class AdapterCheckpoints:
     Optimizer, schedule and random states are the Trainer's own; DeepSpeed's own checkpoint beside them holds the base.
     Raises TargetError for a model without an adapter, for parameters that would be trained and are in no adapter, since
     no checkpoint would hold them, and after the first backward, before the optimizer's step (DeepSpeed takes that
-    within the backward), for adapters that take no part in it.
+    within the backward), for adapters that take no part in it. Raises QuantizedWeightError before the first step where
+    the base gives wrong gradients or none.
     """
 
     _is_audited = False

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_lite as ll
 from lora_lite import probe, quant
+from lora_lite.own_forward import is_asked
 
 UP = "model.layers.0.mlp.up_proj"
 NOT_THROUGH = r"q_proj: adapters can't be trained through this layer \(.*\): {}\n  train on the 16-bit base.*load puts"
@@ -119,7 +120,9 @@ def test_nor_is_its_weight_read_as_if_it_were_all(base: str, tmp_path: Path) -> 
 
 def test_compressed_weights_before_the_first_forward_are_no_weights_yet(tmp_path: Path) -> None:
     model = compressed("FP8_DYNAMIC", tmp_path, forward_first=False)
-    fails = r"its own forward fails \(expected m1.*\); run the model once, if that unpacks its weights"
+    fails = (
+        r"its own forward fails \(it takes no input .*expected m1.*\); run the model once, if that unpacks its weights"
+    )
     with pytest.raises(ll.QuantizedWeightError, match=NOT_THROUGH.format(fails)):
         ll.attach(model, config("lora"))
     assert not ll.adapters(model)
@@ -128,7 +131,7 @@ def test_compressed_weights_before_the_first_forward_are_no_weights_yet(tmp_path
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8"])
 def test_compressed_weights_alone_are_a_dense_layer_after_the_first_forward(scheme: str, tmp_path: Path) -> None:
     model = compressed(scheme, tmp_path, rounded=False)
-    assert probe._is_asked(model.get_submodule(UP))
+    assert is_asked(model.get_submodule(UP))
     perturb(ll.attach(model, config("dora")))
     attached = logits(model)
     ll.merge(model)
@@ -192,14 +195,14 @@ def test_quantised_weights_alone_train_with_the_gradients_of_their_numbers(base:
 def test_quantised_weights_alone_are_affine(base: str) -> None:
     model = EXACT[base]()
     layer = model.get_submodule(UP)
-    assert probe._is_asked(layer)
+    assert is_asked(layer)
     probe.check_affine(layer, UP)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_bitsandbytes_isnt_asked(quantization: str, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its int8 rounds activations in eval by design, and its gradients are right."""
-    monkeypatch.setattr(probe, "_own_forward", None)
+    monkeypatch.setattr(probe, "own_forward", None)
     ll.attach(quantized(tiny, quantization), config("lora"))
 
 
@@ -263,7 +266,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_one(d_in: int, dtype: torch
     layer.requires_grad_(False)
     probe.check_gradients(model, dict(model.named_children()))
     for path, each in model.named_children():
-        assert probe._is_asked(each)
+        assert is_asked(each)
         probe.check_affine(each, path)
 
 
@@ -286,14 +289,76 @@ def test_gradients_come_down_through_later_layers_that_are_no_targets() -> None:
 
 
 @pytest.mark.parametrize("change", [lambda f, x: (f(x), None), lambda f, x: f(x.unflatten(-2, (2, 7)))])
-def test_a_forward_that_wants_or_gives_other_things_than_rows_is_not_probed(change: Any, log: list[str]) -> None:
-    probe.check_affine(Own(change), "proj")
-    assert any("DEBUG proj: not probed, its forward says" in line for line in log)
+def test_what_gives_no_rows_may_train_but_its_weight_is_not_read(change: Any, log: list[str]) -> None:
+    layer = Own(change)
+    with pytest.raises(
+        ll.QuantizedWeightError,
+        match=r"proj: its own forward can't be run on rows, so it isn't known whether a matrix stands for.*\n  keep an",
+    ):
+        probe.check_affine(layer, "proj")
+    probe.check_gradients(nn.ModuleDict({"proj": layer}), {"proj": layer})
+    assert "WARNING it isn't known whether gradients pass proj: its forward can't be run on rows" in log
+
+
+class Residual(nn.Linear):
+    """It wants another argument."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + residual
+
+
+def test_a_forward_that_wants_other_arguments_trains_and_stays_attached(log: list[str]) -> None:
+    model: Any = nn.ModuleDict({"proj": Residual(64, 64)})
+    ll.attach(model, config("lora", target_names="proj"))
+    assert any("WARNING it isn't known whether gradients pass proj" in line for line in log)
+    for call in (ll.merge, lambda model: ll.attach(model, config("dora", target_names="proj"), "second")):
+        with pytest.raises(
+            ll.QuantizedWeightError, match=r"proj: its own forward .*: missing a required argument: 'res"
+        ):
+            call(model)
+
+
+def rows_only(f: Any, x: torch.Tensor) -> torch.Tensor:
+    n, _ = x.shape
+    return f(int8(x)).view(n, -1)
+
+
+def test_a_layer_of_rows_alone_is_found_too() -> None:
+    model = nn.ModuleDict({"proj": Own(rows_only)})
+    for call in (lambda: ll.attach(model, config("dora", target_names="proj")), lambda: ll.merge(model)):
+        with pytest.raises(ll.QuantizedWeightError, match="proj: no matrix stands for this layer"):
+            call()
+        ll.adapters(model) or ll.attach(model, config("lora", target_names="proj"))
+    stopped = nn.ModuleDict({"proj": Own(lambda f, x: rows_only(f, x.detach()))})
+    with pytest.raises(ll.QuantizedWeightError, match="proj: adapters can't be trained through this layer"):
+        ll.attach(stopped, config("lora", target_names="proj"))
+
+
+def test_a_layer_before_the_first_target_may_run_after_it(log: list[str]) -> None:
+    model = nn.ModuleDict({"head": Own(lambda f, x: f(x.detach())), "a": nn.Linear(64, 64)})
+    ll.attach(model, config("lora", target_names="^a$"))
+    warning = "WARNING gradients don't pass, or are wrong below, head: train nothing that runs before it"
+    assert warning in log
+
+
+def test_a_backward_that_fails_is_no_raw_error(log: list[str]) -> None:
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            raise NotImplementedError("no backward")
+
+    ll.attach(nn.ModuleDict({"proj": Own(lambda f, x: f(Refusing.apply(x)))}), config("lora", target_names="proj"))
+    assert any("DEBUG proj: not probed: its backward fails: no backward" in line for line in log)
 
 
 def test_a_probe_leaves_nothing_behind() -> None:
     layer = nn.Sequential(Own(lambda f, x: f(x)))[0].train()
     layer.inner = nn.Dropout(0.5).train()
+    layer.change = lambda f, x: f(x) + 0 * torch.rand(())
     calls: list[Any] = []
     layer.register_forward_hook(lambda *_: calls.append(_))
     state, before = torch.random.get_rng_state(), set(vars(layer))

@@ -46,6 +46,13 @@ class Wrapped(nn.Module):
         return self.base_layer(x) + F.dropout(x, 0.5, self.training).sum()
 
 
+class WrappedAlone(Wrapped):
+    """It adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
 class Net(nn.Module):
     """Two layers, of which one is odd."""
 
@@ -55,8 +62,11 @@ class Net(nn.Module):
 
 
 ODD: dict[str, tuple[nn.Module, str]] = {
-    "grouped": (DeepseekV4GroupedLinear(8, 32, n_groups=2), r"it gives \(2, 16\) for \(2, 8\), not \(2, 32\)"),
-    "grouped by four": (DeepseekV4GroupedLinear(8, 32, n_groups=4), r"it takes no input \(2, 8\): RuntimeError"),
+    "grouped": (DeepseekV4GroupedLinear(8, 32, n_groups=2), r"it gives \(1, 2, 16\) for \(1, 2, 8\), not \(1, 2, 32\)"),
+    "grouped by four": (
+        DeepseekV4GroupedLinear(8, 32, n_groups=4),
+        r"it takes no input \(1, 2, 8\): RuntimeError: shape.*",
+    ),
     "a tuple": (QuantLinear(8, 8), "it gives a tuple, not a tensor"),
     "scaled": (Scaled(8, 8), r"its forward is not W x \+ b"),
     "attention": (nn.MultiheadAttention(8, 2).out_proj, "nn.MultiheadAttention reads its weight without calling it"),
@@ -107,16 +117,107 @@ def test_a_layer_is_asked_without_a_trace() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_layer_of_each_class_and_shape_is_asked() -> None:
-    calls = []
+class Changed(nn.Linear):
+    """A layer with this forward, given the layer and its arguments."""
 
-    class Counted(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            calls.append(tuple(self.weight.shape))
-            return super().forward(input)
+    def __init__(self, change: Any, d: int = 8) -> None:
+        super().__init__(d, d)
+        self.change = change
 
-    assert not_linear({str(i): Counted(8, 8 + i % 2) for i in range(6)}) == {}
-    assert calls == [(8, 8), (9, 8)]
+    def forward(self, *args: Tensor) -> Any:
+        return self.change(self, *args)
+
+
+def product(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def in_batches(layer: nn.Linear, x: Tensor) -> Tensor:
+    b, n, d = x.shape
+    return product(layer, x).view(b, n, d)
+
+
+def in_rows(layer: nn.Linear, x: Tensor) -> Tensor:
+    assert layer.bias is not None
+    return torch.addmm(layer.bias, x, layer.weight.mT)
+
+
+class Residual(nn.Linear):
+    """It wants another argument."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) + residual
+
+
+def out_of_memory(*_: Any) -> Tensor:
+    raise torch.OutOfMemoryError
+
+
+def in_two_dtypes() -> nn.Module:
+    """A 16-bit weight and a float32 bias."""
+    layer = Changed(lambda layer, x: F.linear(x, layer.weight).float() + layer.bias)
+    layer.weight.data = layer.weight.data.bfloat16()
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Changed(in_batches),
+        lambda: Changed(in_rows),
+        lambda: Residual(8, 8),
+        lambda: Changed(out_of_memory),
+        in_two_dtypes,
+    ],
+    ids=["batches only", "rows only", "another argument", "no memory", "two dtypes"],
+)
+def test_no_layer_is_refused_for_the_question(make: Any) -> None:
+    assert not_linear({"odd": make()}) == {}
+
+
+def test_each_layer_answers_for_itself() -> None:
+    def scaled(layer: nn.Linear, x: Tensor) -> Tensor:
+        return 2 * product(layer, x)
+
+    layers: dict[str, nn.Module] = {
+        "meta": Changed(scaled).to("meta"),
+        "zero": Changed(scaled),
+        "full": Changed(scaled),
+    }
+    for parameter in layers["zero"].parameters():
+        nn.init.zeros_(parameter)
+    assert not_linear(layers) == {"full": "its forward is not W x + b"}
+    assert not_linear({"replaced": patched()}) == {"replaced": "its forward is not W x + b"}
+
+
+def patched() -> nn.Module:
+    """An nn.Linear with a forward of the instance."""
+    layer: Any = nn.Linear(8, 8)
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    return layer
+
+
+def test_a_layer_is_asked_once() -> None:
+    rows: list[int] = []
+
+    def counted(layer: nn.Linear, x: Tensor) -> Tensor:
+        rows.append(x.shape[-2])
+        return product(layer, x)
+
+    model = nn.ModuleList([Changed(counted) for _ in range(3)])
+    for names in ((), "."):
+        for call in (ll.plan, ll.attach):
+            rows.clear()
+            call(model, ll.LoRAConfig(r=2, target_names=names))
+            assert rows.count(2) == 3  # the others are the gradient's
+        ll.detach(model)
+
+
+def test_a_question_takes_none_of_the_random_numbers() -> None:
+    layer = Changed(lambda layer, x: product(layer, x) + 0 * torch.rand(()))
+    before = torch.get_rng_state()
+    assert not_linear({"drawing": layer}) == {}
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_encoder_of_torch_takes_an_adapter_as_it_is() -> None:
@@ -234,6 +335,43 @@ ROUTED: dict[str, tuple[Any, set[str]]] = {
 }
 
 
+class Plain(nn.Module):
+    """A linear layer that is no nn.Linear, as DeepSeek's own code has it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Table(nn.Module):
+    """Relative positions: 64 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(64, 4))
+
+
+def block(linear: type[nn.Module], **others: nn.Module) -> nn.Module:
+    """Attention of 16 channels, and an MLP."""
+    shapes = {"q": (16, 16), "k": (16, 16), "v": (16, 16), "o": (16, 16), "w1": (16, 32), "w2": (32, 16)}
+    return nn.ModuleDict({"norm": nn.LayerNorm(16)} | {n: linear(*shape) for n, shape in shapes.items()} | others)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: block(Plain), lambda: block(nn.Linear, table=Table())], ids=["layers of another class", "a table"]
+)
+def test_neither_linear_layers_nor_tables_are_experts(make: Any) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([make(), make()])})
+    plan = ll.plan(model, ll.LoRAConfig(r=2))
+    wanted = ("q", "k", "v", "o", "w1", "w2")
+    assert [target.path for target in plan] == [f"layers.{i}.{name}" for i in (0, 1) for name in wanted]
+    assert not any(why == "a router of experts" for _, why in plan.left_out)
+
+
 @pytest.mark.parametrize("name", ROUTED)
 def test_a_router_is_left_out_by_what_it_is(name: str) -> None:
     make, paths = ROUTED[name]
@@ -265,6 +403,48 @@ def test_fused_experts_are_named_in_the_plan() -> None:
     assert "left out: model.layers.*.mlp.experts x 2 (fused experts: lora goes on" in str(plan)
     whole = ll.plan(moe("mixtral"), ll.AbliterationConfig())
     assert not any("experts" in path for path, _ in whole.left_out)
+
+
+MATRICES = "matrices that are no linear layer"
+
+
+def test_no_matrices_of_a_block_are_omitted_in_silence() -> None:
+    """Dbrx keeps the rows of all experts in one matrix, nn.MultiheadAttention those of q, k and v."""
+    with torch.device("meta"):
+        dbrx = ROUTED["dbrx, experts in one matrix"][0]()
+    plan = ll.plan(dbrx, ll.LoRAConfig(r=2))
+    assert [path for path, why in plan.left_out if why == MATRICES] == [
+        f"transformer.blocks.{i}.ffn.experts.mlp" for i in (0, 1)
+    ]
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2, enable_nested_tensor=False
+    )
+    plan = ll.plan(encoder, ll.LoRAConfig(r=2))
+    assert [path for path, why in plan.left_out if why.startswith("q, k and v: nn.MultiheadAttention")] == [
+        f"layers.{i}.self_attn" for i in (0, 1)
+    ]
+    assert max(map(len, str(plan).splitlines())) <= 80
+
+
+def test_what_is_no_projection_is_not_named() -> None:
+    """Convolutions, in parametrisations too, norms, embeddings, vectors, and what a linear layer holds."""
+    blocks = nn.ModuleList([block(nn.Linear) for _ in range(2)])
+    others = {
+        "conv": nn.Conv1d(4, 4, 3),
+        "weighted": nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)),
+        "normed": nn.LayerNorm((2, 4)),
+        "words": nn.Embedding(4, 4),
+        "bags": nn.EmbeddingBag(4, 4),
+        "wrapped": WrappedAlone(nn.Linear(16, 16)),
+        "parametrised": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+    }
+    for name, module in others.items():
+        blocks[0].add_module(name, module)
+    blocks[0].register_parameter("scale", nn.Parameter(torch.ones(1, 16)))
+    plan = ll.plan(nn.ModuleDict({"layers": blocks}), ll.LoRAConfig(r=2))
+    assert plan.left_out == ()
+    blocks[1].register_parameter("table", nn.Parameter(torch.ones(8, 16)))
+    assert ll.plan(nn.ModuleDict({"layers": blocks}), ll.LoRAConfig(r=2)).left_out == (("layers.1", MATRICES),)
 
 
 def test_one_layer_is_a_model() -> None:

@@ -1,5 +1,6 @@
 """Stacks of blocks are found by what they are: in toys of each form, in real classes of odd names, and after a load."""
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def numbered(*names: int) -> nn.ModuleDict:
     return nn.ModuleDict({str(name): Block() for name in names})
 
 
+def named(*children: nn.Module) -> nn.Module:
+    """Not a list: a module that has two others."""
+    module = nn.Module()
+    for i, child in enumerate(children):
+        setattr(module, f"tower_{i}", child)
+    return module
+
+
 def with_experts() -> nn.Module:
     block = Block()
     block.experts = nn.ModuleList([residual() for _ in range(4)])  # type: ignore[assignment]
@@ -53,6 +62,12 @@ FORMS: dict[str, tuple[nn.Module, dict[str, int]]] = {
     "nn.Sequential of two classes": (listed(Block(), Other(), kind=nn.Sequential), {}),
     "numbers from 2": (numbered(2, 5), {"net.": 6}),
     "a name among the numbers": (nn.ModuleDict({"0": Block(), "norm": Block()}), {}),
+    "one name with numbers": (
+        nn.Sequential(OrderedDict(encoder_layer_0=Block(), encoder_layer_1=Block())),
+        {"net.encoder_layer_": 2},
+    ),
+    "one name with numbers, no list": (named(Block(), Block()), {}),
+    "two names with numbers": (nn.ModuleDict({"a_0": Block(), "b_1": Block()}), {}),
     "a list of lists": (listed(listed(nn.Linear(D, D), Block())), {"net.": 1}),
     "stages of blocks": (listed(listed(Block(), Block()), listed(Block(), Block())), {"net.": 2}),
     "experts in a block": (listed(with_experts(), with_experts()), {"net.": 2}),
@@ -72,6 +87,22 @@ def test_a_stack_is_a_list_of_equal_blocks(form: str) -> None:
     stacks = find_stacks(modules)
     assert stacks.depths == depths
     assert list(stacks.blocks(modules)) == [f"net.{name}" for name in net._modules if depths]
+    for path in stacks.blocks(modules):
+        stack, block = stacks.place(f"{path}.up")
+        assert f"{stack}{block}" == path
+        assert starred(f"{path}.up", (stack, block)) == f"{stack}*.up"
+
+
+def test_blocks_of_one_name_with_numbers_are_chosen_by_depth() -> None:
+    """As torchvision's ViT has them."""
+    blocks = OrderedDict((f"encoder_layer_{i}", Block()) for i in range(12))
+    model = nn.ModuleDict({"encoder": nn.Sequential(blocks), "heads": nn.Linear(D, 3)})
+    plan = ll.plan(model, ll.LoRAConfig(r=2))
+    assert plan.left_out == (("heads", "in no stack of blocks"),)
+    assert [(t.stack, t.block) for t in plan.targets[-2:]] == [("encoder.encoder_layer_", 11)] * 2
+    assert "encoder.encoder_layer_*.up " in str(plan)
+    last = ll.plan(model, ll.LoRAConfig(r=2, layers=[-1]))
+    assert [target.path for target in last] == ["encoder.encoder_layer_11.up", "encoder.encoder_layer_11.down"]
 
 
 def test_a_model_itself_is_no_stack() -> None:

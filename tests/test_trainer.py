@@ -173,6 +173,39 @@ def test_a_parameter_without_a_gradient_stops_the_first_step(tmp_path: Path) -> 
         trainer.train()
 
 
+class Halved(nn.Linear):
+    """W x + b, with half of the gradient, as a base that rounds its activations might have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward((x + x.detach()) / 2)
+
+
+def halved() -> Any:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.__class__ = Halved
+    return model
+
+
+def test_what_is_loaded_on_a_base_with_wrong_gradients_serves_and_does_not_train(tmp_path: Path) -> None:
+    lora, path, wrong = config("lora", target_names="q_proj"), tmp_path / "a.safetensors", r"up_proj.*50% off"
+    plain = tiny_llama()
+    perturb(ll.attach(plain, lora))
+    ll.save(plain, path)
+    with pytest.raises(ll.QuantizedWeightError, match=wrong):
+        ll.attach(halved(), lora)
+    model = halved()
+    adapter = ll.load(model, path)
+    assert torch.equal(logits(model), logits(plain))
+    start = values(adapter)
+    with pytest.raises(ll.QuantizedWeightError, match=wrong):
+        ll.audit(model, {"input_ids": IDS, "labels": IDS})
+    trainer = AdapterTrainer(model, arguments(tmp_path), train_dataset=Tokens())
+    with pytest.raises(ll.QuantizedWeightError, match=wrong):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(torch.equal(tensor, start[key]) for key, tensor in adapter.state_dict().items())
+
+
 def test_trls_fused_loss_with_an_adapter_on_the_head_stops_the_first_step(tmp_path: Path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
