@@ -86,7 +86,7 @@ def check_gradients(model: nn.Module, targets: Mapping[str, quant.Linear]) -> No
         before.append(path)
     if before:
         logger.warning(
-            f"gradients don't pass, or are wrong below, {_listed(before)}: train nothing that runs before it"
+            f"gradients through {_listed(before)} are wrong or stop: adapters on layers that run before it won't train"
         )
     if unknown:
         logger.warning(f"it isn't known whether gradients pass {_listed(unknown)}: its forward can't be run on rows")

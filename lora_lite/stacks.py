@@ -45,8 +45,8 @@ class Stacks:
 
 
 def place(path: str) -> Place:
-    """A layer's place by its path alone, where there is no model to look at: the first numbered part that has a name
-    before it and a layer after it."""
+    """A layer's place by its path alone, where there is no model to look at: the first part that is a number and has a
+    name before it and a layer after it. A name that ends in a number (`encoder_layer_3`) may mean anything."""
     match = _NUMBERED.search(path)
     return (path[: match.start(2)], int(match[2])) if match else (None, None)
 

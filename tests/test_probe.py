@@ -337,7 +337,7 @@ def test_a_layer_of_rows_alone_is_found_too() -> None:
 def test_a_layer_before_the_first_target_may_run_after_it(log: list[str]) -> None:
     model = nn.ModuleDict({"head": Own(lambda f, x: f(x.detach())), "a": nn.Linear(64, 64)})
     ll.attach(model, config("lora", target_names="^a$"))
-    warning = "WARNING gradients don't pass, or are wrong below, head: train nothing that runs before it"
+    warning = "WARNING gradients through head are wrong or stop: adapters on layers that run before it won't train"
     assert warning in log
 
 

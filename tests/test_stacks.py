@@ -225,6 +225,7 @@ def test_a_box_heads_list_of_linear_layers_is_no_stack() -> None:
         ("model.layers.0.mlp.experts.5.w1", ("model.layers.", 0), "model.layers.*.mlp.experts.5.w1"),
         ("audio.encoders.2.q_proj", ("audio.encoders.", 2), "audio.encoders.*.q_proj"),
         ("merger.mlp.2", (None, None), "merger.mlp.2"),  # a layer, no block
+        ("encoder.encoder_layer_3.up", (None, None), "encoder.encoder_layer_3.up"),  # a stack where there is a model
         ("lm_head", (None, None), "lm_head"),
         ("2", (None, None), "2"),
     ],
