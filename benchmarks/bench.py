@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -36,6 +36,7 @@ from contenders import (
     stack_input,
     stack_ours,
     stack_peft,
+    stored_in,
     text,
     train_step,
 )
@@ -47,6 +48,8 @@ from picture import draw, show
 from torch import Tensor, nn
 
 import lora_lite as ll
+from lora_lite.base import product_milliseconds, product_times
+from lora_lite.config import dtype_name
 
 Section = Callable[[Tensor, int], Iterator[Ratio]]
 NEW_TOKENS = 64
@@ -65,7 +68,8 @@ def memory(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     dropped = saved(ours(dropout=0.05), ids) - own
     yield Ratio("LoRA: kept for backward / floor", lora / least, 1.05, group="memory")
     yield Ratio("LoRA: kept / PEFT", lora / theirs, group="memory")
-    yield Ratio("LoRA: kept / PEFT with bf16 adapters", lora / (saved(peft(bf16=True), ids) - own), group="memory")
+    if stored_in() == torch.bfloat16:  # PEFT's adapters are in the base's dtype
+        yield Ratio("LoRA: kept / PEFT with bf16 adapters", lora / (saved(peft(bf16=True), ids) - own), group="memory")
     yield Ratio("LoRA with dropout: kept / without", dropped / lora, 1.10, group="memory")
     yield Ratio(
         "DoRA: kept / PEFT",
@@ -101,7 +105,6 @@ def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
         "base": base(),
         "lora": ours(),
         "PEFT": peft(),
-        "PEFT bf16": peft(bf16=True),
         "dora": ours("dora"),
         "PEFT DoRA": peft(use_dora=True),
         "crowded": crowded,
@@ -109,17 +112,20 @@ def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
         "15 blocks": ours(layers=range(15)),
         "bare hook": bare(),
     }
+    if in_bf16 := stored_in() == torch.bfloat16:  # PEFT's adapters are in the base's dtype
+        models["PEFT bf16"] = peft(bf16=True)
     times = interleaved({name: train_step(model, ids) for name, model in models.items()}, rounds, "training")
     yield times.ratio("LoRA step / frozen base", "lora", "base", 1.10, "training")
     yield times.ratio("LoRA step / PEFT", "lora", "PEFT", 0.85, "training")
-    yield times.ratio("LoRA step / PEFT with bf16 adapters", "lora", "PEFT bf16", 1.0, "training")
+    if in_bf16:
+        yield times.ratio("LoRA step / PEFT with bf16 adapters", "lora", "PEFT bf16", 1.0, "training")
     yield times.ratio("DoRA step / frozen base", "dora", "base", 1.15, "training")
     yield times.ratio("DoRA step / PEFT", "dora", "PEFT DoRA", 0.5, "training")
     yield times.ratio("LoRA step with 8 disabled adapters / without", "crowded", "lora", 1.05, "training")
     added = times.above("base")
     yield added.ratio("step time added at rank 64 / at rank 16", "rank 64", "lora", 4.0, "training")
     yield added.ratio("step time added by 30 blocks / by 15", "lora", "15 blocks", group="training")
-    for name in ("PEFT", "PEFT bf16", "PEFT DoRA", "bare hook"):
+    for name in ("PEFT", *(["PEFT bf16"] if in_bf16 else []), "PEFT DoRA", "bare hook"):
         yield times.ratio(f"{name} step / frozen base", name, "base", group="peers")
 
 
@@ -266,8 +272,9 @@ def main(
     logger.remove()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    stored_in = str(choose(dtype)).removeprefix("torch.")
-    print(f"the base is in {stored_in}", file=sys.stderr)
+    choose(dtype)
+    compared = torch.bfloat16, torch.float32
+    print(f"the base is in {dtype_name(stored_in())}; {product_times(*compared)}", file=sys.stderr)
     ids = text(file or (GSM8K if GSM8K.exists() else None))
     started, found = time.perf_counter(), []
     for name in only or SECTIONS:
@@ -277,7 +284,9 @@ def main(
     seconds = time.perf_counter() - started
     show(found, seconds)
     out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "dtype": stored_in, "seconds": seconds, "rounds": rounds}
+    record: dict[str, Any] = {"machine": machine(), "dtype": dtype_name(stored_in())}
+    record |= {"product_milliseconds": {dtype_name(each): product_milliseconds(each) for each in compared}}
+    record |= {"seconds": seconds, "rounds": rounds}
     record["ratios"] = [each.record() for each in found]
     (out / "bench.json").write_text(json.dumps(record, indent=2) + "\n")
     draw(found, out / "bench.png")

@@ -1,6 +1,5 @@
 """The models that are compared, and their work: SmolLM2-135M-Instruct on real text, and a stack of linear layers."""
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import lora_lite as ll
+from lora_lite.base import faster_on_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -24,25 +24,19 @@ WIDTH, DEPTH = 2048, 8
 _asked = "auto"
 
 
-def choose(dtype: str) -> torch.dtype:
-    """The dtype, or "auto", of all that is loaded and stacked from here on; returns what that is on this machine."""
+def choose(dtype: str) -> None:
+    """The dtype of all that is loaded and stacked from here on; "auto": the faster of the checkpoint's and float32."""
     global _asked
     _asked = dtype
-    return stored_in()
-
-
-@functools.cache
-def _stored_in(asked: str) -> torch.dtype:
-    dtype: torch.dtype = ll.load_base(str(smollm2_folder()), asked).dtype
-    return dtype
 
 
 def stored_in() -> torch.dtype:
-    return _stored_in(_asked)
+    """The dtype on this machine."""
+    return faster_on_cpu(torch.bfloat16) if _asked == "auto" else getattr(torch, _asked)
 
 
 def load(quantization: str | None = None) -> Any:
-    return ll.load_base(str(smollm2_folder()), _asked, quantization)
+    return ll.load_base(str(smollm2_folder()), stored_in(), quantization)
 
 
 def base(quantization: str | None = None) -> Any:

@@ -22,8 +22,11 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table. low, high: the quartiles of the ratios by round; None for what is `of`: exact, or of the
-    fastest of all rounds."""
+    """One line of the table.
+
+    low, high  the quartiles of the ratios by round, or None
+    of         where these are None, what the value is: "exact", or of the "fastest" round
+    """
 
     measure: str
     value: float

@@ -27,7 +27,7 @@ MINUTES = "Sizes that no option gives are fitted to this time."
 
 def set_up(seed: int) -> None:
     """One seed and one voice: our log lines make room for the progress bar, and libraries report only errors."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     transformers.set_seed(seed)

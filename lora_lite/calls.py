@@ -197,7 +197,7 @@ def check_called(root: nn.Module, layers: Mapping[str, quant.Linear], never_ran:
     calls, reason = _dummy_forward(root, silent)
     never = silent.keys() - calls.called
     if wrong := never & (known | calls.read):
-        raise TargetError(refusal(wrong, len(layers), "merge"))
+        raise TargetError(refusal(wrong, len(layers)))
     if never:
         logger.warning(
             f"merge: {len(never)} of {len(layers)} layers have not been called since attach: {grouped(never)}\n"
@@ -212,14 +212,14 @@ def check_choice(never_ran: str) -> None:
         raise ConfigError(f"never_ran={never_ran!r}: wanted one of {NEVER_RAN}")
 
 
-def refusal(paths: Iterable[str], of: int, call: str) -> str:
-    """The message for layers that a merge must not touch; `call` is the function whose argument lets them pass."""
+def refusal(paths: Iterable[str], of: int) -> str:
+    """The message for layers that a merge must not touch."""
     paths = set(paths)
     return (
         f"{len(paths)} of {of} adapted layers were never called, so their adapters had no effect: {grouped(paths)}\n"
         f"  the model reads their weights itself, or no input has reached them; merged, the adapters would have one\n"
-        f"  leave them out with exclude_names (lora_lite.audit(model, batch) tells which are reached), or say "
-        f'{call}(..., never_ran="merge") if other inputs reach them, such as an image or another expert'
+        f"  leave them out with exclude_names (lora_lite.audit(model, batch) tells which are reached), or merge with "
+        f'never_ran="merge" (--never-ran merge) if other inputs reach them, such as an image or another expert'
     )
 
 

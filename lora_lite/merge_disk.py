@@ -104,7 +104,7 @@ def merge_checkpoint(
     check_choice(never_ran)
     file, base = read_file(adapter), BaseFolder(Path(base_dir).resolve())
     if file.never_ran and never_ran == "raise":
-        raise TargetError(f"{file.path}: {refusal(file.never_ran, len(file.targets), 'merge_checkpoint')}")
+        raise TargetError(f"{file.path}: {refusal(file.never_ran, len(file.targets))}")
     if out == base.path or out.is_mount():
         raise CheckpointError(
             f"{out} is {'the base itself' if out == base.path else 'a mount point'}\n  choose another folder"

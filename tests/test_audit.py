@@ -33,9 +33,11 @@ from transformers import (
     WavLMConfig,
     WavLMModel,
 )
+from typer.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite.checkpoint import read_file
+from lora_lite.cli.commands import app
 from lora_lite.session import slots_of
 from lora_lite.still import random_kept
 
@@ -430,9 +432,8 @@ def test_layers_that_other_inputs_reach_merge_when_told() -> None:
     takes = (0, 1, 2, 3)
     wanted = experts_output(copy.deepcopy(model), takes)
     model(X)
-    with pytest.raises(
-        ll.TargetError, match=r'experts\.3\.proj\n.*\n.*merge\(\.\.\., never_ran="merge"\) if other inputs'
-    ):
+    cure = r'merge with never_ran="merge" \(--never-ran merge\) if other inputs'
+    with pytest.raises(ll.TargetError, match=rf"experts\.3\.proj\n.*\n.*{cure}"):
         ll.merge(model)
     ll.merge(model, never_ran="merge")
     torch.testing.assert_close(experts_output(model, takes), wanted)
@@ -492,7 +493,11 @@ def test_a_merge_on_disk_refuses_what_the_file_says_never_ran(tmp_path: Path) ->
     ):
         ll.merge_checkpoint(tmp_path / "base", file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    ll.merge_checkpoint(tmp_path / "base", file, tmp_path / "out", never_ran="merge")
+    command = ["merge", str(tmp_path / "base"), str(file), str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, ["--debug", *command])
+    assert refused.exit_code == 2, refused.output
+    assert "(--never-ran merge) if other inputs reach them" in refused.stderr
+    assert CliRunner().invoke(app, [*command, "--never-ran", "merge"]).exit_code == 0
     with pytest.raises(ll.ConfigError, match="never_ran='fold': wanted one of"):
         ll.merge_checkpoint(tmp_path / "base", file, tmp_path / "out", never_ran="fold")
 

@@ -164,7 +164,7 @@ def test_auto_takes_the_faster_dtype_on_a_cpu_and_says_why(
     timed(bfloat16=milliseconds, float32=1.0)
     model = ll.load_base(tiny)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    times = f"take {milliseconds:.2g} ms in bfloat16, 1 ms in float32"
+    times = f"take one thread {milliseconds:.2g} ms in bfloat16, 1 ms in float32"
     assert len(log) == 1
     assert re.search(
         rf"loaded {tiny} in {base._name(dtype)}, on cpu .*; 64 tokens through a layer of 576 x 1536 {times}$", log[0]
@@ -189,7 +189,7 @@ def test_a_4_bit_base_computes_in_the_faster_dtype(
     for load in (lambda: ll.load_base(tiny, quantization="nf4"), lambda: ll.load_base(held["nf4"])):
         assert {m.compute_dtype for m in load().modules() if isinstance(m, Linear4bit)} == {dtype}
         assert f"computing in {name})" in log[-1]
-        assert log[-1].endswith(f"take {milliseconds:.2g} ms in bfloat16, 1 ms in float32")
+        assert log[-1].endswith(f"take one thread {milliseconds:.2g} ms in bfloat16, 1 ms in float32")
     for quantization in ("nf4", "int8"):
         assert ll.load_base(tiny, quantization=quantization).lm_head.weight.dtype == dtype
 
@@ -271,7 +271,7 @@ def test_a_float16_checkpoint_is_timed_in_float16(tmp_path: Path, timed: Timed, 
     for milliseconds, dtype in ((0.5, torch.float16), (30.0, torch.float32)):
         timed(float16=milliseconds, float32=1.0)
         assert ll.load_base(str(tmp_path)).dtype == dtype
-        assert log[-1].endswith(f"take {milliseconds:.2g} ms in float16, 1 ms in float32")
+        assert log[-1].endswith(f"take one thread {milliseconds:.2g} ms in float16, 1 ms in float32")
 
 
 def test_the_config_of_the_caller_says_the_checkpoints_dtype(tiny: str, timed: Timed) -> None:
@@ -314,9 +314,11 @@ MEASURE = """
 import torch
 from lora_lite.base import faster_on_cpu, product_milliseconds
 torch.manual_seed(0)
+torch.set_num_threads(3)
 state = torch.get_rng_state()
 with torch.autocast("cpu"), torch.device("meta"):
     times = [product_milliseconds(dtype) for dtype in (torch.bfloat16, torch.float32)]
+assert torch.get_num_threads() == 3
 assert torch.equal(torch.get_rng_state(), state)
 assert times == [product_milliseconds(dtype) for dtype in (torch.bfloat16, torch.float32)]
 print(faster_on_cpu(torch.bfloat16), *times)

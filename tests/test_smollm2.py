@@ -24,17 +24,21 @@ def test_a_real_model_trains_saves_and_loads(
     adapter = ll.attach(model, ll.config_for(variant)())  # type: ignore[call-arg]
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, base)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=ll.REGISTRY[variant].default_lr)
+    rate = ll.REGISTRY[variant].default_lr
+    assert rate is not None
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate / 4)  # at the full one, a first step may overshoot
     model.train()
     losses = []
-    for _ in range(3):
+    for _ in range(4):
         loss = loss_of(model, ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     print(f"\n{variant} on {quantization or model.dtype}: loss", *(f"{loss:.3f}" for loss in losses), end="")
-    assert min(losses) < losses[0] - 0.2, "a step of AdamW at the method's own rate may overshoot, three may not all"
+    # They fall by 0.44 to 0.91, at every step, in bfloat16 and on a CPU without it in float32; that the two and the
+    # ways of quantising begin at other losses, 2.565 to 2.645, is the noise.
+    assert losses[-1] < losses[0] - 0.25
     model.eval()
     ll.save(model, tmp_path / "a.safetensors")
     fresh = real_base(quantization)

@@ -174,7 +174,10 @@ def merge(
     ] = False,
     never_ran: Annotated[
         Literal["raise", "merge"],
-        typer.Option(help="What to do with layers that no forward had called when the adapter was saved."),
+        typer.Option(
+            help="Layers that no forward had called when the adapter was saved. raise: refuse; merge: fold them in, "
+            "where other inputs reach them."
+        ),
     ] = "raise",
     verify: Annotated[
         Path | None,
