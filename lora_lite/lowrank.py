@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, compiler
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 WIDE = torch.float32, torch.float64
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
@@ -55,7 +55,12 @@ def add_low_rank(
     """
     if gain is not None:
         gain = _in(gain, torch.promote_types(gain.dtype, x.dtype))
-    if is_compiling() or _innermost_transform() is not None or forward_ad._current_level >= 0:
+    if (
+        is_dynamo_compiling()
+        or compiler._is_compiling_flag
+        or _innermost_transform() is not None
+        or forward_ad._current_level >= 0
+    ):
         return _plain(y, x, a, b, s, dropout, gain, c, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y, bias)):
         out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout)

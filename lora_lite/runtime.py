@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch import Tensor, compiler, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import experts, probe, quant, record
 from .adapter import Adapter, get_adapter, scaled
@@ -303,7 +303,7 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     slot = module.__dict__[SLOTS][name]
     state = slot.state
-    if is_compiling():
+    if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling(), without its second call
         now = state.traced
     else:
         slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
@@ -325,7 +325,7 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     slot = module.__dict__[SLOTS][name]
     state = slot.state
-    if is_compiling():
+    if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling(), without its second call
         now = state.traced
     else:
         slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
