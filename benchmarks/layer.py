@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 
-D_IN, D_OUT, TOKENS, TURNS, BURST = 576, 1536, (1, 8), 100, 4
+D_IN, D_OUT, TOKENS, TURNS, BURST = 576, 1536, (1, 8), 250, 4
 """TURNS: of each contender in a round."""
 
 

@@ -98,11 +98,11 @@ def _few(
     if a.dtype != x.dtype or b.dtype != x.dtype:
         a, b = a.to(x.dtype), b.to(x.dtype)
     branch = F.linear(F.linear(x, a), b)
-    if gain is None and x.dtype == y.dtype:
-        return torch.add(y, branch, alpha=s)
-    out = torch.empty_like(y)
     if gain is None:
-        return torch.add(y, branch, alpha=s, out=out)
+        if x.dtype == y.dtype:
+            return torch.add(y, branch, alpha=s)
+        return (branch.add_(y) if s == 1 else torch.add(y, branch, alpha=s)).to(y.dtype)
+    out = torch.empty_like(y)
     if bias is None and c == 1:
         return torch.mul(torch.add(y, branch, alpha=s), gain, out=out)
     wx = _in(y, x.dtype) if bias is None else _in(y, x.dtype) - _in(bias, x.dtype)

@@ -112,16 +112,16 @@ class Functions(TorchFunctionMode):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 8, lowrank.FEW])
-def test_few_tokens_without_gradients_take_two_products_and_a_sum(dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("s", [1.0, 0.5])
+def test_few_tokens_without_gradients_take_two_products_and_a_sum(s: float, dtype: torch.dtype, tokens: int) -> None:
     y, x, a, b, _, _ = operands(grad=False, rows=(1, tokens))
     wide = torch.promote_types(dtype, torch.float32)
     y, x, a, b = y.to(dtype), x.to(dtype), a.to(wide), b.to(wide)
     with torch.no_grad(), Functions() as ran:
-        out = add_low_rank(y, x, a, b, 0.5)
-    casts = [] if dtype == wide else ["float"]
-    room = [] if dtype == wide else ["empty_like"]
-    assert ran.names == [*casts, "linear", "linear", *room, "add"]
-    wanted = formula(y.to(wide), x.to(wide), a, b, 0.5).to(dtype)
+        out = add_low_rank(y, x, a, b, s)
+    up, down = ([], []) if dtype == wide else (["float"], ["to"])
+    assert ran.names == [*up, "linear", "linear", "add" if s != 1 or dtype == wide else "add_", *down]
+    wanted = formula(y.to(wide), x.to(wide), a, b, s).to(dtype)
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
     torch.testing.assert_close(out, wanted, **tolerance)
 
