@@ -151,7 +151,7 @@ def uncalled(root: nn.Module) -> set[str]:
     told = {path for path, layer in silent.items() if any(slot.never_ran for slot in slots_of(layer).values())}
     if len(silent) == len(layers):
         return told
-    compiled = in_graphs(root)
+    compiled = in_graphs(root) | _in_graphs_of_classes(root)
     return told | {path for path, layer in silent.items() if id(layer) not in compiled}
 
 
@@ -160,20 +160,26 @@ def _has_run(layer: nn.Module) -> bool:
 
 
 def in_graphs(model: nn.Module) -> set[int]:
-    """The ids of all modules inside of a part that torch.compile has taken: by `torch.compile(part)`,
-    `part.compile()`, or a wrapper that is not at hand, which shows by the graphs of its class."""
+    """The ids of all modules inside of a part that torch.compile has taken, with `torch.compile(part)` or
+    `part.compile()`."""
     parts = [
         module
         for path, module in model.named_modules()
-        if path.rpartition(".")[2] == "_orig_mod" or module._compiled_call_impl is not None or _has_graphs(module)
+        if path.rpartition(".")[2] == "_orig_mod" or module._compiled_call_impl is not None
     ]
     return {id(module) for part in parts for module in part.modules()}
 
 
-def _has_graphs(module: nn.Module) -> bool:
-    """Has torch.compile made a graph of this class's forward?"""
+def _in_graphs_of_classes(root: nn.Module) -> set[int]:
+    """The ids of modules within one of a class that torch.compile has made a graph of: `torch.compile(root)` is a
+    wrapper that the root doesn't know of. It may have been another model's, so this can only clear a layer."""
     if "torch._dynamo" not in sys.modules:
-        return False
+        return set()
+    parts = [module for module in root.modules() if _has_graphs(module)]
+    return {id(module) for part in parts for module in part.modules() if module is not part}
+
+
+def _has_graphs(module: nn.Module) -> bool:
     forward: Any = type(module).forward
     while forward is not None:  # transformers decorates it
         code = getattr(forward, "__code__", None)

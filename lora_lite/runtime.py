@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, compiler, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
 
 from . import experts, probe, quant, record
 from .adapter import Adapter, get_adapter, scaled
 from .config import BaseConfig
 from .errors import ConfigError, TargetError
 from .keys import file_key
-from .layer import AdapterState, Layer, Slot
+from .layer import AdapterState, Coefficient, Layer, Slot
 from .preflight import (
     Changes,
     attachable,
@@ -297,16 +297,26 @@ def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) 
 # ---- the hooks ----------------------------------------------------------------------------------
 
 
-# What apply_input and apply_output do, in as few calls as it can be: for one token, calls are what a hook costs.
-
-
-def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-    slot = module.__dict__[SLOTS][name]
+def _called(module: nn.Module, name: str) -> tuple[Slot, Coefficient | None]:
+    """The slot of a layer that is being called, and the scale of this call; None where the adapter does nothing."""
+    slot: Slot = module.__dict__[SLOTS][name]
     state = slot.state
     if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling(), without its second call
         now = state.traced
     else:
         slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
+        now = state.outside_of_graphs()
+    return slot, None if state.merged or now.is_off else now
+
+
+def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+    """`_called` and `apply_output`, in no more calls than it takes: either costs 3 µs of 170 for one token."""
+    slot = module.__dict__[SLOTS][name]
+    state = slot.state
+    if is_dynamo_compiling() or compiler._is_compiling_flag:
+        now = state.traced
+    else:
+        slot.ran = True
         now = state.outside_of_graphs()
     if state.merged or now.is_off:
         return None
@@ -323,14 +333,8 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    slot = module.__dict__[SLOTS][name]
-    state = slot.state
-    if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling(), without its second call
-        now = state.traced
-    else:
-        slot.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
-        now = state.outside_of_graphs()
-    if state.merged or now.is_off:
+    slot, now = _called(module, name)
+    if now is None:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
     variant: Any = REGISTRY.get(slot.cfg.variant) or lookup(slot.cfg.variant)
@@ -342,14 +346,11 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
 
 def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
-    slots = slots_of(module)
-    slot = slots[name]
-    if not is_compiling():
-        slot.ran = True
-    if slot is next(each for each in slots.values() if each.stacked):
+    slot, now = _called(module, name)
+    if slot is next(each for each in slots_of(module).values() if each.stacked):
         experts.unshadow(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
     matrices = experts.down(module)
-    if slot.state.is_idle or matrices is None:
+    if now is None or matrices is None:
         return
     tensors = {tensor: getattr(module, slot.state.attribute(tensor)) for tensor in slot.tensors}
 

@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
+from lora_lite.audit import watched_step
 from lora_lite.checkpoint import read_file
 from lora_lite.merge_disk import MARKER
 
@@ -220,6 +221,18 @@ class HalfCompiled(nn.Module):
         return y
 
 
+class ReadsOne(nn.Module):
+    """It multiplies by the weight of one layer and calls the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.b(x @ self.a.weight.mT)
+        return y
+
+
 def parts_that_run(folder: Path) -> None:
     """In a graph no hook can note that it ran: layers there aren't taken for such that the model never calls, and a
     checkpoint is no break of the graph."""
@@ -252,6 +265,15 @@ def parts_that_run(folder: Path) -> None:
     assert read_file(folder / "halves.safetensors").never_ran == []
     ll.merge(halves)
     torch.testing.assert_close(halves(x), attached)
+
+    reads = ReadsOne()
+    ll.attach(reads, config("lora", target_names="^[ab]$"))
+    reads(x)
+    with pytest.raises(ll.TargetError, match=r"1 of 2 adapted layers were never called, .*: a\n"):
+        ll.merge(reads)
+    torch.compile(ReadsOne(), backend="eager")(x)  # of the same class: what trains is watched all the same
+    with pytest.raises(ll.TargetError, match=r"training step\n.*reads the weight itself: a\n"), watched_step(reads):
+        reads(x).square().mean().backward()
 
     layer, x = OneLinear(), torch.randn(5, 16, requires_grad=True)
     perturb(ll.attach(layer, config("lora", target_names="proj")))
