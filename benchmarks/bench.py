@@ -48,8 +48,8 @@ from picture import draw, show
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.base import product_milliseconds, product_times
-from lora_lite.config import dtype_name
+from lora_lite.base.load import product_milliseconds, product_times
+from lora_lite.dtypes import dtype_name
 
 Section = Callable[[Tensor, int], Iterator[Ratio]]
 NEW_TOKENS = 64

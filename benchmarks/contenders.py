@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import lora_lite as ll
-from lora_lite.base import faster_on_cpu
+from lora_lite.base.load import faster_on_cpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

@@ -3,6 +3,16 @@
 Every message says what went wrong and where, what was found, and what to do next.
 """
 
+__all__ = [
+    "BaseModelError",
+    "CheckpointError",
+    "ConfigError",
+    "LoraLiteError",
+    "QuantizedWeightError",
+    "TargetError",
+    "VariantError",
+]
+
 
 class LoraLiteError(Exception):
     """Base of all errors of this library. A call that changes a model leaves it as it was when it raises one."""

@@ -13,12 +13,14 @@ import torch
 from loguru import logger
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
+_HERE = Path(__file__).parent
+_FOLDERS = sorted({str(file.parent) for file in _HERE.rglob("*.py")})  # tests of one room use helpers of another
+sys.path[:0] = [*_FOLDERS, str(_HERE.parent / "examples")]
 
 from transformers import AutoTokenizer  # noqa: E402
 
 import lora_lite as ll  # noqa: E402
-from lora_lite.variant import REGISTRY  # noqa: E402
+from lora_lite.core.variant import REGISTRY  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)

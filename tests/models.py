@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import lora_lite as ll
-from lora_lite.variant import needs_data
+from lora_lite.core.variant import needs_data
 
 IDS = torch.arange(24).reshape(2, 12)
 

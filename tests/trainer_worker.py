@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import conftest  # noqa: F401  puts the folders of the tests on the path
 import pytest
 import torch
 from loguru import logger

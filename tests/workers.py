@@ -29,9 +29,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
-from lora_lite.audit import watched_step
-from lora_lite.checkpoint import read_file
-from lora_lite.merge_disk import MARKER
+from lora_lite.io.checkpoint import read_file
+from lora_lite.measure.audit import watched_step
+from lora_lite.merging.on_disk import MARKER
 
 WORLD, STEPS = 2, 3
 GENERATED = ("lora", "dora", "antipasto", "steer")

@@ -27,7 +27,7 @@ from rich.progress import (
 from typer.core import TyperCommand
 
 from ..errors import CheckpointError, LoraLiteError
-from ..merge_disk import merge_checkpoint
+from ..merging.on_disk import merge_checkpoint
 from .compare import compare
 from .convert import convert as convert_adapter
 from .plot import plot_norms

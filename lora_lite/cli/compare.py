@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import BaseConfig
-from ..keys import core
+from ..core.config import BaseConfig
+from ..io.keys import core
 from .norms import delta
 from .report import Progress, counted, grouped
 from .stored import StoredAdapter, StoredLayer, read_adapter

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter import Adapter, adapters
-from ..base import load_as_recorded
-from ..checkpoint import load, save
+from ..base.load import load_as_recorded
+from ..core.adapter import Adapter, adapters
 from ..errors import ConfigError
-from ..peft_load import load_peft
-from ..peft_save import save_peft
+from ..io.checkpoint import load, save
+from ..io.peft.load import load_peft
+from ..io.peft.save import save_peft
 from .stored import OURS, PEFT, is_peft, read_adapter
 
 

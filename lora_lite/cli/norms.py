@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..affine import Affine
-from ..base_folder import BaseFolder
+from ..core.effective import Affine
+from ..core.hooks import apply_input, apply_output
+from ..core.layer import AdapterState, Layer, Slot
+from ..core.plan import is_stacked, specs_at
+from ..core.targets import Target
+from ..core.variant import lookup, weight_use
 from ..errors import CheckpointError, QuantizedWeightError
-from ..layer import AdapterState, Layer, Slot
-from ..packed import unpack
-from ..preflight import is_stacked, specs_at
-from ..targets import Target
-from ..variant import apply_input, apply_output, lookup, weight_use
+from ..merging.base_folder import BaseFolder
+from ..merging.bnb_files import unpack
 from .stored import StoredLayer
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from ..config import BaseConfig, dtype_name
-from ..stacks import place, starred
+from ..base.stacks import place, starred
+from ..core.config import BaseConfig
+from ..dtypes import dtype_name
 from .norms import Weights, norm
 from .stored import PEFT, StoredAdapter, StoredTensors, read_stored
 

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import AdapterFile, read_file
-from ..config import BaseConfig
+from ..base.stacks import place
+from ..core.config import BaseConfig
+from ..core.names import check_shapes, file_key
+from ..core.plan import specs_at
+from ..core.targets import Target
+from ..core.variant import weight_use
 from ..errors import CheckpointError
-from ..files import Header, read_header, read_shards
-from ..keys import check_shapes, file_key
-from ..peft_folder import CONFIG, WEIGHTS
-from ..peft_load import read_layers
-from ..preflight import specs_at
-from ..stacks import place
-from ..targets import Target
-from ..variant import weight_use
+from ..io.checkpoint import AdapterFile, read_file
+from ..io.peft.folder import CONFIG, WEIGHTS
+from ..io.peft.load import read_layers
+from ..io.safetensors import Header, read_header, read_shards
 
 OURS, PEFT = "lora-lite file", "PEFT folder"
 WIDEST = 1 << 20

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..stacks import starred
+from ..base.stacks import starred
 from .compare import Difference
 from .report import LayerReport, Report, TensorReport, grouped
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ..base import load_as_recorded, load_base
+from ..base.load import load_as_recorded, load_base
 from ..errors import BaseModelError, ConfigError
-from ..files import read_header, write_tensors
+from ..io.safetensors import read_header, write_tensors
 from .convert import load_any
 from .stored import read_adapter
 

@@ -1,37 +1,22 @@
-"""One file per method; importing this package registers them all."""
+"""One paper, one file. Importing this package registers the method of every file in it, and offers its `__all__`."""
 
-from .abliteration import Abliteration, AbliterationConfig, Normalization
-from .antipasto import AntiPaSTO, AntiPaSTOConfig
-from .dora import DoRA, DoRAConfig
-from .history import History, HistoryConfig
-from .ia3 import IA3, IA3Config
-from .ia3_ff import IA3FF, IA3FFConfig
-from .lora import LoRA, LoRAConfig
-from .pissa import PiSSA, PiSSAConfig
-from .ssteer import SSteer, SSteerConfig
-from .steer import Steer, SteerConfig, Unit
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "IA3",
-    "IA3FF",
-    "Abliteration",
-    "AbliterationConfig",
-    "AntiPaSTO",
-    "AntiPaSTOConfig",
-    "DoRA",
-    "DoRAConfig",
-    "History",
-    "HistoryConfig",
-    "IA3Config",
-    "IA3FFConfig",
-    "LoRA",
-    "LoRAConfig",
-    "Normalization",
-    "PiSSA",
-    "PiSSAConfig",
-    "SSteer",
-    "SSteerConfig",
-    "Steer",
-    "SteerConfig",
-    "Unit",
-]
+if TYPE_CHECKING:  # for editors; a new file works without a line here
+    from .abliteration import *
+    from .antipasto import *
+    from .dora import *
+    from .ia3 import *
+    from .ia3_ff import *
+    from .lora import *
+    from .pissa import *
+    from .ssteer import *
+    from .steer import *
+
+__all__: list[str] = []
+for _file in iter_modules(__path__):
+    _module = import_module(f".{_file.name}", __name__)
+    __all__ += _module.__all__
+    globals().update({name: getattr(_module, name) for name in _module.__all__})

@@ -23,9 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import SubspaceConfig, fit, placed
+from ..core.variant import Layer, ParamSpec, register
 from ..errors import BaseModelError
-from ..variant import Layer, ParamSpec, register
+from ..families.directions import SubspaceConfig, fit, placed
+
+__all__ = ["Abliteration", "AbliterationConfig", "Normalization"]
 
 SMALLEST = 1e-3  # of n² at any λ: below it too little of a row or column is left to say where it points
 

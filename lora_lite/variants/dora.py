@@ -17,10 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.variant import Layer, ParamSpec, register
 from ..errors import BaseModelError
-from ..lowrank import add_low_rank
-from ..variant import Layer, ParamSpec, register
+from ..ops.low_rank import add_low_rank
 from .lora import LoRAConfig
+
+__all__ = ["DoRA", "DoRAConfig"]
 
 CANCELLED = 1e-3
 """Below this n²/n0² the factored form, right to about 1e-6 of n0², leaves too few digits."""

@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import BaseConfig
-from ..variant import Layer, ParamSpec, register
+from ..core.config import BaseConfig
+from ..core.variant import Layer, ParamSpec, register
+
+__all__ = ["IA3", "IA3Config"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import BaseConfig
-from ..variant import Layer, ParamSpec, register
+from ..core.config import BaseConfig
+from ..core.variant import Layer, ParamSpec, register
+
+__all__ = ["IA3FF", "IA3FFConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)

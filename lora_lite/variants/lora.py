@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import AdapterConfig, is_number, positive_or_none
-from ..lowrank import add_low_rank
-from ..variant import Layer, ParamSpec, register
+from ..core.config import AdapterConfig
+from ..core.validate import is_number, positive_or_none
+from ..core.variant import Layer, ParamSpec, register
+from ..ops.low_rank import add_low_rank
+
+__all__ = ["LoRA", "LoRAConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)

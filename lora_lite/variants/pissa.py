@@ -20,11 +20,14 @@ from jaxtyping import Float
 from loguru import logger
 from torch import Tensor
 
-from ..config import AdapterConfig, positive_or_none
+from ..core.config import AdapterConfig
+from ..core.validate import positive_or_none
+from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
-from ..lowrank import add_low_rank
-from ..svd import leading_svd
-from ..variant import Layer, ParamSpec, register
+from ..ops.low_rank import add_low_rank
+from ..ops.svd import leading_svd
+
+__all__ = ["PiSSA", "PiSSAConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)

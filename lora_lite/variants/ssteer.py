@@ -18,8 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..sspace import SSpaceConfig, fit, frozen, needs_data
-from ..variant import Layer, ParamSpec, register
+from ..core.variant import Layer, ParamSpec, register
+from ..families.sspace import SSpaceConfig, fit, frozen, needs_data
+
+__all__ = ["SSteer", "SSteerConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)

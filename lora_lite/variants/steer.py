@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..directions import DirectionConfig, Method, fit_steps, placed
+from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
-from ..variant import Layer, ParamSpec, register
+from ..families.directions import DirectionConfig, Method, fit_steps, placed
+
+__all__ = ["Steer", "SteerConfig", "Unit"]
 
 
 class Unit(enum.StrEnum):

@@ -1,0 +1,1 @@
+"""Floor 2. The frozen model: kinds of layer, ways of storing a weight, fingerprint, loading."""

@@ -1,0 +1,219 @@
+"""bitsandbytes' layers, which no other file knows. Facts that it rests on, bitsandbytes 0.50:
+
+- A Linear8bitLt keeps int8 codes and per-row scales on `weight.CB/SCB` until its first forward, on `state.CB/SCB`
+  after it.
+- On a CPU with AVX512-BF16, an eval forward without gradients repacks a Linear4bit weight in place. From then on
+  dequantising gives garbage (relative error 1.4), and in train mode no gradient reaches the layer's input.
+  `support_avx512bf16_for_cpu = False` keeps the layout.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..dtypes import dtype_name
+from ..errors import QuantizedWeightError
+from .kinds import Kind, is_instance
+from .storage import Quantization, Storage, linear_by_rows, register_storage, spread
+
+if TYPE_CHECKING:
+    from .layer import BaseLayer
+
+
+@register_storage
+class Bnb4bit(Storage):
+    """nf4 and fp4: codes in uint8, with a scale for each block of the flat weight; the scales may be quantised too."""
+
+    def holds(self, module: Any, kind: Kind) -> bool:
+        return _is_4bit(module) and _quant_state(module) is not None
+
+    def describe(self, layer: "BaseLayer") -> str:
+        return f"{_quant_state(layer.module).quant_type}, 4-bit bitsandbytes"
+
+    def dense(self, layer: "BaseLayer", expert: int | None) -> Float[Tensor, "o i"]:
+        raise_if_repacked(layer.module, layer.path)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.stored.data, _quant_state(layer.module)).float()
+
+    def linear(self, layer: "BaseLayer", t: Float[Tensor, "*b i"], expert: int | None) -> Float[Tensor, "*b o"]:
+        """By bitsandbytes' own kernel, which dequantises as it does in the layer's forward."""
+        raise_if_repacked(layer.module, layer.path)
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(t, layer.stored, quant_state=_quant_state(layer.module))
+
+    def samples(self, layer: "BaseLayer") -> list[float]:
+        return samples_4bit(layer.stored.view(torch.uint8), _quant_state(layer.module))
+
+    def record(self, layer: "BaseLayer") -> Quantization:
+        state, compute = _quant_state(layer.module), layer.module.compute_dtype
+        return Quantization(
+            "bitsandbytes-4bit",
+            state.quant_type,
+            state.blocksize,
+            bool(state.nested),
+            None if compute is None else dtype_name(compute),
+            dtype_name(state.dtype),
+        )
+
+    def compute_dtype(self, layer: "BaseLayer") -> torch.dtype:
+        dtype: torch.dtype = layer.module.compute_dtype or _quant_state(layer.module).dtype
+        return dtype
+
+    def requantized(
+        self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None
+    ) -> nn.Module:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        old, state = layer.module, _quant_state(layer.module)
+        how = {"quant_type": state.quant_type, "compress_statistics": state.nested, "quant_storage": layer.stored.dtype}
+        d_out, d_in = weight.shape
+        new: Any = Linear4bit(d_in, d_out, bias is not None, old.compute_dtype, device="meta", **how)
+        values = weight.to("cpu", state.dtype)  # the move to a device is what quantises, so it starts on the CPU
+        new.weight = Params4bit(values, blocksize=state.blocksize, module=new, **how).to(weight.device)
+        new.compute_type_is_set = old.compute_type_is_set
+        new.support_avx512bf16_for_cpu = old.support_avx512bf16_for_cpu
+        return _with_bias(new, bias, old)
+
+
+@register_storage
+class Bnb8bit(Storage):
+    """int8 codes with a scale for each row: weight = codes · scales."""
+
+    def holds(self, module: Any, kind: Kind) -> bool:
+        return _is_8bit(module) and module.weight.dtype == torch.int8 and _scales(module) is not None
+
+    def describe(self, layer: "BaseLayer") -> str:
+        return "int8, 8-bit bitsandbytes"
+
+    def dense(self, layer: "BaseLayer", expert: int | None) -> Float[Tensor, "o i"]:
+        codes, scales = _int8(layer.module)
+        return codes.float() * scales.float()[:, None]
+
+    def linear(self, layer: "BaseLayer", t: Float[Tensor, "*b i"], expert: int | None) -> Float[Tensor, "*b o"]:
+        """By the codes as numbers: the layer's own kernel would round t to int8 too (0.5 to 1 % of the result)."""
+        codes, scales = _int8(layer.module)
+        return linear_by_rows(t, codes) * scales.to(t.dtype)
+
+    def samples(self, layer: "BaseLayer") -> list[float]:
+        codes, scales = _int8(layer.module)
+        return spread(codes) + spread(scales)
+
+    def record(self, layer: "BaseLayer") -> Quantization:
+        return Quantization("bitsandbytes-8bit", "int8")
+
+    def requantized(
+        self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None
+    ) -> nn.Module:
+        from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+        d_out, d_in = weight.shape
+        threshold = layer.module.state.threshold
+        new: Any = Linear8bitLt(
+            d_in, d_out, bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
+        )
+        params: Any = Int8Params
+        new.weight = params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False).to(weight.device)
+        return _with_bias(new, bias, layer.module)
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """True for a layer of bitsandbytes, quantised already or not."""
+    return _is_4bit(module) or _is_8bit(module)
+
+
+def samples_4bit(codes: Tensor, state: Any) -> list[float]:
+    """Elements of 4-bit codes (uint8) and of the scales in bitsandbytes' QuantState."""
+    parts = [codes, state.absmax]
+    parts += [state.state2.absmax, state.offset] if state.nested else []
+    return [value for part in parts for value in spread(part)]
+
+
+# ---- the layout of 4-bit weights, which a forward may change ------------------------------------
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Every 4-bit layer multiplies in this dtype; left to itself, one takes that of its first input."""
+    for layer in _layers_4bit(model).values():
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+
+
+def repackable(model: nn.Module) -> dict[str, nn.Module]:
+    """Every 4-bit layer, by path, that an eval forward on this CPU would repack.
+
+    Raises QuantizedWeightError if one has been repacked: gradients don't pass through it, so it spoils the
+    adapters below it, whether it is a target or not.
+    """
+    layers = _layers_4bit(model)
+    for path, layer in layers.items():
+        raise_if_repacked(layer, path)
+    return {path: layer for path, layer in layers.items() if layer.support_avx512bf16_for_cpu}
+
+
+@contextmanager
+def layout_kept(model: nn.Module) -> Iterator[None]:
+    """Within the block, no forward repacks a 4-bit layer."""
+    free = [layer for layer in _layers_4bit(model).values() if layer.support_avx512bf16_for_cpu]
+    for layer in free:
+        keep_layout(layer, True)
+    try:
+        yield
+    finally:
+        for layer in free:
+            keep_layout(layer, False)
+
+
+def keep_layout(module: Any, keep: bool) -> None:
+    """Forbid (or allow again) that a forward repacks this 4-bit layer for AVX512-BF16."""
+    module.support_avx512bf16_for_cpu = not keep
+
+
+def raise_if_repacked(module: Any, path: str) -> None:
+    """QuantizedWeightError if an eval forward has repacked this 4-bit layer."""
+    if getattr(_quant_state(module), "packing_format_for_cpu", False):
+        raise QuantizedWeightError(
+            f"{path}: an eval forward has repacked this 4-bit weight for AVX512-BF16; it can't be read or "
+            f"trained through any more\n"
+            f"  load the model again, with lora_lite.load_base(...) or with attach before the first forward"
+        )
+
+
+def _layers_4bit(model: nn.Module) -> dict[str, Any]:
+    return {path: module for path, module in model.named_modules() if _is_4bit(module)}
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return is_instance(module, "bitsandbytes.nn", "Linear4bit")
+
+
+def _is_8bit(module: nn.Module) -> bool:
+    return is_instance(module, "bitsandbytes.nn", "Linear8bitLt")
+
+
+def _quant_state(module: Any) -> Any:
+    """The QuantState of a Linear4bit. FSDP keeps it on the module only."""
+    state = getattr(module.weight, "quant_state", None)
+    return module.quant_state if state is None else state
+
+
+def _int8(module: Any) -> tuple[Tensor, Tensor]:
+    """Codes (d_out, d_in) and scales (d_out,) of a Linear8bitLt."""
+    state, weight = module.state, module.weight
+    codes = weight.CB if state.CB is None else state.CB
+    return (weight.data if codes is None else codes), _scales(module) / 127
+
+
+def _scales(module: Any) -> Any:
+    """127 times the scales of a Linear8bitLt; None until it is quantised."""
+    return module.weight.SCB if module.state.SCB is None else module.state.SCB
+
+
+def _with_bias(new: Any, bias: Tensor | None, old: nn.Module) -> nn.Module:
+    new.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    module: nn.Module = new.train(old.training)
+    return module

@@ -1,0 +1,350 @@
+"""load_base: a transformers model, dense or on bitsandbytes, ready for an adapter."""
+
+import functools
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from loguru import logger
+
+from ..dtypes import dtype_name
+from ..errors import BaseModelError, ConfigError
+from . import quant
+
+CASCADE = (torch.float16, torch.bfloat16, torch.float32)
+"""What dtype="auto" tries after the checkpoint's own dtype."""
+
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+PRODUCT = (64, 576, 1536)
+"""(tokens, d_in, d_out) of the product that is timed on a CPU: a millisecond where the dtype is native."""
+
+WORTH = 1.5
+"""How many times as fast float32 must be to take the place of 16 bits, which need half the memory. Without native
+bfloat16 it is 5 to 60 times as fast; near 1 the noise of the two times would choose."""
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+
+FINDS_CONFIG = (
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+    "proxies",
+    "gguf_file",
+)
+"""Options of from_pretrained that say where config.json is. The others may hold tensors, or what can't be copied."""
+
+_trusted: set[str] = set()
+"""Models whose own code has been needed and has worked, on the caller's word, in this process."""
+
+
+def load_base(
+    model_id: str,
+    dtype: str | torch.dtype = "auto",
+    quantization: str | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    double_quant: bool = True,
+    device_map: Any = None,
+    trust_remote_code: bool | None = None,
+    auto_class: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a base model that works: each try ends with a forward of one token.
+
+    model_id           a hub id or a folder
+    dtype              "auto": the checkpoint's dtype, then float16, bfloat16 and float32, until the forward runs and
+                       gives finite logits; the reason for each fallback is logged. On a CPU, float32 comes before a
+                       checkpoint's 16 bits where its products are clearly faster (many CPUs emulate bfloat16): one of
+                       each is timed, once a process, and the log names both times. The weights keep their values and
+                       take twice the memory. Without a device_map, a machine with an accelerator counts as no CPU: the
+                       model may be moved there. A torch dtype or its name: just that
+    quantization       None, "nf4", "fp4" (4-bit) or "int8", through bitsandbytes. A folder that is quantised already
+                       opens with None, or with what it holds
+    compute_dtype      of a 4-bit base, whatever its folder says: weights are dequantised to it on every forward and the
+                       layer multiplies in it. None: the dtype that is asked for; with "auto" bfloat16, which has
+                       float32's range at half its cost, or float32 on a CPU where that is clearly faster
+    double_quant       quantise the 4-bit scales too: 0.37 bits a weight less (QLoRA, arXiv:2305.14314, section 3)
+    device_map         as in transformers. None: the CPU for a dense base, the accelerator if any for a quantised one
+    trust_remote_code  True runs code that comes with the model. None: only if an earlier call for this model_id in
+                       this process said True, and the model did need its own code, and loaded
+    auto_class         default: transformers.AutoModelForCausalLM
+    kwargs             for from_pretrained; a quantization_config among them says the compute dtype itself
+
+    Returns the model, in eval mode. Raises ConfigError for a bad argument or a folder that is quantised in another way
+    than the one asked for, BaseModelError when no dtype works, ImportError without
+    transformers (extra "hf") or bitsandbytes ("bnb"), and what from_pretrained raises for a model that isn't there.
+    """
+    import transformers
+
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(f"quantization={quantization!r}: wanted None or one of {QUANTIZATIONS}")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigError(f"dtype={dtype!r}: wanted 'auto', a torch dtype or its name")
+        dtype = getattr(torch, dtype)
+    trust = model_id in _trusted if trust_remote_code is None else trust_remote_code
+    options = {"device_map": device_map, "trust_remote_code": trust, **kwargs}
+    if quantization is not None:
+        options["device_map"] = device_map or {"": _accelerator()}
+    chosen = _choice(model_id, dtype, quantization, options["device_map"], kwargs)
+    compute_dtype = compute_dtype or chosen.compute
+    if quantization is not None:
+        options["quantization_config"] = _bnb_config(quantization, compute_dtype, double_quant)
+    load = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
+    reasons: list[str] = []
+    for attempt in chosen.attempts:
+        model = None  # what failed must be gone before the next is loaded
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "You passed `quantization_config`"
+                )  # _check_held raises if it matters
+                model = load(model_id, dtype=attempt, **options)
+            if quantization is not None:
+                _check_held(model_id, model, quantization, double_quant)
+            timed = _settle_dtype(model, attempt, chosen)
+            if "quantization_config" not in kwargs:
+                quant.compute_in(model, compute_dtype)
+            for layer in quant.repackable(model).values():
+                quant.keep_layout(layer, True)
+            _one_token(model)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reasons.append(f"{_name(attempt)}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            logger.warning(f"{model_id} does not work in {reasons[-1]}")
+            continue
+        if trust and type(model).__module__.startswith("transformers_modules"):
+            _trusted.add(model_id)
+        _report(model_id, model, timed)
+        return model
+    raise BaseModelError(
+        f"{model_id} works in none of {len(reasons)} dtypes on {', '.join(devices())}\n  " + "\n  ".join(reasons)
+    )
+
+
+def load_as_recorded(folder: str, record: Mapping[str, Any], **kwargs: Any) -> Any:
+    """The base as an adapter's base record says that it was: in its dtype, dense or with each recorded module quantised
+    in the same way.
+
+    kwargs are load_base's; a dtype among them comes first. Raises BaseModelError for an unknown way of quantising or if
+    other modules are quantised, and what load_base raises.
+    """
+    how, kwargs = record.get("quantization"), {"dtype": record.get("dtype", "auto"), **kwargs}
+    if how is None:
+        return load_base(folder, **kwargs)
+    if how["quant_type"] not in QUANTIZATIONS:
+        raise BaseModelError(
+            f"the adapter was trained on {how['quant_type']} weights, which can't be made again here\n"
+            f"  wanted one of {', '.join(QUANTIZATIONS)}, or a dense base"
+        )
+    compute = how["compute_dtype"] and {"compute_dtype": getattr(torch, how["compute_dtype"])}
+    model = load_base(
+        folder, quantization=how["quant_type"], double_quant=how["double_quant"], **(compute or {}), **kwargs
+    )
+    made = (quant.quantization(model) or {}).get("modules", [])
+    other = sorted(set(made) ^ set(how["modules"]))
+    if other:
+        raise BaseModelError(
+            f"{folder} quantises to {len(made)} modules, where the adapter was trained on {len(how['modules'])}\n"
+            f"  such as {', '.join(other[:3])}"
+        )
+    return model
+
+
+def devices() -> list[str]:
+    """Every device that torch sees here, by its name."""
+    names = [f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"]
+    kind = torch.accelerator.current_accelerator()
+    if kind is not None:
+        backend = torch.get_device_module(kind)
+        for i in range(torch.accelerator.device_count()):
+            label = backend.get_device_name(i) if hasattr(backend, "get_device_name") else kind.type
+            names.append(f"{kind.type}:{i} ({label})")
+    return names
+
+
+def _bnb_config(quantization: str, compute_dtype: torch.dtype, double_quant: bool) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_said_once)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=double_quant,
+    )
+
+
+def _check_held(model_id: str, model: Any, quantization: str, double_quant: bool) -> None:
+    """ConfigError if the folder was quantised already, in another way than is asked for: transformers keeps that."""
+    record = quant.quantization(model)
+    held = _quantized_as(record["quant_type"], record["double_quant"]) if record else "no quantised layer"
+    wanted = _quantized_as(quantization, double_quant)
+    if held != wanted:
+        raise ConfigError(
+            f"{model_id} holds {held}, and {wanted} was asked for\n"
+            f"  use quantization=None for what it holds, or the folder of the original weights"
+        )
+
+
+def _quantized_as(quant_type: str, double_quant: bool) -> str:
+    if quant_type not in ("nf4", "fp4"):
+        return quant_type
+    return f"{quant_type} {'with' if double_quant else 'without'} double quantisation"
+
+
+def _said_once(record: logging.LogRecord) -> bool:
+    """bitsandbytes warns of float16 inputs for each layer of each forward; `_report` says it once."""
+    return "inputs will be cast" not in str(record.msg)
+
+
+def _accelerator() -> Any:
+    kind = torch.accelerator.current_accelerator()
+    return "cpu" if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
+
+
+@functools.cache
+def product_milliseconds(dtype: torch.dtype) -> float:
+    """How long one thread of this CPU takes for a product of PRODUCT's sizes: the least of three, after one that isn't
+    counted."""
+    tokens, d_in, d_out = PRODUCT
+    threads = torch.get_num_threads()
+    # Ones, not random numbers: a load must not move the seed.
+    x, weight = (torch.ones(rows, d_in, dtype=dtype, device="cpu") for rows in (tokens, d_out))
+    seconds = []
+    # Where all cores are busy, two threads wait for each other up to 70 times as long as the product takes.
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for _ in range(4):
+                started = time.perf_counter()
+                torch.nn.functional.linear(x, weight)
+                seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return 1000 * min(seconds[1:])
+
+
+def product_times(*dtypes: torch.dtype) -> str:
+    """What the product takes in each dtype, in words."""
+    tokens, d_in, d_out = PRODUCT
+    times = ", ".join(f"{product_milliseconds(each):.2g} ms in {_name(each)}" for each in dtypes)
+    return f"{tokens} tokens through a layer of {d_in} x {d_out} take one thread {times}"
+
+
+def faster_on_cpu(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 where this CPU multiplies at least WORTH times as fast in that."""
+    slow = product_milliseconds(dtype) > WORTH * product_milliseconds(torch.float32)
+    return torch.float32 if slow else dtype
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The dtypes to try in order, that of 4-bit layers' products, and the 16-bit ones that were timed to choose.
+
+    after_load: whether the checkpoint's dtype is to be timed as soon as the load has told it, since no config.json does
+    """
+
+    attempts: list[Any]
+    compute: torch.dtype
+    timed: list[torch.dtype]
+    after_load: bool = False
+
+
+def _choice(
+    model_id: str, dtype: str | torch.dtype, quantization: str | None, device_map: Any, kwargs: Mapping[str, Any]
+) -> _Choice:
+    if isinstance(dtype, torch.dtype):
+        return _Choice([dtype], dtype, [])
+    if not _on_cpu(device_map):
+        return _Choice(["auto", *CASCADE], torch.bfloat16, [])
+    config = _stored_config(model_id, kwargs)
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
+    timed = [stored] if stored in SIXTEEN_BITS else []
+    if (quantization or config.get("quantization_config")) and torch.bfloat16 not in timed:
+        timed.append(torch.bfloat16)
+    faster = {each: faster_on_cpu(each) for each in timed}
+    attempts = ["auto", *CASCADE]
+    if faster.get(stored) is torch.float32:
+        attempts = [torch.float32, *(each for each in attempts if each is not torch.float32)]
+    return _Choice(attempts, faster.get(torch.bfloat16, torch.bfloat16), timed, after_load=stored is None)
+
+
+def _settle_dtype(model: Any, attempt: Any, chosen: _Choice) -> list[torch.dtype]:
+    """Cast what is still in 16 bits to the dtype that is tried, or to the faster one where only the load told what the
+    checkpoint's is; returns the 16-bit dtypes that were timed.
+
+    Of a folder that is quantised already, from_pretrained leaves head, embeddings and norms in the dtype they have.
+    """
+    timed, record = chosen.timed, quant.quantization(model)
+    if record is not None and not record["method"].startswith("bitsandbytes"):
+        return timed
+    if attempt == "auto" and chosen.after_load and model.dtype in SIXTEEN_BITS:
+        timed = [*timed, *({model.dtype} - set(timed))]
+        attempt = faster_on_cpu(model.dtype)
+    if isinstance(attempt, torch.dtype):
+        # One by one, not model.to(): transformers refuses that for a quantised model.
+        for tensor in (*model.parameters(), *model.buffers()):
+            if type(tensor) in (torch.nn.Parameter, torch.Tensor) and tensor.dtype in SIXTEEN_BITS:
+                tensor.data = tensor.data.to(attempt)
+    return timed
+
+
+def _stored_config(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json as it stands, read without its classes, or the config among load_base's kwargs."""
+    import transformers
+
+    if isinstance(kwargs.get("config"), transformers.PreTrainedConfig):
+        return {"dtype": kwargs["config"].dtype}
+    where = {name: kwargs[name] for name in FINDS_CONFIG if name in kwargs}
+    config, _ = transformers.PreTrainedConfig.get_config_dict(model_id, **where)
+    return config
+
+
+def _on_cpu(device_map: Any) -> bool:
+    """Whether the whole model will be on the CPU, and stay there: where there is an accelerator, one that is loaded
+    without a device_map is moved to it, by `.to()` or a trainer, or by from_pretrained if it is quantised."""
+    if torch.accelerator.current_accelerator() is None:
+        return device_map is not None or torch.get_default_device().type == "cpu"
+    devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return all(str(device) == "cpu" for device in devices)
+
+
+@torch.no_grad()
+def _one_token(model: Any) -> None:
+    bos = getattr(model.config.get_text_config(), "bos_token_id", None)
+    inputs = {"input_ids": torch.tensor([[bos if isinstance(bos, int) else 0]], device=model.device)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    output = model(**inputs)[0]  # logits, or the last hidden state of a model without a head
+    if not output.isfinite().all():
+        raise RuntimeError("the logits of one token are not finite")
+
+
+def _report(model_id: str, model: Any, timed: list[torch.dtype]) -> None:
+    how, record = _name(model.dtype), quant.quantization(model)
+    if record and record["method"] == "bitsandbytes-8bit":
+        how = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {how}"
+    elif record and record["method"] == "unknown":
+        how = f"{record['quant_type']} weights, all else in {how}"
+    elif record:
+        how = f"4 bit ({record['quant_type']}, computing in {record['compute_dtype']}), all else in {how}"
+    where = sorted({str(parameter.device) for parameter in model.parameters()})
+    why = f"; {product_times(*timed, torch.float32)}" if timed else ""
+    logger.info(f"loaded {model_id} in {how}, on {', '.join(where)} of {'; '.join(devices())}{why}")
+
+
+def _name(dtype: Any) -> str:
+    return dtype_name(dtype) if isinstance(dtype, torch.dtype) else str(dtype)

@@ -1,0 +1,93 @@
+"""A layer's own forward, run on a few rows without a trace: no hooks, and modes and random numbers as they were."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import brief
+from . import quant
+from .exact import exactly
+from .sharding import is_sharded
+
+Run = Callable[[Tensor], Tensor]
+"""From rows (n, d_in) to rows (n, d_out). Raises NotRunError."""
+
+
+class NotRunError(Exception):
+    """A layer's own forward gives no rows (n, d_out) for rows (n, d_in)."""
+
+
+class NoAnswerError(NotRunError):
+    """It wasn't run for a reason that says nothing of the layer: it wants more than rows, or memory ran out."""
+
+
+def is_asked(layer: quant.Linear) -> bool:
+    """False where the class says what is computed, or nothing can be run: bitsandbytes, meta, shards, experts."""
+    weight = quant.stored(layer)
+    if quant.is_lazy(layer) or weight.is_meta or is_sharded(weight) or not weight.numel() or weight.dim() == 3:
+        return False
+    if any(quant.is_bitsandbytes(module) for module in layer.modules()):
+        return False
+    known = type(layer).forward is nn.Linear.forward or quant.is_transposed(layer)
+    return "forward" in vars(layer) or not known or quant.kind_of(layer) is quant.Kind.UNKNOWN
+
+
+@contextmanager
+def own_forward(layer: quant.Linear) -> Iterator[Run]:
+    """The layer's forward in eval mode, without gradients unless the block enables them, and without autocast.
+
+    Rows go in as a batch (1, n, d_in); where that doesn't work, as they are.
+    """
+    d_out = (quant.features(layer) or (0, 0))[1]
+    batches: list[tuple[int, ...]] = [(1,), ()]
+
+    def run(x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
+        problems = []
+        for batch in batches:
+            try:
+                y = _run(layer, x.view(*batch, *x.shape), d_out)
+            except NoAnswerError:
+                raise
+            except NotRunError as problem:
+                problems.append(problem)
+            else:
+                batches[:] = [batch]
+                return y[0] if batch else y
+        raise problems[0]
+
+    device = quant.stored(layer).device
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    modes = {module: module.training for module in layer.modules()}
+    with exactly(layer), torch.random.fork_rng(devices, device_type=kind):
+        try:
+            for module in modes:
+                module.training = False
+            yield run
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _run(layer: quant.Linear, x: Float[Tensor, "*n i"], d_out: int) -> Float[Tensor, "*n o"]:
+    try:
+        inspect.signature(layer.forward).bind(x)
+    except TypeError as error:
+        raise NoAnswerError(f"its forward can't be called with rows alone: {error}") from error
+    except ValueError:  # it has no signature, as what is compiled has none
+        pass
+    shape = tuple(x.shape)
+    try:
+        y = layer.forward(x)
+    except torch.OutOfMemoryError as error:
+        raise NoAnswerError(f"no memory is left for an input {shape}") from error
+    except Exception as error:  # of any kind: the forward is anyone's
+        raise NotRunError(f"it takes no input {shape}: {type(error).__name__}: {brief(error)}") from error
+    if not isinstance(y, Tensor):
+        raise NotRunError(f"it gives a {type(y).__name__}, not a tensor")
+    if y.shape != (*x.shape[:-1], d_out) or not y.is_floating_point():
+        raise NotRunError(f"it gives {tuple(y.shape)} for {shape}, not {(*shape[:-1], d_out)}")
+    return y

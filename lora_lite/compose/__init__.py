@@ -1,0 +1,1 @@
+"""Floor 5. More than one adapter at work."""

@@ -1,0 +1,292 @@
+"""The handle on an attached adapter, where to find it, and its scale.
+
+An adapter's tensors are parameters and buffers of the layers that it adapts. Each of these layers
+keeps a `Slot` per adapter, and the model that `attach` was given keeps a `Session`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..base import quant, sharding
+from ..dtypes import dtype_name
+from ..errors import CheckpointError, ConfigError, TargetError
+from .effective import Affine
+from .layer import AdapterState, Layer, Slot
+from .names import check_shapes, file_key
+from .session import Session, check_unmerged, leads, session_at, session_of, slots_of
+from .targets import Target
+from .validate import is_number
+from .variant import check_takes_data, lookup
+
+
+class Adapter:
+    """A handle on one attached adapter; keep it, or get it again from `adapters(model)`."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._model = model
+        self.name = name
+
+    @property
+    def config(self) -> Any:
+        """The config it was attached with."""
+        return self._state.cfg
+
+    @property
+    def variant(self) -> str:
+        """The name of its method in REGISTRY."""
+        return self.config.variant
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What it was attached to: the `base` record of an adapter file."""
+        return self._state.base
+
+    @property
+    def per_layer(self) -> dict[str, dict[str, Any]]:
+        """Path of each layer at which the config differs, with the fields that do."""
+        return {path: dict(fields) for path, fields in self._state.per_layer.items()}
+
+    @property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """Path of each adapted layer, relative to the model given to `attach`, with its (d_in, d_out)."""
+        return {target.path: (target.d_in, target.d_out) for target in self._state.targets}
+
+    @property
+    def layers(self) -> list[Target]:
+        """What it was attached to, as `plan` describes it."""
+        return list(self._state.targets)
+
+    @property
+    def scale(self) -> float:
+        """The coefficient c: 0 is the base, bit for bit; 1 the method; otherwise y + c·(f(y) - y)."""
+        return self._state.scale
+
+    @scale.setter
+    def scale(self, c: float | int) -> None:
+        self._check_unmerged("change the scale")
+        self._state.set_scale(_finite(c))
+
+    def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
+        """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers
+        but those where `per_layer` sets them; with calibration_data, compute it anew from that.
+
+        Raises ConfigError for another field or a bad value, and what attach raises for the data; the adapter is then as
+        it was.
+        """
+        self._check_unmerged("configure")
+        state, variant = self._state, lookup(self.variant)
+        fixed = sorted(changes.keys() - set(variant.live))
+        if fixed:
+            raise ConfigError(
+                f"adapter {self.name!r}: {', '.join(fixed)} can't change while it is attached\n"
+                f"  {self.variant!r} can follow {', '.join(variant.live) or 'no field'}; for others detach and attach"
+            )
+        if calibration_data is not None:
+            check_takes_data(state.cfg)
+        old, new, views = state.cfg, replace(state.cfg, **changes), self.views()
+        self._use(new)
+        kept = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}
+        with torch.no_grad():
+            try:
+                if calibration_data is not None:
+                    with scaled(self._model, 0.0, self.name):
+                        variant.group_init(self._model, views, new, calibration_data)
+                variant.refresh(views, new)
+            except BaseException:
+                self._use(old)
+                if kept:
+                    self.load_state_dict(kept)
+                else:
+                    variant.refresh(views, old)
+                raise
+
+    @property
+    def is_sharded(self) -> bool:
+        """True once fully_shard or ZeRO-3 has taken its parameters or its layers' weights: all processes save it
+        together."""
+        weights = (quant.stored(module) for module in self._state.layers)
+        return any(map(sharding.is_sharded, weights)) or any(
+            sharding.is_sharded(tensor) for _, tensor in self.named_tensors()
+        )
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""
+        for module, slot in self.slots():
+            for tensor in slot.tensors:
+                yield file_key(slot.path, tensor), getattr(module, slot.state.attribute(tensor))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable tensors, for an optimiser."""
+        for _, tensor in self.named_tensors():
+            if isinstance(tensor, nn.Parameter):
+                yield tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor by its key in a file, detached; a sharded one stays sharded."""
+        return {key: tensor.detach() for key, tensor in self.named_tensors()}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values in place: an optimiser keeps its parameters, and a sharded one takes its shard.
+
+        Raises CheckpointError, before anything is copied, unless keys and shapes are exactly this adapter's, and where
+        ZeRO-3's optimizer would undo it.
+        """
+        self._check_unmerged("load values")
+        own = dict(self.named_tensors())
+        if any(map(sharding.has_master, own.values())):
+            raise CheckpointError(
+                f"adapter {self.name!r}: ZeRO-3's optimizer has copies of its values, and its next step starts there\n"
+                f"  load values before the trainer or deepspeed.initialize, or resume from DeepSpeed's own checkpoint"
+            )
+        check_shapes(
+            {key: tuple(t.shape) for key, t in tensors.items()},
+            {key: tuple(sharding.shape_of(t)) for key, t in own.items()},
+            f"adapter {self.name!r}",
+        )
+        with sharding.gathered(own.values(), modifier_rank=0):
+            for key, tensor in own.items():
+                tensor.copy_(sharding.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
+
+    def trained_on(self, base: dict[str, Any]) -> None:
+        """Set the `base` record: a loaded adapter keeps that of the base its values belong to."""
+        self._state.base = base
+
+    def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
+        """Each adapted layer, with this adapter's slot on it."""
+        merged: list[Any] = [swap.before for swap in self._session.merged]
+        here = {id(module) for module in (*self._model.modules(), *merged)}  # not what something else has replaced
+        for module in self._state.layers:
+            slot = slots_of(module).get(self.name)
+            if slot is not None and id(module) in here:
+                yield module, slot
+
+    def views(self) -> dict[str, Layer]:
+        """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""
+        views: dict[str, Layer] = {}
+        for module in self._state.layers:  # no walk over the model: a search changes the config at every trial
+            slot = slots_of(module)[self.name]
+            for i in range(slot.target.experts) if slot.stacked else [None]:
+                worked_in = {"history": partial(_with_history, module, i)}
+                views[slot.path if i is None else f"{slot.path}[{i}]"] = Layer(
+                    module, slot, expert=i, instead=worked_in
+                )
+        return views
+
+    def counts(self) -> str:
+        """How many layers of each kind, for messages: "30 o_proj, 30 down_proj"."""
+        slots = [slot for _, slot in self.slots()]
+        kinds = Counter(slot.path.rpartition(".")[2] for slot in slots)
+        fused = Counter(slot.path.rpartition(".")[2] for slot in slots if slot.target.experts)
+        return ", ".join(f"{n} {'blocks of fused ' if kind in fused else ''}{kind}" for kind, n in kinds.items())
+
+    def _check_unmerged(self, what: str) -> None:
+        if self._state.merged:
+            check_unmerged(self._session, what)
+
+    def _use(self, cfg: Any) -> None:
+        """Make this the config, and at each layer the one with the fields that differ there. Raises ConfigError."""
+        state = self._state
+        configs = [cfg.at(state.per_layer.get(target.path, {})) for target in state.targets]
+        state.cfg = cfg
+        for module, at_layer in zip(state.layers, configs, strict=True):
+            slots_of(module)[self.name].cfg = at_layer
+
+    @property
+    def _state(self) -> AdapterState:
+        session = self._session
+        if self.name not in session.adapters:
+            raise TargetError(_not_attached(self.name, self._model))
+        return session.adapters[self.name]
+
+    @property
+    def _session(self) -> Session:
+        return session_at(self._model)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        base = self.base["quantization"]
+        kind = base["quant_type"] if base else self.base["dtype"]
+        kind += f", {base['method']}" if base and base["method"] != "unknown" else ""
+        return (
+            f"{self.variant} {self.name!r}: {len(self.targets)} layers, {count:,} trainable parameters in "
+            f"{dtype_name(self.config.dtype)}, on {self.base['class']} ({kind})"
+            f"{'' if self.scale == 1 else f', scale {self.scale:g}'}"
+        )
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on a model (or on what a wrapper holds), by name, in the order attached."""
+    root, session = session_of(model)
+    return {name: Adapter(root, name) for name in session.adapters}
+
+
+def get_adapter(model: nn.Module, name: str) -> Adapter:
+    """The adapter of that name. Raises TargetError."""
+    found = adapters(model)
+    if name not in found:
+        raise TargetError(_not_attached(name, model))
+    return found[name]
+
+
+@contextmanager
+def scaled(model: nn.Module, c: float | int, name: str | None = None) -> Iterator[None]:
+    """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
+
+    A backward may come after the block: what gradient checkpointing runs again then, it runs at the c of the forward
+    (not where a compiled module stands inside of an eager checkpoint: call backward inside the block there). Where that
+    can't be known, with several threads or a checkpoint inside of a reentrant one, it raises ConfigError.
+
+    Raises ConfigError unless c is finite, TargetError for an unknown name.
+    """
+    c, session = _finite(c), session_of(model)[1]
+    if name is not None and name not in session.adapters:
+        raise TargetError(_not_attached(name, model))
+    names = list(session.adapters) if name is None else [name]
+    if any(session.adapters[each].merged for each in names):
+        check_unmerged(session, "change the scale")
+    before: list[tuple[AdapterState, tuple[float, int]]] = []
+    try:
+        for state in [session.adapters[each] for each in names]:
+            before.append((state, state.set_scale(c)))
+        yield
+    finally:
+        for state, old in before:
+            state.set_scale(*old)
+
+
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """Within the block, the model is its base, bit for bit."""
+    return scaled(model, 0.0)
+
+
+# ---- for the runtime and the checkpoints --------------------------------------------------------
+
+
+@torch.no_grad()
+def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+    """A layer's weight with the adapters worked in that lead all others there, at their scales."""
+    leading = [slot for slot in slots_of(module).values() if leads(slot) and not slot.state.is_idle]
+    if not leading:
+        return weight
+    affine = Affine(module, leading, torch.float64, weight.device, expert)
+    return torch.cat([columns for *_, columns in affine.columns(weight)], dim=1).to(weight.dtype)
+
+
+def _finite(c: float | int) -> float:
+    if not is_number(c):
+        raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
+    return float(c)
+
+
+def _not_attached(name: str, model: nn.Module) -> str:
+    attached = ", ".join(session_of(model)[1].adapters) or "none"
+    return f"no adapter {name!r} on this {type(model).__name__}\n  attached: {attached}; attach or load it first"

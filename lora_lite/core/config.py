@@ -1,0 +1,196 @@
+"""Adapter configs: frozen, valid once constructed, and the same after a trip through JSON."""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from ..dtypes import STORAGE_DTYPES, dtype_name
+from ..errors import ConfigError
+from .validate import compiles, is_number
+
+ROLES = ("reader", "writer", "inner")
+
+Config = TypeVar("Config", bound="BaseConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """What every method has: which layers it adapts, and how its parameters are stored.
+
+    The filters are a conjunction; a filter left at its default lets everything pass. Each takes a list or a tuple
+    (a single regex may stand alone) and becomes a tuple.
+
+    target_names    regexes, searched in the full module path. Default: every linear layer in a stack of
+                    blocks but routers of experts (`plan` prints what is left out); in a model without
+                    blocks, every one but the output head. A regex can name any linear layer, the head
+                    included.
+    exclude_names   regexes; a path that matches one is left out
+    target_roles    any of "reader" (reads the residual stream: d_in is the model width), "writer"
+                    (writes it: d_out is) and "inner" (neither)
+    layers          block indices, negative ones from the end
+    layer_range     depth fractions: (0.2, 0.8) keeps the middle 60 % of the blocks
+    dtype           in which parameters are stored. float32 by default: bfloat16 masters lose
+                    optimiser steps below 2^-9 of a parameter's size
+    per_layer       {regex: {field: value}}, searched as target_names are: fields of the method that
+                    differ at the layers it finds; of several, the later entry wins. attach resolves it
+                    once, and an entry that finds no target is an error
+
+    Raises ConfigError.
+    """
+
+    variant: str
+    target_names: Sequence[str] = ()
+    exclude_names: Sequence[str] = ()
+    target_roles: Sequence[str] = ()
+    layers: Sequence[int] | None = None
+    layer_range: Sequence[float] | None = None
+    dtype: torch.dtype = torch.float32
+    per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+
+    FILTERS: ClassVar[tuple[str, ...]] = (
+        "target_names",
+        "exclude_names",
+        "target_roles",
+        "layers",
+        "layer_range",
+    )
+    REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
+    SHARED: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
+    """Fields that are one for all layers."""
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Fields that files of earlier versions lack: they have the default."""
+    FUSED_EXPERTS: ClassVar[bool] = False
+    """True for a method that can go on the fused experts of a mixture-of-experts block."""
+
+    def __post_init__(self) -> None:
+        for name in self.FILTERS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, (value,))
+            elif isinstance(value, Sequence):
+                object.__setattr__(self, name, tuple(value))
+            else:
+                self._require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
+        for each in fields(self):
+            if isinstance(each.default, enum.Enum):
+                self._as_member(each.name, type(each.default))
+        self._require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
+        self._require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
+        if self.layers is not None:
+            ok = bool(self.layers) and all(type(i) is int for i in self.layers)
+            self._require(ok, "layers", "one or more block indices")
+        if self.layer_range is not None:
+            ok = len(self.layer_range) == 2 and all(map(is_number, self.layer_range))
+            ok = ok and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
+            self._require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
+        self._check_per_layer()
+        self.check_regexes()
+
+    def _check_per_layer(self) -> None:
+        entries = self.per_layer
+        ok = isinstance(entries, Mapping) and all(isinstance(changes, Mapping) for changes in entries.values())
+        self._require(ok, "per_layer", "{regex: {field: value}}")
+        checked = {}
+        for pattern, changes in entries.items():
+            self._require(isinstance(pattern, str), "per_layer", "{regex: {field: value}}")
+            try:
+                checked[pattern] = self.checked_changes(changes)
+            except ConfigError as error:
+                raise ConfigError(f"per_layer[{pattern!r}]: {error}") from error
+        object.__setattr__(self, "per_layer", checked)
+
+    def at(self: Config, changes: Mapping[str, Any]) -> Config:
+        """The config of a layer where these fields differ. Raises ConfigError; a file's regexes aren't compiled."""
+        if not changes:
+            return self
+        own = [each.name for each in fields(self) if each.name not in self.SHARED]
+        wrong = [name for name in changes if name not in own]
+        if wrong:
+            raise ConfigError(f"{type(self).__name__}: {wrong} can't differ by layer; wanted some of {own}")
+        bare: dict[str, Any] = {"per_layer": {}, **dict.fromkeys(self.REGEXES, ())}
+        made = replace(self, **bare, **changes)
+        for name in self.REGEXES:
+            object.__setattr__(made, name, getattr(self, name))
+        return made
+
+    def checked_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The changes as a config at a layer holds them. Raises ConfigError."""
+        there = self.at(changes)
+        return {name: getattr(there, name) for name in changes}
+
+    def check_regexes(self) -> None:
+        """ConfigError unless they compile."""
+        for name in self.REGEXES:
+            for pattern in getattr(self, name):
+                self._require(compiles(pattern), name, "regexes that compile")
+        self._require(all(map(compiles, self.per_layer)), "per_layer", "regexes that compile")
+
+    def _as_member(self, field: str, choices: type[enum.Enum]) -> None:
+        values = [choice.value for choice in choices]
+        self._require(getattr(self, field) in values, field, f"one of {values}")
+        object.__setattr__(self, field, choices(getattr(self, field)))
+
+    def _require(self, ok: bool, field: str, wanted: str) -> None:
+        if not ok:
+            got = getattr(self, field)
+            raise ConfigError(f"{type(self).__name__}({field}={got!r}): wanted {wanted}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON values, the dtype by its name; per_layer only where there is one."""
+        out = {each.name: to_json(getattr(self, each.name)) for each in fields(self)}
+        if not out["per_layer"]:
+            del out["per_layer"]  # files of one config for all layers are the same to every version
+        return out
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The config that `to_dict` wrote. An unknown or missing field raises ConfigError.
+
+        Its regexes may be anyone's: they aren't compiled, which can take minutes. `attach` and `plan` do that.
+        """
+        later = {each.name: to_json(each.default) for each in fields(cls) if each.name in cls.LATER}
+        values = {"per_layer": {}, **later, **values}
+        known = {each.name for each in fields(cls)}
+        if set(values) != known:
+            raise ConfigError(
+                f"{cls.__name__}: the stored fields are not this version's\n"
+                f"  unknown: {sorted(set(values) - known)}, missing: {sorted(known - set(values))}"
+            )
+        dtypes = {dtype_name(dtype): dtype for dtype in STORAGE_DTYPES}
+        if values["dtype"] not in dtypes:
+            raise ConfigError(f"{cls.__name__}: stored dtype {values['dtype']!r}: wanted one of {sorted(dtypes)}")
+        regexes = {name: values[name] for name in cls.REGEXES}
+        bare = {"dtype": dtypes[values["dtype"]], "per_layer": {}, **dict.fromkeys(cls.REGEXES, ())}
+        made = cls(**{**values, **bare})
+        object.__setattr__(made, "per_layer", values["per_layer"])
+        made._check_per_layer()
+        for name, patterns in regexes.items():
+            object.__setattr__(made, name, tuple(patterns) if isinstance(patterns, list) else patterns)
+            ok = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
+            made._require(ok, name, "a list of regexes")
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(BaseConfig):
+    """A BaseConfig with a rank: the config of a low-rank variant that brings none of its own."""
+
+    r: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(type(self.r) is int and self.r > 0, "r", "a rank of at least 1")
+
+
+def to_json(value: Any) -> Any:
+    """A value of a config field, or a mapping of them, as JSON has it."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,182 @@
+"""A layer and its adapters as one affine map x -> W' x + b': what their hooks make of the unit vectors.
+
+For fixed parameters every method here is affine in x, so merging needs no code in a variant: column j of W' is what
+comes out for the unit vector e_j, less what comes out for 0. The layer's own product is read off its weight, a block of
+columns at a time, wherever an adapter leaves its input alone or scales its channels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..base import quant
+from ..base.exact import exactly
+from ..errors import VariantError
+from .hooks import apply_input, apply_output
+from .layer import Layer, Slot
+from .variant import lookup
+
+COLUMNS = 128
+"""Unit vectors that go through the hooks at a time."""
+ROWS = 512
+"""Rows of a weight that are cast at a time for a product with it."""
+
+
+class Affine:
+    """One layer, or one of the experts that it fuses, with adapters in the order attached; in eval mode, no gradients.
+
+    Raises VariantError from the start if what the adapters do isn't affine.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        device: torch.device,
+        expert: int | None = None,
+    ) -> None:
+        def views(dtype: torch.dtype, **shown: Tensor | None) -> list[Layer]:
+            instead = {"training": False, **shown}
+            return [Layer(module, slot, dtype, expert if slot.stacked else None, instead) for slot in slots]
+
+        self.dtype, self.device = dtype, device
+        self.d_in, self.d_out = slots[0].target.d_in, slots[0].target.d_out
+        self._views, self._no_bias = views(dtype), views(dtype, bias=None)
+        _check_affine(views(torch.float64, bias=None), self.d_in, self.d_out, device)
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "n i"], product: Callable[[Tensor], Tensor]) -> Float[Tensor, "n o"]:
+        """W' x + b' itself, with the layer's own x -> W x + b given."""
+        x = _inputs(self._views, x)
+        return _outputs(self._views, x, product(x))
+
+    def columns(self, weight: Float[Tensor, "o i"]) -> Iterator[tuple[int, int, Float[Tensor, "o n"]]]:
+        """(start, stop, W'[:, start:stop]) for all of W'. Only these columns of the weight are read, if `is_local`."""
+        origin = self._origin(weight)
+        for start, stop in self._blocks():
+            yield start, stop, self._columns(weight, start, stop, *origin)
+
+    @torch.no_grad()
+    def _origin(self, weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor, Tensor]:
+        """What becomes of 0: the input, the layer's output for it, the adapters' output."""
+        x = _inputs(self._no_bias, self._unit(0, 1).zero_())
+        y = _product(x, weight) if x.any() else x.new_zeros(1, self.d_out)
+        return x, y, _outputs(self._no_bias, x, y)
+
+    @torch.no_grad()
+    def _columns(
+        self, weight: Float[Tensor, "o i"], start: int, stop: int, x0: Tensor, y0: Tensor, offset: Tensor
+    ) -> Float[Tensor, "o n"]:
+        e = self._unit(start, stop)
+        x = _inputs(self._no_bias, e)
+        if x is e:  # the cheap and common case: the layer's product is the weight as it is
+            y = weight[:, start:stop].to(self.dtype).mT
+        else:
+            own = _own(x - x0, start)
+            y = _product(x - x0, weight) if own is None else weight[:, start:stop].to(self.dtype).mT * own[:, None]
+        y = _outputs(self._no_bias, x, y + y0 if y0.any() else y)
+        return (y - offset if offset.any() else y).mT
+
+    @torch.no_grad()
+    def bias(self, bias: Float[Tensor, "o"] | None, weight: Callable[[], Tensor]) -> Float[Tensor, "o"] | None:
+        """b', what comes out for x = 0; None if that is nothing and the layer has no bias. Seldom asks for W."""
+        x = _inputs(self._views, self._unit(0, 1).zero_())
+        y = _product(x, weight()) if x.any() else x.new_zeros(1, self.d_out)
+        new = _outputs(self._views, x, y if bias is None else y + bias.to(self.dtype))[0]
+        return None if bias is None and not new.any() else new
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Let the adapters compute what they remember of the weight."""
+        x = self._unit(0, 1).zero_()
+        _outputs(self._no_bias, _inputs(self._no_bias, x), x.new_zeros(1, self.d_out))
+
+    @torch.no_grad()
+    def is_local(self) -> bool:
+        """Does each column of W' depend on the same column of W alone: is every input at most scaled by channel?"""
+        if all(lookup(view.cfg.variant).forward_input is None for view in self._no_bias):
+            return True
+        x0 = _inputs(self._no_bias, self._unit(0, 1).zero_())
+        local = (
+            _own(_inputs(self._no_bias, self._unit(*block)) - x0, block[0]) is not None for block in self._blocks()
+        )
+        return not x0.any() and all(local)
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.d_in, COLUMNS):
+            yield start, min(start + COLUMNS, self.d_in)
+
+    def _unit(self, start: int, stop: int) -> Float[Tensor, "n i"]:
+        x = torch.zeros(stop - start, self.d_in, dtype=self.dtype, device=self.device)
+        x[:, start:stop].fill_diagonal_(1)
+        return x
+
+
+def _inputs(layers: Sequence[Layer], x: Float[Tensor, "n i"]) -> Float[Tensor, "n i"]:
+    for layer in layers:
+        x = apply_input(layer, x)
+    return x
+
+
+def _outputs(layers: Sequence[Layer], x: Float[Tensor, "n i"], y: Float[Tensor, "n o"]) -> Float[Tensor, "n o"]:
+    for layer in layers:
+        y = apply_output(layer, x, y)
+    return y
+
+
+def _own(x: Float[Tensor, "n i"], start: int) -> Float[Tensor, "n"] | None:
+    """By how much each unit vector was scaled, if that is all that happened to it."""
+    own = x[:, start : start + len(x)].diagonal()
+    return own if x.count_nonzero() == own.count_nonzero() else None
+
+
+def _product(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "n o"]:
+    return torch.cat([x @ rows.to(x.dtype).mT for rows in weight.split(ROWS)], dim=-1)
+
+
+@torch.no_grad()
+def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.device) -> None:
+    """f(u + v) - f(u) - f(v) + f(0) = 0, of inputs and of outputs, in float64 and for vectors of two sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(width: int) -> Tensor:
+        u, v = torch.randn(2, width, generator=generator, dtype=torch.float64)
+        return torch.stack([torch.zeros_like(u), u, 30 * v, u + 30 * v]).to(device)
+
+    x, y = rows(d_in), rows(d_out)
+    for layer in layers:
+        for before, after in ((x, apply_input(layer, x)), (y, apply_output(layer, x, y))):
+            bent = (after[3] - after[2] - after[1] + after[0]).abs().max()
+            if after.isfinite().all() and bent > 1e-7 * (after - before).abs().max() + 1e-12 * after.abs().max():
+                raise VariantError(
+                    f"{layer.path}: {layer.cfg.variant!r} is not affine in x, so no weight stands for it\n"
+                    f"  found f(u + v) - f(u) - f(v) + f(0) = {float(bent):.1e}; wanted 0\n"
+                    f"  keep the adapter attached: a merge can't be exact"
+                )
+
+
+def change(module: nn.Module, slots: Sequence[Slot]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
+    """(W' - W, b' - b) in float64, of a layer with these adapters at their scales; None for a bias that stays.
+
+    W is what the layer computes with, dequantised if it is quantised. Raises VariantError for an adapter that isn't
+    affine, and what `quant.dense_weight` raises.
+    """
+    with exactly(module):
+        return _change(module, slots)
+
+
+def _change(module: nn.Module, slots: Sequence[Slot]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
+    weight = quant.dense_weight(module, slots[0].path).double()
+    bias = getattr(module, "bias", None)
+    affine = Affine(module, slots, torch.float64, weight.device)
+    delta = torch.empty_like(weight)
+    for start, stop, columns in affine.columns(weight):
+        delta[:, start:stop] = columns - weight[:, start:stop]
+    new = affine.bias(bias, lambda: weight)
+    if new is None:
+        return delta, None
+    moved = new if bias is None else new - bias.double()
+    return delta, moved if moved.any() else None

@@ -1,0 +1,24 @@
+"""Keys of tensors, in a model's `state_dict()` and in files, and whether two sides have the same ones."""
+
+from collections.abc import Mapping
+
+from ..errors import CheckpointError, brief
+
+
+def file_key(path: str, tensor: str) -> str:
+    """The key of a tensor in `state_dict()` and in a file; the path of a bare layer is empty."""
+    return f"{path}.{tensor}" if path else tensor
+
+
+def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """CheckpointError unless both sides have the same keys with the same shapes."""
+    missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
+    differ = [key for key in wanted if key in got and got[key] != wanted[key]]
+    wrong = [f"{key} {brief(got[key])}, wanted {brief(wanted[key])}" for key in differ]
+    for problem, keys in (("missing keys", missing), ("unexpected keys", extra), ("wrong shapes", wrong)):
+        if keys:
+            raise CheckpointError(
+                f"{where}: {len(keys)} {problem}; {len(got)} tensors where {len(wanted)} are wanted\n"
+                f"  such as {brief('; '.join(keys[:3]), 1200)}\n"
+                f"  an adapter is loaded whole or not at all"
+            )

@@ -1,0 +1,92 @@
+"""Which adapted layers a forward has called since attach, as far as their slots remember."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base import quant
+from ..base.stacks import starred
+from ..errors import brief
+from .adapter import adapters
+from .session import slots_of
+
+LONGEST = 600
+"""Characters of paths in a message."""
+
+
+def trained(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of adapters on these layers that are to be trained, by path: none of an adapter at scale 0."""
+    return {
+        f"{slot.path}.{slot.state.attribute(tensor)}": parameter
+        for layer in layers.values()
+        for slot in slots_of(layer).values()
+        for tensor in slot.tensors
+        if isinstance(parameter := getattr(layer, slot.state.attribute(tensor)), nn.Parameter)
+        and parameter.requires_grad
+        and not slot.state.is_idle
+    }
+
+
+def adapted(root: nn.Module) -> dict[str, quant.Linear]:
+    """Every layer with an adapter, by path."""
+    return {slot.path: module for adapter in adapters(root).values() for module, slot in adapter.slots()}
+
+
+def uncalled(root: nn.Module) -> set[str]:
+    """Paths of the layers that no forward has called since attach, although one has called others; and those of which
+    the adapter's file says so.
+
+    Of the first kind none before the first forward, and none in compiled parts: in a graph no hook can note that it
+    ran.
+    """
+    layers = adapted(root)
+    silent = {path: layer for path, layer in layers.items() if not has_run(layer)}
+    told = {path for path, layer in silent.items() if any(slot.never_ran for slot in slots_of(layer).values())}
+    if len(silent) == len(layers):
+        return told
+    compiled = in_graphs(root) | _in_graphs_of_classes(root)
+    return told | {path for path, layer in silent.items() if id(layer) not in compiled}
+
+
+def has_run(layer: nn.Module) -> bool:
+    return any(slot.ran for slot in slots_of(layer).values())
+
+
+def in_graphs(model: nn.Module) -> set[int]:
+    """The ids of all modules inside of a part that torch.compile has taken, with `torch.compile(part)` or
+    `part.compile()`."""
+    parts = [
+        module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] == "_orig_mod" or module._compiled_call_impl is not None
+    ]
+    return {id(module) for part in parts for module in part.modules()}
+
+
+def _in_graphs_of_classes(root: nn.Module) -> set[int]:
+    """The ids of modules within one of a class that torch.compile has made a graph of: `torch.compile(root)` is a
+    wrapper that the root doesn't know of. It may have been another model's, so this can only clear a layer."""
+    if "torch._dynamo" not in sys.modules:
+        return set()
+    parts = [module for module in root.modules() if _has_graphs(module)]
+    return {id(module) for part in parts for module in part.modules() if module is not part}
+
+
+def _has_graphs(module: nn.Module) -> bool:
+    forward: Any = type(module).forward
+    while forward is not None:  # transformers decorates it
+        code = getattr(forward, "__code__", None)
+        if code is not None and torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def grouped(paths: Iterable[str], pattern: Callable[[str], str] = starred) -> str:
+    """Paths for a message: "layers.*.dt_proj (2), lm_head", with the number of layers that differ in the block."""
+    counts = Counter(map(pattern, sorted(paths)))
+    return brief(", ".join(path if n == 1 else f"{path} ({n})" for path, n in counts.items()), LONGEST)

@@ -1,0 +1,315 @@
+"""Which layers an adapter goes on, found by shape and path, never by class name."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..base import experts, quant
+from ..base.shapes import not_linear, routers
+from ..base.sharding import shape_of
+from ..base.stacks import NORMS, Modules, Place, Stacks, find_stacks, layer_shapes, place, starred
+from ..errors import TargetError
+from .config import BaseConfig
+
+_WRITES = re.compile(
+    r"(?:^|\.)(?:o|out|wo|w2|fc2|fc_out|down|dense|dense_4h_to_h|proj|(?:o|out|c|down)_proj|proj_out|to_out\.0)$"
+)
+_READS = re.compile(
+    r"(?:^|\.)(?:[qkv]|w[qkv]|qkv|Wqkv|w[13]|wi|wi_[01]|fc1|c_fc|c_attn|query|key|value|query_key_value|gate|up"
+    r"|dense_h_to_4h|(?:[qkv]|qkv|kv|gate|up|gate_up|in)_proj|to_[qkv])$"
+)
+"""What the last part of a path says of a square layer, whose shape says nothing."""
+
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
+"""What packed weights are kept in; masks are bools, and indices are of 64 bits."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer of the model: weight (d_out, d_in), or one such matrix for each of the experts that it fuses."""
+
+    path: str
+    d_in: int
+    d_out: int
+    kind: str
+    stack: str | None = None
+    block: int | None = None
+    experts: int = 0
+
+    @classmethod
+    def at(cls, path: str, layer: quant.Linear, stacks: Stacks | None = None) -> "Target | None":
+        """The module as a target; None if it has neither the shape of a linear layer nor fuses experts. Without the
+        model's stacks its place is that of the path alone."""
+        shape = quant.features(layer)
+        if shape is None:
+            return None
+        at = place(path) if stacks is None else stacks.place(path)
+        return cls(path, *shape, quant.describe(layer), *at, experts.count(layer))
+
+    @property
+    def place(self) -> Place:
+        """The stack of blocks, and the index of the block in it."""
+        return self.stack, self.block
+
+    @property
+    def pattern(self) -> str:
+        """The path with a star for the block index."""
+        return starred(self.path, self.place)
+
+    def role(self, d_model: int) -> str | None:
+        """ "reader", "writer" or "inner" by the model width; None for a square layer whose name says nothing either."""
+        reads, writes = self.d_in == d_model and not self.experts, self.d_out == d_model
+        if reads and writes:
+            return "writer" if _WRITES.search(self.path) else "reader" if _READS.search(self.path) else None
+        return "reader" if reads else "writer" if writes else "inner"
+
+
+class LeftOut(NamedTuple):
+    """A layer, or matrices that are in none, without an adapter though no filter of the config says so."""
+
+    path: str
+    reason: str
+
+
+class Selection(NamedTuple):
+    """What a config chooses in a model."""
+
+    targets: list[Target]
+    left_out: list[LeftOut]
+    asked: bool
+    """Were the targets run, where that can be, to see that they are linear?"""
+
+
+def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
+    """The layers that every filter of the config lets pass, in module order. Raises as `select`."""
+    return select(model, cfg).targets
+
+
+def select(model: nn.Module, cfg: BaseConfig) -> Selection:
+    """The layers that every filter of the config lets pass, in module order, and what its defaults leave out.
+
+    Raises TargetError if nothing is chosen. Asked for the writers of the residual stream by role alone, it raises
+    rather than leave one out that no adapter can reach: fused experts for most methods, bare matrices in an unknown
+    form.
+    """
+    modules = dict(model.named_modules())
+    shapes = layer_shapes(modules)
+    stacks = find_stacks(modules, shapes)
+    layers = [t for path in shapes if (t := Target.at(path, modules[path], stacks)) is not None]
+    reachable = [t for t in layers if cfg.FUSED_EXPERTS or not t.experts]
+    _check_layers(cfg, stacks)
+    asked = not cfg.target_names and "writer" not in cfg.target_roles
+    left_out = [] if cfg.target_names else _left_out(model, modules, layers, stacks, cfg, asked)
+    unasked = {path for path, _ in left_out}
+    named = [t for t in reachable if t.path not in unasked and _named(t.path, cfg)]
+    targets = [t for t in named if _deep(t.place, cfg, stacks)]
+    if cfg.target_roles:
+        width, text = model_width(model), _text_part(model, modules)
+        targets = _with_roles([t for t in targets if t.path.startswith(text)], cfg, width)
+        if "writer" in cfg.target_roles and not cfg.target_names:
+            _check_writers(model, modules, cfg, stacks, text, reachable, targets, width)
+    if not targets:
+        raise TargetError(_nothing_found(model, cfg, reachable, left_out))
+    return Selection(targets, left_out, asked)
+
+
+def _left_out(
+    model: nn.Module, modules: Modules, layers: list[Target], stacks: Stacks, cfg: BaseConfig, asked: bool
+) -> list[LeftOut]:
+    """What a config without target_names leaves out, in module order; nothing that exclude_names excludes.
+
+    Of a model with blocks, that is all outside of them; of another, its output head. A layer that no adapter can reach
+    is left out too, but not where the writers of the residual stream are asked for: there it is an error.
+    """
+    shapes = {t.path: (t.d_in, t.d_out) for t in layers if not t.experts}
+    stacked = any(t.stack for t in layers)
+    heads = _output_heads(model, modules, layers)
+    reasons = {t.path: "the output head" if t.path in heads else "in no stack of blocks" for t in layers if not t.stack}
+    if not stacked:
+        reasons = {path: reason for path, reason in reasons.items() if path in heads}
+    reasons |= dict.fromkeys(routers(modules, shapes), "a router of experts")
+    if asked:
+        inside = {path: modules[path] for path in shapes if path not in reasons}
+        reasons |= not_linear(inside)
+    if not cfg.FUSED_EXPERTS:
+        fused = f"fused experts: {cfg.variant} goes on linear layers"
+        reasons |= {t.path: fused for t in layers if t.experts and t.path not in reasons}
+    known, within = {t.path for t in layers}, "."
+    for path, module in modules.items():
+        within = f"{path}." if path in known else within
+        if stacks.place(path)[0] and not f"{path}.".startswith(within) and _has_matrices(module):
+            attention = isinstance(module, nn.MultiheadAttention)
+            what = "q, k and v: nn.MultiheadAttention multiplies by them itself"
+            reasons[path] = what if attention else "matrices that are no linear layer"
+    return [LeftOut(path, reasons[path]) for path in modules if path in reasons and not _excluded(path, cfg)]
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Are there matrices right in this module, which is no norm, embedding, convolution or parametrisation of one?"""
+    if isinstance(module, (_ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList, *NORMS)):
+        return False
+    own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
+    return any(len(shape_of(p)) > 1 and min(shape_of(p)) > 1 for p in own)
+
+
+def model_width(model: nn.Module) -> int | None:
+    """d_model, the width of the residual stream, from the model's config; never guessed from shapes."""
+    config = _text_config(model)
+    for name in ("hidden_size", "d_model", "n_embd", "dim"):
+        width = getattr(config, name, None)
+        if isinstance(width, int):
+            return width
+    return None
+
+
+def _text_part(model: nn.Module, modules: Modules) -> str:
+    """The path of the language model inside a multimodal one, whose width the roles are of; else the empty path."""
+    text = _text_config(model)
+    if text is getattr(model, "config", None):
+        return ""
+    return next((f"{path}." for path, m in modules.items() if path and getattr(m, "config", None) is text), "")
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of the language model; of one with two, a prompt's and the decoder's (MusicGen), the decoder's."""
+    config = getattr(model, "config", None)
+    nested = getattr(config, "get_text_config", None)
+    if nested is None:
+        return config
+    try:
+        return nested()
+    except ValueError:  # transformers: "Multiple valid text configs"
+        return nested(decoder=True)
+
+
+def _named(path: str, cfg: BaseConfig) -> bool:
+    named = not cfg.target_names or any(re.search(pattern, path) for pattern in cfg.target_names)
+    return named and not _excluded(path, cfg)
+
+
+def _excluded(path: str, cfg: BaseConfig) -> bool:
+    return any(re.search(pattern, path) for pattern in cfg.exclude_names)
+
+
+def _output_heads(model: nn.Module, modules: Modules, layers: list[Target]) -> set[str]:
+    """The paths of a transformers model's output head: what it calls so, and the last layer of one that classifies."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    heads = {path for path, module in modules.items() if module is head}
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    return heads | {t.path for t in layers[-1:] if t.d_out == labels and not t.stack}
+
+
+def _deep(place: Place, cfg: BaseConfig, stacks: Stacks) -> bool:
+    if cfg.layers is None and cfg.layer_range is None:
+        return True
+    stack, block = place
+    if stack is None or block is None:
+        return False
+    n = stacks.depths[stack]
+    if cfg.layers is not None and block not in {i % n for i in cfg.layers if -n <= i < n}:
+        return False
+    low, high = cfg.layer_range or (0.0, 1.0)
+    return low <= (block + 0.5) / n <= high
+
+
+def _check_layers(cfg: BaseConfig, stacks: Stacks) -> None:
+    longest = max(stacks.depths.values(), default=0)
+    wrong = [i for i in cfg.layers or () if not -longest <= i < longest]
+    if wrong:
+        raise TargetError(
+            f"layers={cfg.layers}: {wrong} name no block; stacks: {stacks.depths or 'none'}\n"
+            f"  block indices run from 0; negative ones count from the end"
+        )
+
+
+def _with_roles(found: list[Target], cfg: BaseConfig, d_model: int | None) -> list[Target]:
+    if d_model is None:
+        raise TargetError(
+            f"target_roles={cfg.target_roles}: this model has no config that gives its width (hidden_size)\n"
+            f"  choose the layers with target_names or exclude_names"
+        )
+    square = [t.path for t in found if t.role(d_model) is None]
+    if square:
+        raise TargetError(
+            f"target_roles={cfg.target_roles}: {len(square)} layers are {d_model} x {d_model}, so they could "
+            f"be readers or writers\n"
+            f"  such as {', '.join(square[:3])}\n"
+            f"  choose among them with target_names or exclude_names"
+        )
+    return [t for t in found if t.role(d_model) in cfg.target_roles]
+
+
+def _check_writers(
+    model: nn.Module,
+    modules: Modules,
+    cfg: BaseConfig,
+    stacks: Stacks,
+    within: str,
+    everything: list[Target],
+    found: list[Target],
+    d_model: int | None,
+) -> None:
+    """TargetError if a part of a block has matrices in no layer that could write to the residual stream.
+
+    Three dimensions are experts in a form that isn't known; two dimensions, in a part where nothing else was found, are
+    a projection without a module. A module with d_out features and no weight is packed by some other library.
+    """
+    linear, reached = {t.path for t in everything}, [t.path for t in found]
+    for path, block in stacks.blocks(modules).items():
+        if not (path.startswith(within) and _deep(stacks.place(path), cfg, stacks)):
+            continue
+        for part, holder, ndim in _bare(path, block, linear, d_model):
+            if _excluded(holder, cfg):
+                reached.append(holder)  # what was left out on purpose explains what goes with it, such as a router
+            elif ndim > 2 or not any(f"{at}.".startswith(f"{part}.") for at in reached):
+                kind = type(model.get_submodule(holder)).__name__
+                raise TargetError(
+                    f"{holder}: this {kind} may write to the residual stream, and {cfg.variant!r} can't go on it\n"
+                    f"  to leave it as it is, say so: exclude_names={holder.rpartition('.')[2]!r}"
+                )
+
+
+def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) -> list[tuple[str, str, int]]:
+    """(part of the block, module, dimensions) of matrices of the model's width in no known layer, most dimensions
+    first; a packed layer counts as three."""
+    out = []
+    for at, module in block.named_modules(prefix=path):
+        if at in linear or isinstance(module, _ConvNd | nn.Embedding):
+            continue
+        part = ".".join(at.split(".")[: path.count(".") + 2])
+        for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            packed = t.dtype in _PACKED and t.ndim < 4  # older masks are bytes (1, 1, n, n)
+            if t.ndim > 1 and (packed or (t.is_floating_point() and d_model in t.shape[-2:])):
+                out.append((part, at, t.ndim))
+        if getattr(module, "out_features", None) == d_model:
+            out.append((part, at, 3))
+    return sorted(out, key=lambda each: -each[2])
+
+
+def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target], left_out: list[LeftOut]) -> str:
+    filters = {name: getattr(cfg, name) for name in cfg.FILTERS if getattr(cfg, name)}
+    given = ", ".join(f"{name}={value!r}" for name, value in filters.items()) or f"the defaults of {cfg.variant!r}"
+    unasked = "".join(f"  left out by default: {path} ({reason})\n" for path, reason in left_out[:3])
+    return (
+        f"no layer matched {given} in {type(model).__name__}\n"
+        f"  {len(everything)} linear layers searched; nearest: {', '.join(_nearest(cfg, everything)) or 'none'}\n"
+        f"{unasked}"
+        f"  preview with lora_lite.plan(model, cfg)"
+    )
+
+
+def _nearest(cfg: BaseConfig, everything: list[Target], n: int = 3) -> list[str]:
+    """Paths whose last name is the most like a wanted one, one path for each last name."""
+    first: dict[str, str] = {}
+    for target in everything:
+        first.setdefault(target.path.rpartition(".")[2], target.path)
+    wanted = [re.sub(r"[^\w.]", "", pattern).rpartition(".")[2] for pattern in cfg.target_names] or [""]
+    ranked = sorted(first, key=lambda name: -max(difflib.SequenceMatcher(None, w, name).ratio() for w in wanted))
+    return [first[name] for name in ranked[:n]]

@@ -1,0 +1,42 @@
+"""Questions that configs ask of their fields."""
+
+import re
+import sys
+from typing import Any
+
+TAME, LONGEST_TAME = 3, 200
+"""Repetitions in a regex that can't take long, and its characters."""
+
+
+def is_tame(pattern: Any) -> bool:
+    """Does a regex compile, and can it be searched in a path in no time, whoever wrote it?
+
+    At most TAME repetitions, and none of a group: to search it then takes at most the path's length to that power.
+    """
+    if not (isinstance(pattern, str) and len(pattern) <= LONGEST_TAME):
+        return False
+    bare = re.sub(r"\(\?(?:[aims]+\)|<?[=!]|:)", "(", re.sub(r"(?s)\\.", "x", pattern))
+    wild = "(?" in bare or re.search(r"\)[*+?{]", bare) or len(re.findall(r"[*+?{]", bare)) > TAME
+    return not wild and compiles(pattern)
+
+
+def is_number(value: Any) -> bool:
+    """True for an int or float that is finite as a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_name(value: Any) -> bool:
+    """True for what can name an adapter or a round: letters and digits, with single '_' or '-' between them."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", value) is not None
+
+
+def positive_or_none(value: Any) -> bool:
+    """True for None and for a finite number above 0."""
+    return value is None or (is_number(value) and value > 0)
+
+
+def compiles(pattern: Any) -> bool:
+    try:
+        return isinstance(pattern, str) and re.compile(pattern) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False

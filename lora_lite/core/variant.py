@@ -1,0 +1,216 @@
+"""The contract between the runtime and an adapter method, and the registry of methods."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, VariantError, brief
+from .config import AdapterConfig, BaseConfig
+from .layer import Layer
+
+__all__ = ["REGISTRY", "Layer", "ParamSpec", "Variant", "config_for", "lookup", "register"]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of an adapter at one layer.
+
+    shape       of the tensor
+    init        "zeros", "ones", "kaiming" (uniform, a = √5: PyTorch's and PEFT's for a linear
+                layer), "normal" (std 0.02), or a callable that fills the tensor in place
+    trainable   a Parameter if true, else a buffer; either way it is saved
+    keep_dtype  in `forward` the view hands tensors out in the compute dtype; with keep_dtype this
+                one comes as stored, for a difference or a norm that must be formed in float32
+    """
+
+    shape: tuple[int, ...]
+    init: str | Callable[[Tensor], Any] = "zeros"
+    trainable: bool = True
+    keep_dtype: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.init, str) and self.init not in _FILL:
+            raise VariantError(f"ParamSpec(init={self.init!r}): wanted {sorted(_FILL)} or a callable")
+
+    @torch.no_grad()
+    def fill(self, tensor: Tensor) -> None:
+        """Give the tensor its starting values, in place."""
+        made = (_FILL[self.init] if isinstance(self.init, str) else self.init)(tensor)
+        if isinstance(made, Tensor) and made is not tensor:
+            raise VariantError(f"{self}: init made a new tensor, which would be lost\n  fill the one given, in place")
+
+
+_FILL: dict[str, Callable[[Tensor], Any]] = {
+    "zeros": nn.init.zeros_,
+    "ones": nn.init.ones_,
+    "kaiming": lambda t: nn.init.kaiming_uniform_(t, a=math.sqrt(5)),
+    "normal": lambda t: nn.init.normal_(t, std=0.02),
+}
+
+
+@runtime_checkable
+class Variant(Protocol):
+    """An adapter method: static maths over a Layer view, and what it asks of the runtime.
+
+    The class itself is used; it is never instantiated. A registered class needs `name`, `param_specs` and at least one
+    of `forward` and `forward_input`. `register` gives it the defaults below for all else, so that the runtime reads
+    declared attributes and never probes.
+
+    base_weight        "unused": any kind of layer. "read": its values, dequantised ones too.
+                       "dense": an unquantised layer only. Or a function of the config that gives one of them
+    has_identity_init  a fresh adapter leaves every output bit-exact
+    handles_scale      the maths uses `layer.scale` itself; otherwise the runtime blends y + c·(f(y) - y), which
+                       rounds a small change to y's dtype twice
+    needs_calibration  `group_init` needs `attach(..., calibration_data=...)`. Or a function of the config that says so;
+                       where that says no, data is an error
+    live               config fields that `Adapter.configure` may change while the adapter is attached
+    leads              its adapters come before those that don't lead, whenever they were attached
+    default_lr         a learning rate for AdamW that works, with the reason in the variant's file; None for a method
+                       that is computed and not trained
+
+    On fused experts (a config with FUSED_EXPERTS): where the weight is unused, `forward` runs once, on the block's
+    output, and must be affine in y alone (what it adds whatever y is can't be merged); otherwise every expert has
+    tensors of its own, and `init`, `forward_input` and `forward` see it as the linear layer that it is (x an identity
+    matrix, y its weight).
+    """
+
+    name: str
+    config: type[BaseConfig] = AdapterConfig
+    base_weight: Literal["unused", "read", "dense"] | Callable[[Any], str] = "unused"
+    has_identity_init: bool = True
+    handles_scale: bool = False
+    needs_calibration: bool | Callable[[Any], bool] = False
+    live: tuple[str, ...] = ()
+    leads: bool = False
+    default_lr: float | None = 1e-3
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
+        """The tensors at a layer (d_out, d_in), by a name that starts with `lora_`."""
+        ...
+
+    @staticmethod
+    def init(layer: Layer, cfg: Any) -> None:
+        """Fill what `ParamSpec.init` could not, from the layer's weight. Never run by a load."""
+
+    @staticmethod
+    def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibration_data: Any) -> None:
+        """As `init`, once for all layers, after it; `targets` maps path to view. The model runs without the adapter."""
+
+    @staticmethod
+    def refresh(targets: Mapping[str, Layer], cfg: Any) -> None:
+        """Bring the tensors in line with the config: after `group_init`, and whenever its `live` fields change."""
+
+    @staticmethod
+    def low_rank(layer: Layer) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """(A (r, d_in), B (d_out, r), s), exact, if all it does at `layer.scale` is to add B (s ⊙ A x), whatever y is:
+        then the rounds that a history keeps are one pair of products. s is a number or (r,). None for any other change.
+        """
+        return None
+
+    forward: Callable[[Layer, Tensor, Tensor], Tensor] | None = None
+    """`(layer, x, y) -> y_new`, with x (*b, d_in) and y (*b, d_out), the layer's output, of one dtype."""
+
+    forward_input: Callable[[Layer, Tensor], Tensor] | None = None
+    """`(layer, x) -> x_new`, before the layer."""
+
+
+REGISTRY: dict[str, Variant] = {}
+"""Every registered variant, by name."""
+
+_DEFAULTS = (
+    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "leads"),
+    *("default_lr", "init", "group_init", "refresh", "low_rank", "forward", "forward_input"),
+)
+
+_USES = ("unused", "read", "dense")
+
+V = TypeVar("V")
+
+
+def register(cls: type[V]) -> type[V]:
+    """Class decorator: make a variant known under `cls.name`. Raises VariantError."""
+    missing = [item for item in ("name", "param_specs") if not hasattr(cls, item)]
+    if not (hasattr(cls, "forward") or hasattr(cls, "forward_input")):
+        missing.append("forward or forward_input")
+    if missing:
+        raise VariantError(
+            f"variant class {cls.__name__} lacks {', '.join(missing)}\n  the contract is lora_lite.Variant's docstring"
+        )
+    name = cls.name  # type: ignore[attr-defined]
+    if name in REGISTRY:
+        raise VariantError(
+            f"variant {name!r} is registered already, by {_origin(REGISTRY[name])}\n  give {_origin(cls)} another name"
+        )
+    for item in _DEFAULTS:
+        if not hasattr(cls, item):
+            setattr(cls, item, Variant.__dict__[item])
+    _check(cls)
+    REGISTRY[name] = cls  # type: ignore[assignment]
+    return cls
+
+
+def _check(cls: Any) -> None:
+    """VariantError for a declaration that the runtime could not keep."""
+    if not callable(cls.base_weight) and cls.base_weight not in _USES:
+        problem = f"base_weight is 'unused', 'read' or 'dense', got {cls.base_weight!r}"
+    elif not (callable(cls.needs_calibration) or isinstance(cls.needs_calibration, bool)):
+        problem = f"needs_calibration is True, False or a function of the config, got {cls.needs_calibration!r}"
+    elif not (isinstance(cls.config, type) and issubclass(cls.config, BaseConfig)):
+        problem = f"config is a subclass of BaseConfig, got {cls.config!r}"
+    elif cls.forward and cls.forward_input and not cls.handles_scale:
+        problem = "with both forward and forward_input it must handle layer.scale itself: handles_scale = True"
+    else:
+        return
+    raise VariantError(f"variant {cls.name!r}: {problem}")
+
+
+def _origin(cls: Any) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def lookup(name: str) -> Variant:
+    """The variant registered under a name. Raises VariantError."""
+    if name not in REGISTRY:
+        raise VariantError(
+            f"no variant is registered as {brief(name)!r}\n"
+            f"  registered: {', '.join(sorted(REGISTRY))}\n"
+            f"  a variant of your own: import the file that has its @lora_lite.register first"
+        )
+    return REGISTRY[name]
+
+
+def weight_use(cfg: BaseConfig) -> str:
+    """What a config's variant does with the base weight: "unused", "read" or "dense". Raises VariantError."""
+    declared = lookup(cfg.variant).base_weight
+    use = declared(cfg) if callable(declared) else declared
+    if use not in _USES:
+        raise VariantError(f"variant {cfg.variant!r}: base_weight gave {use!r}; wanted one of {_USES}")
+    return use
+
+
+def needs_data(cfg: BaseConfig) -> bool:
+    """Does a config's variant want calibration data?"""
+    declared = lookup(cfg.variant).needs_calibration
+    return bool(declared(cfg) if callable(declared) else declared)
+
+
+def check_takes_data(cfg: BaseConfig) -> None:
+    """ConfigError for calibration data that the variant would never look at."""
+    variant = lookup(cfg.variant)
+    if variant.group_init is Variant.group_init:
+        raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data\n  it is trained: leave it out")
+    if callable(variant.needs_calibration) and not needs_data(cfg):
+        raise ConfigError(
+            f"variant {cfg.variant!r} takes no calibration_data as it is configured\n"
+            f"  leave it out, or change what the config says of it"
+        )
+
+
+def config_for(name: str) -> type[BaseConfig]:
+    """The config class of a registered variant. Raises VariantError."""
+    return lookup(name).config

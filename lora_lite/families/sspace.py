@@ -1,0 +1,205 @@
+"""S-space: the singular directions of a layer's weight, W = U diag(S) Vᵀ, and which of them an adapter works in."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from loguru import logger
+from torch import Tensor, nn
+
+from ..core.config import AdapterConfig
+from ..core.layer import Layer
+from ..core.variant import ParamSpec, lookup
+from ..errors import ConfigError
+from ..measure.batches import check_batches, check_sides
+from ..measure.capture import Statistics, capture
+
+SELECT = ("top_s", "wanda", "act", "min_std")
+HELD = 2 << 30
+"""Bytes of singular vectors that are held at a time, while the calibration batches run."""
+
+Svd = tuple[Float[Tensor, "o k"], Float[Tensor, "k"], Float[Tensor, "k i"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSpaceConfig(AdapterConfig):
+    """A rank in S-space, and which directions of the weight they are.
+
+    r         at most: a layer has k = min(d_in, d_out) directions, and takes all of them where that is less
+    select    those with the highest score. Of the layer's inputs x at all tokens of the calibration data:
+              "top_s"     S. Needs no data, and takes none
+              "wanda"     S · mean |Vᵀx|
+              "act"       mean |Vᵀx|
+              "min_std"   the lesser of std(Vᵀx) on two sides, {"positive": batches, "negative": batches}: directions
+                          that are alive on both. The other two take a list of batches, or both sides together
+    svd_of    "base", or "history", the base with the rounds that are kept on it (`lora_lite.freeze_into`)
+    """
+
+    r: int = 64
+    select: str = "top_s"
+    svd_of: str = "base"
+    SHARED: ClassVar[tuple[str, ...]] = (*AdapterConfig.SHARED, "select")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.select in SELECT, "select", f"one of {SELECT}")
+        self._require(self.svd_of in ("base", "history"), "svd_of", '"base" or "history"')
+
+
+def needs_data(cfg: SSpaceConfig) -> bool:
+    """Is the choice of directions made from activations?"""
+    return cfg.select != "top_s"
+
+
+def frozen(d_in: int, d_out: int, cfg: SSpaceConfig) -> dict[str, ParamSpec]:
+    """What `fit` fills: U (o, r), S (r,), V (i, r) of the chosen directions in the weight's order, and which of the k
+    they are, as a mask (k,) of ones and zeros, which no cast of the model to another dtype can round."""
+    k = min(d_in, d_out)
+    r = min(cfg.r, k)
+    return {
+        "lora_U": ParamSpec((d_out, r), trainable=False),
+        "lora_S": ParamSpec((r,), trainable=False, keep_dtype=True),
+        "lora_V": ParamSpec((d_in, r), trainable=False),
+        "lora_chosen": ParamSpec((k,), trainable=False, keep_dtype=True),
+    }
+
+
+def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig, calibration_data: Any) -> None:
+    """Choose each layer's directions, and keep them in its `lora_U`, `lora_S`, `lora_V`, `lora_chosen`.
+
+    The batches run once for each HELD bytes of singular vectors: for most models once. Raises ConfigError for data that
+    doesn't fit `select`, or an adapter that was trained in the directions it has, and what `capture` raises.
+    """
+    trained = [layer.path for layer in targets.values() if _is_trained(layer)]
+    if trained:
+        raise ConfigError(
+            f"{trained[0]}: it was trained in the directions that it has, so they can't be chosen anew\n"
+            f"  detach, and attach a fresh adapter with the new calibration_data"
+        )
+    sides = _sides(cfg.select, calibration_data)
+    depths: dict[str, float] = {}
+    for group in _groups(targets.values(), HELD if sides else 0):
+        found = {layer.path: _svd(layer) for layer in group}
+        scores = _scores(model, found, cfg.select, sides)
+        for layer in group:
+            u, s, vt = found.pop(layer.path)
+            chosen = top(scores[layer.path], len(layer.lora_S))
+            layer.lora_U.copy_(u[:, chosen])
+            layer.lora_S.copy_(s[chosen])
+            layer.lora_V.copy_(vt[chosen].mT)
+            layer.lora_chosen.copy_(chosen)
+            depths[layer.path] = tail_depth(chosen)
+            logger.debug(
+                f"{layer.path}: {len(layer.lora_S)} of {len(s)} directions by {cfg.select}, "
+                f"tail depth {depths[layer.path]:.2f}"
+            )
+    if sides:
+        deepest = max(depths, key=lambda path: depths[path])
+        logger.info(
+            f"directions by {cfg.select}: tail depth {sum(depths.values()) / len(depths):.2f} on average, "
+            f"{depths[deepest]:.2f} in {deepest}, where 0 is the first of the spectrum and 1 the last"
+        )
+    whole = [layer.path for layer in targets.values() if len(layer.lora_S) < layer.cfg.r]
+    if whole:
+        logger.info(
+            f"{len(whole)} of {len(targets)} layers have fewer directions than r, such as {whole[0]}: all are used"
+        )
+
+
+def _is_trained(layer: Layer) -> bool:
+    specs = lookup(layer.cfg.variant).param_specs(layer.in_features, layer.out_features, layer.cfg)
+    return any(bool(getattr(layer, name).any()) for name, spec in specs.items() if spec.trainable)
+
+
+def _svd(layer: Layer) -> Svd:
+    u, s, vt = torch.linalg.svd(layer.dense_weight(layer.cfg.svd_of), full_matrices=False)
+    return u, s, vt
+
+
+def top(scores: Float[Tensor, "k"], r: int) -> Bool[Tensor, "k"]:
+    """A mask of the r highest; of equal ones the first."""
+    mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    mask[scores.argsort(descending=True, stable=True)[:r]] = True
+    return mask
+
+
+def tail_depth(chosen: Bool[Tensor, "k"]) -> float:
+    """Where the chosen ones lie: 0 the first of the spectrum, 1 the last of it; 0 if they are all of it."""
+    k, r = len(chosen), int(chosen.sum())
+    return 0.0 if r == k else (float(chosen.nonzero().double().mean()) - (r - 1) / 2) / (k - r)
+
+
+def _sides(select: str, data: Any) -> list[Sequence[Any]]:
+    """The sets of batches whose activations are looked at apart: none, one or two. Raises ConfigError."""
+    if select == "top_s":
+        return []
+    if isinstance(data, Mapping):
+        check_sides(data)
+        sides = [data["positive"], data["negative"]]
+        return sides if select == "min_std" else [list(chain(*sides))]
+    check_batches(data)
+    if select == "min_std":
+        raise ConfigError(
+            "select='min_std' looks for directions that are alive in two sets of activations, and got one\n"
+            '  give calibration_data={"positive": batches, "negative": batches}, or use "wanda" or "act"'
+        )
+    return [data]
+
+
+def _groups(layers: Iterable[Layer], limit: int) -> Iterator[list[Layer]]:
+    """The layers in order, in lists whose singular vectors take no more than this many bytes, or of one layer."""
+    group: list[Layer] = []
+    held = 0
+    for layer in layers:
+        size = 4 * min(layer.in_features, layer.out_features) * (layer.in_features + layer.out_features)
+        if group and held + size > limit:
+            yield group
+            group, held = [], 0
+        group.append(layer)
+        held += size
+    yield group
+
+
+def _scores(
+    model: nn.Module, found: Mapping[str, Svd], select: str, sides: Sequence[Sequence[Any]]
+) -> dict[str, Float[Tensor, "k"]]:
+    """By path, of each direction of the layer's weight."""
+    spread = select == "min_std"
+    project: dict[str, Callable[[Tensor], Tensor]] = {
+        path: partial(_spread if spread else _size, vt=vt) for path, (_, _, vt) in found.items()
+    }
+    seen = [
+        capture(
+            model,
+            batches,
+            list(found),
+            what="input",
+            positions="all",
+            reduce="std" if spread else "mean",
+            transform=project,
+        )
+        for batches in sides
+    ]
+    return {path: _score(select, s, [side[path] for side in seen]) for path, (_, s, _) in found.items()}
+
+
+def _score(select: str, s: Float[Tensor, "k"], seen: Sequence[Statistics]) -> Float[Tensor, "k"]:
+    if select == "top_s":
+        return s
+    if select != "min_std":
+        return seen[0].mean * s if select == "wanda" else seen[0].mean
+    if min(side.count for side in seen) < 2:
+        raise ConfigError("select='min_std': one side has a single token, which has no spread\n  give it more")
+    return torch.stack([side.std for side in seen if side.std is not None]).amin(0)
+
+
+def _size(x: Float[Tensor, "n i"], vt: Float[Tensor, "k i"]) -> Float[Tensor, "n k"]:
+    return (x.to(vt) @ vt.mT).abs()
+
+
+def _spread(x: Float[Tensor, "n i"], vt: Float[Tensor, "k i"]) -> Float[Tensor, "n k"]:
+    return x.to(vt) @ vt.mT

@@ -1,0 +1,1 @@
+"""Floor 4. Adapter files as untrusted input."""

@@ -1,0 +1,304 @@
+"""Adapters written as PEFT's folders: as they are where PEFT has them, else as a plain LoRA of what they change."""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from ...base import quant
+from ...core.adapter import Adapter, adapters, get_adapter
+from ...core.effective import change
+from ...core.layer import Slot
+from ...core.names import check_shapes, file_key
+from ...core.plan import shapes_of
+from ...core.session import check_unmerged, session_of
+from ...core.validate import is_number
+from ...errors import CheckpointError, ConfigError, brief
+from ...ops.svd import factors
+from ..keys import PREFIX, SECOND, THEIRS
+from ..safetensors import check_numbers, replacing
+from .conversion import moved_keys, named_like_experts
+from .folder import CONFIG, WEIGHTS
+
+Layers = dict[str, tuple[nn.Module, list[Slot]]]
+"""Path -> the layer, and the slots of the chosen adapters on it in the order attached."""
+
+
+def save_peft(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | Sequence[str] = "default",
+    rank: int | None = None,
+    max_error: float | None = None,
+) -> float | None:
+    """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff as they are, tensors bit-equal.
+
+    name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers. The name of an
+                ia3 alone also takes the ia3_ff `<name>_ff` along, into which load_peft puts its second half; a list
+                means what it names
+    rank        write what adapters of any kind, at their scales, change in the weights as a plain LoRA of this rank
+                (less where a layer has fewer directions), alpha = r: its SVD, in float32 at least. Exact where the
+                change has that rank: LoRA's r, PiSSA's 2r, abliteration's own in the modes none and pre. The relative
+                error ‖W' - W - B A‖/‖W' - W‖ is logged
+    max_error   refuse a layer with a greater one, before anything is written
+
+    Returns the greatest relative error of a layer; None without a rank, where there is none.
+
+    Magnitudes of a 16-bit DoRA are written in float32, for the norms that PEFT computes and not the rounded ones kept
+    here. A crash leaves the old folder or the new one; at worst, one without its config, that nothing loads.
+
+    Raises CheckpointError for what PEFT's format can't hold, TargetError for an unknown name, ConfigError for a bad
+    argument, VariantError if a method is not affine; nothing is written then.
+    """
+    folder, (root, session) = Path(folder), session_of(model)
+    check_unmerged(session, "export")
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; PEFT's format is a folder of two files")
+    if not (rank is None or (type(rank) is int and rank > 0)):
+        raise ConfigError(f"rank={rank!r}: wanted an integer of at least 1, or None")
+    if max_error is not None and (rank is None or not is_number(max_error)):
+        raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
+    chosen = [get_adapter(model, each) for each in (_with_second(model, name) if isinstance(name, str) else name)]
+    layers, worst = _layers(model, chosen), None
+    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
+    if rank is None and scaled:
+        raise CheckpointError(
+            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
+        )
+    if rank is not None:
+        tensors, settings, worst = _low_rank(root, layers, rank, max_error)
+    elif [adapter.variant for adapter in chosen] in (["lora"], ["dora"]):
+        tensors, settings = _native_lora(root, chosen[0], layers)
+    elif {adapter.variant for adapter in chosen} <= {"ia3", "ia3_ff"} and all(len(s) == 1 for _, s in layers.values()):
+        tensors, settings = _native_ia3(root, layers)
+    else:
+        raise CheckpointError(
+            f"PEFT has no adapter like {', '.join(f'{a.name!r} ({a.variant})' for a in chosen)}\n"
+            f"  give rank= to write what they change as a plain LoRA: 2r is exact for pissa, its own rank for "
+            f"abliteration in the modes none and pre"
+        )
+    check_numbers(tensors, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
+    _write(folder, tensors, settings | _about(root, chosen[0]))
+    logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
+    return worst
+
+
+def _with_second(model: nn.Module, name: str) -> list[str]:
+    """The adapter of this name, and the second half of an IA3 that load_peft made of one of PEFT's."""
+    held = adapters(model)
+    pair = [name, name + SECOND]
+    return pair if [held[each].variant for each in pair if each in held] == ["ia3", "ia3_ff"] else [name]
+
+
+def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
+    names = [adapter.name for adapter in chosen]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"name={names}: wanted one adapter, or several different ones")
+    layers: Layers = {}
+    for adapter in (each for each in adapters(model).values() if each.name in names):
+        if adapter.is_sharded:
+            raise CheckpointError(
+                f"adapter {adapter.name!r} is sharded\n  use lora_lite.save, then load it in one process to convert it"
+            )
+        shapes = {key: tuple(tensor.shape) for key, tensor in adapter.state_dict().items()}
+        check_shapes(shapes, shapes_of(adapter), f"adapter {adapter.name!r} in memory")
+        for module, slot in adapter.slots():
+            layers.setdefault(slot.path, (module, []))[1].append(slot)
+    odd = [path or "the model itself" for path, (_, slots) in layers.items() if not path or slots[0].target.experts]
+    if odd:
+        raise CheckpointError(
+            f"{odd[0]}: PEFT's format holds adapters of named linear layers; fused experts have no place\n"
+            f"  keep it as our file (lora_lite.save), or merge it"
+        )
+    return layers
+
+
+def _native_lora(root: nn.Module, adapter: Adapter, layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    ways = {(slots[0].cfg.rslora, slots[0].cfg.dropout) for _, slots in layers.values()}
+    if len(ways) > 1:
+        raise CheckpointError(
+            f"rslora and dropout differ by layer: {sorted(ways)}\n  PEFT has one of each for all layers"
+        )
+    held, tensors, at_layers = adapter.state_dict(), {}, {}
+    for path, (module, (slot,)) in layers.items():
+        at_layers[path] = (slot.cfg.r, float(slot.cfg.r if slot.cfg.alpha is None else slot.cfg.alpha))
+        for tensor in ("lora_A", "lora_B"):
+            tensors[_their_key(path, tensor)] = held[file_key(path, tensor)]
+        if adapter.variant == "dora":
+            tensors[_their_key(path, "lora_m")] = _magnitude(module, slot, held)
+    ((rslora, dropout),) = ways
+    return tensors, _lora_settings(
+        root, at_layers, use_rslora=rslora, lora_dropout=dropout, use_dora=adapter.variant == "dora"
+    )
+
+
+def _magnitude(module: nn.Module, slot: Slot, held: Mapping[str, Tensor]) -> Tensor:
+    """m of DoRA; where n0 was rounded to 16 bits, the m that gives the same outputs with norms of the live weight."""
+    a, b, m, n0 = (held[file_key(slot.path, f"lora_{tensor}")] for tensor in ("A", "B", "m", "n0"))
+    if torch.promote_types(n0.dtype, torch.float32) == n0.dtype:
+        return m
+    weight = quant.dense_weight(module, slot.path).double()
+    square = weight.square().sum(1)
+    moved = (weight + slot.cfg.scaling * b.double() @ a.double()).square().sum(1)
+    return (m.double() * (moved / (n0.double().square() + moved - square)).sqrt()).float()
+
+
+def _native_ia3(root: nn.Module, layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, inner = {}, []
+    for path, (module, (slot,)) in layers.items():
+        scales = getattr(module, slot.state.attribute("lora_l")).detach()
+        on_input = slot.cfg.variant == "ia3_ff"
+        tensors[_their_key(path, "lora_l")] = scales[None] if on_input else scales[:, None]
+        inner += [path] if on_input else []
+    targets, feedforward = _modules(root, list(layers), inner)
+    return tensors, {
+        "peft_type": "IA3",
+        "target_modules": targets,
+        "feedforward_modules": feedforward,
+        "fan_in_fan_out": _transposed(root, layers),
+        "init_ia3_weights": True,
+    }
+
+
+def _low_rank(
+    root: nn.Module, layers: Layers, rank: int, max_error: float | None
+) -> tuple[dict[str, Tensor], dict[str, Any], float]:
+    tensors: dict[str, Tensor] = {}
+    at_layers, errors, square = {}, {}, [0.0, 0.0]
+    for path, (module, slots) in layers.items():
+        delta, moved_bias = change(module, slots)
+        if moved_bias is not None:
+            raise CheckpointError(
+                f"{path}: {slots[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
+                f"  keep it as our file (lora_lite.save), or merge it"
+            )
+        dtype = reduce(torch.promote_types, (slot.cfg.dtype for slot in slots), torch.float32)
+        a, b = (factor.to(dtype) for factor in factors(delta, rank))
+        rest, size = float((delta - b.double() @ a.double()).norm()), float(delta.norm())
+        errors[path] = rest / size if size else 0.0
+        square = [square[0] + rest**2, square[1] + size**2]
+        tensors |= {_their_key(path, "lora_A"): a, _their_key(path, "lora_B"): b}
+        at_layers[path] = (len(a), float(len(a)))
+    worst = max(errors, key=lambda path: errors[path])
+    overall = math.sqrt(square[0] / square[1]) if square[1] else 0.0
+    line = f"as a LoRA of rank {rank}: relative error {overall:.1e} overall, {errors[worst]:.1e} at worst ({worst})"
+    logger.info(line)
+    if max_error is not None and not errors[worst] <= max_error:
+        raise CheckpointError(
+            f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank"
+        )
+    found = _lora_settings(root, at_layers, use_rslora=False, lora_dropout=0.0, use_dora=False)
+    return tensors, found, errors[worst]
+
+
+def _lora_settings(root: nn.Module, at_layers: Mapping[str, tuple[int, float]], **fields: Any) -> dict[str, Any]:
+    """The settings for these ranks and alphas by path. Raises CheckpointError for layers that PEFT would lose."""
+    r, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*at_layers.values(), strict=True))
+    weights = {path: f"{path}.weight" for path in named_like_experts(root, at_layers)}
+    _check_kept(root, list(at_layers), list(weights), fields)
+    targets, _ = _modules(root, [path for path in at_layers if path not in weights], [])
+    patterns = {path: f"^{re.escape(weights.get(path, path))}" for path in at_layers}
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {patterns[path]: own for path, (own, _) in at_layers.items() if own != r},
+        "alpha_pattern": {patterns[path]: _whole(own) for path, (_, own) in at_layers.items() if own != alpha},
+        "target_modules": targets,
+        **({"target_parameters": sorted(weights.values())} if weights else {}),
+        "bias": "none",
+        "fan_in_fan_out": _transposed(root, at_layers),
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        **fields,
+    }
+
+
+def _check_kept(root: nn.Module, paths: Sequence[str], as_weights: Sequence[str], fields: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if PEFT would lose layers, or fail, as it reads a folder with these settings.
+
+    as_weights  those of the paths that target_parameters names; PEFT adapts a weight by its name without its layer
+    """
+    moved = moved_keys(root, paths)
+    packed = [path for path in as_weights if quant.kind_of(root.get_submodule(path)) is not quant.Kind.DENSE]
+    lacks = "DoRA" if fields["use_dora"] else "dropout" if fields["lora_dropout"] else None
+    cure = "keep it as our file (lora_lite.save), merge it, leave these layers out (exclude_names)"
+    like_experts = "it takes their names for fused experts', and has no"
+    if moved:
+        lost, goal = list(moved), next(iter(moved.values()))
+        why = f"it reads their keys as an old checkpoint's: the first would go to {goal}"
+    elif packed:
+        lost, why = packed, f"{like_experts} adapter on a packed weight by its name"
+    elif as_weights and lacks:
+        lost, why = list(as_weights), f"{like_experts} {lacks} on a weight by its name"
+        cure += ", or give rank= to write a plain LoRA"
+    else:
+        return
+    raise CheckpointError(
+        f"PEFT would lose {len(lost)} of these {len(paths)} layers as it reads the folder onto this "
+        f"{type(root).__name__}\n  {brief(', '.join(lost), 600)}\n  {why}\n  {cure}"
+    )
+
+
+def _whole(alpha: float) -> int | float:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _modules(root: nn.Module, layers: Sequence[str], inner: Sequence[str]) -> tuple[Any, Any]:
+    """target_modules, and feedforward_modules, that PEFT resolves to exactly these layers.
+
+    A list reaches what ends with one of its entries, a string is a regex for the full path. Last names, where they
+    reach nothing else, are what most tools know best; then full paths; then a regex.
+    """
+    paths = [path for path, _ in root.named_modules()]
+    forms: tuple[Callable[[str], str], ...] = (lambda path: path.rpartition(".")[2], lambda path: path)
+    for form in forms:
+        names, inner_names = sorted({form(path) for path in layers}), sorted({form(path) for path in inner})
+        ends = tuple(f".{name}" for name in names)
+        reached = [path for path in paths if path in names or path.endswith(ends)]
+        reached_inner = [path for path in layers if path.endswith(tuple(inner_names))]
+        if set(reached) == set(layers) and set(reached_inner) == set(inner):
+            return names, inner_names
+    return "|".join(map(re.escape, layers)), "|".join(map(re.escape, inner)) if inner else []
+
+
+def _transposed(root: nn.Module, layers: Iterable[str]) -> bool:
+    return any(quant.is_transposed(root.get_submodule(path)) for path in layers)
+
+
+def _their_key(path: str, tensor: str) -> str:
+    return f"{PREFIX}{path}.{THEIRS[tensor]}"
+
+
+def _about(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """The settings that say what the adapter goes on."""
+    kind = type(root)
+    causal = kind.__name__.endswith("ForCausalLM")
+    return {
+        "base_model_name_or_path": adapter.base["name_or_path"],
+        "task_type": "CAUSAL_LM" if causal else None,
+        "auto_mapping": None if causal else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "revision": None,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Both files are whole on disk before either takes its place; the config, without which nothing loads, is last."""
+    whole = {key: tensor.cpu().clone().contiguous() for key, tensor in tensors.items()}
+    with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
+        config.write((json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+        weights.write(to_bytes(whole, metadata={"format": "pt"}))
+        (folder / CONFIG).unlink(missing_ok=True)

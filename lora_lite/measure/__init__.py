@@ -1,0 +1,1 @@
+"""Floor 4. Run batches, and look at activations and outputs."""

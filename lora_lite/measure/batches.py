@@ -1,0 +1,97 @@
+"""Batches of inputs: how they go into a model, and which positions of them are looked at."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from loguru import logger
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+Batch = Mapping[str, Any]
+
+
+Positions = str | Tensor | Callable[[Batch], Tensor]
+
+
+def with_progress(batches: Iterable[Any], progress: bool, what: str) -> Iterable[Any]:
+    """The batches, with a bar where it is wanted and tqdm is there."""
+    if not progress:
+        return batches
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        logger.debug(f"no progress bar for the {what}: tqdm is not installed")
+        return batches
+    return tqdm(batches, desc=what, unit="batch", dynamic_ncols=True, leave=False)
+
+
+def as_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
+    """The model's keyword arguments, on its device. Raises ConfigError."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(model).__name__} has an encoder and a decoder, each with tokens of its own\n"
+            f"  calibration and evaluation are for models with one sequence"
+        )
+    named = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    if not isinstance(named, Mapping) or not any(isinstance(value, Tensor) for value in named.values()):
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__}: wanted a tensor of ids, or a mapping such as a tokenizer's\n"
+            f'  use tokenizer(texts, return_tensors="pt", padding=True)'
+        )
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
+
+
+def select(inputs: Batch, positions: Positions) -> Bool[Tensor, "b t"]:
+    """True at the positions to look at. Raises ConfigError for padding among them, or a row with nothing in it."""
+    tokens = inputs.get("attention_mask")
+    if tokens is None:
+        first = next(value for value in inputs.values() if isinstance(value, Tensor))
+        tokens = torch.ones(first.shape[:2], device=first.device)
+    tokens = tokens.bool()
+    if isinstance(positions, str):
+        if positions not in ("last", "all"):
+            raise ConfigError(
+                f"positions={positions!r}: wanted 'last', 'all', a mask (b, t), or a function that gives one"
+            )
+        if not tokens.any(1).all():
+            raise ConfigError(f"a row of the batch {tuple(tokens.shape)} has no token: its attention_mask is all zero")
+        if positions == "all":
+            return tokens
+        last = tokens.shape[1] - 1 - tokens.flip(1).long().argmax(1)
+        return nn.functional.one_hot(last, tokens.shape[1]).bool()
+    mask = (positions if isinstance(positions, Tensor) else positions(inputs)).to(tokens.device).bool()
+    if mask.shape != tokens.shape or (mask & ~tokens).any() or not mask.any():
+        raise ConfigError(
+            f"positions: got a mask {tuple(mask.shape)} with {int(mask.sum())} positions for tokens "
+            f"{tuple(tokens.shape)}\n  wanted one of that shape, with some positions, none of them padding"
+        )
+    return mask
+
+
+def check_sides(data: Any) -> None:
+    """ConfigError unless data has two sides that can be gone through again."""
+    if not isinstance(data, Mapping) or set(data) != {"positive", "negative"}:
+        got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+        raise ConfigError(f'calibration_data: got {got}; wanted {{"positive": batches, "negative": batches}}')
+    for side, batches in data.items():
+        check_batches(batches, f"calibration_data[{side!r}]")
+
+
+def check_several(batches: Any, what: str = "batches") -> None:
+    """ConfigError for one batch, or what is none, in place of a list."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise ConfigError(f"{what} is a {type(batches).__name__}: wanted a list of batches")
+
+
+def check_batches(batches: Any, what: str = "calibration_data") -> None:
+    """ConfigError unless they can be gone through again."""
+    check_several(batches, what)
+    if iter(batches) is batches:
+        raise ConfigError(
+            f"{what} is an iterator, which can be read once: what a call that fails has read of it would be lost\n"
+            f"  use list(...)"
+        )

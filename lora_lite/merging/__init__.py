@@ -1,0 +1,1 @@
+"""Floor 5. Adapters into weights, in memory and on disk."""

@@ -1,0 +1,160 @@
+"""bitsandbytes without a layer: quantised tensors as they lie in a file, and the quantiser of an adapter's base.
+
+On disk a 4-bit weight is `weight` (codes), `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4`
+(JSON), and with double quantisation `weight.nested_absmax` and `weight.nested_quant_map`; an 8-bit one is `weight`
+(I8), `SCB` and `weight_format`. Blocks of a weight are quantised independently, so all goes in chunks, but for the mean
+that double quantisation takes of all scales.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ..base import quant
+from ..dtypes import STORAGE_DTYPES
+from ..errors import CheckpointError, QuantizedWeightError
+from ..io.safetensors import DTYPES, Header, parse_json
+
+CHUNK = 1 << 18
+"""Elements at a time, a multiple of every blocksize."""
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+"""Of the scales' own quantisation, in bitsandbytes."""
+
+_STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised weight in a file."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    """Of the numbers that it stands for; None where the format doesn't say (8-bit)."""
+    parts: dict[str, str]
+    """Name of each part beside the codes -> its key."""
+
+
+def find_packed(headers: Mapping[str, Header]) -> dict[str, Packed]:
+    """Every bitsandbytes weight by its key. Raises CheckpointError for one that isn't whole."""
+    found = {}
+    for key, header in headers.items():
+        state = _STATE.search(key)
+        if state:
+            weight = key[: state.start()]
+            found[weight] = _packed_4bit(headers, weight, key, state[1])
+        elif key.endswith(".weight") and header.entries[key].dtype == "I8":
+            scales = key.removesuffix("weight") + "SCB"
+            if scales in headers:
+                parts = {"SCB": scales, "weight_format": key.removesuffix("weight") + "weight_format"}
+                shape = header.entries[key].shape
+                found[key] = Packed(key, shape, None, {name: part for name, part in parts.items() if part in headers})
+    return found
+
+
+def _packed_4bit(headers: Mapping[str, Header], weight: str, state_key: str, quant_type: str) -> Packed:
+    header = headers[state_key]
+    how = parse_json(bytes(header.read([state_key])[state_key].tolist()), f"{header.path}: {state_key}")
+    shape: Any = how.get("shape")
+    dtype, blocksize = getattr(torch, str(how.get("dtype")), None), how.get("blocksize")
+    names = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if "nested_blocksize" in how else [])]
+    parts = {name: f"{weight}.{name}" for name in names} | {f"quant_state.bitsandbytes__{quant_type}": state_key}
+    lost = [key for key in (weight, *parts.values()) if key not in headers]
+    size = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
+    if lost or not size or dtype not in STORAGE_DTYPES or blocksize not in BLOCKSIZES:
+        raise CheckpointError(f"{header.path}: {weight} is no whole 4-bit weight{': no ' + lost[0] if lost else ''}")
+    n, blocks = shape[0] * shape[1], -(-shape[0] * shape[1] // blocksize)
+    if _numel(headers, weight) * DTYPES[headers[weight].entries[weight].dtype].itemsize != -(-n // 2):
+        raise CheckpointError(f"{header.path}: {weight} holds {_numel(headers, weight)} codes, wanted those of {shape}")
+    if _numel(headers, parts["absmax"]) != blocks:
+        raise CheckpointError(f"{header.path}: {parts['absmax']} has not {blocks} scales, one for each block")
+    return Packed(weight, tuple(shape), dtype, parts)
+
+
+def _numel(headers: Mapping[str, Header], key: str) -> int:
+    return torch.Size(headers[key].entries[key].shape).numel()
+
+
+def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor, "o i"], list[Any]]:
+    """The numbers that a quantised tensor of a file stands for, in `packed.dtype` (8-bit: float32), and its print."""
+    read = {name: headers[key].read([key])[key] for name, key in {"": packed.key, **packed.parts}.items()}
+    codes = read.pop("")
+    if "SCB" in read:
+        print_ = ["int8", *quant.spread(codes), *quant.spread(read["SCB"].float() / 127)]
+        return codes.float().mul_((read["SCB"].float() / 127)[:, None]), print_
+    from bitsandbytes.functional import QuantState
+
+    state = QuantState.from_dict(read, device=torch.device("cpu"))
+    out = torch.empty(packed.shape, dtype=state.dtype)
+    blocks = codes.view(torch.uint8).reshape(-1)
+    _dequantize(blocks, _absmax(state), state.blocksize, state.quant_type, out)
+    return out, ["uint8", *quant.samples_4bit(blocks, state)]
+
+
+def as_trained(
+    weight: Float[Tensor, "o i"], how: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[Float[Tensor, "o i"], list[Any]]:
+    """The numbers that a layer computes with once this weight is loaded in `dtype` and quantised; and its print.
+
+    4-bit: in `dtype`, in the weight's own memory if it has that dtype. 8-bit: float32. Bit-equal to the live layer's
+    `dense_weight()` on a CPU. Raises QuantizedWeightError for a quantiser that isn't known.
+    """
+    weight = weight.to(dtype).contiguous()
+    if how["method"] == "bitsandbytes-8bit":
+        return _as_trained_8bit(weight)
+    if how["method"] != "bitsandbytes-4bit" or how["quant_type"] not in ("nf4", "fp4"):
+        raise QuantizedWeightError(
+            f"the adapter was trained on {how['quant_type']} weights ({how['method']}), which can't be made again\n"
+            f'  use base_weights="original"'
+        )
+    from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+
+    flat, blocksize = weight.view(-1), how["blocksize"]
+    codes = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)  # whole from the start: pieces between what comes and
+    absmax, offset, nested = torch.empty(-(-len(flat) // blocksize)), None, None  # goes would hold the heap apart
+    for start in range(0, len(flat), CHUNK):
+        made, state = quantize_4bit(flat[start : start + CHUNK], blocksize=blocksize, quant_type=how["quant_type"])
+        codes[start // 2 :][: made.numel()] = made.view(-1)
+        absmax[start // blocksize :][: state.absmax.numel()] = state.absmax
+    if how["double_quant"]:
+        offset = absmax.mean()
+        absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    state = QuantState(absmax, weight.shape, blocksize=blocksize, offset=offset, state2=nested)
+    _dequantize(codes, _absmax(state), blocksize, how["quant_type"], weight)
+    return weight, ["uint8", *quant.samples_4bit(codes, state)]
+
+
+def _as_trained_8bit(weight: Float[Tensor, "o i"]) -> tuple[Float[Tensor, "o i"], list[Any]]:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    made = [int8_vectorwise_quant(rows.half())[:2] for rows in weight.split(max(1, CHUNK // weight.shape[1]))]
+    codes, scales = torch.cat([c for c, _ in made]), torch.cat([s for _, s in made]).float() / 127
+    return codes.float().mul_(scales[:, None]), ["int8", *quant.spread(codes), *quant.spread(scales)]
+
+
+def _dequantize(codes: UInt8[Tensor, "c"], absmax: Tensor, blocksize: int, quant_type: str, out: Tensor) -> None:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    flat = out.view(-1)
+    for start in range(0, len(flat), CHUNK):
+        stop = min(start + CHUNK, len(flat))
+        some = absmax[start // blocksize : -(-stop // blocksize)]
+        state = QuantState(
+            some, torch.Size([stop - start]), dtype=out.dtype, blocksize=blocksize, quant_type=quant_type
+        )
+        flat[start:stop] = dequantize_4bit(codes[start // 2 : -(-stop // 2)].unsqueeze(1), state)
+
+
+def _absmax(state: Any) -> Float[Tensor, "n"]:
+    """The scale of each block, as bitsandbytes' own dequantising makes it."""
+    if not state.nested:
+        return state.absmax.float()
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()

@@ -1,0 +1,281 @@
+"""Merging on disk: a checkpoint folder and an adapter file become a checkpoint folder, one tensor at a time.
+
+No model is built. Memory: the adapter, and the largest merged tensor as it is stored with a few blocks of its columns,
+whatever the size of model or shards. All is planned from headers: every tensor of the adapter has its place before the
+first byte is written. Shards are written to `<out>.partial`, each whole or not at all, so that a run that was killed
+goes on where it stopped; the folder takes its name when everything is in it.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import nn
+
+from ..base.exact import exactly
+from ..errors import CheckpointError, ConfigError, LoraLiteError, TargetError
+from ..io.checkpoint import read_file
+from ..io.safetensors import read_json, replacing, sync_folder, write_json
+from ..measure.calls import check_choice, refusal
+from ..version import __version__
+from .base_folder import BaseFolder
+from .plan import INDEX, MergePlan, Shard
+
+CHOICES = ("original", "as_trained")
+_LOCK = ".lock"
+MARKER = "lora_lite_merge.json"
+"""In every folder that a merge makes: what it was made of, and its files."""
+COPY = 8 << 20
+"""Bytes that are copied at a time."""
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"),
+    *(".ot", ".tflite", ".mlmodel", ".npz", ".pkl", ".index.json"),
+)
+_FOLDERS = ("additional_chat_templates",)
+
+Progress = Callable[[int, int], None]
+"""(bytes written, bytes in all)"""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_checkpoint` has done."""
+
+    folder: Path
+    layers: int
+    tensors: int
+    size: int
+    """Bytes of the checkpoint's tensors."""
+    base_weights: str
+    resumed: int
+    """Bytes that were there already."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"merged {self.layers} layers ({self.tensors} tensors) into {self.folder}\n"
+            f"  base weights {self.base_weights}, {self.size / 1e9:.2f} GB in {self.seconds:.1f} s"
+            f"{f', {self.resumed / 1e9:.2f} GB of it from an earlier run' if self.resumed else ''}"
+        )
+
+
+def merge_checkpoint(
+    base_dir: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    base_weights: str = "original",
+    *,
+    untie: bool = False,
+    verify_base: bool = True,
+    never_ran: str = "raise",
+    progress: Progress | None = None,
+) -> Merged:
+    """Write the checkpoint folder `base_dir` with the adapter of a file folded in, at its scale, to `out_dir`.
+
+    base_weights  "original": the folder's own weights plus the adapter. "as_trained": every layer that the adapter's
+                  file records as quantised first goes through that quantiser, bit for bit, so that the merged model is
+                  the one that was trained. A folder that is 4-bit or 8-bit itself is dequantised on the way, and is as
+                  trained already
+    untie         write a head that is tied to the embedding as a tensor of its own, instead of an error
+    verify_base   False turns the error for a method that depends on its base weight (DoRA), on other weights than it
+                  was trained on, into the warning that other methods give
+    never_ran     what to do with layers that no forward had called when the adapter was saved, although one had called
+                  others. "raise", or "merge" where other inputs reach them (an image, another expert)
+    progress      called with (bytes written, bytes in all)
+
+    Weights are merged in float32 and cast once, to the dtype that they have on disk. A run that was interrupted goes on
+    from its last whole shard. A folder that this made before is replaced, any other that isn't empty is refused.
+
+    Raises CheckpointError unless every tensor of the adapter has exactly one place (both sides are listed), for another
+    base, a full disk or a damaged file; TargetError for a tied head and for layers that never ran; VariantError for a
+    method that isn't affine; BaseModelError where a merged number is NaN or infinite. There is then no `out_dir`.
+    """
+    if base_weights not in CHOICES:
+        raise ConfigError(f"base_weights={base_weights!r}: wanted one of {CHOICES}")
+    started, out = time.monotonic(), Path(out_dir).resolve()
+    check_choice(never_ran)
+    file, base = read_file(adapter), BaseFolder(Path(base_dir).resolve())
+    if file.never_ran and never_ran == "raise":
+        raise TargetError(f"{file.path}: {refusal(file.never_ran, len(file.targets))}")
+    if out == base.path or out.is_mount():
+        raise CheckpointError(
+            f"{out} is {'the base itself' if out == base.path else 'a mount point'}\n  choose another folder"
+        )
+    with exactly(nn.Module()):
+        plan = MergePlan(file, base, base_weights, untie, verify_base)
+    others = _others(base.path)
+    job = {
+        "adapter": _digest(file.path),
+        "base": {str(p.relative_to(base.path)): _stamp(p) for p in (*base.files(), *others, *base.path.glob("*.json"))},
+        "options": [base_weights, untie, verify_base],
+        "library": __version__,
+    }
+    names = [shard.name for shard in plan.shards] + [str(p.relative_to(base.path)) for p in others]
+    names += [INDEX, "config.json"]
+    with exactly(nn.Module()), _partial(out, job, names) as partial:
+        total = sum(shard.size for shard in plan.shards)
+        there = {s.name for s in plan.shards if _size(partial / s.name) == s.size}
+        resumed = sum(shard.size for shard in plan.shards if shard.name in there)
+        needed = total - resumed + sum(p.stat().st_size for p in others)
+        if needed > (free := shutil.disk_usage(partial).free):
+            raise CheckpointError(
+                f"{out.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written\n"
+                f"  make room, or name a place on another disk; what is written so far is kept"
+            )
+        report = _Counter(total, resumed, progress)
+        for shard in plan.shards:
+            if shard.name not in there:
+                _write_shard(partial / shard.name, shard, base, report)
+        for path in others:
+            with replacing(partial / path.relative_to(base.path)) as handle, path.open("rb") as source:
+                shutil.copyfileobj(source, handle, COPY)
+        plan.write_config(partial)
+    done = Merged(out, len(plan.places), plan.merged, total, base_weights, resumed, time.monotonic() - started)
+    logger.info(str(done).replace("\n ", ","))
+    return done
+
+
+def _others(folder: Path) -> list[Path]:
+    """What goes along with the tensors; other weights, and folders that transformers doesn't read, stay behind."""
+    everything = [path for path in sorted(folder.iterdir()) if path.name not in (MARKER, "config.json", INDEX)]
+    everything += [path for name in _FOLDERS for path in sorted((folder / name).glob("*"))]
+    others = [path for path in everything if path.is_file() and not path.name.endswith(_WEIGHTS)]
+    left = [p.name for p in everything if p not in others and p.name not in _FOLDERS and p.suffix != ".safetensors"]
+    if left:
+        logger.info(f"left behind: {', '.join(left)}")
+    return others
+
+
+def _stamp(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+@dataclass
+class _Counter:
+    total: int
+    done: int
+    tell: Progress | None
+
+    def add(self, size: int) -> None:
+        self.done += size
+        if self.tell is not None:
+            self.tell(self.done, self.total)
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def _write_shard(path: Path, shard: Shard, base: BaseFolder, report: _Counter) -> None:
+    with replacing(path) as handle:
+        handle.write(shard.header())
+        for tensor in shard.tensors:
+            if tensor.make is None:
+                for chunk in base.chunks(tensor.key, COPY):
+                    handle.write(chunk)
+                    report.add(len(chunk))
+            else:
+                matrices = tensor.make()
+                while (matrix := next(matrices, None)) is not None:
+                    raw: Any = matrix.contiguous().view(-1).view(torch.uint8).numpy()
+                    handle.write(raw)
+                    report.add(raw.nbytes)
+                    del matrix, raw  # or it would stay in memory while the next one is made
+
+
+@contextmanager
+def _partial(out: Path, job: dict[str, Any], names: Sequence[str]) -> Iterator[Path]:
+    """The folder to write to, which takes the name of `out` when the block succeeds; only one process at a time."""
+    partial, replaced = out.with_name(f"{out.name}.partial"), out.with_name(f".{out.name}.replaced")
+    _check_ours(out)
+    _check_ours(partial, begun=True)
+    _check_ours(replaced)
+    fresh = not partial.exists()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{partial} can't be made: {error.strerror}") from error
+    with _locked(partial):
+        keep = {MARKER, _LOCK, *(name.partition("/")[0] for name in names)}
+        if (partial / MARKER).exists() and read_json(partial / MARKER).get("job") != job:
+            logger.warning(f"{partial} was left by another merge, or one of other files: starting over")
+            keep = {_LOCK}
+        for path in partial.iterdir():
+            if path.name not in keep:  # also what was being written when a run was killed
+                _remove(path)
+        write_json(partial / MARKER, {"job": job, "files": dict.fromkeys(names)})
+        try:
+            yield partial
+        except LoraLiteError:
+            if fresh:  # or what an earlier run has finished would be lost
+                shutil.rmtree(partial)
+            raise
+        stamps = {name: _stamp(partial / name) for name in names if (partial / name).exists()}
+        write_json(partial / MARKER, {"job": job, "files": stamps})
+        (partial / _LOCK).unlink()
+        if out.exists():
+            _remove(replaced)
+            os.replace(out, replaced)
+        os.replace(partial, out)
+        sync_folder(out.parent)
+        _remove(replaced)
+
+
+def _check_ours(folder: Path, begun: bool = False) -> None:
+    """CheckpointError for anything at that path but an empty folder, or one as a merge has left it (or just begun)."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    ours: set[str] = set()
+    if MARKER in held:
+        files = read_json(folder / MARKER).get("files")
+        files = files if isinstance(files, dict) else {}
+        same = {
+            name: stamp is None or _size(folder / name) < 0 or _stamp(folder / name) == stamp
+            for name, stamp in files.items()
+        }
+        changed = {name.partition("/")[0] for name, is_same in same.items() if not is_same}
+        ours = {MARKER, _LOCK, *(name.partition("/")[0] for name in files)} - changed
+    foreign = sorted(name for name in held - ours if not (begun and name.startswith(".")))
+    if foreign:
+        raise CheckpointError(
+            f"{folder} is there already and holds what no merge has written, such as {foreign[0]}\n"
+            f"  nothing is written over it: choose another folder"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """CheckpointError if another process works on the folder. The lock goes with the process, however that ends."""
+    with (folder / _LOCK).open("a") as handle:
+        if os.name != "nt":
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(f"{folder}: another merge is writing to it\n  wait for it, or stop it") from error
+        yield
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

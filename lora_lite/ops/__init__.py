@@ -1,0 +1,1 @@
+"""Floor 1. Tensor maths that methods share."""

@@ -1,0 +1,670 @@
+"""The command line: what it prints, how far it can be trusted, and how it fails."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import attach, config, moe, perturb, quantized, tiny_llama
+from safetensors.torch import load_file, save_file
+from test_checkpoint import rewrite
+from test_verify import TEXT, with_tokenizer
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+import lora_lite as ll
+from lora_lite.cli.commands import app
+from lora_lite.cli.compare import compare
+from lora_lite.cli.report import inspect
+from lora_lite.cli.tables import shortened
+from lora_lite.core.effective import change
+from lora_lite.core.session import slots_of
+
+needs_base = pytest.mark.parametrize("variant", ["abliteration", "dora", "ia3", "ia3_ff"])
+needs_none = pytest.mark.parametrize("variant", ["lora", "pissa"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama on disk."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+def saved(folder: Path, cfg: Any, model: Any = None, seed: int = 1) -> Path:
+    """An adapter file with values of its own, for the tiny Llama."""
+    model = tiny_llama() if model is None else model
+    perturb(attach(model, cfg), seed=seed)
+    path = folder / f"{cfg.variant}{seed}.safetensors"
+    ll.save(model, path)
+    return path
+
+
+def run(*args: Any, columns: int | None = 80) -> Any:
+    """A command in this process; its output is no terminal, as in a pipe."""
+    width = {"COLUMNS": None if columns is None else str(columns)}
+    return CliRunner().invoke(app, [str(arg) for arg in args], env=width)
+
+
+def shown(*args: Any, columns: int | None = 80) -> str:
+    """The output of a command that works."""
+    result = run(*args, columns=columns)
+    assert result.exit_code == 0, result.stderr
+    return str(result.stdout)
+
+
+def process(*args: Any, code: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own."""
+    start = ["-m", "lora_lite"] if code is None else ["-c", code]
+    outside = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
+    return subprocess.run(
+        [sys.executable, *start, *map(str, args)], capture_output=True, text=True, env=outside | env, check=False
+    )
+
+
+def moved(model: Any) -> dict[str, float]:
+    """‖W' - W‖ at each adapted layer, from what its hooks make of the unit vectors."""
+    norms = {}
+    for module, slot in ll.adapters(model)["default"].slots():
+        with torch.no_grad():
+            e = torch.eye(slot.target.d_in)
+            with ll.disabled(model):
+                before = module(e) - module(torch.zeros_like(e))
+            norms[slot.path] = float((module(e) - module(torch.zeros_like(e)) - before).norm())
+    return norms
+
+
+# ---- inspect ------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_what_an_adapter_is(tmp_path: Path) -> None:
+    model = tiny_llama()
+    adapter = attach(model, config("lora", r=4, alpha=8.0, exclude_names="gate"))
+    perturb(adapter)
+    adapter.scale = 0.5
+    ll.save(model, tmp_path / "a.safetensors")
+    lines = [re.split(r"\s{2,}", line.rstrip()) for line in shown("inspect", tmp_path / "a.safetensors").splitlines()]
+    facts = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert facts["variant"] == "lora"
+    assert facts["config"] == "target_names=['_proj$'], exclude_names=['gate'], r=4, alpha=8"
+    assert facts["scale"] == "0.5"
+    assert facts["base"] == "LlamaForCausalLM float32"
+    assert facts["quantised"] == "no"
+    numbers = sum(tensor.numel() for tensor in adapter.parameters())
+    assert facts["tensors"] == f"24, of {numbers:,} numbers in float32"
+    norms = moved(model)
+    down = [norms[f"model.layers.{i}.mlp.down_proj"] for i in range(2)]
+    at = str(down.index(max(down)))
+    row = ["model.layers.*.mlp.down_proj", "128 -> 64", "2", f"{sum(down) / 2:.4g}", f"{max(down):.4g}", at]
+    assert row in lines
+    assert sum(line[0].startswith("model.layers.*") for line in lines) == 6
+
+
+@pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_norms_are_those_of_the_model(variant: str, scale: float, base: Path, tmp_path: Path) -> None:
+    model = tiny_llama(bias=True)
+    model.save_pretrained(tmp_path / "base")
+    perturb(attach(model, config(variant)))
+    ll.adapters(model)["default"].scale = scale
+    ll.save(model, tmp_path / "a.safetensors")
+    report = json.loads(shown("inspect", tmp_path / "a.safetensors", "--base", tmp_path / "base", "--json"))
+    norms = moved(model)
+    assert [layer["path"] for layer in report["layers"]] == list(norms)
+    if variant == "steer":  # a constant, which is no change of the weight
+        assert max(norms.values()) < 1e-5
+        assert all(layer["norm"] == 0 for layer in report["layers"])
+        return
+    assert min(norms.values()) > 0.01
+    for layer in report["layers"]:
+        assert layer["norm"] == pytest.approx(norms[layer["path"]], rel=2e-4)
+
+
+@needs_none
+def test_a_delta_without_the_base_weight_is_known_without_it(variant: str, base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config(variant))
+    alone, beside = inspect(path), inspect(path, base)
+    assert all(layer.norm for layer in alone.layers)
+    assert alone.layers == beside.layers
+
+
+@needs_base
+def test_a_delta_of_the_base_weight_asks_for_it(variant: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, config(variant))
+    assert all(layer.norm is None for layer in inspect(path).layers)
+    text = shown("inspect", path)
+    assert "it depends on the base weight" in text
+    assert "--base FOLDER" in text
+    assert "mean norm" not in text
+    result = run("inspect", path, "--plot", tmp_path / "norms.png")
+    assert (result.exit_code, (tmp_path / "norms.png").exists()) == (2, False)
+    assert "no norm is known to plot" in result.stderr
+
+
+def test_a_fresh_adapter_moves_nothing(base: Path, tmp_path: Path) -> None:
+    for variant in ("lora", "pissa", "dora", "ia3"):
+        model = tiny_llama()
+        attach(model, config(variant))
+        ll.save(model, tmp_path / "a.safetensors")
+        assert all(
+            layer.norm == pytest.approx(0, abs=1e-5) for layer in inspect(tmp_path / "a.safetensors", base).layers
+        )
+
+
+def test_a_base_that_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32)).eval()
+    model.save_pretrained(tmp_path / "base")
+    perturb(ll.attach(model, ll.DoRAConfig(target_names=r"attn\.c_proj$")))  # square: its shape doesn't tell
+    ll.save(model, tmp_path / "a.safetensors")
+    report = inspect(tmp_path / "a.safetensors", tmp_path / "base")
+    norms = moved(model)
+    for layer in report.layers:
+        assert layer.norm == pytest.approx(norms[layer.path], rel=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3"])  # fused on disk and transposed, one by one on disk
+@pytest.mark.parametrize("normalization", ["none", "pre"])  # one direction for all experts, tensors for each
+def test_fused_experts_are_all_counted(kind: str, normalization: str, tmp_path: Path) -> None:
+    model = moe(kind)
+    model.save_pretrained(tmp_path / "base")
+    attach(model, ll.AbliterationConfig(normalization=normalization))
+    ll.save(model, tmp_path / "a.safetensors")
+    assert all(layer.norm is None for layer in inspect(tmp_path / "a.safetensors").layers)
+    experts = model.model.layers[1].mlp.experts
+    before = experts.down_proj.clone()
+    ll.merge(model)
+    norms = {layer.path: layer.norm for layer in inspect(tmp_path / "a.safetensors", tmp_path / "base").layers}
+    moved = float((experts.down_proj - before).norm())
+    assert norms["model.layers.1.mlp.experts"] == pytest.approx(moved, rel=1e-4)
+    assert moved > 0.1
+
+
+def test_another_number_of_experts_is_another_base(tmp_path: Path) -> None:
+    model = moe("qwen3")
+    model.save_pretrained(tmp_path / "base")
+    attach(model, ll.AbliterationConfig(normalization="pre", target_names="experts"))
+    ll.save(model, tmp_path / "a.safetensors")
+    rewrite(
+        tmp_path / "a.safetensors",
+        tensors=lambda tensors: tensors.update({key: tensor[:3].clone() for key, tensor in tensors.items()}),
+    )
+    with pytest.raises(ll.CheckpointError, match=r"48 -> 64 for 4 experts, and .*experts is 48 -> 64 for 3 experts"):
+        inspect(tmp_path / "a.safetensors", tmp_path / "base")
+
+
+def test_a_base_that_is_4_bit_on_disk_is_dequantised(tiny: str, tmp_path: Path) -> None:
+    model = quantized(tiny, "nf4")
+    model.save_pretrained(tmp_path / "base")
+    path = saved(tmp_path, config("dora"), model)
+    for layer in inspect(path, tmp_path / "base").layers:
+        module = model.get_submodule(layer.path)
+        delta = change(module, [slots_of(module)["default"]])[0]
+        assert layer.norm == pytest.approx(float(delta.norm()), rel=1e-4)  # bitsandbytes multiplies in bfloat16
+
+
+def test_quantisation_is_told(tiny: str, tmp_path: Path) -> None:
+    model = quantized(tiny, "nf4")
+    path = saved(tmp_path, config("lora"), model)
+    text = shown("inspect", path, columns=None)
+    how = "nf4, bitsandbytes-4bit, double quantisation, blocks of 64, computing in bfloat16, 14 modules"
+    assert f"quantised  {how}\n" in text
+    assert inspect(path).base["quantization"]["modules"][0] == "model.layers.0.mlp.down_proj"
+
+
+def test_tensors_without_a_config_are_listed(base: Path, tmp_path: Path) -> None:
+    adapter = saved(tmp_path, config("lora"))
+    save_file(load_file(adapter), tmp_path / "raw.safetensors")
+    text = shown("inspect", tmp_path / "raw.safetensors")
+    assert re.search(r"model\.layers\.\*\.mlp\.down_proj\.lora_A +8 x 128 +F32 +2\n", text)
+    assert "none: to load them give one" in text
+    text = shown("inspect", base)
+    assert re.search(r"model\.layers\.\*\.self_attn\.k_proj\.weight +32 x 64 +F32 +2\n", text)
+    assert json.loads(shown("inspect", base, "--json"))["tensors"] == 21
+
+
+def test_a_folder_with_one_adapter_is_that_adapter(tmp_path: Path) -> None:
+    assert inspect(saved(tmp_path, config("lora")).parent).variant == "lora"
+
+
+def test_json_is_json_and_nothing_else(tmp_path: Path) -> None:
+    report = json.loads(shown("inspect", saved(tmp_path, config("lora", r=2)), "--json"))
+    assert (report["variant"], report["config"]["r"], report["tensors"], len(report["layers"])) == ("lora", 2, 28, 14)
+
+
+def test_the_plot_is_a_picture(base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("dora", target_names=("_proj$", "lm_head")))
+    shown("inspect", path, "--base", base, "--plot", tmp_path / "norms.png")
+    picture = (tmp_path / "norms.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert struct.unpack(">II", picture[16:24]) == (1200, 675)
+    assert 10_000 < len(picture) < 200_000
+
+
+# ---- diff ---------------------------------------------------------------------------------------
+
+
+def test_diff_of_equal_adapters_is_0(tmp_path: Path) -> None:
+    for variant in ll.REGISTRY:
+        path = saved(tmp_path, config(variant))
+        result = run("diff", path, path)
+        assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "equal")
+
+
+def test_diff_tells_config_base_targets_and_values(tmp_path: Path) -> None:
+    a = saved(tmp_path, config("lora", r=4))
+    b = saved(tmp_path, config("lora", r=4, alpha=8.0, exclude_names=("up", r"0\.mlp\.down")), tiny_llama(seed=5), 2)
+    found = compare(a, b)
+    assert not found.equal
+    assert found.config == {"exclude_names": ([], ["up", r"0\.mlp\.down"]), "alpha": (None, 8.0)}
+    assert found.base == {"weights": ("11 layers", "11 of them differ")}
+    assert found.only_a == ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"]
+    assert found.only_b == []
+    text = run("diff", a, b)
+    assert text.exit_code == 1
+    assert re.search(r"alpha +None +8 *\n", text.stdout)
+    assert re.search(r"only in A: 3 layers *\n.*\nmodel\.layers\.\*\.mlp\.up_proj +2\n", text.stdout)
+
+
+def test_diff_is_of_tensors_and_of_deltas(tmp_path: Path) -> None:
+    paths = [saved(tmp_path, config("lora", r=4, target_names="q_proj"), seed=seed) for seed in (1, 2)]
+    held = [load_file(path) for path in paths]
+    flat, deltas = [], []
+    for tensors in held:
+        flat.append(torch.cat([tensors[key].flatten() for key in sorted(tensors)]).double())
+        at = [f"model.layers.{i}.self_attn.q_proj.lora_" for i in range(2)]
+        deltas.append(torch.cat([(tensors[f"{p}B"].double() @ tensors[f"{p}A"].double()).flatten() for p in at]))
+    (group,) = compare(*paths).groups
+    assert (group.path, group.layers) == ("model.layers.*.self_attn.q_proj", 2)
+    assert group.tensors == pytest.approx(float((flat[0] - flat[1]).norm() / flat[0].norm()))
+    assert group.delta == pytest.approx(float((deltas[0] - deltas[1]).norm() / deltas[0].norm()))
+    assert group.cosine == pytest.approx(float(torch.cosine_similarity(*deltas, dim=0)), abs=1e-6)
+
+
+def test_diff_sees_one_bit(tmp_path: Path) -> None:
+    path = saved(tmp_path, config("lora", r=2))
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(path.read_bytes())
+
+    def nudge(tensors: dict[str, torch.Tensor]) -> None:
+        first = tensors["model.layers.0.self_attn.q_proj.lora_A"]
+        first.view(torch.int32)[0, 0] ^= 1
+
+    rewrite(other, tensors=nudge)
+    assert run("diff", path, other).exit_code == 1
+
+
+def test_diff_across_methods_compares_what_they_do(tmp_path: Path) -> None:
+    found = compare(saved(tmp_path, config("lora", r=4)), saved(tmp_path, config("pissa", r=4)))
+    assert found.config["variant"] == ("lora", "pissa")
+    assert found.config["svd"] == ("-", "exact")
+    assert all(group.tensors is None and group.delta is not None and group.delta > 0 for group in found.groups)
+    found = compare(saved(tmp_path, config("dora")), saved(tmp_path, config("dora"), seed=2))
+    assert all(group.tensors and group.delta is None and group.cosine is None for group in found.groups)
+
+
+def test_diff_finds_the_layers_where_a_setting_differs(tmp_path: Path) -> None:
+    a = saved(tmp_path, config("lora", r=4))
+    b = saved(tmp_path, config("lora", r=4, per_layer={"1.mlp": {"r": 2}}), seed=2)
+    found = compare(a, b)
+    assert found.config == {"r at 3 layers": (4, 2)}
+    assert {group.path: group.tensors is None for group in found.groups}["model.layers.*.mlp.up_proj"]
+
+
+def test_diff_reads_through_wrappers_prefixes(tmp_path: Path) -> None:
+    cfg = config("lora", r=2)
+    a, wrapped = saved(tmp_path, cfg), nn.ModuleDict({"module": tiny_llama()})
+    b = saved(tmp_path, cfg, wrapped, seed=3)
+    assert len(compare(a, b).groups) == 7
+    assert compare(a, b).only_a == compare(a, b).only_b == []
+
+
+# ---- how it looks -------------------------------------------------------------------------------
+
+
+class Long(nn.Module):
+    """A model with a path that no 80 columns hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a_model_with_a_name_that_is_longer_than_it_should_be = tiny_llama()
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> tuple[Path, Path]:
+    folder = tmp_path / "/".join(["a-folder-with-a-long-name"] * 4)
+    folder.mkdir(parents=True)
+    return saved(folder, config("lora", r=2), Long()), saved(folder, config("lora", r=3), Long(), seed=2)
+
+
+def test_80_columns_are_enough(long: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
+    a, b = long
+    dora = saved(a.parent, config("dora"), Long())
+    for args in (["inspect", a], ["inspect", dora], ["inspect", base], ["diff", a, b], ["diff", a, dora], ["--help"]):
+        lines = run(*args).stdout.splitlines()
+        assert len(lines) > 5
+        assert max(map(len, lines)) <= 80, args
+    for command in ("inspect", "diff", "merge", "convert"):
+        assert max(map(len, run(command, "--help").stdout.splitlines())) <= 80
+    text = run("inspect", a).stdout
+    assert re.search(r"^a_model_wit\S*\.\.\.\S*ers\.\*\.mlp\.down_proj  ", text, re.M)
+    assert "lora1.safetensors: lora-lite file" in text
+
+
+def test_a_pipe_gets_whole_paths_and_no_escape_codes(long: tuple[Path, Path]) -> None:
+    done = process("inspect", long[0])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert str(long[0]) in done.stdout
+    path = r"a_model_with_a_name_that_is_longer_than_it_should_be\.model\.layers\.\*\.mlp\.down_proj +128 -> 64 "
+    assert re.search(path, done.stdout)
+
+
+def test_paths_are_shortened_in_the_middle() -> None:
+    assert shortened("model.layers.*.mlp", 18) == "model.layers.*.mlp"
+    assert shortened("model.language_model.layers.*.self_attn.q_proj", 32) == "model.lan...s.*.self_attn.q_proj"
+    assert all(len(shortened("x" * 100, width)) == width for width in range(4, 100))
+
+
+# ---- how it fails -------------------------------------------------------------------------------
+
+
+def no_file(path: Path) -> None:
+    path.unlink()
+
+
+def a_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"lora_A": [1.0]}))
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def other_variant(path: Path) -> None:
+    rewrite(path, meta=lambda meta: meta.update(variant="nothing"))
+
+
+def absurdly_wide(path: Path) -> None:
+    rewrite(path, meta=lambda meta: meta["targets"].update({"model.layers.0.self_attn.k_proj": [2**30, 32]}))
+
+
+def a_nan(path: Path) -> None:
+    rewrite(path, tensors=lambda tensors: tensors["model.layers.0.self_attn.k_proj.lora_l"].fill_(torch.nan))
+
+
+def one_tensor_less(path: Path) -> None:
+    rewrite(path, tensors=lambda tensors: tensors.pop("model.layers.0.self_attn.k_proj.lora_l"))
+
+
+def an_empty_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (no_file, "is not a file"),
+        (a_pickle, "looks like a pickle, which is never opened"),
+        (damaged, "is no safetensors file; it is cut short or damaged"),
+        (other_variant, "no variant is registered as 'nothing'"),
+        (absurdly_wide, "would be 1073741824 -> 32; wanted 1 to 1048576 features"),
+        (a_nan, "1 tensors hold NaN"),
+        (one_tensor_less, "1 missing keys"),
+        (an_empty_folder, "holds no safetensors file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(spoil: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    good, path = saved(tmp_path, config("ia3"), seed=2), saved(tmp_path, config("ia3"))
+    spoil(path)
+    for args in (["inspect", path], ["diff", good, path], ["diff", path, good]):
+        result = run(*args)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith("lora-lite: ")
+        assert result.stderr.count("\n") == 1
+        assert reason in result.stderr
+
+
+def test_a_base_that_is_none_or_another(base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("dora"))
+    for folder, reason in (
+        (tmp_path / "nowhere", "nowhere is not a folder"),
+        (other_sizes(tmp_path), "q_proj is 48 -> 48, and the adapter's model.layers.0.self_attn.q_proj is 64 -> 64"),
+        (other_layers(tmp_path), "7 of its 14 target layers are not in this LlamaForCausalLM"),
+    ):
+        result = run("inspect", path, "--base", folder)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert reason in result.stderr
+
+
+def other_sizes(folder: Path) -> Path:
+    tiny_llama(hidden_size=48).save_pretrained(folder / "sizes")
+    return folder / "sizes"
+
+
+def other_layers(folder: Path) -> Path:
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder / "layers")
+    return folder / "layers"
+
+
+def test_debug_shows_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_text("nothing of the kind")
+    plain, debug = run("inspect", path), process("--debug", "inspect", path)
+    assert plain.exit_code == debug.returncode == 2
+    assert "Traceback" in debug.stderr
+    assert "copy or save it again" in debug.stderr
+    assert plain.stderr == f"lora-lite: {path} is no safetensors file; it is cut short or damaged\n"
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    for args in (
+        ["inspect"],
+        ["nothing"],
+        ["diff", "a"],
+        ["convert", "a", "b"],
+        ["merge", "a", "b", "c", "--base-weights", "x"],
+    ):
+        result = run(*args)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "Error: " in result.stderr
+
+
+def test_without_the_extra_it_says_which() -> None:
+    code = """
+import sys
+from lora_lite.cli import main
+for name in ("typer", "rich"):
+    sys.modules[name] = None
+    try:
+        main()
+    except SystemExit as left:
+        print(left.code)
+    del sys.modules[name]
+"""
+    done = process(code=code)
+    says = "lora-lite: {} is not installed; pip install 'lora-lite[cli]'\n"
+    assert (done.stdout, done.stderr) == ("2\n2\n", says.format("typer") + says.format("rich"))
+
+
+def test_without_matplotlib_it_says_which_extra(tmp_path: Path) -> None:
+    path = saved(tmp_path, config("lora", r=2))
+    code = "import sys; sys.modules['matplotlib.figure'] = None; from lora_lite.cli import main; main()"
+    done = process("inspect", path, "--plot", tmp_path / "a.png", code=code)
+    assert done.returncode == 2
+    assert done.stderr == "lora-lite: matplotlib is not installed; pip install 'lora-lite[demo]'\n"
+
+
+# ---- PEFT's folders -----------------------------------------------------------------------------
+
+
+def peft_folder(folder: Path, made: Any) -> tuple[Path, Any]:
+    """A folder that PEFT wrote, with values of its own, and our model with it loaded."""
+    theirs = peft.get_peft_model(tiny_llama(), made)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    model = tiny_llama()
+    ll.load_peft(model, folder)
+    return folder, model
+
+
+ALL = ["q_proj", "k_proj", "down_proj"]
+PEFTS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL, rank_pattern={"down_proj": 2}),
+    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL, use_dora=True),
+    "pissa": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL, init_lora_weights="pissa"),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
+    "ia3_ff": lambda: peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", PEFTS)
+def test_the_norms_of_a_peft_folder_are_those_of_the_model(kind: str, base: Path, tmp_path: Path) -> None:
+    folder, model = peft_folder(tmp_path / "peft", PEFTS[kind]())
+    report, norms = inspect(folder, base), moved(model)
+    assert (report.variant, report.format) == (kind, "PEFT folder")
+    assert {layer.path for layer in report.layers} == set(norms)
+    for layer in report.layers:
+        assert layer.norm == pytest.approx(norms[layer.path], rel=2e-4)
+    alone = [layer.norm for layer in inspect(folder).layers]
+    assert all(alone) if kind == "lora" else not any(alone)
+
+
+def test_a_peft_folder_is_told_as_an_adapter_of_ours(tmp_path: Path) -> None:
+    folder, _ = peft_folder(tmp_path / "peft", PEFTS["lora"]())
+    text = shown("inspect", folder)
+    assert re.search(r"config +r=4, alpha=6, per_layer=\{'model\.layers\.0\.mlp\.down_proj': \{'r':", text)
+    assert re.search(r"model\.layers\.\*\.self_attn\.q_proj +64 -> 64 +2 ", text)
+    both = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    folder, _ = peft_folder(tmp_path / "both", both)
+    text = shown("inspect", folder)
+    assert re.search(r"variant +ia3 \+ ia3_ff", text)
+    assert re.search(r"k_proj +\? -> 32 ", text)
+    assert re.search(r"down_proj +128 -> \? ", text)
+
+
+def test_olora_that_is_half_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    made = peft.LoraConfig(r=4, target_modules=ALL, init_lora_weights="olora")
+    folder, _ = peft_folder(tmp_path / "peft", made)
+    result = run("inspect", folder)
+    assert (result.exit_code, "its A and B are half of the adapter" in result.stderr) == (2, True)
+
+
+# ---- convert ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "ia3", "ia3_ff"])
+def test_convert_goes_both_ways_and_loses_nothing(variant: str, base: Path, tmp_path: Path) -> None:
+    cfg = config(variant, **({"r": 4, "alpha": 8.0} if variant in ("lora", "dora") else {}))
+    path = saved(tmp_path, cfg)
+    done = shown("convert", path, tmp_path / "peft", "--base", base, columns=None)
+    assert done.startswith(f"{tmp_path / 'peft'}: PEFT folder, {variant}, 14 layers\n")
+    found = compare(path, tmp_path / "peft")
+    assert found.equal, found
+    shown("convert", tmp_path / "peft", tmp_path / "back.safetensors", "--base", base)
+    assert run("diff", tmp_path / "peft", tmp_path / "back.safetensors").exit_code == 0
+    before, after = load_file(path), load_file(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_any_method_becomes_a_lora(base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("ia3", target_names="k_proj"))
+    shown("convert", path, tmp_path / "peft", "--base", base, "--rank", 32, "--max-error", 1e-5)
+    found = inspect(tmp_path / "peft")
+    assert (found.variant, found.config["r"]) == ("lora", 32)
+    assert [layer.norm for layer in found.layers] == pytest.approx([layer.norm for layer in inspect(path, base).layers])
+    result = run("convert", path, tmp_path / "small", "--base", base, "--rank", 2, "--max-error", 0.01)
+    assert (result.exit_code, (tmp_path / "small").exists()) == (2, False)
+    assert "lora-lite: as a LoRA of rank 2: relative error" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_convert_prints_the_error_of_a_lora_and_no_noise(base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("ia3", target_names="k_proj"))
+    done = process("convert", path, tmp_path / "peft", "--base", base, "--rank", 4)
+    assert (done.returncode, done.stderr) == (0, "")
+    (error,) = re.findall(
+        r"PEFT folder, lora, 2 layers\nof rank 4: relative error at most (\S+) in a layer", done.stdout
+    )
+    worst = []
+    for module, _ in attached(path):
+        delta = ((module.lora_l - 1)[:, None] * module.weight).detach()
+        rest = torch.linalg.svdvals(delta)[4:]
+        worst.append(float(rest.norm() / delta.norm()))
+    assert float(error) == pytest.approx(max(worst), rel=0.1)
+
+
+def attached(path: Path) -> list[tuple[Any, Any]]:
+    return list(ll.load(tiny_llama(), path).slots())
+
+
+def test_ia3_on_both_sides_becomes_two_files(base: Path, tmp_path: Path) -> None:
+    both = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    folder, model = peft_folder(tmp_path / "both", both)
+    shown("convert", folder, tmp_path / "a.safetensors", "--base", base)
+    again = tiny_llama()
+    ll.load(again, tmp_path / "a.safetensors")
+    ll.load(again, tmp_path / "a_ff.safetensors", name="default_ff")
+    ours, theirs = (ll.adapters(each) for each in (again, model))
+    assert [each.variant for each in ours.values()] == ["ia3", "ia3_ff"]
+    for name in ours:
+        held = theirs[name].state_dict()
+        assert all(torch.equal(tensor, held[key]) for key, tensor in ours[name].state_dict().items())
+
+
+def test_convert_writes_over_nothing_and_takes_no_tensors(base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("lora", r=2))
+    (tmp_path / "there").mkdir()
+    save_file(load_file(path), tmp_path / "raw.safetensors")
+    for args, reason in (
+        ([path, tmp_path / "there"], "there exists"),
+        ([path, tmp_path / "new", "--max-error", 0.1], "max_error is of a conversion to a LoRA of some rank"),
+        ([tmp_path / "raw.safetensors", tmp_path / "new"], "holds tensors, and no config"),
+        ([path, tmp_path / "new", "--rank", 0], "rank=0: wanted"),
+    ):
+        result = run("convert", *args, "--base", base)
+        assert result.exit_code == 2
+        assert reason in result.stderr.splitlines()[-1]  # transformers' bars go before it, in this process
+        assert not (tmp_path / "new").exists()
+
+
+# ---- merge --------------------------------------------------------------------------------------
+
+
+def test_merge_writes_and_verifies_a_checkpoint(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_tokenizer(base), tmp_path / "base")
+    path = saved(tmp_path, config("dora"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    done = shown("merge", tmp_path / "base", path, tmp_path / "out", "--verify", tmp_path / "text.txt")
+    assert "14 layers" in done
+    kl = re.search(r"KL\(base \+ adapter \|\| merged\): mean (\S+), max (\S+) nats a token, over 180 tokens", done)
+    assert kl is not None
+    assert abs(float(kl[1])) < 1e-6
+    result = run("merge", tmp_path / "base", path, tmp_path / "other", "--verify", tmp_path / "none.txt")
+    assert (result.exit_code, result.stderr.count("\n"), (tmp_path / "other").exists()) == (2, 1, False)
+
+
+def test_merge_into_other_weights_than_the_methods_own_wants_a_word(tmp_path: Path) -> None:
+    tiny_llama(torch.bfloat16, seed=5).save_pretrained(tmp_path / "base")
+    path = saved(tmp_path, config("dora"))
+    result = run("merge", tmp_path / "base", path, tmp_path / "out")
+    assert (result.exit_code, "was trained on another weight" in result.stderr) == (2, True)
+    shown("merge", tmp_path / "base", path, tmp_path / "out", "--any-base")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
