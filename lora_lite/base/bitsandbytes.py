@@ -75,7 +75,8 @@ class Bnb4bit(Storage):
         d_out, d_in = weight.shape
         new: Any = Linear4bit(d_in, d_out, bias is not None, old.compute_dtype, device="meta", **how)
         values = weight.to("cpu", state.dtype)  # the move to a device is what quantises, so it starts on the CPU
-        new.weight = Params4bit(values, blocksize=state.blocksize, module=new, **how).to(weight.device)
+        params: Any = Params4bit
+        new.weight = params(values, blocksize=state.blocksize, module=new, **how).to(weight.device)
         new.compute_type_is_set = old.compute_type_is_set
         new.support_avx512bf16_for_cpu = old.support_avx512bf16_for_cpu
         return _with_bias(new, bias, old)

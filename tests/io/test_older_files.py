@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_lite as ll
 
-OLD = Path(__file__).parent / "fixtures" / "9ff721c"
+OLD = Path(__file__).parents[1] / "fixtures" / "9ff721c"
 METHODS = ["lora", "dora", "pissa", "ia3", "ia3_ff", "abliteration", "steer", "ssteer", "antipasto", "history"]
 OTHERS = ["per_layer", "half", "bfloat16", "named", "on_top"]
 NAMES = {"history": "history", "named": "style"}
