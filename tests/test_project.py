@@ -168,8 +168,8 @@ def test_what_is_imported_later_is_all_there() -> None:
     """In a process of its own: the runtime alone comes with the import, all else when it is asked for."""
     code = """
         import sys, lora_lite as ll
-        later = ("base.load", "io.checkpoint", "io.raw", "io.peft", "measure.answers", "measure.calibrate_scale", "measure.evaluate",
-                 "measure.prompts", "merging.on_disk")
+        later = ("base.load", "io.checkpoint", "io.raw", "io.peft", "measure.answers", "measure.calibrate_scale",
+                 "measure.evaluate", "measure.prompts", "merging.on_disk")
         assert not [name for name in later if f"lora_lite.{name}" in sys.modules]
         assert all(getattr(ll, name) is not None for name in ll.__all__)
         assert callable(ll.merge) and callable(ll.history)

@@ -62,7 +62,7 @@ class Storage:
         raise NotImplementedError
 
     def dense(self, layer: "BaseLayer", expert: int | None) -> Float[Tensor, "o i"]:
-        """The numbers that the layer, or one of its experts, computes with, in memory of their own; float32 or wider."""
+        """The numbers that the layer, or one of its experts, computes with, in their own memory; float32 or wider."""
         raise NotImplementedError
 
     def linear(self, layer: "BaseLayer", t: Float[Tensor, "*b i"], expert: int | None) -> Float[Tensor, "*b o"]:

@@ -108,7 +108,10 @@ def _headers(path: Path) -> list[Header]:
 
 
 def _of_ours(file: AdapterFile) -> StoredAdapter:
-    shapes, configs = file.header.shapes(), {at: file.cfg.at(file.per_layer.get(at, {})) for at in file.targets}
+    shapes, configs = (
+        file.header.shapes(),
+        {at: file.cfg.with_overrides(file.per_layer.get(at, {})) for at in file.targets},
+    )
     targets = {at: _target(file, at, cfg, shapes) for at, cfg in configs.items()}
     specs = {at: specs_at(targets[at], cfg) for at, cfg in configs.items()}
     wanted = {file_key(at, name): tuple(spec.shape) for at in specs for name, spec in specs[at].items()}

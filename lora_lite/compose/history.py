@@ -340,7 +340,7 @@ def _together(
     for each in rounds:
         for path, piece in each.at.items():
             prefix = "" if isinstance(piece.here, int) else f"{cfg.prefix(each.kept.label)}_"
-            if piece.stacked != is_stacked(piece.target, cfg.at(changes.get(path, {}))):
+            if piece.stacked != is_stacked(piece.target, cfg.with_overrides(changes.get(path, {}))):
                 raise TargetError(
                     f"{path}: rounds that act on the output of fused experts and rounds that act on each matrix "
                     f"can't share a history\n  keep {each.kept.label!r} in one of its own (into=)"

@@ -46,7 +46,7 @@ class RoundsConfig(BaseConfig):
 
     rounds: Sequence[Any] = ()
     here: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    SHARED: ClassVar[tuple[str, ...]] = (*BaseConfig.SHARED, "rounds")
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*BaseConfig.SAME_AT_ALL_LAYERS, "rounds")
     steps: ClassVar[tuple[slice | Whole, ...]]
     """What happens at a layer, in order: columns of the pair of products, consecutive rounds at once; other methods."""
     whole: ClassVar[tuple[Whole, ...]]
@@ -57,13 +57,13 @@ class RoundsConfig(BaseConfig):
     """c of each of its columns."""
 
     def __post_init__(self) -> None:
-        self._require(isinstance(self.rounds, list | tuple), "rounds", "a list of rounds")
-        self._require(len(self.rounds) <= MOST_ROUNDS, "rounds", f"at most {MOST_ROUNDS}")
+        self.require(isinstance(self.rounds, list | tuple), "rounds", "a list of rounds")
+        self.require(len(self.rounds) <= MOST_ROUNDS, "rounds", f"at most {MOST_ROUNDS}")
         object.__setattr__(self, "rounds", tuple(map(self._as_kept, self.rounds)))
         known = {kept.label: kept for kept in self.rounds}
-        self._require(len(known) == len(self.rounds), "rounds", "labels of which no two are alike")
+        self.require(len(known) == len(self.rounds), "rounds", "labels of which no two are alike")
         ok = isinstance(self.here, Mapping) and self.here.keys() <= known.keys()
-        self._require(ok, "here", "{label of a round: rank, or fields}")
+        self.require(ok, "here", "{label of a round: rank, or fields}")
         here = {label: self._as_here(known[label], what) for label, what in self.here.items()}
         object.__setattr__(self, "here", here)
         steps = tuple(self._steps())  # of a config that is read at every forward
@@ -97,7 +97,7 @@ class RoundsConfig(BaseConfig):
             elif kept.label in columns:
                 steps.append(columns[kept.label])
             elif kept.label in self.here:
-                steps.append(Whole(str(number), kept.config.at(self.here[kept.label]), kept.c))
+                steps.append(Whole(str(number), kept.config.with_overrides(self.here[kept.label]), kept.c))
         return steps
 
     def _as_kept(self, value: Any) -> Kept:
@@ -106,15 +106,15 @@ class RoundsConfig(BaseConfig):
         ok = isinstance(value, Mapping) and value.keys() == {"label", "c", "config"}
         ok = ok and is_name(value["label"]) and len(value["label"]) <= LONGEST_LABEL and is_number(value["c"])
         ok = ok and isinstance(value["config"], Mapping) and isinstance(value["config"].get("variant"), str)
-        self._require(ok, "rounds", "a label, a finite c and a config for each")
+        self.require(ok, "rounds", "a label, a finite c and a config for each")
         cls = config_for(value["config"]["variant"])
-        self._require(not issubclass(cls, RoundsConfig), "rounds", "no history within a history")
+        self.require(not issubclass(cls, RoundsConfig), "rounds", "no history within a history")
         return Kept(value["label"], float(value["c"]), cls.from_dict(value["config"]))
 
     def _as_here(self, kept: Kept, what: Any) -> Any:
         if isinstance(what, Mapping):
-            return kept.config.checked_changes(what)
-        self._require(type(what) is int and 0 < what < 2**31, "here", "a rank of at least 1, or fields, for each")
+            return kept.config.checked_overrides(what)
+        self.require(type(what) is int and 0 < what < 2**31, "here", "a rank of at least 1, or fields, for each")
         return what
 
     def to_dict(self) -> dict[str, Any]:

@@ -195,7 +195,7 @@ class Adapter:
     def _use(self, cfg: Any) -> None:
         """Make this the config, and at each layer the one with the fields that differ there. Raises ConfigError."""
         state = self._state
-        configs = [cfg.at(state.per_layer.get(target.path, {})) for target in state.targets]
+        configs = [cfg.with_overrides(state.per_layer.get(target.path, {})) for target in state.targets]
         state.cfg = cfg
         for module, at_layer in zip(state.layers, configs, strict=True):
             slots_of(module)[self.name].cfg = at_layer

@@ -58,9 +58,9 @@ class BaseConfig:
         "layer_range",
     )
     REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
-    SHARED: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
     """Fields that are one for all layers."""
-    LATER: ClassVar[tuple[str, ...]] = ()
+    ADDED_LATER: ClassVar[tuple[str, ...]] = ()
     """Fields that files of earlier versions lack: they have the default."""
     FUSED_EXPERTS: ClassVar[bool] = False
     """True for a method that can go on the fused experts of a mixture-of-experts block."""
@@ -73,67 +73,67 @@ class BaseConfig:
             elif isinstance(value, Sequence):
                 object.__setattr__(self, name, tuple(value))
             else:
-                self._require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
+                self.require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
         for each in fields(self):
             if isinstance(each.default, enum.Enum):
                 self._as_member(each.name, type(each.default))
-        self._require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
-        self._require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
+        self.require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
+        self.require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
         if self.layers is not None:
             ok = bool(self.layers) and all(type(i) is int for i in self.layers)
-            self._require(ok, "layers", "one or more block indices")
+            self.require(ok, "layers", "one or more block indices")
         if self.layer_range is not None:
             ok = len(self.layer_range) == 2 and all(map(is_number, self.layer_range))
             ok = ok and 0 <= self.layer_range[0] < self.layer_range[1] <= 1
-            self._require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
+            self.require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
         self._check_per_layer()
         self.check_regexes()
 
     def _check_per_layer(self) -> None:
         entries = self.per_layer
-        ok = isinstance(entries, Mapping) and all(isinstance(changes, Mapping) for changes in entries.values())
-        self._require(ok, "per_layer", "{regex: {field: value}}")
+        ok = isinstance(entries, Mapping) and all(isinstance(overrides, Mapping) for overrides in entries.values())
+        self.require(ok, "per_layer", "{regex: {field: value}}")
         checked = {}
-        for pattern, changes in entries.items():
-            self._require(isinstance(pattern, str), "per_layer", "{regex: {field: value}}")
+        for pattern, overrides in entries.items():
+            self.require(isinstance(pattern, str), "per_layer", "{regex: {field: value}}")
             try:
-                checked[pattern] = self.checked_changes(changes)
+                checked[pattern] = self.checked_overrides(overrides)
             except ConfigError as error:
                 raise ConfigError(f"per_layer[{pattern!r}]: {error}") from error
         object.__setattr__(self, "per_layer", checked)
 
-    def at(self: Config, changes: Mapping[str, Any]) -> Config:
+    def with_overrides(self: Config, overrides: Mapping[str, Any]) -> Config:
         """The config of a layer where these fields differ. Raises ConfigError; a file's regexes aren't compiled."""
-        if not changes:
+        if not overrides:
             return self
-        own = [each.name for each in fields(self) if each.name not in self.SHARED]
-        wrong = [name for name in changes if name not in own]
+        own = [each.name for each in fields(self) if each.name not in self.SAME_AT_ALL_LAYERS]
+        wrong = [name for name in overrides if name not in own]
         if wrong:
             raise ConfigError(f"{type(self).__name__}: {wrong} can't differ by layer; wanted some of {own}")
         bare: dict[str, Any] = {"per_layer": {}, **dict.fromkeys(self.REGEXES, ())}
-        made = replace(self, **bare, **changes)
+        made = replace(self, **bare, **overrides)
         for name in self.REGEXES:
             object.__setattr__(made, name, getattr(self, name))
         return made
 
-    def checked_changes(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """The changes as a config at a layer holds them. Raises ConfigError."""
-        there = self.at(changes)
-        return {name: getattr(there, name) for name in changes}
+    def checked_overrides(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The overrides as a config at a layer holds them. Raises ConfigError."""
+        there = self.with_overrides(overrides)
+        return {name: getattr(there, name) for name in overrides}
 
     def check_regexes(self) -> None:
         """ConfigError unless they compile."""
         for name in self.REGEXES:
             for pattern in getattr(self, name):
-                self._require(compiles(pattern), name, "regexes that compile")
-        self._require(all(map(compiles, self.per_layer)), "per_layer", "regexes that compile")
+                self.require(compiles(pattern), name, "regexes that compile")
+        self.require(all(map(compiles, self.per_layer)), "per_layer", "regexes that compile")
 
     def _as_member(self, field: str, choices: type[enum.Enum]) -> None:
         values = [choice.value for choice in choices]
-        self._require(getattr(self, field) in values, field, f"one of {values}")
+        self.require(getattr(self, field) in values, field, f"one of {values}")
         object.__setattr__(self, field, choices(getattr(self, field)))
 
-    def _require(self, ok: bool, field: str, wanted: str) -> None:
+    def require(self, ok: bool, field: str, wanted: str) -> None:
         if not ok:
             got = getattr(self, field)
             raise ConfigError(f"{type(self).__name__}({field}={got!r}): wanted {wanted}")
@@ -151,7 +151,7 @@ class BaseConfig:
 
         Its regexes may be anyone's: they aren't compiled, which can take minutes. `attach` and `plan` do that.
         """
-        later = {each.name: to_json(each.default) for each in fields(cls) if each.name in cls.LATER}
+        later = {each.name: to_json(each.default) for each in fields(cls) if each.name in cls.ADDED_LATER}
         values = {"per_layer": {}, **later, **values}
         known = {each.name for each in fields(cls)}
         if set(values) != known:
@@ -170,7 +170,7 @@ class BaseConfig:
         for name, patterns in regexes.items():
             object.__setattr__(made, name, tuple(patterns) if isinstance(patterns, list) else patterns)
             ok = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
-            made._require(ok, name, "a list of regexes")
+            made.require(ok, name, "a list of regexes")
         return made
 
 
@@ -182,7 +182,7 @@ class AdapterConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(type(self.r) is int and self.r > 0, "r", "a rank of at least 1")
+        self.require(type(self.r) is int and self.r > 0, "r", "a rank of at least 1")
 
 
 def to_json(value: Any) -> Any:

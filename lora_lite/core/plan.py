@@ -142,7 +142,7 @@ def configs_at(cfg: BaseConfig, targets: list[Target], changes: Changes) -> dict
     configs = {}
     for target in targets:
         try:
-            configs[target.path] = cfg.at(changes.get(target.path, {}))
+            configs[target.path] = cfg.with_overrides(changes.get(target.path, {}))
         except ConfigError as error:
             raise ConfigError(f"{target.path}: {error}") from error
     return configs
@@ -192,7 +192,9 @@ def shapes_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {
         file_key(target.path, tensor): tuple(spec.shape)
         for target in adapter.layers
-        for tensor, spec in specs_at(target, adapter.config.at(adapter.per_layer.get(target.path, {}))).items()
+        for tensor, spec in specs_at(
+            target, adapter.config.with_overrides(adapter.per_layer.get(target.path, {}))
+        ).items()
     }
 
 

@@ -4,19 +4,19 @@ import re
 import sys
 from typing import Any
 
-TAME, LONGEST_TAME = 3, 200
+MOST_REPETITIONS, LONGEST_REGEX = 3, 200
 """Repetitions in a regex that can't take long, and its characters."""
 
 
-def is_tame(pattern: Any) -> bool:
+def is_safe_regex(pattern: Any) -> bool:
     """Does a regex compile, and can it be searched in a path in no time, whoever wrote it?
 
-    At most TAME repetitions, and none of a group: to search it then takes at most the path's length to that power.
+    At most MOST_REPETITIONS repetitions, and none of a group: to search it then takes at most the path's length to that power.
     """
-    if not (isinstance(pattern, str) and len(pattern) <= LONGEST_TAME):
+    if not (isinstance(pattern, str) and len(pattern) <= LONGEST_REGEX):
         return False
     bare = re.sub(r"\(\?(?:[aims]+\)|<?[=!]|:)", "(", re.sub(r"(?s)\\.", "x", pattern))
-    wild = "(?" in bare or re.search(r"\)[*+?{]", bare) or len(re.findall(r"[*+?{]", bare)) > TAME
+    wild = "(?" in bare or re.search(r"\)[*+?{]", bare) or len(re.findall(r"[*+?{]", bare)) > MOST_REPETITIONS
     return not wild and compiles(pattern)
 
 

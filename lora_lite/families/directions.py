@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.config import BaseConfig
 from ..core.layer import Layer
-from ..core.validate import is_number, is_tame
+from ..core.validate import is_number, is_safe_regex
 from ..errors import ConfigError
 from ..measure.capture import capture
 from ..measure.contrast import Center, Contrast, Method, contrast, is_quantile, orthonormal
@@ -52,7 +52,7 @@ class DirectionConfig(BaseConfig):
     layer       whose directions: None each block's own; 18 those of block 18, everywhere; 18.5 between two blocks'. A
                 block has directions if one of its layers is a target
     kernels     {regex: Kernel}, or pairs: the weight over depth of the layers whose path the regex is found in. A file
-                may bring it, so it must be one that is searched in no time (`config.is_tame`)
+                may bring it, so it must be one that is searched in no time (`config.is_safe_regex`)
     center, winsorize, projected    as in `contrast`
     """
 
@@ -62,23 +62,23 @@ class DirectionConfig(BaseConfig):
     center: Center | str = Center.MEAN
     winsorize: float | None = None
     projected: bool = False
-    SHARED: ClassVar[tuple[str, ...]] = (*BaseConfig.SHARED, "center", "winsorize", "projected")
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*BaseConfig.SAME_AT_ALL_LAYERS, "center", "winsorize", "projected")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(is_number(self.strength), "strength", "a finite number")
-        self._require(self.layer is None or (is_number(self.layer) and self.layer >= 0), "layer", "a depth, or None")
-        self._require(is_quantile(self.winsorize), "winsorize", "a quantile above 0, at most 1, or None")
-        self._require(isinstance(self.projected, bool), "projected", "True or False")
+        self.require(is_number(self.strength), "strength", "a finite number")
+        self.require(self.layer is None or (is_number(self.layer) and self.layer >= 0), "layer", "a depth, or None")
+        self.require(is_quantile(self.winsorize), "winsorize", "a quantile above 0, at most 1, or None")
+        self.require(isinstance(self.projected, bool), "projected", "True or False")
         pairs = self.kernels.items() if isinstance(self.kernels, Mapping) else self.kernels
         try:
             kernels = tuple((pattern, Kernel(*map(float, kernel))) for pattern, kernel in pairs)
             ok = all(all(map(math.isfinite, kernel)) and kernel[3] > 0 for _, kernel in kernels)
-            ok = ok and len(kernels) <= MOST_KERNELS and all(is_tame(pattern) for pattern, _ in kernels)
+            ok = ok and len(kernels) <= MOST_KERNELS and all(is_safe_regex(pattern) for pattern, _ in kernels)
         except (TypeError, ValueError, OverflowError):
             kernels, ok = (), False
         wanted = "{regex: Kernel(four finite numbers, the distance above 0)}, with three repetitions at most"
-        self._require(ok, "kernels", wanted)
+        self.require(ok, "kernels", wanted)
         object.__setattr__(self, "kernels", kernels)
 
 
@@ -87,11 +87,11 @@ class SubspaceConfig(DirectionConfig):
     """rank: k, how many directions."""
 
     rank: int = 1
-    SHARED: ClassVar[tuple[str, ...]] = (*DirectionConfig.SHARED, "rank")
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*DirectionConfig.SAME_AT_ALL_LAYERS, "rank")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(type(self.rank) is int and self.rank > 0, "rank", "a number of directions, at least 1")
+        self.require(type(self.rank) is int and self.rank > 0, "rank", "a number of directions, at least 1")
 
 
 def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SubspaceConfig, calibration_data: Any) -> None:

@@ -42,12 +42,12 @@ class SSpaceConfig(AdapterConfig):
     r: int = 64
     select: str = "top_s"
     svd_of: str = "base"
-    SHARED: ClassVar[tuple[str, ...]] = (*AdapterConfig.SHARED, "select")
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "select")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.select in SELECT, "select", f"one of {SELECT}")
-        self._require(self.svd_of in ("base", "history"), "svd_of", '"base" or "history"')
+        self.require(self.select in SELECT, "select", f"one of {SELECT}")
+        self.require(self.svd_of in ("base", "history"), "svd_of", '"base" or "history"')
 
 
 def needs_data(cfg: SSpaceConfig) -> bool:

@@ -293,7 +293,7 @@ def _per_layer_of(entries: Any, cfg: BaseConfig, targets: Mapping[str, Any]) -> 
             f"settings by layer for {brief(sorted(entries)[:3])}; wanted them for some of its targets, as the "
             f"config has a per_layer"
         )
-    return {at: cfg.checked_changes(fields) for at, fields in entries.items()}
+    return {at: cfg.checked_overrides(fields) for at, fields in entries.items()}
 
 
 def _shapes_of(targets: Any) -> dict[str, tuple[int, int]]:
@@ -343,7 +343,7 @@ def _match(root: nn.Module, file: AdapterFile) -> tuple[dict[str, Target], list[
                 f"this {type(root).__name__} has {found}\n  this is another base model"
             )
         targets[at] = target
-        for tensor, spec in specs_at(target, file.cfg.at(file.per_layer.get(at, {}))).items():
+        for tensor, spec in specs_at(target, file.cfg.with_overrides(file.per_layer.get(at, {}))).items():
             wanted[at, tensor] = tuple(spec.shape)
     check_shapes(
         file.header.shapes(),

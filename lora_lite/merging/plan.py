@@ -117,7 +117,7 @@ class MergePlan:
         slots: dict[str, Slot] = {}
         wanted: dict[str, tuple[int, ...]] = {}
         for at, place in self.places.items():
-            cfg = file.cfg.at(file.per_layer.get(at, {}))
+            cfg = file.cfg.with_overrides(file.per_layer.get(at, {}))
             if place.target.experts and not cfg.FUSED_EXPERTS:
                 raise CheckpointError(f"{at}: {cfg.variant!r} can't go on fused experts\n  this is another base model")
             specs = specs_at(place.target, cfg)

@@ -38,8 +38,8 @@ class AntiPaSTOConfig(SSpaceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.rotate in ("V", "U", "none"), "rotate", '"V", "U" or "none"')
-        self._require(type(self.block) is int and self.block > 1, "block", "at least 2 directions")
+        self.require(self.rotate in ("V", "U", "none"), "rotate", '"V", "U" or "none"')
+        self.require(type(self.block) is int and self.block > 1, "block", "at least 2 directions")
 
 
 @register

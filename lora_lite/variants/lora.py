@@ -34,9 +34,9 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
-        self._require(isinstance(self.rslora, bool), "rslora", "True or False")
-        self._require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
+        self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
+        self.require(isinstance(self.rslora, bool), "rslora", "True or False")
+        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
     @property
     def scaling(self) -> float:

@@ -39,13 +39,13 @@ class PiSSAConfig(AdapterConfig):
     alpha: float | None = None
     svd: str = "exact"
     svd_of: str = "base"
-    LATER: ClassVar[tuple[str, ...]] = ("svd_of",)
+    ADDED_LATER: ClassVar[tuple[str, ...]] = ("svd_of",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
-        self._require(self.svd in ("exact", "fast"), "svd", '"exact" or "fast"')
-        self._require(self.svd_of in ("base", "history"), "svd_of", '"base" or "history"')
+        self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
+        self.require(self.svd in ("exact", "fast"), "svd", '"exact" or "fast"')
+        self.require(self.svd_of in ("base", "history"), "svd_of", '"base" or "history"')
 
     @property
     def scaling(self) -> float:

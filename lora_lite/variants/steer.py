@@ -56,16 +56,16 @@ class SteerConfig(DirectionConfig):
     method: Method | str = Method.DIFFERENCE
     what: str = "residual"
     start: int | None = None
-    SHARED: ClassVar[tuple[str, ...]] = (*DirectionConfig.SHARED, "method", "what")
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*DirectionConfig.SAME_AT_ALL_LAYERS, "method", "what")
     FUSED_EXPERTS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.what in ("residual", "output"), "what", '"residual" or "output"')
-        self._require(self.what == "residual" or self.layer is None, "layer", "None with what='output'")
-        self._require(self.method == "difference" or self.center == "mean", "center", f"'mean' for {self.method!r}")
+        self.require(self.what in ("residual", "output"), "what", '"residual" or "output"')
+        self.require(self.what == "residual" or self.layer is None, "layer", "None with what='output'")
+        self.require(self.method == "difference" or self.center == "mean", "center", f"'mean' for {self.method!r}")
         ok = self.start is None or (type(self.start) is int and self.start >= 0)
-        self._require(ok, "start", "a position from 0, or None")
+        self.require(ok, "start", "a position from 0, or None")
 
 
 @register

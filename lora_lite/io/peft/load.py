@@ -110,7 +110,7 @@ def read_layers(folder: Path) -> tuple[list[PeftLayer], dict[str, Any]]:
     return [
         PeftLayer(
             target,
-            part.cfg.at(part.changes.get(at, {})),
+            part.cfg.with_overrides(part.changes.get(at, {})),
             {name: held[key] for name in THEIRS if (key := file_key(at, name)) in held},
         )
         for part in (_ia3_parts(source, targets) if ia3 else [_lora_part(source, targets)])
