@@ -25,7 +25,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from .base.still import still
 from .core.adapter import adapters, get_adapter, scaled
 from .core.ran import grouped
-from .core.session import session_of
+from .core.state import session_of
 from .errors import CheckpointError, TargetError, brief
 from .io.checkpoint import restore, save
 from .measure.audit import watched_step

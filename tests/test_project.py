@@ -15,7 +15,6 @@ from test_ecosystem import Tokens, arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
-from lora_lite.base import quant
 from lora_lite.core.variant import weight_use
 
 ROOT = Path(__file__).parent.parent
@@ -193,9 +192,10 @@ def test_the_link_at_the_top_leads_to_the_variants() -> None:
 def test_shapes_are_checked_while_the_tests_run() -> None:
     model = OneLinear()
     adapter = ll.attach(model, config("ia3", target_names="proj"))
-    layer = ll.Layer(*next(adapter.slots()))
-    with pytest.raises(TypeCheckError, match=r"quant\.linear"):
-        quant.linear(model.proj, torch.ones(()), "proj")
+    site = next(adapter.sites())
+    layer = ll.Layer(site.module, site)
+    with pytest.raises(TypeCheckError, match=r"BaseLayer\.linear"):
+        site.base.linear(torch.ones(()))
     with pytest.raises(TypeCheckError, match=r"IA3\.forward"):
         ll.REGISTRY["ia3"].forward(layer, torch.ones(3, 16), torch.ones(4, 24))  # type: ignore[misc]
 

@@ -260,7 +260,7 @@ def parts_that_run(folder: Path) -> None:
     perturb(adapter)
     with torch.no_grad():
         attached = torch.compile(halves, backend="eager")(x)
-    assert [slot.ran for _, slot in adapter.slots()] == [True, False]
+    assert [site.ran for site in adapter.sites()] == [True, False]
     ll.save(halves, folder / "halves.safetensors")
     assert read_file(folder / "halves.safetensors").never_ran == []
     ll.merge(halves)

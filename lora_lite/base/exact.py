@@ -8,7 +8,7 @@ from torch import nn
 
 
 @contextmanager
-def exactly(model: nn.Module) -> Iterator[None]:
+def full_precision(model: nn.Module) -> Iterator[None]:
     """Within the block, products are what they say: no gradients, no autocast, no tensors of inference mode."""
     kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
     with ExitStack() as stack:

@@ -1,107 +1,106 @@
 """What an adapter file remembers of the base that it belongs to, and whether another base is that one."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import nn
 
 from ..dtypes import STORAGE_DTYPES, dtype_name
-from ..errors import brief
-from . import quant
+from ..errors import CheckpointError, brief
+from .layer import BaseLayer, quantization_of
+from .storage import Quantization
+
+Fingerprint = list[Any]
+"""The dtype of a stored weight by its name, then a few of its elements."""
 
 LONGEST_TEXT = 400
 """Characters of a name or a path in a file, so that messages are bounded."""
 
-_NOT_VALUES = ("compute_dtype", "weight_dtype", "modules")
-"""Entries of a quantisation record that leave a weight's values as they are."""
-
 _DTYPES = {dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 """By name: torch's own attributes are never looked up by a name out of a file."""
 
-_OPTIONAL_TEXT = (str, type(None))
-_FORM = {"class": (str,), "dtype": (str,)}
-_FORM_OF_QUANTIZATION = {
-    "method": (str,),
-    "quant_type": (str,),
-    "blocksize": (int, type(None)),
-    "double_quant": (bool,),
-    "compute_dtype": _OPTIONAL_TEXT,
-    "modules": (list,),
-}
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base that an adapter was attached to, as its file remembers it."""
+
+    class_name: str
+    name_or_path: str | None
+    dtype: str
+    quantization: Quantization | None
+    fingerprint: dict[str, Fingerprint]
+    """Path of each target -> the fingerprint of its weight."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in a file's metadata."""
+        values = asdict(self)
+        return {"class": values.pop("class_name"), **values}
+
+    @classmethod
+    def from_json(cls, value: Any, targets: Iterable[str]) -> "BaseRecord | None":
+        """The record in the metadata of a file, which may be anyone's; None unless it has the form of one, with a
+        fingerprint for each target."""
+        if not (
+            isinstance(value, dict)
+            and {"class", "name_or_path", "dtype", "quantization", "fingerprint"} <= value.keys()
+        ):
+            return None
+        name, dtype, fingerprint = value["name_or_path"], value["dtype"], value["fingerprint"]
+        quantization = _quantization_from(value["quantization"])
+        if not (_is_text(value["class"]) and isinstance(name, str | None) and _is_dtype(dtype)):
+            return None
+        if quantization is None and value["quantization"] is not None:
+            return None
+        if not (isinstance(fingerprint, dict) and fingerprint.keys() == set(targets)):
+            return None
+        return (
+            cls(value["class"], name, dtype, quantization, fingerprint)
+            if all(map(_is_fingerprint, fingerprint.values()))
+            else None
+        )
+
+    def at(self, paths: Iterable[str]) -> "BaseRecord":
+        """The record with the fingerprints of these layers alone."""
+        return replace(self, fingerprint={path: self.fingerprint[path] for path in paths})
+
+    def renamed(self, paths: Mapping[str, str]) -> "BaseRecord":
+        """The record with the path that each layer has in another model."""
+        return replace(self, fingerprint={new: self.fingerprint[path] for path, new in paths.items()})
+
+    def __str__(self) -> str:
+        """The record in a few words, for messages."""
+        stored = self.quantization.quant_type if self.quantization else self.dtype
+        return f"{self.class_name} {brief(self.name_or_path or '')} {stored}"
 
 
-def base_record(model: nn.Module, targets: Mapping[str, quant.Linear]) -> dict[str, Any]:
-    """What an adapter was attached to, for its file.
+def base_record(model: nn.Module, layers: Iterable[BaseLayer]) -> BaseRecord:
+    """What an adapter on these layers is attached to, for its file.
 
-    The fingerprint holds, for each target, the dtype of the stored weight and a few of its elements (`quant.samples`);
-    of an unknown kind the dtype alone, which tells no two such weights apart.
+    The fingerprint of a layer of an unknown storage is the dtype alone, which tells no two such weights apart.
     """
     config = getattr(model, "config", None)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {
-        "class": type(model).__name__,
-        "name_or_path": getattr(config, "_name_or_path", None) or None,
-        "dtype": dtype_name(floating),
-        "quantization": quant.quantization(model),
-        "fingerprint": {path: [dtype_name(quant.stored(m).dtype), *quant.samples(m)] for path, m in targets.items()},
-    }
+    return BaseRecord(
+        type(model).__name__,
+        getattr(config, "_name_or_path", None) or None,
+        dtype_name(floating),
+        quantization_of(model),
+        {layer.path: [dtype_name(layer.stored.dtype), *layer.storage.samples(layer)] for layer in layers},
+    )
 
 
-def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def same_base(a: BaseRecord, b: BaseRecord) -> bool:
     """Are two records of one base? Elements of one dtype must be equal, of two equal to the coarser one's rounding."""
-    how = [{k: v for k, v in (each["quantization"] or {}).items() if k not in _NOT_VALUES} for each in (a, b)]
-    prints = a["fingerprint"], b["fingerprint"]
-    if how[0] != how[1] or prints[0].keys() != prints[1].keys():
+    if a.quantization != b.quantization or a.fingerprint.keys() != b.fingerprint.keys():
         return False
-    return all(same_weight(prints[0][path], prints[1][path]) for path in prints[0])
+    return all(same_weight(a.fingerprint[path], b.fingerprint[path]) for path in a.fingerprint)
 
 
-def base_line(base: Mapping[str, Any]) -> str:
-    """A record in a few words, for messages."""
-    how = base["quantization"] or {"quant_type": base["dtype"]}
-    return f"{base['class']} {brief(base['name_or_path'] or '')} {how['quant_type']}"
-
-
-def is_record(base: Any, targets: Iterable[str]) -> bool:
-    """Has it the form of a base record with a fingerprint for each target?"""
-    if not (_has(base, _FORM) and {"name_or_path", "quantization", "fingerprint"} <= base.keys()):
-        return False
-    if not isinstance(base["name_or_path"], str | None) or base["dtype"] not in _DTYPES:
-        return False
-    how, prints = base["quantization"], base["fingerprint"]
-    if how is not None:
-        if not (_has(how, _FORM_OF_QUANTIZATION) and all(map(_is_text, how["modules"]))):
-            return False
-        if not all(how[key] in (None, *_DTYPES) for key in how if key.endswith("dtype")):
-            return False
-    return isinstance(prints, dict) and prints.keys() == set(targets) and all(map(_is_print, prints.values()))
-
-
-def _has(value: Any, form: Mapping[str, tuple[type, ...]]) -> bool:
-    """Is it an object with these keys, each of one of its types, and text short enough for a message?"""
-    return isinstance(value, dict) and all(
-        key in value and type(value[key]) in types and (type(value[key]) is not str or _is_text(value[key]))
-        for key, types in form.items()
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= LONGEST_TEXT and value.isprintable()
-
-
-def _is_print(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and isinstance(value[0], str)
-        and value[0] in _DTYPES
-        and all(isinstance(number, float) for number in value[1:])
-    )
-
-
-def same_weight(a: list[Any], b: list[Any]) -> bool:
-    """Are two prints of one weight: the dtype, then elements?"""
+def same_weight(a: Fingerprint, b: Fingerprint) -> bool:
+    """Are two fingerprints of one weight?"""
     if a[0] == b[0]:
         return a[1:] == b[1:]
     dtypes = [_DTYPES[name] for name in (a[0], b[0])]
@@ -111,3 +110,63 @@ def same_weight(a: list[Any], b: list[Any]) -> bool:
     tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
     pairs = zip(a[1:], b[1:], strict=True)
     return len(a) == len(b) > 1 and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
+
+
+def check_same_base(
+    file: str, recorded: BaseRecord, live: BaseRecord, variant: str, reads: bool, verify: bool
+) -> BaseRecord:
+    """The record of the base that a file's values belong to: the live one; the recorded one for a method that reads its
+    base weight and goes on another.
+
+    Raises:
+        CheckpointError: as `tell_other_base`.
+    """
+    if same_base(recorded, live):
+        return live
+    tell_other_base(other_base(file, recorded, live), variant, reads, verify, BY_VALUES)
+    return recorded if reads else live
+
+
+BY_VALUES = "load it on its own base, or say verify_base=False if you know that the difference does not matter"
+
+
+def other_base(file: str, recorded: BaseRecord, live: BaseRecord) -> str:
+    """The first lines of a message on two bases."""
+    return f"{file} was trained on another base than this one\n  file:  {recorded}\n  model: {live}"
+
+
+def tell_other_base(message: str, variant: str, reads: bool, verify: bool, cure: str) -> None:
+    """Warn that a base is another one than the adapter's.
+
+    Raises:
+        CheckpointError: for a method that reads its base weight, unless the caller takes it on with verify=False.
+    """
+    if reads and verify:
+        raise CheckpointError(f"{message}\n  {variant!r} depends on the values of its base weight: {cure}")
+    logger.warning(f"{message}\n  its outputs will not be those that it was trained for")
+
+
+# ---- a record as untrusted input ----------------------------------------------------------------
+
+
+def _quantization_from(value: Any) -> Quantization | None:
+    names = {field.name for field in fields(Quantization)}
+    if not (isinstance(value, dict) and names - {"weight_dtype"} <= value.keys()):
+        return None
+    known = Quantization(**{name: value[name] for name in names & value.keys()})
+    texts = [known.method, known.quant_type, *known.modules] if isinstance(known.modules, list) else [None]
+    sizes = isinstance(known.double_quant, bool) and (known.blocksize is None or type(known.blocksize) is int)
+    dtypes = all(name is None or _is_dtype(name) for name in (known.compute_dtype, known.weight_dtype))
+    return known if sizes and dtypes and all(map(_is_text, texts)) else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT and value.isprintable()
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and value in _DTYPES
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and _is_dtype(value[0]) and all(type(n) is float for n in value[1:])

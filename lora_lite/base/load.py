@@ -14,7 +14,9 @@ from loguru import logger
 
 from ..dtypes import dtype_name
 from ..errors import BaseModelError, ConfigError
-from . import quant
+from .bitsandbytes import compute_in, keep_layout, repackable
+from .fingerprint import BaseRecord
+from .layer import quantization_of
 
 CASCADE = (torch.float16, torch.bfloat16, torch.float32)
 """What dtype="auto" tries after the checkpoint's own dtype."""
@@ -113,9 +115,9 @@ def load_base(
                 _check_held(model_id, model, quantization, double_quant)
             timed = _settle_dtype(model, attempt, chosen)
             if "quantization_config" not in kwargs:
-                quant.compute_in(model, compute_dtype)
-            for layer in quant.repackable(model).values():
-                quant.keep_layout(layer, True)
+                compute_in(model, compute_dtype)
+            for layer in repackable(model).values():
+                keep_layout(layer, True)
             _one_token(model)
         except torch.OutOfMemoryError:
             raise
@@ -132,31 +134,34 @@ def load_base(
     )
 
 
-def load_as_recorded(folder: str, record: Mapping[str, Any], **kwargs: Any) -> Any:
+def load_as_recorded(folder: str, record: BaseRecord | None, **kwargs: Any) -> Any:
     """The base as an adapter's base record says that it was: in its dtype, dense or with each recorded module quantised
     in the same way.
 
-    kwargs are load_base's; a dtype among them comes first. Raises BaseModelError for an unknown way of quantising or if
-    other modules are quantised, and what load_base raises.
+    kwargs are load_base's; a dtype among them comes first. Without a record, load_base alone decides.
+
+    Raises:
+        BaseModelError: for an unknown way of quantising, or if other modules are quantised; and what load_base raises.
     """
-    how, kwargs = record.get("quantization"), {"dtype": record.get("dtype", "auto"), **kwargs}
-    if how is None:
+    if record is None:
         return load_base(folder, **kwargs)
-    if how["quant_type"] not in QUANTIZATIONS:
+    recorded, kwargs = record.quantization, {"dtype": record.dtype, **kwargs}
+    if recorded is None:
+        return load_base(folder, **kwargs)
+    if recorded.quant_type not in QUANTIZATIONS:
         raise BaseModelError(
-            f"the adapter was trained on {how['quant_type']} weights, which can't be made again here\n"
+            f"the adapter was trained on {recorded.quant_type} weights, which can't be made again here\n"
             f"  wanted one of {', '.join(QUANTIZATIONS)}, or a dense base"
         )
-    compute = how["compute_dtype"] and {"compute_dtype": getattr(torch, how["compute_dtype"])}
-    model = load_base(
-        folder, quantization=how["quant_type"], double_quant=how["double_quant"], **(compute or {}), **kwargs
-    )
-    made = (quant.quantization(model) or {}).get("modules", [])
-    other = sorted(set(made) ^ set(how["modules"]))
-    if other:
+    if recorded.compute_dtype is not None:
+        kwargs = {"compute_dtype": getattr(torch, recorded.compute_dtype), **kwargs}
+    model = load_base(folder, quantization=recorded.quant_type, double_quant=recorded.double_quant, **kwargs)
+    live = quantization_of(model)
+    modules = [] if live is None else live.modules
+    if different := sorted(set(modules) ^ set(recorded.modules)):
         raise BaseModelError(
-            f"{folder} quantises to {len(made)} modules, where the adapter was trained on {len(how['modules'])}\n"
-            f"  such as {', '.join(other[:3])}"
+            f"{folder} quantises to {len(modules)} modules, where the adapter was trained on {len(recorded.modules)}\n"
+            f"  such as {', '.join(different[:3])}"
         )
     return model
 
@@ -189,8 +194,8 @@ def _bnb_config(quantization: str, compute_dtype: torch.dtype, double_quant: boo
 
 def _check_held(model_id: str, model: Any, quantization: str, double_quant: bool) -> None:
     """ConfigError if the folder was quantised already, in another way than is asked for: transformers keeps that."""
-    record = quant.quantization(model)
-    held = _quantized_as(record["quant_type"], record["double_quant"]) if record else "no quantised layer"
+    live = quantization_of(model)
+    held = _quantized_as(live.quant_type, live.double_quant) if live else "no quantised layer"
     wanted = _quantized_as(quantization, double_quant)
     if held != wanted:
         raise ConfigError(
@@ -288,8 +293,8 @@ def _settle_dtype(model: Any, attempt: Any, chosen: _Choice) -> list[torch.dtype
 
     Of a folder that is quantised already, from_pretrained leaves head, embeddings and norms in the dtype they have.
     """
-    timed, record = chosen.timed, quant.quantization(model)
-    if record is not None and not record["method"].startswith("bitsandbytes"):
+    timed, quantization = chosen.timed, quantization_of(model)
+    if quantization is not None and not quantization.method.startswith("bitsandbytes"):
         return timed
     if attempt == "auto" and chosen.after_load and model.dtype in SIXTEEN_BITS:
         timed = [*timed, *({model.dtype} - set(timed))]
@@ -334,16 +339,16 @@ def _one_token(model: Any) -> None:
 
 
 def _report(model_id: str, model: Any, timed: list[torch.dtype]) -> None:
-    how, record = _name(model.dtype), quant.quantization(model)
-    if record and record["method"] == "bitsandbytes-8bit":
-        how = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {how}"
-    elif record and record["method"] == "unknown":
-        how = f"{record['quant_type']} weights, all else in {how}"
-    elif record:
-        how = f"4 bit ({record['quant_type']}, computing in {record['compute_dtype']}), all else in {how}"
+    stored, quantization = _name(model.dtype), quantization_of(model)
+    if quantization and quantization.method == "bitsandbytes-8bit":
+        stored = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {stored}"
+    elif quantization and quantization.method == "bitsandbytes-4bit":
+        stored = f"4 bit ({quantization.quant_type}, computing in {quantization.compute_dtype}), all else in {stored}"
+    elif quantization:
+        stored = f"{quantization.quant_type} weights, all else in {stored}"
     where = sorted({str(parameter.device) for parameter in model.parameters()})
     why = f"; {product_times(*timed, torch.float32)}" if timed else ""
-    logger.info(f"loaded {model_id} in {how}, on {', '.join(where)} of {'; '.join(devices())}{why}")
+    logger.info(f"loaded {model_id} in {stored}, on {', '.join(where)} of {'; '.join(devices())}{why}")
 
 
 def _name(dtype: Any) -> str:

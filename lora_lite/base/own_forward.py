@@ -3,14 +3,17 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import brief
-from . import quant
-from .exact import exactly
+from .bitsandbytes import is_bitsandbytes
+from .exact import full_precision
+from .kinds import Conv1D
+from .layer import BaseLayer
 from .sharding import is_sharded
 
 Run = Callable[[Tensor], Tensor]
@@ -25,31 +28,34 @@ class NoAnswerError(NotRunError):
     """It wasn't run for a reason that says nothing of the layer: it wants more than rows, or memory ran out."""
 
 
-def is_asked(layer: quant.Linear) -> bool:
+def is_asked(layer: BaseLayer) -> bool:
     """False where the class says what is computed, or nothing can be run: bitsandbytes, meta, shards, experts."""
-    weight = quant.stored(layer)
-    if quant.is_lazy(layer) or weight.is_meta or is_sharded(weight) or not weight.numel() or weight.dim() == 3:
+    module = layer.module
+    is_own = "forward" in vars(module) or not (
+        type(module).forward is nn.Linear.forward or isinstance(layer.kind, Conv1D)
+    )
+    if not is_own and layer.storage.is_known:
         return False
-    if any(quant.is_bitsandbytes(module) for module in layer.modules()):
+    weight = layer.stored
+    if layer.experts or layer.is_lazy or weight.is_meta or is_sharded(weight) or not weight.numel():
         return False
-    known = type(layer).forward is nn.Linear.forward or quant.is_transposed(layer)
-    return "forward" in vars(layer) or not known or quant.kind_of(layer) is quant.Kind.UNKNOWN
+    return not any(map(is_bitsandbytes, module.modules()))
 
 
 @contextmanager
-def own_forward(layer: quant.Linear) -> Iterator[Run]:
+def own_forward(layer: BaseLayer) -> Iterator[Run]:
     """The layer's forward in eval mode, without gradients unless the block enables them, and without autocast.
 
     Rows go in as a batch (1, n, d_in); where that doesn't work, as they are.
     """
-    d_out = (quant.features(layer) or (0, 0))[1]
+    module = layer.module
     batches: list[tuple[int, ...]] = [(1,), ()]
 
     def run(x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
         problems = []
         for batch in batches:
             try:
-                y = _run(layer, x.view(*batch, *x.shape), d_out)
+                y = _run(module, x.view(*batch, *x.shape), layer.d_out)
             except NoAnswerError:
                 raise
             except NotRunError as problem:
@@ -59,29 +65,29 @@ def own_forward(layer: quant.Linear) -> Iterator[Run]:
                 return y[0] if batch else y
         raise problems[0]
 
-    device = quant.stored(layer).device
+    device = layer.stored.device
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    modes = {module: module.training for module in layer.modules()}
-    with exactly(layer), torch.random.fork_rng(devices, device_type=kind):
+    modes = {inner: inner.training for inner in module.modules()}
+    with full_precision(module), torch.random.fork_rng(devices, device_type=kind):
         try:
-            for module in modes:
-                module.training = False
+            for inner in modes:
+                inner.training = False
             yield run
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for inner, mode in modes.items():
+                inner.training = mode
 
 
-def _run(layer: quant.Linear, x: Float[Tensor, "*n i"], d_out: int) -> Float[Tensor, "*n o"]:
+def _run(module: Any, x: Float[Tensor, "*n i"], d_out: int) -> Float[Tensor, "*n o"]:
     try:
-        inspect.signature(layer.forward).bind(x)
+        inspect.signature(module.forward).bind(x)
     except TypeError as error:
         raise NoAnswerError(f"its forward can't be called with rows alone: {error}") from error
     except ValueError:  # it has no signature, as what is compiled has none
         pass
     shape = tuple(x.shape)
     try:
-        y = layer.forward(x)
+        y = module.forward(x)
     except torch.OutOfMemoryError as error:
         raise NoAnswerError(f"no memory is left for an input {shape}") from error
     except Exception as error:  # of any kind: the forward is anyone's

@@ -7,7 +7,7 @@ answers no: a step of rounding has the gradient 0 or none. One whose weight alon
 The forward that runs is the module's own (`own_forward`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable
 
 import torch
 from loguru import logger
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..dtypes import STORAGE_DTYPES
 from ..errors import QuantizedWeightError, brief
-from . import quant
+from .layer import BaseLayer, layer_of
 from .own_forward import NotRunError, Run, is_asked, own_forward
 from .stacks import starred
 
@@ -35,7 +35,7 @@ ROWS = 8
 """Random rows whose gradients are compared."""
 
 
-def check_affine(layer: quant.Linear, path: str) -> None:
+def check_affine(layer: BaseLayer) -> None:
     """Raises QuantizedWeightError where the weight of a layer isn't what it multiplies its input by, or may not be."""
     if not is_asked(layer):
         return
@@ -44,33 +44,34 @@ def check_affine(layer: quant.Linear, path: str) -> None:
             problem = _bend(run, layer)
     except NotRunError as error:
         raise QuantizedWeightError(
-            f"{path}: its own forward can't be run on rows, so it isn't known whether a matrix stands for it: {error}\n"
+            f"{layer.path}: its own forward can't be run on rows, so it isn't known whether a matrix stands for it: {error}\n"
             f"  keep an adapter that doesn't read the weight (lora) attached, or leave it out with exclude_names"
         ) from error
     if problem is not None:
         raise QuantizedWeightError(
-            f"{path}: no matrix stands for this layer ({quant.describe(layer)}): {problem}\n"
+            f"{layer.path}: no matrix stands for this layer ({layer.describe()}): {problem}\n"
             f"  it rounds its activations, or is no linear layer: use a 16-bit base, or one whose weights alone are "
             f"quantised; merge on disk, with lora_lite.merge_checkpoint and the 16-bit checkpoint"
         )
 
 
-def check_gradients(model: nn.Module, targets: Mapping[str, quant.Linear]) -> None:
+def check_gradients(model: nn.Module, targets: Container[str]) -> None:
     """Raises QuantizedWeightError where training adapters on these layers would get wrong gradients, or none.
 
     Layers after the first target are asked too, in the order of the modules: gradients come down through them. One
     before it, which a model may call later all the same, is named in a warning, as is a target that can't be asked.
     """
     reached, before, unknown = False, [], []
-    for path, layer in model.named_modules():
+    for path, module in model.named_modules():
         reached = reached or path in targets
-        if not quant.features(layer) or not is_asked(layer):
+        layer = layer_of(module, path)
+        if layer is None or not is_asked(layer):
             continue
         try:
             with own_forward(layer) as run:
                 problem = _gradient(run, layer)
         except NotRunError as error:
-            if path not in targets or quant.kind_of(layer) is not quant.Kind.UNKNOWN:
+            if path not in targets or layer.storage.is_known:
                 logger.debug(f"{path}: not probed: {error}")
                 unknown += [path] if path in targets else []
                 continue
@@ -79,7 +80,7 @@ def check_gradients(model: nn.Module, targets: Mapping[str, quant.Linear]) -> No
             continue
         if reached:
             raise QuantizedWeightError(
-                f"{path}: adapters can't be trained through this layer ({quant.describe(layer)}): {problem}\n"
+                f"{path}: adapters can't be trained through this layer ({layer.describe()}): {problem}\n"
                 f"  train on the 16-bit base, or on one whose weights alone are quantised; lora_lite.load puts a "
                 f"trained adapter on this one, for inference"
             )
@@ -96,9 +97,9 @@ def _listed(paths: Iterable[str]) -> str:
     return brief(", ".join(dict.fromkeys(map(starred, paths))))
 
 
-def _bend(run: Run, layer: quant.Linear) -> str | None:
+def _bend(run: Run, layer: BaseLayer) -> str | None:
     """How the layer departs from x -> W x + b, beyond rounding."""
-    dtype, device, d_in = _dtype(layer), quant.stored(layer).device, _width(layer)
+    dtype, device, d_in = _dtype(layer), layer.stored.device, layer.d_in
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randint(-4, 5, (2, d_in), generator=generator).double()  # integers: u + v is exact in any dtype
     small = torch.randint(0, 2, (d_in,), generator=generator).double() * 2 - 1
@@ -119,12 +120,12 @@ def _bend(run: Run, layer: quant.Linear) -> str | None:
     return None
 
 
-def _gradient(run: Run, layer: quant.Linear) -> str | None:
+def _gradient(run: Run, layer: BaseLayer) -> str | None:
     """How far the layer's backward is off Wᵀu, beyond noise, for the W that its forward shows in finite steps."""
-    dtype, device = _dtype(layer), quant.stored(layer).device
+    dtype, device = _dtype(layer), layer.stored.device
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        x = torch.randn(ROWS, _width(layer), generator=generator).to(device, dtype).requires_grad_()
+        x = torch.randn(ROWS, layer.d_in, generator=generator).to(device, dtype).requires_grad_()
         y = run(x)
         if not y.requires_grad:
             return "no gradient passes it"
@@ -141,11 +142,7 @@ def _gradient(run: Run, layer: quant.Linear) -> str | None:
     return f"the gradient of its input is {float(error):.0%} off" if error > WRONG else None
 
 
-def _width(layer: quant.Linear) -> int:
-    return (quant.features(layer) or (0,))[0]
-
-
-def _dtype(layer: quant.Linear) -> torch.dtype:
+def _dtype(layer: BaseLayer) -> torch.dtype:
     """The dtype of the layer's inputs, as far as its tensors say: codes have none."""
-    tensors = [quant.stored(layer), *layer.parameters(), *layer.buffers()]
+    tensors = [layer.stored, *layer.module.parameters(), *layer.module.buffers()]
     return next((each.dtype for each in tensors if each.dtype in STORAGE_DTYPES), torch.float32)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import experts, quant
+from .kinds import is_bypassed, size_of
+from .layer import BaseLayer, layer_of
 from .own_forward import NoAnswerError, NotRunError, is_asked, own_forward
 from .stacks import Modules, Shapes
 
@@ -17,13 +18,14 @@ FAR = 2**-2
 are 0.05 off, those of 4 bits 0.2."""
 
 
-def not_linear(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def not_linear(modules: Modules) -> dict[str, str]:
     """Why layers don't compute y = W x + b, by path; those that do, or can't be asked, are left out.
 
     A layer is asked, with ROWS random inputs, if its weight is dense and here, and its forward is not torch's. What
     holds a linear layer inside (another library's adapter) is not asked.
     """
-    reasons = {path: _reason(layer, path) for path, layer in layers.items()}
+    layers = (layer_of(module, path) for path, module in modules.items())
+    reasons = {layer.path: _reason(layer) for layer in layers if layer is not None}
     return {path: reason for path, reason in reasons.items() if reason is not None}
 
 
@@ -59,7 +61,7 @@ def _are_experts(module: nn.Module, d_in: int, n: int) -> bool:
     children = list(module.children())
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         listed = len(children) == n and len({type(child) for child in children}) == 1
-        return listed and any(quant.features(inner) for child in children for inner in child.modules())
+        return listed and any(size_of(inner) for child in children for inner in child.modules())
     matrices = list(module.parameters())
     if any(p.ndim < 2 for p in matrices) or not any(d_in in p.shape[-2:] and p.shape[0] % n == 0 for p in matrices):
         return False
@@ -67,21 +69,22 @@ def _are_experts(module: nn.Module, d_in: int, n: int) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    linear = quant.features(module) is not None and not experts.count(module)
-    return linear or isinstance(module, _LAYERS)
+    size = size_of(module)
+    return (size is not None and not size.experts) or isinstance(module, _LAYERS)
 
 
-def _reason(layer: quant.Linear, path: str) -> str | None:
-    if quant.is_bypassed(layer):
+def _reason(layer: BaseLayer) -> str | None:
+    if is_bypassed(layer.module):
         return "nn.MultiheadAttention reads its weight without calling it"
-    if not _can_be_asked(layer):
+    wraps = any(size_of(inner) for inner in layer.module.modules() if inner is not layer.module)
+    if wraps or not (layer.storage.is_dense and is_asked(layer)):
         return None
-    weight, bias, (d_in, _) = quant.stored(layer), getattr(layer, "bias", None), quant.features(layer) or (0, 0)
-    x = torch.randn(ROWS, d_in, generator=torch.Generator().manual_seed(0)).to(weight)
+    weight, bias = layer.stored, layer.bias
+    x = torch.randn(ROWS, layer.d_in, generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         with own_forward(layer) as run:
-            y, wanted = run(x).to(weight), quant.linear(layer, x, path)
-            if isinstance(bias, torch.Tensor) and bias.shape == wanted.shape[-1:]:
+            y, wanted = run(x).to(weight), layer.linear(x)
+            if bias is not None and bias.shape == wanted.shape[-1:]:
                 wanted = wanted + bias.to(wanted)
             far = (y - wanted).abs().max() > FAR * wanted.abs().max()  # False for NaN, which is another check's
     except NoAnswerError:
@@ -89,8 +92,3 @@ def _reason(layer: quant.Linear, path: str) -> str | None:
     except NotRunError as problem:
         return str(problem)
     return "its forward is not W x + b" if far else None
-
-
-def _can_be_asked(layer: quant.Linear) -> bool:
-    wraps = any(quant.features(inner) for inner in layer.modules() if inner is not layer)
-    return not wraps and is_asked(layer) and quant.kind_of(layer) is quant.Kind.DENSE

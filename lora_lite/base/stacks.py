@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import quant
+from .kinds import size_of
 
 Modules = Mapping[str, nn.Module]
 """All modules of a model by path, in order, as `named_modules` gives them."""
@@ -69,9 +69,9 @@ def layer_shapes(modules: Modules) -> dict[str, tuple[int, int]]:
     for path, module in modules.items():
         if within is not None and path.startswith(within):
             continue
-        shape = quant.features(module)
-        if shape is not None:
-            shapes[path], within = shape, f"{path}." if path else ""
+        size = size_of(module)
+        if size is not None:
+            shapes[path], within = (size.d_in, size.d_out), f"{path}." if path else ""
     return shapes
 
 

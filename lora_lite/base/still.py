@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from . import quant
+from .bitsandbytes import layout_kept
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def still(model: nn.Module) -> Iterator[None]:
     """Within the block: eval mode, no gradients, 4-bit layouts kept; modes and random states are afterwards as they
     were."""
     modes = {module: module.training for module in model.modules()}
-    with random_kept(model), quant.layout_kept(model):
+    with random_kept(model), layout_kept(model):
         try:
             model.eval()
             with torch.no_grad():

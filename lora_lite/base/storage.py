@@ -36,9 +36,10 @@ class Quantization:
     """ "nf4", "fp4", "int8", or what describes it."""
     blocksize: int | None = None
     double_quant: bool = False
-    compute_dtype: str | None = None
-    weight_dtype: str | None = None
-    modules: list[str] = field(default_factory=list)
+    # These leave a weight's values as they are, so two quantisations are equal whatever they say.
+    compute_dtype: str | None = field(default=None, compare=False)
+    weight_dtype: str | None = field(default=None, compare=False)
+    modules: list[str] = field(default_factory=list, compare=False)
     """Paths of the quantised layers."""
 
 

@@ -62,7 +62,7 @@ def convert(
         raise ConfigError(f"{there[0]} exists\n  name a new place, or remove it")
     if rank is None and max_error is not None:
         raise ConfigError("max_error is of a conversion to a LoRA of some rank: give that too")
-    model = load_as_recorded(str(base_dir), read_adapter(source).base, device_map="cpu")
+    model = load_as_recorded(str(base_dir), read_adapter(source).record, device_map="cpu")
     load_any(model, source)
     made = adapters(model)
     layers, variants = sum(len(each.targets) for each in made.values()), [each.variant for each in made.values()]

@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.effective import Affine
-from ..core.hooks import apply_input, apply_output
-from ..core.layer import AdapterState, Layer, Slot
-from ..core.plan import is_stacked, specs_at
+from ..core.hooks import adapt_input, adapt_output
+from ..core.layer import Layer
+from ..core.resolve import is_stacked, make_stand_in, specs_at
+from ..core.state import Site
 from ..core.targets import Target
-from ..core.variant import lookup, weight_use
+from ..core.variant import lookup
 from ..errors import CheckpointError, QuantizedWeightError
 from ..merging.base_folder import BaseFolder
 from ..merging.bnb_files import unpack
@@ -94,13 +95,13 @@ def is_free(layer: StoredLayer) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(1, width, generator=generator, dtype=torch.float64) for width in sizes)
-    module, slot = stand_in(layer)
+    site = stand_in(layer)
     try:
         for expert in _experts(layer.target):
-            view = Layer(module, slot, torch.float64, expert, {"training": False, "bias": None})
-            if not torch.equal(apply_input(view, x), x):
+            view = Layer(site.module, site, torch.float64, expert, {"training": False, "bias": None})
+            if not torch.equal(adapt_input(view, x), x):
                 return False
-            added, alone = apply_output(view, x, y) - y, apply_output(view, x, torch.zeros_like(y))
+            added, alone = adapt_output(view, x, y) - y, adapt_output(view, x, torch.zeros_like(y))
             if (added - alone).abs().max() > 1e-12 * (y.abs().max() + alone.abs().max()):
                 return False
     except QuantizedWeightError:
@@ -109,32 +110,29 @@ def is_free(layer: StoredLayer) -> bool:
 
 
 @torch.no_grad()
-def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> tuple[nn.Module, Slot]:
-    """A module with the layer's shape and the adapter's tensors, and the slot that a view of it needs.
+def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> Site:
+    """The adapter at a module of the layer's shape.
 
-    Tensors that the adapter lacks are the base's, and come of its `init`. Without a weight the module has one of a kind
-    that no method can read: trying raises QuantizedWeightError.
+    Tensors that the adapter lacks are the base's, and come of its `init`. Without a weight the module has one that no
+    method can read: trying raises QuantizedWeightError.
     """
     target, cfg = layer.target, layer.cfg
     module = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
-    shown = torch.empty(target.d_out, target.d_in, dtype=torch.int8, device="meta") if weight is None else weight
-    module.weight = nn.Parameter(shown, requires_grad=False)
+    codes = torch.empty(target.d_out, target.d_in, dtype=torch.int8, device="meta")
+    module.weight = nn.Parameter(codes if weight is None else weight, requires_grad=False)
     specs = specs_at(target, cfg)
-    for name, spec in specs.items():
-        module.register_buffer(name, torch.zeros(spec.shape, dtype=cfg.dtype))
-    state = AdapterState("default", cfg, [target], {}, layer.scale, layers=[module])
-    kept = {name: spec.keep_dtype for name, spec in specs.items()}
-    slot = Slot(state, target, cfg, weight_use(cfg), is_stacked(target, cfg), kept)
-    if layer.tensors.keys() != specs.keys():
-        lookup(cfg.variant).init(Layer(module, slot), cfg)
+    zeros = {name: torch.zeros(spec.shape, dtype=cfg.dtype) for name, spec in specs.items()}
+    if layer.tensors.keys() == specs.keys():
+        return make_stand_in(target, cfg, module, layer.tensors, layer.scale)
+    site = make_stand_in(target, cfg, module, zeros, layer.scale)
+    lookup(cfg.variant).init(Layer(module, site), cfg)
     for name, tensor in layer.tensors.items():
-        module.register_buffer(name, tensor)
-    return module, slot
+        setattr(module, name, tensor)
+    return site
 
 
 def _affine(layer: StoredLayer, weight: Float[Tensor, "o i"] | None, dtype: torch.dtype, expert: int | None) -> Affine:
-    module, slot = stand_in(layer, weight)
-    return Affine(module, [slot], dtype, torch.device("cpu"), expert)
+    return Affine([stand_in(layer, weight)], dtype, torch.device("cpu"), expert)
 
 
 def _size(target: Target) -> str:

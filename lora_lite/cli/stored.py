@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..base.fingerprint import BaseRecord
 from ..base.stacks import place
 from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
-from ..core.plan import specs_at
+from ..core.resolve import specs_at
 from ..core.targets import Target
 from ..core.variant import weight_use
 from ..errors import CheckpointError
@@ -52,6 +53,8 @@ class StoredAdapter:
     base: dict[str, Any]
     """The base record of a file of ours; of a PEFT folder, its `name_or_path`."""
     layers: dict[str, StoredLayer]
+    record: BaseRecord | None = None
+    """`base` as an object; None of a PEFT folder."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,14 @@ def _of_ours(file: AdapterFile) -> StoredAdapter:
     )
     targets = {at: _target(file, at, cfg, shapes) for at, cfg in configs.items()}
     specs = {at: specs_at(targets[at], cfg) for at, cfg in configs.items()}
-    wanted = {file_key(at, name): tuple(spec.shape) for at in specs for name, spec in specs[at].items()}
-    check_shapes(shapes, wanted, str(file.path))
+    check_shapes(shapes, {file_key(at, name): spec for at in specs for name, spec in specs[at].items()}, str(file.path))
     held = file.tensors()
     layers = {
         at: StoredLayer(targets[at], configs[at], file.scale, {name: held[file_key(at, name)] for name in specs[at]})
         for at in file.targets
     }
     size = file.path.stat().st_size
-    return StoredAdapter(file.path, OURS, size, file.cfg, file.scale, file.base, layers)
+    return StoredAdapter(file.path, OURS, size, file.cfg, file.scale, file.base.to_json(), layers, file.base)
 
 
 def _of_peft(folder: Path) -> StoredAdapter:

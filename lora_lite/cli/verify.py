@@ -57,8 +57,8 @@ def verify_merge(
     if base_weights not in ("original", "as_trained"):
         raise ConfigError(f"base_weights={base_weights!r}: wanted 'original' or 'as_trained'")
     ids = tokens(base_dir, text)
-    record = read_adapter(adapter).base if base_weights == "as_trained" else {}
-    dtype = record.get("dtype", "auto")
+    record = read_adapter(adapter).record if base_weights == "as_trained" else None
+    dtype = "auto" if record is None else record.dtype
     with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
         kept = []
         model = load_as_recorded(str(base_dir), record)

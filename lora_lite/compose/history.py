@@ -5,27 +5,28 @@ other adapters of its model, and has buffers only. What its rounds are at each l
 they act in its variant.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from loguru import logger
 from torch import Tensor, nn
 
-from ..base import fingerprint, quant
+from ..base.fingerprint import BaseRecord, base_record, same_base
 from ..core.adapter import Adapter, adapters, get_adapter, scaled
-from ..core.attach import Values, detach, installed, remade
-from ..core.hooks import apply_input, apply_output
-from ..core.layer import Layer, Slot
+from ..core.attach import detach, installed, reinstalled
+from ..core.effective import Affine, in_order, random_rows
+from ..core.hooks import adapt_input, adapt_output
+from ..core.layer import WEIGHTS, Layer
 from ..core.names import file_key
-from ..core.plan import Changes, attachable, is_stacked
-from ..core.session import check_unmerged, leads, session_of, slots_of
-from ..core.targets import Target
+from ..core.resolve import attachable, make_sites
+from ..core.state import Site, check_unmerged, session_of, sites_of
 from ..core.validate import is_name, is_number
-from ..core.variant import ParamSpec, config_for, lookup
+from ..core.variant import config_for, lookup
 from ..errors import BaseModelError, ConfigError, TargetError, VariantError
 from ..io.safetensors import check_numbers
 from .rounds import LONGEST_LABEL, Kept, RoundsConfig
@@ -61,20 +62,22 @@ class Round:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class RoundAtLayer:
     """A round at one layer: what `RoundsConfig.here` says of it, and its tensors by the names of its own method, or of
     the pair of products."""
 
-    target: Target
+    site: Site
     here: Any
     stacked: bool
     tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class RoundParts:
+    """A round, and its part at each of its layers, by path."""
+
     kept: Kept
-    at: dict[str, _Piece]
+    at: dict[str, RoundAtLayer]
 
 
 def freeze_into(
@@ -118,31 +121,30 @@ def freeze_into(
     known = adapters(model).get(into)
     if known is not None and _history(known).scale != 1:
         raise ConfigError(f"{into!r} is at scale {known.scale:g}, which multiplies what it keeps\n  set it to 1 first")
-    old = [] if known is None else _apart(known)
+    old = [] if known is None else _split_rounds(known)
     if isinstance(adapter.config, RoundsConfig):
         raise TargetError(f"adapter {name!r} is a history itself\n  keep its rounds as they are, or drop_round some")
     _check_whole(adapter)
     base = _common_base(root, adapter, known)
     kept = Kept(_label(label, name, [each.kept.label for each in old]), float(c), adapter.config)
     with torch.no_grad(), scaled(root, 1.0, name):
-        factors = {slot.path: _factors(module, slot) for module, slot in adapter.slots()}
+        factors = {site.path: _factors(site) for site in adapter.sites()}
     with torch.no_grad(), scaled(root, c, name):
-        pieces = {slot.path: _piece(adapter, module, slot, factors[slot.path]) for module, slot in adapter.slots()}
-    new = _Pieces(kept, pieces)
+        new = RoundParts(kept, {site.path: _part(site, factors[site.path]) for site in adapter.sites()})
     _check_order(model, adapter, into)
     rounds = [*old, new]
-    how = installed if known is None else remade
-    with how(root, *_together(root, into, rounds)) as made:
-        made.trained_on(base)
+    install = installed if known is None else reinstalled
+    with install(root, *_join_rounds(root, into, rounds)) as adapter:
+        adapter.set_base_record(base)
         detach(model, name)
-    logger.info(f"kept in {made.name!r}, round {len(rounds)}: {history(model, into)[-1]}")
-    return made
+    logger.info(f"kept in {adapter.name!r}, round {len(rounds)}: {history(model, into)[-1]}")
+    return adapter
 
 
 def history(model: nn.Module, name: str = "history") -> list[Round]:
     """The rounds of a history, in the order kept. Raises TargetError for a name that no history has."""
     adapter = _history(get_adapter(model, name))
-    at_layers = {slot.path: slot.cfg.here for _, slot in adapter.slots()}
+    at_layers = {site.path: site.cfg.here for site in adapter.sites()}
     out = []
     for kept in adapter.config.rounds:
         found = {path: here[kept.label] for path, here in at_layers.items() if kept.label in here}
@@ -160,14 +162,14 @@ def drop_round(model: nn.Module, label: str, name: str = "history") -> None:
     root, adapter, session = attachable(model), _history(get_adapter(model, name)), session_of(model)[1]
     check_unmerged(session, "drop a round")
     _check_whole(adapter)
-    rounds = _apart(adapter)
+    rounds = _split_rounds(adapter)
     left = [each for each in rounds if each.kept.label != label]
     if len(left) == len(rounds):
         raise TargetError(f"no round {label!r} in {name!r}\n  it has {', '.join(each.kept.label for each in rounds)}")
     if left:
-        base = adapter.base
-        with remade(root, *_together(root, name, left)) as made:
-            made.trained_on(_at(base, made.targets))
+        base = adapter.base_record
+        with reinstalled(root, *_join_rounds(root, name, left)) as adapter:
+            adapter.set_base_record(base.at(adapter.targets))
     else:
         detach(model, name)
     logger.info(f"dropped round {label!r} of {name!r}: {len(left)} left")
@@ -203,28 +205,22 @@ def _label(label: str | None, name: str, taken: Sequence[str]) -> str:
     return label
 
 
-def _common_base(root: nn.Module, adapter: Adapter, known: Adapter | None) -> dict[str, Any]:
+def _common_base(root: nn.Module, adapter: Adapter, known: Adapter | None) -> BaseRecord:
     """The record of the base that both belong to, with the fingerprints of all their layers. Raises BaseModelError."""
     if known is None:
-        return adapter.base
-    here = fingerprint.base_record(
-        root, {slot.path: module for each in (adapter, known) for module, slot in each.slots()}
-    )
-    both = [_at(each.base, known.targets.keys() & adapter.targets.keys()) for each in (adapter, known)]
-    own = [fingerprint.same_base(each.base, _at(here, each.targets)) for each in (adapter, known)]
-    if own[0] != own[1] or not fingerprint.same_base(*both):
+        return adapter.base_record
+    live = base_record(root, {site.path: site.base for each in (adapter, known) for site in each.sites()}.values())
+    records = [adapter.base_record, known.base_record]
+    shared = known.targets.keys() & adapter.targets.keys()
+    are_live = [same_base(record, live.at(record.fingerprint)) for record in records]
+    if are_live[0] != are_live[1] or not same_base(*(record.at(shared) for record in records)):
         raise BaseModelError(
             f"adapter {adapter.name!r} and the history {known.name!r} belong to different bases\n"
-            f"  {adapter.name}: {fingerprint.base_line(adapter.base)}\n"
-            f"  {known.name}: {fingerprint.base_line(known.base)}\n"
+            f"  {adapter.name}: {records[0]}\n"
+            f"  {known.name}: {records[1]}\n"
             f"  one of them was loaded with verify_base=False: keep it in a history of its own (into=)"
         )
-    return {**known.base, "fingerprint": known.base["fingerprint"] | adapter.base["fingerprint"]}
-
-
-def _at(base: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """A base record with the fingerprints of these layers alone."""
-    return {**base, "fingerprint": {path: base["fingerprint"][path] for path in paths}}
+    return replace(records[1], fingerprint=records[1].fingerprint | records[0].fingerprint)
 
 
 def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
@@ -233,31 +229,31 @@ def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
         for each in adapters(model).values():
             if each.scale == 0:
                 stack.enter_context(scaled(model, 1.0, each.name))
-        for module, slot in adapter.slots():
-            here = list(slots_of(module).values())
-            names = [each.state.name for each in here]
-            start = names.index(into) + 1 if into in names else sum(map(leads, here))
-            for other in here[start : here.index(slot)]:
-                if not _alike(_outcome(module, [other, slot]), _outcome(module, [slot, other])):
+        for site in adapter.sites():
+            order = list(sites_of(site.module).values())
+            names = [other.state.name for other in order]
+            start = names.index(into) + 1 if into in names else sum(other.state.is_first for other in order)
+            for other in order[start : order.index(site)]:
+                if not _alike(_outcome([other, site]), _outcome([site, other])):
                     raise TargetError(
-                        f"{slot.path}: {other.state.name!r} came before {adapter.name!r}, and would act differently "
+                        f"{site.path}: {other.state.name!r} came before {adapter.name!r}, and would act differently "
                         f"after it\n  a history comes first: keep {other.state.name!r} before, or detach it"
                     )
 
 
 @torch.no_grad()
-def _outcome(module: nn.Module, slots: Sequence[Slot]) -> Tensor:
+def _outcome(sites: Sequence[Site]) -> Tensor:
     """What adapters in this order make of one input, in float64; any linear map stands for the layer."""
-    slots = sorted(slots, key=lambda slot: not slot.stacked)  # experts' matrices come first
-    target, device = slots[0].target, quant.stored(module).device
-    views = [Layer(module, s, torch.float64, 0 if s.stacked else None, {"training": False}) for s in slots]
+    sites = in_order(sites)
+    target, device = sites[0].target, sites[0].base.stored.device
+    views = [Layer(s.module, s, torch.float64, 0 if s.stacked else None, {"training": False}) for s in sites]
     # Of one position each: a step of decoding, in which nothing is left out for where it is.
-    x, down, up = _random((3, 1, target.d_in), (target.d_in, 4), (4, target.d_out), device=device)
+    x, down, up = random_rows((3, 1, target.d_in), (target.d_in, 4), (4, target.d_out), device=device)
     for view in views:
-        x = apply_input(view, x)
+        x = adapt_input(view, x)
     y = x @ down @ up
     for view in views:
-        y = apply_output(view, x, y)
+        y = adapt_output(view, x, y)
     return y
 
 
@@ -265,102 +261,116 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= SAME * b.abs().max())
 
 
-def _random(*shapes: tuple[int, ...], device: torch.device) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]
-
-
-# ---- rounds as pieces, and pieces as a history ---------------------------------------------------
+# ---- a round as parts at layers, and parts as a history ------------------------------------------
 
 
 Factors = tuple[Tensor, Tensor, Any]
 """A, B, s"""
 
 
-def _factors(module: nn.Module, slot: Slot) -> Factors | None:
-    return None if slot.target.experts else lookup(slot.cfg.variant).low_rank(Layer(module, slot))
+def _factors(site: Site) -> Factors | None:
+    return None if site.target.experts else lookup(site.cfg.variant).low_rank(Layer(site.module, site))
 
 
-def _piece(adapter: Adapter, module: nn.Module, slot: Slot, found: Factors | None) -> _Piece:
+def _part(site: Site, factors: Factors | None) -> RoundAtLayer:
     """An adapter at one layer: exact factors of its change at scale 1, tested at the scale it has; or its tensors."""
-    if found is None:
-        tensors = {name: getattr(module, slot.state.attribute(name)) for name in slot.tensors}
-        return _Piece(slot.target, adapter.per_layer.get(slot.path, {}), slot.stacked, tensors)
-    a, b, s = found
+    if factors is None:
+        return RoundAtLayer(site, site.overrides, site.stacked, dict(site.tensors()))
+    a, b, s = factors
     s = torch.as_tensor(s, dtype=torch.float64, device=a.device)
     r = a.shape[0]
-    if not r or a.shape != (r, slot.target.d_in) or b.shape != (slot.target.d_out, r) or s.shape not in ((), (r,)):
-        raise _not_low_rank(slot, f"A {tuple(a.shape)}, B {tuple(b.shape)} and s {tuple(s.shape)}")
-    view = Layer(module, slot, torch.float64, instead={"training": False, "bias": None})
-    x, y = _random((3, slot.target.d_in), (3, slot.target.d_out), device=a.device)
-    added = slot.state.scale * (s * (x @ a.double().mT)) @ b.double().mT
-    alike = [_alike(apply_output(view, x, at), at + added) for at in (y, added)]
-    if not (torch.equal(apply_input(view, x), x) and all(alike)):
-        raise _not_low_rank(slot, "another change than its forward makes")
-    return _Piece(slot.target, r, False, dict(zip(PAIR, (a, b, s.expand(r)), strict=True)))
+    if not r or a.shape != (r, site.target.d_in) or b.shape != (site.target.d_out, r) or s.shape not in ((), (r,)):
+        raise _not_low_rank(site, f"A {tuple(a.shape)}, B {tuple(b.shape)} and s {tuple(s.shape)}")
+    view = Layer(site.module, site, torch.float64, instead={"training": False, "bias": None})
+    x, y = random_rows((3, site.target.d_in), (3, site.target.d_out), device=a.device)
+    added = site.state.scale * (s * (x @ a.double().mT)) @ b.double().mT
+    # Twice: what is added must be the same whatever y is.
+    alike = [_alike(adapt_output(view, x, start), start + added) for start in (y, added)]
+    if not (torch.equal(adapt_input(view, x), x) and all(alike)):
+        raise _not_low_rank(site, "another change than its forward makes")
+    return RoundAtLayer(site, r, False, dict(zip(PAIR, (a, b, s.expand(r)), strict=True)))
 
 
-def _not_low_rank(slot: Slot, found: str) -> VariantError:
+def _not_low_rank(site: Site, found: str) -> VariantError:
     return VariantError(
-        f"{slot.path}: low_rank of {slot.cfg.variant!r} gave {found}\n"
+        f"{site.path}: low_rank of {site.cfg.variant!r} gave {found}\n"
         f"  wanted A (r, d_in), B (d_out, r), s a number or (r,), in proportion to layer.scale: the output is "
         f"y + B (s A x) for any y"
     )
 
 
-def _apart(history: Adapter) -> list[_Pieces]:
+def _split_rounds(history: Adapter) -> list[RoundParts]:
     """The rounds of a history, each with what is its own."""
-    out = [_Pieces(kept, {}) for kept in history.config.rounds]
-    for module, slot in history.slots():
-        tensors = {name: getattr(module, slot.state.attribute(name)) for name in slot.tensors}
-        columns = slot.cfg.columns()
-        for label, at in ((each.kept.label, each.at) for each in out if each.kept.label in slot.cfg.here):
+    rounds = [RoundParts(kept, {}) for kept in history.config.rounds]
+    for site in history.sites():
+        tensors, columns = dict(site.tensors()), site.cfg.columns()
+        for label, at in ((r.kept.label, r.at) for r in rounds if r.kept.label in site.cfg.here):
             if label in columns:
                 a, b, s = (tensors[name] for name in PAIR)
-                own = dict(zip(PAIR, (a[columns[label]], b[:, columns[label]], s[columns[label]]), strict=True))
+                part = dict(zip(PAIR, (a[columns[label]], b[:, columns[label]], s[columns[label]]), strict=True))
             else:
-                start = f"lora_{slot.cfg.prefix(label)}_"
-                own = {f"lora_{k.removeprefix(start)}": t for k, t in tensors.items() if k.startswith(start)}
-            at[slot.path] = _Piece(slot.target, slot.cfg.here[label], slot.stacked, own)
-    return out
+                start = f"lora_{site.cfg.prefix(label)}_"
+                part = {f"lora_{k.removeprefix(start)}": t for k, t in tensors.items() if k.startswith(start)}
+            at[site.path] = RoundAtLayer(site, site.cfg.here[label], site.stacked, part)
+    return rounds
 
 
-def _together(
-    root: nn.Module, name: str, rounds: Sequence[_Pieces]
-) -> tuple[RoundsConfig, str, list[Target], Changes, Values]:
-    """What `installed` and `remade` want for a history of these rounds. Raises TargetError."""
-    targets = {path: piece.target for each in rounds for path, piece in each.at.items()}
-    places = {path: i for i, (path, _) in enumerate(root.named_modules())}
-    here = {path: {e.kept.label: e.at[path].here for e in rounds if path in e.at} for path in targets}
-    most = max(here.values(), key=list(here.values()).count)
-    changes: Changes = {path: {"here": what} for path, what in here.items() if what != most}
-    parts: dict[str, list[Tensor]] = {}
+def _join_rounds(
+    root: nn.Module, name: str, rounds: Sequence[RoundParts]
+) -> tuple[RoundsConfig, str, list[Site], dict[str, Tensor]]:
+    """The config, name, sites and tensors of a history of these rounds, for `installed`. Raises TargetError."""
+    order = {path: i for i, (path, _) in enumerate(root.named_modules())}
+    layers = {path: part.site for r in rounds for path, part in r.at.items()}
+    per_round = {path: {r.kept.label: r.at[path].here for r in rounds if path in r.at} for path in layers}
+    most = max(per_round.values(), key=list(per_round.values()).count)
     config: Any = config_for(VARIANT)
-    cfg = config(rounds=[each.kept for each in rounds], here=most, dtype=_dtype(root, rounds))
-    for each in rounds:
-        for path, piece in each.at.items():
-            prefix = "" if isinstance(piece.here, int) else f"{cfg.prefix(each.kept.label)}_"
-            if piece.stacked != is_stacked(piece.target, cfg.with_overrides(changes.get(path, {}))):
+    cfg = config(rounds=[r.kept for r in rounds], here=most, dtype=_dtype(rounds))
+    overrides = {path: {"here": here} for path, here in per_round.items() if here != most}
+    paths = sorted(layers, key=lambda path: order[path])
+    sites = make_sites({layers[path].target: layers[path].base for path in paths}, cfg, overrides)
+    parts: dict[str, list[Tensor]] = {}
+    stacked = {site.path: site.stacked for site in sites}
+    for r in rounds:
+        for path, part in r.at.items():
+            if part.stacked != stacked[path]:
                 raise TargetError(
                     f"{path}: rounds that act on the output of fused experts and rounds that act on each matrix "
-                    f"can't share a history\n  keep {each.kept.label!r} in one of its own (into=)"
+                    f"can't share a history\n  keep {r.kept.label!r} in one of its own (into=)"
                 )
-            for tensor, value in piece.tensors.items():
-                parts.setdefault(file_key(path, f"lora_{prefix}{tensor.removeprefix('lora_')}"), []).append(value)
-
-    def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-        found = [part.detach().to(device, copy=True) for part in parts[key]]
-        if not key.endswith(PAIR):
-            return found[0]  # bit for bit, so in its own dtype
-        return torch.cat([part.to(dtype) for part in found], dim=1 if key.endswith(PAIR[1]) else 0)
-
-    return cfg, name, sorted(targets.values(), key=lambda target: places[target.path]), changes, values
+            prefix = "" if isinstance(part.here, int) else f"{cfg.prefix(r.kept.label)}_"
+            for tensor, value in part.tensors.items():
+                key = file_key(path, f"lora_{prefix}{tensor.removeprefix('lora_')}")
+                parts.setdefault(key, []).append(value.detach())
+    return cfg, name, sites, {key: _joined(key, values, cfg.dtype) for key, values in parts.items()}
 
 
-def _dtype(root: nn.Module, rounds: Sequence[_Pieces]) -> torch.dtype:
-    """In which the factors of low-rank rounds are exact, and their coefficients as exact as the layer computes."""
-    modules, found = dict(root.named_modules()), {torch.float32}
-    for path, piece in (item for each in rounds for item in each.at.items()):
-        found |= {piece.tensors[name].dtype for name in PAIR[:2] if isinstance(piece.here, int)}
-        found |= {quant.stored(modules[path]).dtype} & {torch.float64}
-    return reduce(torch.promote_types, found)
+def _joined(key: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if not key.endswith(PAIR):
+        return parts[0].clone()  # bit for bit, so in its own dtype
+    return torch.cat([part.to(dtype) for part in parts], dim=1 if key.endswith(PAIR[1]) else 0)
+
+
+def _dtype(rounds: Sequence[RoundParts]) -> torch.dtype:
+    """The dtype in which the factors of low-rank rounds are exact, and their coefficients as exact as the layer
+    computes."""
+    dtypes = {torch.float32}
+    for part in (part for r in rounds for part in r.at.values()):
+        dtypes |= {part.tensors[name].dtype for name in PAIR[:2] if isinstance(part.here, int)}
+        dtypes |= {part.site.base.stored.dtype} & {torch.float64}
+    return reduce(torch.promote_types, dtypes)
+
+
+# ---- what else the runtime offers with histories -------------------------------------------------
+
+
+@torch.no_grad()
+def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+    """A layer's weight with the adapters worked in that come before all others there, at their scales."""
+    first = [site for site in sites_of(module).values() if site.state.is_first and not site.state.is_idle]
+    if not first:
+        return weight
+    affine = Affine(first, torch.float64, weight.device, expert)
+    return affine.write(weight, torch.empty_like(weight, dtype=torch.float64)).to(weight.dtype)
+
+
+WEIGHTS["history"] = _with_history

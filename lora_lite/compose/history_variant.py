@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.hooks import apply_input, apply_output
+from ..core.hooks import adapt_input, adapt_output
 from ..core.variant import Layer, ParamSpec, lookup, register, weight_use
 from ..errors import ConfigError
 from .rounds import RoundsConfig, Whole
@@ -59,7 +59,7 @@ class History:
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
         for step in layer.cfg.whole:
-            x = apply_input(layer.part(step.prefix, step.config, step.c), x)
+            x = adapt_input(layer.part(step.prefix, step.config, step.c), x)
         return x
 
     @staticmethod
@@ -67,7 +67,7 @@ class History:
         h = _coordinates(layer, x) if layer.cfg.rank else x
         for step in layer.cfg.steps:
             if isinstance(step, Whole):
-                y = apply_output(layer.part(step.prefix, step.config, step.c), x, y)
+                y = adapt_output(layer.part(step.prefix, step.config, step.c), x, y)
             else:
                 y = y + h[..., step] @ layer.lora_B[:, step].mT
         return y

@@ -1,27 +1,25 @@
 """The handle on an attached adapter, where to find it, and its scale.
 
 An adapter's tensors are parameters and buffers of the layers that it adapts. Each of these layers
-keeps a `Slot` per adapter, and the model that `attach` was given keeps a `Session`.
+keeps a `Site` per adapter, and the model that `attach` was given keeps a `Session`.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..base import quant, sharding
+from ..base import sharding
+from ..base.fingerprint import BaseRecord
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
-from .effective import Affine
-from .layer import AdapterState, Layer, Slot
-from .names import check_shapes, file_key
-from .session import Session, check_unmerged, leads, session_at, session_of, slots_of
+from .layer import Layer
+from .names import check_shapes
+from .state import AdapterState, Session, Site, check_unmerged, session_at, session_of, sites_of
 from .targets import Target
 from .validate import is_number
 from .variant import check_takes_data, lookup
@@ -47,22 +45,29 @@ class Adapter:
     @property
     def base(self) -> dict[str, Any]:
         """What it was attached to: the `base` record of an adapter file."""
-        return self._state.base
+        return self.base_record.to_json()
+
+    @property
+    def base_record(self) -> BaseRecord:
+        """The same as an object."""
+        base = self._state.base
+        assert base is not None
+        return base
 
     @property
     def per_layer(self) -> dict[str, dict[str, Any]]:
         """Path of each layer at which the config differs, with the fields that do."""
-        return {path: dict(fields) for path, fields in self._state.per_layer.items()}
+        return {path: dict(fields) for path, fields in self._state.overrides.items()}
 
     @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """Path of each adapted layer, relative to the model given to `attach`, with its (d_in, d_out)."""
-        return {target.path: (target.d_in, target.d_out) for target in self._state.targets}
+        return {site.path: (site.target.d_in, site.target.d_out) for site in self._state.sites}
 
     @property
     def layers(self) -> list[Target]:
         """What it was attached to, as `plan` describes it."""
-        return list(self._state.targets)
+        return [site.target for site in self._state.sites]
 
     @property
     def scale(self) -> float:
@@ -91,8 +96,9 @@ class Adapter:
             )
         if calibration_data is not None:
             check_takes_data(state.cfg)
-        old, new, views = state.cfg, replace(state.cfg, **changes), self.views()
+        old, new = state.cfg, replace(state.cfg, **changes)
         self._use(new)
+        views = self.views()
         kept = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}
         with torch.no_grad():
             try:
@@ -105,23 +111,23 @@ class Adapter:
                 if kept:
                     self.load_state_dict(kept)
                 else:
-                    variant.refresh(views, old)
+                    variant.refresh(self.views(), old)
                 raise
 
     @property
     def is_sharded(self) -> bool:
         """True once fully_shard or ZeRO-3 has taken its parameters or its layers' weights: all processes save it
         together."""
-        weights = (quant.stored(module) for module in self._state.layers)
+        weights = (site.base.stored for site in self._state.sites)
         return any(map(sharding.is_sharded, weights)) or any(
             sharding.is_sharded(tensor) for _, tensor in self.named_tensors()
         )
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""
-        for module, slot in self.slots():
-            for tensor in slot.tensors:
-                yield file_key(slot.path, tensor), getattr(module, slot.state.attribute(tensor))
+        for site in self.sites():
+            for name, tensor in site.tensors():
+                yield site.key(name), tensor
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable tensors, for an optimiser."""
@@ -147,45 +153,39 @@ class Adapter:
                 f"adapter {self.name!r}: ZeRO-3's optimizer has copies of its values, and its next step starts there\n"
                 f"  load values before the trainer or deepspeed.initialize, or resume from DeepSpeed's own checkpoint"
             )
-        check_shapes(
-            {key: tuple(t.shape) for key, t in tensors.items()},
-            {key: tuple(sharding.shape_of(t)) for key, t in own.items()},
-            f"adapter {self.name!r}",
-        )
+        check_shapes(tensors, self.specs(), f"adapter {self.name!r}")
         with sharding.gathered(own.values(), modifier_rank=0):
             for key, tensor in own.items():
                 tensor.copy_(sharding.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
 
-    def trained_on(self, base: dict[str, Any]) -> None:
-        """Set the `base` record: a loaded adapter keeps that of the base its values belong to."""
+    def set_base_record(self, base: BaseRecord) -> None:
+        """A loaded adapter keeps the record of the base that its values belong to."""
         self._state.base = base
 
-    def slots(self) -> Iterator[tuple[nn.Module, Slot]]:
-        """Each adapted layer, with this adapter's slot on it."""
+    def sites(self) -> Iterator[Site]:
+        """Each adapted layer that is still in the model, and not something else in its place."""
         merged: list[Any] = [swap.before for swap in self._session.merged]
-        here = {id(module) for module in (*self._model.modules(), *merged)}  # not what something else has replaced
-        for module in self._state.layers:
-            slot = slots_of(module).get(self.name)
-            if slot is not None and id(module) in here:
-                yield module, slot
+        present = {id(module) for module in (*self._model.modules(), *merged)}
+        return (site for site in self._state.sites if id(site.module) in present and self.name in sites_of(site.module))
+
+    def specs(self) -> dict[str, Any]:
+        """The ParamSpec of each tensor that it was attached with, by its key in a file."""
+        return {site.key(tensor): spec for site in self._state.sites for tensor, spec in site.specs.items()}
 
     def views(self) -> dict[str, Layer]:
         """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""
         views: dict[str, Layer] = {}
-        for module in self._state.layers:  # no walk over the model: a search changes the config at every trial
-            slot = slots_of(module)[self.name]
-            for i in range(slot.target.experts) if slot.stacked else [None]:
-                worked_in = {"history": partial(_with_history, module, i)}
-                views[slot.path if i is None else f"{slot.path}[{i}]"] = Layer(
-                    module, slot, expert=i, instead=worked_in
-                )
+        for site in self._state.sites:  # no walk over the model: a search changes the config at every trial
+            if not site.stacked:
+                views[site.path] = Layer(site.module, site)
+            for i in range(site.target.experts) if site.stacked else ():
+                views[f"{site.path}[{i}]"] = Layer(site.module, site, expert=i)
         return views
 
     def counts(self) -> str:
         """How many layers of each kind, for messages: "30 o_proj, 30 down_proj"."""
-        slots = [slot for _, slot in self.slots()]
-        kinds = Counter(slot.path.rpartition(".")[2] for slot in slots)
-        fused = Counter(slot.path.rpartition(".")[2] for slot in slots if slot.target.experts)
+        kinds = Counter(site.path.rpartition(".")[2] for site in self.sites())
+        fused = {site.path.rpartition(".")[2] for site in self.sites() if site.target.experts}
         return ", ".join(f"{n} {'blocks of fused ' if kind in fused else ''}{kind}" for kind, n in kinds.items())
 
     def _check_unmerged(self, what: str) -> None:
@@ -195,10 +195,10 @@ class Adapter:
     def _use(self, cfg: Any) -> None:
         """Make this the config, and at each layer the one with the fields that differ there. Raises ConfigError."""
         state = self._state
-        configs = [cfg.with_overrides(state.per_layer.get(target.path, {})) for target in state.targets]
+        configs = [cfg.with_overrides(site.overrides) for site in state.sites]
         state.cfg = cfg
-        for module, at_layer in zip(state.layers, configs, strict=True):
-            slots_of(module)[self.name].cfg = at_layer
+        for site, at_layer in zip(state.sites, configs, strict=True):
+            site.cfg = at_layer
 
     @property
     def _state(self) -> AdapterState:
@@ -213,12 +213,12 @@ class Adapter:
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
-        base = self.base["quantization"]
-        kind = base["quant_type"] if base else self.base["dtype"]
-        kind += f", {base['method']}" if base and base["method"] != "unknown" else ""
+        base = self.base_record
+        kind = base.quantization.quant_type if base.quantization else base.dtype
+        kind += f", {base.quantization.method}" if base.quantization and base.quantization.method != "unknown" else ""
         return (
             f"{self.variant} {self.name!r}: {len(self.targets)} layers, {count:,} trainable parameters in "
-            f"{dtype_name(self.config.dtype)}, on {self.base['class']} ({kind})"
+            f"{dtype_name(self.config.dtype)}, on {base.class_name} ({kind})"
             f"{'' if self.scale == 1 else f', scale {self.scale:g}'}"
         )
 
@@ -266,19 +266,6 @@ def scaled(model: nn.Module, c: float | int, name: str | None = None) -> Iterato
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Within the block, the model is its base, bit for bit."""
     return scaled(model, 0.0)
-
-
-# ---- for the runtime and the checkpoints --------------------------------------------------------
-
-
-@torch.no_grad()
-def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-    """A layer's weight with the adapters worked in that lead all others there, at their scales."""
-    leading = [slot for slot in slots_of(module).values() if leads(slot) and not slot.state.is_idle]
-    if not leading:
-        return weight
-    affine = Affine(module, leading, torch.float64, weight.device, expert)
-    return torch.cat([columns for *_, columns in affine.columns(weight)], dim=1).to(weight.dtype)
 
 
 def _finite(c: float | int) -> float:

@@ -1,11 +1,6 @@
-"""Attach, detach, and the hooks.
+"""Attach and detach: the transaction that puts an adapter's tensors and hooks on the layers of a model."""
 
-The hooks are functions of this module bound to an adapter's name. They read everything from the
-module that they fire on, so deepcopy, pickle, torch.compile, FSDP2's parameter swapping and
-functional_call need nothing of their own here.
-"""
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -13,44 +8,31 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from ..base import experts, fingerprint, probe, quant
+from ..base.bitsandbytes import repackable
+from ..base.fingerprint import base_record
+from ..base.kinds import EXPERTS
+from ..base.probe import check_gradients
 from ..errors import ConfigError, TargetError
 from .adapter import Adapter, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
-from .layer import AdapterState, Slot
-from .names import file_key
-from .plan import (
-    Changes,
-    attachable,
-    changes_at,
-    check_free,
-    check_name,
-    check_ready,
-    checked_config,
-    checked_specs,
-    configs_at,
-    is_stacked,
-    layers_at,
-)
-from .session import (
+from .resolve import attachable, check_free, check_name, check_weights_present, checked_config, resolve
+from .state import (
+    AdapterState,
     BaseChange,
     Session,
+    Site,
+    add_site,
     check_unmerged,
-    drop_slot,
+    drop_site,
+    insert_in_order,
     keep_session,
-    keep_slot,
-    leads,
-    put,
     session_at,
     session_of,
-    slots_of,
+    sites_of,
 )
-from .targets import Target, select
-from .variant import ParamSpec, check_takes_data, lookup, needs_data, weight_use
-
-Values = Callable[[str, ParamSpec, torch.dtype, torch.device], Tensor]
-"""(key, spec, dtype, device) -> the first values of one tensor."""
+from .targets import select
+from .variant import Variant, check_takes_data, lookup, needs_data
 
 
 def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration_data: Any = None) -> Adapter:
@@ -62,23 +44,24 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
 
     Raises ConfigError, VariantError, TargetError, QuantizedWeightError or BaseModelError, and whatever a variant's
     own code raises; the model is then exactly as it was. Give the whole model: 4-bit layers outside the part that is
-    given stay free to repack (lora_lite/quant.py).
+    given stay free to repack (lora_lite/base/bitsandbytes.py).
     """
     variant, root = lookup(checked_config(cfg).variant), attachable(model)
     if needs_data(cfg) and calibration_data is None:
         raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
     if calibration_data is not None:
         check_takes_data(cfg)
-    targets, _, asked = select(root, cfg)
-    changes = changes_at(cfg, targets)
-    with installed(root, cfg, name, targets, changes, _fresh, asked=asked) as adapter, torch.no_grad():
+    sites = resolve(select(root, cfg), cfg)
+    with installed(root, cfg, name, sites) as adapter, torch.no_grad():
         if next(adapter.parameters(), None) is not None:
-            probe.check_gradients(root, layers_at(root, targets))
+            check_gradients(root, adapter.targets)
         views = adapter.views()
         for view in views.values():
             variant.init(view, view.cfg)
-        with scaled(root, 0.0, name):
-            variant.group_init(root, views, cfg, calibration_data)
+        if variant.group_init is not Variant.group_init:
+            with scaled(root, 0.0, name):  # the model runs without the adapter
+                variant.group_init(root, views, cfg, calibration_data)
+            sites[0].state.changes = None  # no graph of a new adapter can be pending
         variant.refresh(views, cfg)
     logger.info(f"attached {adapter}: {adapter.counts()}")
     for path, (d_in, d_out) in adapter.targets.items():
@@ -100,8 +83,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 f"adapter {each!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
                 f"  use lora_lite.disabled(model), or load the base again"
             )
-    for module, slot in [pair for each in names for pair in Adapter(root, each).slots()]:
-        uninstall(module, slot.state.name)
+    for site in [site for each in names for site in Adapter(root, each).sites()]:
+        uninstall(site.module, site.state.name)
     if len(names) == len(session.adapters):
         for change in list(session.changes):
             _undo(session, change)
@@ -115,138 +98,134 @@ def installed(
     root: nn.Module,
     cfg: BaseConfig,
     name: str,
-    targets: list[Target],
-    changes: Changes,
-    values: Values,
+    sites: list[Site],
+    tensors: Mapping[str, Tensor] | None = None,
     scale: float = 1.0,
-    asked: bool = False,
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
-    `root` is what `attachable` gave. `changes` are the fields of its config that differ by layer; the regexes of
-    `per_layer` are not run here. `asked`: it is known already that the targets are linear layers.
+    `root` is what `attachable` gave, `tensors` the values by their keys in a file; without them, each tensor starts as
+    its ParamSpec says.
     """
-    configs = configs_at(cfg, targets, changes)
-    layers, session = layers_at(root, targets), session_at(root)
-    specs = checked_specs(targets, layers, configs, asked)
-    check_ready(layers)
+    session = session_at(root)
+    check_weights_present(sites)
+    state = _state(root, cfg, name, sites, scale)
     check_name(name, session, type(root).__name__)
-    check_free(name, layers, specs)
+    check_free(sites)
     check_unmerged(session, "attach another adapter")
-    repackable = quant.repackable(root)
-    state = AdapterState(name, cfg, targets, fingerprint.base_record(root, layers), scale, per_layer=changes)
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
-    change = BaseChange((p for p in root.parameters() if p.requires_grad and id(p) not in adapted), repackable.values())
+    trainable = (p for p in root.parameters() if p.requires_grad and id(p) not in adapted)
+    change = BaseChange(trainable, repackable(root).values())
 
     with torch.inference_mode(False), ExitStack() as undo:  # tensors of inference mode could never be trained
         undo.callback(_forget, root, session, name)
-        put(session.adapters, name, state)
+        insert_in_order(session.adapters, state, state)
         keep_session(root, session)
         session.changes.append(change)
         undo.callback(_undo, session, change)
         change.make()
-        for target in targets:
-            undo.callback(uninstall, layers[target.path], name)
-            _install(layers[target.path], _slot(state, target, configs), specs[target.path], values)
+        for site in sites:
+            undo.callback(uninstall, site.module, name)
+            _install(site, tensors)
         yield Adapter(root, name)
         undo.pop_all()
 
 
 @contextmanager
-def remade(
-    root: nn.Module, cfg: BaseConfig, name: str, targets: list[Target], changes: Changes, values: Values
+def reinstalled(
+    root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], tensors: Mapping[str, Tensor]
 ) -> Iterator[Adapter]:
-    """As `installed`, of an adapter that is attached: it gets this config, these targets and new tensors at its place
+    """As `installed`, of an adapter that is attached: it gets this config, these sites and new tensors at its place
     in the order, and keeps its scale. As it was again if the block raises. `root` is what `attachable` gave."""
-    configs = configs_at(cfg, targets, changes)
-    layers, session = layers_at(root, targets), session_at(root)
-    specs = checked_specs(targets, layers, configs)
-    check_ready(layers)
-    check_unmerged(session, f"change {name!r}")
+    session = session_at(root)
     before = session.adapters[name]
-    check_free(name, layers, {path: at for path, at in specs.items() if name not in slots_of(layers[path])})
-    state = AdapterState(name, cfg, targets, fingerprint.base_record(root, layers), before.scale, per_layer=changes)
+    check_weights_present(sites)
+    state = _state(root, cfg, name, sites, before.scale)
+    check_unmerged(session, f"change {name!r}")
+    check_free(sites)
 
     with torch.inference_mode(False), ExitStack() as undo:
-        undo.callback(put, session.adapters, name, before)
-        put(session.adapters, name, state)
-        for target in targets:
-            layer, slot = layers[target.path], _slot(state, target, configs)
-            held = slots_of(layer).get(name)
-            if held is None:
-                undo.callback(uninstall, layer, name)
-                _install(layer, slot, specs[target.path], values)
+        undo.callback(insert_in_order, session.adapters, before, before)
+        insert_in_order(session.adapters, state, state)
+        for site in sites:
+            old = sites_of(site.module).get(name)
+            if old is None:
+                undo.callback(uninstall, site.module, name)
+                _install(site, tensors)
             else:
-                undo.callback(_exchange, layer, held, {each: _tensor(layer, held, each) for each in held.tensors})
-                made = {each: _value(layer, slot, each, spec, values) for each, spec in specs[target.path].items()}
-                slot.tensors = {each: spec.keep_dtype for each, spec in specs[target.path].items()}
-                _exchange(layer, slot, made)
-                state.layers.append(layer)
+                undo.callback(_exchange, old, dict(old.tensors()))
+                _exchange(site, {tensor: _value(site, tensor, tensors) for tensor in site.specs})
+                state.sites.append(site)
         yield Adapter(root, name)
         undo.pop_all()
-    for layer in before.layers:
-        if layer not in state.layers:
-            uninstall(layer, name)
-
-
-def _slot(state: AdapterState, target: Target, configs: Mapping[str, BaseConfig]) -> Slot:
-    cfg = configs[target.path]
-    return Slot(state, target, cfg, weight_use(cfg), is_stacked(target, cfg))
-
-
-def _install(module: quant.Linear, slot: Slot, specs: Mapping[str, ParamSpec], values: Values) -> None:
-    keep_slot(module, slot)
-    slot.state.layers.append(module)
-    for name, spec in specs.items():
-        _hold(module, slot, name, _value(module, slot, name, spec, values))
-        slot.tensors[name] = spec.keep_dtype
-    leading = [each for each in slots_of(module).values() if leads(each)]
-    for each in reversed(leading) if slot in leading else [slot]:
-        register_hooks(module, each)
-
-
-def _value(module: quant.Linear, slot: Slot, name: str, spec: ParamSpec, values: Values) -> Tensor:
-    value = values(file_key(slot.path, name), spec, slot.cfg.dtype, quant.stored(module).device)
-    return nn.Parameter(value) if spec.trainable else value
-
-
-def _hold(module: nn.Module, slot: Slot, name: str, value: Tensor) -> None:
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(slot.state.attribute(name), value)
-    else:
-        module.register_buffer(slot.state.attribute(name), value)
-
-
-def _tensor(module: nn.Module, slot: Slot, name: str) -> Tensor:
-    tensor: Tensor = getattr(module, slot.state.attribute(name))
-    return tensor
-
-
-def _exchange(module: nn.Module, slot: Slot, tensors: Mapping[str, Tensor]) -> None:
-    """This slot with these tensors in the place of the adapter's slot that is there, under the same hooks."""
-    there = slots_of(module)[slot.state.name]
-    slot.handles = there.handles
-    keep_slot(module, slot)
-    _drop_tensors(module, there)
-    for name, tensor in tensors.items():
-        _hold(module, slot, name, tensor)
-
-
-def _drop_tensors(module: nn.Module, slot: Slot) -> None:
-    for tensor in slot.tensors:
-        with suppress(AttributeError):  # another library's doing, such as a parametrization
-            delattr(module, slot.state.attribute(tensor))
+    modules = [site.module for site in sites]
+    for site in before.sites:
+        if site.module not in modules:
+            uninstall(site.module, name)
 
 
 def uninstall(module: nn.Module, name: str) -> None:
     """Take one adapter off one layer, however far its installation got."""
-    slot = drop_slot(module, name)
-    if slot is None:
+    site = drop_site(module, name)
+    if site is None:
         return
-    for handle in slot.handles:
+    for handle in site.handles:
         handle.remove()
-    experts.unshadow(module)
-    _drop_tensors(module, slot)
+    EXPERTS.restore(module)
+    _drop_tensors(site)
+
+
+def _state(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], scale: float) -> AdapterState:
+    """The state that new sites share."""
+    base = base_record(root, [site.base for site in sites])
+    state = AdapterState(name, cfg, base, scale, is_first=lookup(cfg.variant).leads)
+    for site in sites:
+        site.state = state
+    return state
+
+
+def _install(site: Site, tensors: Mapping[str, Tensor] | None) -> None:
+    add_site(site)
+    site.state.sites.append(site)
+    for name in site.specs:
+        _hold(site, name, _value(site, name, tensors))
+    first = [other for other in sites_of(site.module).values() if other.state.is_first]
+    for other in reversed(first) if site.state.is_first else [site]:
+        register_hooks(other)
+
+
+def _value(site: Site, name: str, tensors: Mapping[str, Tensor] | None) -> Tensor:
+    """The first value of a tensor: from a file, or as its ParamSpec says."""
+    spec, device = site.specs[name], site.base.stored.device
+    if tensors is None:
+        value = torch.empty(spec.shape, dtype=site.cfg.dtype, device=device)
+        spec.fill(value)
+    else:
+        value = tensors[site.key(name)].to(device)
+    return nn.Parameter(value) if spec.trainable else value
+
+
+def _hold(site: Site, name: str, value: Tensor) -> None:
+    if isinstance(value, nn.Parameter):
+        site.module.register_parameter(site.attribute(name), value)
+    else:
+        site.module.register_buffer(site.attribute(name), value)
+
+
+def _exchange(site: Site, values: Mapping[str, Tensor]) -> None:
+    """Put a site with these tensors in the place of the one that its adapter has at the layer, under the same hooks."""
+    there = sites_of(site.module)[site.state.name]
+    site.handles = there.handles
+    add_site(site)
+    _drop_tensors(there)
+    for name, value in values.items():
+        _hold(site, name, value)
+
+
+def _drop_tensors(site: Site) -> None:
+    for tensor in site.specs:
+        with suppress(AttributeError):  # another library's doing, such as a parametrization
+            delattr(site.module, site.attribute(tensor))
 
 
 def _undo(session: Session, change: BaseChange) -> None:
@@ -258,12 +237,3 @@ def _forget(root: nn.Module, session: Session, name: str) -> None:
     """Take an adapter out of the record, and the record off the model after the last."""
     del session.adapters[name]
     keep_session(root, session)
-
-
-def _fresh(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-    value = torch.empty(spec.shape, dtype=dtype, device=device)
-    spec.fill(value)
-    return value
-
-
-# ---- the hooks ----------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..base import quant
-from ..base.exact import exactly
+from ..base.exact import full_precision
 from ..errors import VariantError
-from .hooks import apply_input, apply_output
-from .layer import Layer, Slot
+from .hooks import adapt_input, adapt_output
+from .layer import Layer
+from .state import Site
 from .variant import lookup
 
 COLUMNS = 128
@@ -31,19 +31,14 @@ class Affine:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        slots: Sequence[Slot],
-        dtype: torch.dtype,
-        device: torch.device,
-        expert: int | None = None,
+        self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device, expert: int | None = None
     ) -> None:
         def views(dtype: torch.dtype, **shown: Tensor | None) -> list[Layer]:
             instead = {"training": False, **shown}
-            return [Layer(module, slot, dtype, expert if slot.stacked else None, instead) for slot in slots]
+            return [Layer(s.module, s, dtype, expert if s.stacked else None, instead) for s in sites]
 
         self.dtype, self.device = dtype, device
-        self.d_in, self.d_out = slots[0].target.d_in, slots[0].target.d_out
+        self.d_in, self.d_out = sites[0].target.d_in, sites[0].target.d_out
         self._views, self._no_bias = views(dtype), views(dtype, bias=None)
         _check_affine(views(torch.float64, bias=None), self.d_in, self.d_out, device)
 
@@ -54,10 +49,20 @@ class Affine:
         return _outputs(self._views, x, product(x))
 
     def columns(self, weight: Float[Tensor, "o i"]) -> Iterator[tuple[int, int, Float[Tensor, "o n"]]]:
-        """(start, stop, W'[:, start:stop]) for all of W'. Only these columns of the weight are read, if `is_local`."""
+        """(start, stop, W'[:, start:stop]) for all of W'. Only these columns of the weight are read, if `is_columnwise`."""
         origin = self._origin(weight)
         for start, stop in self._blocks():
             yield start, stop, self._columns(weight, start, stop, *origin)
+
+    def write(
+        self, weight: Float[Tensor, "o i"], out: Float[Tensor, "o i"], check: Callable[[Tensor], None] | None = None
+    ) -> Float[Tensor, "o i"]:
+        """Put W' into `out`, cast to its dtype, a block of columns at a time; each is given to `check` before."""
+        for start, stop, columns in self.columns(weight):
+            if check is not None:
+                check(columns)
+            out[:, start:stop] = columns
+        return out
 
     @torch.no_grad()
     def _origin(self, weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,8 +80,12 @@ class Affine:
         if x is e:  # the cheap and common case: the layer's product is the weight as it is
             y = weight[:, start:stop].to(self.dtype).mT
         else:
-            own = _own(x - x0, start)
-            y = _product(x - x0, weight) if own is None else weight[:, start:stop].to(self.dtype).mT * own[:, None]
+            factors = _channel_scale(x - x0, start)
+            y = (
+                _product(x - x0, weight)
+                if factors is None
+                else weight[:, start:stop].to(self.dtype).mT * factors[:, None]
+            )
         y = _outputs(self._no_bias, x, y + y0 if y0.any() else y)
         return (y - offset if offset.any() else y).mT
 
@@ -95,15 +104,16 @@ class Affine:
         _outputs(self._no_bias, _inputs(self._no_bias, x), x.new_zeros(1, self.d_out))
 
     @torch.no_grad()
-    def is_local(self) -> bool:
+    def is_columnwise(self) -> bool:
         """Does each column of W' depend on the same column of W alone: is every input at most scaled by channel?"""
         if all(lookup(view.cfg.variant).forward_input is None for view in self._no_bias):
             return True
         x0 = _inputs(self._no_bias, self._unit(0, 1).zero_())
-        local = (
-            _own(_inputs(self._no_bias, self._unit(*block)) - x0, block[0]) is not None for block in self._blocks()
+        columnwise = (
+            _channel_scale(_inputs(self._no_bias, self._unit(*block)) - x0, block[0]) is not None
+            for block in self._blocks()
         )
-        return not x0.any() and all(local)
+        return not x0.any() and all(columnwise)
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.d_in, COLUMNS):
@@ -117,20 +127,20 @@ class Affine:
 
 def _inputs(layers: Sequence[Layer], x: Float[Tensor, "n i"]) -> Float[Tensor, "n i"]:
     for layer in layers:
-        x = apply_input(layer, x)
+        x = adapt_input(layer, x)
     return x
 
 
 def _outputs(layers: Sequence[Layer], x: Float[Tensor, "n i"], y: Float[Tensor, "n o"]) -> Float[Tensor, "n o"]:
     for layer in layers:
-        y = apply_output(layer, x, y)
+        y = adapt_output(layer, x, y)
     return y
 
 
-def _own(x: Float[Tensor, "n i"], start: int) -> Float[Tensor, "n"] | None:
+def _channel_scale(x: Float[Tensor, "n i"], start: int) -> Float[Tensor, "n"] | None:
     """By how much each unit vector was scaled, if that is all that happened to it."""
-    own = x[:, start : start + len(x)].diagonal()
-    return own if x.count_nonzero() == own.count_nonzero() else None
+    diagonal = x[:, start : start + len(x)].diagonal()
+    return diagonal if x.count_nonzero() == diagonal.count_nonzero() else None
 
 
 def _product(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "n o"]:
@@ -140,15 +150,10 @@ def _product(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"]) -> Float[Ten
 @torch.no_grad()
 def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.device) -> None:
     """f(u + v) - f(u) - f(v) + f(0) = 0, of inputs and of outputs, in float64 and for vectors of two sizes."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(width: int) -> Tensor:
-        u, v = torch.randn(2, width, generator=generator, dtype=torch.float64)
-        return torch.stack([torch.zeros_like(u), u, 30 * v, u + 30 * v]).to(device)
-
-    x, y = rows(d_in), rows(d_out)
+    pairs = random_rows((2, d_in), (2, d_out), device=device)
+    x, y = (torch.stack([0 * u, u, 30 * v, u + 30 * v]) for u, v in pairs)
     for layer in layers:
-        for before, after in ((x, apply_input(layer, x)), (y, apply_output(layer, x, y))):
+        for before, after in ((x, adapt_input(layer, x)), (y, adapt_output(layer, x, y))):
             bent = (after[3] - after[2] - after[1] + after[0]).abs().max()
             if after.isfinite().all() and bent > 1e-7 * (after - before).abs().max() + 1e-12 * after.abs().max():
                 raise VariantError(
@@ -158,25 +163,33 @@ def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.
                 )
 
 
-def change(module: nn.Module, slots: Sequence[Slot]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
+@torch.no_grad()
+def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
     """(W' - W, b' - b) in float64, of a layer with these adapters at their scales; None for a bias that stays.
 
-    W is what the layer computes with, dequantised if it is quantised. Raises VariantError for an adapter that isn't
-    affine, and what `quant.dense_weight` raises.
+    W is what the layer computes with, dequantised if it is quantised.
+
+    Raises:
+        VariantError: for an adapter that isn't affine; and what `BaseLayer.dense_weight` raises.
     """
-    with exactly(module):
-        return _change(module, slots)
-
-
-def _change(module: nn.Module, slots: Sequence[Slot]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
-    weight = quant.dense_weight(module, slots[0].path).double()
-    bias = getattr(module, "bias", None)
-    affine = Affine(module, slots, torch.float64, weight.device)
-    delta = torch.empty_like(weight)
-    for start, stop, columns in affine.columns(weight):
-        delta[:, start:stop] = columns - weight[:, start:stop]
-    new = affine.bias(bias, lambda: weight)
+    layer = sites[0].base
+    with full_precision(layer.module):
+        weight, bias = layer.dense_weight().double(), layer.bias
+        affine = Affine(sites, torch.float64, weight.device)
+        delta = affine.write(weight, torch.empty_like(weight)).sub_(weight)
+        new = affine.bias(bias, lambda: weight)
     if new is None:
         return delta, None
     moved = new if bias is None else new - bias.double()
     return delta, moved if moved.any() else None
+
+
+def in_order(sites: Sequence[Site]) -> list[Site]:
+    """Sites of one layer as a forward meets them: those on experts' matrices come first."""
+    return sorted(sites, key=lambda site: not site.stacked)
+
+
+def random_rows(*shapes: tuple[int, ...], device: torch.device | str = "cpu") -> list[Tensor]:
+    """The same normal numbers at every call, in float64: to compare what adapters make of them."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]

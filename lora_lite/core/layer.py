@@ -1,143 +1,30 @@
-"""One adapter at one layer: what is kept there, and the view of it that a variant works on."""
+"""`Layer`: the view of a target layer that a variant works on."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.utils.hooks import RemovableHandle
 
-from ..base import quant
+from ..base.layer import BaseLayer
 from ..errors import VariantError
 from ..ops.low_rank import is_transformed
-from .scale import Timeline, backward_node
-from .targets import Target
-
-
-class Coefficient(NamedTuple):
-    """The scale c of one call. In a graph of torch.compile a tensor without dimensions: a number would be a part of the
-    graph, or break it (torch 2.13, with checkpointing)."""
-
-    c: Any
-    is_off: bool
-    """c = 0"""
-    is_whole: bool
-    """c = 1"""
-
-
-@dataclass(eq=False)
-class AdapterState:
-    """What all layers of one adapter share. Its tensors live on the layers."""
-
-    name: str
-    cfg: Any
-    targets: list[Target]
-    """As attached."""
-    base: dict[str, Any]
-    scale: float = 1.0
-    """As it was set; hooks go by `now`."""
-    merged: bool = False
-    """True while its effect is in the weights, and its hooks do nothing."""
-    layers: list[nn.Module] = field(default_factory=list)
-    """The adapted modules, in the order of `targets`."""
-    per_layer: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Path of a target -> the config fields that differ there."""
-    set_in: int = -1
-    """The backward inside of which the scale was set, by who runs a forward there: it counts as it is."""
-    timeline: Timeline = field(default_factory=Timeline)
-    suffix: str = field(init=False)
-    """What the names of its tensors on a layer end with."""
-    plain: Coefficient = field(init=False)
-    """The scale as it is set."""
-    traced: Coefficient = field(init=False)
-    """The same for a graph of torch.compile, an input of it that may change."""
-
-    def __post_init__(self) -> None:
-        self.suffix = "" if self.name == "default" else f"__{self.name}"
-        self._show()
-
-    def set_scale(self, scale: float, set_in: int | None = None) -> tuple[float, int]:
-        """Returns the arguments that undo it."""
-        before = self.scale, self.set_in
-        if is_compiling():
-            self.timeline = Timeline()  # there is no clock in a graph: what is pending goes by the scale as it is
-        else:
-            self.timeline.change(self.scale, scale)
-            self.set_in = torch._C._current_graph_task_id() if set_in is None else set_in  # -1 outside of all
-        self.scale = scale
-        self._show()
-        return before
-
-    def _show(self) -> None:
-        fresh = nullcontext() if is_compiling() else torch.inference_mode(False)
-        with fresh:  # a tensor of inference mode could take part in no training later
-            c = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # without dimensions: it casts nothing up
-        self.plain = Coefficient(self.scale, self.scale == 0, self.scale == 1)
-        self.traced = self.plain._replace(c=c)
-
-    @property
-    def now(self) -> Coefficient:
-        """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first."""
-        return self.traced if is_compiling() else self.outside_of_graphs()
-
-    def outside_of_graphs(self) -> Coefficient:
-        """The same for who knows that nothing is compiled."""
-        node = backward_node()
-        if node is None:
-            if self.timeline.since:
-                self.timeline.first_run(self.scale)
-        elif self.set_in != torch._C._current_graph_task_id():
-            c = self.timeline.at(node._sequence_nr(), self.scale)
-            return self.plain if c == self.scale else Coefficient(c, c == 0, c == 1)
-        return self.plain
-
-    @property
-    def is_idle(self) -> bool:
-        """Do its hooks leave everything as it is?"""
-        return self.merged or self.now.is_off
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"timeline": Timeline()}  # no forward of a copy is pending
-
-    def attribute(self, tensor: str) -> str:
-        """The name on the layer of this adapter's `tensor`: `lora_A`, or `lora_A__fr` for adapter fr."""
-        return tensor + self.suffix
-
-
-@dataclass(eq=False)
-class Slot:
-    """What one adapter keeps at one target layer, beside its tensors."""
-
-    state: AdapterState
-    target: Target
-    cfg: Any
-    """The config at this layer."""
-    base_weight: str
-    """What the variant does with it: "unused", "read" or "dense"."""
-    stacked: bool
-    """True if each tensor has a leading axis over the experts that the layer fuses."""
-    tensors: dict[str, bool] = field(default_factory=dict)
-    """Names of the tensors; True for those that keep their storage dtype in `forward`."""
-    handles: list[RemovableHandle] = field(default_factory=list)
-    memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
-    ran: bool = False
-    """True once a forward outside of torch.compile has called the layer, at any scale, since its first adapter came."""
-    never_ran: bool = False
-    """True if none had when the adapter's file was written, although one had called others."""
-
-    @property
-    def path(self) -> str:
-        return self.target.path
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"memo": {}}
-
+from .scale import Scale
+from .state import Site
 
 _NOTHING: Mapping[str, Any] = {}
+
+
+class Part(NamedTuple):
+    """One of several methods that share an adapter: `lora_A` is `lora_<prefix>_A` there."""
+
+    prefix: str
+    cfg: Any
+    factor: float
+    """What the adapter's scale is multiplied by."""
 
 
 class Layer:
@@ -145,31 +32,35 @@ class Layer:
 
     layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
                            (the activation's), unless their ParamSpec says keep_dtype
-    layer.cfg, .scale      the adapter's config at this layer; its coefficient c, a number, and in a graph of
+    layer.cfg, .scale      the adapter's config at this layer; its scale, a number, and in a graph of
                            torch.compile a tensor without dimensions
-    layer.is_off, .is_whole    is c 0, or 1
+    layer.is_off, .is_whole    is the scale 0, or 1
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
     layer.experts          how many experts it fuses
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
-    there: tensors by their name, `bias`, `training`; `history` makes the weight that `dense_weight("history")` gives.
-    `now` is the scale for the whole of a call; without it, the adapter's at each reading.
+    there: tensors by their name, `bias`, `training`. `scale` is that of the whole call; without it, the adapter's at
+    each reading. `part` makes it the view of one of several methods that share the adapter.
     """
+
+    cfg: Any
 
     def __init__(
         self,
         module: nn.Module,
-        slot: Slot,
+        site: Site,
         dtype: torch.dtype | None = None,
         expert: int | None = None,
-        instead: Mapping[str, Any] | None = None,
-        now: Coefficient | None = None,
+        instead: Mapping[str, Any] = _NOTHING,
+        scale: Scale | None = None,
+        part: Part | None = None,
     ) -> None:
-        own = self.__dict__  # one by one: a view is made at every call of every layer
-        own["_module"], own["_slot"], own["_dtype"] = module, slot, dtype
-        own["_expert"], own["_instead"], own["_now"] = expert, instead or _NOTHING, now
+        fields = self.__dict__  # one by one: a view is made at every call of every layer
+        fields["_module"], fields["_site"], fields["_dtype"], fields["_expert"] = module, site, dtype, expert
+        fields["_instead"], fields["_scale"], fields["_part"] = instead, scale, part
+        fields["cfg"] = site.cfg if part is None else part.cfg
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -179,57 +70,59 @@ class Layer:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        slot = self._slot
-        keep_dtype = slot.tensors.get(name)
-        if keep_dtype is None:
-            raise AttributeError(f"{slot.path}: this adapter has no {name!r}, only {', '.join(slot.tensors)}")
+        site = self._site
+        if self._part is not None and name.startswith("lora_"):
+            name = f"lora_{self._part.prefix}_{name.removeprefix('lora_')}"
+        spec = site.specs.get(name)
+        if spec is None:
+            raise AttributeError(f"{site.path}: this adapter has no {name!r}, only {', '.join(site.specs)}")
         tensor = self._instead.get(name)
         if tensor is None:
-            module, attribute = self._module, name + slot.state.suffix
+            module, attribute = self._module, name + site.state.suffix
             tensor = module._parameters.get(attribute)  # getattr finds it too, and takes three times as long
             tensor = getattr(module, attribute) if tensor is None else tensor
             tensor = tensor if self._expert is None else tensor[self._expert]
-        return tensor if keep_dtype or self._dtype is None else tensor.to(self._dtype)
-
-    @property
-    def cfg(self) -> Any:
-        return self._slot.cfg
+        return tensor if spec.keep_dtype or self._dtype is None else tensor.to(self._dtype)
 
     @property
     def scale(self) -> Any:
-        return (self._now or self._slot.state.now).c
+        scale = self._scale or self._site.state.scale_of_call()
+        return scale.value if self._part is None else scale.value * self._part.factor
 
     @property
     def is_off(self) -> bool:
-        return (self._now or self._slot.state.now).is_off
+        scale = self._scale or self._site.state.scale_of_call()
+        return scale.is_zero or (self._part is not None and self._part.factor == 0)
 
     @property
     def is_whole(self) -> bool:
-        return (self._now or self._slot.state.now).is_whole
+        scale = self._scale or self._site.state.scale_of_call()
+        return scale.is_one and (self._part is None or self._part.factor == 1)
 
     @property
     def path(self) -> str:
         """The layer's path in the model."""
-        return self._slot.path
+        path: str = self._site.target.path
+        return path
 
     @property
     def block(self) -> tuple[str, int] | None:
         """("model.layers.", 3) in the block `model.layers.3`; None outside of every stack of blocks."""
-        target = self._slot.target
-        return None if target.stack is None or target.block is None else (target.stack, target.block)
+        stack, block = self._site.target.place
+        return None if stack is None or block is None else (stack, block)
 
     @property
     def experts(self) -> int:
         """How many experts it fuses; 0 for a linear layer."""
-        return self._slot.target.experts
+        return self._site.target.experts
 
     @property
     def in_features(self) -> int:
-        return self._slot.target.d_in
+        return self._site.target.d_in
 
     @property
     def out_features(self) -> int:
-        return self._slot.target.d_out
+        return self._site.target.d_out
 
     @property
     def training(self) -> bool:
@@ -245,25 +138,20 @@ class Layer:
     @property
     def weight(self) -> Float[Tensor, "o i"]:
         """The weight as stored. Raises QuantizedWeightError on a quantised layer."""
-        self._may_read("weight")
-        return quant.plain_weight(self._module, self.path, self._expert)
+        return self._base("weight").weight(self._expert)
 
     def dense_weight(self, of: str = "base") -> Float[Tensor, "o i"]:
         """A float32 copy (of a float64 layer float64) of the numbers that it computes with; dequantises. For `init`.
 
-        of="history", while an adapter is attached: with what the layer's histories change in it, exactly.
+        of      "base", or what else is registered in WEIGHTS: "history", while an adapter is attached, is the weight
+                with what the layer's histories change in it, exactly
         """
-        self._may_read("dense_weight()")
-        weight = quant.dense_weight(self._module, self.path, self._expert)
-        if of == "base":
-            return weight
-        worked_in: Tensor = self._instead["history"](weight)
-        return worked_in
+        weight = self._base("dense_weight()").dense_weight(self._expert)
+        return weight if of == "base" else WEIGHTS[of](self._module, self._expert, weight)
 
     def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""
-        self._may_read("linear()")
-        return quant.linear(self._module, t, self.path, self._expert)
+        return self._base("linear()").linear(t, self._expert)
 
     def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """compute(*inputs) as a constant, without gradient, tangent or autocast; remembered by name for equal inputs.
@@ -274,60 +162,39 @@ class Layer:
         would. The comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only
         while an adapter is on it.
         """
+        memo, name = self._site.memo, name if self._part is None else f"{self._part.prefix} {name}"
         remember = not (self.training or torch.is_grad_enabled() or is_compiling() or is_transformed())
         if not (remember or is_compiling()):
-            self._slot.memo.pop(name, None)  # it takes as much memory as the adapter
-        memo = self._slot.memo.get(name) if remember else None
-        if memo is not None and all(map(_same, memo[0], inputs)):
-            return memo[1]
+            memo.pop(name, None)  # it takes as much memory as the adapter
+        kept_inputs, result = memo.get(name, ((), None)) if remember else ((), None)
+        if result is not None and all(map(_same, kept_inputs, inputs)):
+            return result
         with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
             value = compute(*inputs).detach()
             if remember:
-                self._slot.memo[name] = [t.clone() for t in inputs], value
+                memo[name] = [t.clone() for t in inputs], value
             return value
 
-    def part(self, prefix: str, cfg: Any, c: float) -> "Layer":
-        """One of several methods that share this adapter, as if it were attached by itself with this config at scale c:
-        its `lora_A` is `lora_<prefix>_A` here. It is always out of training, so nothing is dropped."""
-        return _Part(self, prefix, cfg, c)
+    def part(self, prefix: str, cfg: Any, factor: float) -> "Layer":
+        """One of several methods that share this adapter, as if it were attached by itself with this config, at
+        `factor` times the adapter's scale. It is always out of training, so nothing is dropped."""
+        shown = {**self._instead, "training": False}
+        return Layer(self._module, self._site, self._dtype, self._expert, shown, self._scale, Part(prefix, cfg, factor))
 
-    def _may_read(self, what: str) -> None:
-        if self._slot.base_weight == "unused":
+    def _base(self, reads: str) -> BaseLayer:
+        site = self._site
+        if site.base_weight == "unused":
             raise VariantError(
-                f"{self.path}: {what} was used by a variant whose base_weight is 'unused'\n"
+                f"{self.path}: {reads} was used by a variant whose base_weight is 'unused'\n"
                 f"  declare base_weight = 'read' (dequantised values will do) or 'dense' on the variant class"
             )
+        # The module that is called may be a replica of the one that was attached to (DataParallel).
+        base: BaseLayer = site.base
+        return base if base.module is self._module else replace(base, module=self._module)
 
 
-class _Part(Layer):
-    def __init__(self, whole: Layer, prefix: str, cfg: Any, c: float) -> None:
-        super().__init__(whole._module, whole._slot, whole._dtype, whole._expert, {**whole._instead, "training": False})
-        for name, value in {"_whole": whole, "_prefix": prefix, "_cfg": cfg, "_c": c}.items():
-            object.__setattr__(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("lora_"):
-            raise AttributeError(name)
-        return getattr(self._whole, f"lora_{self._prefix}_{name.removeprefix('lora_')}")
-
-    @property
-    def cfg(self) -> Any:
-        return self._cfg
-
-    @property
-    def scale(self) -> Any:
-        return self._whole.scale * self._c
-
-    @property
-    def is_off(self) -> bool:
-        return self._c == 0 or self._whole.is_off
-
-    @property
-    def is_whole(self) -> bool:
-        return self._c == 1 and self._whole.is_whole
-
-    def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        return super().constant(f"{self._prefix} {name}", compute, *inputs)
+WEIGHTS: dict[str, Callable[[nn.Module, int | None, Tensor], Tensor]] = {}
+"""What `dense_weight(of)` can be of beside "base": from (module, expert, base weight (d_out, d_in)) to such a weight."""
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Keys of tensors, in a model's `state_dict()` and in files, and whether two sides have the same ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from ..errors import CheckpointError, brief
 
@@ -10,8 +11,20 @@ def file_key(path: str, tensor: str) -> str:
     return f"{path}.{tensor}" if path else tensor
 
 
-def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
+@runtime_checkable
+class HasShape(Protocol):
+    """A tensor, a ParamSpec, an entry of a file's header."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+Shaped = HasShape | tuple[int, ...]
+
+
+def check_shapes(tensors: Mapping[str, Shaped], specs: Mapping[str, Shaped], where: str) -> None:
     """CheckpointError unless both sides have the same keys with the same shapes."""
+    got, wanted = ({key: _shape(value) for key, value in side.items()} for side in (tensors, specs))
     missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
     differ = [key for key in wanted if key in got and got[key] != wanted[key]]
     wrong = [f"{key} {brief(got[key])}, wanted {brief(wanted[key])}" for key in differ]
@@ -22,3 +35,7 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[
                 f"  such as {brief('; '.join(keys[:3]), 1200)}\n"
                 f"  an adapter is loaded whole or not at all"
             )
+
+
+def _shape(value: Shaped) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else tuple(value.shape)

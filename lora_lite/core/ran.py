@@ -1,4 +1,4 @@
-"""Which adapted layers a forward has called since attach, as far as their slots remember."""
+"""Which adapted layers a forward has called since attach, as far as their sites remember."""
 
 import sys
 from collections import Counter
@@ -8,32 +8,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base import quant
 from ..base.stacks import starred
 from ..errors import brief
 from .adapter import adapters
-from .session import slots_of
+from .state import sites_of
 
 LONGEST = 600
 """Characters of paths in a message."""
 
 
+def adapted(root: nn.Module) -> dict[str, nn.Module]:
+    """Every layer with an adapter, by path."""
+    return {site.path: site.module for adapter in adapters(root).values() for site in adapter.sites()}
+
+
 def trained(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The parameters of adapters on these layers that are to be trained, by path: none of an adapter at scale 0."""
+    working = [site for layer in layers.values() for site in sites_of(layer).values() if not site.state.is_idle]
     return {
-        f"{slot.path}.{slot.state.attribute(tensor)}": parameter
-        for layer in layers.values()
-        for slot in slots_of(layer).values()
-        for tensor in slot.tensors
-        if isinstance(parameter := getattr(layer, slot.state.attribute(tensor)), nn.Parameter)
-        and parameter.requires_grad
-        and not slot.state.is_idle
+        f"{site.path}.{site.attribute(name)}": tensor
+        for site in working
+        for name, tensor in site.tensors()
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad
     }
-
-
-def adapted(root: nn.Module) -> dict[str, quant.Linear]:
-    """Every layer with an adapter, by path."""
-    return {slot.path: module for adapter in adapters(root).values() for module, slot in adapter.slots()}
 
 
 def uncalled(root: nn.Module) -> set[str]:
@@ -45,15 +42,16 @@ def uncalled(root: nn.Module) -> set[str]:
     """
     layers = adapted(root)
     silent = {path: layer for path, layer in layers.items() if not has_run(layer)}
-    told = {path for path, layer in silent.items() if any(slot.never_ran for slot in slots_of(layer).values())}
-    if len(silent) == len(layers):
-        return told
+    recorded = {path for path, layer in silent.items() if any(site.never_ran for site in sites_of(layer).values())}
+    if not silent or len(silent) == len(layers):
+        return recorded
     compiled = in_graphs(root) | _in_graphs_of_classes(root)
-    return told | {path for path, layer in silent.items() if id(layer) not in compiled}
+    return recorded | {path for path, layer in silent.items() if id(layer) not in compiled}
 
 
 def has_run(layer: nn.Module) -> bool:
-    return any(slot.ran for slot in slots_of(layer).values())
+    """True once a forward has called the layer."""
+    return any(site.ran for site in sites_of(layer).values())
 
 
 def in_graphs(model: nn.Module) -> set[int]:

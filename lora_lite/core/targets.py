@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..base import experts, quant
+from ..base.layer import BaseLayer, layer_of
 from ..base.shapes import not_linear, routers
 from ..base.sharding import shape_of
 from ..base.stacks import NORMS, Modules, Place, Stacks, find_stacks, layer_shapes, place, starred
@@ -43,14 +43,10 @@ class Target:
     experts: int = 0
 
     @classmethod
-    def at(cls, path: str, layer: quant.Linear, stacks: Stacks | None = None) -> "Target | None":
-        """The module as a target; None if it has neither the shape of a linear layer nor fuses experts. Without the
-        model's stacks its place is that of the path alone."""
-        shape = quant.features(layer)
-        if shape is None:
-            return None
-        at = place(path) if stacks is None else stacks.place(path)
-        return cls(path, *shape, quant.describe(layer), *at, experts.count(layer))
+    def of(cls, layer: BaseLayer, stacks: Stacks | None = None) -> "Target":
+        """A layer of a model with these stacks of blocks; without them, its place is that of the path alone."""
+        stack, block = place(layer.path) if stacks is None else stacks.place(layer.path)
+        return cls(layer.path, layer.d_in, layer.d_out, layer.describe(), stack, block, layer.experts)
 
     @property
     def place(self) -> Place:
@@ -80,7 +76,7 @@ class LeftOut(NamedTuple):
 class Selection(NamedTuple):
     """What a config chooses in a model."""
 
-    targets: list[Target]
+    targets: dict[Target, BaseLayer]
     left_out: list[LeftOut]
     asked: bool
     """Were the targets run, where that can be, to see that they are linear?"""
@@ -88,7 +84,7 @@ class Selection(NamedTuple):
 
 def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
     """The layers that every filter of the config lets pass, in module order. Raises as `select`."""
-    return select(model, cfg).targets
+    return list(select(model, cfg).targets)
 
 
 def select(model: nn.Module, cfg: BaseConfig) -> Selection:
@@ -101,11 +97,12 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     modules = dict(model.named_modules())
     shapes = layer_shapes(modules)
     stacks = find_stacks(modules, shapes)
-    layers = [t for path in shapes if (t := Target.at(path, modules[path], stacks)) is not None]
-    reachable = [t for t in layers if cfg.FUSED_EXPERTS or not t.experts]
+    layers = [layer for path in shapes if (layer := layer_of(modules[path], path)) is not None]
+    known = {Target.of(layer, stacks): layer for layer in layers}
+    reachable = [t for t in known if cfg.FUSED_EXPERTS or not t.experts]
     _check_layers(cfg, stacks)
     asked = not cfg.target_names and "writer" not in cfg.target_roles
-    left_out = [] if cfg.target_names else _left_out(model, modules, layers, stacks, cfg, asked)
+    left_out = [] if cfg.target_names else _left_out(model, modules, list(known), stacks, cfg, asked)
     unasked = {path for path, _ in left_out}
     named = [t for t in reachable if t.path not in unasked and _named(t.path, cfg)]
     targets = [t for t in named if _deep(t.place, cfg, stacks)]
@@ -116,7 +113,7 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
             _check_writers(model, modules, cfg, stacks, text, reachable, targets, width)
     if not targets:
         raise TargetError(_nothing_found(model, cfg, reachable, left_out))
-    return Selection(targets, left_out, asked)
+    return Selection({target: known[target] for target in targets}, left_out, asked)
 
 
 def _left_out(

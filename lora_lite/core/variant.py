@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,12 @@ _FILL: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@runtime_checkable
-class Variant(Protocol):
+class Variant:
     """An adapter method: static maths over a Layer view, and what it asks of the runtime.
 
     The class itself is used; it is never instantiated. A registered class needs `name`, `param_specs` and at least one
-    of `forward` and `forward_input`. `register` gives it the defaults below for all else, so that the runtime reads
-    declared attributes and never probes.
+    of `forward` and `forward_input`, and need not inherit: `register` makes it a subclass of this one. So all else has
+    the defaults below, and the runtime reads declared attributes and never probes.
 
     base_weight        "unused": any kind of layer. "read": its values, dequantised ones too.
                        "dense": an unquantised layer only. Or a function of the config that gives one of them
@@ -91,7 +90,7 @@ class Variant(Protocol):
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
         """The tensors at a layer (d_out, d_in), by a name that starts with `lora_`."""
-        ...
+        raise NotImplementedError
 
     @staticmethod
     def init(layer: Layer, cfg: Any) -> None:
@@ -119,38 +118,32 @@ class Variant(Protocol):
     """`(layer, x) -> x_new`, before the layer."""
 
 
-REGISTRY: dict[str, Variant] = {}
+REGISTRY: dict[str, type[Variant]] = {}
 """Every registered variant, by name."""
-
-_DEFAULTS = (
-    *("config", "base_weight", "has_identity_init", "handles_scale", "needs_calibration", "live", "leads"),
-    *("default_lr", "init", "group_init", "refresh", "low_rank", "forward", "forward_input"),
-)
 
 _USES = ("unused", "read", "dense")
 
-V = TypeVar("V")
 
-
-def register(cls: type[V]) -> type[V]:
+def register(cls: Any) -> Any:
     """Class decorator: make a variant known under `cls.name`. Raises VariantError."""
-    missing = [item for item in ("name", "param_specs") if not hasattr(cls, item)]
-    if not (hasattr(cls, "forward") or hasattr(cls, "forward_input")):
+    missing = [
+        item for item in ("name", "param_specs") if getattr(cls, item, None) in (None, getattr(Variant, item, None))
+    ]
+    if not (getattr(cls, "forward", None) or getattr(cls, "forward_input", None)):
         missing.append("forward or forward_input")
     if missing:
         raise VariantError(
             f"variant class {cls.__name__} lacks {', '.join(missing)}\n  the contract is lora_lite.Variant's docstring"
         )
-    name = cls.name  # type: ignore[attr-defined]
+    name: str = cls.name
     if name in REGISTRY:
         raise VariantError(
             f"variant {name!r} is registered already, by {_origin(REGISTRY[name])}\n  give {_origin(cls)} another name"
         )
-    for item in _DEFAULTS:
-        if not hasattr(cls, item):
-            setattr(cls, item, Variant.__dict__[item])
+    if not issubclass(cls, Variant):
+        cls = type(cls.__name__, (cls, Variant), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
     _check(cls)
-    REGISTRY[name] = cls  # type: ignore[assignment]
+    REGISTRY[name] = cls
     return cls
 
 
@@ -173,7 +166,7 @@ def _origin(cls: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def lookup(name: str) -> Variant:
+def lookup(name: str) -> type[Variant]:
     """The variant registered under a name. Raises VariantError."""
     if name not in REGISTRY:
         raise VariantError(

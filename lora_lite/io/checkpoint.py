@@ -26,17 +26,20 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from ..base import fingerprint, sharding
+from ..base import sharding
+from ..base.fingerprint import BaseRecord, check_same_base, other_base, same_base
+from ..base.layer import layer_of
 from ..base.stacks import find_stacks
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import installed
 from ..core.config import BaseConfig, to_json
 from ..core.names import check_shapes, file_key
-from ..core.plan import attachable, shapes_of, specs_at
 from ..core.ran import uncalled
+from ..core.resolve import attachable, make_sites
+from ..core.state import Site
 from ..core.targets import Target
 from ..core.validate import is_number
-from ..core.variant import ParamSpec, lookup
+from ..core.variant import lookup
 from ..errors import CheckpointError, ConfigError, LoraLiteError, brief
 from ..version import __version__
 from . import raw
@@ -60,7 +63,7 @@ class AdapterFile:
     scale: float
     targets: dict[str, tuple[int, int]]
     per_layer: dict[str, dict[str, Any]]
-    base: dict[str, Any]
+    base: BaseRecord
     on: list[str]
     """Digests of the histories that it was on top of when it was saved."""
     never_ran: list[str]
@@ -97,7 +100,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
             key: sharding.whole(tensor).cpu().clone().contiguous() for key, tensor in adapter.state_dict().items()
         }
         on = _histories(model, name)
-    check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, shapes_of(adapter), f"adapter {name!r} in memory")
+    check_shapes(tensors, adapter.specs(), f"adapter {name!r} in memory")
     cure = "nothing was written; go back to an earlier file, with a lower learning rate"
     check_numbers(tensors, f"adapter {name!r} in memory", cure)
     check_names(tensors, f"adapter {name!r} in memory")
@@ -150,19 +153,15 @@ def load(
     if cfg is not None:
         raise ConfigError(f"{headers[0].path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
     file = _from_header(headers[0])
-    targets, kept = _match(root, file)
-    held = file.tensors()
-    tensors = {file_key(targets[at].path, tensor): held[file_key(at, tensor)] for at, tensor in kept}
-
-    def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return tensors[key].to(device, copy=True)
-
-    changes = {targets[at].path: fields for at, fields in file.per_layer.items()}
-    with installed(root, file.cfg, name, list(targets.values()), changes, values, file.scale) as adapter:
-        adapter.trained_on(_check_base(file, adapter, {at: target.path for at, target in targets.items()}, verify_base))
-        silent = {targets[at].path for at in file.never_ran}
-        for _, slot in adapter.slots():
-            slot.never_ran = slot.path in silent
+    mapping, sites = _match(root, file)
+    in_file = file.tensors()
+    tensors = {site.key(name): in_file[file_key(path, name)] for path, site in sites.items() for name in site.specs}
+    with installed(root, file.cfg, name, list(sites.values()), tensors, file.scale) as adapter:
+        reads = any(site.base_weight != "unused" for site in sites.values())
+        recorded, live = file.base.renamed(mapping), adapter.base_record
+        adapter.set_base_record(check_same_base(str(file.path), recorded, live, adapter.variant, reads, verify_base))
+        for in_file, site in sites.items():
+            site.never_ran = in_file in file.never_ran
     if file.on != _histories(root, name):
         logger.warning(_other_histories(file))
     logger.info(f"loaded {adapter} from {path}")
@@ -192,16 +191,19 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
             f"  (file, adapter): {brief(differ, 600)}\n"
             f"  detach it and use lora_lite.load"
         )
-    names = {slot.path: slot.tensors for _, slot in adapter.slots()}
-    moved = {
-        file_key(at, tensor): file_key(mapping[at], tensor) for at in file.targets for tensor in names[mapping[at]]
-    }
-    _check_base(file, adapter, mapping, verify=True, resume=True)
+    recorded = file.base.renamed(mapping)
+    if not same_base(recorded, adapter.base_record):
+        raise CheckpointError(
+            f"{other_base(str(file.path), recorded, adapter.base_record)}\n"
+            f"  training goes on on its own base: load that, or detach and use lora_lite.load"
+        )
     if file.on != _histories(model, name):
         raise CheckpointError(_other_histories(file))
-    shapes = {key: tuple(sharding.shape_of(tensor)) for key, tensor in adapter.named_tensors()}
-    check_shapes({moved.get(key, key): shape for key, shape in file.header.shapes().items()}, shapes, str(file.path))
-    adapter.load_state_dict({moved.get(key, key): tensor for key, tensor in file.tensors().items()})
+    specs = {site.path: site.specs for site in adapter.sites()}
+    keys = {file_key(path, t): file_key(mapping[path], t) for path in file.targets for t in specs[mapping[path]]}
+    in_model = {keys.get(key, key): entry for key, entry in file.header.entries.items()}
+    check_shapes(in_model, adapter.specs(), str(file.path))
+    adapter.load_state_dict({keys.get(key, key): tensor for key, tensor in file.tensors().items()})
     adapter.scale = file.scale
     logger.info(f"restored {adapter} from {path}")
     return adapter
@@ -273,7 +275,8 @@ def _from_header(header: Header) -> AdapterFile:
         per_layer = _per_layer_of(meta.get("per_layer", {}), cfg, targets)
     except (LoraLiteError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {brief(error, 600)}") from error
-    if not targets or not fingerprint.is_record(meta["base"], targets):
+    base = BaseRecord.from_json(meta["base"], targets)
+    if not targets or base is None:
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
     on = meta.get("on", [])
     if not (isinstance(on, list) and all(isinstance(each, str) and len(each) == DIGEST for each in on)):
@@ -281,7 +284,7 @@ def _from_header(header: Header) -> AdapterFile:
     never_ran = meta.get("never_ran", [])
     if not (isinstance(never_ran, list) and all(isinstance(at, str) and at in targets for at in never_ran)):
         raise CheckpointError(f'{path}: its metadata has "never_ran": {brief(never_ran)}; wanted some of its targets')
-    return AdapterFile(header, cfg, float(scale), targets, per_layer, meta["base"], on, never_ran)
+    return AdapterFile(header, cfg, float(scale), targets, per_layer, base, on, never_ran)
 
 
 def _per_layer_of(entries: Any, cfg: BaseConfig, targets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -329,52 +332,22 @@ def _metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 # ---- from a file to a model ---------------------------------------------------------------------
 
 
-def _match(root: nn.Module, file: AdapterFile) -> tuple[dict[str, Target], list[tuple[str, str]]]:
-    """The model's layer for each path of the file, and all (path, tensor) pairs; CheckpointError unless all fit."""
+def _match(root: nn.Module, file: AdapterFile) -> tuple[dict[str, str], dict[str, Site]]:
+    """The model's path and a site for each path of the file; CheckpointError unless all fit."""
     modules = dict(root.named_modules())
     mapping = resolve(file.path, file.targets, set(modules), type(root).__name__)
-    targets, wanted, stacks = {}, {}, find_stacks(modules)
-    for at, shape in file.targets.items():
-        target = Target.at(mapping[at], modules[mapping[at]], stacks)
-        if target is None or (target.d_in, target.d_out) != shape:
-            found = None if target is None else (target.d_in, target.d_out)
+    targets, stacks = {}, find_stacks(modules)
+    for path, size in file.targets.items():
+        layer = layer_of(modules[mapping[path]], mapping[path])
+        if layer is None or (layer.d_in, layer.d_out) != size:
+            there = None if layer is None else (layer.d_in, layer.d_out)
             raise CheckpointError(
-                f"{file.path}: {at} was saved from a layer with (d_in, d_out) = {shape}, and {mapping[at]} of "
-                f"this {type(root).__name__} has {found}\n  this is another base model"
+                f"{file.path}: {path} was saved from a layer with (d_in, d_out) = {size}, and {mapping[path]} of "
+                f"this {type(root).__name__} has {there}\n  this is another base model"
             )
-        targets[at] = target
-        for tensor, spec in specs_at(target, file.cfg.with_overrides(file.per_layer.get(at, {}))).items():
-            wanted[at, tensor] = tuple(spec.shape)
-    check_shapes(
-        file.header.shapes(),
-        {file_key(*pair): shape for pair, shape in wanted.items()},
-        str(file.path),
-    )
-    return targets, list(wanted)
-
-
-def _check_base(
-    file: AdapterFile, adapter: Adapter, mapping: Mapping[str, str], verify: bool, resume: bool = False
-) -> dict[str, Any]:
-    """The base that the values belong to: this model's; the file's for a method that reads it and goes on another."""
-    here = adapter.base
-    there = {**file.base, "fingerprint": {mapping[at]: values for at, values in file.base["fingerprint"].items()}}
-    if fingerprint.same_base(there, here):
-        return here
-    message = (
-        f"{file.path} was trained on another base than this one\n"
-        f"  file:  {fingerprint.base_line(there)}\n"
-        f"  model: {fingerprint.base_line(here)}"
-    )
-    reads = any(slot.base_weight != "unused" for _, slot in adapter.slots())
-    if resume:
-        raise CheckpointError(
-            f"{message}\n  training goes on on its own base: load that, or detach and use lora_lite.load"
-        )
-    if verify and reads:
-        raise CheckpointError(
-            f"{message}\n  {adapter.variant!r} depends on the values of its base weight: load it on its own base, or "
-            f"say verify_base=False if you know that the difference does not matter"
-        )
-    logger.warning(f"{message}\n  its outputs will not be those that it was trained for")
-    return there if reads else here
+        targets[Target.of(layer, stacks)] = layer
+    overrides = {mapping[path]: fields for path, fields in file.per_layer.items()}
+    sites = dict(zip(file.targets, make_sites(targets, file.cfg, overrides), strict=True))
+    specs = {file_key(path, name): spec for path, site in sites.items() for name, spec in site.specs.items()}
+    check_shapes(file.header.entries, specs, str(file.path))
+    return mapping, sites

@@ -11,7 +11,7 @@ What wrappers put before and within a path is resolved as in keys.py.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,23 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from ..base import experts, quant, sharding
-from ..base.stacks import find_stacks
+from ..base import sharding
+from ..base.fingerprint import BY_VALUES, tell_other_base
+from ..base.layer import BaseLayer, layer_of
+from ..base.stacks import Stacks, find_stacks
+from ..base.storage import DENSE, Storage, spread
 from ..core.adapter import Adapter, adapters
 from ..core.attach import installed
 from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
-from ..core.plan import changes_at, checked_config, configs_at, specs_at
+from ..core.resolve import checked_config, make_sites, overrides_at, specs_at
+from ..core.state import Site
 from ..core.targets import Target
-from ..core.variant import REGISTRY, ParamSpec, config_for
+from ..core.variant import REGISTRY, config_for
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, LoraLiteError, brief
 from .keys import core, plain_key, resolve
-from .safetensors import DTYPES, Header, check_numbers
+from .safetensors import DTYPES, Entry, Header, check_numbers
 
 Layers = dict[str, dict[str, str]]
 """Path of a layer in the file -> name of a tensor of the adapter there -> its key in the file."""
@@ -49,8 +53,8 @@ class _Raw:
     base: dict[str, str] = field(default_factory=dict)
     """Key of a base tensor, in our naming -> in the file's."""
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.held[key].entries[key].shape
+    def entry(self, key: str) -> Entry:
+        return self.held[key].entries[key]
 
     def read(self, key: str) -> Tensor:
         return self.held[key].read([key])[key]
@@ -64,7 +68,7 @@ class _Base:
     different: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     """Those that can't be compared: codes on one side and numbers on the other."""
-    prints: dict[str, list[Any]] = field(default_factory=dict)
+    fingerprints: dict[str, list[Any]] = field(default_factory=dict)
     """Path of a target -> the fingerprint of the file's weight, where that isn't the live one's."""
 
     def __str__(self) -> str:
@@ -82,22 +86,17 @@ def load_raw(
     raw = _sorted_keys(path, {key: header for header in headers for key in header.entries}, live)
     chosen = _chosen(raw, name)
     layers = raw.layers[chosen]
-    targets = _targets(root, path, layers)
+    in_model, stacks = _layers(root, path, layers), find_stacks(dict(root.named_modules()))
     if cfg is None:
-        raise CheckpointError(_description(raw, layers, targets))
-    order = {at: i for i, (at, _) in enumerate(root.named_modules())}
-    inorder = sorted(targets.values(), key=lambda target: order[target.path])
-    changes = changes_at(checked_config(cfg), inorder)
-    _check_complete(raw, layers, targets, configs_at(cfg, inorder, changes))
+        raise CheckpointError(_description(raw, layers, {p: Target.of(layer) for p, layer in in_model.items()}))
+    sites = _sites(checked_config(cfg), in_model, stacks)
+    _check_complete(raw, layers, sites)
     mapping = resolve(path, raw.base, set(live), type(root).__name__, "base tensors")
-    keys = {file_key(targets[at].path, tensor): key for at, held in layers.items() for tensor, key in held.items()}
-
-    def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-        value = raw.read(keys[key])
-        check_numbers({keys[key]: value}, str(path), "save the adapter again")
-        return value.to(device)
-
-    with installed(root, cfg, name, inorder, changes, values) as adapter:
+    keys = {site.key(tensor): key for p, site in sites.items() for tensor, key in layers[p].items()}
+    tensors = {key: raw.read(in_file) for key, in_file in keys.items()}
+    check_numbers({keys[key]: tensor for key, tensor in tensors.items()}, str(path), "save the adapter again")
+    order = {module: i for i, module in enumerate(root.modules())}
+    with installed(root, cfg, name, sorted(sites.values(), key=lambda site: order[site.module]), tensors) as adapter:
         found = _compared(root, raw, {mapping[at]: key for at, key in raw.base.items()}, live, adapter)
         _check_base(path, adapter, found, verify_base)
     others = [f"adapter {who!r} ({sum(map(len, at.values()))})" for who, at in raw.layers.items() if who != chosen]
@@ -112,10 +111,10 @@ def load_raw(
 def _base_tensors(root: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict without what adapters have put there."""
     ours = {
-        file_key(slot.path, slot.state.attribute(tensor))
+        file_key(site.path, site.attribute(tensor))
         for adapter in adapters(root).values()
-        for _, slot in adapter.slots()
-        for tensor in slot.tensors
+        for site in adapter.sites()
+        for tensor in site.specs
     }
     return {key: t for key, t in root.state_dict().items() if isinstance(t, Tensor) and key not in ours}
 
@@ -167,48 +166,52 @@ def _chosen(raw: _Raw, name: str) -> str:
     return names[0]
 
 
-def _targets(root: nn.Module, path: Path, layers: Layers) -> dict[str, Target]:
+def _layers(root: nn.Module, path: Path, layers: Layers) -> dict[str, BaseLayer]:
     """The model's layer for each path with adapter tensors. Raises CheckpointError."""
     modules = dict(root.named_modules())
     mapping = resolve(path, layers, set(modules), type(root).__name__)
-    targets, stacks = {}, find_stacks(modules)
-    for at, tensors in layers.items():
-        module = modules[mapping[at]]
-        target = Target.at(mapping[at], module, stacks)
-        if target is None:
+    targets = {}
+    for in_file, tensors in layers.items():
+        module = modules[mapping[in_file]]
+        layer = layer_of(module, mapping[in_file])
+        if layer is None:
             raise CheckpointError(
-                f"{path}: {at} has adapter tensors ({brief(', '.join(tensors))}), and in this {type(root).__name__} it "
-                f"is no linear layer but {type(module).__name__}\n  load it on its own model"
+                f"{path}: {in_file} has adapter tensors ({brief(', '.join(tensors))}), and in this "
+                f"{type(root).__name__} it is no linear layer but {type(module).__name__}\n  load it on its own model"
             )
-        targets[at] = target
+        targets[in_file] = layer
     return targets
 
 
-def _check_complete(
-    raw: _Raw, layers: Layers, targets: Mapping[str, Target], configs: Mapping[str, BaseConfig]
-) -> None:
+def _sites(cfg: BaseConfig, layers: Mapping[str, BaseLayer], stacks: Stacks) -> dict[str, Site]:
+    """A site for each path of the file, with the overrides that the config's regexes give it."""
+    targets = {Target.of(layer, stacks): layer for layer in layers.values()}
+    overrides = overrides_at(cfg, [target.path for target in targets])
+    return dict(zip(layers, make_sites(targets, cfg, overrides), strict=True))
+
+
+def _check_complete(raw: _Raw, layers: Layers, sites: Mapping[str, Site]) -> None:
     """CheckpointError unless each layer has exactly the variant's tensors, each of its shape."""
-    got = {file_key(at, tensor): raw.shape(key) for at, held in layers.items() for tensor, key in held.items()}
-    at_layers = {at: specs_at(targets[at], configs[targets[at].path]) for at in layers}
-    specs = {file_key(at, tensor): spec for at, there in at_layers.items() for tensor, spec in there.items()}
+    got = {file_key(path, tensor): raw.entry(key) for path, keys in layers.items() for tensor, key in keys.items()}
+    specs = {file_key(path, tensor): spec for path, site in sites.items() for tensor, spec in site.specs.items()}
     missing = [key for key in specs if key not in got]
     if missing and not any(specs[key].trainable for key in missing):
         raise CheckpointError(
             f"{raw.path}: {len(missing)} of its buffers are missing, such as {missing[0]}\n"
             f"  a checkpoint of PEFT's has none; its adapter folder is read by lora_lite.load_peft(model, folder)"
         )
-    empty = [key for key, shape in got.items() if shape == (0,)]
+    empty = [key for key, entry in got.items() if entry.shape == (0,)]
     if empty:
         raise CheckpointError(
             f"{raw.path}: {len(empty)} adapter tensors are empty, such as {empty[0]}, as ZeRO-3 leaves them outside of "
             f"a gather\n  consolidate the checkpoint again (stage3_gather_16bit_weights_on_model_save, zero_to_fp32)"
         )
-    check_shapes(got, {key: tuple(spec.shape) for key, spec in specs.items()}, str(raw.path))
+    check_shapes(got, specs, str(raw.path))
 
 
 def _description(raw: _Raw, layers: Layers, targets: Mapping[str, Target]) -> str:
     """What the tensors look like, for a caller who has to say what they are."""
-    shapes = {at: {tensor: raw.shape(key) for tensor, key in held.items()} for at, held in layers.items()}
+    shapes = {at: {tensor: raw.entry(key).shape for tensor, key in held.items()} for at, held in layers.items()}
     at, first = next(iter(shapes.items()))
     ranks = sorted({n for shape in first.values() for n in shape if n > 0})
     lacks = [(cfg, [_lacking(targets[at], shapes[at], cfg) for at in shapes]) for cfg in _candidates(ranks)]
@@ -259,30 +262,30 @@ def _compared(
     root: nn.Module, raw: _Raw, keys: Mapping[str, str], live: Mapping[str, Tensor], adapter: Adapter
 ) -> _Base:
     """The file's tensors, by live key, against the live ones; one at a time is in memory."""
-    modules = dict(root.named_modules())
-    kinds = {file_key(at, "weight"): quant.kind_of(m) for at, m in modules.items() if quant.features(m)}
-    weights = {file_key(at, experts.NAME if experts.count(modules[at]) else "weight"): at for at in adapter.targets}
+    layers = {file_key(p, "weight"): layer for p, m in root.named_modules() if (layer := layer_of(m, p)) is not None}
+    weights = {file_key(site.path, site.base.kind.weight): site.path for site in adapter.sites()}
     found = _Base()
-    for at, key in keys.items():
-        same = same_tensor(live[at], raw.held[key], key, kinds.get(at, quant.Kind.DENSE))
-        (found.unknown if same is None else found.equal if same else found.different).append(at)
-        entry = raw.held[key].entries[key]
-        if at in weights and not same and entry.dtype in DTYPES:
-            found.prints[weights[at]] = [dtype_name(DTYPES[entry.dtype]), *quant.spread(raw.read(key))]
+    for key, in_file in keys.items():
+        storage = layers[key].storage if key in layers else DENSE
+        same = same_tensor(live[key], raw.held[in_file], in_file, storage)
+        (found.unknown if same is None else found.equal if same else found.different).append(key)
+        entry = raw.entry(in_file)
+        if key in weights and not same and entry.dtype in DTYPES:
+            found.fingerprints[weights[key]] = [dtype_name(DTYPES[entry.dtype]), *spread(raw.read(in_file))]
     return found
 
 
-def same_tensor(live: Tensor, header: Header, key: str, kind: quant.Kind) -> bool | None:
+def same_tensor(live: Tensor, header: Header, key: str, storage: Storage) -> bool | None:
     """Are they equal: bit for bit in one dtype, of two float dtypes to the coarser one's rounding? None: can't tell.
 
-    kind    that of the layer whose weight it is; DENSE for any other tensor
+    storage    that of the layer whose weight it is; dense for any other tensor
     """
     entry = header.entries[key]
     dtype = DTYPES.get(entry.dtype)
     alike = dtype == live.dtype and entry.shape == tuple(live.shape)
-    if dtype is None or live.is_meta or sharding.is_sharded(live) or kind is quant.Kind.UNKNOWN:
+    if dtype is None or live.is_meta or sharding.is_sharded(live) or not storage.is_known:
         return None
-    if not alike and (kind is not quant.Kind.DENSE or dtype.is_floating_point != live.is_floating_point()):
+    if not alike and (not storage.is_dense or dtype.is_floating_point != live.is_floating_point()):
         return None
     if entry.shape != tuple(live.shape) or not (alike or dtype.is_floating_point):
         return False
@@ -302,20 +305,15 @@ def same_tensor(live: Tensor, header: Header, key: str, kind: quant.Kind) -> boo
 
 def _check_base(path: Path, adapter: Adapter, found: _Base, verify_base: bool) -> None:
     """CheckpointError for a method that depends on its base weight, where that isn't known to be this one."""
-    reads = any(slot.base_weight != "unused" for _, slot in adapter.slots())
-    if not found.different and not (reads and found.prints):
+    reads = any(site.base_weight != "unused" for site in adapter.sites())
+    if not found.different and not (reads and found.fingerprints):
         return
-    doubtful = found.different or found.unknown
+    base, doubtful = adapter.base_record, found.different or found.unknown
     message = (
-        f"{path} holds another base than this {adapter.base['class']}: {found}\n"
+        f"{path} holds another base than this {base.class_name}: {found}\n"
         f"  such as {brief('; '.join(doubtful[:3]), 1200)}"
     )
-    if reads and verify_base:
-        raise CheckpointError(
-            f"{message}\n  {adapter.variant!r} depends on the values of its base weight: load it on its own base, or "
-            f"say verify_base=False if you know that the difference does not matter"
-        )
-    logger.warning(f"{message}\n  its outputs will not be those that it was trained for")
-    if reads and found.prints:
-        here = adapter.base
-        adapter.trained_on({**here, "quantization": None, "fingerprint": here["fingerprint"] | found.prints})
+    tell_other_base(message, adapter.variant, reads, verify_base, BY_VALUES)
+    if reads and found.fingerprints:
+        fingerprint = base.fingerprint | found.fingerprints
+        adapter.set_base_record(replace(base, quantization=None, fingerprint=fingerprint))

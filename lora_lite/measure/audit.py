@@ -13,11 +13,11 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..base import probe, quant, sharding
+from ..base import probe, sharding
 from ..base.stacks import starred
 from ..base.still import random_kept
 from ..core.ran import adapted, grouped, in_graphs, trained
-from ..core.session import check_unmerged, session_of, slots_of
+from ..core.state import check_unmerged, session_of, sites_of
 from ..errors import TargetError
 from .calls import Calls, reading, watching
 
@@ -115,39 +115,39 @@ def watched_step(model: nn.Module) -> Iterator[None]:
         )
 
 
-def _at_work(model: nn.Module) -> tuple[nn.Module, dict[str, quant.Linear]]:
+def _at_work(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The module that adapters were attached to, and each layer with an adapter that isn't off. Raises TargetError."""
     root, session = session_of(model)
     check_unmerged(session, "audit")
     layers = adapted(root)
-    on = {path: layer for path, layer in layers.items() if any(not s.state.is_idle for s in slots_of(layer).values())}
+    on = {path: layer for path, layer in layers.items() if any(not s.state.is_idle for s in sites_of(layer).values())}
     if not on:
         why, cure = ("every adapter is at scale 0", "set a scale") if layers else ("no adapter", "attach one")
         raise TargetError(f"nothing to audit on this {type(root).__name__}: {why}\n  {cure} first")
     return root, on
 
 
-def _check_gradients(root: nn.Module, on: Mapping[str, quant.Linear]) -> None:
+def _check_gradients(root: nn.Module, on: Mapping[str, nn.Module]) -> None:
     """As attach does, since load doesn't: what is loaded may be for inference."""
     if trained(on):
         probe.check_gradients(root, on)
 
 
-def bypassed(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
+def bypassed(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[str]:
     """Lines of a message on layers that were not called although their weight was read."""
     if read := (layers.keys() - calls.called) & calls.read:
         yield f"  never called, while the model reads the weight itself: {grouped(read)}"
         yield "    no adapter on them can have an effect: leave them out with exclude_names"
 
 
-def unused(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
+def unused(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[str]:
     """Lines on layers that were not called although the module around them was."""
     if never := (layers.keys() - calls.called - calls.read) & calls.reached:
         yield f"  not called in this forward, although the module around it was: {grouped(never)}"
         yield "    leave them out with exclude_names, or give a batch that calls them (an image, another expert)"
 
 
-def unreached(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
+def unreached(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[str]:
     """Lines on layers in parts of the model that were not called at all."""
     never = layers.keys() - calls.called - calls.reached - calls.read
     if never:
@@ -155,7 +155,7 @@ def unreached(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]
         yield "    give a batch that takes every path (an image, another expert), or leave them out with exclude_names"
 
 
-def without_gradient(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[str]:
+def without_gradient(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[str]:
     """Lines on parameters of layers that were called, and whose gradient is None."""
     ran = {path: layer for path, layer in layers.items() if path in calls.called}
     none = trained(ran).keys() - calls.gradients

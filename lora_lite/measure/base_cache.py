@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..base import sharding
 from ..core.adapter import adapters
-from ..core.session import session_of
+from ..core.state import session_of
 
 MEMO_BYTES = 1 << 30
 """Of base-side results that a model with adapters keeps; the oldest goes first."""

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..base import quant
 from ..base.still import still
-from ..core.layer import Slot
 from ..core.ran import grouped, has_run, trained, uncalled
-from ..core.session import slots_of
+from ..core.state import Site, sites_of
 from ..errors import ConfigError, TargetError, brief
 
 NEVER_RAN = ("raise", "merge")
@@ -41,7 +39,7 @@ class Calls:
 
 
 @contextmanager
-def reading(layers: Mapping[str, quant.Linear], calls: Calls) -> Iterator[None]:
+def reading(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
     """Within the block, `calls.read` gets the layers whose weights an operation of torch is given.
 
     No gradient is needed, so it serves for the codes of quantised weights too. Compiled parts run uncompiled: in a
@@ -59,9 +57,9 @@ class _Reads(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, layers: Mapping[str, quant.Linear], calls: Calls) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], calls: Calls) -> None:
         super().__init__()
-        self._weights = {path: quant.stored_parameter(layer) for path, layer in layers.items()}
+        self._weights = {path: next(iter(sites_of(layer).values())).base.stored for path, layer in layers.items()}
         self._paths = {id(weight): path for path, weight in self._weights.items()}
         self._read = calls.read
 
@@ -75,7 +73,7 @@ class _Reads(TorchDispatchMode):
 
 
 @contextmanager
-def watching(root: nn.Module, layers: Mapping[str, quant.Linear]) -> Iterator[Calls]:
+def watching(root: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
     """Within the block, notes which of these layers of the model are called, whose parents, and which parameters of
     adapters get a gradient."""
     calls, modules = Calls(), dict(root.named_modules())
@@ -83,14 +81,14 @@ def watching(root: nn.Module, layers: Mapping[str, quant.Linear]) -> Iterator[Ca
     children: dict[str, set[str]] = {}
     for path, layer in layers.items():
         children.setdefault(_caller(modules, places[id(layer)]), set()).add(path)
-    slots = {path: list(slots_of(layer).values()) for path, layer in layers.items()}
-    before = [(slot, slot.ran) for at in slots.values() for slot in at]
+    sites = {path: list(sites_of(layer).values()) for path, layer in layers.items()}
+    before = [(site, site.ran) for at in sites.values() for site in at]
     with ExitStack() as stack:
         for parent, paths in children.items():
             hook = partial(_note, calls.reached, paths)
             stack.callback(modules[parent].register_forward_pre_hook(hook).remove)
-        for slot, _ in before:
-            slot.ran = False
+        for site, _ in before:
+            site.ran = False
         fresh = {key: p for key, p in trained(layers).items() if p.grad is None}
         for key, parameter in trained(layers).items():  # DeepSpeed empties .grad, FSDP2 exchanges what a hook is on
             stack.callback(parameter.register_hook(partial(_note, calls.gradients, {key})).remove)
@@ -98,9 +96,9 @@ def watching(root: nn.Module, layers: Mapping[str, quant.Linear]) -> Iterator[Ca
             yield calls
         finally:
             calls.gradients.update(key for key, p in fresh.items() if p.grad is not None)
-            calls.called.update(path for path, at in slots.items() if any(slot.ran for slot in at))
-            for slot, ran in before:
-                slot.ran = ran or slot.ran
+            calls.called.update(path for path, at in sites.items() if any(site.ran for site in at))
+            for site, ran in before:
+                site.ran = ran or site.ran
 
 
 def _note(noted: set[str], names: set[str], *_: Any) -> None:
@@ -117,7 +115,7 @@ def _caller(modules: Mapping[str, nn.Module], path: str) -> str:
     return path
 
 
-def check_called(root: nn.Module, layers: Mapping[str, quant.Linear], never_ran: str) -> None:
+def check_called(root: nn.Module, layers: Mapping[str, nn.Module], never_ran: str) -> None:
     """TargetError for layers that no forward has called since attach, although one has called others, or whose weights
     the model reads without calling them.
 
@@ -157,12 +155,12 @@ def refusal(paths: Iterable[str], of: int) -> str:
     )
 
 
-def _dummy_forward(root: nn.Module, layers: Mapping[str, quant.Linear]) -> tuple[Calls, str]:
+def _dummy_forward(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[Calls, str]:
     """What one forward of the model's own dummy inputs does with these layers, and why it doesn't reach them all. The
     model is as it was afterwards."""
     if not isinstance(inputs := getattr(root, "dummy_inputs", None), Mapping):
         return Calls(), f"this {type(root).__name__} has no dummy_inputs to run"
-    flags = [(slot, slot.ran) for slot in _slots(layers)]
+    flags = [(site, site.ran) for site in _sites(layers)]
     calls = Calls()
     try:
         device = next(p.device for p in root.parameters() if not p.is_meta)
@@ -172,10 +170,10 @@ def _dummy_forward(root: nn.Module, layers: Mapping[str, quant.Linear]) -> tuple
     except Exception as error:  # of someone else's forward, on inputs that may not suit it: said in the warning
         return Calls(), f"its dummy_inputs don't run ({type(error).__name__}: {brief(error)})"
     finally:
-        for slot, ran in flags:
-            slot.ran = ran
+        for site, ran in flags:
+            site.ran = ran
     return calls, "its dummy_inputs don't reach them"
 
 
-def _slots(layers: Mapping[str, nn.Module]) -> list[Slot]:
-    return [slot for layer in layers.values() for slot in slots_of(layer).values()]
+def _sites(layers: Mapping[str, nn.Module]) -> list[Site]:
+    return [site for layer in layers.values() for site in sites_of(layer).values()]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import experts, quant
+from ..base.layer import layer_of
+from ..base.storage import spread_places
 from ..core.names import file_key
 from ..core.targets import Target
 from ..dtypes import STORAGE_DTYPES, dtype_name
@@ -29,7 +30,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorRef:
     """A weight or a bias of a layer on disk: a tensor of its own, or of one expert alone."""
 
     key: str
@@ -39,12 +40,12 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerLocation:
     """Where a layer is: its weight, of experts that are stored one by one several, and its biases."""
 
     target: Target
-    weight: list[Stored]
-    bias: list[Stored] = field(default_factory=list)
+    weight: list[TensorRef]
+    bias: list[TensorRef] = field(default_factory=list)
     tied_to: str | None = None
     """The module key of what shares the weight, such as the embedding."""
 
@@ -133,26 +134,26 @@ class BaseFolder:
                 left -= len(chunk)
                 yield chunk
 
-    def samples(self, weight: Sequence[Stored]) -> list[Any]:
-        """The print of an unquantised weight, as `record.base_record` takes it from a live layer: dtype, elements."""
+    def samples(self, weight: Sequence[TensorRef]) -> list[Any]:
+        """The print of an unquantised weight, as `base_record` takes it from a live layer: dtype, elements."""
         entries = [self.headers[each.key].entries[each.key] for each in weight]
         dtype = DTYPES.get(entries[0].dtype, torch.uint8)
         numel = torch.Size(entries[0].shape).numel()
         values = []
-        for place in quant.spread_places(numel * len(weight)):
+        for place in spread_places(numel * len(weight)):
             header, entry = self.headers[weight[place // numel].key], entries[place // numel]
             with header.path.open("rb", buffering=0) as file:
                 file.seek(entry.start + place % numel * dtype.itemsize)
                 values.append(float(torch.frombuffer(bytearray(file.read(dtype.itemsize)), dtype=dtype)))
         return [dtype_name(dtype), *values]
 
-    def find(self, file: Path, paths: Iterable[str]) -> dict[str, Place]:
+    def find(self, file: Path, paths: Iterable[str]) -> dict[str, LayerLocation]:
         """Where layers are. CheckpointError unless all are here."""
         modules = self._modules()
         mapping = resolve(file, paths, set(modules), self._name())
         return {at: self._place(path, modules[path]) for at, path in mapping.items()}
 
-    def places(self, file: Path, targets: dict[str, tuple[int, int]]) -> dict[str, Place]:
+    def places(self, file: Path, targets: dict[str, tuple[int, int]]) -> dict[str, LayerLocation]:
         """Where each layer of an adapter file is. CheckpointError unless all are here in their sizes."""
         found = self.find(file, targets)
         for at, place in found.items():
@@ -176,21 +177,20 @@ class BaseFolder:
                 out[key.removesuffix(".weight")] = nn.Linear(d_in, d_out, bias, device="meta")
         return out
 
-    def _place(self, path: str, module: nn.Module) -> Place:
-        target = Target.at(path, module)
-        if target is None:
+    def _place(self, path: str, module: nn.Module) -> LayerLocation:
+        layer = layer_of(module, path)
+        if layer is None:
             raise CheckpointError(
                 f"{path} of {self._name()} is no linear layer, and no experts: {type(module).__name__}"
             )
-        name, bias = (experts.NAME, experts.BIAS) if target.experts else ("weight", "bias")
-        transposed = quant.is_transposed(module) or bool(target.experts and experts.lies_transposed(module))
-        parameter = getattr(module, name)
+        target, name = Target.of(layer), layer.kind.weight
+        parameter = layer.stored
         tied = next((key for owner, key in self._owners.get(id(parameter), []) if owner is not module), None)
-        weight = self._stored(file_key(path, name) if tied is None else tied, target, transposed)
-        biases = [] if getattr(module, bias, None) is None else self._stored(file_key(path, bias), None, False)
-        return Place(target, weight, biases, tied)
+        weight = self._stored(file_key(path, name) if tied is None else tied, target, layer.transposed)
+        biases = [] if layer.bias is None else self._stored(file_key(path, layer.kind.bias), None, False)
+        return LayerLocation(target, weight, biases, tied)
 
-    def _stored(self, key: str, target: Target | None, transposed: bool) -> list[Stored]:
+    def _stored(self, key: str, target: Target | None, transposed: bool) -> list[TensorRef]:
         found = self._by_key.get(key, [])
         if not found:
             raise CheckpointError(
@@ -207,13 +207,13 @@ class BaseFolder:
         for each in found:
             if self.shape(each.key) != (*fused, *matrix):
                 raise CheckpointError(f"{self.path}: {each.key} is {self.shape(each.key)}; wanted {(*fused, *matrix)}")
-        return [Stored(each.key, each.expert, lies) for each in found]
+        return [TensorRef(each.key, each.expert, lies) for each in found]
 
-    def _module_keys(self) -> dict[str, list[Stored]]:
+    def _module_keys(self) -> dict[str, list[TensorRef]]:
         """Module key -> what it is on disk; nothing for a parameter that is computed from several tensors."""
         plain = [key for key in self.headers if key not in {aux for p in self.packed.values() for aux in p.parts}]
         if self.model is None:
-            return {key: [Stored(key)] for key in plain}
+            return {key: [TensorRef(key)] for key in plain}
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -229,25 +229,25 @@ class BaseFolder:
             == [("MergeModulelist", 0)]
         }
         state = self.model.state_dict()
-        found: dict[str, list[Stored]] = {}
+        found: dict[str, list[TensorRef]] = {}
         for key in plain:
             name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
             if pattern is None:
-                found.setdefault(name, []).append(Stored(key))
+                found.setdefault(name, []).append(TensorRef(key))
             elif pattern in one_each:
-                found.setdefault(name, []).append(Stored(key, int(re.findall(r"\.(\d+)(?=\.)", key)[-1])))
+                found.setdefault(name, []).append(TensorRef(key, int(re.findall(r"\.(\d+)(?=\.)", key)[-1])))
         return {name: sorted(each, key=lambda stored: stored.expert or 0) for name, each in found.items()}
 
     def _name(self) -> str:
         return self.path.name if self.model is None else type(self.model).__name__
 
 
-def untied_key(place: Place) -> str:
+def untied_key(place: LayerLocation) -> str:
     """The key under which a head that was tied is stored."""
     return file_key(place.target.path, "weight")
 
 
-def refuse_tied(place: Place) -> TargetError:
+def refuse_tied(place: LayerLocation) -> TargetError:
     """The error for a layer whose weight is another module's as well."""
     return TargetError(
         f"{place.target.path}: its weight is also {place.tied_to}, which would change with it\n"

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..base import quant
+from ..base.bitsandbytes import samples_4bit
+from ..base.storage import Quantization, spread
 from ..dtypes import STORAGE_DTYPES
 from ..errors import CheckpointError, QuantizedWeightError
 from ..io.safetensors import DTYPES, Header, parse_json
@@ -60,10 +61,10 @@ def find_packed(headers: Mapping[str, Header]) -> dict[str, Packed]:
 
 def _packed_4bit(headers: Mapping[str, Header], weight: str, state_key: str, quant_type: str) -> Packed:
     header = headers[state_key]
-    how = parse_json(bytes(header.read([state_key])[state_key].tolist()), f"{header.path}: {state_key}")
-    shape: Any = how.get("shape")
-    dtype, blocksize = getattr(torch, str(how.get("dtype")), None), how.get("blocksize")
-    names = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if "nested_blocksize" in how else [])]
+    stored = parse_json(bytes(header.read([state_key])[state_key].tolist()), f"{header.path}: {state_key}")
+    shape: Any = stored.get("shape")
+    dtype, blocksize = getattr(torch, str(stored.get("dtype")), None), stored.get("blocksize")
+    names = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if "nested_blocksize" in stored else [])]
     parts = {name: f"{weight}.{name}" for name in names} | {f"quant_state.bitsandbytes__{quant_type}": state_key}
     lost = [key for key in (weight, *parts.values()) if key not in headers]
     size = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
@@ -82,52 +83,54 @@ def _numel(headers: Mapping[str, Header], key: str) -> int:
 
 
 def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor, "o i"], list[Any]]:
-    """The numbers that a quantised tensor of a file stands for, in `packed.dtype` (8-bit: float32), and its print."""
+    """The numbers that a quantised tensor of a file stands for, in `packed.dtype` (8-bit: float32), and its fingerprint."""
     read = {name: headers[key].read([key])[key] for name, key in {"": packed.key, **packed.parts}.items()}
     codes = read.pop("")
     if "SCB" in read:
-        print_ = ["int8", *quant.spread(codes), *quant.spread(read["SCB"].float() / 127)]
-        return codes.float().mul_((read["SCB"].float() / 127)[:, None]), print_
+        fingerprint = ["int8", *spread(codes), *spread(read["SCB"].float() / 127)]
+        return codes.float().mul_((read["SCB"].float() / 127)[:, None]), fingerprint
     from bitsandbytes.functional import QuantState
 
     state = QuantState.from_dict(read, device=torch.device("cpu"))
     out = torch.empty(packed.shape, dtype=state.dtype)
     blocks = codes.view(torch.uint8).reshape(-1)
     _dequantize(blocks, _absmax(state), state.blocksize, state.quant_type, out)
-    return out, ["uint8", *quant.samples_4bit(blocks, state)]
+    return out, ["uint8", *samples_4bit(blocks, state)]
 
 
 def as_trained(
-    weight: Float[Tensor, "o i"], how: Mapping[str, Any], dtype: torch.dtype
+    weight: Float[Tensor, "o i"], quantization: Quantization, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "o i"], list[Any]]:
-    """The numbers that a layer computes with once this weight is loaded in `dtype` and quantised; and its print.
+    """The numbers that a layer computes with once this weight is loaded in `dtype` and quantised; and its fingerprint.
 
     4-bit: in `dtype`, in the weight's own memory if it has that dtype. 8-bit: float32. Bit-equal to the live layer's
     `dense_weight()` on a CPU. Raises QuantizedWeightError for a quantiser that isn't known.
     """
     weight = weight.to(dtype).contiguous()
-    if how["method"] == "bitsandbytes-8bit":
+    if quantization.method == "bitsandbytes-8bit":
         return _as_trained_8bit(weight)
-    if how["method"] != "bitsandbytes-4bit" or how["quant_type"] not in ("nf4", "fp4"):
+    if quantization.method != "bitsandbytes-4bit" or quantization.quant_type not in ("nf4", "fp4"):
         raise QuantizedWeightError(
-            f"the adapter was trained on {how['quant_type']} weights ({how['method']}), which can't be made again\n"
+            f"the adapter was trained on {quantization.quant_type} weights ({quantization.method}), which can't be made again\n"
             f'  use base_weights="original"'
         )
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
-    flat, blocksize = weight.view(-1), how["blocksize"]
+    flat, blocksize = weight.view(-1), quantization.blocksize or 64
     codes = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)  # whole from the start: pieces between what comes and
     absmax, offset, nested = torch.empty(-(-len(flat) // blocksize)), None, None  # goes would hold the heap apart
     for start in range(0, len(flat), CHUNK):
-        made, state = quantize_4bit(flat[start : start + CHUNK], blocksize=blocksize, quant_type=how["quant_type"])
+        made, state = quantize_4bit(
+            flat[start : start + CHUNK], blocksize=blocksize, quant_type=quantization.quant_type
+        )
         codes[start // 2 :][: made.numel()] = made.view(-1)
         absmax[start // blocksize :][: state.absmax.numel()] = state.absmax
-    if how["double_quant"]:
+    if quantization.double_quant:
         offset = absmax.mean()
         absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     state = QuantState(absmax, weight.shape, blocksize=blocksize, offset=offset, state2=nested)
-    _dequantize(codes, _absmax(state), blocksize, how["quant_type"], weight)
-    return weight, ["uint8", *quant.samples_4bit(codes, state)]
+    _dequantize(codes, _absmax(state), blocksize, quantization.quant_type, weight)
+    return weight, ["uint8", *samples_4bit(codes, state)]
 
 
 def _as_trained_8bit(weight: Float[Tensor, "o i"]) -> tuple[Float[Tensor, "o i"], list[Any]]:
@@ -135,7 +138,7 @@ def _as_trained_8bit(weight: Float[Tensor, "o i"]) -> tuple[Float[Tensor, "o i"]
 
     made = [int8_vectorwise_quant(rows.half())[:2] for rows in weight.split(max(1, CHUNK // weight.shape[1]))]
     codes, scales = torch.cat([c for c, _ in made]), torch.cat([s for _, s in made]).float() / 127
-    return codes.float().mul_(scales[:, None]), ["int8", *quant.spread(codes), *quant.spread(scales)]
+    return codes.float().mul_(scales[:, None]), ["int8", *spread(codes), *spread(scales)]
 
 
 def _dequantize(codes: UInt8[Tensor, "c"], absmax: Tensor, blocksize: int, quant_type: str, out: Tensor) -> None:

@@ -1,24 +1,24 @@
 """Merging in memory: adapters folded into the weights of their layers, and the exact original weights again.
 
-No variant has code for it: a merged weight is what the adapter's hooks make of the unit vectors (affine.py).
+No variant has code for it: a merged weight is what the adapter's hooks make of the unit vectors (core/effective.py).
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from ..base import experts, probe, quant, sharding
-from ..base.exact import exactly
+from ..base import sharding
+from ..base.exact import full_precision
+from ..base.layer import BaseLayer, layer_of
+from ..base.probe import check_affine
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import detach, uninstall
-from ..core.effective import Affine
-from ..core.layer import Slot
-from ..core.session import Session, Swap, check_unmerged, session_of, slots_of
+from ..core.effective import Affine, in_order, random_rows
+from ..core.state import Session, Site, Swap, check_unmerged, session_of, sites_of
 from ..dtypes import dtype_name, fits
 from ..errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
 from ..measure.calls import check_called, check_choice
@@ -30,13 +30,13 @@ CHOICES = (None, "dequantize", "requantize")
 class _Layer:
     """A layer, with the adapters that go into its weight and those that stay on it."""
 
-    module: Any  # as quant.Linear
-    slots: list[Slot]
-    stay: list[Slot]
+    base: BaseLayer
+    sites: list[Site]
+    stay: list[Site]
 
     @property
     def path(self) -> str:
-        return self.slots[0].path
+        return self.sites[0].path
 
 
 def merge(
@@ -72,7 +72,7 @@ def merge(
     check_choice(never_ran)
     root, session = session_of(model)
     check_unmerged(session, "merge")
-    with exactly(root):
+    with full_precision(root):
         _merge(root, session, name, quantized, keep, never_ran)
 
 
@@ -83,7 +83,7 @@ def _merge(
     if not chosen:
         raise TargetError(f"no adapter on this {type(root).__name__}\n  attach or load one first")
     layers = _layers(root, chosen, quantized)
-    check_called(root, {layer.path: layer.module for layer in layers}, never_ran)
+    check_called(root, {layer.path: layer.base.module for layer in layers}, never_ran)
     errors: dict[str, tuple[float, float]] = {}
     if not keep:
         for layer in layers:
@@ -96,8 +96,8 @@ def _merge(
                 if keep:
                     done.append(swap)
             if not keep:  # so that whatever stops this, each layer has the adapter once: in its weight or on it
-                for slot in layer.slots:
-                    uninstall(layer.module, slot.state.name)
+                for site in layer.sites:
+                    uninstall(site.module, site.state.name)
     except BaseException:
         _undo(done)
         raise
@@ -146,34 +146,36 @@ def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -
     """Every layer that one of these adapters is on. Raises what can be told without computing anything."""
     names = {adapter.name for adapter in chosen}
     holders = Counter(id(p) for module in root.modules() for p in module.parameters(recurse=False))
-    modules = {id(module): module for adapter in chosen for module, _ in adapter.slots()}
+    modules = dict.fromkeys(site.module for adapter in chosen for site in adapter.sites())
     out = []
-    for module in modules.values():
-        slots = sorted(slots_of(module).values(), key=lambda slot: not slot.stacked)  # experts' matrices come first
+    for module in modules:
+        sites = in_order(list(sites_of(module).values()))
+        base = layer_of(module, sites[0].path)
+        assert base is not None
         layer = _Layer(
-            module, [s for s in slots if s.state.name in names], [s for s in slots if s.state.name not in names]
+            base, [s for s in sites if s.state.name in names], [s for s in sites if s.state.name not in names]
         )
-        kind, weight = quant.kind_of(module), quant.stored(module)
-        _check_holder(layer, kind)
+        weight = base.stored
+        _check_holder(layer)
         if sharding.is_sharded(weight) or weight.is_meta:
             raise TargetError(
                 f"{layer.path}: its weight is {'sharded' if sharding.is_sharded(weight) else 'offloaded'}\n"
                 f"  save the adapter, and merge on a whole model or with lora_lite.merge_checkpoint"
             )
-        if holders[id(quant.stored_parameter(module))] > 1:
+        if holders[id(weight)] > 1:
             raise TargetError(
                 f"{layer.path}: another module shares its weight, as an embedding does with a tied head\n"
                 f"  it would change as well: untie them, or leave the layer out with exclude_names"
             )
-        if kind is quant.Kind.UNKNOWN:
+        if not base.storage.is_known:
             raise QuantizedWeightError(
-                f"{layer.path}: the weight is {quant.describe(module)}, whose numbers can't be read or replaced here\n"
+                f"{layer.path}: the weight is {base.describe()}, whose numbers can't be read or replaced here\n"
                 f"  keep the adapter attached, or use lora_lite.merge_checkpoint on the 16-bit checkpoint"
             )
-        probe.check_affine(module, layer.path)
-        if kind is not quant.Kind.DENSE and quantized is None:
+        check_affine(base)
+        if not base.storage.is_dense and quantized is None:
             raise QuantizedWeightError(
-                f"{layer.path}: the weight is {quant.describe(module)}, which can't hold the sum\n"
+                f"{layer.path}: the weight is {base.describe()}, which can't hold the sum\n"
                 f'  use quantized="dequantize" (a dense layer), "requantize" (quantised again, with its error), or '
                 f"lora_lite.merge_checkpoint on the 16-bit checkpoint"
             )
@@ -181,18 +183,18 @@ def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -
     return out
 
 
-def _check_holder(layer: _Layer, kind: quant.Kind) -> None:
+def _check_holder(layer: _Layer) -> None:
     """TargetError where a new weight would be lost, or others' hooks with the layer that is replaced."""
-    module, weight = layer.module, quant.stored_parameter(layer.module)
+    module, weight = layer.base.module, layer.base.stored
     held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if not any(weight is each for each in held):
         raise TargetError(
             f"{layer.path}: its weight is computed from others at each forward (a parametrisation, weight_norm)\n"
             f"  fold those in first, with torch.nn.utils.parametrize.remove_parametrizations or the like"
         )
-    own = {handle.id for slot in slots_of(module).values() for handle in slot.handles}
+    own = {handle.id for site in sites_of(module).values() for handle in site.handles}
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if kind is not quant.Kind.DENSE and ("forward" in vars(module) or any(set(each) - own for each in hooks)):
+    if not layer.base.storage.is_dense and ("forward" in vars(module) or any(set(each) - own for each in hooks)):
         raise TargetError(
             f"{layer.path}: something else has hooks on this {type(module).__name__}\n"
             f"  another layer will stand in its place: take them off first, and put them on again afterwards"
@@ -203,31 +205,35 @@ def _changes(
     root: nn.Module, layer: _Layer, quantized: str | None, errors: dict[str, tuple[float, float]]
 ) -> list[tuple[Swap, Tensor | nn.Module]]:
     """What to put where for one layer, computed; and what a second quantisation adds, by path."""
-    module, path = layer.module, layer.path
-    if layer.slots[0].target.experts:
+    base, path, bias = layer.base, layer.path, layer.base.bias
+    module = base.module
+    if base.experts:
         return _expert_changes(layer)
-    bias: Tensor | None = getattr(module, "bias", None)
-    if quant.kind_of(module) is quant.Kind.DENSE:
-        weight = quant.plain_weight(module, path)
+    if base.storage.is_dense:
+        weight = base.weight()
         new, new_bias = _folded(layer, weight, bias, weight.dtype, None if bias is None else bias.dtype)
-        stored = new.mT.contiguous() if quant.is_transposed(module) else new
-        changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(module, "weight", module.weight.data), stored)]
+        stored = new.mT.contiguous() if base.transposed else new
+        changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(module, base.kind.weight, base.stored.data), stored)]
         if bias is not None and new_bias is not None:
-            changes.append((Swap(module, "bias", bias.data), new_bias))
+            changes.append((Swap(module, base.kind.bias, bias.data), new_bias))
         elif new_bias is not None:
-            changes.append((Swap(module, "bias", None), nn.Parameter(new_bias, requires_grad=False)))
+            changes.append((Swap(module, base.kind.bias, None), nn.Parameter(new_bias, requires_grad=False)))
         return changes
-    weight = quant.dense_weight(module, path)
-    dtype = _activation_dtype(root)  # the quantised layer casts its input, an nn.Linear does not
+    weight, dtype = (
+        base.dense_weight(),
+        _activation_dtype(root),
+    )  # the quantised layer casts its input, nn.Linear doesn't
     replacement: nn.Module
     if quantized == "dequantize":
-        compute = quant.compute_dtype(module)
+        compute = base.storage.compute_dtype(base)
         weight = weight if compute is None else weight.to(compute).to(weight.dtype)  # the numbers that it multiplies by
-        replacement = quant.dense_module(module, *_folded(layer, weight, bias, dtype))
+        replacement = base.dense_module(*_folded(layer, weight, bias, dtype))
     else:
         new, new_bias = _folded(layer, weight, bias, torch.float32, dtype)
-        replacement = quant.requantized(module, new, new_bias)
-        error = (quant.dense_weight(replacement, path) - new).norm()
+        replacement = base.storage.requantized(base, new, new_bias)
+        again = layer_of(replacement, path)
+        assert again is not None
+        error = (again.dense_weight() - new).norm()
         errors[path] = float(error / new.norm()), float(error / (new - weight).norm())
     places = [(parent, name) for parent in root.modules() for name, child in parent.named_children() if child is module]
     if not places:
@@ -250,24 +256,24 @@ def _activation_dtype(root: nn.Module) -> torch.dtype:
 
 def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
     """Fused experts: each matrix; and each bias, where an adapter acts on the whole block's output."""
-    block, outer = layer.module, [slot for slot in layer.slots if not slot.stacked]
-    stored, biases = experts.stored(block), experts.bias(block)
-    zero = torch.zeros(layer.slots[0].target.d_out, layer.slots[0].target.d_in, device=stored.device)
-    if outer and Affine(block, outer, _compute(stored), stored.device).bias(None, lambda: zero) is not None:
-        names = " or ".join(slot.state.name for slot in outer)
+    base, outer = layer.base, [site for site in layer.sites if not site.stacked]
+    block, stored, biases = base.module, base.stored, base.bias
+    zero = torch.zeros(base.d_out, base.d_in, device=stored.device)
+    if outer and Affine(outer, _compute(stored), stored.device).bias(None, lambda: zero) is not None:
+        names = " or ".join(site.state.name for site in outer)
         raise TargetError(
             f"{layer.path}: {names} adds a constant, and a bias of experts would be weighted as their outputs are\n"
             f"  keep the adapter"
         )
     new = torch.empty_like(stored)
-    for i, matrix in enumerate(experts.oriented(block, stored)):
-        experts.oriented(block, new)[i].copy_(_folded(layer, matrix, None, matrix.dtype, expert=i)[0])
-    changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(block, experts.NAME, stored.data), new)]
+    for i, matrix in enumerate(base.kind.oriented(block, stored)):
+        base.kind.oriented(block, new)[i].copy_(_folded(layer, matrix, None, matrix.dtype, expert=i)[0])
+    changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(block, base.kind.weight, stored.data), new)]
     if biases is not None and outer:
-        affine = Affine(block, outer, _compute(biases), biases.device)
-        made = torch.stack([x for bias in biases if (x := affine.bias(bias, lambda: zero)) is not None])
-        _check_fits(layer, made, biases.dtype)
-        changes.append((Swap(block, experts.BIAS, biases.data), made.to(biases.dtype)))
+        affine = Affine(outer, _compute(biases), biases.device)
+        new_biases = torch.stack([x for bias in biases if (x := affine.bias(bias, lambda: zero)) is not None])
+        _check_fits(layer, new_biases, biases.dtype)
+        changes.append((Swap(block, base.kind.bias, biases.data), new_biases.to(biases.dtype)))
     return changes
 
 
@@ -281,7 +287,7 @@ def _folded(
     expert: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """W' (d_out, d_in) and b', in these dtypes, of which the second is the first if it isn't given."""
-    affine = Affine(layer.module, layer.slots, _compute(weight), weight.device, expert)
+    affine = Affine(layer.sites, _compute(weight), weight.device, expert)
     if layer.stay:
         _check_apart(layer, weight, bias, expert)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -289,9 +295,7 @@ def _folded(
     if new_bias is not None:
         _check_fits(layer, new_bias, bias_dtype or dtype)
         new_bias = new_bias.to(bias_dtype or dtype)
-    for start, stop, columns in affine.columns(weight):
-        _check_fits(layer, columns, dtype)
-        out[:, start:stop] = columns
+    affine.write(weight, out, lambda columns: _check_fits(layer, columns, dtype))
     return out, new_bias
 
 
@@ -305,14 +309,12 @@ def _check_fits(layer: _Layer, merged: Tensor, dtype: torch.dtype) -> None:
 
 def _check_apart(layer: _Layer, weight: Tensor, bias: Tensor | None, expert: int | None) -> None:
     """TargetError unless those that go in and those that stay give the same in this order as in the one attached."""
-    reads = [slot for slot in layer.stay if slot.base_weight != "unused"]
-    everything = sorted(slots_of(layer.module).values(), key=lambda slot: not slot.stacked)
+    reads = [site for site in layer.stay if site.base_weight != "unused"]
+    all_sites = in_order(list(sites_of(layer.base.module).values()))
     whole, inner, outer = (
-        Affine(layer.module, slots, torch.float64, weight.device, expert)
-        for slots in (everything, layer.slots, layer.stay)
+        Affine(sites, torch.float64, weight.device, expert) for sites in (all_sites, layer.sites, layer.stay)
     )
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, whole.d_in, generator=generator, dtype=torch.float64).to(weight.device)
+    (x,) = random_rows((4, whole.d_in), device=weight.device)
     b = None if bias is None else bias.double()
 
     def plain(x: Tensor) -> Tensor:
@@ -321,7 +323,7 @@ def _check_apart(layer: _Layer, weight: Tensor, bias: Tensor | None, expert: int
     wanted = whole(x, plain)
     apart = outer(x, lambda x: inner(x, plain))
     if reads or (apart - wanted).abs().max() > 1e-9 * wanted.abs().max():
-        going, staying = (", ".join(s.state.name for s in slots) for slots in (layer.slots, layer.stay))
+        going, staying = (", ".join(s.state.name for s in sites) for sites in (layer.sites, layer.stay))
         raise TargetError(
             f"{layer.path}: {staying} would act differently on a weight with {going} merged into it\n"
             f"  merge all adapters at once, or detach what stays"

@@ -20,7 +20,7 @@ import torch
 from loguru import logger
 from torch import nn
 
-from ..base.exact import exactly
+from ..base.exact import full_precision
 from ..errors import CheckpointError, ConfigError, LoraLiteError, TargetError
 from ..io.checkpoint import read_file
 from ..io.safetensors import read_json, replacing, sync_folder, write_json
@@ -109,7 +109,7 @@ def merge_checkpoint(
         raise CheckpointError(
             f"{out} is {'the base itself' if out == base.path else 'a mount point'}\n  choose another folder"
         )
-    with exactly(nn.Module()):
+    with full_precision(nn.Module()):
         plan = MergePlan(file, base, base_weights, untie, verify_base)
     others = _others(base.path)
     job = {
@@ -120,7 +120,7 @@ def merge_checkpoint(
     }
     names = [shard.name for shard in plan.shards] + [str(p.relative_to(base.path)) for p in others]
     names += [INDEX, "config.json"]
-    with exactly(nn.Module()), _partial(out, job, names) as partial:
+    with full_precision(nn.Module()), _partial(out, job, names) as partial:
         total = sum(shard.size for shard in plan.shards)
         there = {s.name for s in plan.shards if _size(partial / s.name) == s.size}
         resumed = sum(shard.size for shard in plan.shards if shard.name in there)

@@ -7,30 +7,30 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from loguru import logger
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..base import fingerprint
+from ..base.fingerprint import same_weight, tell_other_base
+from ..base.storage import Quantization
 from ..core.effective import Affine
-from ..core.layer import AdapterState, Slot
 from ..core.names import check_shapes, file_key
-from ..core.plan import is_stacked, specs_at
-from ..core.variant import weight_use
+from ..core.resolve import make_stand_in
+from ..core.state import Site
+from ..core.variant import ParamSpec
 from ..dtypes import dtype_name, fits
 from ..errors import BaseModelError, CheckpointError
 from ..io.checkpoint import AdapterFile
 from ..io.safetensors import DTYPES, write_json
-from .base_folder import BaseFolder, Place, Stored, refuse_tied, untied_key
+from .base_folder import BaseFolder, LayerLocation, TensorRef, refuse_tied, untied_key
 from .bnb_files import as_trained, unpack
 
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass
-class Piece:
+class OutputTensor:
     """One tensor of the output: copied, or computed by `make` as its matrices in order."""
 
     key: str
@@ -44,16 +44,16 @@ class Piece:
 @dataclass
 class Shard:
     name: str
-    tensors: list[Piece] = field(default_factory=list)
+    tensors: list[OutputTensor] = field(default_factory=list)
 
     def header(self) -> bytes:
         """8 bytes of length, and the JSON, padded to a multiple of 8."""
-        at, entries = 0, {}
+        offset, entries = 0, {}
         for tensor in self.tensors:
             entries[tensor.key] = {
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
-                "data_offsets": [at, at := at + tensor.size],
+                "data_offsets": [offset, offset := offset + tensor.size],
             }
         text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -86,136 +86,134 @@ class MergePlan:
     def __init__(self, file: AdapterFile, base: BaseFolder, base_weights: str, untie: bool, verify: bool) -> None:
         self._file, self._base, self._verify, self._warned = file, base, verify, False
         self.places = base.places(file.path, file.targets)
-        self._slots = self._make_slots()
+        self._tensors: Mapping[str, Tensor] = {}
+        self._check_tensors()
         tied = [place for place in self.places.values() if place.tied_to is not None]
         if tied and not untie:
             raise refuse_tied(tied[0])
-        self._beside = {place.weight[0].key: untied_key(place) for place in tied}
-        self._how = file.base["quantization"] or {}
+        self._untied = {place.weight[0].key: untied_key(place) for place in tied}
+        self._quantization = file.base.quantization or Quantization("unknown", "")
+        self._quantize: set[str] = set()  # keys of what goes through the quantiser as it is read
         self._check_base(base_weights)
-        recorded = self._recorded() if base_weights == "as_trained" else []
-        self._quantise = {stored.key for place in recorded for stored in place.weight} - base.packed.keys()
-        made: dict[str, Piece] = {}
-        for at, place in self.places.items():
-            for stored in place.weight:
-                self._put(made, self._beside.get(stored.key, stored.key), stored, self._weights(at, place, stored))
-            for stored in place.bias:
-                if not self._slots[at].stacked:
-                    self._put(made, stored.key, stored, self._biases(at, place, stored))
-        self.merged = len(made)
-        for stored in (stored for place in recorded for stored in place.weight):
-            if stored.key not in made:
-                self._put(made, stored.key, stored, self._plain(stored))
-        self.shards = self._make_shards(made)
+        # The layers that were quantised while the adapter was trained.
+        modules = self._quantization.modules if base_weights == "as_trained" else []
+        quantized = [tensor for place in base.find(file.path, modules).values() for tensor in place.weight]
+        self._quantize = {tensor.key for tensor in quantized} - base.packed.keys()
+        planned: dict[str, OutputTensor] = {}
+        for path, place in self.places.items():
+            for tensor in place.weight:
+                key = self._untied.get(tensor.key, tensor.key)
+                self._put(planned, key, tensor, self._weights(path, place, tensor))
+            for tensor in () if self._site(path).stacked else place.bias:
+                self._put(planned, tensor.key, tensor, self._biases(path, place, tensor))
+        self.merged = len(planned)
+        for tensor in quantized:
+            if tensor.key not in planned:
+                self._put(planned, tensor.key, tensor, self._plain(tensor))
+        self.shards = self._make_shards(planned)
         self._tensors = file.tensors()
 
-    def _make_slots(self) -> dict[str, Slot]:
-        """What the variant sees of each layer. CheckpointError unless the file holds exactly its tensors."""
-        file = self._file
-        targets = [place.target for place in self.places.values()]
-        state = AdapterState("default", file.cfg, targets, file.base, file.scale, per_layer=file.per_layer)
-        slots: dict[str, Slot] = {}
-        wanted: dict[str, tuple[int, ...]] = {}
-        for at, place in self.places.items():
-            cfg = file.cfg.with_overrides(file.per_layer.get(at, {}))
-            if place.target.experts and not cfg.FUSED_EXPERTS:
-                raise CheckpointError(f"{at}: {cfg.variant!r} can't go on fused experts\n  this is another base model")
-            specs = specs_at(place.target, cfg)
-            wanted |= {file_key(at, name): tuple(spec.shape) for name, spec in specs.items()}
-            tensors = {name: spec.keep_dtype for name, spec in specs.items()}
-            slots[at] = Slot(state, place.target, cfg, weight_use(cfg), is_stacked(place.target, cfg), tensors)
-        check_shapes(file.header.shapes(), wanted, str(file.path))
-        return slots
+    def _site(self, path: str, load: Callable[[], Tensor] | None = None) -> Site:
+        """The adapter at one layer, on a stand-in that asks `load` for the weight."""
+        file, target = self._file, self.places[path].target
+        module = _StandIn(target.d_in, target.d_out, load or torch.Tensor)
+        site = make_stand_in(target, file.cfg, module, {}, file.scale, file.per_layer.get(path, {}))
+        for name in site.specs if self._tensors else ():
+            setattr(module, name, self._tensors[file_key(path, name)])
+        return site
 
-    def _recorded(self) -> list[Place]:
-        """The layers that were quantised while the adapter was trained."""
-        modules = self._how.get("modules", [])
-        if not (isinstance(modules, list) and all(isinstance(path, str) for path in modules)):
-            raise CheckpointError(f"{self._file.path}: its record of quantised modules is no list of paths")
-        return list(self._base.find(self._file.path, modules).values())
+    def _check_tensors(self) -> None:
+        """CheckpointError unless the file holds exactly its tensors."""
+        specs: dict[str, ParamSpec] = {}
+        for path, place in self.places.items():
+            site = self._site(path)
+            if place.target.experts and not site.cfg.FUSED_EXPERTS:
+                variant = site.cfg.variant
+                raise CheckpointError(f"{path}: {variant!r} can't go on fused experts\n  this is another base model")
+            specs |= {file_key(path, name): spec for name, spec in site.specs.items()}
+        check_shapes(self._file.header.entries, specs, str(self._file.path))
 
     def _check_base(self, base_weights: str) -> None:
         """Is this the base that the adapter belongs to? What was quantised can be compared only when it is read."""
-        file, base, trained_on = self._file, self._base, set(self._how.get("modules", []))
-        dense = {at: place for at, place in self.places.items() if place.weight[0].key not in base.packed}
-        for at, place in dense.items():
-            if at not in trained_on and not fingerprint.same_weight(
-                base.samples(place.weight), file.base["fingerprint"][at]
-            ):
-                self._other_base(at)
-        if base_weights == "as_trained" or not (quantised := dense.keys() & trained_on):
+        file, base, quantized = self._file, self._base, set(self._quantization.modules)
+        dense = {path: place for path, place in self.places.items() if place.weight[0].key not in base.packed}
+        for path, place in dense.items():
+            if path not in quantized and not same_weight(base.samples(place.weight), file.base.fingerprint[path]):
+                self._other_base(path)
+        if base_weights == "as_trained" or not (comparable := dense.keys() & quantized):
             return
         if self._reads():
-            self._other_base(min(quantised))
-        elif self._how["method"] != "unknown":
-            at = min(sorted(quantised), key=lambda at: dense[at].target.d_in * dense[at].target.d_out)
-            self._quantise = {stored.key for stored in dense[at].weight}
-            self._read(dense[at].weight[0], None, at)  # compares the one layer
+            self._other_base(min(comparable))
+        elif self._quantization.method != "unknown":
+            # One layer is quantised to be compared: the smallest.
+            path = min(sorted(comparable), key=lambda path: dense[path].target.d_in * dense[path].target.d_out)
+            self._quantize = {tensor.key for tensor in dense[path].weight}
+            self._read(dense[path].weight[0], None, path)
 
     def _reads(self) -> bool:
         """Does the method depend on the values of the base weight?"""
-        return any(slot.base_weight != "unused" for slot in self._slots.values())
+        return any(self._site(path).base_weight != "unused" for path in self.places)
 
-    def _other_base(self, at: str) -> None:
+    def _other_base(self, path: str) -> None:
         """Raise or warn: the weight of this layer is not the one that the adapter was trained on."""
         file = self._file
-        message = (
-            f"{at} of {file.path} was trained on another weight than that in {self._base.path}\n"
-            f"  file: {fingerprint.base_line(file.base)}"
-        )
-        if self._reads() and self._verify:
-            raise CheckpointError(
-                f"{message}\n  {file.cfg.variant!r} depends on the values of its base weight: use "
-                f'base_weights="as_trained", the folder it was trained on, or verify_base=False'
-            )
-        if not self._warned:
+        reads = self._reads() and self._verify
+        if reads or not self._warned:
             self._warned = True
-            logger.warning(f"{message}\n  its outputs will not be those that it was trained for")
+            message = (
+                f"{path} of {file.path} was trained on another weight than that in {self._base.path}\n"
+                f"  file: {file.base}"
+            )
+            cure = 'use base_weights="as_trained", the folder it was trained on, or verify_base=False'
+            tell_other_base(message, file.cfg.variant, reads, self._verify, cure)
 
-    def _put(self, made: dict[str, Piece], key: str, stored: Stored, make: Callable[[], Iterator[Tensor]]) -> None:
-        if key in made:
+    def _put(
+        self, planned: dict[str, OutputTensor], key: str, tensor: TensorRef, make: Callable[[], Iterator[Tensor]]
+    ) -> None:
+        if key in planned:
             raise CheckpointError(
                 f"{self._file.path}: two of its layers go into the one tensor {key} of {self._base.path}\n"
                 f"  is this the base that it was trained on?"
             )
-        made[key] = self._computed(key, stored.key, make)
+        planned[key] = self._computed(key, tensor.key, make)
 
-    def _computed(self, key: str, source: str, make: Callable[[], Iterator[Tensor]]) -> Piece:
+    def _computed(self, key: str, source: str, make: Callable[[], Iterator[Tensor]]) -> OutputTensor:
         dtype, shape = self._base.dtype(source), self._base.shape(source)
-        return Piece(key, dtype, shape, torch.Size(shape).numel() * DTYPES[dtype].itemsize, make)
+        return OutputTensor(key, dtype, shape, torch.Size(shape).numel() * DTYPES[dtype].itemsize, make)
 
-    def _make_shards(self, made: Mapping[str, Piece]) -> list[Shard]:
-        base, new = self._base, set(self._beside.values())
+    def _make_shards(self, planned: Mapping[str, OutputTensor]) -> list[Shard]:
+        base, new = self._base, set(self._untied.values())
         parts = {part for packed in base.packed.values() for part in packed.parts.values()}
         shards: dict[str, Shard] = {}
         for key, header in base.headers.items():
             shard = shards.setdefault(header.path.name, Shard(header.path.name))
-            if key in made and key not in new:
-                shard.tensors.append(made[key])
+            if key in planned and key not in new:
+                shard.tensors.append(planned[key])
             elif key in base.packed:
-                shard.tensors.append(self._computed(key, key, self._plain(Stored(key))))
+                shard.tensors.append(self._computed(key, key, self._plain(TensorRef(key))))
             elif key not in parts and key not in new:
                 entry = header.entries[key]
-                shard.tensors.append(Piece(key, entry.dtype, entry.shape, entry.stop - entry.start))
-            if key in self._beside:
-                shard.tensors.append(made[self._beside[key]])
+                shard.tensors.append(OutputTensor(key, entry.dtype, entry.shape, entry.stop - entry.start))
+            if key in self._untied:
+                shard.tensors.append(planned[self._untied[key]])
         return list(shards.values())
 
     # ---- what is computed
 
-    def _weights(self, at: str, place: Place, stored: Stored) -> Callable[[], Iterator[Tensor]]:
-        def make() -> Iterator[Tensor]:
-            many = stored.expert is None and place.target.experts
-            for i in range(place.target.experts) if many else [stored.expert]:
-                yield self._fold(at, place, stored, self._read(stored, i if many else None, at), i)
+    def _weights(self, path: str, place: LayerLocation, tensor: TensorRef) -> Callable[[], Iterator[Tensor]]:
+        def compute() -> Iterator[Tensor]:
+            fused = tensor.expert is None and place.target.experts
+            for i in range(place.target.experts) if fused else [tensor.expert]:
+                yield self._fold(path, place, tensor, self._read(tensor, i if fused else None, path), i)
 
-        return make
+        return compute
 
-    def _fold(self, at: str, place: Place, stored: Stored, weight: Tensor, expert: int | None) -> Tensor:
+    def _fold(
+        self, path: str, place: LayerLocation, tensor: TensorRef, weight: Float[Tensor, "o i"], expert: int | None
+    ) -> Tensor:
         """W' as it lies on disk."""
-        module = self._stand_in(at, place, lambda: weight)
-        slot = self._slots[at]
-        affine = Affine(module, [slot], torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
+        site = self._site(path, lambda: weight)
+        affine = Affine([site], torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
         fused = place.target.experts
         if (fused or not place.bias) and affine.bias(None, lambda: weight) is not None:
             why = (
@@ -224,32 +222,34 @@ class MergePlan:
                 else "this model has no bias to "
                 "hold it\n  from_pretrained would drop one in silence: keep the adapter, or merge in memory"
             )
-            raise CheckpointError(f"{place.target.path}: {slot.state.cfg.variant!r} adds a constant there, and {why}")
-        reads = module.reads
+            raise CheckpointError(f"{place.target.path}: {site.cfg.variant!r} adds a constant there, and {why}")
+        reads = site.module.reads
         affine.prepare()
-        dtype = DTYPES[self._base.dtype(stored.key)]
-        own = affine.is_local() and module.reads == reads and weight.dtype == dtype
-        if own:
-            module.sealed = True  # from here on its memory takes the result
-        out = weight if own else torch.empty_like(weight, dtype=dtype)
-        for start, stop, columns in affine.columns(weight):
+        dtype = DTYPES[self._base.dtype(tensor.key)]
+        # Where a column of W' needs that column of W alone, and nobody reads W again, the result takes W's own memory.
+        in_place = affine.is_columnwise() and site.module.reads == reads and weight.dtype == dtype
+        site.module.sealed = in_place
+        out = weight if in_place else torch.empty_like(weight, dtype=dtype)
+
+        def check(columns: Tensor) -> None:
             if not fits(columns, dtype):
                 raise BaseModelError(
                     f"{place.target.path}: merged numbers are NaN or infinite in {dtype_name(dtype)}\n"
-                    f"  check the adapter's values and those of {stored.key}"
+                    f"  check the adapter's values and those of {tensor.key}"
                 )
-            out[:, start:stop] = columns
-        return out.mT.contiguous() if stored.transposed else out
 
-    def _biases(self, at: str, place: Place, stored: Stored) -> Callable[[], Iterator[Tensor]]:
-        def make() -> Iterator[Tensor]:
-            weight = place.weight[0 if stored.expert is None else stored.expert]
-            bias = self._read(stored, None, at)
-            module = self._stand_in(at, place, lambda: self._read(weight, 0 if place.target.experts else None, at))
+        affine.write(weight, out, check)
+        return out.mT.contiguous() if tensor.transposed else out
+
+    def _biases(self, path: str, place: LayerLocation, tensor: TensorRef) -> Callable[[], Iterator[Tensor]]:
+        def compute() -> Iterator[Tensor]:
+            weight = place.weight[0 if tensor.expert is None else tensor.expert]
+            bias = self._read(tensor, None, path)  # (o,), or (experts, o)
+            site = self._site(path, lambda: self._read(weight, 0 if place.target.experts else None, path))
             for row in bias if bias.ndim == 2 else [bias]:
-                module.bias = None if place.target.experts else row  # experts' are outside of what a variant sees
-                affine = Affine(module, [self._slots[at]], torch.promote_types(row.dtype, torch.float32), row.device)
-                new = affine.bias(row, lambda: module.weight)
+                site.module.bias = None if place.target.experts else row  # experts' are outside of what a variant sees
+                affine = Affine([site], torch.promote_types(row.dtype, torch.float32), row.device)
+                new = affine.bias(row, lambda: site.module.weight)
                 assert new is not None
                 if not fits(new, bias.dtype):
                     raise BaseModelError(
@@ -258,40 +258,32 @@ class MergePlan:
                     )
                 yield new.to(bias.dtype)
 
-        return make
+        return compute
 
-    def _plain(self, stored: Stored) -> Callable[[], Iterator[Tensor]]:
+    def _plain(self, tensor: TensorRef) -> Callable[[], Iterator[Tensor]]:
         """A weight that no adapter is on, dequantised or as the adapter's base computes with it."""
 
-        def make() -> Iterator[Tensor]:
-            weight = self._read(stored, None, None).to(DTYPES[self._base.dtype(stored.key)])
-            yield weight.mT.contiguous() if stored.transposed else weight
+        def compute() -> Iterator[Tensor]:
+            weight = self._read(tensor, None, None).to(DTYPES[self._base.dtype(tensor.key)])
+            yield weight.mT.contiguous() if tensor.transposed else weight
 
-        return make
+        return compute
 
-    def _stand_in(self, at: str, place: Place, load: Callable[[], Tensor]) -> Any:
-        module = _StandIn(place.target.d_in, place.target.d_out, load)
-        for name in self._slots[at].tensors:
-            setattr(module, name, self._tensors[file_key(at, name)])
-        return module
-
-    def _read(self, stored: Stored, index: int | None, at: str | None) -> Tensor:
+    def _read(self, tensor: TensorRef, index: int | None, path: str | None) -> Tensor:
         """A matrix (d_out, d_in) or a bias as the merge starts from it, in memory of its own."""
         base, file = self._base, self._file
-        if stored.key in base.packed:
-            weight, found = unpack(base.headers, base.packed[stored.key])
-            if at is not None and found[1:] != file.base["fingerprint"][at][1:]:
-                self._other_base(at)
-            return weight
-        weight = base.read(stored.key, index)
-        weight = weight.mT if stored.transposed else weight
-        if stored.key not in self._quantise:
-            return weight
-        weight, found = as_trained(
-            weight, self._how, getattr(torch, self._how.get("weight_dtype") or file.base["dtype"])
-        )
-        if at is not None and found[1:] != file.base["fingerprint"][at][1:]:
-            self._other_base(at)
+        if tensor.key in base.packed:
+            weight, fingerprint = unpack(base.headers, base.packed[tensor.key])
+        else:
+            weight = base.read(tensor.key, index)
+            weight = weight.mT if tensor.transposed else weight
+            if tensor.key not in self._quantize:
+                return weight
+            dtype = getattr(torch, self._quantization.weight_dtype or file.base.dtype)
+            weight, fingerprint = as_trained(weight, self._quantization, dtype)
+        # The codes' dtype may differ (quant_storage), their elements and the scales' may not.
+        if path is not None and fingerprint[1:] != file.base.fingerprint[path][1:]:
+            self._other_base(path)
         return weight
 
     # ---- the files beside the tensors
@@ -303,7 +295,7 @@ class MergePlan:
             config = {
                 key: value for key, value in config.items() if key != "quantization_config" or not self._base.packed
             }
-            if self._beside:
+            if self._untied:
                 nested = {k: {**v, "tie_word_embeddings": False} for k, v in config.items() if k == "text_config"}
                 config |= {**nested, "tie_word_embeddings": False}
             write_json(folder / "config.json", config)

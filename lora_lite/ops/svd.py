@@ -40,7 +40,7 @@ LOW_RANK = 1e-9
 """Of a matrix's norm: what is left outside of some directions is float64's rounding."""
 
 
-def factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
+def low_rank_factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
     """The A, B with the least ‖delta - B A‖: U S Vᵀ to this rank at most, A = √S Vᵀ, B = U √S."""
     u, s, vt = _svd(delta, rank)
     root = s[:rank].sqrt()

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lora_lite as ll
-from lora_lite.base import probe, quant
+from lora_lite.base import probe
+from lora_lite.base.layer import layer_of
 from lora_lite.base.own_forward import is_asked
 
 UP = "model.layers.0.mlp.up_proj"
@@ -115,7 +116,7 @@ def test_nor_is_its_weight_read_as_if_it_were_all(base: str, tmp_path: Path) -> 
         ll.QuantizedWeightError,
         match=r"up_proj: no matrix stands for this layer \(.*\): (f\(u \+ v\)|.* of small inputs)(?s:.*)merge_ch",
     ):
-        probe.check_affine(layer, UP)
+        probe.check_affine(layer_of(layer, UP))
 
 
 def test_compressed_weights_before_the_first_forward_are_no_weights_yet(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_compressed_weights_before_the_first_forward_are_no_weights_yet(tmp_path
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8"])
 def test_compressed_weights_alone_are_a_dense_layer_after_the_first_forward(scheme: str, tmp_path: Path) -> None:
     model = compressed(scheme, tmp_path, rounded=False)
-    assert is_asked(model.get_submodule(UP))
+    assert is_asked(layer_of(model.get_submodule(UP)))
     perturb(ll.attach(model, config("dora")))
     attached = logits(model)
     ll.merge(model)
@@ -180,7 +181,7 @@ def test_quantised_weights_alone_train_with_the_gradients_of_their_numbers(base:
         layer: Any = model.get_submodule(path)
         with torch.no_grad(), ll.disabled(model):
             numbers.get_submodule(path).weight.copy_(layer(torch.eye(layer.in_features, dtype=model.dtype)).mT)
-    if quant.kind_of(model.lm_head) is not quant.Kind.DENSE:
+    if not layer_of(model.lm_head).storage.is_dense:
         numbers.lm_head.weight.data = model.lm_head.weight.dequantize()
     twin = ll.attach(numbers, config("lora"))
     with torch.no_grad():
@@ -195,8 +196,8 @@ def test_quantised_weights_alone_train_with_the_gradients_of_their_numbers(base:
 def test_quantised_weights_alone_are_affine(base: str) -> None:
     model = EXACT[base]()
     layer = model.get_submodule(UP)
-    assert is_asked(layer)
-    probe.check_affine(layer, UP)
+    assert is_asked(layer_of(layer))
+    probe.check_affine(layer_of(layer, UP))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
@@ -247,7 +248,7 @@ def test_what_no_matrix_stands_for_is_found(name: str, dtype: torch.dtype) -> No
     model = nn.ModuleDict({"proj": Own(change, dtype)})
     found = found if dtype != torch.bfloat16 else f"{found}|of small inputs is lost"
     with pytest.raises(ll.QuantizedWeightError, match=rf"proj: no matrix stands for this layer .*({found})"):
-        probe.check_affine(model["proj"], "proj")
+        probe.check_affine(layer_of(model["proj"], "proj"))
     if name in ("int8", "groups", "output"):  # a straight-through gradient is a right one, of the weight
         ll.attach(model, config("lora", target_names="proj"))
         with pytest.raises(ll.QuantizedWeightError, match="proj: no matrix stands for this layer"):
@@ -266,8 +267,8 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_one(d_in: int, dtype: torch
     layer.requires_grad_(False)
     probe.check_gradients(model, dict(model.named_children()))
     for path, each in model.named_children():
-        assert is_asked(each)
-        probe.check_affine(each, path)
+        assert is_asked(layer_of(each))
+        probe.check_affine(layer_of(each, path))
 
 
 def test_a_wrong_gradient_is_found() -> None:
@@ -295,7 +296,7 @@ def test_what_gives_no_rows_may_train_but_its_weight_is_not_read(change: Any, lo
         ll.QuantizedWeightError,
         match=r"proj: its own forward can't be run on rows, so it isn't known whether a matrix stands for.*\n  keep an",
     ):
-        probe.check_affine(layer, "proj")
+        probe.check_affine(layer_of(layer, "proj"))
     probe.check_gradients(nn.ModuleDict({"proj": layer}), {"proj": layer})
     assert "WARNING it isn't known whether gradients pass proj: its forward can't be run on rows" in log
 
@@ -363,7 +364,7 @@ def test_a_probe_leaves_nothing_behind() -> None:
     layer.register_forward_hook(lambda *_: calls.append(_))
     state, before = torch.random.get_rng_state(), set(vars(layer))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        probe.check_affine(layer, "")
+        probe.check_affine(layer_of(layer, ""))
         probe.check_gradients(layer, {"": layer})
     assert torch.equal(torch.random.get_rng_state(), state)
     assert layer.training

@@ -28,8 +28,8 @@ from lora_lite.cli.commands import app
 from lora_lite.cli.compare import compare
 from lora_lite.cli.report import inspect
 from lora_lite.cli.tables import shortened
-from lora_lite.core.effective import change
-from lora_lite.core.session import slots_of
+from lora_lite.core.effective import delta_weight
+from lora_lite.core.state import sites_of
 
 needs_base = pytest.mark.parametrize("variant", ["abliteration", "dora", "ia3", "ia3_ff"])
 needs_none = pytest.mark.parametrize("variant", ["lora", "pissa"])
@@ -77,12 +77,13 @@ def process(*args: Any, code: str | None = None, **env: str) -> subprocess.Compl
 def moved(model: Any) -> dict[str, float]:
     """‖W' - W‖ at each adapted layer, from what its hooks make of the unit vectors."""
     norms = {}
-    for module, slot in ll.adapters(model)["default"].slots():
+    for site in ll.adapters(model)["default"].sites():
+        module = site.module
         with torch.no_grad():
-            e = torch.eye(slot.target.d_in)
+            e = torch.eye(site.target.d_in)
             with ll.disabled(model):
                 before = module(e) - module(torch.zeros_like(e))
-            norms[slot.path] = float((module(e) - module(torch.zeros_like(e)) - before).norm())
+            norms[site.path] = float((module(e) - module(torch.zeros_like(e)) - before).norm())
     return norms
 
 
@@ -211,7 +212,7 @@ def test_a_base_that_is_4_bit_on_disk_is_dequantised(tiny: str, tmp_path: Path) 
     path = saved(tmp_path, config("dora"), model)
     for layer in inspect(path, tmp_path / "base").layers:
         module = model.get_submodule(layer.path)
-        delta = change(module, [slots_of(module)["default"]])[0]
+        delta = delta_weight([sites_of(module)["default"]])[0]
         assert layer.norm == pytest.approx(float(delta.norm()), rel=1e-4)  # bitsandbytes multiplies in bfloat16
 
 
@@ -612,7 +613,7 @@ def test_convert_prints_the_error_of_a_lora_and_no_noise(base: Path, tmp_path: P
 
 
 def attached(path: Path) -> list[tuple[Any, Any]]:
-    return list(ll.load(tiny_llama(), path).slots())
+    return list(ll.load(tiny_llama(), path).sites())
 
 
 def test_ia3_on_both_sides_becomes_two_files(base: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A merged checkpoint beside base and adapter, on a text."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 import lora_lite as ll
 from lora_lite.base import load as base_module
-from lora_lite.base import quant
+from lora_lite.base.fingerprint import BaseRecord
+from lora_lite.base.layer import layer_of, quantization_of
 from lora_lite.base.load import load_as_recorded
+from lora_lite.base.storage import Quantization
 from lora_lite.cli.convert import convert
 from lora_lite.cli.verify import verify_merge
 
@@ -35,9 +38,10 @@ def merged_by_hand(model: Any, adapter: ll.Adapter, folder: Path, share: float =
     """The model with s·BA in its weights, where `quant` says what those are, as a folder."""
     dense = tiny_llama(model.dtype, **{key: getattr(model.config, key) for key in ("hidden_size", "intermediate_size")})
     state = {key: value for key, value in model.state_dict().items() if key in dense.state_dict()}
-    for module, slot in adapter.slots():
+    for site in adapter.sites():
+        module = site.module
         change = adapter.config.scaling * module.lora_B @ module.lora_A
-        state[f"{slot.path}.weight"] = quant.dense_weight(module, slot.path) + share * change
+        state[f"{site.path}.weight"] = layer_of(module, site.path).dense_weight() + share * change
     dense.load_state_dict(state)
     dense.save_pretrained(folder)
     return folder
@@ -101,12 +105,18 @@ def test_as_trained_is_on_the_quantised_base(tiny: str, tmp_path: Path) -> None:
     assert as_trained.max_logit < original.max_logit
 
 
+def recorded(quantization: Quantization | None) -> BaseRecord:
+    return BaseRecord("LlamaForCausalLM", None, "bfloat16", quantization, {})
+
+
 def test_a_base_is_opened_as_it_was_recorded(tiny: str) -> None:
     for quantization, double in (("nf4", False), ("fp4", True), ("int8", False)):
         how = {"double_quant": double} if quantization != "int8" else {}
-        record = {"quantization": quant.quantization(quantized(tiny, quantization, **how))}
-        assert quant.quantization(load_as_recorded(tiny, record, dtype=torch.bfloat16)) == record["quantization"]
-    assert quant.quantization(load_as_recorded(tiny, {"quantization": None})) is None
+        live = quantization_of(quantized(tiny, quantization, **how))
+        again = quantization_of(load_as_recorded(tiny, recorded(live), dtype=torch.bfloat16))
+        assert asdict(again) == asdict(live)
+    assert quantization_of(load_as_recorded(tiny, recorded(None))) is None
+    assert quantization_of(load_as_recorded(tiny, None)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,7 +126,7 @@ def test_a_base_is_opened_in_its_recorded_dtype_whatever_is_fast_here(
     monkeypatch.setattr(base_module, "product_milliseconds", lambda _: pytest.fail("timed"))
     for quantization in (None, "nf4"):
         adapter = attach(ll.load_base(tiny, dtype, quantization), config("lora", r=4))
-        assert load_as_recorded(tiny, adapter.base).dtype == dtype
+        assert load_as_recorded(tiny, adapter.base_record).dtype == dtype
     model = ll.load_base(tiny, dtype)
     attach(model, config("lora", r=4))
     ll.save(model, tmp_path / "a.safetensors")
@@ -125,11 +135,11 @@ def test_a_base_is_opened_in_its_recorded_dtype_whatever_is_fast_here(
 
 
 def test_a_base_that_cant_be_as_recorded_is_an_error(tiny: str) -> None:
-    record = quant.quantization(quantized(tiny, "nf4")) or {}
-    fewer = {"quantization": record | {"modules": record["modules"][:3]}}
+    live = quantization_of(quantized(tiny, "nf4"))
+    fewer = recorded(replace(live, modules=live.modules[:3]))
     with pytest.raises(ll.BaseModelError, match="quantises to 14 modules, where the adapter was trained on 3"):
         load_as_recorded(tiny, fewer)
-    unknown = {"quantization": record | {"quant_type": "unknown (GGUF)"}}
+    unknown = recorded(replace(live, quant_type="unknown (GGUF)"))
     with pytest.raises(ll.BaseModelError, match=r"trained on unknown \(GGUF\) weights, which can't be made again"):
         load_as_recorded(tiny, unknown)
 

@@ -343,7 +343,7 @@ def test_a_history_with_a_round_that_reads_the_base_wants_its_own(tmp_path: Path
     unchanged(other, lambda: ll.freeze_into(other), ll.BaseModelError, match)
     ll.freeze_into(other, into="here")
     assert list(ll.adapters(other)) == ["history", "here"]
-    assert [slot.state.name for slot in other.model.layers[0].mlp.up_proj._lora_lite.values()] == ["history", "here"]
+    assert [site.state.name for site in other.model.layers[0].mlp.up_proj._lora_lite.values()] == ["history", "here"]
 
 
 def test_a_merged_history_is_the_attached_one(tmp_path: Path) -> None:

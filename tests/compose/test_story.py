@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import lora_lite as ll
-from lora_lite.base import quant
+from lora_lite.base.layer import quantization_of
 
 TEXTS = [f"Question: {prompt}\nAnswer: it depends on what you mean by" for prompt in NEUTRAL[:8]]
 
@@ -71,7 +71,7 @@ def test_train_on_4_bit_save_merge_both_ways_and_reload(
         before = resident("VmRSS")
         ll.merge_checkpoint(smollm2, tmp_path / "adapter.safetensors", tmp_path / way, way)
         assert resident("VmHWM") - before < size / 2, "the model was in memory"
-        assert quant.quantization(opened(tmp_path / way)) is None
+        assert quantization_of(opened(tmp_path / way)) is None
     rows["as trained, merged on disk"] = difference(log_probabilities(opened(tmp_path / "as_trained"), batch), wanted)
 
     dense = real_base()

@@ -12,7 +12,7 @@ from test_laws import logits, same_snapshot, snapshot
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.core.plan import checked_config
+from lora_lite.core.resolve import checked_config
 from lora_lite.ops.svd import leading_svd
 
 
@@ -403,9 +403,9 @@ def test_doras_norm_is_float32_under_autocast() -> None:
         perturb(ll.attach(model, config("dora", target_names="proj")), 0.5)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             model.eval()(torch.randn(2, 16))
-        slot = next(iter(model.proj._lora_lite.values()))
-        assert slot.memo["n"][1].dtype == torch.float32
-        ratios.append(slot.memo["n"][1])
+        site = next(iter(model.proj._lora_lite.values()))
+        assert site.memo["n"][1].dtype == torch.float32
+        ratios.append(site.memo["n"][1])
     assert torch.equal(*ratios)
 
 

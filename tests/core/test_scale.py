@@ -236,12 +236,12 @@ def test_who_runs_a_forward_in_a_backward_of_his_own_has_the_scale_he_sets() -> 
 
 def test_what_is_remembered_of_the_scale_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model, adapter = trainable("lora")
-    state = next(slot.state for _, slot in adapter.slots())
+    state = next(site.state for site in adapter.sites())
     with torch.no_grad():
         for c in range(100):
             with ll.scaled(model, float(c)):
                 logits(model)
-    assert len(state.timeline.since) <= 2  # no graph, so nothing that could be run again
+    assert len(state.changes.numbers) <= 2  # no graph, so nothing that could be run again
 
     monkeypatch.setattr("lora_lite.core.scale.MOST_CHANGES", 8)
     checkpointed(model, {"use_reentrant": False})
@@ -249,7 +249,7 @@ def test_what_is_remembered_of_the_scale_is_bounded(monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         late = at_the_poles(model)
     late.backward()
-    assert len(state.timeline.since) <= 8
+    assert len(state.changes.numbers) <= 8
     with pytest.raises(ll.ConfigError, match=r"more than 4 changes of the scale ago: .*\n.*earlier"):
         early.backward()
 

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
 from lora_lite.io.keys import plain_key
-from lora_lite.ops.svd import factors
+from lora_lite.ops.svd import low_rank_factors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SOME = ["q_proj", "k_proj", "down_proj"]
@@ -928,6 +928,6 @@ def test_factors_of_a_matrix_with_less_and_with_more_rank() -> None:
     low = torch.randn(40, 3, dtype=torch.float64) @ torch.randn(3, 30, dtype=torch.float64)
     full = torch.randn(40, 30, dtype=torch.float64)
     for matrix in (low, full):
-        a, b = factors(matrix, 5)
+        a, b = low_rank_factors(matrix, 5)
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
         torch.testing.assert_close(b @ a, (u[:, :5] * s[:5]) @ vt[:5], rtol=1e-8, atol=1e-8)

@@ -132,7 +132,7 @@ def test_the_pissa_start_is_pefts_up_to_signs() -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 def test_dora_on_a_4_bit_base_agrees_with_peft(quantization: str, tiny: str) -> None:
-    """8-bit is checked against the dequantised matrix in test_quant.py: PEFT 0.21's DoRA fails on it on a CPU."""
+    """8-bit is checked against the dequantised matrix in base/test_layer.py: PEFT 0.21's DoRA fails on it on a CPU."""
 
     def base() -> Any:
         return ll.load_base(tiny, torch.float32, quantization, compute_dtype=torch.float32)

@@ -36,7 +36,7 @@ def leaves_something_behind(layer: Any, cfg: Any) -> None:
 
 
 def remembers_too_long(layer: Any, x: Tensor, y: Tensor) -> Tensor:
-    held = layer._slot.memo
+    held = layer._site.memo
     if "kept" not in held or layer.training:
         held["kept"] = ([], layer.lora_B @ layer.lora_A)
     return y + x @ held["kept"][1].mT

@@ -38,7 +38,7 @@ from typer.testing import CliRunner
 import lora_lite as ll
 from lora_lite.base.still import random_kept
 from lora_lite.cli.commands import app
-from lora_lite.core.session import slots_of
+from lora_lite.core.state import sites_of
 from lora_lite.io.checkpoint import read_file
 
 TEXT = {"input_ids": IDS}
@@ -323,7 +323,7 @@ def test_an_output_without_numbers_can_not_be_differentiated() -> None:
 
 
 def ran(model: nn.Module) -> dict[str, bool]:
-    return {slot.path: slot.ran for module in model.modules() for slot in slots_of(module).values()}
+    return {site.path: site.ran for module in model.modules() for site in sites_of(module).values()}
 
 
 @per_bypassed

@@ -13,9 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
-from lora_lite.base import quant
+from lora_lite.base.layer import layer_of, quantization_of
 from lora_lite.core.effective import Affine
-from lora_lite.core.session import Swap
+from lora_lite.core.state import Swap
 from lora_lite.core.variant import needs_data
 
 MODES = [{"variant": name} for name in sorted(ll.REGISTRY)]
@@ -163,10 +163,11 @@ def test_a_quantised_layer_becomes_a_dense_one_with_the_sum(tiny: str, quantizat
     adapted(model, {"variant": variant})
     adapter = ll.adapters(model)["default"]
     wanted = {}
-    for module, slot in adapter.slots():
-        fold = Affine(module, [slot], torch.float32, torch.device("cpu"))
-        weight = quant.dense_weight(module, slot.path)
-        wanted[slot.path] = torch.cat([columns for *_, columns in fold.columns(weight)], 1).bfloat16()
+    for site in adapter.sites():
+        module = site.module
+        fold = Affine([site], torch.float32, torch.device("cpu"))
+        weight = layer_of(module, site.path).dense_weight()
+        wanted[site.path] = torch.cat([columns for *_, columns in fold.columns(weight)], 1).bfloat16()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     attached = logits(model)
     ll.merge(model, quantized="dequantize")
@@ -230,7 +231,7 @@ def test_a_dequantised_layer_has_the_numbers_that_were_multiplied_by(tiny: str) 
     layer: Any = model.get_submodule(path)
     with torch.no_grad():
         numbers = layer(torch.eye(layer.in_features)).mT
-    assert not torch.equal(numbers, quant.dense_weight(layer, path))
+    assert not torch.equal(numbers, layer_of(layer, path).dense_weight())
     ll.merge(model, quantized="dequantize")
     assert torch.equal(model.get_submodule(path).weight, numbers)
 
@@ -269,10 +270,10 @@ def test_a_quantised_layer_quantised_again(tiny: str, quantization: str, log: li
     for path, before in old.items():
         after = model.get_submodule(path)
         assert type(after) is type(before)
-        assert quant.describe(after) == quant.describe(before)
+        assert layer_of(after).describe() == layer_of(before).describe()
         assert after.weight.dtype == before.weight.dtype
-        change = quant.dense_weight(after, path) - quant.dense_weight(before, path)
-        assert 0 < change.norm() < quant.dense_weight(before, path).norm()
+        change = layer_of(after, path).dense_weight() - layer_of(before, path).dense_weight()
+        assert 0 < change.norm() < layer_of(before, path).dense_weight().norm()
     assert logits(model).isfinite().all()
     ll.unmerge(model)
     assert all(model.get_submodule(path) is before for path, before in old.items())
@@ -293,7 +294,7 @@ def test_a_quantised_model_for_good(tiny: str) -> None:
     model = quantized(tiny, "nf4")
     adapted(model, {"variant": "lora"})
     ll.merge(model, quantized="dequantize", keep=False)
-    assert quant.quantization(model) is None
+    assert quantization_of(model) is None
     assert not any("lora" in key for key in model.state_dict())
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
-from lora_lite.base import quant
+from lora_lite.base.layer import layer_of, quantization_of
 from lora_lite.merging.on_disk import MARKER
 
 
@@ -274,12 +274,12 @@ def test_as_trained_is_the_model_that_was_trained(
 ) -> None:
     model = quantized(tiny, quantization, double_quant=double_quant)
     adapted(model, {"variant": variant}, target_names=r"(up|q)_proj$")
-    values = {path: quant.dense_weight(m, path) for path, m in model.named_modules() if path.endswith("_proj")}
+    values = {path: layer_of(m, path).dense_weight() for path, m in model.named_modules() if path.endswith("_proj")}
     ll.save(model, tmp_path / "a.safetensors")
     ll.merge(model, quantized="dequantize")
     ll.merge_checkpoint(tiny, tmp_path / "a.safetensors", tmp_path / "out", "as_trained")
     out = opened(tmp_path / "out")
-    assert quant.quantization(out) is None
+    assert quantization_of(out) is None
     for path, value in values.items():
         layer, ours = model.get_submodule(path), out.get_submodule(path)
         if path.endswith(("up_proj", "q_proj")):
@@ -302,7 +302,7 @@ def test_as_trained_on_8_bit(tiny: str, tmp_path: Path) -> None:
         if path.endswith("up_proj"):
             assert torch.equal(out.get_submodule(path).weight, layer.weight)
         elif path.endswith("_proj"):
-            assert torch.equal(out.get_submodule(path).weight, quant.dense_weight(layer, path).bfloat16())
+            assert torch.equal(out.get_submodule(path).weight, layer_of(layer, path).dense_weight().bfloat16())
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -319,7 +319,7 @@ def test_a_base_that_is_quantised_on_disk(quantization: str, tiny: str, tmp_path
         if path.endswith("up_proj"):
             one_rounding(out.get_submodule(path).weight, layer.weight, exact=False)
         elif path.endswith("_proj"):
-            assert torch.equal(out.get_submodule(path).weight, quant.dense_weight(layer, path).bfloat16())
+            assert torch.equal(out.get_submodule(path).weight, layer_of(layer, path).dense_weight().bfloat16())
 
 
 def test_original_weights_for_an_adapter_of_a_quantised_base(tiny: str, tmp_path: Path, log: list[str]) -> None:

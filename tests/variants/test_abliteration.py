@@ -16,7 +16,8 @@ from torch import nn
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import lora_lite as ll
-from lora_lite.base import experts, quant
+from lora_lite.base.kinds import EXPERTS
+from lora_lite.base.layer import layer_of
 
 MODES = ["none", "pre", "full", "column"]
 per_mode = pytest.mark.parametrize("mode", MODES)
@@ -42,7 +43,7 @@ def edited(model: Any, adapter: ll.Adapter, mode: str) -> Any:
         for path in adapter.targets:
             layer = twin.get_submodule(path)
             v, s = tensors[f"{path}.lora_v"], tensors[f"{path}.lora_strength"]
-            matrices = experts.down(layer)
+            matrices = EXPERTS.oriented(layer, layer.down_proj) if EXPERTS.size(layer) else None
             if matrices is None:
                 layer.weight.copy_(weight_form(layer.weight, v, s, mode))
                 continue
@@ -116,7 +117,7 @@ def test_every_mode_is_its_weight_form_on_dequantised_values(mode: str, quantiza
     cfg = ll.AbliterationConfig(normalization=mode, rank=2)
     ll.attach(model, cfg, calibration_data=directions(2, 128))
     x = torch.randn(5, layer.in_features)
-    dense = quant.dense_weight(layer, "here").double()
+    dense = layer_of(layer, "here").dense_weight().double()
     wanted = x.double() @ weight_form(dense, layer.lora_v.double(), layer.lora_strength.double(), mode).T
     with torch.no_grad():
         got = layer(x).double()
@@ -131,7 +132,7 @@ def test_int8_values_are_right_whatever_its_kernel_rounds(mode: str, tiny: str) 
     """bitsandbytes' 8-bit kernel rounds x to int8; the adapter's own share of the error is below that."""
     model = quantized(tiny, "int8")
     layer = model.model.layers[0].mlp.down_proj
-    dense = quant.dense_weight(layer, "here").double()
+    dense = layer_of(layer, "here").dense_weight().double()
     ll.attach(model, ll.AbliterationConfig(normalization=mode), calibration_data=directions(1, 128))
     x = torch.randn(64, layer.in_features).bfloat16()
     wanted = x.double() @ weight_form(dense, layer.lora_v.double(), layer.lora_strength.double(), mode).T

@@ -274,7 +274,7 @@ def test_a_norm_or_a_factor_after_the_layer_is_warned_of(log: list[str]) -> None
     (warning,) = [line for line in log if line.startswith("WARNING")]
     assert "moves the output of model.layers.0 by another one (75% off)" in warning
     assert not granite.model.layers[0].mlp.down_proj._forward_hooks.keys() - {
-        handle.id for handle in next(ll.adapters(granite)["default"].slots())[1].handles
+        handle.id for handle in next(ll.adapters(granite)["default"].sites()).handles
     }
 
 

@@ -15,15 +15,15 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from ...base import quant
+from ...base.layer import BaseLayer, layer_of
 from ...base.stacks import find_stacks, place
 from ...core.adapter import Adapter
 from ...core.attach import installed
 from ...core.config import BaseConfig
 from ...core.names import check_shapes, file_key
-from ...core.plan import Changes, attachable
+from ...core.resolve import Overrides, attachable, make_sites
 from ...core.targets import Target
-from ...core.variant import ParamSpec, config_for, lookup
+from ...core.variant import config_for, lookup
 from ...dtypes import STORAGE_DTYPES
 from ...errors import CheckpointError, ConfigError, QuantizedWeightError, brief
 from ..keys import SECOND, THEIRS, resolve
@@ -42,7 +42,7 @@ class _Part:
     cfg: BaseConfig
     targets: dict[str, Target]
     """By the path in the file."""
-    changes: Changes
+    overrides: Overrides
     """By the path in the model."""
 
 
@@ -64,19 +64,20 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     """
     root = attachable(model)
     source = read_folder(Path(folder), dict(root.named_modules()))
-    targets = _targets(root, source)
-    _check_base(root, source, targets)
+    targets, layers = _targets(root, source)
+    _check_base(root, source, targets, layers)
     parts = _ia3_parts(source, targets) if source.settings["peft_type"] == "IA3" else [_lora_part(source, targets)]
-    held = _tensors(root, source, targets)
-
-    def values(key: str, spec: ParamSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return held[key].to(device, dtype, copy=True) if key in held else torch.zeros(spec.shape).to(device, dtype)
-
+    held = _tensors(source, targets, layers)
     names, loaded = [name, name + SECOND][: len(parts)], []
     with ExitStack() as stack:
-        for part, each in zip(parts, names, strict=True):
-            layers = list(part.targets.values())
-            adapter = stack.enter_context(installed(root, part.cfg, each, layers, part.changes, values))
+        for part, name in zip(parts, names, strict=True):
+            sites = make_sites({target: layers[target] for target in part.targets.values()}, part.cfg, part.overrides)
+            tensors = {
+                site.key(tensor): held.get(site.key(tensor), torch.zeros(spec.shape)).to(part.cfg.dtype, copy=True)
+                for site in sites
+                for tensor, spec in site.specs.items()
+            }
+            adapter = stack.enter_context(installed(root, part.cfg, name, sites, tensors))
             with torch.no_grad():
                 for view in adapter.views().values():  # n0, A0 and B0 are the base's; what else it fills comes next
                     lookup(part.cfg.variant).init(view, view.cfg)
@@ -110,7 +111,7 @@ def read_layers(folder: Path) -> tuple[list[PeftLayer], dict[str, Any]]:
     return [
         PeftLayer(
             target,
-            part.cfg.with_overrides(part.changes.get(at, {})),
+            part.cfg.with_overrides(part.overrides.get(at, {})),
             {name: held[key] for name in THEIRS if (key := file_key(at, name)) in held},
         )
         for part in (_ia3_parts(source, targets) if ia3 else [_lora_part(source, targets)])
@@ -127,29 +128,32 @@ def _by_shapes(source: PeftFolder, at: str) -> Target:
     return Target(at, d_in, d_out, "?", *place(at))
 
 
-def _targets(root: nn.Module, source: PeftFolder) -> dict[str, Target]:
+def _targets(root: nn.Module, source: PeftFolder) -> tuple[dict[str, Target], dict[Target, BaseLayer]]:
     """The model's linear layer for each path of the file. Raises CheckpointError."""
     modules = dict(root.named_modules())
     mapping = resolve(source.header.path, source.paths, set(modules), type(root).__name__)
-    targets, stacks = {}, find_stacks(modules)
-    for at, path in mapping.items():
-        target = Target.at(path, modules[path], stacks)
-        if target is None or target.experts:
+    targets, layers, stacks = {}, {}, find_stacks(modules)
+    for in_file, path in mapping.items():
+        layer = layer_of(modules[path], path)
+        if layer is None or layer.experts:
             raise CheckpointError(
-                f"{source.header.path}: {at} is no linear layer of this {type(root).__name__} but "
+                f"{source.header.path}: {in_file} is no linear layer of this {type(root).__name__} but "
                 f"{type(modules[path]).__name__}\n  convolutions, embeddings and fused experts aren't supported"
             )
-        targets[at] = target
-    return targets
+        targets[in_file] = target = Target.of(layer, stacks)
+        layers[target] = layer
+    return targets, layers
 
 
-def _check_base(root: nn.Module, source: PeftFolder, targets: Mapping[str, Target]) -> None:
+def _check_base(
+    root: nn.Module, source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[Target, BaseLayer]
+) -> None:
     """Raises CheckpointError for a tensor of the base that isn't, or can't be known to be, the live one."""
     for ours, key in source.base.items():
-        at, _, name = ours.rpartition(".")
-        module, path = root.get_submodule(targets[at].path), file_key(targets[at].path, name)
-        live = module.state_dict().get(name)
-        same = live is not None and same_tensor(live, source.header, key, quant.kind_of(module))
+        in_file, _, name = ours.rpartition(".")
+        target = targets[in_file]
+        path, live = file_key(target.path, name), root.get_submodule(target.path).state_dict().get(name)
+        same = live is not None and same_tensor(live, source.header, key, layers[target].storage)
         if not same:
             raise CheckpointError(
                 f"{source.header.path}: {key} {'can not be compared with' if same is None else 'is not'} this model's "
@@ -232,12 +236,12 @@ def _ia3_parts(source: PeftFolder, targets: dict[str, Target]) -> list[_Part]:
 
 
 def _config(
-    source: PeftFolder, variant: str, targets: Mapping[str, Target], differ: Changes, reads: bool, **values: Any
+    source: PeftFolder, variant: str, targets: Mapping[str, Target], overrides: Overrides, reads: bool, **values: Any
 ) -> BaseConfig:
     """Ours, with regexes of its own that find these layers exactly. `reads`: its maths reads the base weight."""
     dtype = _dtype(source, targets, reads)
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for path, here in differ.items():
+    for path, here in overrides.items():
         groups.setdefault(tuple(here.items()), []).append(path)
     per_layer = {_exactly(paths): dict(items) for items, paths in groups.items()}
     names = (_exactly(target.path for target in targets.values()),)
@@ -260,7 +264,9 @@ def _dtype(source: PeftFolder, files: Mapping[str, Target], reads: bool) -> torc
     return reduce(torch.promote_types, sorted(dtypes, key=str))
 
 
-def _tensors(root: nn.Module, source: PeftFolder, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+def _tensors(
+    source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[Target, BaseLayer]
+) -> dict[str, Tensor]:
     """The file's tensors by their key in the model, as this library shapes them."""
     held = {}
     for ours, value in _held(source).items():
@@ -269,7 +275,7 @@ def _tensors(root: nn.Module, source: PeftFolder, targets: Mapping[str, Target])
     if _method(source)[1] == "olora":
         for target in targets.values():
             a, b = file_key(target.path, "lora_A"), file_key(target.path, "lora_B")
-            b0, a0 = _removed_by_olora(root.get_submodule(target.path), target, r=held[a].shape[0])
+            b0, a0 = _removed_by_olora(layers[target], r=held[a].shape[0])
             held[a], held[b] = torch.cat([held[a].to(a0), a0]), torch.cat([held[b].to(b0), -b0], dim=1)
     return held
 
@@ -281,15 +287,12 @@ def _held(source: PeftFolder) -> dict[str, Tensor]:
     return {ours: read[key].flatten() if ours.endswith("lora_l") else read[key] for ours, key in source.keys.items()}
 
 
-def _removed_by_olora(module: quant.Linear, target: Target, r: int) -> tuple[Tensor, Tensor]:
+def _removed_by_olora(layer: BaseLayer, r: int) -> tuple[Tensor, Tensor]:
     """(B0, A0): the first r columns and rows of W = Q R."""
-    if quant.kind_of(module) is not quant.Kind.DENSE:
+    if not layer.storage.is_dense:
         raise QuantizedWeightError(
-            f"{target.path}: OLoRA took a part out of a dense weight, and this one is {target.kind}\n"
+            f"{layer.path}: OLoRA took a part out of a dense weight, and this one is {layer.describe()}\n"
             f"  load the base without quantization, or convert the folder (path_initial_model_for_weight_conversion)"
         )
-    q, rest = torch.linalg.qr(quant.dense_weight(module, target.path))
+    q, rest = torch.linalg.qr(layer.dense_weight())
     return q[:, :r].cpu(), rest[:r].cpu()
-
-
-# ---- saving -------------------------------------------------------------------------------------

@@ -15,23 +15,21 @@ from loguru import logger
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ...base import quant
+from ...base.layer import layer_of
 from ...core.adapter import Adapter, adapters, get_adapter
-from ...core.effective import change
-from ...core.layer import Slot
-from ...core.names import check_shapes, file_key
-from ...core.plan import shapes_of
-from ...core.session import check_unmerged, session_of
+from ...core.effective import delta_weight
+from ...core.names import check_shapes
+from ...core.state import Site, check_unmerged, session_of
 from ...core.validate import is_number
 from ...errors import CheckpointError, ConfigError, brief
-from ...ops.svd import factors
+from ...ops.svd import low_rank_factors
 from ..keys import PREFIX, SECOND, THEIRS
 from ..safetensors import check_numbers, replacing
 from .conversion import moved_keys, named_like_experts
 from .folder import CONFIG, WEIGHTS
 
-Layers = dict[str, tuple[nn.Module, list[Slot]]]
-"""Path -> the layer, and the slots of the chosen adapters on it in the order attached."""
+Layers = dict[str, list[Site]]
+"""Path -> the sites of the chosen adapters there, in the order attached."""
 
 
 def save_peft(
@@ -79,7 +77,9 @@ def save_peft(
         tensors, settings, worst = _low_rank(root, layers, rank, max_error)
     elif [adapter.variant for adapter in chosen] in (["lora"], ["dora"]):
         tensors, settings = _native_lora(root, chosen[0], layers)
-    elif {adapter.variant for adapter in chosen} <= {"ia3", "ia3_ff"} and all(len(s) == 1 for _, s in layers.values()):
+    elif {adapter.variant for adapter in chosen} <= {"ia3", "ia3_ff"} and all(
+        len(sites) == 1 for sites in layers.values()
+    ):
         tensors, settings = _native_ia3(root, layers)
     else:
         raise CheckpointError(
@@ -105,59 +105,59 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"name={names}: wanted one adapter, or several different ones")
     layers: Layers = {}
-    for adapter in (each for each in adapters(model).values() if each.name in names):
+    for adapter in (adapter for adapter in adapters(model).values() if adapter.name in names):
         if adapter.is_sharded:
             raise CheckpointError(
                 f"adapter {adapter.name!r} is sharded\n  use lora_lite.save, then load it in one process to convert it"
             )
-        shapes = {key: tuple(tensor.shape) for key, tensor in adapter.state_dict().items()}
-        check_shapes(shapes, shapes_of(adapter), f"adapter {adapter.name!r} in memory")
-        for module, slot in adapter.slots():
-            layers.setdefault(slot.path, (module, []))[1].append(slot)
-    odd = [path or "the model itself" for path, (_, slots) in layers.items() if not path or slots[0].target.experts]
-    if odd:
+        check_shapes(adapter.state_dict(), adapter.specs(), f"adapter {adapter.name!r} in memory")
+        for site in adapter.sites():
+            layers.setdefault(site.path, []).append(site)
+    homeless = [path or "the model itself" for path, (site, *_) in layers.items() if not path or site.target.experts]
+    if homeless:
         raise CheckpointError(
-            f"{odd[0]}: PEFT's format holds adapters of named linear layers; fused experts have no place\n"
+            f"{homeless[0]}: PEFT's format holds adapters of named linear layers; fused experts have no place\n"
             f"  keep it as our file (lora_lite.save), or merge it"
         )
     return layers
 
 
 def _native_lora(root: nn.Module, adapter: Adapter, layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    ways = {(slots[0].cfg.rslora, slots[0].cfg.dropout) for _, slots in layers.values()}
+    ways = {(sites[0].cfg.rslora, sites[0].cfg.dropout) for sites in layers.values()}
     if len(ways) > 1:
         raise CheckpointError(
             f"rslora and dropout differ by layer: {sorted(ways)}\n  PEFT has one of each for all layers"
         )
-    held, tensors, at_layers = adapter.state_dict(), {}, {}
-    for path, (module, (slot,)) in layers.items():
-        at_layers[path] = (slot.cfg.r, float(slot.cfg.r if slot.cfg.alpha is None else slot.cfg.alpha))
+    tensors, at_layers = {}, {}
+    for path, (site,) in layers.items():
+        at_layers[path] = (site.cfg.r, float(site.cfg.r if site.cfg.alpha is None else site.cfg.alpha))
         for tensor in ("lora_A", "lora_B"):
-            tensors[_their_key(path, tensor)] = held[file_key(path, tensor)]
+            tensors[_their_key(path, tensor)] = site.tensor(tensor).detach()
         if adapter.variant == "dora":
-            tensors[_their_key(path, "lora_m")] = _magnitude(module, slot, held)
+            tensors[_their_key(path, "lora_m")] = _magnitude(site)
     ((rslora, dropout),) = ways
     return tensors, _lora_settings(
         root, at_layers, use_rslora=rslora, lora_dropout=dropout, use_dora=adapter.variant == "dora"
     )
 
 
-def _magnitude(module: nn.Module, slot: Slot, held: Mapping[str, Tensor]) -> Tensor:
+@torch.no_grad()
+def _magnitude(site: Site) -> Tensor:
     """m of DoRA; where n0 was rounded to 16 bits, the m that gives the same outputs with norms of the live weight."""
-    a, b, m, n0 = (held[file_key(slot.path, f"lora_{tensor}")] for tensor in ("A", "B", "m", "n0"))
+    a, b, m, n0 = (site.tensor(f"lora_{name}").detach() for name in ("A", "B", "m", "n0"))
     if torch.promote_types(n0.dtype, torch.float32) == n0.dtype:
         return m
-    weight = quant.dense_weight(module, slot.path).double()
+    weight = site.base.dense_weight().double()
     square = weight.square().sum(1)
-    moved = (weight + slot.cfg.scaling * b.double() @ a.double()).square().sum(1)
+    moved = (weight + site.cfg.scaling * b.double() @ a.double()).square().sum(1)
     return (m.double() * (moved / (n0.double().square() + moved - square)).sqrt()).float()
 
 
 def _native_ia3(root: nn.Module, layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, inner = {}, []
-    for path, (module, (slot,)) in layers.items():
-        scales = getattr(module, slot.state.attribute("lora_l")).detach()
-        on_input = slot.cfg.variant == "ia3_ff"
+    for path, (site,) in layers.items():
+        scales = site.tensor("lora_l").detach()
+        on_input = site.cfg.variant == "ia3_ff"
         tensors[_their_key(path, "lora_l")] = scales[None] if on_input else scales[:, None]
         inner += [path] if on_input else []
     targets, feedforward = _modules(root, list(layers), inner)
@@ -175,15 +175,15 @@ def _low_rank(
 ) -> tuple[dict[str, Tensor], dict[str, Any], float]:
     tensors: dict[str, Tensor] = {}
     at_layers, errors, square = {}, {}, [0.0, 0.0]
-    for path, (module, slots) in layers.items():
-        delta, moved_bias = change(module, slots)
+    for path, sites in layers.items():
+        delta, moved_bias = delta_weight(sites)
         if moved_bias is not None:
             raise CheckpointError(
-                f"{path}: {slots[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
+                f"{path}: {sites[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
                 f"  keep it as our file (lora_lite.save), or merge it"
             )
-        dtype = reduce(torch.promote_types, (slot.cfg.dtype for slot in slots), torch.float32)
-        a, b = (factor.to(dtype) for factor in factors(delta, rank))
+        dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
+        a, b = (factor.to(dtype) for factor in low_rank_factors(delta, rank))
         rest, size = float((delta - b.double() @ a.double()).norm()), float(delta.norm())
         errors[path] = rest / size if size else 0.0
         square = [square[0] + rest**2, square[1] + size**2]
@@ -231,7 +231,8 @@ def _check_kept(root: nn.Module, paths: Sequence[str], as_weights: Sequence[str]
     as_weights  those of the paths that target_parameters names; PEFT adapts a weight by its name without its layer
     """
     moved = moved_keys(root, paths)
-    packed = [path for path in as_weights if quant.kind_of(root.get_submodule(path)) is not quant.Kind.DENSE]
+    layers = [layer_of(root.get_submodule(path), path) for path in as_weights]
+    packed = [layer.path for layer in layers if layer is not None and not layer.storage.is_dense]
     lacks = "DoRA" if fields["use_dora"] else "dropout" if fields["lora_dropout"] else None
     cure = "keep it as our file (lora_lite.save), merge it, leave these layers out (exclude_names)"
     like_experts = "it takes their names for fused experts', and has no"
@@ -274,7 +275,9 @@ def _modules(root: nn.Module, layers: Sequence[str], inner: Sequence[str]) -> tu
 
 
 def _transposed(root: nn.Module, layers: Iterable[str]) -> bool:
-    return any(quant.is_transposed(root.get_submodule(path)) for path in layers)
+    return any(
+        layer is not None and layer.transposed for layer in (layer_of(root.get_submodule(path)) for path in layers)
+    )
 
 
 def _their_key(path: str, tensor: str) -> str:
@@ -286,7 +289,7 @@ def _about(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     kind = type(root)
     causal = kind.__name__.endswith("ForCausalLM")
     return {
-        "base_model_name_or_path": adapter.base["name_or_path"],
+        "base_model_name_or_path": adapter.base_record.name_or_path,
         "task_type": "CAUSAL_LM" if causal else None,
         "auto_mapping": None if causal else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "revision": None,

@@ -14,25 +14,28 @@ from test_laws import logits
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.base import fingerprint, quant
+from lora_lite.base import fingerprint, storage
+from lora_lite.base.bitsandbytes import Bnb4bit, Bnb8bit, raise_if_repacked
+from lora_lite.base.kinds import size_of
+from lora_lite.base.layer import layer_of, quantization_of
 
 QUANTIZATIONS = ["nf4", "fp4", "int8"]
 ERROR = {"nf4": (0.08, 0.10), "fp4": (0.10, 0.14), "int8": (0.002, 0.02)}
 """Relative errors: nf4 about 0.092, fp4 about 0.122 of a normal weight; int8 by its 127 steps a row."""
 
 
-def layer_of(model: Any) -> Any:
+def up_proj(model: Any) -> Any:
     return model.model.layers[1].mlp.up_proj
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_dense_weight_is_right_before_and_after_the_first_forward(quantization: str, tiny: str) -> None:
-    dense = layer_of(ll.load_base(tiny)).weight.float()
-    layer = layer_of(quantized(tiny, quantization))
-    before = quant.dense_weight(layer, "up_proj")
+    dense = up_proj(ll.load_base(tiny)).weight.float()
+    layer = up_proj(quantized(tiny, quantization))
+    before = layer_of(layer, "up_proj").dense_weight()
     with torch.no_grad():
         layer(torch.ones(1, 128, dtype=torch.bfloat16))
-    after = quant.dense_weight(layer, "up_proj")
+    after = layer_of(layer, "up_proj").dense_weight()
     assert torch.equal(before, after)
     assert before.dtype == torch.float32
     low, high = ERROR[quantization]
@@ -42,12 +45,12 @@ def test_dense_weight_is_right_before_and_after_the_first_forward(quantization: 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("forward_first", [False, True])
 def test_linear_is_the_product_with_dense_weight(quantization: str, forward_first: bool, tiny: str) -> None:
-    layer = layer_of(ll.load_base(tiny, torch.float32, quantization, compute_dtype=torch.float32))
+    layer = up_proj(ll.load_base(tiny, torch.float32, quantization, compute_dtype=torch.float32))
     if forward_first:
         layer(torch.ones(1, 128))
-    weight = quant.dense_weight(layer, "up_proj")
+    weight = layer_of(layer, "up_proj").dense_weight()
     t = torch.randn(2, 3, 128, requires_grad=True)
-    out = quant.linear(layer, t, "up_proj")
+    out = layer_of(layer, "up_proj").linear(t)
     torch.testing.assert_close(out, t @ weight.mT, rtol=1e-4, atol=1e-5)
     (grad,) = torch.autograd.grad(out.sum(), t)
     torch.testing.assert_close(grad, weight.sum(0).expand_as(t), rtol=1e-4, atol=1e-4)
@@ -55,17 +58,17 @@ def test_linear_is_the_product_with_dense_weight(quantization: str, forward_firs
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_on_a_dense_layer_takes_another_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant, "ROWS", 5)  # 24 rows in blocks that don't divide them
+    monkeypatch.setattr(storage, "ROWS", 5)  # 24 rows in blocks that don't divide them
     layer = nn.Linear(16, 24, dtype=dtype)
     t = torch.randn(3, 16)
-    torch.testing.assert_close(quant.linear(layer, t, ""), t @ layer.weight.float().mT)
+    torch.testing.assert_close(layer_of(layer, "").linear(t), t @ layer.weight.float().mT)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_dora_on_a_quantised_layer_is_the_formula_on_its_dequantised_weight(quantization: str, tiny: str) -> None:
     model = ll.load_base(tiny, torch.float32, quantization, compute_dtype=torch.float32)
-    layer = layer_of(model)
-    weight = quant.dense_weight(layer, "up_proj").double()
+    layer = up_proj(model)
+    weight = layer_of(layer, "up_proj").dense_weight().double()
     cfg = config("dora", target_names=r"1\.mlp\.up_proj")
     adapter = ll.attach(model, cfg)
     perturb(adapter)
@@ -78,10 +81,10 @@ def test_dora_on_a_quantised_layer_is_the_formula_on_its_dequantised_weight(quan
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_the_capability_table(quantization: str, tiny: str) -> None:
-    layer = layer_of(quantized(tiny, quantization))
+    layer = up_proj(quantized(tiny, quantization))
     bits = "8" if quantization == "int8" else "4"
-    assert quant.describe(layer) == f"{quantization}, {bits}-bit bitsandbytes"
-    assert quant.kind_of(layer) is (quant.Kind.BNB_8BIT if bits == "8" else quant.Kind.BNB_4BIT)
+    assert layer_of(layer).describe() == f"{quantization}, {bits}-bit bitsandbytes"
+    assert isinstance(layer_of(layer).storage, Bnb8bit if bits == "8" else Bnb4bit)
 
 
 class Codes(nn.Linear):
@@ -98,15 +101,15 @@ class Codes(nn.Linear):
 def test_an_unknown_kind_is_never_guessed() -> None:
     layer = Codes(torch.ones(8, 8, dtype=torch.int8))
     model = nn.ModuleDict({"proj": layer})
-    assert quant.kind_of(layer) is quant.Kind.UNKNOWN
-    assert quant.describe(layer) == "unknown (Parameter, int8)"
+    assert not layer_of(layer).storage.is_known
+    assert layer_of(layer).describe() == "unknown (Parameter, int8)"
     for variant in ("dora", "pissa"):
         with pytest.raises(
             ll.QuantizedWeightError, match=rf"proj: '{variant}' reads the weight, and this one is unknown \("
         ):
             ll.attach(model, config(variant, target_names="proj"))
     with pytest.raises(ll.QuantizedWeightError, match="its values can't be read"):
-        quant.dense_weight(layer, "proj")
+        layer_of(layer, "proj").dense_weight()
     ll.attach(model, config("lora", target_names="proj"))  # reads nothing, so any kind will do
 
 
@@ -128,14 +131,14 @@ def test_a_layer_that_is_not_quantised_yet_is_unknown() -> None:
         bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True),
         bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),
     ):
-        assert quant.kind_of(layer) is quant.Kind.UNKNOWN
-        assert quant.describe(layer) == f"unknown ({type(layer.weight).__name__}, float32)"
+        assert not layer_of(layer).storage.is_known
+        assert layer_of(layer).describe() == f"unknown ({type(layer.weight).__name__}, float32)"
         model = nn.ModuleDict({"proj": layer})
         with pytest.raises(ll.QuantizedWeightError, match=r"proj: 'dora' reads the weight, and this one is unknown \("):
             ll.attach(model, config("dora", target_names="proj"))
         ll.attach(model, config("lora", target_names="proj"))
     layer.to("cpu")
-    assert quant.kind_of(layer) is quant.Kind.BNB_8BIT
+    assert isinstance(layer_of(layer).storage, Bnb8bit)
 
 
 class Opaque(torch.Tensor):
@@ -191,7 +194,7 @@ def test_weights_without_samples_are_the_same_by_dtype_alone() -> None:
 
 
 def test_a_layer_without_a_shape_yet_is_no_quantisation() -> None:
-    assert quant.quantization(nn.ModuleDict({"proj": nn.LazyLinear(8)})) is None
+    assert quantization_of(nn.ModuleDict({"proj": nn.LazyLinear(8)})) is None
 
 
 def hazardous(folder: str) -> Any:
@@ -210,16 +213,16 @@ def hazardous(folder: str) -> Any:
 
 def test_attach_forbids_repacking_and_detach_allows_it_again(tiny: str) -> None:
     model = hazardous(tiny)
-    weight = quant.dense_weight(layer_of(model), "up_proj")
+    weight = layer_of(up_proj(model), "up_proj").dense_weight()
     ll.attach(model, config("lora", target_names="q_proj"))
     logits(model)
     logits(model)
-    for layer in (layer_of(model), model.model.layers[0].self_attn.q_proj):  # not only the targets
+    for layer in (up_proj(model), model.model.layers[0].self_attn.q_proj):  # not only the targets
         assert not layer.support_avx512bf16_for_cpu
-        quant.raise_if_repacked(layer, "")
-    assert torch.equal(quant.dense_weight(layer_of(model), "up_proj"), weight)
+        raise_if_repacked(layer, "")
+    assert torch.equal(layer_of(up_proj(model), "up_proj").dense_weight(), weight)
     ll.detach(model)
-    assert layer_of(model).support_avx512bf16_for_cpu
+    assert up_proj(model).support_avx512bf16_for_cpu
 
 
 @pytest.mark.parametrize("twin", [lambda m: m, copy.deepcopy])
@@ -247,7 +250,7 @@ def test_a_layer_that_was_repacked_before_attach_is_refused_with_the_cure(tiny: 
             ll.attach(model, config("lora", target_names=target))
     assert ll.adapters(model) == {}
     with pytest.raises(ll.QuantizedWeightError, match=message):
-        quant.dense_weight(model.model.layers[0].self_attn.q_proj, "model.layers.0.self_attn.q_proj")
+        layer_of(model.model.layers[0].self_attn.q_proj, "model.layers.0.self_attn.q_proj").dense_weight()
 
 
 def test_load_base_forbids_repacking(tiny: str) -> None:
@@ -266,8 +269,8 @@ def test_gradients_through_a_quantised_base_are_those_of_its_dequantised_twin(qu
     twin = ll.load_base(tiny, torch.float32)
     with torch.no_grad():
         for path, layer in model.named_modules():
-            if quant.features(layer) and quant.kind_of(layer) is not quant.Kind.DENSE:
-                twin.get_submodule(path).weight.copy_(quant.dense_weight(layer, path))
+            if size_of(layer) and not layer_of(layer).storage.is_dense:
+                twin.get_submodule(path).weight.copy_(layer_of(layer, path).dense_weight())
     grads = []
     for each in (model, twin):
         torch.manual_seed(0)
@@ -305,11 +308,11 @@ def test_a_saved_quantised_model_reopens_with_its_adapter(tiny: str, tmp_path: P
 def test_samples_are_the_stored_elements() -> None:
     layer = nn.Linear(3, 2)
     flat = layer.weight.detach().flatten()
-    assert quant.samples(layer) == [float(flat[i]) for i in (0, 1, 3, 5)]
+    assert layer_of(layer).storage.samples(layer_of(layer)) == [float(flat[i]) for i in (0, 1, 3, 5)]
 
 
 def test_tiny_llama_is_dense() -> None:
-    assert quant.quantization(tiny_llama()) is None
+    assert quantization_of(tiny_llama()) is None
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -334,4 +337,4 @@ def test_a_base_with_the_same_codes_and_other_scales_is_another_base(
 def test_a_weight_in_another_order_is_unknown() -> None:
     layer = nn.Linear(16, 24)
     layer.weight = nn.Parameter(layer.weight.detach().mT.contiguous())
-    assert quant.kind_of(layer) is quant.Kind.UNKNOWN
+    assert not layer_of(layer).storage.is_known

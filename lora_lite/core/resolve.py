@@ -1,0 +1,216 @@
+"""From a config and a model to sites: everything that is checked before anything changes."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..base import sharding
+from ..base.kinds import Size
+from ..base.layer import BaseLayer, stand_in
+from ..base.probe import check_affine
+from ..base.shapes import not_linear
+from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantError
+from .config import BaseConfig
+from .state import AdapterState, Session, Site, has_session, session_of, sites_of
+from .targets import Selection, Target
+from .validate import is_name
+from .variant import ParamSpec, lookup, weight_use
+
+Overrides = Mapping[str, Mapping[str, Any]]
+"""Path of a target -> the config fields that differ there."""
+
+
+def attachable(model: nn.Module) -> nn.Module:
+    """The module that adapters go on: the model itself, or what torch.compile has wrapped. Raises TargetError."""
+    root: nn.Module = getattr(model, "_orig_mod", model)
+    for path, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            raise TargetError(
+                f"{type(module).__name__} has registered the parameters already, and would never reduce the "
+                f"gradients of new ones\n  attach first, then wrap"
+            )
+        if module is not root and has_session(module):
+            raise TargetError(
+                f"{path}: adapters were attached to this part alone\n  attach to the same module each time"
+            )
+    session_of(root)  # raises on a part of a model that has adapters
+    return root
+
+
+def checked_config(cfg: Any) -> BaseConfig:
+    """The config itself. Raises ConfigError if it isn't one, or not of its variant; VariantError for an unknown one."""
+    if not isinstance(cfg, BaseConfig):
+        raise ConfigError(f"{cfg!r} is not a config\n  use one such as lora_lite.LoRAConfig(r=16)")
+    wanted = lookup(cfg.variant).config
+    if type(cfg) is not wanted:
+        raise ConfigError(
+            f"variant {cfg.variant!r} is configured by {wanted.__name__}, got {type(cfg).__name__}\n"
+            f"  use lora_lite.config_for({cfg.variant!r})(...)"
+        )
+    cfg.check_regexes()
+    return cfg
+
+
+def resolve(selection: Selection, cfg: BaseConfig) -> list[Site]:
+    """A site for each target that attach has chosen; the regexes of `per_layer` run here.
+
+    Raises as `make_sites`, and TargetError for a regex that finds no target.
+    """
+    overrides = overrides_at(cfg, [target.path for target in selection.targets])
+    return make_sites(selection.targets, cfg, overrides, selection.asked)
+
+
+def overrides_at(cfg: BaseConfig, paths: list[str]) -> dict[str, dict[str, Any]]:
+    """The config's `per_layer` by path. Raises TargetError if one of its regexes finds no target."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for pattern, fields in cfg.per_layer.items():
+        matching = [path for path in paths if re.search(pattern, path)]
+        if not matching:
+            raise TargetError(
+                f"per_layer: {pattern!r} is found in none of the {len(paths)} target layers, such as "
+                f"{paths[0]}\n  preview them with lora_lite.plan(model, cfg) without per_layer"
+            )
+        for path in matching:
+            overrides.setdefault(path, {}).update(fields)
+    return overrides
+
+
+def make_sites(
+    targets: Mapping[Target, BaseLayer], cfg: BaseConfig, overrides: Overrides, asked: bool = False
+) -> list[Site]:
+    """A site for each of these targets, with the fields that differ there.
+
+    Whether the layers are linear was `asked` before, where the targets come from a selection by default.
+
+    Raises:
+        ConfigError: for a field that is wrong at a layer, naming it.
+        TargetError, QuantizedWeightError: for a layer that can't carry the adapter.
+        VariantError: for a bad name of a tensor.
+    """
+    modules = {layer.path: layer.module for layer in targets.values()}
+    for path, reason in ({} if asked else not_linear(modules)).items():
+        kind = type(modules[path]).__name__
+        raise TargetError(f"{path}: an adapter can't act on this {kind}: {reason}\n  leave it out with exclude_names")
+    sites = [make_site(target, layer, cfg, overrides.get(target.path, {})) for target, layer in targets.items()]
+    for site in sites:
+        _check_storage(site)
+    return sites
+
+
+def make_site(target: Target, layer: BaseLayer, cfg: BaseConfig, overrides: Mapping[str, Any]) -> Site:
+    """The record of one layer, which no adapter is at yet. Raises ConfigError, VariantError."""
+    try:
+        there = cfg.with_overrides(overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{target.path}: {error}") from error
+    return Site(
+        target, layer, there, dict(overrides), weight_use(there), is_stacked(target, there), specs_at(target, there)
+    )
+
+
+def make_stand_in(
+    target: Target,
+    cfg: BaseConfig,
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    scale: float,
+    overrides: Any = None,
+) -> Site:
+    """A site on a module that stands for a layer which isn't here, with its `weight`, if any, and these tensors on it.
+
+    It computes what the adapter at that layer would. The tensors that are missing are left out.
+    """
+    site = make_site(
+        target, stand_in(target.path, module, Size(target.d_in, target.d_out, target.experts)), cfg, overrides or {}
+    )
+    site.state = AdapterState("default", site.cfg, None, scale, sites=[site])
+    for name, tensor in tensors.items():
+        setattr(module, name, tensor)
+    return site
+
+
+def is_stacked(target: Target, cfg: BaseConfig) -> bool:
+    """Does each expert of this target have tensors of its own?"""
+    return bool(target.experts) and weight_use(cfg) != "unused"
+
+
+def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
+    """The variant's tensors at a layer. Raises ConfigError with the layer's path, VariantError for a bad name."""
+    variant, path = lookup(cfg.variant), target.path
+    try:
+        specs = variant.param_specs(target.d_in, target.d_out, cfg)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    wrong = [name for name in specs if not re.fullmatch(r"lora_[A-Za-z0-9]+(_[A-Za-z0-9]+)*", name)]
+    if wrong or not specs:
+        raise VariantError(
+            f"variant {variant.name!r}: param_specs gave {list(specs)}; wanted one name or more, each like lora_xyz"
+        )
+    if is_stacked(target, cfg):
+        return {name: replace(spec, shape=(target.experts, *spec.shape)) for name, spec in specs.items()}
+    return specs
+
+
+def check_name(name: str, session: Session, model: str) -> None:
+    """ConfigError for an odd adapter name, TargetError for one that is taken."""
+    if not is_name(name):
+        raise ConfigError(
+            f"adapter name {name!r}: it becomes part of parameter names\n"
+            f"  use letters and digits, with single '_' or '-' between them"
+        )
+    if name in session.adapters:
+        raise TargetError(
+            f"adapter {name!r} is attached to this {model} already\n"
+            f"  give the new one another name, detach the old one, or lora_lite.restore a file's values into it"
+        )
+
+
+def check_free(sites: Iterable[Site]) -> None:
+    """TargetError if a layer has an attribute of a name that a tensor of a new site there would take."""
+    for site in sites:
+        if site.state.name in sites_of(site.module):
+            continue  # its tensors will be exchanged
+        taken = [site.attribute(tensor) for tensor in site.specs if hasattr(site.module, site.attribute(tensor))]
+        if taken:
+            raise TargetError(
+                f"{site.path}: it has {', '.join(taken)} already, put there by something else\n"
+                f"  take that off first, or attach under another name"
+            )
+
+
+def check_weights_present(sites: Iterable[Site]) -> None:
+    """TargetError unless every target's weight is whole and here, which a plan can do without."""
+    for site in sites:
+        if site.base.is_lazy:
+            raise TargetError(f"{site.path}: its weight has no shape yet\n  run one forward before attach")
+        weight = site.base.stored
+        if weight.is_meta:
+            raise TargetError(
+                f"{site.path}: its weight is on the meta device\n"
+                f"  load the weights before attach, with a device_map that offloads no target"
+            )
+        if sharding.is_dtensor(weight):
+            raise TargetError(
+                f"{site.path}: its weight is a DTensor already, sharded by fully_shard or by tensor parallelism\n"
+                f"  attach first, then fully_shard; of a tensor-parallel model, load it without tp_plan"
+            )
+
+
+def _check_storage(site: Site) -> None:
+    storage, variant = site.base.storage, site.cfg.variant
+    if not storage.is_known and site.base_weight != "unused":
+        raise QuantizedWeightError(
+            f"{site.path}: {variant!r} reads the weight, and this one is {site.target.kind}\n"
+            f"  use a dense or bitsandbytes base, or a variant that never reads it, such as lora"
+        )
+    if not storage.is_dense and site.base_weight == "dense":
+        raise QuantizedWeightError(
+            f"{site.path}: {variant!r} needs a dense weight, and this one is {site.target.kind}\n"
+            f"  load the base without quantization, or use a variant that works on any base, such as lora"
+        )
+    if site.base_weight != "unused":
+        check_affine(site.base)

@@ -1,0 +1,317 @@
+"""What attach keeps: a `Site` for each adapter at each layer, and a `Session` on the model with what it changed."""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils.hooks import RemovableHandle
+
+from ..base.bitsandbytes import keep_layout
+from ..base.fingerprint import BaseRecord
+from ..base.layer import BaseLayer
+from ..errors import TargetError
+from .names import file_key
+from .scale import Scale, ScaleChanges
+from .targets import Target
+
+T = TypeVar("T")
+Known = TypeVar("Known", "AdapterState", "Site")
+SITES = "_lora_lite"
+SESSION = "_lora_lite_session"
+
+
+@dataclass(eq=False)
+class AdapterState:
+    """What all sites of one adapter share. Its tensors lie on the layers."""
+
+    name: str
+    cfg: Any
+    base: BaseRecord | None
+    """None only of a stand-in, which is no model's."""
+    scale: float = 1.0
+    """As it was set; a call goes by `scale_of_call`."""
+    is_first: bool = False
+    """Its hooks come before those of adapters that aren't first, whenever it was attached."""
+    merged: bool = False
+    """True while its effect is in the weights, and its hooks do nothing."""
+    sites: list["Site"] = field(default_factory=list)
+    """Every layer that it adapts, in module order."""
+    changes: ScaleChanges | None = None
+    """None while the scale is the one that the adapter came with: then nothing is asked in a call."""
+    suffix: str = field(init=False)
+    """What the names of its tensors on a layer end with: nothing, or `__fr` of adapter fr."""
+    plain: Scale = field(init=False)
+    traced: Scale = field(init=False)
+    """The scale for a graph of torch.compile: an input of it, which may change."""
+
+    def __post_init__(self) -> None:
+        self.suffix = "" if self.name == "default" else f"__{self.name}"
+        self._show()
+
+    @property
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """Path of a layer -> the config fields that differ there."""
+        return {site.path: site.overrides for site in self.sites if site.overrides}
+
+    def set_scale(self, scale: float, set_in: int | None = None) -> tuple[float, int]:
+        """Returns the arguments that undo it."""
+        before = self.scale, -1 if self.changes is None else self.changes.set_in
+        if is_compiling():
+            self.changes = None  # there is no clock in a graph: what is pending goes by the scale as it is
+        else:
+            self.changes = self.changes or ScaleChanges(self.scale)
+            self.changes.change(scale, set_in)
+        self.scale = scale
+        self._show()
+        return before
+
+    def _show(self) -> None:
+        fresh = nullcontext() if is_compiling() else torch.inference_mode(False)
+        with fresh:  # a tensor of inference mode could take part in no training later
+            value = torch.tensor(
+                self.scale, dtype=torch.float64, device="cpu"
+            )  # without dimensions: it casts nothing up
+        self.plain = Scale(self.scale, self.scale == 0, self.scale == 1)
+        self.traced = self.plain._replace(value=value)
+
+    def scale_of_call(self) -> Scale:
+        """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first."""
+        if is_compiling():
+            return self.traced
+        if self.changes is None:
+            return self.plain
+        scale = self.changes.of_this_call(self.scale)
+        return self.plain if scale == self.scale else Scale(scale, scale == 0, scale == 1)
+
+    @property
+    def is_idle(self) -> bool:
+        """Do its hooks leave everything as it is?"""
+        return self.merged or self.scale_of_call().is_zero
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"changes": None}  # no forward of a copy is pending
+
+
+@dataclass(eq=False)
+class Site:
+    """One adapter at one layer: all that is known of it there. Attach, load, merges and the command line make it once,
+    with `plan.make_site`."""
+
+    target: Target
+    base: BaseLayer
+    cfg: Any
+    """The config at this layer."""
+    overrides: dict[str, Any]
+    """The fields in which that differs from the adapter's."""
+    base_weight: str
+    """What the variant does with the weight: "unused", "read" or "dense"."""
+    stacked: bool
+    """True if each tensor has a leading axis over the experts that the layer fuses."""
+    specs: dict[str, Any]
+    """The `ParamSpec` of each tensor."""
+    state: AdapterState = field(init=False)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
+    """What `Layer.constant` remembers."""
+    ran: bool = False
+    """True once a forward outside of torch.compile has called the layer, at any scale, since its first adapter came."""
+    never_ran: bool = False
+    """True if none had when the adapter's file was written, although one had called others."""
+
+    @property
+    def path(self) -> str:
+        return self.target.path
+
+    @property
+    def module(self) -> Any:
+        return self.base.module
+
+    def key(self, tensor: str) -> str:
+        """The key of one of its tensors in a file: `<path>.lora_A`, whatever the adapter's name."""
+        return file_key(self.path, tensor)
+
+    def attribute(self, tensor: str) -> str:
+        """The name of a tensor on the layer: `lora_A`, or `lora_A__fr` of adapter fr."""
+        return tensor + self.state.suffix
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors, as it lies on the layer."""
+        tensor: Tensor = getattr(self.module, self.attribute(name))
+        return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each of its tensors by name."""
+        return ((name, self.tensor(name)) for name in self.specs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        specs = {name: replace(spec, init="zeros") for name, spec in self.specs.items()}  # functions may not pickle
+        return self.__dict__ | {"memo": {}, "specs": specs}
+
+
+class BaseChange:
+    """What one attach changes beside the adapted layers: it freezes parameters and keeps the layout of 4-bit layers.
+
+    It knows these objects, not their paths: what has replaced one since is not ours to change, and a wrapper that was
+    put in since hides nothing. The references are weak, or the whole parameters that fully_shard has replaced would
+    stay in memory. A copy or a pickle of the model takes along what is alive.
+    """
+
+    def __init__(self, frozen: Iterable[nn.Parameter], kept_layout: Iterable[nn.Module]) -> None:
+        self._frozen = [weakref.ref(parameter) for parameter in frozen]
+        self._kept_layout = [weakref.ref(layer) for layer in kept_layout]
+
+    def __reduce__(self) -> Any:
+        return BaseChange, (_alive(self._frozen), _alive(self._kept_layout))
+
+    def make(self) -> None:
+        for parameter in _alive(self._frozen):
+            parameter.requires_grad_(False)
+        for layer in _alive(self._kept_layout):
+            keep_layout(layer, True)
+
+    def undo(self) -> None:
+        """Nothing here may raise: a detach is done whole."""
+        for parameter in _alive(self._frozen):
+            # Its .data may hold codes by now, which can't require gradients.
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        for layer in _alive(self._kept_layout):
+            keep_layout(layer, False)
+
+
+@dataclass(eq=False)
+class Swap:
+    """One thing that a merge has changed on a module: the storage of a parameter, or a whole attribute."""
+
+    holder: nn.Module
+    name: str
+    before: Tensor | nn.Module | None
+
+    def put(self, value: Tensor | nn.Module | None) -> None:
+        """In its place, on the device, in the dtype and the mode that the model has got meanwhile."""
+        now = getattr(self.holder, self.name)
+        if isinstance(value, nn.Module) and isinstance(now, nn.Module):
+            value.train(now.training)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            now.data = value.to(now.device, now.dtype)  # the parameter stays the object that others know
+        else:
+            setattr(self.holder, self.name, value)
+
+    def undo(self) -> None:
+        self.put(self.before)
+
+
+@dataclass(eq=False)
+class Session:
+    """The adapters on a model, and what their attaches changed; the last detach undoes it."""
+
+    adapters: dict[str, AdapterState] = field(default_factory=dict)
+    changes: list[BaseChange] = field(default_factory=list)
+    merged: list[Swap] = field(default_factory=list)
+    """What unmerge puts back; empty while nothing is merged."""
+    memo: dict[bytes, Tensor] = field(default_factory=dict)
+    """Results of the base, which is read-only meanwhile, by a hash of what they were computed from."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"memo": {}}
+
+
+# ---- sites on a layer ---------------------------------------------------------------------------
+
+
+def sites_of(module: nn.Module) -> dict[str, Site]:
+    """The adapters at one layer, in the order attached; an empty dict that isn't kept if there is none."""
+    sites: dict[str, Site] = module.__dict__.get(SITES, {})
+    return sites
+
+
+def add_site(site: Site) -> None:
+    """Remember an adapter at its layer. That the layer has been called is known of each adapter there."""
+    site.ran = site.ran or any(other.ran for other in sites_of(site.module).values())
+    insert_in_order(site.module.__dict__.setdefault(SITES, {}), site.state, site)
+
+
+def drop_site(module: nn.Module, name: str) -> Site | None:
+    """Forget an adapter at a layer; leaves no trace of the last one."""
+    site = sites_of(module).pop(name, None)
+    if not sites_of(module):
+        module.__dict__.pop(SITES, None)
+    return site
+
+
+def insert_in_order(known: dict[str, Known], state: AdapterState, value: Known) -> None:
+    """Put what is known of an adapter in the place that it had; a new one's after the others, but before those that
+    aren't first if it is."""
+    later = {}
+    if state.is_first and state.name not in known:
+        later = {name: other for name, other in known.items() if not _state_of(other).is_first}
+    for name in later:
+        del known[name]
+    known.update({state.name: value, **later})
+
+
+def _state_of(known: AdapterState | Site) -> AdapterState:
+    return known if isinstance(known, AdapterState) else known.state
+
+
+# ---- the session on a model ---------------------------------------------------------------------
+
+
+def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
+    """The module that adapters were attached to, inside any wrapper, and its record; a new one if there is none.
+
+    Raises:
+        TargetError: if there are several such modules, or if the model is a part of one.
+    """
+    modules = dict(model.named_modules())
+    roots = {path: module for path, module in modules.items() if has_session(module)}
+    if len(roots) > 1:
+        raise TargetError(
+            f"adapters were attached to several parts of this {type(model).__name__}: {', '.join(roots)}\n"
+            f"  call this for each part by itself"
+        )
+    for root in roots.values():
+        return root, session_at(root)
+    if any(map(sites_of, modules.values())):
+        raise TargetError(
+            f"this {type(model).__name__} is a part of a model that adapters were attached to\n"
+            f"  give the whole model, the one that attach was given"
+        )
+    return getattr(model, "_orig_mod", model), Session()
+
+
+def session_at(root: nn.Module) -> Session:
+    """The record on the module itself, a root that `session_of` or `attachable` gave; a new one if there is none."""
+    session: Session = root.__dict__.get(SESSION, Session())
+    return session
+
+
+def has_session(module: nn.Module) -> bool:
+    """True for a module that adapters were attached to."""
+    return SESSION in module.__dict__
+
+
+def keep_session(root: nn.Module, session: Session) -> None:
+    """Store the record on the model while it has adapters, and take it off after the last."""
+    if session.adapters:
+        root.__dict__[SESSION] = session
+    else:
+        root.__dict__.pop(SESSION, None)
+
+
+def check_unmerged(session: Session, action: str) -> None:
+    """TargetError while adapters are merged: their effect is in the weights, so nothing here would change it."""
+    merged = [name for name, state in session.adapters.items() if state.merged]
+    if merged:
+        raise TargetError(
+            f"can't {action}: {', '.join(merged)} {'is' if len(merged) == 1 else 'are'} merged into the weights\n"
+            f"  lora_lite.unmerge(model) first"
+        )
+
+
+def _alive(references: list[weakref.ref[T]]) -> list[T]:
+    return [value for reference in references if (value := reference()) is not None]
