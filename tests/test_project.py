@@ -185,6 +185,17 @@ def test_a_variant_is_at_most_120_lines() -> None:
         assert len(file.read_text().splitlines()) <= 120, file.name
 
 
+def test_the_files_that_the_documents_name_exist() -> None:
+    documents = [ROOT / name for name in ("README.md", "DEVELOPER.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+    named = {
+        (document.name, path)
+        for document in documents
+        for path in re.findall(r"(?<![\w./-])(?:lora_lite|tests)/[\w./-]+\.py\b", document.read_text())
+    }
+    assert named
+    assert not sorted((document, path) for document, path in named if not (ROOT / path).is_file())
+
+
 def test_the_link_at_the_top_leads_to_the_variants() -> None:
     assert (ROOT / "variants").resolve() == ROOT / "lora_lite" / "variants"
 
