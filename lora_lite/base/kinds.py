@@ -42,6 +42,10 @@ class Kind:
         """A tensor that lies as the module's weight does, as matrices (d_out, d_in)."""
         return stored.mT if self.lies_transposed(module) else stored
 
+    def computes_its_product(self, module: Any) -> bool:
+        """Is its forward known to be x Wᵀ + b, by its class?"""
+        return False
+
     def bias_of(self, module: Any) -> Tensor | None:
         """The bias (d_out,), or (experts, d_out); None for a module without one."""
         bias = getattr(module, self.bias, None)
@@ -57,6 +61,9 @@ class Linear(Kind):
         d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
         return Size(d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
+    def computes_its_product(self, module: Any) -> bool:
+        return type(module).forward is nn.Linear.forward and not is_bypassed(module)
+
 
 class Conv1D(Kind):
     """transformers' Conv1D (GPT-2), a linear layer whose weight is (d_in, d_out)."""
@@ -68,6 +75,9 @@ class Conv1D(Kind):
         return Size(d_in, d_out)
 
     def lies_transposed(self, module: Any) -> bool:
+        return True
+
+    def computes_its_product(self, module: Any) -> bool:
         return True
 
 

@@ -37,6 +37,8 @@ class BaseLayer:
     """How many matrices it fuses; 0 for a layer of one."""
     transposed: bool = False
     """Each matrix is stored as (d_in, d_out)."""
+    is_plain: bool = False
+    """Known to compute x Wᵀ + b by its class and its storage. Any other layer is run on some rows to see."""
 
     @property
     def stored(self) -> Tensor:
@@ -107,7 +109,8 @@ def layer_of(module: nn.Module, path: str = "") -> BaseLayer | None:
     for kind in KINDS:
         if (size := kind.size(module)) is not None:
             storage = next(storage for storage in STORAGES if storage.holds(module, kind))
-            return BaseLayer(path, module, kind, storage, *size, kind.lies_transposed(module))
+            is_plain = storage.is_known and "forward" not in vars(module) and kind.computes_its_product(module)
+            return BaseLayer(path, module, kind, storage, *size, kind.lies_transposed(module), is_plain)
     return None
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import brief
 from .bitsandbytes import is_bitsandbytes
 from .exact import full_precision
-from .kinds import Conv1D
+from .kinds import is_bypassed
 from .layer import BaseLayer
 from .sharding import is_sharded
 
@@ -30,16 +30,12 @@ class NoAnswerError(NotRunError):
 
 def is_asked(layer: BaseLayer) -> bool:
     """False where the class says what is computed, or nothing can be run: bitsandbytes, meta, shards, experts."""
-    module = layer.module
-    is_own = "forward" in vars(module) or not (
-        type(module).forward is nn.Linear.forward or isinstance(layer.kind, Conv1D)
-    )
-    if not is_own and layer.storage.is_known:
+    if layer.is_plain or layer.experts or is_bypassed(layer.module):
         return False
     weight = layer.stored
-    if layer.experts or layer.is_lazy or weight.is_meta or is_sharded(weight) or not weight.numel():
+    if layer.is_lazy or weight.is_meta or is_sharded(weight) or not weight.numel():
         return False
-    return not any(map(is_bitsandbytes, module.modules()))
+    return not any(map(is_bitsandbytes, layer.module.modules()))
 
 
 @contextmanager

@@ -44,7 +44,8 @@ def check_affine(layer: BaseLayer) -> None:
             problem = _bend(run, layer)
     except NotRunError as error:
         raise QuantizedWeightError(
-            f"{layer.path}: its own forward can't be run on rows, so it isn't known whether a matrix stands for it: {error}\n"
+            f"{layer.path}: its own forward can't be run on rows, so it isn't known whether a matrix stands for it: "
+            f"{error}\n"
             f"  keep an adapter that doesn't read the weight (lora) attached, or leave it out with exclude_names"
         ) from error
     if problem is not None:

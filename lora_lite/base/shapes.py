@@ -1,13 +1,13 @@
 """Layers that have the shape of a linear layer and are none, or choose among experts: what a default leaves out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .kinds import is_bypassed, size_of
-from .layer import BaseLayer, layer_of
+from .layer import BaseLayer
 from .own_forward import NoAnswerError, NotRunError, is_asked, own_forward
 from .stacks import Modules, Shapes
 
@@ -18,14 +18,13 @@ FAR = 2**-2
 are 0.05 off, those of 4 bits 0.2."""
 
 
-def not_linear(modules: Modules) -> dict[str, str]:
+def not_linear(layers: Iterable[BaseLayer]) -> dict[str, str]:
     """Why layers don't compute y = W x + b, by path; those that do, or can't be asked, are left out.
 
     A layer is asked, with ROWS random inputs, if its weight is dense and here, and its forward is not torch's. What
     holds a linear layer inside (another library's adapter) is not asked.
     """
-    layers = (layer_of(module, path) for path, module in modules.items())
-    reasons = {layer.path: _reason(layer) for layer in layers if layer is not None}
+    reasons = {layer.path: _reason(layer) for layer in layers if not layer.is_plain}
     return {path: reason for path, reason in reasons.items() if reason is not None}
 
 

@@ -113,7 +113,7 @@ class Dense(Storage):
             return False
         d_in, d_out, _ = kind.size(module) or (0, 0, 0)
         shape = (d_in, d_out) if kind.lies_transposed(module) else (d_out, d_in)
-        return tuple(sharding.shape_of(weight)[-2:]) == shape
+        return weight.shape[-2:] == shape or sharding.shape_of(weight)[-2:] == shape
 
     def describe(self, layer: "BaseLayer") -> str:
         return dtype_name(layer.stored.dtype)

@@ -51,9 +51,10 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
         raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
     if calibration_data is not None:
         check_takes_data(cfg)
-    sites = resolve(select(root, cfg), cfg)
+    selection = select(root, cfg)
+    sites = resolve(selection, cfg)
     with installed(root, cfg, name, sites) as adapter, torch.no_grad():
-        if next(adapter.parameters(), None) is not None:
+        if not selection.all_plain and next(adapter.parameters(), None) is not None:
             check_gradients(root, adapter.targets)
         views = adapter.views()
         for view in views.values():

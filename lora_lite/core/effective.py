@@ -49,7 +49,7 @@ class Affine:
         return _outputs(self._views, x, product(x))
 
     def columns(self, weight: Float[Tensor, "o i"]) -> Iterator[tuple[int, int, Float[Tensor, "o n"]]]:
-        """(start, stop, W'[:, start:stop]) for all of W'. Only these columns of the weight are read, if `is_columnwise`."""
+        """(start, stop, W'[:, start:stop]) for all of W'; only these columns of W are read if `is_columnwise`."""
         origin = self._origin(weight)
         for start, stop in self._blocks():
             yield start, stop, self._columns(weight, start, stop, *origin)

@@ -194,7 +194,7 @@ class Layer:
 
 
 WEIGHTS: dict[str, Callable[[nn.Module, int | None, Tensor], Tensor]] = {}
-"""What `dense_weight(of)` can be of beside "base": from (module, expert, base weight (d_out, d_in)) to such a weight."""
+"""What `dense_weight(of)` can be of beside "base": (module, expert, base weight (d_out, d_in)) -> such a weight."""
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -66,7 +66,7 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     selection = select(root, checked_config(cfg))
     sites = resolve(selection, cfg)
     parameters = sum(math.prod(spec.shape) for site in sites for spec in site.specs.values() if spec.trainable)
-    if parameters:
+    if parameters and not selection.all_plain:
         check_gradients(root, {site.path for site in sites})
     targets, left_out = tuple(site.target for site in sites), tuple(selection.left_out)
     return Plan(type(root).__name__, cfg.variant, targets, parameters, model_width(root), left_out)

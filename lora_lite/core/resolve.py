@@ -91,9 +91,9 @@ def make_sites(
         TargetError, QuantizedWeightError: for a layer that can't carry the adapter.
         VariantError: for a bad name of a tensor.
     """
-    modules = {layer.path: layer.module for layer in targets.values()}
-    for path, reason in ({} if asked else not_linear(modules)).items():
-        kind = type(modules[path]).__name__
+    unknown = {layer.path: layer for layer in targets.values() if not (asked or layer.is_plain)}
+    for path, reason in (not_linear(unknown.values()) if unknown else {}).items():
+        kind = type(unknown[path].module).__name__
         raise TargetError(f"{path}: an adapter can't act on this {kind}: {reason}\n  leave it out with exclude_names")
     sites = [make_site(target, layer, cfg, overrides.get(target.path, {})) for target, layer in targets.items()]
     for site in sites:

@@ -80,6 +80,8 @@ class Selection(NamedTuple):
     left_out: list[LeftOut]
     asked: bool
     """Were the targets run, where that can be, to see that they are linear?"""
+    all_plain: bool
+    """Is every layer of the model known to compute x Wᵀ + b?"""
 
 
 def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
@@ -102,7 +104,7 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     reachable = [t for t in known if cfg.FUSED_EXPERTS or not t.experts]
     _check_layers(cfg, stacks)
     asked = not cfg.target_names and "writer" not in cfg.target_roles
-    left_out = [] if cfg.target_names else _left_out(model, modules, list(known), stacks, cfg, asked)
+    left_out = [] if cfg.target_names else _left_out(model, modules, known, stacks, cfg, asked)
     unasked = {path for path, _ in left_out}
     named = [t for t in reachable if t.path not in unasked and _named(t.path, cfg)]
     targets = [t for t in named if _deep(t.place, cfg, stacks)]
@@ -113,11 +115,13 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
             _check_writers(model, modules, cfg, stacks, text, reachable, targets, width)
     if not targets:
         raise TargetError(_nothing_found(model, cfg, reachable, left_out))
-    return Selection({target: known[target] for target in targets}, left_out, asked)
+    return Selection(
+        {target: known[target] for target in targets}, left_out, asked, all(layer.is_plain for layer in layers)
+    )
 
 
 def _left_out(
-    model: nn.Module, modules: Modules, layers: list[Target], stacks: Stacks, cfg: BaseConfig, asked: bool
+    model: nn.Module, modules: Modules, layers: dict[Target, BaseLayer], stacks: Stacks, cfg: BaseConfig, asked: bool
 ) -> list[LeftOut]:
     """What a config without target_names leaves out, in module order; nothing that exclude_names excludes.
 
@@ -126,14 +130,13 @@ def _left_out(
     """
     shapes = {t.path: (t.d_in, t.d_out) for t in layers if not t.experts}
     stacked = any(t.stack for t in layers)
-    heads = _output_heads(model, modules, layers)
+    heads = _output_heads(model, modules, list(layers))
     reasons = {t.path: "the output head" if t.path in heads else "in no stack of blocks" for t in layers if not t.stack}
     if not stacked:
         reasons = {path: reason for path, reason in reasons.items() if path in heads}
     reasons |= dict.fromkeys(routers(modules, shapes), "a router of experts")
     if asked:
-        inside = {path: modules[path] for path in shapes if path not in reasons}
-        reasons |= not_linear(inside)
+        reasons |= not_linear(layers[t] for t in layers if not t.experts and t.path not in reasons)
     if not cfg.FUSED_EXPERTS:
         fused = f"fused experts: {cfg.variant} goes on linear layers"
         reasons |= {t.path: fused for t in layers if t.experts and t.path not in reasons}

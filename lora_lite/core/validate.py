@@ -11,7 +11,7 @@ MOST_REPETITIONS, LONGEST_REGEX = 3, 200
 def is_safe_regex(pattern: Any) -> bool:
     """Does a regex compile, and can it be searched in a path in no time, whoever wrote it?
 
-    At most MOST_REPETITIONS repetitions, and none of a group: to search it then takes at most the path's length to that power.
+    It has at most MOST_REPETITIONS, and none of a group: a search takes at most the path's length to that power.
     """
     if not (isinstance(pattern, str) and len(pattern) <= LONGEST_REGEX):
         return False

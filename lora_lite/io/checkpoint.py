@@ -117,8 +117,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         meta["per_layer"] = to_json(adapter.per_layer)
     if on:
         meta["on"] = on
-    if never_ran := sorted(uncalled(model) & adapter.targets.keys()):
-        meta["never_ran"] = never_ran
+    if not all(site.ran for site in adapter.sites()):
+        never_ran = sorted(uncalled(model) & adapter.targets.keys())
+        meta |= {"never_ran": never_ran} if never_ran else {}
     with _together(path) if is_sharded else nullcontext(True) as first:
         if first:
             write_tensors(path, tensors, {"format": "pt", METADATA: json.dumps(meta)})
@@ -138,7 +139,7 @@ def load(
     into the warning that other methods give.
 
     The path may also be a file or a folder of raw tensors, as ZeRO-3 and FSDP consolidation write them: with a
-    wrapper's prefix, in shards, base weights mixed in (lora_lite/raw.py). They don't say how they were trained, so
+    wrapper's prefix, in shards, base weights mixed in (lora_lite/io/raw.py). They don't say how they were trained, so
     `cfg` does; its filters aren't needed. Of several adapters in it, `name` takes the one of that name. A file of
     diffusers says it in its metadata, and is read as load_peft reads it.
 
@@ -154,8 +155,8 @@ def load(
         raise ConfigError(f"{headers[0].path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
     file = _from_header(headers[0])
     mapping, sites = _match(root, file)
-    in_file = file.tensors()
-    tensors = {site.key(name): in_file[file_key(path, name)] for path, site in sites.items() for name in site.specs}
+    stored = file.tensors()
+    tensors = {site.key(t): stored[file_key(in_file, t)] for in_file, site in sites.items() for t in site.specs}
     with installed(root, file.cfg, name, list(sites.values()), tensors, file.scale) as adapter:
         reads = any(site.base_weight != "unused" for site in sites.values())
         recorded, live = file.base.renamed(mapping), adapter.base_record

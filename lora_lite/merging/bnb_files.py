@@ -83,7 +83,7 @@ def _numel(headers: Mapping[str, Header], key: str) -> int:
 
 
 def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor, "o i"], list[Any]]:
-    """The numbers that a quantised tensor of a file stands for, in `packed.dtype` (8-bit: float32), and its fingerprint."""
+    """The numbers that a quantised tensor stands for, in `packed.dtype` (8-bit: float32); and its fingerprint."""
     read = {name: headers[key].read([key])[key] for name, key in {"": packed.key, **packed.parts}.items()}
     codes = read.pop("")
     if "SCB" in read:
@@ -111,7 +111,8 @@ def as_trained(
         return _as_trained_8bit(weight)
     if quantization.method != "bitsandbytes-4bit" or quantization.quant_type not in ("nf4", "fp4"):
         raise QuantizedWeightError(
-            f"the adapter was trained on {quantization.quant_type} weights ({quantization.method}), which can't be made again\n"
+            f"the adapter was trained on {quantization.quant_type} weights ({quantization.method}), which can't be made "
+            f"again\n"
             f'  use base_weights="original"'
         )
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise

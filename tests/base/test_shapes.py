@@ -13,6 +13,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.ibert.quant_modules import QuantLinear
 
 import lora_lite as ll
+from lora_lite.base.layer import layer_of
 from lora_lite.base.shapes import not_linear, routers
 from lora_lite.base.stacks import layer_shapes
 
@@ -102,7 +103,7 @@ def test_what_is_not_w_x_plus_b_is_left_out_by_default_and_refused_by_name(name:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_linear_or_can_not_be_asked_stays(layer: nn.Module, dtype: torch.dtype) -> None:
-    assert not_linear({"odd": layer.to(dtype)}) == {}
+    assert not_linear([layer_of(layer.to(dtype), "odd")]) == {}
 
 
 def test_a_layer_is_asked_without_a_trace() -> None:
@@ -112,7 +113,9 @@ def test_a_layer_is_asked_without_a_trace() -> None:
         layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
     before = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not_linear(layers) == {"b": "its forward is not W x + b"}
+        assert not_linear([layer_of(layer, path) for path, layer in layers.items()]) == {
+            "b": "its forward is not W x + b"
+        }
     assert all(layer.training for layer in layers.values())
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -172,7 +175,7 @@ def in_two_dtypes() -> nn.Module:
     ids=["batches only", "rows only", "another argument", "no memory", "two dtypes"],
 )
 def test_no_layer_is_refused_for_the_question(make: Any) -> None:
-    assert not_linear({"odd": make()}) == {}
+    assert not_linear([layer_of(make(), "odd")]) == {}
 
 
 def test_each_layer_answers_for_itself() -> None:
@@ -186,8 +189,10 @@ def test_each_layer_answers_for_itself() -> None:
     }
     for parameter in layers["zero"].parameters():
         nn.init.zeros_(parameter)
-    assert not_linear(layers) == {"full": "its forward is not W x + b"}
-    assert not_linear({"replaced": patched()}) == {"replaced": "its forward is not W x + b"}
+    assert not_linear([layer_of(layer, path) for path, layer in layers.items()]) == {
+        "full": "its forward is not W x + b"
+    }
+    assert not_linear([layer_of(patched(), "replaced")]) == {"replaced": "its forward is not W x + b"}
 
 
 def patched() -> nn.Module:
@@ -216,7 +221,7 @@ def test_a_layer_is_asked_once() -> None:
 def test_a_question_takes_none_of_the_random_numbers() -> None:
     layer = Changed(lambda layer, x: product(layer, x) + 0 * torch.rand(()))
     before = torch.get_rng_state()
-    assert not_linear({"drawing": layer}) == {}
+    assert not_linear([layer_of(layer, "drawing")]) == {}
     assert torch.equal(torch.get_rng_state(), before)
 
 
