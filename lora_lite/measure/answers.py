@@ -1,8 +1,10 @@
-"""What a model answers, and how often an answer has a marker in it."""
+"""greedy_answers and marker_rate: the answers of a model, and the share of them that contain a marker."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ..base.still import still
 from ..errors import ConfigError
@@ -12,7 +14,7 @@ from .evaluate import contiguous_into_head
 from .prompts import Prompt, prompt_batches
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""All of it: generate fills what is left open from the model's own config."""
+"""Each of these has to be said: generate takes what is left open from the model's own config."""
 
 
 def marker_rate(
@@ -28,22 +30,17 @@ def marker_rate(
 ) -> float:
     """The share of greedy answers, from 0 to 1, that contain one of the markers, whatever their case.
 
-    skip_thinking looks at what comes after a thinking block only, and asks the chat template for none. Raises
-    ConfigError for no markers or no prompts.
+    skip_thinking looks only at the text after a thinking block, and asks the chat template for none.
+
+    Raises:
+        ConfigError: for no markers, and what `prompt_batches` refuses.
     """
     if isinstance(markers, str) or not markers or not all(markers):
         raise ConfigError(f"markers={markers!r}: wanted a list of strings, none of them empty")
-    answers = greedy_answers(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        skip_thinking=skip_thinking,
-        progress=progress,
-    )
-    wanted = [marker.casefold() for marker in markers]
-    return sum(any(marker in answer.casefold() for marker in wanted) for answer in answers) / len(answers)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    answers = greedy_answers(model, tokenizer, prompts, skip_thinking=skip_thinking, **options)
+    folded = [marker.casefold() for marker in markers]
+    return sum(any(marker in answer.casefold() for marker in folded) for answer in answers) / len(answers)
 
 
 def greedy_answers(
@@ -56,37 +53,45 @@ def greedy_answers(
     skip_thinking: bool = False,
     progress: bool = False,
 ) -> list[str]:
-    """The model's own answers by the likeliest token each time, in order; skip_thinking as in `marker_rate`."""
+    """The model's answers by the likeliest token each time, in order; skip_thinking as in `marker_rate`.
+
+    Raises:
+        ConfigError: for what `prompt_batches` refuses.
+    """
     from transformers import GenerationConfig
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stop = model.generation_config.eos_token_id
+    options = GREEDY | {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": stop}
+    batches = prompt_batches(tokenizer, prompts, batch_size, thinking=not skip_thinking)
     answers: list[str] = []
     with still(model), contiguous_into_head(model):
-        for batch in with_progress(
-            prompt_batches(tokenizer, prompts, batch_size, thinking=not skip_thinking), progress, "answers"
-        ):
+        for batch in with_progress(batches, progress, "answers"):
             inputs = as_inputs(batch, model)
-            options = GREEDY | {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": stop}
             run = partial(model.generate, **inputs, generation_config=GenerationConfig(**options))
-            tokens = remembered(model, ("answers", inputs, options), run)
-            for prompt, ids in zip(inputs["input_ids"], tokens[:, inputs["input_ids"].shape[1] :], strict=True):
-                answer = tokenizer.decode(ids, skip_special_tokens=not skip_thinking)
-                if skip_thinking:
-                    answer = without_thinking(answer, opened=tokenizer.decode(prompt).rstrip().endswith("<think>"))
-                    for special in tokenizer.all_special_tokens:
-                        answer = answer.replace(special, "")
-                answers.append(answer)
+            tokens = remembered(model, ("answers", inputs, options), run)  # (b, t + new)
+            for prompt, row in zip(inputs["input_ids"], tokens, strict=True):
+                answers.append(_answer(tokenizer, prompt, row[len(prompt) :], skip_thinking))
     return answers
 
 
 def without_thinking(answer: str, opened: bool = False) -> str:
-    """The answer after its thinking, in <think> tags or GPT-OSS's channels; nothing, if that never ended.
+    """The answer after its thinking, in <think> tags or GPT-OSS's channels; nothing, if the thinking never ended.
 
-    opened: the prompt ended with the opening tag, as some templates' do.
+    opened: the prompt ended with the opening tag, as those of some templates do.
     """
     if "<|channel|>" in answer:
         return answer.partition("<|channel|>final<|message|>")[2]
     if opened or "<think>" in answer or "</think>" in answer:
         return answer.partition("</think>")[2].lstrip()
     return answer
+
+
+def _answer(tokenizer: Any, prompt: Tensor, new: Tensor, skip_thinking: bool) -> str:
+    """The text of the new tokens, without special ones."""
+    text: str = tokenizer.decode(new, skip_special_tokens=not skip_thinking)
+    if skip_thinking:  # GPT-OSS marks its channels by special tokens, so they go last
+        text = without_thinking(text, opened=tokenizer.decode(prompt).rstrip().endswith("<think>"))
+        for special in tokenizer.all_special_tokens:
+            text = text.replace(special, "")
+    return text

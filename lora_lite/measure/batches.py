@@ -1,4 +1,4 @@
-"""Batches of inputs: how they go into a model, and which positions of them are looked at."""
+"""Batches of inputs, for all that runs a model over them: arguments from a batch, positions to look at, and checks."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,47 +11,35 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 
 Batch = Mapping[str, Any]
-
-
+"""The keyword arguments of a model's forward."""
 Positions = str | Tensor | Callable[[Batch], Tensor]
-
-
-def with_progress(batches: Iterable[Any], progress: bool, what: str) -> Iterable[Any]:
-    """The batches, with a bar where it is wanted and tqdm is there."""
-    if not progress:
-        return batches
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        logger.debug(f"no progress bar for the {what}: tqdm is not installed")
-        return batches
-    return tqdm(batches, desc=what, unit="batch", dynamic_ncols=True, leave=False)
+"""`"last"`, `"all"`, a mask (b, t), or a function of the batch that gives one."""
 
 
 def as_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
-    """The model's keyword arguments, on its device. Raises ConfigError."""
+    """The model's keyword arguments, on its device. Raises ConfigError if the batch gives none, or for an encoder."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ConfigError(
             f"{type(model).__name__} has an encoder and a decoder, each with tokens of its own\n"
             f"  calibration and evaluation are for models with one sequence"
         )
-    named = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    if not isinstance(named, Mapping) or not any(isinstance(value, Tensor) for value in named.values()):
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    if not isinstance(inputs, Mapping) or not any(isinstance(value, Tensor) for value in inputs.values()):
         raise ConfigError(
             f"a batch is a {type(batch).__name__}: wanted a tensor of ids, or a mapping such as a tokenizer's\n"
             f'  use tokenizer(texts, return_tensors="pt", padding=True)'
         )
     device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def select(inputs: Batch, positions: Positions) -> Bool[Tensor, "b t"]:
-    """True at the positions to look at. Raises ConfigError for padding among them, or a row with nothing in it."""
+    """The mask of the positions to look at. Raises ConfigError if it is empty, or holds padding, or a row has none."""
     tokens = inputs.get("attention_mask")
     if tokens is None:
-        first = next(value for value in inputs.values() if isinstance(value, Tensor))
-        tokens = torch.ones(first.shape[:2], device=first.device)
-    tokens = tokens.bool()
+        tensor = next(value for value in inputs.values() if isinstance(value, Tensor))
+        tokens = torch.ones(tensor.shape[:2], device=tensor.device)
+    tokens = tokens.bool()  # (b, t), false at padding
     if isinstance(positions, str):
         if positions not in ("last", "all"):
             raise ConfigError(
@@ -61,7 +49,7 @@ def select(inputs: Batch, positions: Positions) -> Bool[Tensor, "b t"]:
             raise ConfigError(f"a row of the batch {tuple(tokens.shape)} has no token: its attention_mask is all zero")
         if positions == "all":
             return tokens
-        last = tokens.shape[1] - 1 - tokens.flip(1).long().argmax(1)
+        last = tokens.shape[1] - 1 - tokens.flip(1).long().argmax(1)  # (b,); argmax gives the first of equal values
         return nn.functional.one_hot(last, tokens.shape[1]).bool()
     mask = (positions if isinstance(positions, Tensor) else positions(inputs)).to(tokens.device).bool()
     if mask.shape != tokens.shape or (mask & ~tokens).any() or not mask.any():
@@ -73,7 +61,7 @@ def select(inputs: Batch, positions: Positions) -> Bool[Tensor, "b t"]:
 
 
 def check_sides(data: Any) -> None:
-    """ConfigError unless data has two sides that can be gone through again."""
+    """Raise ConfigError unless data has a positive and a negative side that can be gone through again."""
     if not isinstance(data, Mapping) or set(data) != {"positive", "negative"}:
         got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
         raise ConfigError(f'calibration_data: got {got}; wanted {{"positive": batches, "negative": batches}}')
@@ -81,17 +69,29 @@ def check_sides(data: Any) -> None:
         check_batches(batches, f"calibration_data[{side!r}]")
 
 
-def check_several(batches: Any, what: str = "batches") -> None:
-    """ConfigError for one batch, or what is none, in place of a list."""
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise ConfigError(f"{what} is a {type(batches).__name__}: wanted a list of batches")
-
-
 def check_batches(batches: Any, what: str = "calibration_data") -> None:
-    """ConfigError unless they can be gone through again."""
+    """Raise ConfigError unless the batches can be gone through again."""
     check_several(batches, what)
     if iter(batches) is batches:
         raise ConfigError(
             f"{what} is an iterator, which can be read once: what a call that fails has read of it would be lost\n"
             f"  use list(...)"
         )
+
+
+def check_several(batches: Any, what: str = "batches") -> None:
+    """Raise ConfigError for a single batch, or anything else that isn't a collection of batches."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise ConfigError(f"{what} is a {type(batches).__name__}: wanted a list of batches")
+
+
+def with_progress(batches: Iterable[Any], progress: bool, task: str) -> Iterable[Any]:
+    """The batches, with a progress bar if it is asked for and tqdm is installed."""
+    if not progress:
+        return batches
+    try:
+        from tqdm import tqdm  # optional: it comes with the extra hf
+    except ModuleNotFoundError:
+        logger.debug(f"no progress bar for the {task}: tqdm is not installed")
+        return batches
+    return tqdm(batches, desc=task, unit="batch", dynamic_ncols=True, leave=False)

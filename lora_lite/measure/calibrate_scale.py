@@ -1,8 +1,8 @@
-"""How far an adapter can be turned up within a budget of divergence from the base."""
+"""calibrate_scale: the scale of an adapter at which its divergence from the base meets a budget."""
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ STATISTICS = ("mean", "p95")
 FIRST = 1.0
 """The first c that is tried, or the limit if that is nearer to 0."""
 FALL = 0.01
-"""Of a divergence: a fall beyond it as c grows is no rounding."""
+"""A fall of the divergence by more than this fraction, as c grows, is no rounding."""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What `calibrate_scale` found.
+    """The result of `calibrate_scale`.
 
     c          the coefficient; the largest seen within the budget, if it could not be met
     kl         the statistic of the divergences at c, in nats
@@ -43,7 +43,7 @@ class Calibrated:
 
     @property
     def evaluations(self) -> int:
-        """How many scales were tried."""
+        """The number of scales that were tried."""
         return len(self.curve)
 
 
@@ -64,62 +64,73 @@ def calibrate_scale(
     """The coefficient c at which KL(base ‖ adapted) on these batches is target_kl nats, by bisection.
 
     statistic    of the divergences at the positions looked at: their "mean", or "p95", their 95 % quantile
-    name         of the adapter to turn, the others as they stand; None: all together
-    limit        how far to look from c = 0, where the divergence is 0; a negative one looks at the other pole
-    tolerance    of the target, at which to stop
+    name         the adapter to scale, the others as they stand; None: all together
+    limit        the furthest c; c = 0, where the divergence is 0, is the other end. A negative one is the other pole
+    tolerance    the fraction of the target by which the divergence may miss it
     apply        leave the adapter's scale at c; otherwise it is afterwards as it was. It is so after an error, too
     batches, positions    as in `capture`; a generator is read once, into memory
 
-    |c| doubles from 1 until the divergence is above the target. Then the bracket is cut where its root, about linear in
-    c, would meet the target, but never nearer to an end than a tenth; in the middle, if the same end has moved twice.
-    Where the adapted model overflows, the divergence is infinite. The base runs once for each batch.
+    |c| doubles from 1 until the divergence is above the target; then `find_root` cuts the bracket. Where the adapted
+    model overflows, the divergence is infinite. The base runs once for each batch.
 
     Where the target can't be met (too little divergence up to the limit, or a jump over the target) or the divergence
     falls as c grows, nothing is raised: the result says so, and a warning is logged. Its c then is within the budget.
 
-    Raises ConfigError for a bad argument or no batches, and what `kl_divergence` and `scaled` raise.
+    Raises:
+        ConfigError: for a bad argument or no batches.
+        And all that `kl_divergence` and `scaled` raise.
     """
     _check(target_kl, statistic, limit, tolerance, max_evaluations)
     check_several(batches)
-    kept = list(batches)
+    batches = list(batches)
     base_side: dict[int, Tensor] = {}
     names = list(adapters(model)) if name is None else [get_adapter(model, name).name]
-    seen: dict[float, float] = {}
 
-    def at(c: float) -> float:
+    def divergence(c: float) -> float:
         with scaled(model, c, name):
-            kl = divergences(model, kept, name, positions, progress, base_side, overflow=True)
-        seen[c] = float(kl.quantile(0.95) if statistic == "p95" else kl.mean()) if kl.isfinite().all() else math.inf
-        return seen[c]
+            kl = divergences(model, batches, name, positions, progress, base_side, overflow=True)  # (n,)
+        if not kl.isfinite().all():
+            return math.inf  # it overflows: c is too large
+        return float(kl.quantile(0.95) if statistic == "p95" else kl.mean())
 
-    def going_on() -> bool:
-        met = any(abs(kl - target_kl) <= tolerance * target_kl for kl in seen.values())
-        return not met and len(seen) < max_evaluations
-
-    low, kl_low = 0.0, 0.0
-    high = math.copysign(min(FIRST, abs(limit)), limit)
-    while (kl_high := at(high)) < target_kl and high != limit and going_on():
-        low, kl_low = high, kl_high
-        high = limit if abs(2 * high) > abs(limit) else 2 * high
-    ends = ""
-    while kl_high > target_kl and going_on():
-        a, b = (math.sqrt(max(kl, 0.0)) for kl in (kl_low, kl_high))
-        part = min(max((math.sqrt(target_kl) - a) / (b - a), 0.1), 0.9)
-        if ends[-2:] in ("ll", "hh"):
-            part = 0.5  # the same end was moved twice: a line through such a curve leads nowhere
-        middle = low + part * (high - low)
-        if middle in (low, high):
-            break  # a jump between neighbouring numbers
-        if (kl := at(middle)) < target_kl:
-            low, kl_low, ends = middle, kl, ends + "l"
-        else:
-            high, kl_high, ends = middle, kl, ends + "h"
-    found = _result(seen, target_kl, tolerance)
+    points = find_root(divergence, target_kl, limit, tolerance=tolerance, max_evaluations=max_evaluations)
+    result = _result(points, target_kl, tolerance)
     if apply:
-        for each in names:
-            get_adapter(model, each).scale = found.c
-    _report(found, limit, statistic)
-    return found
+        for adapter_name in names:
+            get_adapter(model, adapter_name).scale = result.c
+    _report(result, limit, statistic)
+    return result
+
+
+def find_root(
+    f: Callable[[float], float], target: float, limit: float, *, tolerance: float, max_evaluations: int
+) -> dict[float, float]:
+    """Search x between 0 and limit with f(x) = target > 0, for an f that grows from f(0) = 0 about with x².
+
+    |x| doubles from FIRST until f is above the target. Then the bracket is cut where a line through the roots of f at
+    its ends meets the root of the target. f may jump, fall, or be infinite, but not NaN. Returns {x: f(x)} in order: 0,
+    which isn't evaluated, and every x that is. The last is within the tolerance, a fraction of the target, if any is.
+    """
+    points, low, high = {0.0: 0.0}, 0.0, None
+    moved = ""  # the ends of the bracket that have moved: "l" or "h" each
+    x = math.copysign(min(FIRST, abs(limit)), limit)
+    while x not in points and len(points) <= max_evaluations:  # it comes again at the limit, or if f jumps over target
+        points[x] = f(x)
+        if abs(points[x] - target) <= tolerance * target:
+            break
+        if points[x] < target:
+            low, moved = x, moved + "l"
+        else:
+            high, moved = x, "" if high is None else moved + "h"
+        if high is None:
+            x = limit if abs(2 * x) > abs(limit) else 2 * x
+            continue
+        a, b = (math.sqrt(max(points[end], 0.0)) for end in (low, high))  # rounding may leave a divergence below 0
+        part = min(max((math.sqrt(target) - a) / (b - a), 0.1), 0.9)  # each cut takes off a tenth at least
+        if moved[-2:] in ("ll", "hh"):
+            part = 0.5  # the same end was moved twice: a line through such a curve leads nowhere
+        x = low + part * (high - low)
+    return points
 
 
 def _check(target_kl: Any, statistic: Any, limit: Any, tolerance: Any, max_evaluations: Any) -> None:
@@ -134,27 +145,26 @@ def _check(target_kl: Any, statistic: Any, limit: Any, tolerance: Any, max_evalu
             raise ConfigError(f"calibrate_scale({field}={got!r}): wanted {wanted}")
 
 
-def _result(seen: dict[float, float], target: float, tolerance: float) -> Calibrated:
-    curve = sorted(({0.0: 0.0} | seen).items(), key=lambda point: abs(point[0]))
-    within = [c for c, kl in curve if kl <= target]
+def _result(points: dict[float, float], target: float, tolerance: float) -> Calibrated:
+    """The point nearest to the target; if that misses it, the furthest one that is within the budget."""
+    curve = sorted(points.items(), key=lambda point: abs(point[0]))
     c, kl = min(curve, key=lambda point: abs(point[1] - target))
     met = abs(kl - target) <= tolerance * target
     if not met:
-        c = within[-1]
-        kl = dict(curve)[c]
+        c, kl = [point for point in curve if point[1] <= target][-1]  # (0, 0) is one
     falls = any(b < a * (1 - FALL) - ROUNDING for (_, a), (_, b) in itertools.pairwise(curve))
     return Calibrated(c, kl, target, met, not falls, tuple(curve[1:]))
 
 
-def _report(found: Calibrated, limit: float, statistic: str) -> None:
-    line = f"{statistic} divergence {found.kl:.4g} at c = {found.c:.4g}, after {found.evaluations} evaluations"
-    if not found.met:
-        furthest, kl = found.curve[-1]
-        short = furthest == limit and kl < found.target
-        why = f"at c = {limit:g} it is {kl:.4g}" if short else "it jumps, or max_evaluations is too small"
-        logger.warning(f"no c with a divergence of {found.target:g} was found: {why}\n  {line}")
-    if not found.monotone:
-        points = ", ".join(f"{kl:.3g} at {c:.3g}" for c, kl in found.curve)
-        logger.warning(f"the divergence falls as c grows: {points}\n  other c may meet {found.target:g} as well")
-    if found.met and found.monotone:
+def _report(result: Calibrated, limit: float, statistic: str) -> None:
+    line = f"{statistic} divergence {result.kl:.4g} at c = {result.c:.4g}, after {result.evaluations} evaluations"
+    if not result.met:
+        furthest, kl = result.curve[-1]
+        is_too_small = furthest == limit and kl < result.target
+        why = f"at c = {limit:g} it is {kl:.4g}" if is_too_small else "it jumps, or max_evaluations is too small"
+        logger.warning(f"no c with a divergence of {result.target:g} was found: {why}\n  {line}")
+    if not result.monotone:
+        points = ", ".join(f"{kl:.3g} at {c:.3g}" for c, kl in result.curve)
+        logger.warning(f"the divergence falls as c grows: {points}\n  other c may meet {result.target:g} as well")
+    if result.met and result.monotone:
         logger.info(line)

@@ -1,9 +1,10 @@
-"""The directions of the residual stream in which two sets of prompts differ."""
+"""contrast: the directions of the residual stream in which two sets of prompts differ."""
 
 import enum
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,27 +18,27 @@ from .capture import Statistics, capture
 
 
 class Center(enum.StrEnum):
-    """The mean, or the geometric median, which a few odd prompts move little."""
+    """The centre of a side: the mean, or the geometric median, which a few unusual prompts move little."""
 
     MEAN, MEDIAN = "mean", "median"
 
 
 class Method(enum.StrEnum):
-    """How a direction is found between two sides: see `contrast`."""
+    """The way to find a direction between two sides: see `contrast`."""
 
     DIFFERENCE, PCA, PROBE = "difference", "pca", "probe"
 
 
-SAME = 1e-5
-"""Of a centre's size: a difference below it is float32's rounding."""
+ROUNDING = 1e-5
+"""A difference of two centres below this fraction of their size is float32's rounding."""
 WEISZFELD_STEPS, WEISZFELD_TOLERANCE = 200, 1e-10
 PROBE_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """At one block: orthonormal directions (k, d) float32, the centres (d,) float64 of the two sides, and how long the
-    vectors of both are, the root of their mean square."""
+    """The difference of two sides at one block: orthonormal directions (k, d) float32, the centres (d,) float64 of the
+    sides, and the length of the vectors of both, the root of their mean square."""
 
     directions: Float[Tensor, "k d"]
     positive: Float[Tensor, "d"]
@@ -71,21 +72,77 @@ def contrast(
     rank        the first direction is the difference of centres (Arditi et al. 2024, arXiv:2406.11717, section 2.3);
                 further ones are the leading principal directions, orthogonal to it, of the differences of the pairs:
                 then both sides are the same prompts in the same order, as one asks for each side's manner
-    method      of the first direction. "difference" of the centres; "pca", the leading principal direction of the
-                differences of the pairs, about 0 (Zou et al. 2023, arXiv:2310.01405, section 3.1, with each pair in
-                both orders); "probe", the normal of a logistic regression between the sides (Li et al. 2023,
+    method      how the first direction is found: "difference" of the centres; "pca", the leading principal direction
+                of the differences of the pairs, about 0 (Zou et al. 2023, arXiv:2310.01405, section 3.1, with each pair
+                in both orders); "probe", the normal of a logistic regression between the sides (Li et al. 2023,
                 arXiv:2306.03341, section 3.1), which needs the extra probe. The last two are turned towards the
                 positive side, and are of rank 1
     where       paths of blocks; None for all
-    what        "residual", or "output" for what the modules at `where` put out, whatever they are
-    center      "mean" or "median", the geometric one; of the "difference"
+    what        "residual", or "output" for the outputs of the modules at `where`, whatever they are
+    center      "mean" or "median", the geometric one; for the method "difference"
     winsorize   q: each prompt's vector is clamped to ± the q-quantile of its own components' sizes (the axis is the
                 component axis), which tames the few huge components that language models have. None: not clamped
     projected   take the negative side's centre out of the directions, so that ablating spares what both sides share
 
-    Raises ConfigError for a missing, empty or too small side, or an iterator, and what `capture` raises.
+    Raises:
+        ConfigError: for bad arguments, an iterator, or a side that is missing, empty or too small.
+        BaseModelError: where both sides have the same centre, or too few independent directions.
+        And all that `capture` raises.
     """
     check_sides(data)
+    _check_options(rank, method, center, winsorize)
+    options = {"where": where, "what": what, "positions": positions, "progress": progress}
+    options["reduce"] = "samples" if center == "median" or rank > 1 or method != "difference" else "std"
+    options["transform"] = None if winsorize is None else partial(_clamped, quantile=winsorize)
+    positive_side, negative_side = _capture_sides(model, data, rank, method, options)
+    contrasts = {}
+    for path, positive in positive_side.items():
+        negative = negative_side[path]
+        sides = (positive, negative)
+        p, n = (side.mean if center == "mean" else geometric_median(side.kept_samples()) for side in sides)  # (d,)
+        if (p - n).norm() <= ROUNDING * max(p.norm(), n.norm()):
+            raise BaseModelError(f"{path}: both sides have the same centre, so no direction\n  give sides that differ")
+        directions = _first_direction(method, positive, negative, p - n)[None]  # (1, d)
+        if rank > 1:
+            directions = torch.cat([directions, _further_directions(positive, negative, directions[0], rank - 1)])
+        if projected:
+            directions = directions - (directions @ n)[:, None] * n / n.square().sum()
+        rows = orthonormal(directions, path).float()  # (k, d)
+        contrasts[path] = Contrast(rows, p, n, _root_mean_square(*sides))
+    return contrasts
+
+
+def is_quantile(value: Any) -> bool:
+    """Is it None, or above 0 and at most 1, as `winsorize` may be?"""
+    return value is None or (is_number(value) and 0 < value <= 1)
+
+
+def orthonormal(rows: Float[Tensor, "k d"], where: str) -> Float[Tensor, "k d"]:
+    """The rows made orthonormal in their order (Gram-Schmidt), none of them turned round. Raises BaseModelError if one
+    is zero, not finite, or in the span of those before it."""
+    q, r = torch.linalg.qr(rows.double().mT)  # (d, k), (k, k)
+    sizes = r.diagonal().abs()  # (k,): the part of each row that is not in the span of those before it
+    if not (rows.isfinite().all() and (sizes > 1e-6 * rows.double().norm(dim=1)).all() and sizes.all()):
+        raise BaseModelError(
+            f"{where}: {rows.shape[0]} directions of which some are zero, not finite, or in the span of others\n"
+            f"  give sides that differ there, or a smaller rank"
+        )
+    return (q * r.diagonal().sign()).mT  # QR is free to turn a column round; the sign turns it back
+
+
+def geometric_median(x: Float[Tensor, "n d"]) -> Float[Tensor, "d"]:
+    """The point with the least sum of distances, float64 (Weiszfeld's iteration, started at the mean)."""
+    x = x.double()
+    median = x.mean(0)
+    for _ in range(WEISZFELD_STEPS):
+        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-12)  # (n,); the iteration may land on one of the points
+        previous, median = median, (weights[:, None] * x).sum(0) / weights.sum()
+        if (median - previous).norm() <= WEISZFELD_TOLERANCE * (1 + median.norm()):
+            break
+    return median
+
+
+def _check_options(rank: int, method: str, center: str, winsorize: float | None) -> None:
     if not is_quantile(winsorize):
         raise ConfigError(f"winsorize={winsorize!r}: wanted a quantile above 0, at most 1, or None")
     for field, got, choices in (("center", center, Center), ("method", method, Method)):
@@ -93,112 +150,78 @@ def contrast(
             raise ConfigError(f"{field}={got!r}: wanted {' or '.join(repr(choice.value) for choice in choices)}")
     if method != "difference" and (rank > 1 or center != "mean"):
         raise ConfigError(f"method={method!r} finds one direction, by no centres; got rank={rank}, center={center!r}")
-    wanted = max(2, rank)
 
-    def clamped(vectors: Tensor) -> Tensor:
-        limit = vectors.abs().quantile(winsorize or 1.0, dim=1, keepdim=True)
-        return vectors.clamp(-limit, limit)
 
-    sides = {}
-    for side in ("positive", "negative"):
-        seen = capture(
-            model,
-            data[side],
-            where,
-            what=what,
-            positions=positions,
-            reduce=("samples",) if center == "median" or rank > 1 or method != "difference" else ("std",),
-            transform=None if winsorize is None else clamped,
-            progress=progress,
-        )
-        count = next(iter(seen.values())).count
-        if count < wanted:
+def _capture_sides(model: nn.Module, data: Any, rank: int, method: str, options: Any) -> list[dict[str, Statistics]]:
+    """Each side by `capture(**options)`, the positive one first. Raises ConfigError for too few vectors or no pairs."""
+    sides, counts, fewest = [], {}, max(2, rank)
+    for name in ("positive", "negative"):
+        statistics = capture(model, data[name], **options)
+        counts[name] = next(iter(statistics.values())).count  # the same at all modules
+        if counts[name] < fewest:
             raise ConfigError(
-                f"calibration_data[{side!r}] has {count} vectors: wanted {wanted} at least for rank {rank}\n"
+                f"calibration_data[{name!r}] has {counts[name]} vectors: wanted {fewest} at least for rank {rank}\n"
                 f"  one prompt gives one vector at positions='last'"
             )
-        sides[side] = seen
-    counts = {side: next(iter(seen.values())).count for side, seen in sides.items()}
-    if (rank > 1 or method == "pca") and len(set(counts.values())) > 1:
+        sides.append(statistics)
+    if (rank > 1 or method == "pca") and counts["positive"] != counts["negative"]:
         taken = "method 'pca'" if method == "pca" else f"rank {rank}"
         raise ConfigError(f"calibration_data has {counts} vectors: {taken} is taken of pairs, so wanted equal numbers")
-    out = {}
-    for path, here in sides["positive"].items():
-        there = sides["negative"][path]
-        p, n = (each.mean if center == "mean" else geometric_median(each.kept_samples()) for each in (here, there))
-        if (p - n).norm() <= SAME * max(p.norm(), n.norm()):
-            raise BaseModelError(f"{path}: both sides have the same centre, so no direction\n  give sides that differ")
-        directions = [p - n]
-        if method != "difference":
-            found = _principal(here, there) if method == "pca" else _probe(here, there)
-            directions = [found * (found @ (p - n)).sign()]
-        if rank > 1:
-            rest = here.kept_samples().double() - there.kept_samples().double()
-            rest = rest - rest.mean(0)
-            rest = rest - (rest @ directions[0])[:, None] * directions[0] / directions[0].square().sum()
-            directions += list(torch.linalg.svd(rest, full_matrices=False)[2][: rank - 1])
-        found = torch.stack(directions)
-        if projected:
-            found = found - (found @ n)[:, None] * n / n.square().sum()
-        out[path] = Contrast(orthonormal(found, path).float(), p, n, _length(here, there))
-    return out
+    return sides
 
 
-def _principal(positive: Statistics, negative: Statistics) -> Float[Tensor, "d"]:
-    pairs = positive.kept_samples().double() - negative.kept_samples().double()
-    first: Tensor = torch.linalg.svd(pairs, full_matrices=False)[2][0]
-    return first
+def _clamped(vectors: Float[Tensor, "n d"], quantile: float) -> Float[Tensor, "n d"]:
+    limits = vectors.abs().quantile(quantile, dim=1, keepdim=True)  # (n, 1)
+    return vectors.clamp(-limits, limits)
 
 
-def _probe(positive: Statistics, negative: Statistics) -> Float[Tensor, "d"]:
-    """The normal of the plane between the sides, at one scale for all components: it is one of the residual stream."""
+def _first_direction(
+    method: str, positive: Statistics, negative: Statistics, difference: Float[Tensor, "d"]
+) -> Float[Tensor, "d"]:
+    """The direction by a method, of any length, turned to the side of the difference of centres."""
+    if method == "difference":
+        return difference
+    if method == "pca":
+        direction = torch.linalg.svd(_pair_differences(positive, negative), full_matrices=False)[2][0]
+    else:
+        direction = _probe_normal(positive, negative)
+    return direction * (direction @ difference).sign()  # the sign of a principal direction means nothing
+
+
+def _further_directions(
+    positive: Statistics, negative: Statistics, first: Float[Tensor, "d"], count: int
+) -> Float[Tensor, "k d"]:
+    """The leading principal directions of the pairs' differences, about their mean and orthogonal to the first."""
+    rest = _pair_differences(positive, negative)  # (n, d)
+    rest = rest - rest.mean(0)
+    rest = rest - (rest @ first)[:, None] * first / first.square().sum()
+    return torch.linalg.svd(rest, full_matrices=False)[2][:count]
+
+
+def _pair_differences(positive: Statistics, negative: Statistics) -> Float[Tensor, "n d"]:
+    return positive.kept_samples().double() - negative.kept_samples().double()
+
+
+def _probe_normal(positive: Statistics, negative: Statistics) -> Float[Tensor, "d"]:
+    """The normal of the plane between the sides. Raises ConfigError without scikit-learn."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ModuleNotFoundError as error:
         raise ConfigError("method='probe' needs scikit-learn\n  pip install 'lora-lite[probe]'") from error
     sides = [positive.kept_samples().double().cpu(), negative.kept_samples().double().cpu()]
-    x = torch.cat(sides)
-    x = (x - x.mean(0)) / x.std(0).norm()
+    x = torch.cat(sides)  # (n, d)
+    x = (x - x.mean(0)) / x.std(0).norm()  # one scale for all components: the normal is to be one of the stream itself
     labels = [1] * len(sides[0]) + [0] * len(sides[1])
     fitted = LogisticRegression(max_iter=PROBE_STEPS).fit(x.numpy(), labels)
     return torch.from_numpy(fitted.coef_[0]).to(positive.mean)
 
 
-def _length(*sides: Statistics) -> float:
+def _root_mean_square(*sides: Statistics) -> float:
+    """The length of the vectors of all sides together: the root of the mean of |x|²."""
     squares = 0.0
     for side in sides:
         if side.std is None:
             squares += float(side.kept_samples().double().square().sum())
-        else:
+        else:  # Σ|x|² = n (Σ std² + |mean|²)
             squares += side.count * float(side.std.square().sum() + side.mean.square().sum())
     return math.sqrt(squares / sum(side.count for side in sides))
-
-
-def is_quantile(value: Any) -> bool:
-    return value is None or (is_number(value) and 0 < value <= 1)
-
-
-def orthonormal(rows: Float[Tensor, "k d"], where: str) -> Float[Tensor, "k d"]:
-    """The rows made orthonormal in their order (Gram-Schmidt), each on its own side. Raises BaseModelError."""
-    q, r = torch.linalg.qr(rows.double().mT)
-    sizes = r.diagonal().abs()
-    if not (rows.isfinite().all() and (sizes > 1e-6 * rows.double().norm(dim=1)).all() and sizes.all()):
-        raise BaseModelError(
-            f"{where}: {rows.shape[0]} directions of which some are zero, not finite, or in the span of others\n"
-            f"  give sides that differ there, or a smaller rank"
-        )
-    return (q * r.diagonal().sign()).mT
-
-
-def geometric_median(x: Float[Tensor, "n d"]) -> Float[Tensor, "d"]:
-    """The point with the least sum of distances, float64 (Weiszfeld's iteration, started at the mean)."""
-    x = x.double()
-    at = x.mean(0)
-    for _ in range(WEISZFELD_STEPS):
-        weights = 1 / (x - at).norm(dim=1).clamp_min(1e-12)
-        new = (weights[:, None] * x).sum(0) / weights.sum()
-        done = (new - at).norm() <= WEISZFELD_TOLERANCE * (1 + new.norm())
-        at = new
-        if done:
-            break
-    return at

@@ -1,8 +1,8 @@
-"""What an adapter changes: distributions, answers, logits; the base is the same model with the adapter off."""
+"""kl_divergence and logit_gap: how an adapter changes the next token. The base is the model with the adapter off."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,10 @@ def kl_divergence(
     The base's side is computed once for a batch and remembered by its content while adapters stay attached (it is
     read-only then), unless another adapter takes part in it.
 
-    Raises TargetError without an adapter, BaseModelError for a NaN or a divergence below zero by more than rounding.
+    Raises:
+        ConfigError: for no batches, or what `capture` refuses of batches and positions.
+        TargetError: without an adapter.
+        BaseModelError: for a NaN, or a divergence below zero by more than rounding.
     """
     return divergences(model, batches, name, positions, progress, {})
 
@@ -50,24 +53,24 @@ def divergences(
     base_side: dict[int, Tensor],
     overflow: bool = False,
 ) -> Float[Tensor, "n"]:
-    """As `kl_divergence`, with the base's log-probabilities of each batch, by its number, kept for a next call; with
-    `overflow`, NaN where the adapted model's are not finite, in place of an error."""
+    """`kl_divergence`, for many calls on the same batches: base_side keeps the base's log-probabilities by the number
+    of the batch. With `overflow`, NaN is no error where only the adapted model's log-probabilities are not finite."""
     if not adapters(model):
         raise TargetError(f"no adapter is attached to this {type(model).__name__}, so there is nothing to compare")
-    found, whole_base = [], True
-    for i, (content, logits) in enumerate(_each(model, batches, positions, progress)):
-        adapted = _log_probabilities(logits)
+    per_batch, base_is_finite = [], True
+    for i, (content, logits) in enumerate(_forwards(model, batches, positions, progress)):
+        adapted = _log_probabilities(logits)  # (n, v)
         base = base_side.get(i)
         if base is None:
             with scaled(model, 0.0, name):
                 base = remembered(model, ("log-probabilities", content), partial(_log_probabilities, logits))
-            if base.nbytes + sum(kept.nbytes for kept in base_side.values()) <= MEMO_BYTES:
+            if base.nbytes + sum(tensor.nbytes for tensor in base_side.values()) <= MEMO_BYTES:
                 base_side[i] = base.cpu()
-        base = base.to(adapted)
-        whole_base = whole_base and bool(base.isfinite().all())
-        found.append((base.exp() * (base - adapted)).sum(-1, dtype=torch.float64).cpu())
-    kl = torch.cat(found)
-    if overflow and whole_base and not kl.isfinite().all():
+        base = base.to(adapted)  # (n, v)
+        base_is_finite = base_is_finite and bool(base.isfinite().all())
+        per_batch.append((base.exp() * (base - adapted)).sum(-1, dtype=torch.float64).cpu())  # Σ p (log p - log q)
+    kl = torch.cat(per_batch)  # (n,) of all batches
+    if overflow and base_is_finite and not kl.isfinite().all():
         return kl
     if not (kl.isfinite().all() and (kl >= -ROUNDING).all()):
         raise BaseModelError(
@@ -88,37 +91,55 @@ def logit_gap(
 ) -> Float[Tensor, "n"]:
     """log Σ exp of the logits of one set of tokens less that of another, at each position: (n,) float64, in order.
 
-    It is the log of the odds between the two sets. Raises ConfigError for a set that is empty or shares a token.
+    It is the log of the odds between the two sets.
+
+    Raises:
+        ConfigError: for a set that is empty or shares a token, no batches, or what `capture` refuses of them.
     """
     if not positive or not negative or set(positive) & set(negative):
         sets = f"{list(positive)} and {list(negative)}"
         raise ConfigError(f"logit_gap: token sets {sets}: wanted two, none empty, without a common token")
 
     def gap(logits: Callable[[], Tensor]) -> Tensor:
-        here = logits()
-        sides = [here[:, list(ids)].double().logsumexp(-1) for ids in (positive, negative)]
-        return sides[0] - sides[1]
+        values = logits()  # (n, v)
+        above, below = (values[:, list(ids)].double().logsumexp(-1) for ids in (positive, negative))  # (n,) each
+        return above - below
 
-    found = []
-    for content, logits in _each(model, batches, positions, progress):
+    gaps = []
+    for content, logits in _forwards(model, batches, positions, progress):
         key = ("gap", content, list(positive), list(negative))
-        found.append(remembered(model, key, partial(gap, logits)).cpu())
-    return torch.cat(found)
+        gaps.append(remembered(model, key, partial(gap, logits)).cpu())
+    return torch.cat(gaps)
 
 
-def _each(
+@contextmanager
+def contiguous_into_head(model: nn.Module) -> Iterator[None]:
+    """Within the block, the output head gets the last positions' hidden states as a copy, not as a view of all.
+
+    torch multiplies such a view by a matrix that needs no gradient in a batch of products, with a copy of the matrix
+    for each row: 9.7 s instead of 0.1 s for 20 prompts on SmolLM2-135M (two CPU cores).
+    """
+    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+    head = None if output_embeddings is None else output_embeddings()
+    with ExitStack() as hooks:
+        if head is not None:
+            hooks.callback(head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args)).remove)
+        yield
+
+
+def _forwards(
     model: nn.Module, batches: Iterable[Any], positions: Positions, progress: bool
 ) -> Iterator[tuple[dict[str, Any], Callable[[], Tensor]]]:
     """For each batch, its content and a function that runs the model and gives float32 logits at the positions."""
     check_several(batches)
-    counted = 0
+    is_empty = True
     with still(model), contiguous_into_head(model):
         for batch in with_progress(batches, progress, "evaluation"):
             inputs = as_inputs(batch, model)
             mask = select(inputs, positions)
-            counted += 1
+            is_empty = False
             yield {**inputs, "positions": mask}, partial(_logits, model, inputs, mask)
-    if not counted:
+    if is_empty:
         raise ConfigError("there are no batches to evaluate on\n  a generator gives its batches only once")
 
 
@@ -127,32 +148,10 @@ def _log_probabilities(logits: Callable[[], Tensor]) -> Float[Tensor, "n v"]:
 
 
 def _logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Float[Tensor, "n v"]:
-    """Without those of earlier positions, where the model can leave them out: the output head is a large layer."""
+    """The logits at the positions in float32. The model leaves out earlier ones if it can: the head is large."""
     t = mask.shape[1]
-    tail = t - int(mask.any(0).long().argmax())
+    tail = t - int(mask.any(0).long().argmax())  # tokens from the first position looked at in any row
     can_skip = tail < t and "logits_to_keep" in inspect.signature(model.forward).parameters
     keep = {"logits_to_keep": tail} if can_skip else {}
-    logits: Tensor = model(**inputs, **keep).logits
+    logits: Tensor = model(**inputs, **keep).logits  # (b, tail or t, v)
     return logits[mask[:, -logits.shape[1] :].to(logits.device)].float()
-
-
-@contextmanager
-def contiguous_into_head(model: nn.Module) -> Iterator[None]:
-    """The output head gets the hidden states of the last positions as a copy, not as a view of all of them.
-
-    torch multiplies such a view by a matrix that needs no gradient in a batch of products, with a copy of the matrix
-    for each row: 9.7 s instead of 0.1 s for 20 prompts on SmolLM2-135M (two CPU cores).
-    """
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _, args: tuple(each.contiguous() for each in args))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-# ---- what is remembered of the base -------------------------------------------------------------

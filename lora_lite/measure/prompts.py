@@ -1,4 +1,4 @@
-"""From prompts to batches of tokens, as a chat model was taught to read them."""
+"""prompt_batches: from prompts to batches of tokens, as a chat model was taught to read them."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +23,8 @@ def prompt_batches(
     thinking block, where it knows how. Returns a list of {input_ids (b, t), attention_mask (b, t)}, for `capture`,
     `contrast`, `kl_divergence`, ...
 
-    Raises ConfigError for no prompts, chats without a template, or a chat that the template refuses.
+    Raises:
+        ConfigError: for no prompts, chats without a template, or a chat that the template refuses.
     """
     if isinstance(prompts, str) or not prompts or batch_size < 1:
         raise ConfigError(
@@ -31,18 +32,19 @@ def prompt_batches(
         )
     bare = tokenizer.chat_template is None  # a template writes the special tokens itself
     texts = [_text(tokenizer, prompt, thinking) for prompt in prompts]
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any id: it is masked
     left = partial(pad_sequence, batch_first=True, padding_side="left")
     batches = []
     for start in range(0, len(texts), batch_size):
         part = texts[start : start + batch_size]
-        rows = [torch.tensor(ids) for ids in tokenizer(part, add_special_tokens=bare).input_ids]
-        mask = left([torch.ones_like(row) for row in rows])
+        rows = [torch.tensor(ids) for ids in tokenizer(part, add_special_tokens=bare).input_ids]  # (t_i,) each
+        mask = left([torch.ones_like(row) for row in rows])  # (b, t)
         batches.append({"input_ids": left(rows, padding_value=pad), "attention_mask": mask})
     return batches
 
 
 def _text(tokenizer: Any, prompt: Prompt, thinking: bool) -> str:
+    """The prompt as the template writes it, or as it is without one. Raises ConfigError for a chat that can't be."""
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise ConfigError("this tokenizer has no chat template, and a prompt is a chat\n  give prompts as strings")

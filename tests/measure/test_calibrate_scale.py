@@ -1,7 +1,8 @@
-"""calibrate_scale: the budget met at either pole, by name, nothing left behind; and what it says where it can't be."""
+"""calibrate_scale: the budget met at either pole, by name, nothing left behind; its warnings where it can't be; and
+find_root, its search, on plain functions."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from models import IDS, perturb, tiny_llama
 from test_evaluate import Calls
 
 import lora_lite as ll
+from lora_lite.measure.calibrate_scale import find_root
 
 BATCHES = [IDS[:, :7], IDS[:, 3:], IDS]
 
@@ -48,15 +50,15 @@ def calibrated(model: Any, target: float, **options: Any) -> ll.Calibrated:
 @pytest.mark.parametrize("target", [0.3, 0.002])
 def test_the_divergence_at_c_is_the_target(target: float, statistic: str, limit: float) -> None:
     model, adapter = adapted()
-    found = calibrated(model, target, statistic=statistic, limit=limit)
-    assert found.met
-    assert found.monotone
-    assert found.c * limit > 0
-    assert found.kl == pytest.approx(target, rel=0.02)
-    assert measured(model, found.c, statistic) == pytest.approx(found.kl, rel=1e-6)
-    assert found.evaluations <= 10
-    assert [abs(c) for c, _ in found.curve] == sorted(abs(c) for c, _ in found.curve)
-    assert (found.c, found.kl) in found.curve
+    result = calibrated(model, target, statistic=statistic, limit=limit)
+    assert result.met
+    assert result.monotone
+    assert result.c * limit > 0
+    assert result.kl == pytest.approx(target, rel=0.02)
+    assert measured(model, result.c, statistic) == pytest.approx(result.kl, rel=1e-6)
+    assert result.evaluations <= 10
+    assert [abs(c) for c, _ in result.curve] == sorted(abs(c) for c, _ in result.curve)
+    assert (result.c, result.kl) in result.curve
     assert adapter.scale == 0.37
 
 
@@ -79,23 +81,23 @@ def test_one_adapter_is_turned_and_the_others_stay() -> None:
     other = ll.attach(model, ll.LoRAConfig(), "other")
     perturb(other, 0.02, seed=7)
     other.scale = -0.8
-    found = calibrated(model, 0.05, name="other")
-    assert found.met
+    result = calibrated(model, 0.05, name="other")
+    assert result.met
     assert (adapter.scale, other.scale) == (0.37, -0.8)
-    assert measured(model, found.c, name="other") == pytest.approx(found.kl, rel=1e-6)
+    assert measured(model, result.c, name="other") == pytest.approx(result.kl, rel=1e-6)
     together = calibrated(model, 0.05)
     assert together.met
-    assert together.c != found.c
+    assert together.c != result.c
     assert measured(model, together.c) == pytest.approx(together.kl, rel=1e-6)
-    assert calibrated(model, 0.05, name="other", apply=True).c == found.c
-    assert (adapter.scale, other.scale) == (0.37, found.c)
+    assert calibrated(model, 0.05, name="other", apply=True).c == result.c
+    assert (adapter.scale, other.scale) == (0.37, result.c)
     assert calibrated(model, 0.05, apply=True) == together
     assert (adapter.scale, other.scale) == (together.c, together.c)
 
 
 def test_a_generator_is_read_once_and_the_base_runs_once_for_each_batch() -> None:
     model, _ = adapted()
-    wanted, read = calibrated(model, 0.05), []
+    expected, read = calibrated(model, 0.05), []
 
     def batches() -> Iterator[Any]:
         for batch in BATCHES:
@@ -104,10 +106,87 @@ def test_a_generator_is_read_once_and_the_base_runs_once_for_each_batch() -> Non
 
     ll.attach(model, ll.LoRAConfig(), "idle")  # takes part in the base's side, which then is remembered nowhere else
     calls = Calls(model)
-    found = ll.calibrate_scale(model, batches(), 0.05, name="default", positions="all")
-    assert found == wanted
+    result = ll.calibrate_scale(model, batches(), 0.05, name="default", positions="all")
+    assert result == expected
     assert len(read) == len(BATCHES)
-    assert calls.count == len(BATCHES) * (1 + found.evaluations)
+    assert calls.count == len(BATCHES) * (1 + result.evaluations)
+
+
+# ---- the search, without a model ----------------------------------------------------------------
+
+
+def searched(f: Callable[[float], float], target: float, limit: float = 8.0, **options: Any) -> dict[float, float]:
+    """The points of find_root; each but 0 is evaluated once, and lies between 0 and the limit."""
+    calls: list[float] = []
+
+    def counted(x: float) -> float:
+        calls.append(x)
+        return f(x)
+
+    points = find_root(counted, target, limit, **({"tolerance": 0.02, "max_evaluations": 30} | options))
+    assert list(points) == [0.0, *calls]
+    assert all(x * limit > 0 and abs(x) <= abs(limit) for x in calls)
+    assert all(points[x] == f(x) for x in calls)
+    return points
+
+
+def last(points: dict[float, float]) -> tuple[float, float]:
+    return list(points.items())[-1]
+
+
+@pytest.mark.parametrize("limit", [8.0, -8.0, 0.5])
+@pytest.mark.parametrize("tolerance", [0.1, 1e-9])
+def test_a_parabola_is_met_by_one_line_through_its_roots(limit: float, tolerance: float) -> None:
+    points = searched(lambda x: 3 * x * x, 0.12, limit, tolerance=tolerance)
+    assert list(points) == [0.0, math.copysign(min(1.0, abs(limit)), limit), pytest.approx(math.copysign(0.2, limit))]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("root", [1e-3, 0.3, 1.0, 7.0])
+def test_a_power_is_met_within_the_tolerance(power: float, root: float) -> None:
+    rough, fine = (searched(lambda x: abs(x) ** power, root**power, tolerance=tolerance) for tolerance in (0.1, 1e-9))
+    assert last(rough)[1] == pytest.approx(root**power, rel=0.1)
+    assert last(fine)[1] == pytest.approx(root**power, rel=1e-9)
+    assert len(rough) <= len(fine) <= 31
+
+
+def test_it_stops_at_the_first_value_within_the_tolerance() -> None:
+    assert list(searched(abs, 1.1, tolerance=0.1)) == [0.0, 1.0]
+    assert len(searched(abs, 1.1, tolerance=0.09)) > 2
+
+
+def test_x_doubles_up_to_the_limit_and_no_further() -> None:
+    assert list(searched(lambda x: 1e-3 * x * x, 1.0, 6.0)) == [0.0, 1.0, 2.0, 4.0, 6.0]
+    assert list(searched(lambda x: 1e-3 * x * x, 1.0, -0.5)) == [0.0, -0.5]
+    assert last(searched(lambda x: x * x, 30.0, 6.0, tolerance=1e-6)) == pytest.approx((math.sqrt(30), 30.0))
+
+
+def test_it_stops_after_max_evaluations_wherever_it_is() -> None:
+    for most in (1, 2, 3, 5):
+        assert len(searched(lambda x: abs(x) ** 0.3, 1e-3, max_evaluations=most)) == 1 + most
+        assert len(searched(lambda x: 1e-9, 1.0, 1e6, max_evaluations=most)) == 1 + most
+
+
+def test_a_jump_over_the_target_is_narrowed_to_neighbouring_numbers() -> None:
+    points = searched(lambda x: 0.0 if x < math.pi / 4 else 1.0, 0.5, max_evaluations=1000)
+    below = max(x for x, y in points.items() if y == 0.0)
+    assert math.nextafter(below, 1.0) == min(x for x, y in points.items() if y == 1.0)
+    assert len(points) < 100
+
+
+def test_a_cut_takes_off_a_tenth_at_least_and_a_half_if_the_same_end_has_moved_twice() -> None:
+    assert list(searched(lambda x: 1e6, 1.0, max_evaluations=5)) == pytest.approx([0, 1, 0.1, 0.01, 0.005, 0.0025])
+    assert list(searched(lambda x: float(x >= 1), 0.9, max_evaluations=4)) == pytest.approx([0, 1, 0.9, 0.99, 0.995])
+
+
+def test_an_infinite_value_is_above_the_target() -> None:
+    points = searched(lambda x: math.inf if x > 0.05 else x * x, 1e-4)
+    assert math.inf in points.values()
+    assert last(points)[1] == pytest.approx(1e-4, rel=0.02)
+
+
+def test_a_value_that_rounding_leaves_below_0_is_0() -> None:
+    assert last(searched(lambda x: x * x if x > 1.5 else -1e-9, 3.0)) == pytest.approx((math.sqrt(3), 3.0), rel=0.02)
 
 
 # ---- it can't be met ----------------------------------------------------------------------------
@@ -115,21 +194,21 @@ def test_a_generator_is_read_once_and_the_base_runs_once_for_each_batch() -> Non
 
 def test_too_little_divergence_is_said_and_c_is_the_limit(log: list[str]) -> None:
     model, adapter = adapted()
-    found = calibrated(model, 5.0, limit=-2.0)
-    assert (found.met, found.monotone, found.c) == (False, True, -2.0)
-    assert found.kl == pytest.approx(measured(model, -2.0), rel=1e-6)
+    result = calibrated(model, 5.0, limit=-2.0)
+    assert (result.met, result.monotone, result.c) == (False, True, -2.0)
+    assert result.kl == pytest.approx(measured(model, -2.0), rel=1e-6)
     (warning,) = [line for line in log if line.startswith("WARNING")]
-    assert f"no c with a divergence of 5 was found: at c = -2 it is {found.kl:.4g}" in warning
+    assert f"no c with a divergence of 5 was found: at c = -2 it is {result.kl:.4g}" in warning
     assert adapter.scale == 0.37
 
 
 def test_of_too_few_evaluations_the_largest_c_within_the_budget_is_kept(log: list[str]) -> None:
     model, _ = adapted()
-    found = calibrated(model, 0.002, max_evaluations=2)
-    assert not found.met
-    assert found.evaluations == 2
-    assert found.kl <= 0.002
-    assert found.c in (0.0, *(c for c, kl in found.curve if kl <= 0.002))
+    result = calibrated(model, 0.002, max_evaluations=2)
+    assert not result.met
+    assert result.evaluations == 2
+    assert result.kl <= 0.002
+    assert result.c in (0.0, *(c for c, kl in result.curve if kl <= 0.002))
     assert "it jumps, or max_evaluations is too small" in "\n".join(log)
     only = calibrated(model, 0.002, max_evaluations=1, apply=True)
     assert (only.c, only.kl, only.met) == (0.0, 0.0, False)
@@ -137,7 +216,7 @@ def test_of_too_few_evaluations_the_largest_c_within_the_budget_is_kept(log: lis
 
 
 def test_a_jump_over_the_target_is_said(log: list[str]) -> None:
-    """At 8 a bfloat16 goes up by 1/16, so a small vector changes nothing until it is half as long."""
+    """At 8 a bfloat16 goes up by 1/16, so a smaller vector changes nothing until it has half that length."""
     model = sure(torch.bfloat16)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(50)[:, 0] = 8
@@ -145,12 +224,12 @@ def test_a_jump_over_the_target_is_said(log: list[str]) -> None:
     ll.attach(model, ll.SteerConfig(layers=[1], strength=0.02), calibration_data=data)
     with ll.scaled(model, 8.0):
         most = float(ll.kl_divergence(model, [IDS[:1]]))
-    found = ll.calibrate_scale(model, [IDS[:1]], most / 20)
-    assert not found.met
-    assert found.kl < most / 40
-    after = found.curve.index((found.c, found.kl)) + 1
-    assert found.curve[after][1] > most / 10  # the next c on the curve, however near
-    assert found.curve[after][0] == pytest.approx(found.c, rel=0.01)
+    result = ll.calibrate_scale(model, [IDS[:1]], most / 20)
+    assert not result.met
+    assert result.kl < most / 40
+    after = result.curve.index((result.c, result.kl)) + 1
+    assert result.curve[after][1] > most / 10  # the next c on the curve, however near
+    assert result.curve[after][0] == pytest.approx(result.c, rel=0.01)
     assert "it jumps, or max_evaluations is too small" in "\n".join(log)
 
 
@@ -171,9 +250,9 @@ def gates() -> Any:
 def test_a_divergence_that_falls_as_c_grows_is_said(log: list[str]) -> None:
     model = gates()
     target = (measured(model, 1.0) + measured(model, 8.0)) / 2
-    found = calibrated(model, target)
-    assert (found.met, found.monotone) == (True, False)
-    assert measured(model, found.c) == pytest.approx(target, rel=0.02)
+    result = calibrated(model, target)
+    assert (result.met, result.monotone) == (True, False)
+    assert measured(model, result.c) == pytest.approx(target, rel=0.02)
     (warning,) = [line for line in log if line.startswith("WARNING")]
     assert f"the divergence falls as c grows: {measured(model, 1.0):.3g} at 1, 0 at 2, " in warning.replace("-0 ", "0 ")
     assert f"other c may meet {target:g} as well" in "\n".join(log)
@@ -186,9 +265,9 @@ def test_a_divergence_that_falls_as_c_grows_is_said(log: list[str]) -> None:
 
 def test_below_the_first_fall_the_nearest_c_is_found() -> None:
     model = gates()
-    found = calibrated(model, 0.5)
-    assert (found.met, found.monotone) == (True, True)
-    assert 0 < found.c < 1
+    result = calibrated(model, 0.5)
+    assert (result.met, result.monotone) == (True, True)
+    assert 0 < result.c < 1
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -280,10 +359,10 @@ def test_a_curve_that_saturates_just_above_the_target_is_halved() -> None:
     model = tiny_llama()
     ll.attach(model, ll.AdapterConfig(variant="saturating", target_names="down_proj"))
     whole = ll.kl_divergence(model, BATCHES).mean().item()
-    found = ll.calibrate_scale(model, BATCHES, 0.9 * whole)
-    assert found.met
-    assert found.evaluations < 25
-    assert 0 < found.c < 1e-2
+    result = ll.calibrate_scale(model, BATCHES, 0.9 * whole)
+    assert result.met
+    assert result.evaluations < 25
+    assert 0 < result.c < 1e-2
 
 
 def test_an_overflow_counts_as_above_the_target() -> None:
@@ -294,7 +373,7 @@ def test_an_overflow_counts_as_above_the_target() -> None:
             parameter.normal_(0, 1e19)
     with pytest.raises(ll.BaseModelError, match="not finite"):
         ll.kl_divergence(model, BATCHES)
-    found = ll.calibrate_scale(model, BATCHES, 0.5, max_evaluations=20)
-    assert found.c < 1
-    assert found.kl <= 0.5
-    assert max(kl for _, kl in found.curve) == math.inf
+    result = ll.calibrate_scale(model, BATCHES, 0.5, max_evaluations=20)
+    assert result.c < 1
+    assert result.kl <= 0.5
+    assert max(kl for _, kl in result.curve) == math.inf

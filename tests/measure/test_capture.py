@@ -17,16 +17,16 @@ def ragged(side: str) -> dict[str, torch.Tensor]:
     """Rows of 3, 7 and 5 tokens, padded on one side."""
     ids, mask = torch.full((3, 7), PAD), torch.zeros(3, 7, dtype=torch.long)
     for row, n in enumerate((3, 7, 5)):
-        place = slice(0, n) if side == "right" else slice(7 - n, 7)
-        ids[row, place] = torch.arange(1, n + 1) + 10 * row
-        mask[row, place] = 1
+        columns = slice(0, n) if side == "right" else slice(7 - n, 7)
+        ids[row, columns] = torch.arange(1, n + 1) + 10 * row
+        mask[row, columns] = 1
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 @torch.no_grad()
 def residuals(model: Any, block: int) -> list[torch.Tensor]:
-    """The stream after a block, of each ragged row by itself, without padding: (t, d) each."""
+    """The stream after a block, for each ragged row by itself and without padding: (t, d) each."""
     out = []
     for row, n in enumerate((3, 7, 5)):
         ids = (torch.arange(1, n + 1) + 10 * row)[None]
@@ -58,15 +58,15 @@ def test_statistics_do_not_depend_on_the_batches(sizes: tuple[int, ...]) -> None
         model, list(ids.split(sizes)), positions="all", reduce=("mean", "std", "second_moment", "samples")
     )
     assert list(seen) == ["model.layers.0", "model.layers.1"]
-    for found in seen.values():
-        x = found.kept_samples().double()
-        assert found.count == len(x) == 72
-        assert found.std is not None
-        assert found.second_moment is not None
-        torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(found.std, x.std(0, correction=0), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(found.second_moment, x.T @ x / len(x), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(found.covariance, torch.cov(x.T, correction=0), rtol=1e-9, atol=1e-12)
+    for statistics in seen.values():
+        x = statistics.kept_samples().double()
+        assert statistics.count == len(x) == 72
+        assert statistics.std is not None
+        assert statistics.second_moment is not None
+        torch.testing.assert_close(statistics.mean, x.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(statistics.std, x.std(0, correction=0), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(statistics.second_moment, x.T @ x / len(x), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(statistics.covariance, torch.cov(x.T, correction=0), rtol=1e-9, atol=1e-12)
 
 
 def test_a_large_mean_costs_the_spread_no_digits() -> None:
@@ -94,7 +94,7 @@ def test_places_inputs_outputs_and_the_stream_around() -> None:
     weight = model.get_submodule(paths[1]).weight.double()
     torch.testing.assert_close(outputs[paths[1]].mean, inputs[paths[1]].mean @ weight.T, rtol=1e-4, atol=1e-6)
     block = ll.capture(model, [IDS])["model.layers.1"]
-    assert all(torch.equal(each.mean, block.mean) for each in around.values())
+    assert all(torch.equal(statistics.mean, block.mean) for statistics in around.values())
     before = ll.capture(model, [IDS], ["model.layers.1"], what="input")["model.layers.1"]
     assert torch.equal(before.mean, ll.capture(model, [IDS])["model.layers.0"].mean)
 
@@ -114,11 +114,11 @@ def test_a_mask_or_a_function_chooses_positions() -> None:
     model = tiny_llama()
     mask = torch.zeros(2, 12, dtype=torch.bool)
     mask[0, 3:5] = True
-    kept = ll.capture(model, [IDS], ["model.layers.0"], positions=mask, reduce="samples")["model.layers.0"]
+    masked = ll.capture(model, [IDS], ["model.layers.0"], positions=mask, reduce="samples")["model.layers.0"]
     again = ll.capture(model, [IDS], ["model.layers.0"], positions=lambda batch: mask, reduce="samples")
     everything = ll.capture(model, [IDS], ["model.layers.0"], positions="all", reduce="samples")["model.layers.0"]
-    assert torch.equal(kept.kept_samples(), everything.kept_samples()[3:5])
-    assert torch.equal(again["model.layers.0"].kept_samples(), kept.kept_samples())
+    assert torch.equal(masked.kept_samples(), everything.kept_samples()[3:5])
+    assert torch.equal(again["model.layers.0"].kept_samples(), masked.kept_samples())
 
 
 def test_the_model_is_left_as_it_was_on_an_error_too(tiny: str) -> None:
@@ -154,8 +154,8 @@ def test_quantised_models(quantization: str, tiny: str) -> None:
     with torch.no_grad():
         ll.attach(model, ll.LoRAConfig(r=2))  # keeps the layout for the reference below
         states = model.model(input_ids=IDS, output_hidden_states=True).hidden_states[1][:, -1].double()
-    found = ll.capture(model, [IDS])["model.layers.0"]
-    torch.testing.assert_close(found.mean, states.mean(0))
+    captured = ll.capture(model, [IDS])["model.layers.0"]
+    torch.testing.assert_close(captured.mean, states.mean(0))
 
 
 @pytest.mark.parametrize(
@@ -205,10 +205,10 @@ def test_a_nan_and_a_module_that_never_runs_are_errors() -> None:
 def test_winsorising_clamps_each_vector_at_its_own_quantile() -> None:
     model = tiny_llama()
     data = {"positive": [IDS[:, :5], IDS[:, 2:]], "negative": [IDS[:, 5:], IDS[:, 3:7]]}
-    found = ll.contrast(model, data, winsorize=0.75)["model.layers.1"]
+    clamped = ll.contrast(model, data, winsorize=0.75)["model.layers.1"]
     raw = ll.capture(model, data["positive"], ["model.layers.1"], reduce="samples")["model.layers.1"].kept_samples()
     limits = torch.stack([row.abs().quantile(0.75) for row in raw])[:, None]
-    torch.testing.assert_close(found.positive, raw.clamp(-limits, limits).double().mean(0))
+    torch.testing.assert_close(clamped.positive, raw.clamp(-limits, limits).double().mean(0))
     untouched = ll.contrast(model, data, winsorize=1.0)["model.layers.1"]
     torch.testing.assert_close(untouched.positive, raw.double().mean(0))
 
@@ -217,19 +217,19 @@ def test_a_projected_direction_leaves_the_negative_centre_alone() -> None:
     data = {"positive": [IDS[:, :5], IDS[:, 2:]], "negative": [IDS[:, 5:], IDS[:, 3:7]]}
     for center in ("mean", "median"):
         for rank in (1, 2):
-            found = ll.contrast(tiny_llama(), data, projected=True, center=center, rank=rank)
-            for here in found.values():
-                assert (here.directions.double() @ here.negative).abs().max() < 1e-5 * here.negative.norm()
-                torch.testing.assert_close(here.directions @ here.directions.T, torch.eye(rank))
+            contrasts = ll.contrast(tiny_llama(), data, projected=True, center=center, rank=rank)
+            for contrast in contrasts.values():
+                assert (contrast.directions.double() @ contrast.negative).abs().max() < 1e-5 * contrast.negative.norm()
+                torch.testing.assert_close(contrast.directions @ contrast.directions.T, torch.eye(rank))
 
 
 def test_the_geometric_median_minimises_distances_and_shrugs_at_an_outlier() -> None:
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
-    at = geometric_median(x)
-    pull = torch.nn.functional.normalize(x.double() - at, dim=1).sum(0)  # the gradient of the sum of distances
+    median = geometric_median(x)
+    pull = torch.nn.functional.normalize(x.double() - median, dim=1).sum(0)  # the gradient of the sum of distances
     assert pull.norm() < 1e-6
     x[0] = 1e6
-    assert (geometric_median(x) - at).norm() < 0.2
+    assert (geometric_median(x) - median).norm() < 0.2
     torch.testing.assert_close(geometric_median(x[1:2]), x[1].double())
 
 

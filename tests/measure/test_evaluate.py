@@ -23,7 +23,7 @@ def adapted() -> tuple[Any, ll.Adapter]:
 
 
 class Calls:
-    """How often the model ran."""
+    """A count of the model's forwards."""
 
     def __init__(self, model: Any) -> None:
         self.count = 0
@@ -38,12 +38,12 @@ def test_kl_is_that_of_the_next_token(adapted: tuple[Any, ll.Adapter]) -> None:
     with torch.no_grad():
         q = model(input_ids=IDS).logits.double().log_softmax(-1)
         p = tiny_llama()(input_ids=IDS).logits.double().log_softmax(-1)
-    wanted = (p.exp() * (p - q)).sum(-1)
+    expected = (p.exp() * (p - q)).sum(-1)
     kl = ll.kl_divergence(model, [IDS])
-    torch.testing.assert_close(kl, wanted[:, -1], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(kl, expected[:, -1], rtol=1e-4, atol=1e-7)
     assert kl.min() > 0
     everywhere = ll.kl_divergence(model, list(IDS.split(1)), positions="all")
-    torch.testing.assert_close(everywhere, wanted.reshape(-1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(everywhere, expected.reshape(-1), rtol=1e-4, atol=1e-7)
     adapter.scale = 0.0
     assert not ll.kl_divergence(model, [IDS]).any()
 
