@@ -111,8 +111,8 @@ def as_trained(
         return _as_trained_8bit(weight)
     if quantization.method != "bitsandbytes-4bit" or quantization.quant_type not in ("nf4", "fp4"):
         raise QuantizedWeightError(
-            f"the adapter was trained on {quantization.quant_type} weights ({quantization.method}), which can't be made "
-            f"again\n"
+            f"the adapter was trained on {quantization.quant_type} weights ({quantization.method}), which can't be "
+            f"made again\n"
             f'  use base_weights="original"'
         )
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
