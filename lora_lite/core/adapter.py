@@ -1,7 +1,7 @@
 """The handle on an attached adapter, where to find it, and its scale.
 
-An adapter's tensors are parameters and buffers of the layers that it adapts. Each of these layers
-keeps a `Site` per adapter, and the model that `attach` was given keeps a `Session`.
+An adapter's tensors are parameters and buffers of the layers that it adapts. Each of these layers keeps a `Site` per
+adapter, and the model that `attach` was given keeps a `Session`. The handle holds the model and a name, nothing else.
 """
 
 from collections import Counter
@@ -44,7 +44,7 @@ class Adapter:
 
     @property
     def base(self) -> dict[str, Any]:
-        """What it was attached to: the `base` record of an adapter file."""
+        """The base that it was attached to, as an adapter file records it."""
         return self.base_record.to_json()
 
     @property
@@ -66,7 +66,7 @@ class Adapter:
 
     @property
     def layers(self) -> list[Target]:
-        """What it was attached to, as `plan` describes it."""
+        """The layers that it was attached to, as `plan` describes them."""
         return [site.target for site in self._state.sites]
 
     @property
@@ -99,6 +99,7 @@ class Adapter:
         old, new = state.cfg, replace(state.cfg, **changes)
         self._use(new)
         views = self.views()
+        # New data fills tensors that a failure must put back; a changed field alone can be undone by a refresh.
         kept = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}
         with torch.no_grad():
             try:
@@ -147,15 +148,15 @@ class Adapter:
         ZeRO-3's optimizer would undo it.
         """
         self._check_unmerged("load values")
-        own = dict(self.named_tensors())
-        if any(map(sharding.has_master, own.values())):
+        mine = dict(self.named_tensors())
+        if any(map(sharding.has_master, mine.values())):
             raise CheckpointError(
                 f"adapter {self.name!r}: ZeRO-3's optimizer has copies of its values, and its next step starts there\n"
                 f"  load values before the trainer or deepspeed.initialize, or resume from DeepSpeed's own checkpoint"
             )
         check_shapes(tensors, self.specs(), f"adapter {self.name!r}")
-        with sharding.gathered(own.values(), modifier_rank=0):
-            for key, tensor in own.items():
+        with sharding.gathered(mine.values(), modifier_rank=0):
+            for key, tensor in mine.items():
                 tensor.copy_(sharding.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
 
     def set_base_record(self, base: BaseRecord) -> None:
@@ -231,10 +232,10 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def get_adapter(model: nn.Module, name: str) -> Adapter:
     """The adapter of that name. Raises TargetError."""
-    found = adapters(model)
-    if name not in found:
+    attached = adapters(model)
+    if name not in attached:
         raise TargetError(_not_attached(name, model))
-    return found[name]
+    return attached[name]
 
 
 @contextmanager

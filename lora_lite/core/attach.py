@@ -125,6 +125,7 @@ def installed(
         session.changes.append(change)
         undo.callback(_undo, session, change)
         change.make()
+        # Each undo is noted before its step, so that a failure within the step is undone as well.
         for site in sites:
             undo.callback(uninstall, site.module, name)
             _install(site, tensors)
@@ -190,6 +191,7 @@ def _install(site: Site, tensors: Mapping[str, Tensor] | None) -> None:
     site.state.sites.append(site)
     for name in site.specs:
         _hold(site, name, _value(site, name, tensors))
+    # Hooks run in the order of registering, so one that is first moves those that were first before it along.
     first = [other for other in sites_of(site.module).values() if other.state.is_first]
     for other in reversed(first) if site.state.is_first else [site]:
         register_hooks(other)

@@ -18,7 +18,7 @@ Config = TypeVar("Config", bound="BaseConfig")
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """What every method has: which layers it adapts, and how its parameters are stored.
+    """The part of every config that says which layers are adapted, and how parameters are stored.
 
     The filters are a conjunction; a filter left at its default lets everything pass. Each takes a list or a tuple
     (a single regex may stand alone) and becomes a tuple.
@@ -38,7 +38,8 @@ class BaseConfig:
                     differ at the layers it finds; of several, the later entry wins. attach resolves it
                     once, and an entry that finds no target is an error
 
-    Raises ConfigError.
+    Raises:
+        ConfigError: for a field that isn't valid.
     """
 
     variant: str
@@ -50,13 +51,8 @@ class BaseConfig:
     dtype: torch.dtype = torch.float32
     per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
-    FILTERS: ClassVar[tuple[str, ...]] = (
-        "target_names",
-        "exclude_names",
-        "target_roles",
-        "layers",
-        "layer_range",
-    )
+    # Facts of a config class, for the runtime; fields of a config are above.
+    FILTERS: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names", "target_roles", "layers", "layer_range")
     REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
     """Fields that are one for all layers."""
@@ -68,15 +64,16 @@ class BaseConfig:
     def __post_init__(self) -> None:
         for name in self.FILTERS:
             value = getattr(self, name)
+            # The config is frozen once it is made, so its own fields are set past the dataclass.
             if isinstance(value, str):
                 object.__setattr__(self, name, (value,))
             elif isinstance(value, Sequence):
                 object.__setattr__(self, name, tuple(value))
             else:
                 self.require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
-        for each in fields(self):
-            if isinstance(each.default, enum.Enum):
-                self._as_member(each.name, type(each.default))
+        for member in fields(self):
+            if isinstance(member.default, enum.Enum):
+                self._as_member(member.name, type(member.default))
         self.require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
         self.require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
         if self.layers is not None:
@@ -106,20 +103,21 @@ class BaseConfig:
         """The config of a layer where these fields differ. Raises ConfigError; a file's regexes aren't compiled."""
         if not overrides:
             return self
-        own = [each.name for each in fields(self) if each.name not in self.SAME_AT_ALL_LAYERS]
-        wrong = [name for name in overrides if name not in own]
+        may_differ = [field.name for field in fields(self) if field.name not in self.SAME_AT_ALL_LAYERS]
+        wrong = [name for name in overrides if name not in may_differ]
         if wrong:
-            raise ConfigError(f"{type(self).__name__}: {wrong} can't differ by layer; wanted some of {own}")
+            raise ConfigError(f"{type(self).__name__}: {wrong} can't differ by layer; wanted some of {may_differ}")
+        # Regexes are set afterwards: a config checks them as it is made, and those of a file may take minutes.
         bare: dict[str, Any] = {"per_layer": {}, **dict.fromkeys(self.REGEXES, ())}
-        made = replace(self, **bare, **overrides)
+        config = replace(self, **bare, **overrides)
         for name in self.REGEXES:
-            object.__setattr__(made, name, getattr(self, name))
-        return made
+            object.__setattr__(config, name, getattr(self, name))
+        return config
 
     def checked_overrides(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The overrides as a config at a layer holds them. Raises ConfigError."""
-        there = self.with_overrides(overrides)
-        return {name: getattr(there, name) for name in overrides}
+        config = self.with_overrides(overrides)
+        return {name: getattr(config, name) for name in overrides}
 
     def check_regexes(self) -> None:
         """ConfigError unless they compile."""
@@ -140,7 +138,7 @@ class BaseConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON values, the dtype by its name; per_layer only where there is one."""
-        out = {each.name: to_json(getattr(self, each.name)) for each in fields(self)}
+        out = {f.name: to_json(getattr(self, f.name)) for f in fields(self)}
         if not out["per_layer"]:
             del out["per_layer"]  # files of one config for all layers are the same to every version
         return out
@@ -151,9 +149,9 @@ class BaseConfig:
 
         Its regexes may be anyone's: they aren't compiled, which can take minutes. `attach` and `plan` do that.
         """
-        later = {each.name: to_json(each.default) for each in fields(cls) if each.name in cls.ADDED_LATER}
+        later = {f.name: to_json(f.default) for f in fields(cls) if f.name in cls.ADDED_LATER}
         values = {"per_layer": {}, **later, **values}
-        known = {each.name for each in fields(cls)}
+        known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ConfigError(
                 f"{cls.__name__}: the stored fields are not this version's\n"
@@ -164,14 +162,14 @@ class BaseConfig:
             raise ConfigError(f"{cls.__name__}: stored dtype {values['dtype']!r}: wanted one of {sorted(dtypes)}")
         regexes = {name: values[name] for name in cls.REGEXES}
         bare = {"dtype": dtypes[values["dtype"]], "per_layer": {}, **dict.fromkeys(cls.REGEXES, ())}
-        made = cls(**{**values, **bare})
-        object.__setattr__(made, "per_layer", values["per_layer"])
-        made._check_per_layer()
+        config = cls(**{**values, **bare})
+        object.__setattr__(config, "per_layer", values["per_layer"])
+        config._check_per_layer()
         for name, patterns in regexes.items():
-            object.__setattr__(made, name, tuple(patterns) if isinstance(patterns, list) else patterns)
+            object.__setattr__(config, name, tuple(patterns) if isinstance(patterns, list) else patterns)
             ok = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
-            made.require(ok, name, "a list of regexes")
-        return made
+            config.require(ok, name, "a list of regexes")
+        return config
 
 
 @dataclass(frozen=True, kw_only=True)

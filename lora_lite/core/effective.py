@@ -27,7 +27,8 @@ ROWS = 512
 class Affine:
     """One layer, or one of the experts that it fuses, with adapters in the order attached; in eval mode, no gradients.
 
-    Raises VariantError from the start if what the adapters do isn't affine.
+    Raises:
+        VariantError: from the start, if what the adapters do isn't affine.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Affine:
 
     @torch.no_grad()
     def _origin(self, weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor, Tensor]:
-        """What becomes of 0: the input, the layer's output for it, the adapters' output."""
+        """The images of 0: the input, the layer's output for it, the adapters' output."""
         x = _inputs(self._no_bias, self._unit(0, 1).zero_())
         y = _product(x, weight) if x.any() else x.new_zeros(1, self.d_out)
         return x, y, _outputs(self._no_bias, x, y)
@@ -78,14 +79,16 @@ class Affine:
         e = self._unit(start, stop)
         x = _inputs(self._no_bias, e)
         if x is e:  # the cheap and common case: the layer's product is the weight as it is
-            y = weight[:, start:stop].to(self.dtype).mT
+            y = weight[:, start:stop].to(self.dtype).mT  # (n, o): W e_j is column j
         else:
+            # Scaled channels scale columns of W; only an input that was mixed needs a real product.
             factors = _channel_scale(x - x0, start)
             y = (
                 _product(x - x0, weight)
                 if factors is None
                 else weight[:, start:stop].to(self.dtype).mT * factors[:, None]
             )
+        # Zeros are not added: a sum with them would still round in the dtype of the other side.
         y = _outputs(self._no_bias, x, y + y0 if y0.any() else y)
         return (y - offset if offset.any() else y).mT
 
@@ -153,6 +156,7 @@ def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.
     pairs = random_rows((2, d_in), (2, d_out), device=device)
     x, y = (torch.stack([0 * u, u, 30 * v, u + 30 * v]) for u, v in pairs)
     for layer in layers:
+        # v is 30 times u: a bend that only large or only small inputs show would else pass.
         for before, after in ((x, adapt_input(layer, x)), (y, adapt_output(layer, x, y))):
             bent = (after[3] - after[2] - after[1] + after[0]).abs().max()
             if after.isfinite().all() and bent > 1e-7 * (after - before).abs().max() + 1e-12 * after.abs().max():

@@ -24,7 +24,7 @@ class Part(NamedTuple):
     prefix: str
     cfg: Any
     factor: float
-    """What the adapter's scale is multiplied by."""
+    """A factor on the adapter's scale."""
 
 
 class Layer:
@@ -194,7 +194,7 @@ class Layer:
 
 
 WEIGHTS: dict[str, Callable[[nn.Module, int | None, Tensor], Tensor]] = {}
-"""What `dense_weight(of)` can be of beside "base": (module, expert, base weight (d_out, d_in)) -> such a weight."""
+"""The weights that `dense_weight(of)` can give beside "base": (module, expert, base weight (d_out, d_in)) -> weight."""
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

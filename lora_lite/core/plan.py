@@ -20,7 +20,7 @@ COLUMNS, GROUPS = 80, 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What `attach` would adapt. Prints as a table; iterates over its targets."""
+    """The layers that `attach` would adapt. Prints as a table; iterates over its targets."""
 
     model: str
     variant: str
@@ -28,7 +28,7 @@ class Plan:
     parameters: int
     d_model: int | None
     left_out: tuple[LeftOut, ...] = ()
-    """What the config's defaults leave out, and why; empty where target_names says what is wanted."""
+    """The layers that the config's defaults leave out, and why; empty where target_names says what is wanted."""
 
     def __len__(self) -> int:
         return len(self.targets)

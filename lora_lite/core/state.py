@@ -1,4 +1,7 @@
-"""What attach keeps: a `Site` for each adapter at each layer, and a `Session` on the model with what it changed."""
+"""The state of attached adapters: a `Site` for each at each layer, and a `Session` on the model with all changes.
+
+Sites lie in the layer's own `__dict__`, under one key, and so go where the module goes: deepcopy, pickle, FSDP2.
+"""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -27,7 +30,7 @@ SESSION = "_lora_lite_session"
 
 @dataclass(eq=False)
 class AdapterState:
-    """What all sites of one adapter share. Its tensors lie on the layers."""
+    """The state that all sites of one adapter share. Its tensors lie on the layers."""
 
     name: str
     cfg: Any
@@ -44,7 +47,7 @@ class AdapterState:
     changes: ScaleChanges | None = None
     """None while the scale is the one that the adapter came with: then nothing is asked in a call."""
     suffix: str = field(init=False)
-    """What the names of its tensors on a layer end with: nothing, or `__fr` of adapter fr."""
+    """The end of its tensors' names on a layer: nothing, or `__fr` of adapter fr."""
     plain: Scale = field(init=False)
     traced: Scale = field(init=False)
     """The scale for a graph of torch.compile: an input of it, which may change."""
@@ -109,7 +112,7 @@ class Site:
     overrides: dict[str, Any]
     """The fields in which that differs from the adapter's."""
     base_weight: str
-    """What the variant does with the weight: "unused", "read" or "dense"."""
+    """The variant's use of the weight: "unused", "read" or "dense"."""
     stacked: bool
     """True if each tensor has a leading axis over the experts that the layer fuses."""
     specs: dict[str, Any]
@@ -117,7 +120,7 @@ class Site:
     state: AdapterState = field(init=False)
     handles: list[RemovableHandle] = field(default_factory=list)
     memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
-    """What `Layer.constant` remembers."""
+    """The memory of `Layer.constant`."""
     ran: bool = False
     """True once a forward outside of torch.compile has called the layer, at any scale, since its first adapter came."""
     never_ran: bool = False
@@ -154,7 +157,7 @@ class Site:
 
 
 class BaseChange:
-    """What one attach changes beside the adapted layers: it freezes parameters and keeps the layout of 4-bit layers.
+    """The changes of one attach beside the adapted layers: parameters are frozen, layouts of 4-bit layers kept.
 
     It knows these objects, not their paths: what has replaced one since is not ours to change, and a wrapper that was
     put in since hides nothing. The references are weak, or the whole parameters that fully_shard has replaced would
@@ -212,12 +215,12 @@ class Session:
     adapters: dict[str, AdapterState] = field(default_factory=dict)
     changes: list[BaseChange] = field(default_factory=list)
     merged: list[Swap] = field(default_factory=list)
-    """What unmerge puts back; empty while nothing is merged."""
+    """The things that unmerge puts back; empty while nothing is merged."""
     memo: dict[bytes, Tensor] = field(default_factory=dict)
     """Results of the base, which is read-only meanwhile, by a hash of what they were computed from."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"memo": {}}
+        return self.__dict__ | {"memo": {}}  # a copy's base may change
 
 
 # ---- sites on a layer ---------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def drop_site(module: nn.Module, name: str) -> Site | None:
 def insert_in_order(known: dict[str, Known], state: AdapterState, value: Known) -> None:
     """Put what is known of an adapter in the place that it had; a new one's after the others, but before those that
     aren't first if it is."""
-    later = {}
+    later = {}  # what has to come after it: a dict keeps the order in which keys came
     if state.is_first and state.name not in known:
         later = {name: other for name, other in known.items() if not _state_of(other).is_first}
     for name in later:
@@ -267,6 +270,7 @@ def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
     Raises:
         TargetError: if there are several such modules, or if the model is a part of one.
     """
+    # A wrapper (DDP, compile) is looked through: its inner module has the session.
     modules = dict(model.named_modules())
     roots = {path: module for path, module in modules.items() if has_session(module)}
     if len(roots) > 1:

@@ -24,10 +24,10 @@ _READS = re.compile(
     r"(?:^|\.)(?:[qkv]|w[qkv]|qkv|Wqkv|w[13]|wi|wi_[01]|fc1|c_fc|c_attn|query|key|value|query_key_value|gate|up"
     r"|dense_h_to_4h|(?:[qkv]|qkv|kv|gate|up|gate_up|in)_proj|to_[qkv])$"
 )
-"""What the last part of a path says of a square layer, whose shape says nothing."""
+"""The last parts of paths that tell whether a square layer reads or writes, since its shape doesn't."""
 
 _PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
-"""What packed weights are kept in; masks are bools, and indices are of 64 bits."""
+"""Dtypes that packed weights are kept in; masks are bools, and indices are of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LeftOut(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a config chooses in a model."""
+    """The choice of a config in a model."""
 
     targets: dict[Target, BaseLayer]
     left_out: list[LeftOut]
@@ -103,6 +103,7 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     known = {Target.of(layer, stacks): layer for layer in layers}
     reachable = [t for t in known if cfg.FUSED_EXPERTS or not t.experts]
     _check_layers(cfg, stacks)
+    # Asked for writers, what no adapter can reach is an error and no choice: it would leave a part of the stream alone.
     asked = not cfg.target_names and "writer" not in cfg.target_roles
     left_out = [] if cfg.target_names else _left_out(model, modules, known, stacks, cfg, asked)
     unasked = {path for path, _ in left_out}
@@ -123,16 +124,16 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
 def _left_out(
     model: nn.Module, modules: Modules, layers: dict[Target, BaseLayer], stacks: Stacks, cfg: BaseConfig, asked: bool
 ) -> list[LeftOut]:
-    """What a config without target_names leaves out, in module order; nothing that exclude_names excludes.
+    """The layers that a config without target_names leaves out, in module order; nothing that was excluded.
 
-    Of a model with blocks, that is all outside of them; of another, its output head. A layer that no adapter can reach
+    In a model with blocks, these are all outside of them; in another, its output head. A layer that no adapter can reach
     is left out too, but not where the writers of the residual stream are asked for: there it is an error.
     """
     shapes = {t.path: (t.d_in, t.d_out) for t in layers if not t.experts}
     stacked = any(t.stack for t in layers)
     heads = _output_heads(model, modules, list(layers))
     reasons = {t.path: "the output head" if t.path in heads else "in no stack of blocks" for t in layers if not t.stack}
-    if not stacked:
+    if not stacked:  # a bare nn.Sequential: everything is a target but its head
         reasons = {path: reason for path, reason in reasons.items() if path in heads}
     reasons |= dict.fromkeys(routers(modules, shapes), "a router of experts")
     if asked:
@@ -140,7 +141,7 @@ def _left_out(
     if not cfg.FUSED_EXPERTS:
         fused = f"fused experts: {cfg.variant} goes on linear layers"
         reasons |= {t.path: fused for t in layers if t.experts and t.path not in reasons}
-    known, within = {t.path for t in layers}, "."
+    known, within = {t.path for t in layers}, "."  # matrices inside of a known layer are that layer's affair
     for path, module in modules.items():
         within = f"{path}." if path in known else within
         if stacks.place(path)[0] and not f"{path}.".startswith(within) and _has_matrices(module):
@@ -154,8 +155,8 @@ def _has_matrices(module: nn.Module) -> bool:
     """Are there matrices right in this module, which is no norm, embedding, convolution or parametrisation of one?"""
     if isinstance(module, (_ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList, *NORMS)):
         return False
-    own = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
-    return any(len(shape_of(p)) > 1 and min(shape_of(p)) > 1 for p in own)
+    tensors = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
+    return any(len(shape_of(p)) > 1 and min(shape_of(p)) > 1 for p in tensors)
 
 
 def model_width(model: nn.Module) -> int | None:
@@ -229,13 +230,13 @@ def _check_layers(cfg: BaseConfig, stacks: Stacks) -> None:
         )
 
 
-def _with_roles(found: list[Target], cfg: BaseConfig, d_model: int | None) -> list[Target]:
+def _with_roles(targets: list[Target], cfg: BaseConfig, d_model: int | None) -> list[Target]:
     if d_model is None:
         raise TargetError(
             f"target_roles={cfg.target_roles}: this model has no config that gives its width (hidden_size)\n"
             f"  choose the layers with target_names or exclude_names"
         )
-    square = [t.path for t in found if t.role(d_model) is None]
+    square = [t.path for t in targets if t.role(d_model) is None]
     if square:
         raise TargetError(
             f"target_roles={cfg.target_roles}: {len(square)} layers are {d_model} x {d_model}, so they could "
@@ -243,7 +244,7 @@ def _with_roles(found: list[Target], cfg: BaseConfig, d_model: int | None) -> li
             f"  such as {', '.join(square[:3])}\n"
             f"  choose among them with target_names or exclude_names"
         )
-    return [t for t in found if t.role(d_model) in cfg.target_roles]
+    return [t for t in targets if t.role(d_model) in cfg.target_roles]
 
 
 def _check_writers(
@@ -253,7 +254,7 @@ def _check_writers(
     stacks: Stacks,
     within: str,
     everything: list[Target],
-    found: list[Target],
+    targets: list[Target],
     d_model: int | None,
 ) -> None:
     """TargetError if a part of a block has matrices in no layer that could write to the residual stream.
@@ -261,14 +262,14 @@ def _check_writers(
     Three dimensions are experts in a form that isn't known; two dimensions, in a part where nothing else was found, are
     a projection without a module. A module with d_out features and no weight is packed by some other library.
     """
-    linear, reached = {t.path for t in everything}, [t.path for t in found]
+    linear, reached = {t.path for t in everything}, [t.path for t in targets]
     for path, block in stacks.blocks(modules).items():
         if not (path.startswith(within) and _deep(stacks.place(path), cfg, stacks)):
             continue
         for part, holder, ndim in _bare(path, block, linear, d_model):
             if _excluded(holder, cfg):
                 reached.append(holder)  # what was left out on purpose explains what goes with it, such as a router
-            elif ndim > 2 or not any(f"{at}.".startswith(f"{part}.") for at in reached):
+            elif ndim > 2 or not any(f"{other}.".startswith(f"{part}.") for other in reached):
                 kind = type(model.get_submodule(holder)).__name__
                 raise TargetError(
                     f"{holder}: this {kind} may write to the residual stream, and {cfg.variant!r} can't go on it\n"
@@ -280,17 +281,17 @@ def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) ->
     """(part of the block, module, dimensions) of matrices of the model's width in no known layer, most dimensions
     first; a packed layer counts as three."""
     out = []
-    for at, module in block.named_modules(prefix=path):
-        if at in linear or isinstance(module, _ConvNd | nn.Embedding):
+    for holder, module in block.named_modules(prefix=path):
+        if holder in linear or isinstance(module, _ConvNd | nn.Embedding):
             continue
-        part = ".".join(at.split(".")[: path.count(".") + 2])
+        part = ".".join(holder.split(".")[: path.count(".") + 2])  # the child of the block that it is in
         for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             packed = t.dtype in _PACKED and t.ndim < 4  # older masks are bytes (1, 1, n, n)
             if t.ndim > 1 and (packed or (t.is_floating_point() and d_model in t.shape[-2:])):
-                out.append((part, at, t.ndim))
+                out.append((part, holder, t.ndim))
         if getattr(module, "out_features", None) == d_model:
-            out.append((part, at, 3))
-    return sorted(out, key=lambda each: -each[2])
+            out.append((part, holder, 3))  # packed by another library: no weight to look at
+    return sorted(out, key=lambda entry: -entry[2])
 
 
 def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target], left_out: list[LeftOut]) -> str:

@@ -39,8 +39,8 @@ class ParamSpec:
     @torch.no_grad()
     def fill(self, tensor: Tensor) -> None:
         """Give the tensor its starting values, in place."""
-        made = (_FILL[self.init] if isinstance(self.init, str) else self.init)(tensor)
-        if isinstance(made, Tensor) and made is not tensor:
+        result = (_FILL[self.init] if isinstance(self.init, str) else self.init)(tensor)
+        if isinstance(result, Tensor) and result is not tensor:
             raise VariantError(f"{self}: init made a new tensor, which would be lost\n  fill the one given, in place")
 
 
@@ -125,7 +125,11 @@ _USES = ("unused", "read", "dense")
 
 
 def register(cls: Any) -> Any:
-    """Class decorator: make a variant known under `cls.name`. Raises VariantError."""
+    """Class decorator: make a variant known under `cls.name`; what it doesn't declare has `Variant`'s defaults.
+
+    Raises:
+        VariantError: for a class that lacks a part of the contract, or a name that is taken.
+    """
     missing = [
         item for item in ("name", "param_specs") if getattr(cls, item, None) in (None, getattr(Variant, item, None))
     ]
@@ -136,11 +140,12 @@ def register(cls: Any) -> Any:
             f"variant class {cls.__name__} lacks {', '.join(missing)}\n  the contract is lora_lite.Variant's docstring"
         )
     name: str = cls.name
+    # A second class under a name would change what a file of the first one loads.
     if name in REGISTRY:
         raise VariantError(
             f"variant {name!r} is registered already, by {_origin(REGISTRY[name])}\n  give {_origin(cls)} another name"
         )
-    if not issubclass(cls, Variant):
+    if not issubclass(cls, Variant):  # so that a class needs no base, and the runtime never asks what it lacks
         cls = type(cls.__name__, (cls, Variant), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
     _check(cls)
     REGISTRY[name] = cls
@@ -178,7 +183,7 @@ def lookup(name: str) -> type[Variant]:
 
 
 def weight_use(cfg: BaseConfig) -> str:
-    """What a config's variant does with the base weight: "unused", "read" or "dense". Raises VariantError."""
+    """How a config's variant uses the base weight: "unused", "read" or "dense". Raises VariantError."""
     declared = lookup(cfg.variant).base_weight
     use = declared(cfg) if callable(declared) else declared
     if use not in _USES:
