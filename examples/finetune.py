@@ -36,6 +36,7 @@ from common import (
     set_up,
     stored_in,
 )
+from learning_rates import TRAINED, learning_rate
 from loguru import logger
 from pairs import read_jsonl, split, stdlib_pairs
 from report import History, plot, show, training_numbers, write_results
@@ -55,8 +56,6 @@ MOST_EVAL_PAIRS, LEAST_EVAL_PAIRS = 64, 8
 MOST_TOKENS, LEAST_TOKENS = 48, 8
 """Of an answer."""
 DIVERGED = 1  # exit code
-
-TRAINED = [name for name, method in ll.REGISTRY.items() if method.default_lr is not None]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -180,14 +179,6 @@ def adapter_config(variant: str, r: int | None) -> Any:
     if "r" not in {field.name for field in dataclasses.fields(config)}:
         raise ll.ConfigError(f"--r {r}: {variant!r} has no rank")
     return config(r=r)
-
-
-def learning_rate(variant: str) -> float:
-    """The method's own. Raises ConfigError for a method that is computed, not trained."""
-    rate = ll.REGISTRY[variant].default_lr
-    if rate is None:
-        raise ll.ConfigError(f"--variant {variant}: it is computed, not trained; use one of {', '.join(TRAINED)}")
-    return rate
 
 
 # ---- fitting to the time ------------------------------------------------------------------------

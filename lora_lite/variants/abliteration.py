@@ -52,7 +52,6 @@ class Abliteration:
     config = AbliterationConfig
     has_identity_init, handles_scale, needs_calibration = False, True, True
     live = ("strength", "layer", "kernels")
-    default_lr = None
     group_init = staticmethod(fit)
 
     @staticmethod

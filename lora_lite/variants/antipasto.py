@@ -49,9 +49,6 @@ class AntiPaSTO:
     base_weight = "dense"
     handles_scale = True
     needs_calibration = staticmethod(needs_data)
-    # θ is an angle, which wants less than ssteer's Δs. In 25 steps of the demo (--steps 25 --eval-pairs 32) held-out
-    # loss falls from 3.62 to 2.91.
-    default_lr = 2e-2
     group_init = staticmethod(fit)
 
     @staticmethod

@@ -41,9 +41,6 @@ class DoRA:
     config = DoRAConfig
     base_weight = "read"
     handles_scale = True
-    # LoRA's: the direction learns as LoRA does, and m, a row norm of about 1, moves by at most this much a step. The
-    # demo ends at 2.74 from 3.79.
-    default_lr = 2e-3
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:

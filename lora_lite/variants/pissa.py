@@ -59,9 +59,6 @@ class PiSSA:
     config = PiSSAConfig
     base_weight = "dense"
     handles_scale = True
-    # A and B start at the weight's own size, so a step moves the layer further than LoRA's: a quarter of its rate. The
-    # demo ends at 2.75 from 3.79.
-    default_lr = 5e-4
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PiSSAConfig) -> dict[str, ParamSpec]:

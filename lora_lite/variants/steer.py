@@ -74,7 +74,6 @@ class Steer:
     config = SteerConfig
     has_identity_init, handles_scale, needs_calibration = False, True, True
     live = ("strength", "unit", "layer", "kernels")
-    default_lr = None
     group_init = staticmethod(fit_steps)
 
     @staticmethod

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from contrasts import FITTED, sides
+from learning_rates import learning_rate
 from models import IDS, OneLinear, config, loss_of, perturb, quantized, tiny_llama, train
 from oracles import skew
 from test_laws import logits, same_snapshot, snapshot
@@ -398,7 +399,7 @@ def test_a_real_model_is_calibrated_trains_and_loads(
         adapter = ll.attach(model, cfg, calibration_data=data)
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids).logits, base)
-        optimizer = torch.optim.AdamW(adapter.parameters(), lr=ll.REGISTRY[variant].default_lr)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate(variant))
         losses = []
         for _ in range(4):
             loss = loss_of(model, ids)
