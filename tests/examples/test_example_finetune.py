@@ -215,9 +215,8 @@ def test_a_rank_for_a_method_without_one() -> None:
 
 
 def test_every_method_that_is_trained_has_a_learning_rate() -> None:
-    table = learning_rates.LEARNING_RATES
-    assert table.keys() == ll.REGISTRY.keys()
-    assert {name: rate is not None for name, rate in table.items()} == {name: is_trained(name) for name in table}
+    assert learning_rates.LEARNING_RATES.keys() <= ll.REGISTRY.keys()
+    assert [name for name in ll.REGISTRY if is_trained(name)] == learning_rates.TRAINED
     assert learning_rates.learning_rate("mine") == 1e-3
     with pytest.raises(ll.ConfigError, match=r"--variant steer: it is computed, not trained; use one of .*lora"):
         learning_rates.learning_rate("steer")

@@ -99,7 +99,7 @@ def test_two_sides_are_taken_together_where_one_set_is_looked_at(select: str) ->
 @pytest.mark.parametrize("select", ["wanda", "min_std"])
 def test_how_much_is_held_at_a_time_changes_nothing(select: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, at_once = made(data=DATA[select], select=select)
-    monkeypatch.setattr(sspace, "HELD", 4 * 64 * 128 * 3)
+    monkeypatch.setattr(sspace, "SVD_BYTES", 4 * 64 * 128 * 3)
     _, in_parts = made(data=DATA[select], select=select)
     assert all(torch.equal(t, at_once.state_dict()[key]) for key, t in in_parts.state_dict().items())
 
