@@ -54,7 +54,7 @@ MOST_PAIRS = 8
 """In a step."""
 MOST_EVAL_PAIRS, LEAST_EVAL_PAIRS = 64, 8
 MOST_TOKENS, LEAST_TOKENS = 48, 8
-"""Of an answer."""
+"""Tokens of an answer."""
 DIVERGED = 1  # exit code
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -62,7 +62,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What to train on, what to measure the loss on, and what to show the answers to."""
+    """The batches to train on, those to measure the loss on, and the pairs whose answers are shown."""
 
     train: Iterable[Batch]
     held_out: list[Batch]
@@ -120,7 +120,7 @@ def main(
         base = load(source, quantization, dtype)
         loading = time.perf_counter() - loading
         adapter = ll.attach(base, cfg)
-        held, computed_in = stored_in(adapter)
+        quantized, computed_in = stored_in(adapter)
 
     measured = random.Random(seed).sample(held_out, min(eval_pairs or MOST_EVAL_PAIRS, len(held_out)))
     sizes = fitted(base, tokenizer, measured, time_left, loading, steps, batch_size, eval_pairs)
@@ -155,9 +155,9 @@ def main(
     del base, adapter
     check_reload(load(source, quantization, dtype), out / "adapter.safetensors", inputs, expected)
 
-    name = f"{Path(source).name} in {held or computed_in}"
+    name = f"{Path(source).name} in {quantized or computed_in}"
     plot(history, f"{variant} on {name}, learning rate {lr:g}", out / "loss.png")
-    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": held, "dtype": computed_in}
+    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": quantized, "dtype": computed_in}
     settings |= {"model": source, "lr": lr, "steps": steps, "batch_size": sizes.pairs, "eval_pairs": len(measured)}
     settings |= {"minutes": minutes, "seed": seed, "trainable_parameters": trainable}
     seconds = time_left.spent
@@ -172,7 +172,7 @@ def main(
 
 
 def adapter_config(variant: str, r: int | None) -> Any:
-    """The method's defaults, but for r. Raises VariantError or ConfigError."""
+    """The method's default config, with this rank if one is given. Raises VariantError or ConfigError."""
     config: Any = ll.config_for(variant)
     if r is None:
         return config()
@@ -219,8 +219,8 @@ def fitted(
     plan = time_left.plan(later=loading + 2 * MOST_PAIRS * evaluation)  # the check of what was saved
     tokens = plan.take("tokens of each answer", 2 * token, MOST_TOKENS, LEAST_TOKENS, share=0.15)
     most, least = min(MOST_EVAL_PAIRS, len(pairs)), min(LEAST_EVAL_PAIRS, len(pairs))
-    each = (EVALUATIONS + 1) * evaluation
-    eval_pairs = plan.take("held-out pairs", each, most, least, share=0.25, given=eval_pairs)
+    measurements = (EVALUATIONS + 1) * evaluation
+    eval_pairs = plan.take("held-out pairs", measurements, most, least, share=0.25, given=eval_pairs)
     size = batch_size or (MOST_PAIRS if steps else plan.fits((1 + LEAST_STEPS) * step, MOST_PAIRS))
     plan.seconds -= size * step  # the audit's batch, forth and back
     steps = plan.take(f"steps of {size} pairs", size * step, MOST_STEPS, LEAST_STEPS, given=steps)
@@ -236,7 +236,7 @@ def padding(examples: list[Example], count: int) -> float:
 
 
 def length(example: Example) -> int:
-    """Tokens."""
+    """The number of tokens."""
     return len(example.prompt) + len(example.completion)
 
 
@@ -279,7 +279,7 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
-    """The mean over the tokens of the completions."""
+    """The mean loss over the tokens of the completions."""
     return model(**{key: value.to(model.device) for key, value in batch.items()}, use_cache=False).loss
 
 
