@@ -28,7 +28,7 @@ POLES = {"positive": 1.0, "negative": -1.0}
 
 @dataclass
 class Round:
-    """The results of a round. losses: a step's is the sum of both poles'. kl: from the pristine base, once it is kept."""
+    """The results of a round. losses: of steps, the sum of both poles. kl: from the pristine base, once it is kept."""
 
     label: str
     losses: list[float] = field(default_factory=list)

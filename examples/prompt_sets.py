@@ -89,8 +89,8 @@ def token_sets(tokenizer: Any, positive: Sequence[str], negative: Sequence[str])
 def own_token_sets(
     model: Any, positive: Sequence[dict[str, Tensor]], negative: Sequence[dict[str, Tensor]]
 ) -> tuple[list[int], list[int]]:
-    """The LIKELY first tokens of each side, by the model's own probabilities, that are DISTINCT times as likely there as
-    on the other. The batches are padded on the left. Raises DataError if a side has none.
+    """The LIKELY first tokens of each side, by the model's own probabilities, that are DISTINCT times as likely there
+    as on the other. The batches are padded on the left. Raises DataError if a side has none.
     """
     model.eval()
     p, n = (_first_token_probabilities(model, batches) for batches in (positive, negative))
