@@ -48,7 +48,7 @@ ANSWERS, PROBED_TOKENS = 3, 4
 
 MOST_TRIALS, LEAST_TRIALS = 60, 8
 MOST_TOKENS, LEAST_TOKENS = 48, 8
-"""Of an answer."""
+"""Tokens of an answer."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -100,33 +100,33 @@ def main(
         fitted = ll.contrast(base, task.fitted, projected=projected, progress=sys.stderr.isatty())
         blocks = describe_directions(base, task, fitted)
         show_directions(blocks)
-        directions = {path: each.directions for path, each in fitted.items()}
+        directions = {path: contrast.directions for path, contrast in fitted.items()}
         cfg = ll.AbliterationConfig(normalization=normalization, projected=projected)
         adapter = ll.attach(base, cfg, calibration_data={"directions": directions})
-        held, computed_in = stored_in(adapter)
+        quantized, computed_in = stored_in(adapter)
         settings |= {"dtype": computed_in}  # figures of two dtypes don't compare, so each has a search of its own
         study = open_study(out / "study.jsonl", settings, len(blocks))
-        name = f"{positive.stem} against {negative.stem} on {Path(source).name} in {held or computed_in}"
+        name = f"{positive.stem} against {negative.stem} on {Path(source).name} in {quantized or computed_in}"
         plot_directions(blocks, name, out / "directions.png")
     with ll.disabled(base):
         before = task.gaps(base)
     logger.info(f"gap before: {before['positive']:+.2f} on the positive side, {before['negative']:+.2f} on the other")
 
-    found = tried(study)
+    earlier = tried(study)
     held_out = sides["positive"][1]
     shown = held_out[:ANSWERS]
     asked = [shown] if markers is None else [shown, held_out]
-    answer_tokens, trials = fitted_to(time_left, base, tokenizer, task, asked, loading, found, answer_tokens, trials)
+    answer_tokens, trials = fitted_to(time_left, base, tokenizer, task, asked, loading, earlier, answer_tokens, trials)
     searched = time.perf_counter()
-    if found:
-        going_on = f"the search goes on from there to {trials}" if found < trials else f"--trials {trials} are done"
-        logger.info(f"{out} holds {found} trials: {going_on}")
+    if earlier:
+        going_on = f"the search goes on from there to {trials}" if earlier < trials else f"--trials {trials} are done"
+        logger.info(f"{out} holds {earlier} trials: {going_on}")
     try:
         search(study, adapter, lambda: task.measure(base), trials, len(blocks), seed)
     except KeyboardInterrupt:
         logger.warning(f"interrupted after {tried(study)} of {trials} trials, which are kept: the same command goes on")
         raise typer.Exit(INTERRUPTED) from None
-    searched, new = time.perf_counter() - searched, tried(study) - found
+    searched, new = time.perf_counter() - searched, tried(study) - earlier
 
     with plain_errors():
         chosen = pick(measured(study), max_kl, pick_trial)
@@ -146,7 +146,7 @@ def main(
     check_reload(load(source, quantization, dtype), out / "adapter.safetensors", inputs, expected)
 
     seconds = time_left.spent
-    results: dict[str, Any] = settings | {"quantization": held, "minutes": minutes}
+    results: dict[str, Any] = settings | {"quantization": quantized, "minutes": minutes}
     results |= {"config": config, "directions": [asdict(block) for block in blocks], "tokens": task.tokens}
     results |= {"gap_before": before, "gap_after": after, "kl_mean": divergences.mean().item()}
     results |= {"kl": divergences.tolist(), "marker_rate": rates, "answers": answers, "picked": chosen.number}
@@ -172,11 +172,11 @@ def fitted_to(
     task: Task,
     asked: Sequence[Sequence[Prompt]],
     loading: float,
-    found: int,
+    earlier: int,
     answer_tokens: int | None,
     trials: int | None,
 ) -> tuple[int, int]:
-    """(tokens of an answer, trials with the `found` that are there): as given, or as the time allows.
+    """(tokens of an answer, trials with the `earlier` ones): as given, or as the time allows.
 
     A trial and the answers to each set of prompts are timed. loading: the seconds that loading the base once more will
     take.
@@ -187,18 +187,18 @@ def fitted_to(
     trial = seconds_of(lambda: task.measure(model))
     plan = time_left.plan(later=loading + 3 * trial)  # what the picked trial leaves is measured again, and reloaded
     tokens = plan.take("tokens of each answer", 2 * token, MOST_TOKENS, LEAST_TOKENS, 0.15, given=answer_tokens)
-    new = None if trials is None else max(0, trials - found)
-    most = max(0, MOST_TRIALS - found)
+    new = None if trials is None else max(0, trials - earlier)
+    most = max(0, MOST_TRIALS - earlier)
     new = plan.take("trials", trial, most, min(most, LEAST_TRIALS), given=new)
     plan.log()
-    return tokens, found + new if trials is None else trials
+    return tokens, earlier + new if trials is None else trials
 
 
 # ---- prompts ------------------------------------------------------------------------------------
 
 
 def digest(prompts: Any) -> str:
-    """By which an earlier search with other prompts is told."""
+    """A fingerprint of the prompts, which tells an earlier search with others."""
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
@@ -226,8 +226,8 @@ def marker_rates(
         return None
 
     def rate() -> float:
-        wanted = [marker for marker in markers.split(",") if marker]
-        return ll.marker_rate(model, tokenizer, prompts, wanted, max_new_tokens=tokens, batch_size=BATCH)
+        texts = [marker for marker in markers.split(",") if marker]
+        return ll.marker_rate(model, tokenizer, prompts, texts, max_new_tokens=tokens, batch_size=BATCH)
 
     with ll.disabled(model):
         before = rate()

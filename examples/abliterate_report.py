@@ -1,4 +1,4 @@
-"""What abliterate.py shows: each block's direction, and the trials of the search, as tables and as pictures."""
+"""The tables and pictures of abliterate.py: each block's direction, and the trials of the search."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,17 +44,17 @@ def describe(
     """The blocks in order; the statistics are of the two sides, with "std"."""
     blocks: list[Block] = []
     before = None
-    for path, here in fitted.items():
+    for path, contrast in fitted.items():
         spreads = [side[path].std for side in (positive, negative)]
         variance = sum(float(std.square().sum()) for std in spreads if std is not None) / len(spreads)
-        direction = here.directions[0]
+        direction = contrast.directions[0]
         blocks.append(
             Block(
                 path,
-                separation=float((here.positive - here.negative).norm()) / max(variance, 1e-30) ** 0.5,
+                separation=float((contrast.positive - contrast.negative).norm()) / max(variance, 1e-30) ** 0.5,
                 neighbour=None if before is None else float(torch.dot(before, direction)),
-                positive=float(here.positive.norm()),
-                negative=float(here.negative.norm()),
+                positive=float(contrast.positive.norm()),
+                negative=float(contrast.negative.norm()),
             )
         )
         before = direction

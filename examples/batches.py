@@ -1,4 +1,4 @@
-"""From pairs of texts to batches of tokens, with the loss on completions alone."""
+"""From pairs of texts to batches of tokens, with the loss on completions only."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def chat(tokenizer: Any, prompt: str) -> str:
 
 
 def batches(tokenizer: Any, examples: list[Example], size: int, seed: int | None = None) -> Iterable[Batch]:
-    """In order, or with a seed in a new order each time that it is gone through."""
+    """Batches in the order of the examples, or with a seed in a new order each time that they are gone through."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = None if seed is None else torch.Generator().manual_seed(seed)
     dataset = cast(Dataset[Example], examples)
@@ -61,7 +61,7 @@ def batches(tokenizer: Any, examples: list[Example], size: int, seed: int | None
 
 
 def collate(pad: int, examples: list[Example]) -> Batch:
-    """Padded on the left, so that completions end together: only there does the loss need logits, which cost most."""
+    """Pad on the left, so that completions end together: only there does the loss need logits, which cost most."""
     left = partial(pad_sequence, batch_first=True, padding_side="left")
     tokens = [torch.tensor(e.prompt + e.completion) for e in examples]
     labels = [torch.tensor([IGNORED] * len(e.prompt) + e.completion) for e in examples]

@@ -1,4 +1,4 @@
-"""A time budget: what one of each thing costs is measured on this machine, and how many are done is fitted to it."""
+"""A time budget: one of each thing is timed on this machine, and how many are done is fitted to the time."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 from loguru import logger
 
 MARGIN = 0.9
-"""Of the time: what is planned. The rest is for what isn't measured, such as pictures, and for what takes longer."""
+"""The share of the time that is planned. The rest is for delays, and for what isn't measured, such as pictures."""
 
 WARM = 1.0
 """Seconds: a call that takes less is measured again, since the first may have warmed up."""
@@ -21,7 +21,7 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Seconds."""
+        """Seconds so far."""
         return time.perf_counter() - self.started
 
     def plan(self, later: float = 0.0) -> "Plan":
@@ -58,13 +58,13 @@ class Plan:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """What a call takes, in seconds; of a quick one, the second call."""
+    """The seconds that a call takes; of a quick one, the second call."""
     seconds = _timed(run)
     return seconds if seconds > WARM else _timed(run)
 
 
 def seconds_of_one(run: Callable[[int], object], most: int) -> float:
-    """What each of `most` takes that are done at once, in seconds. `run(1)` is timed first, and `run(most)` only where
+    """The seconds that each of `most` takes that are done at once. `run(1)` is timed first, and `run(most)` only where
     that is quick: many at once may need more memory and time than there is."""
     alone = seconds_of(lambda: run(1))
     return alone if most == 1 or alone > WARM else seconds_of(lambda: run(most)) / most

@@ -1,4 +1,4 @@
-"""What the examples do alike: one voice, errors without a traceback, the base, and the check of a saved adapter."""
+"""The parts that the examples share: one voice, errors without a traceback, the base, the check of a saved adapter."""
 
 import logging
 import sys

@@ -36,6 +36,7 @@ from common import (
     set_up,
     stored_in,
 )
+from learning_rates import TRAINED, learning_rate
 from loguru import logger
 from pairs import read_jsonl, split, stdlib_pairs
 from report import History, plot, show, training_numbers, write_results
@@ -53,17 +54,15 @@ MOST_PAIRS = 8
 """In a step."""
 MOST_EVAL_PAIRS, LEAST_EVAL_PAIRS = 64, 8
 MOST_TOKENS, LEAST_TOKENS = 48, 8
-"""Of an answer."""
+"""Tokens of an answer."""
 DIVERGED = 1  # exit code
-
-TRAINED = [name for name, method in ll.REGISTRY.items() if method.default_lr is not None]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What to train on, what to measure the loss on, and what to show the answers to."""
+    """The batches to train on, those to measure the loss on, and the pairs whose answers are shown."""
 
     train: Iterable[Batch]
     held_out: list[Batch]
@@ -121,7 +120,7 @@ def main(
         base = load(source, quantization, dtype)
         loading = time.perf_counter() - loading
         adapter = ll.attach(base, cfg)
-        held, computed_in = stored_in(adapter)
+        quantized, computed_in = stored_in(adapter)
 
     measured = random.Random(seed).sample(held_out, min(eval_pairs or MOST_EVAL_PAIRS, len(held_out)))
     sizes = fitted(base, tokenizer, measured, time_left, loading, steps, batch_size, eval_pairs)
@@ -156,9 +155,9 @@ def main(
     del base, adapter
     check_reload(load(source, quantization, dtype), out / "adapter.safetensors", inputs, expected)
 
-    name = f"{Path(source).name} in {held or computed_in}"
+    name = f"{Path(source).name} in {quantized or computed_in}"
     plot(history, f"{variant} on {name}, learning rate {lr:g}", out / "loss.png")
-    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": held, "dtype": computed_in}
+    settings = {"variant": variant, "config": cfg.to_dict(), "quantization": quantized, "dtype": computed_in}
     settings |= {"model": source, "lr": lr, "steps": steps, "batch_size": sizes.pairs, "eval_pairs": len(measured)}
     settings |= {"minutes": minutes, "seed": seed, "trainable_parameters": trainable}
     seconds = time_left.spent
@@ -173,21 +172,13 @@ def main(
 
 
 def adapter_config(variant: str, r: int | None) -> Any:
-    """The method's defaults, but for r. Raises VariantError or ConfigError."""
+    """The method's default config, with this rank if one is given. Raises VariantError or ConfigError."""
     config: Any = ll.config_for(variant)
     if r is None:
         return config()
     if "r" not in {field.name for field in dataclasses.fields(config)}:
         raise ll.ConfigError(f"--r {r}: {variant!r} has no rank")
     return config(r=r)
-
-
-def learning_rate(variant: str) -> float:
-    """The method's own. Raises ConfigError for a method that is computed, not trained."""
-    rate = ll.REGISTRY[variant].default_lr
-    if rate is None:
-        raise ll.ConfigError(f"--variant {variant}: it is computed, not trained; use one of {', '.join(TRAINED)}")
-    return rate
 
 
 # ---- fitting to the time ------------------------------------------------------------------------
@@ -228,8 +219,8 @@ def fitted(
     plan = time_left.plan(later=loading + 2 * MOST_PAIRS * evaluation)  # the check of what was saved
     tokens = plan.take("tokens of each answer", 2 * token, MOST_TOKENS, LEAST_TOKENS, share=0.15)
     most, least = min(MOST_EVAL_PAIRS, len(pairs)), min(LEAST_EVAL_PAIRS, len(pairs))
-    each = (EVALUATIONS + 1) * evaluation
-    eval_pairs = plan.take("held-out pairs", each, most, least, share=0.25, given=eval_pairs)
+    measurements = (EVALUATIONS + 1) * evaluation
+    eval_pairs = plan.take("held-out pairs", measurements, most, least, share=0.25, given=eval_pairs)
     size = batch_size or (MOST_PAIRS if steps else plan.fits((1 + LEAST_STEPS) * step, MOST_PAIRS))
     plan.seconds -= size * step  # the audit's batch, forth and back
     steps = plan.take(f"steps of {size} pairs", size * step, MOST_STEPS, LEAST_STEPS, given=steps)
@@ -245,7 +236,7 @@ def padding(examples: list[Example], count: int) -> float:
 
 
 def length(example: Example) -> int:
-    """Tokens."""
+    """The number of tokens."""
     return len(example.prompt) + len(example.completion)
 
 
@@ -288,7 +279,7 @@ def train(model: Any, adapter: ll.Adapter, task: Task, lr: float, steps: int, hi
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
-    """The mean over the tokens of the completions."""
+    """The mean loss over the tokens of the completions."""
     return model(**{key: value.to(model.device) for key, value in batch.items()}, use_cache=False).loss
 
 

@@ -1,4 +1,4 @@
-"""Files of one record a line: what is common to reading them, and errors that say which file and line."""
+"""Files of one record a line: how they are read, and errors that say which file and line."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ def lines_of(path: Path, wanted: str) -> list[tuple[str, str]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}") from error
-    found = [(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    records = [(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not records:
         raise DataError(f"{path} is empty\n  wanted {wanted}")
-    return found
+    return records
 
 
 def record_of(line: str, where: str, wanted: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def text_of(record: dict[str, Any], key: str, where: str) -> str:
 
 
 def keys_of(record: dict[str, Any]) -> str:
-    """For messages."""
+    """The keys, for messages."""
     return ", ".join(map(repr, record)) or "no key"
 
 

@@ -17,7 +17,7 @@ LONGEST_SIGNATURE = 80
 SHORTEST_SUMMARY = 12
 
 KEYS = (("prompt", "completion"), ("question", "answer"))
-"""What a line of a JSONL file may be called by; the second is GSM8K's."""
+"""The keys that a line of a JSONL file may have; the second pair is GSM8K's."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def stdlib_pairs() -> list[Pair]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
-    kept = [path for path in paths if SKIPPED_FOLDERS.isdisjoint(path.parts)]
-    return [pair for path in kept for pair in module_pairs((root / path).read_bytes(), path)]
+    public = [path for path in paths if SKIPPED_FOLDERS.isdisjoint(path.parts)]
+    return [pair for path in public for pair in module_pairs((root / path).read_bytes(), path)]
 
 
 def module_pairs(source: bytes, path: Path) -> Iterator[Pair]:

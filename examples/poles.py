@@ -28,7 +28,7 @@ POLES = {"positive": 1.0, "negative": -1.0}
 
 @dataclass
 class Round:
-    """What a round did. losses: of each step, the sum of both poles. kl: from the pristine base, once it is kept."""
+    """The results of a round. losses: of steps, the sum of both poles. kl: from the pristine base, once it is kept."""
 
     label: str
     losses: list[float] = field(default_factory=list)
@@ -41,19 +41,19 @@ def taught(
     model: Any, tokenizer: Any, prompts: Mapping[str, Sequence[Prompt]], tokens: int
 ) -> dict[str, list[Example]]:
     """By side: the question alone, and how the model as it stands answers with the system prompt. Raises DataError."""
-    found = {}
+    by_side = {}
     for side, asked in prompts.items():
         answers = ll.greedy_answers(model, tokenizer, asked, max_new_tokens=tokens, batch_size=BATCH)
         pairs = [Pair(question(prompt), answer, side) for prompt, answer in zip(asked, answers, strict=True)]
         examples = [_example(tokenizer, pair) for pair in pairs if pair.completion.strip()]
         if not examples:
             raise DataError(f"the model has no answer to any of the {side} side's prompts, so nothing to learn from")
-        found[side] = examples
-    return found
+        by_side[side] = examples
+    return by_side
 
 
 def _example(tokenizer: Any, pair: Pair) -> Example:
-    """Without an end: the answer was cut off at some length."""
+    """The tokens, without an end: the answer was cut off at some length."""
     prompt, completion = chat(tokenizer, pair.prompt), pair.completion
     return Example(pair, *(tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, completion)))
 
@@ -89,7 +89,7 @@ def train_at_both_poles(
 
 
 def seconds_of_a_prompt(model: Any, tokenizer: Any, examples: Mapping[str, list[Example]], size: int, r: int) -> float:
-    """What a training step of up to `size` prompts of each pole takes for each of them, on an adapter that is taken
+    """The seconds for each prompt of a training step of up to `size` prompts of each pole, on an adapter that is taken
     off again. It changes nothing, the state of the random numbers included."""
 
     def step(count: int) -> None:
@@ -133,6 +133,6 @@ def play(
 
 
 def mean_gap(model: Any, task: Task) -> float:
-    """Over the held-out prompts of both sides."""
+    """The mean gap over the held-out prompts of both sides."""
     gaps = task.gaps(model)
     return sum(gaps.values()) / len(gaps)

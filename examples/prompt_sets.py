@@ -31,7 +31,7 @@ Prompt = str | list[dict[str, str]]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Of a .txt file each line is a prompt; of any other each line is a JSON object with `prompt`, perhaps `system`.
+    """The prompts of a file: of .txt each line is one, of any other a JSON object with `prompt`, perhaps `system`.
 
     Raises DataError.
     """
@@ -51,7 +51,7 @@ def line_prompt(line: str, where: str) -> Prompt:
 
 
 def question(prompt: Prompt) -> str:
-    """What the user says, to show it."""
+    """The user's words, to show them."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
@@ -76,8 +76,8 @@ def token_sets(tokenizer: Any, positive: Sequence[str], negative: Sequence[str])
     """The first tokens of two lists of words, without those in both. Raises DataError for a list without any."""
     ids = [{tokenizer(word, add_special_tokens=False).input_ids[0] for word in words} for words in (positive, negative)]
     common = ids[0] & ids[1]
-    for words, found in zip((positive, negative), ids, strict=True):
-        if not found - common:
+    for words, first in zip((positive, negative), ids, strict=True):
+        if not first - common:
             raise DataError(
                 f"first words {', '.join(words) or '(none)'}: no first token that the other side hasn't as well\n"
                 f"  give other --positive-words and --negative-words"
@@ -89,15 +89,15 @@ def token_sets(tokenizer: Any, positive: Sequence[str], negative: Sequence[str])
 def own_token_sets(
     model: Any, positive: Sequence[dict[str, Tensor]], negative: Sequence[dict[str, Tensor]]
 ) -> tuple[list[int], list[int]]:
-    """Of the LIKELY first tokens of each side, by the model's own probabilities, those that are DISTINCT times as
-    likely there as on the other. The batches are padded on the left. Raises DataError if a side has none.
+    """The LIKELY first tokens of each side, by the model's own probabilities, that are DISTINCT times as likely there
+    as on the other. The batches are padded on the left. Raises DataError if a side has none.
     """
     model.eval()
     p, n = (_first_token_probabilities(model, batches) for batches in (positive, negative))
     sets = []
-    for here, there in ((p, n), (n, p)):
-        likely = here.topk(min(LIKELY, here.numel())).indices
-        sets.append(sorted(likely[here[likely] > DISTINCT * there[likely]].tolist()))
+    for side, other in ((p, n), (n, p)):
+        likely = side.topk(min(LIKELY, side.numel())).indices
+        sets.append(sorted(likely[side[likely] > DISTINCT * other[likely]].tolist()))
     if not all(sets):
         raise DataError(
             "the model begins its answers to both sides alike, so first tokens don't tell them apart\n"
@@ -107,9 +107,9 @@ def own_token_sets(
 
 
 def _first_token_probabilities(model: Any, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-    """Their mean over the prompts, (vocabulary,)."""
+    """The mean over the prompts (vocabulary,)."""
     rows = []
     for batch in batches:
         inputs = {key: value.to(model.device) for key, value in batch.items()}
         rows.append(model(**inputs).logits[:, -1].float().softmax(-1))
-    return torch.cat(rows).mean(0)
+    return torch.cat(rows).mean(0)  # (n, vocabulary) -> (vocabulary,)

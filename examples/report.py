@@ -1,4 +1,4 @@
-"""What a run leaves behind: the answers as a table, the losses as a picture, and all numbers as JSON."""
+"""The results of a run: the answers as a table, the losses as a picture, and all numbers as JSON."""
 
 import json
 import platform

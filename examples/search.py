@@ -23,10 +23,10 @@ Measure = Callable[[], tuple[float, float]]
 
 ATTENTION = r"att(?:n|ention)|mixer|ssm"
 COMPONENTS = {"attention": rf"(?i){ATTENTION}", "mlp": rf"(?i)^(?!.*(?:{ATTENTION}))"}
-"""Of a block, each with a kernel of its own. The second is all that the first leaves: every target is in one."""
+"""The parts of a block, each with a kernel of its own. The second is all that is not in the first."""
 
 DEEPEST, SHALLOWEST = 0.9, 0.2
-"""Of the model's depth: where directions are taken from. The last blocks' are about the next token itself."""
+"""Shares of the model's depth between which directions are taken. The last blocks' are about the next token itself."""
 
 STRONGEST = 1.5
 STARTUP = 10
@@ -49,7 +49,7 @@ def suggest(trial: optuna.Trial, depth: int) -> dict[str, Any]:
 
 
 def uniform(depth: int) -> dict[str, float]:
-    """Where a search starts: one direction taken out of every layer in full."""
+    """The point where a search starts: one direction taken out of every layer in full."""
     point = {"layer": 0.6 * (depth - 1)}
     for component in COMPONENTS:
         flat = {"max_weight": 1.0, "position": (depth - 1) / 2, "min_share": 1.0, "distance": float(depth)}
@@ -101,13 +101,13 @@ def tried(study: optuna.Study) -> int:
 
 
 def search(study: optuna.Study, adapter: ll.Adapter, measure: Measure, trials: int, depth: int, seed: int) -> None:
-    """Until the study has so many trials. Each is told to the study at once, so that Ctrl-C loses one at most."""
+    """Try points until the study has so many trials. Each is stored at once, so that Ctrl-C loses one at most."""
     with progress_bar("search", trials, tried(study)) as bar:
         while tried(study) < trials:
             # Seeded by trial, not by run: a search in two parts tries what one in a single part does.
             number = len(study.get_trials(deepcopy=False))
-            seed_here = (100_003 * seed + number) % 2**32
-            study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=seed_here)
+            trial_seed = (100_003 * seed + number) % 2**32
+            study.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP, seed=trial_seed)
             trial = study.ask()
             try:
                 adapter.configure(**suggest(trial, depth))
@@ -131,12 +131,12 @@ def measured(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Those that no other beats in one objective without losing in the other, by rising KL."""
-    kept: list[FrozenTrial] = []
+    """The trials that no other beats in one objective without losing in the other, by rising KL."""
+    best: list[FrozenTrial] = []
     for trial in sorted(trials, key=lambda t: (t.values[1], t.values[0], t.number)):
-        if not kept or trial.values[0] < kept[-1].values[0]:
-            kept.append(trial)
-    return kept
+        if not best or trial.values[0] < best[-1].values[0]:
+            best.append(trial)
+    return best
 
 
 def pick(trials: Sequence[FrozenTrial], max_kl: float, number: int | None = None) -> FrozenTrial:

@@ -50,19 +50,19 @@ import lora_lite as ll
 
 QUESTIONS, PROBED_TOKENS = 3, 4
 EVALUATIONS = 6
-"""That a calibration takes, at most."""
+"""The most that a calibration takes."""
 
 MOST_POINTS = 4
-"""Of the sweep on each side of 0."""
+"""Points of the sweep on each side of 0."""
 MOST_TOKENS, LEAST_TOKENS = 24, 8
-"""Of an answer."""
+"""Tokens of an answer."""
 LEAST_NEUTRAL = 8
 """Prompts."""
 MOST_STEPS, LEAST_STEPS, MOST_PROMPTS = 12, 4, 4
-"""Of a round; prompts of each pole in a step."""
+"""Steps of a round, and prompts of each pole in a step."""
 
 DEPTH = 0.6
-"""Of the blocks: where the vector is added, if --layer doesn't say."""
+"""The share of the blocks below the one where the vector is added, if --layer doesn't say."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -116,23 +116,23 @@ def main(
         loading = time.perf_counter()
         base = load(source, quantization, dtype)
         loading = time.perf_counter() - loading
-        at = round(DEPTH * base.config.num_hidden_layers) if layer is None else layer
+        block = round(DEPTH * base.config.num_hidden_layers) if layer is None else layer
         task = make_task(base, tokenizer, sides, neutral_prompts, words)
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"model": source, "layer": at, "method": str(method), "seed": seed, "minutes": minutes}
+        settings = {"model": source, "layer": block, "method": str(method), "seed": seed, "minutes": minutes}
         settings |= {"max_kl": max_kl, "break_kl": break_kl, "rounds": rounds, "r": r, "lr": lr}
         sizes = fitted(
             time_left, base, tokenizer, task, questions_of(sides), rounds, loading, most, step, answer_tokens
         )
         task = replace(task, neutral=ll.prompt_batches(tokenizer, neutral_prompts[: sizes.neutral], BATCH))
         settings |= {"neutral_prompts": sizes.neutral, "answer_tokens": sizes.tokens}
-        name = f"{positive.stem} against {negative.stem}, block {at} of {Path(source).name}"
+        name = f"{positive.stem} against {negative.stem}, block {block} of {Path(source).name}"
         try:
             results = steer(base, tokenizer, task, questions_of(sides), sizes, settings, name, out)
             if rounds:
                 rest = Rest(time_left, loading + rounds * (EVALUATIONS + 1) * sizes.divergence, steps, batch_size)
-                played, each = play_all(base, tokenizer, task, sides, settings, rest, out)
-                results |= keep(base, load(source, quantization, dtype), task, played, out) | {"steps": each}
+                played, steps = play_all(base, tokenizer, task, sides, settings, rest, out)
+                results |= keep(base, load(source, quantization, dtype), task, played, out) | {"steps": steps}
         except DivergedError as stop:
             logger.error(str(stop))
             raise typer.Exit(DIVERGED) from None
@@ -246,7 +246,7 @@ def steer(
     """Fit, sweep, calibrate, save, and take it off again."""
     cfg = ll.SteerConfig(layers=[settings["layer"]], method=settings["method"])
     adapter = ll.attach(model, cfg, calibration_data=task.fitted)
-    held, computed_in = stored_in(adapter)
+    quantized, computed_in = stored_in(adapter)
     points = []
     with progress_bar("sweep", len(sizes.coefficients)) as bar:
         for c in sizes.coefficients:
@@ -257,17 +257,24 @@ def steer(
             bar.update()
     show_answers(questions, points)
     show_sweep(points, settings["break_kl"])
-    found = ll.calibrate_scale(model, task.neutral, settings["max_kl"], name=adapter.name, apply=True)
+    calibrated = ll.calibrate_scale(model, task.neutral, settings["max_kl"], name=adapter.name, apply=True)
     gap = mean_gap(model, task)
     logger.info(
-        f"KL {found.kl:.3f} at c = {found.c:.3f}, found in {found.evaluations} evaluations: "
+        f"KL {calibrated.kl:.3f} at c = {calibrated.c:.3f}, found in {calibrated.evaluations} evaluations: "
         f"gap {next(p.gap for p in points if p.c == 0):+.2f} -> {gap:+.2f}"
     )
-    plot_sweep(points, settings["break_kl"], found, gap, f"{name} in {held or computed_in}", out / "sweep.png")
+    plot_sweep(
+        points, settings["break_kl"], calibrated, gap, f"{name} in {quantized or computed_in}", out / "sweep.png"
+    )
     ll.save(model, out / "steer.safetensors")
     ll.detach(model)
-    results = {"quantization": held, "dtype": computed_in, "questions": questions, "sweep": [asdict(p) for p in points]}
-    return results | {"calibrated": asdict(found) | {"gap": gap}}
+    results = {
+        "quantization": quantized,
+        "dtype": computed_in,
+        "questions": questions,
+        "sweep": [asdict(p) for p in points],
+    }
+    return results | {"calibrated": asdict(calibrated) | {"gap": gap}}
 
 
 # ---- the rounds ---------------------------------------------------------------------------------
@@ -297,12 +304,12 @@ def play_all(
     options = {"steps": steps, "batch_size": size, "r": settings["r"], "lr": settings["lr"]}
     done: list[Round] = []
     for i in range(count):
-        own = {side: examples[side][i::count] for side in SIDES}
-        label = f"{NAME}-{i + 1}"
-        each = play(model, tokenizer, task, own, label, **options, budget=settings["max_kl"], seed=settings["seed"] + i)
+        part = {side: examples[side][i::count] for side in SIDES}
+        label, seed = f"{NAME}-{i + 1}", settings["seed"] + i
+        played = play(model, tokenizer, task, part, label, **options, budget=settings["max_kl"], seed=seed)
         ll.save(model, out / "history.safetensors", HISTORY)
-        logger.info(f"{label}: loss {each.losses[0]:.2f} -> {each.losses[-1]:.2f}; kept {ll.history(model)[-1]}")
-        done.append(each)
+        logger.info(f"{label}: loss {played.losses[0]:.2f} -> {played.losses[-1]:.2f}; kept {ll.history(model)[-1]}")
+        done.append(played)
     show_rounds(ll.history(model), done, before)
     return done, steps
 
@@ -311,7 +318,8 @@ def keep(model: Any, fresh: Any, task: Task, played: Sequence[Round], out: Path)
     """Check that the saved history gives the same on a fresh base."""
     inputs = task.held_out["positive"][0]
     check_reload(fresh, out / "history.safetensors", inputs, logits_of(model, inputs), HISTORY)
-    return {"history": [asdict(each) | {"c": kept.c} for each, kept in zip(played, ll.history(model), strict=True)]}
+    rounds = zip(played, ll.history(model), strict=True)
+    return {"history": [asdict(result) | {"c": kept.c} for result, kept in rounds]}
 
 
 if __name__ == "__main__":

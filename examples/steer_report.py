@@ -1,4 +1,4 @@
-"""What steer.py shows: the sweep over c and the rounds that were kept, as tables, and the sweep as a picture."""
+"""The tables of steer.py, the sweep over c and the rounds that were kept, and a picture of the sweep."""
 
 import textwrap
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ def repeated(answers: Sequence[str]) -> float:
     runs = new = 0
     for answer in answers:
         words = answer.casefold().split()
-        found = [tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)]
-        runs, new = runs + len(found), new + len(set(found))
+        grams = [tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)]
+        runs, new = runs + len(grams), new + len(set(grams))
     return 1 - new / runs if runs else 0.0
 
 
@@ -125,16 +125,15 @@ def show_rounds(kept: Sequence[ll.Round], rounds: Sequence[Round], gap: float) -
     )
     for name in ("round", "method", "c", "rank", "loss", "KL of\nround", "KL\nin all", "gap\nin all"):
         table.add_column(name, justify="left" if name in ("round", "method") else "right")
-    for each, done in zip(kept, rounds, strict=True):
-        ranks = {rank for rank in each.ranks.values() if rank is not None}
-        found = done.found
+    for entry, done in zip(kept, rounds, strict=True):
+        ranks = {rank for rank in entry.ranks.values() if rank is not None}
         table.add_row(
-            each.label,
-            each.variant,
-            f"{each.c:.3f}",
+            entry.label,
+            entry.variant,
+            f"{entry.c:.3f}",
             "/".join(map(str, sorted(ranks))) or "-",
             f"{done.losses[0]:.2f} → {done.losses[-1]:.2f}",
-            f"{found.kl:.3f}" if found else "",
+            f"{done.found.kl:.3f}" if done.found else "",
             f"{done.kl:.3f}",
             f"{done.gap:+.2f}",
         )

@@ -34,7 +34,7 @@ class Task:
         return {side: self.gap(model, side) for side in SIDES}
 
     def measure(self, model: Any) -> tuple[float, float]:
-        """What a trial is judged by."""
+        """The two figures that a trial is judged by: the gap left on the positive side, and the divergence."""
         return self.gap(model, "positive"), ll.kl_divergence(model, self.neutral).mean().item()
 
 

@@ -108,6 +108,12 @@ def config(variant: str, **overrides: Any) -> Any:
     return ll.config_for(variant)(**(everywhere | overrides))
 
 
+def is_trained(variant: str) -> bool:
+    """Does the method have parameters to train, or is it computed?"""
+    specs = ll.REGISTRY[variant].param_specs(64, 64, config(variant))
+    return any(spec.trainable for spec in specs.values())
+
+
 def attach(model: nn.Module, cfg: Any, name: str = "default") -> ll.Adapter:
     """ll.attach, with data for a method that is computed from it: a direction for each of its layers. A history: of two
     rounds."""
@@ -202,6 +208,7 @@ __all__ = [
     "OneLinear",
     "attach",
     "config",
+    "is_trained",
     "keep",
     "keep_rounds",
     "loss_of",

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, OneLinear, attach, config, loss_of, perturb, quantized, tiny_llama
+from models import IDS, OneLinear, attach, config, is_trained, loss_of, perturb, quantized, tiny_llama
 from test_laws import VARIANTS, logits, per_identity
 
 import lora_lite as ll
 from lora_lite.trainer import AdapterCheckpoints, AdapterTrainer
 
 per_variant = pytest.mark.parametrize("variant", VARIANTS)
-per_trained = pytest.mark.parametrize("variant", [v for v in VARIANTS if ll.REGISTRY[v].default_lr is not None])
+per_trained = pytest.mark.parametrize("variant", [v for v in VARIANTS if is_trained(v)])
 
 
 def attached(variant: str = "lora", model: Any = None) -> tuple[Any, ll.Adapter]:

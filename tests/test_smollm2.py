@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from learning_rates import learning_rate
 from models import loss_of
 
 import lora_lite as ll
@@ -24,9 +25,8 @@ def test_a_real_model_trains_saves_and_loads(
     adapter = ll.attach(model, ll.config_for(variant)())  # type: ignore[call-arg]
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, base)
-    rate = ll.REGISTRY[variant].default_lr
-    assert rate is not None
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate / 4)  # at the full one, a first step may overshoot
+    rate = learning_rate(variant) / 4  # at the full one, a first step may overshoot
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate)
     model.train()
     losses = []
     for _ in range(4):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
-from models import IDS, OneLinear, attach, config, keep, perturb, tiny_llama
+from models import IDS, OneLinear, attach, config, is_trained, keep, perturb, tiny_llama
 from models import trained as moved
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -37,10 +37,6 @@ WORLD, STEPS = 2, 3
 GENERATED = ("lora", "dora", "antipasto", "steer")
 """Variants that go through the code generator as well, which takes ten seconds for each."""
 BATCH = torch.arange(48).reshape(4, 12)
-
-
-def trained(variant: str) -> bool:
-    return ll.REGISTRY[variant].default_lr is not None
 
 
 def gradients(adapter: ll.Adapter) -> list[torch.Tensor]:
@@ -75,7 +71,7 @@ def compiled(variant: str, folder: Path) -> None:
     for each in (fast, model):
         model.zero_grad()
         out = each(input_ids=IDS, labels=IDS)
-        if trained(variant):
+        if is_trained(variant):
             out.loss.backward()
         both.append((out.logits, gradients(adapter)))
     torch.testing.assert_close(both[0], both[1], rtol=1e-4, atol=1e-5)
@@ -318,7 +314,7 @@ def same_as_alone(losses: list[float], variant: str, file: Path) -> None:
 
 
 def ddp(variant: str, folder: Path) -> None:
-    if not trained(variant):
+    if not is_trained(variant):
         return  # DDP refuses a model without gradients
     rank, file = dist.get_rank(), folder / f"{variant}.safetensors"
     model = tiny_llama()
@@ -349,7 +345,7 @@ def fsdp(variant: str, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (WORLD,))
     rank, file = dist.get_rank(), folder / f"{variant}.safetensors"
     model = tiny_llama()
-    if not trained(variant):
+    if not is_trained(variant):
         computed(variant, shard, file)
         return
     adapter = ll.attach(model, config(variant))

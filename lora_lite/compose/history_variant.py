@@ -37,7 +37,6 @@ class History:
     has_identity_init = False
     handles_scale = True
     leads = True
-    default_lr = None
 
     @staticmethod
     def base_weight(cfg: HistoryConfig) -> str:

@@ -68,8 +68,6 @@ class Variant:
                        where that says no, data is an error
     live               config fields that `Adapter.configure` may change while the adapter is attached
     leads              its adapters come before those that don't lead, whenever they were attached
-    default_lr         a learning rate for AdamW that works, with the reason in the variant's file; None for a method
-                       that is computed and not trained
 
     On fused experts (a config with FUSED_EXPERTS): where the weight is unused, `forward` runs once, on the block's
     output, and must be affine in y alone (what it adds whatever y is can't be merged); otherwise every expert has
@@ -85,7 +83,6 @@ class Variant:
     needs_calibration: bool | Callable[[Any], bool] = False
     live: tuple[str, ...] = ()
     leads: bool = False
-    default_lr: float | None = 1e-3
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:

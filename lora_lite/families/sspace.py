@@ -1,6 +1,6 @@
 """S-space: the singular directions of a layer's weight, W = U diag(S) Vᵀ, and which of them an adapter works in."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,8 +19,8 @@ from ..measure.batches import check_batches, check_sides
 from ..measure.capture import Statistics, capture
 
 SELECT = ("top_s", "wanda", "act", "min_std")
-HELD = 2 << 30
-"""Bytes of singular vectors that are held at a time, while the calibration batches run."""
+SVD_BYTES = 2 << 30
+"""Bytes of singular vectors that are in memory at a time, while the calibration batches run."""
 
 Svd = tuple[Float[Tensor, "o k"], Float[Tensor, "k"], Float[Tensor, "k i"]]
 
@@ -29,8 +29,8 @@ Svd = tuple[Float[Tensor, "o k"], Float[Tensor, "k"], Float[Tensor, "k i"]]
 class SSpaceConfig(AdapterConfig):
     """A rank in S-space, and which directions of the weight they are.
 
-    r         at most: a layer has k = min(d_in, d_out) directions, and takes all of them where that is less
-    select    those with the highest score. Of the layer's inputs x at all tokens of the calibration data:
+    r         how many, at most: a layer has k = min(d_in, d_out) directions, and takes all of them where that is less
+    select    by which score the highest are taken, from the layer's inputs x at all tokens of the calibration data:
               "top_s"     S. Needs no data, and takes none
               "wanda"     S · mean |Vᵀx|
               "act"       mean |Vᵀx|
@@ -55,9 +55,9 @@ def needs_data(cfg: SSpaceConfig) -> bool:
     return cfg.select != "top_s"
 
 
-def frozen(d_in: int, d_out: int, cfg: SSpaceConfig) -> dict[str, ParamSpec]:
-    """What `fit` fills: U (o, r), S (r,), V (i, r) of the chosen directions in the weight's order, and which of the k
-    they are, as a mask (k,) of ones and zeros, which no cast of the model to another dtype can round."""
+def basis_specs(d_in: int, d_out: int, cfg: SSpaceConfig) -> dict[str, ParamSpec]:
+    """The tensors that `fit_basis` fills: U (o, r), S (r,), V (i, r) of the chosen directions, in the weight's order,
+    and a mask (k,) of which of the k they are: ones and zeros, which no cast to another dtype can round."""
     k = min(d_in, d_out)
     r = min(cfg.r, k)
     return {
@@ -68,10 +68,10 @@ def frozen(d_in: int, d_out: int, cfg: SSpaceConfig) -> dict[str, ParamSpec]:
     }
 
 
-def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig, calibration_data: Any) -> None:
-    """Choose each layer's directions, and keep them in its `lora_U`, `lora_S`, `lora_V`, `lora_chosen`.
+def fit_basis(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig, calibration_data: Any) -> None:
+    """A `group_init`: choose each layer's directions, and keep them in its `lora_U`, `lora_S`, `lora_V`, `lora_chosen`.
 
-    The batches run once for each HELD bytes of singular vectors: for most models once. Raises ConfigError for data that
+    The batches run once for every SVD_BYTES of singular vectors: for most models once. Raises ConfigError for data that
     doesn't fit `select`, or an adapter that was trained in the directions it has, and what `capture` raises.
     """
     trained = [layer.path for layer in targets.values() if _is_trained(layer)]
@@ -82,11 +82,11 @@ def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig, calib
         )
     sides = _sides(cfg.select, calibration_data)
     depths: dict[str, float] = {}
-    for group in _groups(targets.values(), HELD if sides else 0):
-        found = {layer.path: _svd(layer) for layer in group}
-        scores = _scores(model, found, cfg.select, sides)
+    for group in _groups(targets.values(), SVD_BYTES if sides else 0):
+        svds = {layer.path: _svd(layer) for layer in group}
+        scores = _scores(model, svds, cfg.select, sides)
         for layer in group:
-            u, s, vt = found.pop(layer.path)
+            u, s, vt = svds.pop(layer.path)
             chosen = top(scores[layer.path], len(layer.lora_S))
             layer.lora_U.copy_(u[:, chosen])
             layer.lora_S.copy_(s[chosen])
@@ -103,14 +103,15 @@ def fit(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig, calib
             f"directions by {cfg.select}: tail depth {sum(depths.values()) / len(depths):.2f} on average, "
             f"{depths[deepest]:.2f} in {deepest}, where 0 is the first of the spectrum and 1 the last"
         )
-    whole = [layer.path for layer in targets.values() if len(layer.lora_S) < layer.cfg.r]
-    if whole:
+    narrow = [layer.path for layer in targets.values() if len(layer.lora_S) < layer.cfg.r]
+    if narrow:
         logger.info(
-            f"{len(whole)} of {len(targets)} layers have fewer directions than r, such as {whole[0]}: all are used"
+            f"{len(narrow)} of {len(targets)} layers have fewer directions than r, such as {narrow[0]}: all are used"
         )
 
 
 def _is_trained(layer: Layer) -> bool:
+    """Has a trainable tensor moved? All of them start at 0."""
     specs = lookup(layer.cfg.variant).param_specs(layer.in_features, layer.out_features, layer.cfg)
     return any(bool(getattr(layer, name).any()) for name, spec in specs.items() if spec.trainable)
 
@@ -121,20 +122,20 @@ def _svd(layer: Layer) -> Svd:
 
 
 def top(scores: Float[Tensor, "k"], r: int) -> Bool[Tensor, "k"]:
-    """A mask of the r highest; of equal ones the first."""
+    """A mask of the r highest scores. Of equal ones the first are taken, so that the choice is the same everywhere."""
     mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     mask[scores.argsort(descending=True, stable=True)[:r]] = True
     return mask
 
 
 def tail_depth(chosen: Bool[Tensor, "k"]) -> float:
-    """Where the chosen ones lie: 0 the first of the spectrum, 1 the last of it; 0 if they are all of it."""
-    k, r = len(chosen), int(chosen.sum())
+    """The place of the chosen directions: 0 the first of the spectrum, 1 the last of it; 0 if they are all of it."""
+    k, r = len(chosen), int(chosen.sum())  # the first r have the mean index (r - 1)/2, the last r k - r more
     return 0.0 if r == k else (float(chosen.nonzero().double().mean()) - (r - 1) / 2) / (k - r)
 
 
 def _sides(select: str, data: Any) -> list[Sequence[Any]]:
-    """The sets of batches whose activations are looked at apart: none, one or two. Raises ConfigError."""
+    """The sets of batches whose activations are reduced apart: none, one or two. Raises ConfigError."""
     if select == "top_s":
         return []
     if isinstance(data, Mapping):
@@ -153,53 +154,46 @@ def _sides(select: str, data: Any) -> list[Sequence[Any]]:
 def _groups(layers: Iterable[Layer], limit: int) -> Iterator[list[Layer]]:
     """The layers in order, in lists whose singular vectors take no more than this many bytes, or of one layer."""
     group: list[Layer] = []
-    held = 0
+    total = 0
     for layer in layers:
+        # U (o, k) and V (i, k) in float32
         size = 4 * min(layer.in_features, layer.out_features) * (layer.in_features + layer.out_features)
-        if group and held + size > limit:
+        if group and total + size > limit:
             yield group
-            group, held = [], 0
+            group, total = [], 0
         group.append(layer)
-        held += size
+        total += size
     yield group
 
 
 def _scores(
-    model: nn.Module, found: Mapping[str, Svd], select: str, sides: Sequence[Sequence[Any]]
+    model: nn.Module, svds: Mapping[str, Svd], select: str, sides: Sequence[Sequence[Any]]
 ) -> dict[str, Float[Tensor, "k"]]:
-    """By path, of each direction of the layer's weight."""
-    spread = select == "min_std"
-    project: dict[str, Callable[[Tensor], Tensor]] = {
-        path: partial(_spread if spread else _size, vt=vt) for path, (_, _, vt) in found.items()
-    }
-    seen = [
-        capture(
-            model,
-            batches,
-            list(found),
-            what="input",
-            positions="all",
-            reduce="std" if spread else "mean",
-            transform=project,
-        )
+    """The score of every direction of a layer's weight, by the layer's path."""
+    project = _coordinates if select == "min_std" else _sizes
+    reduce = "std" if select == "min_std" else "mean"
+    transforms = {path: partial(project, vt=vt) for path, (_, _, vt) in svds.items()}
+    statistics = [
+        capture(model, batches, list(svds), what="input", positions="all", reduce=reduce, transform=transforms)
         for batches in sides
     ]
-    return {path: _score(select, s, [side[path] for side in seen]) for path, (_, s, _) in found.items()}
+    return {path: _score(select, s, [side[path] for side in statistics]) for path, (_, s, _) in svds.items()}
 
 
-def _score(select: str, s: Float[Tensor, "k"], seen: Sequence[Statistics]) -> Float[Tensor, "k"]:
+def _score(select: str, s: Float[Tensor, "k"], sides: Sequence[Statistics]) -> Float[Tensor, "k"]:
+    """The scores by what `select` names, from a layer's singular values and its statistics on each side."""
     if select == "top_s":
         return s
     if select != "min_std":
-        return seen[0].mean * s if select == "wanda" else seen[0].mean
-    if min(side.count for side in seen) < 2:
+        return sides[0].mean * s if select == "wanda" else sides[0].mean
+    if min(side.count for side in sides) < 2:
         raise ConfigError("select='min_std': one side has a single token, which has no spread\n  give it more")
-    return torch.stack([side.std for side in seen if side.std is not None]).amin(0)
+    return torch.stack([side.std for side in sides if side.std is not None]).amin(0)
 
 
-def _size(x: Float[Tensor, "n i"], vt: Float[Tensor, "k i"]) -> Float[Tensor, "n k"]:
-    return (x.to(vt) @ vt.mT).abs()
-
-
-def _spread(x: Float[Tensor, "n i"], vt: Float[Tensor, "k i"]) -> Float[Tensor, "n k"]:
+def _coordinates(x: Float[Tensor, "n i"], vt: Float[Tensor, "k i"]) -> Float[Tensor, "n k"]:
     return x.to(vt) @ vt.mT
+
+
+def _sizes(x: Float[Tensor, "n i"], vt: Float[Tensor, "k i"]) -> Float[Tensor, "n k"]:
+    return _coordinates(x, vt).abs()

@@ -9,16 +9,14 @@ the gradient of y', h = x̂ Aᵀ and k = 1 - c + c g:
     dB = c g ⊙ s uᵀ h      dA = (s u (c g ⊙ B))ᵀ x̂      dx = s u (c g ⊙ B) A      dy = k ⊙ u
     dg = c Σ_tokens u ⊙ d = c [Σ_tokens u ⊙ (y - b) + Σ_r s uᵀ h ⊙ B]
 
-so from x, the parameters, h (r numbers a token) and, with a gain, y. x̂ is made again from the seed of its mask. Without
-gradients, of a few tokens, products run in x's dtype, float32 at least: at that size the casts of A and B are what
-takes time, and float32 products are the faster ones on a CPU.
+These need x, the parameters, h (r numbers a token) and, with a gain, y. x̂ is made again from the seed of its mask.
 
-torch.compile, torch.func and forward-mode AD take the plain form, which they differentiate and fuse on their own.
+torch.compile, torch.func and forward-mode AD take the reference form, which they differentiate and fuse on their own.
 
 The update is LoRA's (Hu et al. 2021, arXiv:2106.09685, 4.1), the gain DoRA's (Liu et al. 2024, arXiv:2402.09353, 4.3).
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -53,25 +51,34 @@ def add_low_rank(
 
     With a gain, y is kept for the backward: an in-place change of it raises there, as PyTorch does for its own ops.
     """
-    if gain is not None:
-        gain = _in(gain, torch.promote_types(gain.dtype, x.dtype))
+    if gain is not None and gain.dtype != (wide := torch.promote_types(gain.dtype, x.dtype)):
+        gain = gain.to(wide)
     if (
         is_dynamo_compiling()
         or compiler._is_compiling_flag
         or _innermost_transform() is not None
         or forward_ad._current_level >= 0
     ):
-        return _plain(y, x, a, b, s, dropout, gain, c, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, gain, x, y, bias)):
-        out: Tensor = _AddLowRank.apply(y, x, a, b, gain, bias, float(s), float(c), dropout)
+        return _reference(y, x, a, b, s, dropout, gain, c, bias)
+    if _is_autocast_on() and (off := _no_autocast(x)):
+        with off:
+            return add_low_rank(y, x, a, b, s, dropout, gain, c, bias)
+    # written out, as are the casts below: of one token, a Python call is 1 % of the time
+    if torch.is_grad_enabled() and (
+        a.requires_grad
+        or b.requires_grad
+        or x.requires_grad
+        or y.requires_grad
+        or (gain is not None and gain.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        out: Tensor = _AddLowRank.apply(y, x, a, b, float(s), gain, float(c), bias, dropout)
         return out
-    few = not dropout and x.numel() <= FEW * x.shape[-1]
-    if few and not _is_autocast_on():
-        return _few(y, x, a, b, s, gain, c, bias)
-    with _as_written(x):
-        if few:
-            return _few(y, x, a, b, s, gain, c, bias)
-        return _many(y, _dropped(x, dropout, _seed(dropout)), a, b, s, gain, c, bias)[0]
+    if dropout:
+        x = _dropped(x, dropout, _seed())
+    elif x.numel() <= FEW * x.shape[-1]:
+        return _forward_float32(y, x, a, b, s, gain, c, bias)
+    return _forward(y, x, a, b, s, gain, c, bias)[0]
 
 
 def is_transformed() -> bool:
@@ -79,9 +86,10 @@ def is_transformed() -> bool:
     return _innermost_transform() is not None or forward_ad._current_level >= 0
 
 
-def _plain(
+def _reference(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, p: float, gain: Tensor | None, c: Any, bias: Tensor | None
 ) -> Tensor:
+    """The equation as it stands."""
     branch = ((F.dropout(x, p) @ a.to(x.dtype).mT) * s) @ b.to(x.dtype).mT
     if gain is None:
         return y + branch
@@ -89,91 +97,93 @@ def _plain(
     return y + c * ((gain - 1).to(x.dtype) * wx + gain.to(x.dtype) * branch)
 
 
-def _few(
+def _forward_float32(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None
 ) -> Tensor:
-    """In float32 throughout (float64 for x in it), rounded once."""
+    """y' of few tokens, in float32 throughout (float64 for x in it), rounded once.
+
+    At that size the casts of A and B are what takes time, and float32 products are the faster ones on a CPU.
+    """
     if x.dtype not in WIDE:
         x = x.float()
     if a.dtype != x.dtype or b.dtype != x.dtype:
         a, b = a.to(x.dtype), b.to(x.dtype)
-    branch = F.linear(F.linear(x, a), b)
+    branch = F.linear(F.linear(x, a), b)  # (*b, o)
     if gain is None:
         if x.dtype == y.dtype:
             return torch.add(y, branch, alpha=s)
         return (branch.add_(y) if s == 1 else torch.add(y, branch, alpha=s)).to(y.dtype)
-    out = torch.empty_like(y)
+    out = torch.empty_like(y)  # `out=` rounds to y's dtype in the last pass, not in one of its own
     if bias is None and c == 1:
         return torch.mul(torch.add(y, branch, alpha=s), gain, out=out)
-    wx = _in(y, x.dtype) if bias is None else _in(y, x.dtype) - _in(bias, x.dtype)
+    wx = y.to(x.dtype) if bias is None else y.to(x.dtype) - bias.to(x.dtype)
     return torch.add(y, gain * torch.add(wx, branch, alpha=s) - wx, alpha=c, out=out)
 
 
-def _many(
+def _forward(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y' and h (n, r), in the dtype of x; two products, the second with the sum in it."""
     (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
     if gain is not None:
+        # y' = [y + c (g - 1) ⊙ (y - b)] + s h (c g ⊙ B)ᵀ: then what follows is the same as without a gain
         wx = y if bias is None else y - bias
         y = torch.addcmul(y, wx, (c * (gain - 1)).to(y.dtype))
         b = (c * gain)[:, None] * b
-    h = F.linear(x.reshape(rows, i), _in(a, x.dtype))
+    if a.dtype != x.dtype or b.dtype != x.dtype:
+        a, b = a.to(x.dtype), b.to(x.dtype)
+    h = F.linear(x.reshape(rows, i), a)  # (n, r)
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view, which could not be changed in place later
-    torch.addmm(y.reshape(rows, o), h, _in(b, x.dtype).mT, alpha=s, out=out.view(rows, o))
+    torch.addmm(y.reshape(rows, o), h, b.mT, alpha=s, out=out.view(rows, o))
     return out, h
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        gain: Tensor | None,
-        bias: Tensor | None,
-        s: float,
-        c: float,
-        p: float,
-    ) -> Tensor:
-        seed = _seed(p)
-        with _as_written(x):
-            out, h = _many(y, _dropped(x, p, seed), a, b, s, gain, c, bias)
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        y, x, a, b, s, gain, c, bias, p = operands
+        seed = _seed() if p else 0
+        out, h = _forward(y, _dropped(x, p, seed) if p else x, a, b, s, gain, c, bias)
         ctx.save_for_backward(x, a, b, h, gain, *((None, None) if gain is None else (bias, y)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, a, b, h, gain, bias, y = ctx.saved_tensors
-        (u,), s, c = grads, ctx.s, ctx.c
+        """The equations at the head of the file. Autograd casts dA and dB to the dtypes of A and B."""
+        (u,), s, c, p, needs = grads, ctx.s, ctx.c, ctx.p, ctx.needs_input_grad
+        if _is_autocast_on() and (off := _no_autocast(u)):
+            with off:
+                return _AddLowRank.backward(ctx, u)
+        x, a, b, h, gain, bias, y = ctx.saved_tensors  # read once: a checkpoint gives them only once
         (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
-        with _as_written(x):
-            flat, dropped = u.reshape(rows, o), _dropped(x, ctx.p, ctx.seed).reshape(rows, i)
-            low, up = _in(a, x.dtype), _in(b if gain is None else (c * gain)[:, None] * b, x.dtype)
-            needs = ctx.needs_input_grad
-            if torch.is_grad_enabled():
-                h = dropped @ low.mT  # what was kept of it has no graph
-            uh = None
-            if needs[3] or needs[4]:
-                uh = _in(_product(flat.mT, h, s), b.dtype)  # (o, r)
-            v = _product(flat, up, s)  # (n, r)
-            da = _in(v.mT @ dropped, a.dtype) if needs[2] else None
-            # in the shape of x by its product, not by a view: autograd adds other gradients of x into its memory
-            dx = _dropped(v.view(*x.shape[:-1], len(low)) @ low, ctx.p, ctx.seed) if needs[1] else None
-            if gain is None:
-                return u, dx, da, uh, None, None, None, None, None
-            less = c * (gain - 1)  # k - 1
-            dy = torch.addcmul(u, u, less.to(u.dtype)) if needs[0] else None
-            db = _in((c * gain)[:, None] * uh, b.dtype) if needs[3] else None
-            dg = None
-            if needs[4]:
-                wx = (y if bias is None else y - bias).reshape(rows, o)
-                dg = c * (torch.linalg.vecdot(flat, wx, dim=0).to(gain.dtype) + (uh * b).sum(1))
-            dbias = -less * flat.sum(0).to(gain.dtype) if needs[5] else None
-        return dy, dx, da, db, dg, dbias, None, None, None
+        flat = u.reshape(rows, o)  # (n, o)
+        dropped = (_dropped(x, p, ctx.seed) if p else x).reshape(rows, i)  # x̂ (n, i)
+        down, up = a, b if gain is None else (c * gain)[:, None] * b  # A (r, i), c g ⊙ B (o, r)
+        if down.dtype != x.dtype or up.dtype != x.dtype:
+            down, up = down.to(x.dtype), up.to(x.dtype)
+        if torch.is_grad_enabled():
+            h = dropped @ down.mT  # the saved one has no graph, which a second derivative wants
+        uh = _product(flat.mT, h, s) if needs[3] or needs[5] else None  # s uᵀ h (o, r)
+        v = _product(flat, up, s)  # s u (c g ⊙ B) (n, r), which dA and dx share
+        da = v.mT @ dropped if needs[2] else None
+        dx = None
+        if needs[1]:
+            # its product has the shape of x, no view gives it: autograd adds other gradients of x into its memory
+            dx = v.view(*x.shape[:-1], len(down)) @ down
+            dx = _dropped(dx, p, ctx.seed) if p else dx
+        if gain is None:
+            return u, dx, da, uh, None, None, None, None, None  # uh is dB here
+        k_minus_1 = c * (gain - 1)  # (o,), with the digits that k rounds off
+        dy = torch.addcmul(u, u, k_minus_1.to(u.dtype)) if needs[0] else None
+        db = (c * gain)[:, None] * uh if needs[3] else None
+        dg = None
+        if needs[5]:
+            # d = W x + s B h is never formed: Σ_tokens u ⊙ (s B h) is Σ_r (s uᵀ h) ⊙ B, with r terms in place of n
+            wx = (y if bias is None else y - bias).reshape(rows, o)
+            dg = c * (torch.linalg.vecdot(flat, wx, dim=0).to(gain.dtype) + (uh * b).sum(1))
+        dbias = -k_minus_1 * flat.sum(0).to(gain.dtype) if needs[7] else None
+        return dy, dx, da, db, None, dg, None, dbias, None
 
 
 def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
@@ -181,27 +191,20 @@ def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
     return a @ b if s == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
 
 
-def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t.to(dtype), at once where it is; of one token such calls are a good part of the time."""
-    return t if t.dtype == dtype else t.to(dtype)
-
-
-def _seed(p: float) -> int:
+def _seed() -> int:
     """Out of the CPU's generator, which gradient checkpointing sets back for a second run."""
-    return int(torch.randint(2**62, (), device="cpu")) if p else 0
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    if not p:
-        return x
+    """drop(x). The mask is the same for the same seed."""
     generator = torch.Generator(x.device).manual_seed(seed)
     mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # one order of numbers, whatever the strides of x
     return x * mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
-def _as_written(x: Tensor) -> AbstractContextManager[Any]:
-    """Products in the dtypes given, under autocast too."""
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any] | None:
+    """A context where x's device has no autocast, so that products are in the dtypes given; None if it has none."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else None

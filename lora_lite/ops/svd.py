@@ -11,33 +11,32 @@ OVERSAMPLE, DEPTH, SEED = 8, 10, 0
 def leading_svd(
     w: Float[Tensor, "o i"], r: int
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r"], Float[Tensor, "i r"]]:
-    """U, S, V of the top r of W = U S Vᵀ, from a block Krylov space of 10 (r + 8) dimensions with a seeded start.
+    """U, S, V of the top r of W = U S Vᵀ: the best in a block Krylov space of 10 (r + 8) dimensions, seeded.
 
-    Within it, the best there is. Plain power iteration of the same cost keeps only the last block, and is fifty
-    times further off where the singular values lie close, as a weight's do. Where the space would be half of all, the
-    full SVD is the cheaper way and is taken.
+    Plain power iteration of the same cost keeps only the last block, and is fifty times further off where the singular
+    values lie close, as a weight's do. Where the space would be half of all, the full SVD is cheaper and is taken.
     """
     block = r + OVERSAMPLE
     if 2 * block * DEPTH > min(w.shape):
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
         return u[:, :r], s[:r], vt[:r].mT
     generator = torch.Generator().manual_seed(SEED)
-    new = w @ torch.randn(w.shape[1], block, generator=generator).to(w)
+    power = w @ torch.randn(w.shape[1], block, generator=generator).to(w)  # (o, block): W G, then W Wᵀ W G ...
     basis = w.new_empty(w.shape[0], block * DEPTH)
     for start in range(0, block * DEPTH, block):
-        done = basis[:, :start]
-        new = torch.linalg.qr(new - done @ (done.mT @ new)).Q
-        basis[:, start : start + block] = new
-        new = w @ (w.mT @ new)
-    basis = torch.linalg.qr(basis).Q  # a matrix of low rank has no more to give, and blocks of rounding overlap
-    inside = basis.mT @ w
-    squares, vectors = torch.linalg.eigh(inside @ inside.mT)
+        earlier = basis[:, :start]
+        power = torch.linalg.qr(power - earlier @ (earlier.mT @ power)).Q
+        basis[:, start : start + block] = power
+        power = w @ (w.mT @ power)
+    basis = torch.linalg.qr(basis).Q  # (o, q): of a matrix of low rank the last blocks are rounding, and overlap
+    projected = basis.mT @ w  # (q, i)
+    squares, vectors = torch.linalg.eigh(projected @ projected.mT)  # ascending, of a (q, q) matrix: cheaper than an SVD
     u = basis @ vectors[:, -r:].flip(1)
     return u, squares[-r:].flip(0).clamp_min(0).sqrt(), F.normalize(w.mT @ u, dim=0)
 
 
 LOW_RANK = 1e-9
-"""Of a matrix's norm: what is left outside of some directions is float64's rounding."""
+"""The share of a matrix's norm up to which what lies outside of some directions is float64's rounding."""
 
 
 def low_rank_factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
@@ -48,13 +47,13 @@ def low_rank_factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tens
 
 
 def _svd(delta: Float[Tensor, "o i"], rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Within the range that a few products with random vectors span, if that is all there is; else in full."""
+    """U, S, Vᵀ within the range that products with a few random vectors span, if that is all of it; else in full."""
     q = min(rank + OVERSAMPLE, *delta.shape)
     probe = torch.randn(delta.shape[1], q, dtype=delta.dtype, generator=torch.Generator().manual_seed(SEED))
     basis = torch.linalg.qr(delta @ probe.to(delta.device))[0]
-    inside = basis.mT @ delta
-    if (delta - basis @ inside).norm() > LOW_RANK * delta.norm():
+    projected = basis.mT @ delta  # (q, i)
+    if (delta - basis @ projected).norm() > LOW_RANK * delta.norm():
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
         return u, s, vt
-    u, s, vt = torch.linalg.svd(inside, full_matrices=False)
+    u, s, vt = torch.linalg.svd(projected, full_matrices=False)
     return basis @ u, s, vt

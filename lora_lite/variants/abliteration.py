@@ -1,7 +1,7 @@
 """Abliteration: take directions out of what a layer writes (Arditi et al. 2024, arXiv:2406.11717, section 2.4).
 
     NONE    W' = W - λ Vᵀ V W           V (k, o), rows orthonormal;  λ = strength · kernel(depth)
-    PRE     W' = D ⊙ M                  D (o,) = ‖W‖ by row,  Ŵ = W / D,  M = Ŵ - λ Vᵀ V Ŵ
+    PRE     W' = D ⊙ M                  D (o,) = ‖W‖ by row,  Ŵ = W / D (0 where D is),  M = Ŵ - λ Vᵀ V Ŵ
     FULL    W' = D ⊙ M / n              n² (o,) = ‖M‖² by row = 1 - 2λp + λ²q,  U = V Ŵ,
                                         p = Σ_k Vᵀ ⊙ Ŵ Uᵀ,  q = Σ_k Vᵀ ⊙ Vᵀ U Uᵀ
     COLUMN  W' = (W - λ Vᵀ V W) / n     n² (i,) = 1 - 2λp + λ²q,  p = q = ‖V W‖² / ‖W‖² by column
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import BaseModelError
-from ..families.directions import SubspaceConfig, fit, placed
+from ..families.directions import SubspaceConfig, active_directions, fit_subspace
 
 __all__ = ["Abliteration", "AbliterationConfig", "Normalization"]
 
-SMALLEST = 1e-3  # of n² at any λ: below it too little of a row or column is left to say where it points
+SMALLEST = 1e-3  # the least n² over all λ: below it too little of a row or column is left to say where it points
 
 
 class Normalization(enum.StrEnum):
@@ -52,8 +52,7 @@ class Abliteration:
     config = AbliterationConfig
     has_identity_init, handles_scale, needs_calibration = False, True, True
     live = ("strength", "layer", "kernels")
-    default_lr = None
-    group_init = staticmethod(fit)
+    group_init = staticmethod(fit_subspace)
 
     @staticmethod
     def base_weight(cfg: AbliterationConfig) -> str:
@@ -73,7 +72,7 @@ class Abliteration:
 
     @staticmethod
     def refresh(targets: Mapping[str, Layer], cfg: AbliterationConfig) -> None:
-        for layer, v, strength in placed(targets):
+        for layer, v, strength in active_directions(targets):
             layer.lora_strength.fill_(strength)
             if not torch.equal(layer.lora_v, v):
                 layer.lora_v.copy_(v)
@@ -86,14 +85,14 @@ class Abliteration:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        reads = writes = layer.lora_v
+        reads = writes = layer.lora_v  # (k, o)
         if layer.cfg.normalization in ("pre", "full"):
             reads, writes = reads / layer.lora_d.where(layer.lora_d > 0, torch.inf), writes * layer.lora_d
         wx = y if layer.bias is None else y - layer.bias
-        removed = (wx @ reads.to(y.dtype).mT) @ (layer.scale * layer.lora_strength * writes).to(y.dtype)
+        removed = (wx @ reads.to(y.dtype).mT) @ (layer.scale * layer.lora_strength * writes).to(y.dtype)  # (*b, o)
         if layer.cfg.normalization != "full":
             return y - removed
-        return y - removed + (_gain(layer) - 1).to(y.dtype) * (wx - removed)
+        return y - removed + (_gain(layer) - 1).to(y.dtype) * (wx - removed)  # over n, and the bias is left alone
 
 
 def _read_weight(layer: Layer) -> None:
@@ -104,10 +103,10 @@ def _read_weight(layer: Layer) -> None:
         p = q = (v @ w).square().sum(0) / w.square().sum(0).clamp_min(tiny)
     else:
         inverse = 1 / layer.lora_d.to(w.dtype).where(layer.lora_d > 0, torch.inf)
-        u = (v * inverse) @ w
-        p = ((w @ u.mT) * inverse[:, None] * v.mT).sum(1)
-        q = (v.mT @ (u @ u.mT) * v.mT).sum(1)
-    if (p.square() / q.clamp_min(tiny)).max() > 1 - SMALLEST:
+        u = (v * inverse) @ w  # U = V Ŵ (k, i), with no copy of W for Ŵ
+        p = ((w @ u.mT) * inverse[:, None] * v.mT).sum(1)  # (o,)
+        q = (v.mT @ (u @ u.mT) * v.mT).sum(1)  # (o,)
+    if (p.square() / q.clamp_min(tiny)).max() > 1 - SMALLEST:  # over λ, n² is least at p/q: 1 - p²/q
         raise BaseModelError(f"{layer.path}: almost nothing of a row or column is left to normalise\n  use 'pre'")
     layer.lora_p.copy_(p)
     layer.lora_q.copy_(q)

@@ -30,7 +30,7 @@ CANCELLED = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig(LoRAConfig):
-    """As LoRA's."""
+    """The fields are LoRA's."""
 
     variant: str = "dora"
 
@@ -41,9 +41,6 @@ class DoRA:
     config = DoRAConfig
     base_weight = "read"
     handles_scale = True
-    # LoRA's: the direction learns as LoRA does, and m, a row norm of about 1, moves by at most this much a step. The
-    # demo ends at 2.74 from 3.79.
-    default_lr = 2e-3
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:
@@ -56,33 +53,38 @@ class DoRA:
 
     @staticmethod
     def init(layer: Layer, cfg: DoRAConfig) -> None:
-        n0 = layer.dense_weight().norm(dim=1)
-        if not n0.all():
+        base_norm = layer.dense_weight().norm(dim=1)  # (o,)
+        if not base_norm.all():
             raise BaseModelError(
-                f"{layer.path}: {int((n0 == 0).sum())} rows of the weight are zero, so they have no direction\n"
+                f"{layer.path}: {int((base_norm == 0).sum())} rows of the weight are zero, so they have no direction\n"
                 f"  leave the layer out with exclude_names, or use lora"
             )
-        layer.lora_n0.copy_(n0)
+        layer.lora_n0.copy_(base_norm)
         layer.lora_m.copy_(layer.lora_n0)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        a, b, m, cfg = layer.lora_A, layer.lora_B, layer.lora_m, layer.cfg
-        n0 = layer.lora_n0.to(m.dtype)  # a cast of parameters alone must not part it from m
-        g = m.float() / layer.constant("n", partial(_norm, layer), a, b, n0)
-        p = cfg.dropout if layer.training else 0.0
-        return add_low_rank(y, x, a, b, cfg.scaling, p, g, layer.scale, layer.bias)
+        a, b, magnitude, cfg = layer.lora_A, layer.lora_B, layer.lora_m, layer.cfg
+        base_norm = layer.lora_n0.to(magnitude.dtype)  # a cast of parameters alone must not part n0 from m
+        weight_norm = layer.constant("n", partial(_weight_norm, layer), a, b, base_norm)  # no gradient: section 4.3
+        gain = magnitude.float() / weight_norm  # (o,)
+        dropout = cfg.dropout if layer.training else 0.0
+        return add_low_rank(y, x, a, b, cfg.scaling, dropout, gain, layer.scale, layer.bias)
 
 
-def _norm(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], n0: Float[Tensor, "o"]) -> Float[Tensor, "o"]:
+def _weight_norm(
+    layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"], base_norm: Float[Tensor, "o"]
+) -> Float[Tensor, "o"]:
     """n in float32, with no (o, i) matrix unless terms cancel; n0 itself at B = 0."""
-    a, b, n0, s = a.float(), b.float(), n0.float(), layer.cfg.scaling
-    wa = layer.linear(a).mT  # (o, r)
-    square = 1 + torch.linalg.vecdot(torch.addmm(wa, b, a @ a.mT, beta=2 * s, alpha=s * s), b) / n0.square()
+    a, b, base_norm, s = a.float(), b.float(), base_norm.float(), layer.cfg.scaling
+    wa = layer.linear(a).mT  # W Aᵀ (o, r)
+    gram = a @ a.mT  # A Aᵀ (r, r)
+    inner = torch.addmm(wa, b, gram, beta=2 * s, alpha=s * s)  # 2s W Aᵀ + s² B A Aᵀ (o, r)
+    ratio = 1 + torch.linalg.vecdot(inner, b) / base_norm.square()  # n²/n0² (o,)
     if torch.compiler.is_compiling():  # a graph can't choose by values, but it can refuse
         # one line, or generated C++ breaks; no path, or equal blocks would not share a graph
-        says = "DoRA: a row of W + s B A all but vanishes; run without torch.compile, or train at a lower learning rate"
-        torch._assert_async(~(square < CANCELLED).any(), says)
-    elif square.amin() < CANCELLED:
+        text = "DoRA: a row of W + s B A all but vanishes; run without torch.compile, or train at a lower learning rate"
+        torch._assert_async(~(ratio < CANCELLED).any(), text)
+    elif ratio.amin() < CANCELLED:
         return (layer.dense_weight() + s * b @ a).norm(dim=1)
-    return n0 * square.sqrt()
+    return base_norm * ratio.sqrt()

@@ -35,9 +35,6 @@ class IA3:
     name = "ia3"
     config = IA3Config
     handles_scale = True
-    # One number a channel, that AdamW moves by about lr a step, and a useful one is several per cent from 1: so ten to
-    # thirty times LoRA's rate. The demo ends at 2.87 from 3.79.
-    default_lr = 3e-2
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: IA3Config) -> dict[str, ParamSpec]:

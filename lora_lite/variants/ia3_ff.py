@@ -38,9 +38,6 @@ class IA3FF:
     name = "ia3_ff"
     config = IA3FFConfig
     handles_scale = True
-    # As IA3's: AdamW moves l by about lr a step, and a useful l is several per cent from 1. The demo ends at 2.78 from
-    # 3.79.
-    default_lr = 3e-2
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: IA3FFConfig) -> dict[str, ParamSpec]:

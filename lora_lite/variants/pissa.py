@@ -32,8 +32,8 @@ __all__ = ["PiSSA", "PiSSAConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSAConfig(AdapterConfig):
-    """alpha: None is r. svd: "exact", or "fast", a seeded randomised SVD that logs its error. svd_of: "base", or
-    "history", the base with the rounds that are kept on it (`lora_lite.freeze_into`); read at attach alone."""
+    """alpha: None means r. svd: "exact", or "fast", a seeded randomised SVD that logs its error. svd_of: "base", or
+    "history", the base with the rounds that are kept on it (`lora_lite.freeze_into`); read at attach only."""
 
     variant: str = "pissa"
     alpha: float | None = None
@@ -49,7 +49,7 @@ class PiSSAConfig(AdapterConfig):
 
     @property
     def scaling(self) -> float:
-        """s"""
+        """The factor s."""
         return 1.0 if self.alpha is None else self.alpha / self.r
 
 
@@ -59,9 +59,6 @@ class PiSSA:
     config = PiSSAConfig
     base_weight = "dense"
     handles_scale = True
-    # A and B start at the weight's own size, so a step moves the layer further than LoRA's: a quarter of its rate. The
-    # demo ends at 2.75 from 3.79.
-    default_lr = 5e-4
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PiSSAConfig) -> dict[str, ParamSpec]:
@@ -81,21 +78,23 @@ class PiSSA:
     @staticmethod
     def init(layer: Layer, cfg: PiSSAConfig) -> None:
         u, s, v = _top_svd(layer.dense_weight(cfg.svd_of), cfg, layer.path)
-        root = (s / cfg.scaling).sqrt()
-        for factor, value in (("A", root[:, None] * v.mT), ("B", u * root)):
-            getattr(layer, f"lora_{factor}0").copy_(value)
-            getattr(layer, f"lora_{factor}").copy_(getattr(layer, f"lora_{factor}0"))
+        root = (s / cfg.scaling).sqrt()  # (r,)
+        layer.lora_A0.copy_(root[:, None] * v.mT)
+        layer.lora_B0.copy_(u * root)
+        layer.lora_A.copy_(layer.lora_A0)  # as stored, so that ΔA is 0 in every dtype
+        layer.lora_B.copy_(layer.lora_B0)
 
     @staticmethod
     def low_rank(layer: Layer) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"], float]:
         a, b = layer.lora_A, layer.lora_B
         a0, b0 = layer.lora_A0.to(a.dtype), layer.lora_B0.to(b.dtype)  # a cast of parameters alone must not part them
+        # [ΔA; A0] (2r, i) and [B ΔB] (o, 2r): B ΔA + ΔB A0 = B A - B0 A0, and exactly 0 at the start
         return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), layer.scale * layer.cfg.scaling
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         a, b, s = PiSSA.low_rank(layer)
-        if torch.is_grad_enabled():  # the backward keeps them, and they are nobody's parameters
+        if torch.is_grad_enabled():  # the backward keeps them: no parameters, so they take memory of their own
             a, b = a.to(x.dtype), b.to(x.dtype)
         return add_low_rank(y, x, a, b, s)
 

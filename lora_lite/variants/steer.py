@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
-from ..families.directions import DirectionConfig, Method, fit_steps, placed
+from ..families.directions import DirectionConfig, Method, active_directions, fit_vector
 
 __all__ = ["Steer", "SteerConfig", "Unit"]
 
@@ -35,10 +35,10 @@ class Unit(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig(DirectionConfig):
-    """Targets the MLP's last layer of every block: choose some with `layers`, for each adds to the earlier ones'.
+    """Targets the MLP's last layer of every block. Choose some with `layers`: each adds to the earlier ones.
 
     unit     of strength. "difference": the distance of the sides along the direction; of given directions their own
-             length. "norm": the length of the activations of the layer's own block, as a fit found it
+             length. "norm": the length of the activations of the layer's own block, as the fit measured it
     method   "difference" of the sides' centres, "pca" or "probe", as in `contrast`
     what     "residual": the direction is of the stream as it leaves the block. "output": of what the layer puts out
     start    add from this position on, counted in columns of the batch from 0; None: everywhere. A forward of one
@@ -64,8 +64,8 @@ class SteerConfig(DirectionConfig):
         self.require(self.what in ("residual", "output"), "what", '"residual" or "output"')
         self.require(self.what == "residual" or self.layer is None, "layer", "None with what='output'")
         self.require(self.method == "difference" or self.center == "mean", "center", f"'mean' for {self.method!r}")
-        ok = self.start is None or (type(self.start) is int and self.start >= 0)
-        self.require(ok, "start", "a position from 0, or None")
+        valid = self.start is None or (type(self.start) is int and self.start >= 0)
+        self.require(valid, "start", "a position from 0, or None")
 
 
 @register
@@ -74,8 +74,7 @@ class Steer:
     config = SteerConfig
     has_identity_init, handles_scale, needs_calibration = False, True, True
     live = ("strength", "unit", "layer", "kernels")
-    default_lr = None
-    group_init = staticmethod(fit_steps)
+    group_init = staticmethod(fit_vector)
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SteerConfig) -> dict[str, ParamSpec]:
@@ -84,14 +83,14 @@ class Steer:
 
     @staticmethod
     def refresh(targets: Mapping[str, Layer], cfg: SteerConfig) -> None:
-        for layer, d, weight in placed(targets, torch.lerp):
+        for layer, direction, weight in active_directions(targets, torch.lerp):
             if layer.cfg.start is not None and layer.experts:
                 raise ConfigError(f"{layer.path}: start={layer.cfg.start}: fused experts see tokens without a position")
             if layer.cfg.unit == "norm":
                 if not layer.lora_norm:
                     raise ConfigError(f"{layer.path}: unit='norm': given directions say nothing of the activations")
-                d = F.normalize(d, dim=0) * layer.lora_norm
-            v = weight * d.double()
+                direction = F.normalize(direction, dim=0) * layer.lora_norm
+            v = weight * direction.double()  # (o,)
             if not v.to(layer.lora_v.dtype).isfinite().all():
                 raise ConfigError(f"{layer.path}: strength={layer.cfg.strength:g} makes a vector that is not finite")
             layer.lora_v.copy_(v)
@@ -99,7 +98,7 @@ class Steer:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         v, start = (layer.scale * layer.lora_v).to(y.dtype), layer.cfg.start
-        if not start:
+        if not start:  # None or 0
             return y + v
         if y.ndim < 3:
             raise ConfigError(

@@ -13,11 +13,13 @@ from typing import Any
 import batches
 import common
 import finetune
+import learning_rates
 import pairs
 import pytest
 import smollm2 as smollm2_wheel
 import torch
 import typer
+from models import is_trained
 from pairs import DataError, Pair
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -212,6 +214,14 @@ def test_a_rank_for_a_method_without_one() -> None:
         finetune.adapter_config("ia3", 4)
 
 
+def test_every_method_that_is_trained_has_a_learning_rate() -> None:
+    assert learning_rates.LEARNING_RATES.keys() <= ll.REGISTRY.keys()
+    assert [name for name in ll.REGISTRY if is_trained(name)] == learning_rates.TRAINED
+    assert learning_rates.learning_rate("mine") == 1e-3
+    with pytest.raises(ll.ConfigError, match=r"--variant steer: it is computed, not trained; use one of .*lora"):
+        learning_rates.learning_rate("steer")
+
+
 def test_a_reload_that_differs_is_an_error(tiny: str, tmp_path: Path) -> None:
     inputs, file = {"input_ids": batches.collate(0, EXAMPLES)["input_ids"]}, tmp_path / "a.safetensors"
     base = ll.load_base(tiny)
@@ -347,7 +357,7 @@ def test_a_run(smollm2: str, data: Path, tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"adapter.safetensors", "loss.png", "results.json"}
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    promised = {"variant": "lora", "quantization": None, "lr": ll.REGISTRY["lora"].default_lr, "steps": 3}
+    promised = {"variant": "lora", "quantization": None, "lr": learning_rates.LEARNING_RATES["lora"], "steps": 3}
     promised |= {"batch_size": 2, "eval_pairs": 1, "dtype": str(ll.load_base(smollm2).dtype).removeprefix("torch.")}
     assert promised.items() <= results.items()
     assert results["config"]["r"] == 2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from contrasts import FITTED, sides
+from learning_rates import learning_rate
 from models import IDS, OneLinear, config, loss_of, perturb, quantized, tiny_llama, train
 from oracles import skew
 from test_laws import logits, same_snapshot, snapshot
@@ -98,7 +99,7 @@ def test_two_sides_are_taken_together_where_one_set_is_looked_at(select: str) ->
 @pytest.mark.parametrize("select", ["wanda", "min_std"])
 def test_how_much_is_held_at_a_time_changes_nothing(select: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, at_once = made(data=DATA[select], select=select)
-    monkeypatch.setattr(sspace, "HELD", 4 * 64 * 128 * 3)
+    monkeypatch.setattr(sspace, "SVD_BYTES", 4 * 64 * 128 * 3)
     _, in_parts = made(data=DATA[select], select=select)
     assert all(torch.equal(t, at_once.state_dict()[key]) for key, t in in_parts.state_dict().items())
 
@@ -398,7 +399,7 @@ def test_a_real_model_is_calibrated_trains_and_loads(
         adapter = ll.attach(model, cfg, calibration_data=data)
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids).logits, base)
-        optimizer = torch.optim.AdamW(adapter.parameters(), lr=ll.REGISTRY[variant].default_lr)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate(variant))
         losses = []
         for _ in range(4):
             loss = loss_of(model, ids)

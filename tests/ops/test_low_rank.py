@@ -1,5 +1,9 @@
-"""The fused low-rank op: its gradients, what it keeps, its two dtypes, and where it takes the plain form."""
+"""The fused low-rank op: its gradients, what it keeps, its two dtypes, and where it takes the reference form."""
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -124,6 +128,41 @@ def test_few_tokens_without_gradients_take_two_products_and_a_sum(s: float, dtyp
     wanted = formula(y.to(wide), x.to(wide), a, b, s).to(dtype)
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}
     torch.testing.assert_close(out, wanted, **tolerance)
+
+
+def calls_of_ours(run: Callable[[], Any]) -> list[str]:
+    """The Python functions of lora_lite that are entered, by name and in order."""
+    folder, names = str(Path(ll.__file__).parent), []
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("tokens", [1, low_rank.FEW + 1])
+@per_gain
+def test_few_python_calls(c: float | None, tokens: int, grad: bool) -> None:
+    """Of one token they are what takes time. add_low_rank itself counts, and every operand wants a gradient."""
+    y, x, a, b, gain, bias = operands(torch.float32, (1, tokens), grad)
+
+    def run() -> None:
+        out = add_low_rank(y, x, a, b, 0.5, **kwargs(c, gain, bias, True))
+        if grad:
+            out.sum().backward()
+
+    names = calls_of_ours(run)
+    assert names[0] == "add_low_rank"
+    assert ("backward" in names) == grad
+    most = 3 if not grad else 8 if c is None else 10
+    assert len(names) <= most, names
 
 
 def test_only_what_asks_for_a_gradient_gets_one() -> None:
@@ -388,14 +427,14 @@ def test_the_gains_gradient_in_bfloat16_is_as_good_as_autograds(biased: bool, si
         return g.grad.double()
 
     def plain(y: Any, x: Any, a: Any, b: Any, s: float, **given: Any) -> Any:
-        return low_rank._plain(y, x, a, b, s, 0.0, given["gain"], given["c"], given["bias"])
+        return low_rank._reference(y, x, a, b, s, 0.0, given["gain"], given["c"], given["bias"])
 
     exact = found(formula, torch.float64)
     off = [float((found(op, torch.bfloat16) - exact).norm() / exact.norm()) for op in (add_low_rank, plain)]
     assert off[0] < 2 * off[1] + 0.002
 
 
-# ---- the plain form -----------------------------------------------------------------------------
+# ---- the reference form ---------------------------------------------------------------------------
 
 
 def test_function_transforms_go_through() -> None:

@@ -456,6 +456,11 @@ def test_bad_data_is_a_clear_error_and_changes_nothing(data: Any, error: type[Ex
     assert not ll.adapters(model)
 
 
+def test_a_number_is_no_direction_at_any_rank() -> None:
+    with pytest.raises(ll.ConfigError, match=r"wanted directions \(2, 64\) for its block 0, got \(\)"):
+        ll.attach(tiny_llama(), ll.AbliterationConfig(rank=2), calibration_data={"directions": torch.tensor(1.0)})
+
+
 def test_a_rank_above_one_takes_the_pairs_principal_directions() -> None:
     model = tiny_llama()
     data = {"positive": [IDS[:, :t] for t in (3, 5, 7, 9)], "negative": [IDS[:, t:] for t in (2, 4, 6, 8)]}
