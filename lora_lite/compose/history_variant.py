@@ -25,7 +25,7 @@ from .rounds import RoundsConfig, Whole
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryConfig(RoundsConfig):
-    """Of a history, which `lora_lite.freeze_into` makes."""
+    """The config of a history, which `lora_lite.freeze_into` makes."""
 
     variant: str = "history"
 
