@@ -42,12 +42,12 @@ class BaseRecord:
         if not (isinstance(value, dict) and set(names) <= value.keys()):
             return None
         class_name, name, dtype, quantization, fingerprint = (value[name] for name in names)
-        record = cls(class_name, name, dtype, _quantization_from(quantization), fingerprint)
+        known = _quantization_from(quantization)  # None for a malformed one too
         texts = _is_text(class_name) and isinstance(name, str | None) and _is_dtype(dtype)
-        is_dense = quantization is None  # _quantization_from gives None for a malformed one too
         paths = isinstance(fingerprint, dict) and fingerprint.keys() == set(targets)
-        valid = texts and paths and is_dense == (record.quantization is None)
-        return record if valid and all(map(_is_fingerprint, fingerprint.values())) else None
+        valid = texts and paths and (known is None) == (quantization is None)
+        valid = valid and all(map(_is_fingerprint, fingerprint.values()))
+        return cls(class_name, name, dtype, known, fingerprint) if valid else None
 
     def at(self, paths: Iterable[str]) -> "BaseRecord":
         """The record with the fingerprints of these layers alone."""
