@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..dtypes import dtype_name
 from ..errors import QuantizedWeightError
 from .kinds import Kind, is_instance
-from .storage import Quantization, Storage, linear_by_rows, register_storage, spread
+from .storage import Bias, Quantization, Storage, linear_by_rows, register_storage, spread
 
 if TYPE_CHECKING:
     from .layer import BaseLayer
@@ -38,7 +38,7 @@ class Bnb4bit(Storage):
         raise_if_repacked(layer.module, layer.path)
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(layer.stored.data, _quant_state(layer.module)).float()
+        return dequantize_4bit(layer.stored.data, _quant_state(layer.module)).float()  # (d_out, d_in)
 
     def linear(self, layer: "BaseLayer", t: Float[Tensor, "*b i"], expert: int | None) -> Float[Tensor, "*b o"]:
         """By bitsandbytes' own kernel, which dequantises as it does in the layer's forward."""
@@ -48,7 +48,8 @@ class Bnb4bit(Storage):
         return matmul_4bit(t, layer.stored, quant_state=_quant_state(layer.module))
 
     def samples(self, layer: "BaseLayer") -> list[float]:
-        return samples_4bit(layer.stored.view(torch.uint8), _quant_state(layer.module))
+        codes = layer.stored.view(torch.uint8)  # FSDP wants them stored as floats: the same bytes in another dtype
+        return samples_4bit(codes, _quant_state(layer.module))
 
     def record(self, layer: "BaseLayer") -> Quantization:
         state, compute = _quant_state(layer.module), layer.module.compute_dtype
@@ -65,18 +66,20 @@ class Bnb4bit(Storage):
         dtype: torch.dtype = layer.module.compute_dtype or _quant_state(layer.module).dtype
         return dtype
 
-    def requantized(
-        self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None
-    ) -> nn.Module:
+    def requantized(self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Bias) -> nn.Module:
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         old, state = layer.module, _quant_state(layer.module)
-        how = {"quant_type": state.quant_type, "compress_statistics": state.nested, "quant_storage": layer.stored.dtype}
+        options = {
+            "quant_type": state.quant_type,
+            "compress_statistics": state.nested,
+            "quant_storage": layer.stored.dtype,
+        }
         d_out, d_in = weight.shape
-        new: Any = Linear4bit(d_in, d_out, bias is not None, old.compute_dtype, device="meta", **how)
+        new: Any = Linear4bit(d_in, d_out, bias is not None, old.compute_dtype, device="meta", **options)
         values = weight.to("cpu", state.dtype)  # the move to a device is what quantises, so it starts on the CPU
         params: Any = Params4bit
-        new.weight = params(values, blocksize=state.blocksize, module=new, **how).to(weight.device)
+        new.weight = params(values, blocksize=state.blocksize, module=new, **options).to(weight.device)
         new.compute_type_is_set = old.compute_type_is_set
         new.support_avx512bf16_for_cpu = old.support_avx512bf16_for_cpu
         return _with_bias(new, bias, old)
@@ -93,7 +96,7 @@ class Bnb8bit(Storage):
         return "int8, 8-bit bitsandbytes"
 
     def dense(self, layer: "BaseLayer", expert: int | None) -> Float[Tensor, "o i"]:
-        codes, scales = _int8(layer.module)
+        codes, scales = _int8(layer.module)  # (d_out, d_in), (d_out,)
         return codes.float() * scales.float()[:, None]
 
     def linear(self, layer: "BaseLayer", t: Float[Tensor, "*b i"], expert: int | None) -> Float[Tensor, "*b o"]:
@@ -108,16 +111,12 @@ class Bnb8bit(Storage):
     def record(self, layer: "BaseLayer") -> Quantization:
         return Quantization("bitsandbytes-8bit", "int8")
 
-    def requantized(
-        self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None
-    ) -> nn.Module:
+    def requantized(self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Bias) -> nn.Module:
         from bitsandbytes.nn import Int8Params, Linear8bitLt
 
         d_out, d_in = weight.shape
-        threshold = layer.module.state.threshold
-        new: Any = Linear8bitLt(
-            d_in, d_out, bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
-        )
+        options = {"has_fp16_weights": False, "threshold": layer.module.state.threshold}
+        new: Any = Linear8bitLt(d_in, d_out, bias is not None, device="meta", **options)
         params: Any = Int8Params
         new.weight = params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False).to(weight.device)
         return _with_bias(new, bias, layer.module)
@@ -141,17 +140,17 @@ def samples_4bit(codes: Tensor, state: Any) -> list[float]:
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Every 4-bit layer multiplies in this dtype; left to itself, one takes that of its first input."""
     for layer in _layers_4bit(model).values():
-        layer.compute_dtype, layer.compute_type_is_set = dtype, True
+        layer.compute_dtype, layer.compute_type_is_set = dtype, True  # or the first forward sets it again
 
 
 def repackable(model: nn.Module) -> dict[str, nn.Module]:
     """Every 4-bit layer, by path, that an eval forward on this CPU would repack.
 
-    Raises QuantizedWeightError if one has been repacked: gradients don't pass through it, so it spoils the
-    adapters below it, whether it is a target or not.
+    Raises:
+        QuantizedWeightError: if one has been repacked.
     """
     layers = _layers_4bit(model)
-    for path, layer in layers.items():
+    for path, layer in layers.items():  # targets or not: no gradient passes a repacked one to the adapters below
         raise_if_repacked(layer, path)
     return {path: layer for path, layer in layers.items() if layer.support_avx512bf16_for_cpu}
 
@@ -159,13 +158,13 @@ def repackable(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def layout_kept(model: nn.Module) -> Iterator[None]:
     """Within the block, no forward repacks a 4-bit layer."""
-    free = [layer for layer in _layers_4bit(model).values() if layer.support_avx512bf16_for_cpu]
-    for layer in free:
+    layers = [layer for layer in _layers_4bit(model).values() if layer.support_avx512bf16_for_cpu]
+    for layer in layers:
         keep_layout(layer, True)
     try:
         yield
     finally:
-        for layer in free:
+        for layer in layers:  # not those that an adapter or the user had forbidden to repack before
             keep_layout(layer, False)
 
 
@@ -175,7 +174,7 @@ def keep_layout(module: Any, keep: bool) -> None:
 
 
 def raise_if_repacked(module: Any, path: str) -> None:
-    """QuantizedWeightError if an eval forward has repacked this 4-bit layer."""
+    """Raises QuantizedWeightError if an eval forward has repacked this 4-bit layer."""
     if getattr(_quant_state(module), "packing_format_for_cpu", False):
         raise QuantizedWeightError(
             f"{path}: an eval forward has repacked this 4-bit weight for AVX512-BF16; it can't be read or "
@@ -206,7 +205,7 @@ def _int8(module: Any) -> tuple[Tensor, Tensor]:
     """Codes (d_out, d_in) and scales (d_out,) of a Linear8bitLt."""
     state, weight = module.state, module.weight
     codes = weight.CB if state.CB is None else state.CB
-    return (weight.data if codes is None else codes), _scales(module) / 127
+    return (weight.data if codes is None else codes), _scales(module) / 127  # a row's largest number has the code 127
 
 
 def _scales(module: Any) -> Any:

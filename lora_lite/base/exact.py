@@ -10,10 +10,10 @@ from torch import nn
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Within the block, products are what they say: no gradients, no autocast, no tensors of inference mode."""
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    devices = {parameter.device.type for parameter in model.parameters()} - {"meta"}
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.inference_mode(False))  # autograd can't save a tensor that was made in it
         stack.enter_context(torch.no_grad())
-        for kind in kinds or {"cpu"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        for device in devices or {"cpu"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -1,4 +1,4 @@
-"""What an adapter file remembers of the base that it belongs to, and whether another base is that one."""
+"""The record of a base in an adapter's file, and the check that another base is the same one."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,14 +13,11 @@ from ..errors import CheckpointError, brief
 from .layer import BaseLayer, quantization_of
 from .storage import Quantization
 
-Fingerprint = list[Any]
-"""The dtype of a stored weight by its name, then a few of its elements."""
+Fingerprint = list[Any]  # ["bfloat16", 0.125, -0.5, ...]: the dtype of a stored weight, then a few of its elements
+LONGEST_TEXT = 400  # characters of a name or a path in a file: messages quote them
 
-LONGEST_TEXT = 400
-"""Characters of a name or a path in a file, so that messages are bounded."""
-
+# By name, because torch's attributes must never be looked up by a name out of a file.
 _DTYPES = {dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-"""By name: torch's own attributes are never looked up by a name out of a file."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ class BaseRecord:
     name_or_path: str | None
     dtype: str
     quantization: Quantization | None
-    fingerprint: dict[str, Fingerprint]
-    """Path of each target -> the fingerprint of its weight."""
+    fingerprint: dict[str, Fingerprint]  # path of each target -> the fingerprint of its weight
 
     def to_json(self) -> dict[str, Any]:
         """The record in a file's metadata."""
@@ -41,26 +37,17 @@ class BaseRecord:
 
     @classmethod
     def from_json(cls, value: Any, targets: Iterable[str]) -> "BaseRecord | None":
-        """The record in the metadata of a file, which may be anyone's; None unless it has the form of one, with a
-        fingerprint for each target."""
-        if not (
-            isinstance(value, dict)
-            and {"class", "name_or_path", "dtype", "quantization", "fingerprint"} <= value.keys()
-        ):
+        """The record in a file's metadata; None for anything but a record with a fingerprint for each target."""
+        names = ("class", "name_or_path", "dtype", "quantization", "fingerprint")
+        if not (isinstance(value, dict) and set(names) <= value.keys()):
             return None
-        name, dtype, fingerprint = value["name_or_path"], value["dtype"], value["fingerprint"]
-        quantization = _quantization_from(value["quantization"])
-        if not (_is_text(value["class"]) and isinstance(name, str | None) and _is_dtype(dtype)):
-            return None
-        if quantization is None and value["quantization"] is not None:
-            return None
-        if not (isinstance(fingerprint, dict) and fingerprint.keys() == set(targets)):
-            return None
-        return (
-            cls(value["class"], name, dtype, quantization, fingerprint)
-            if all(map(_is_fingerprint, fingerprint.values()))
-            else None
-        )
+        class_name, name, dtype, quantization, fingerprint = (value[name] for name in names)
+        known = _quantization_from(quantization)  # None for a malformed one too
+        texts = _is_text(class_name) and isinstance(name, str | None) and _is_dtype(dtype)
+        paths = isinstance(fingerprint, dict) and fingerprint.keys() == set(targets)
+        valid = texts and paths and (known is None) == (quantization is None)
+        valid = valid and all(map(_is_fingerprint, fingerprint.values()))
+        return cls(class_name, name, dtype, known, fingerprint) if valid else None
 
     def at(self, paths: Iterable[str]) -> "BaseRecord":
         """The record with the fingerprints of these layers alone."""
@@ -77,7 +64,7 @@ class BaseRecord:
 
 
 def base_record(model: nn.Module, layers: Iterable[BaseLayer]) -> BaseRecord:
-    """What an adapter on these layers is attached to, for its file.
+    """The record of the base that an adapter on these layers is attached to.
 
     The fingerprint of a layer of an unknown storage is the dtype alone, which tells no two such weights apart.
     """
@@ -106,8 +93,8 @@ def same_weight(a: Fingerprint, b: Fingerprint) -> bool:
     dtypes = [_DTYPES[name] for name in (a[0], b[0])]
     if not all(dtype in STORAGE_DTYPES for dtype in dtypes):
         return False
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)  # a cast rounds by half of it: two casts by one at most
+    tiny = max(torch.finfo(dtype).tiny for dtype in dtypes)  # below it float16 has fewer bits
     pairs = zip(a[1:], b[1:], strict=True)
     return len(a) == len(b) > 1 and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
 
@@ -151,10 +138,11 @@ def tell_other_base(message: str, variant: str, reads: bool, verify: bool, cure:
 
 def _quantization_from(value: Any) -> Quantization | None:
     names = {field.name for field in fields(Quantization)}
-    if not (isinstance(value, dict) and names - {"weight_dtype"} <= value.keys()):
+    if not (isinstance(value, dict) and names - {"weight_dtype"} <= value.keys()):  # early files lack it
         return None
     known = Quantization(**{name: value[name] for name in names & value.keys()})
     texts = [known.method, known.quant_type, *known.modules] if isinstance(known.modules, list) else [None]
+    # type(), because isinstance would take True for an int.
     sizes = isinstance(known.double_quant, bool) and (known.blocksize is None or type(known.blocksize) is int)
     dtypes = all(name is None or _is_dtype(name) for name in (known.compute_dtype, known.weight_dtype))
     return known if sizes and dtypes and all(map(_is_text, texts)) else None

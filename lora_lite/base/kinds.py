@@ -15,15 +15,13 @@ class Size(NamedTuple):
 
     d_in: int
     d_out: int
-    experts: int = 0
-    """How many matrices it fuses; 0 for a layer of one."""
+    experts: int = 0  # how many matrices it fuses; 0 for a layer of one
 
 
 class Kind:
     """A kind of layer. It has no state: each question is about the module that is given. A new one goes into KINDS."""
 
-    weight, bias = "weight", "bias"
-    """The names of its parameters on the module."""
+    weight, bias = "weight", "bias"  # the names of its parameters on the module
 
     def size(self, module: Any) -> Size | None:
         """The size of a module of this kind; None for any other."""
@@ -59,6 +57,7 @@ class Linear(Kind):
         if not isinstance(getattr(module, "weight", None), Tensor):
             return None
         d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        # By attributes and not by the shape, which codes of 4 bits don't have: two lie in a byte.
         return Size(d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
     def computes_its_product(self, module: Any) -> bool:
@@ -71,7 +70,7 @@ class Conv1D(Kind):
     def size(self, module: Any) -> Size | None:
         if not is_instance(module, "transformers.pytorch_utils", "Conv1D") or not isinstance(module.weight, Tensor):
             return None
-        d_in, d_out = shape_of(module.weight)
+        d_in, d_out = shape_of(module.weight)  # the whole shape, where ZeRO-3 has left an empty tensor
         return Size(d_in, d_out)
 
     def lies_transposed(self, module: Any) -> bool:
@@ -84,8 +83,8 @@ class Conv1D(Kind):
 class FusedExperts(Kind):
     """The down-projections of a mixture-of-experts block as one bare parameter (experts, ...), with no layer to hook.
 
-    What is linear in the block's output and needs no weight goes on that output: it is a weighted sum of what the
-    experts write. All else goes on each expert's matrix, which is replaced for the time of a forward.
+    A method that is linear in the block's output and reads no weight goes on that output, a weighted sum of what the
+    experts write. Any other goes on each expert's matrix, which is replaced for the time of a forward.
     """
 
     weight, bias = "down_proj", "down_proj_bias"
@@ -94,17 +93,15 @@ class FusedExperts(Kind):
         transposed = self._orientation(module)
         if transposed is None:
             return None
-        n, a, b = self.stored(module).shape
+        n, a, b = self.stored(module).shape  # (experts, d_out, d_in), or (experts, d_in, d_out) if transposed
         return Size(a, b, n) if transposed else Size(b, a, n)
 
     def lies_transposed(self, module: Any) -> bool:
         return bool(self._orientation(module))
 
     def replace(self, module: nn.Module, matrices: Float[Tensor, "e o i"]) -> None:
-        """Until `restore`, the block computes with these matrices.
-
-        The parameter is untouched: Python finds an attribute of the instance before it asks nn.Module for a parameter.
-        """
+        """Until `restore`, the block computes with these matrices."""
+        # The parameter is untouched: Python finds an instance's attribute before nn.Module.__getattr__ is asked for it.
         module.__dict__[self.weight] = self.oriented(module, matrices)
 
     def restore(self, module: nn.Module) -> None:
@@ -124,14 +121,14 @@ class FusedExperts(Kind):
         if not isinstance(up, Tensor) or up.ndim != 3:
             return None
         n, a, b = matrices.shape
+        # Told apart even where a = b: the axis that is twice as long is the one that holds gate and up.
         by_shape: dict[tuple[int, ...], bool] = {(n, 2 * b, a): False, (n, b, 2 * a): True}
         declared: Any = getattr(module, "is_transposed", None)
         return by_shape.get(tuple(up.shape), declared)
 
 
 LINEAR, EXPERTS = Linear(), FusedExperts()
-KINDS: list[Kind] = [EXPERTS, Conv1D(), LINEAR]
-"""Every kind of layer; the first that knows a module's size is its kind."""
+KINDS: list[Kind] = [EXPERTS, Conv1D(), LINEAR]  # the first that knows a module's size is its kind
 
 
 def size_of(module: nn.Module) -> Size | None:

@@ -10,10 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..dtypes import STORAGE_DTYPES, fits
 from ..errors import BaseModelError, QuantizedWeightError
-from . import (
-    bitsandbytes,  # noqa: F401  registers its ways of storing
-    sharding,
-)
+from . import bitsandbytes, sharding  # noqa: F401  the import of bitsandbytes registers its ways of storing
 from .kinds import KINDS, LINEAR, Kind, Size
 from .storage import DENSE, STORAGES, Quantization, Storage
 
@@ -22,7 +19,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 @dataclass(frozen=True, eq=False)
 class BaseLayer:
-    """A layer that an adapter can go on. What it is has been found once, by `layer_of`.
+    """A layer that an adapter can go on. `layer_of` decides its kind and its storage, once.
 
     It reads the module at each call, so tensors that others exchange there (FSDP2, functional_call) are seen.
     """
@@ -33,12 +30,9 @@ class BaseLayer:
     storage: Storage
     d_in: int
     d_out: int
-    experts: int = 0
-    """How many matrices it fuses; 0 for a layer of one."""
-    transposed: bool = False
-    """Each matrix is stored as (d_in, d_out)."""
-    is_plain: bool = False
-    """Known to compute x Wᵀ + b by its class and its storage. Any other layer is run on some rows to see."""
+    experts: int = 0  # how many matrices it fuses; 0 for a layer of one
+    transposed: bool = False  # each matrix is stored as (d_in, d_out)
+    is_plain: bool = False  # known to compute x Wᵀ + b, by its class and storage; others are run on some rows to see
 
     @property
     def stored(self) -> Tensor:
@@ -63,7 +57,8 @@ class BaseLayer:
     def weight(self, expert: int | None = None) -> Float[Tensor, "*e o i"]:
         """The weight (d_out, d_in) of a dense layer, or of one of its experts, in its own dtype, as it is stored.
 
-        Raises QuantizedWeightError where the stored numbers aren't the weight.
+        Raises:
+            QuantizedWeightError: where the stored numbers aren't the weight.
         """
         stored = self.stored
         # Asked at each call: another library may have quantised the layer since it was found dense.
@@ -81,7 +76,10 @@ class BaseLayer:
         """The numbers that the layer (or one of its experts) computes with, as a matrix (d_out, d_in) of its own.
 
         It is float32, of a float64 layer float64.
-        Raises QuantizedWeightError where they can't be read, BaseModelError on a NaN or an infinity.
+
+        Raises:
+            QuantizedWeightError: where they can't be read.
+            BaseModelError: on a NaN or an infinity.
         """
         weight = self.storage.dense(self, expert)
         if not fits(weight):
@@ -98,6 +96,7 @@ class BaseLayer:
     def dense_module(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> nn.Linear:
         """An nn.Linear with these tensors, frozen, to stand where the layer does."""
         d_out, d_in = weight.shape
+        # On "meta" nothing is initialised: that would take time, and random numbers from the user's generator.
         new = nn.Linear(d_in, d_out, bias is not None, device="meta").train(self.module.training)
         new.weight = nn.Parameter(weight, requires_grad=False)
         new.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -109,13 +108,14 @@ def layer_of(module: nn.Module, path: str = "") -> BaseLayer | None:
     for kind in KINDS:
         if (size := kind.size(module)) is not None:
             storage = next(storage for storage in STORAGES if storage.holds(module, kind))
+            # A forward on the instance is anyone's (accelerate, a patch); an unknown storage may round its input.
             is_plain = storage.is_known and "forward" not in vars(module) and kind.computes_its_product(module)
             return BaseLayer(path, module, kind, storage, *size, kind.lies_transposed(module), is_plain)
     return None
 
 
 def stand_in(path: str, module: nn.Module, size: Size) -> BaseLayer:
-    """A module with a plain `weight` (d_out, d_in) as a layer, without a look at that, which may have to be read."""
+    """A module with a plain `weight` (d_out, d_in) as a layer. The weight isn't looked at: it may be still on disk."""
     return BaseLayer(path, module, LINEAR, DENSE, *size)
 
 

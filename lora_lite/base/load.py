@@ -18,34 +18,19 @@ from .bitsandbytes import compute_in, keep_layout, repackable
 from .fingerprint import BaseRecord
 from .layer import quantization_of
 
+# dtype="auto" tries these after the checkpoint's own: float16 has more digits than bfloat16 but overflows where the
+# numbers need bfloat16's range, and float32 works wherever there is memory for it.
 CASCADE = (torch.float16, torch.bfloat16, torch.float32)
-"""What dtype="auto" tries after the checkpoint's own dtype."""
-
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-
-PRODUCT = (64, 576, 1536)
-"""(tokens, d_in, d_out) of the product that is timed on a CPU: a millisecond where the dtype is native."""
-
+PRODUCT = (64, 576, 1536)  # (tokens, d_in, d_out) of the product that is timed: a millisecond where the dtype is native
+# How many times as fast float32 must be to take the place of 16 bits, which need half the memory. Without native
+# bfloat16 it is 5 to 60 times as fast; near 1 the noise of the two times would choose.
 WORTH = 1.5
-"""How many times as fast float32 must be to take the place of 16 bits, which need half the memory. Without native
-bfloat16 it is 5 to 60 times as fast; near 1 the noise of the two times would choose."""
-
 QUANTIZATIONS = ("nf4", "fp4", "int8")
+# Options of from_pretrained that say where config.json is. The others may hold tensors, or what can't be copied.
+LOCATES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies", "gguf_file")
 
-FINDS_CONFIG = (
-    "revision",
-    "token",
-    "cache_dir",
-    "subfolder",
-    "local_files_only",
-    "force_download",
-    "proxies",
-    "gguf_file",
-)
-"""Options of from_pretrained that say where config.json is. The others may hold tensors, or what can't be copied."""
-
-_trusted: set[str] = set()
-"""Models whose own code has been needed and has worked, on the caller's word, in this process."""
+_trusted: set[str] = set()  # models whose own code was needed and has worked, on the caller's word, in this process
 
 
 def load_base(
@@ -81,9 +66,13 @@ def load_base(
     auto_class         default: transformers.AutoModelForCausalLM
     kwargs             for from_pretrained; a quantization_config among them says the compute dtype itself
 
-    Returns the model, in eval mode. Raises ConfigError for a bad argument or a folder that is quantised in another way
-    than the one asked for, BaseModelError when no dtype works, ImportError without
-    transformers (extra "hf") or bitsandbytes ("bnb"), and what from_pretrained raises for a model that isn't there.
+    Returns the model, in eval mode.
+
+    Raises:
+        ConfigError: for a bad argument, or a folder that is quantised in another way than the one asked for.
+        BaseModelError: when no dtype works.
+        ImportError: without transformers (extra "hf") or bitsandbytes ("bnb").
+        And what from_pretrained raises, for a model that isn't there.
     """
     import transformers
 
@@ -106,20 +95,18 @@ def load_base(
     for attempt in chosen.attempts:
         model = None  # what failed must be gone before the next is loaded
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "You passed `quantization_config`"
-                )  # _check_held raises if it matters
+            with warnings.catch_warnings():  # of two quantization_configs; _check_quantization raises if it matters
+                warnings.filterwarnings("ignore", "You passed `quantization_config`")
                 model = load(model_id, dtype=attempt, **options)
             if quantization is not None:
-                _check_held(model_id, model, quantization, double_quant)
+                _check_quantization(model_id, model, quantization, double_quant)
             timed = _settle_dtype(model, attempt, chosen)
             if "quantization_config" not in kwargs:
                 compute_in(model, compute_dtype)
             for layer in repackable(model).values():
-                keep_layout(layer, True)
+                keep_layout(layer, True)  # before the first forward, which would repack it
             _one_token(model)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # a RuntimeError, but one that tells nothing of the dtype
             raise
         except RuntimeError as error:
             reasons.append(f"{_name(attempt)}: {type(error).__name__}: {str(error).splitlines()[0]}")
@@ -143,9 +130,9 @@ def load_as_recorded(folder: str, record: BaseRecord | None, **kwargs: Any) -> A
     Raises:
         BaseModelError: for an unknown way of quantising, or if other modules are quantised; and what load_base raises.
     """
-    if record is None:
-        return load_base(folder, **kwargs)
-    recorded, kwargs = record.quantization, {"dtype": record.dtype, **kwargs}
+    if record is not None:
+        kwargs = {"dtype": record.dtype, **kwargs}
+    recorded = record.quantization if record is not None else None
     if recorded is None:
         return load_base(folder, **kwargs)
     if recorded.quant_type not in QUANTIZATIONS:
@@ -167,7 +154,7 @@ def load_as_recorded(folder: str, record: BaseRecord | None, **kwargs: Any) -> A
 
 
 def devices() -> list[str]:
-    """Every device that torch sees here, by its name."""
+    """The names of the devices that torch sees."""
     names = [f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"]
     kind = torch.accelerator.current_accelerator()
     if kind is not None:
@@ -182,7 +169,7 @@ def _bnb_config(quantization: str, compute_dtype: torch.dtype, double_quant: boo
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_said_once)
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -192,14 +179,14 @@ def _bnb_config(quantization: str, compute_dtype: torch.dtype, double_quant: boo
     )
 
 
-def _check_held(model_id: str, model: Any, quantization: str, double_quant: bool) -> None:
-    """ConfigError if the folder was quantised already, in another way than is asked for: transformers keeps that."""
+def _check_quantization(model_id: str, model: Any, quantization: str, double_quant: bool) -> None:
+    """Raises ConfigError if the folder was quantised in another way than is asked for: transformers keeps that way."""
     live = quantization_of(model)
-    held = _quantized_as(live.quant_type, live.double_quant) if live else "no quantised layer"
+    stored = _quantized_as(live.quant_type, live.double_quant) if live else "no quantised layer"
     wanted = _quantized_as(quantization, double_quant)
-    if held != wanted:
+    if stored != wanted:
         raise ConfigError(
-            f"{model_id} holds {held}, and {wanted} was asked for\n"
+            f"{model_id} holds {stored}, and {wanted} was asked for\n"
             f"  use quantization=None for what it holds, or the folder of the original weights"
         )
 
@@ -210,7 +197,7 @@ def _quantized_as(quant_type: str, double_quant: bool) -> str:
     return f"{quant_type} {'with' if double_quant else 'without'} double quantisation"
 
 
-def _said_once(record: logging.LogRecord) -> bool:
+def _is_no_cast_warning(record: logging.LogRecord) -> bool:
     """bitsandbytes warns of float16 inputs for each layer of each forward; `_report` says it once."""
     return "inputs will be cast" not in str(record.msg)
 
@@ -222,8 +209,7 @@ def _accelerator() -> Any:
 
 @functools.cache
 def product_milliseconds(dtype: torch.dtype) -> float:
-    """How long one thread of this CPU takes for a product of PRODUCT's sizes: the least of three, after one that isn't
-    counted."""
+    """The time that one thread of this CPU takes for a product of PRODUCT's sizes."""
     tokens, d_in, d_out = PRODUCT
     threads = torch.get_num_threads()
     # Ones, not random numbers: a load must not move the seed.
@@ -233,7 +219,7 @@ def product_milliseconds(dtype: torch.dtype) -> float:
     torch.set_num_threads(1)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for _ in range(4):
+            for _ in range(4):  # the first, which isn't counted, sets the library up
                 started = time.perf_counter()
                 torch.nn.functional.linear(x, weight)
                 seconds.append(time.perf_counter() - started)
@@ -243,9 +229,9 @@ def product_milliseconds(dtype: torch.dtype) -> float:
 
 
 def product_times(*dtypes: torch.dtype) -> str:
-    """What the product takes in each dtype, in words."""
+    """A clause that says how long the product takes in each dtype."""
     tokens, d_in, d_out = PRODUCT
-    times = ", ".join(f"{product_milliseconds(each):.2g} ms in {_name(each)}" for each in dtypes)
+    times = ", ".join(f"{product_milliseconds(dtype):.2g} ms in {_name(dtype)}" for dtype in dtypes)
     return f"{tokens} tokens through a layer of {d_in} x {d_out} take one thread {times}"
 
 
@@ -257,15 +243,12 @@ def faster_on_cpu(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The dtypes to try in order, that of 4-bit layers' products, and the 16-bit ones that were timed to choose.
+    """The dtypes of one load_base."""
 
-    after_load: whether the checkpoint's dtype is to be timed as soon as the load has told it, since no config.json does
-    """
-
-    attempts: list[Any]
-    compute: torch.dtype
-    timed: list[torch.dtype]
-    after_load: bool = False
+    attempts: list[Any]  # to be tried in this order; "auto" is the checkpoint's own
+    compute: torch.dtype  # of 4-bit layers' products
+    timed: list[torch.dtype]  # the 16-bit ones that were timed to choose, which the log names
+    after_load: bool = False  # time the checkpoint's once the load has told it: its config.json doesn't
 
 
 def _choice(
@@ -273,17 +256,17 @@ def _choice(
 ) -> _Choice:
     if isinstance(dtype, torch.dtype):
         return _Choice([dtype], dtype, [])
-    if not _on_cpu(device_map):
+    if not _on_cpu(device_map):  # accelerators have 16-bit products, so nothing is timed
         return _Choice(["auto", *CASCADE], torch.bfloat16, [])
     config = _stored_config(model_id, kwargs)
     stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
     timed = [stored] if stored in SIXTEEN_BITS else []
     if (quantization or config.get("quantization_config")) and torch.bfloat16 not in timed:
         timed.append(torch.bfloat16)
-    faster = {each: faster_on_cpu(each) for each in timed}
+    faster = {dtype: faster_on_cpu(dtype) for dtype in timed}
     attempts = ["auto", *CASCADE]
     if faster.get(stored) is torch.float32:
-        attempts = [torch.float32, *(each for each in attempts if each is not torch.float32)]
+        attempts = [torch.float32, *(attempt for attempt in attempts if attempt is not torch.float32)]
     return _Choice(attempts, faster.get(torch.bfloat16, torch.bfloat16), timed, after_load=stored is None)
 
 
@@ -313,14 +296,14 @@ def _stored_config(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     if isinstance(kwargs.get("config"), transformers.PreTrainedConfig):
         return {"dtype": kwargs["config"].dtype}
-    where = {name: kwargs[name] for name in FINDS_CONFIG if name in kwargs}
-    config, _ = transformers.PreTrainedConfig.get_config_dict(model_id, **where)
+    options = {name: kwargs[name] for name in LOCATES if name in kwargs}
+    config, _ = transformers.PreTrainedConfig.get_config_dict(model_id, **options)
     return config
 
 
 def _on_cpu(device_map: Any) -> bool:
-    """Whether the whole model will be on the CPU, and stay there: where there is an accelerator, one that is loaded
-    without a device_map is moved to it, by `.to()` or a trainer, or by from_pretrained if it is quantised."""
+    """True if the whole model will be on the CPU, and stay there."""
+    # Beside an accelerator, a model without a device_map is moved to it: by `.to()`, a trainer, or from_pretrained.
     if torch.accelerator.current_accelerator() is None:
         return device_map is not None or torch.get_default_device().type == "cpu"
     devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
@@ -346,9 +329,9 @@ def _report(model_id: str, model: Any, timed: list[torch.dtype]) -> None:
         stored = f"4 bit ({quantization.quant_type}, computing in {quantization.compute_dtype}), all else in {stored}"
     elif quantization:
         stored = f"{quantization.quant_type} weights, all else in {stored}"
-    where = sorted({str(parameter.device) for parameter in model.parameters()})
-    why = f"; {product_times(*timed, torch.float32)}" if timed else ""
-    logger.info(f"loaded {model_id} in {stored}, on {', '.join(where)} of {'; '.join(devices())}{why}")
+    placed = sorted({str(parameter.device) for parameter in model.parameters()})
+    times = f"; {product_times(*timed, torch.float32)}" if timed else ""
+    logger.info(f"loaded {model_id} in {stored}, on {', '.join(placed)} of {'; '.join(devices())}{times}")
 
 
 def _name(dtype: Any) -> str:

@@ -16,8 +16,7 @@ from .kinds import is_bypassed
 from .layer import BaseLayer
 from .sharding import is_sharded
 
-Run = Callable[[Tensor], Tensor]
-"""From rows (n, d_in) to rows (n, d_out). Raises NotRunError."""
+Run = Callable[[Tensor], Tensor]  # from rows (n, d_in) to rows (n, d_out); raises NotRunError
 
 
 class NotRunError(Exception):
@@ -25,11 +24,12 @@ class NotRunError(Exception):
 
 
 class NoAnswerError(NotRunError):
-    """It wasn't run for a reason that says nothing of the layer: it wants more than rows, or memory ran out."""
+    """The forward didn't run, which tells nothing of the layer: it needs more than rows, or memory ran out."""
 
 
 def is_asked(layer: BaseLayer) -> bool:
     """False where the class says what is computed, or nothing can be run: bitsandbytes, meta, shards, experts."""
+    # A shard's forward is a collective call; that of bitsandbytes, in eval mode, may repack the weight for good.
     if layer.is_plain or layer.experts or is_bypassed(layer.module):
         return False
     weight = layer.stored
@@ -40,12 +40,9 @@ def is_asked(layer: BaseLayer) -> bool:
 
 @contextmanager
 def own_forward(layer: BaseLayer) -> Iterator[Run]:
-    """The layer's forward in eval mode, without gradients unless the block enables them, and without autocast.
-
-    Rows go in as a batch (1, n, d_in); where that doesn't work, as they are.
-    """
+    """The layer's forward in eval mode, without gradients unless the block enables them, and without autocast."""
     module = layer.module
-    batches: list[tuple[int, ...]] = [(1,), ()]
+    batches: list[tuple[int, ...]] = [(1,), ()]  # (1, n, d_in) as in a model; where that doesn't work, (n, d_in)
 
     def run(x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
         problems = []
@@ -57,17 +54,18 @@ def own_forward(layer: BaseLayer) -> Iterator[Run]:
             except NotRunError as problem:
                 problems.append(problem)
             else:
-                batches[:] = [batch]
+                batches[:] = [batch]  # one block compares outputs, so its rows all go in alike
                 return y[0] if batch else y
         raise problems[0]
 
     device = layer.stored.device
+    # A forward may draw random numbers even in eval mode; the user's next ones must not depend on a probe.
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     modes = {inner: inner.training for inner in module.modules()}
     with full_precision(module), torch.random.fork_rng(devices, device_type=kind):
         try:
             for inner in modes:
-                inner.training = False
+                inner.training = False  # not eval(): a class may do more in that than this could undo
             yield run
         finally:
             for inner, mode in modes.items():
@@ -83,7 +81,7 @@ def _run(module: Any, x: Float[Tensor, "*n i"], d_out: int) -> Float[Tensor, "*n
         pass
     shape = tuple(x.shape)
     try:
-        y = module.forward(x)
+        y = module.forward(x)  # not module(x), which would fire hooks: adapters', or FSDP's
     except torch.OutOfMemoryError as error:
         raise NoAnswerError(f"no memory is left for an input {shape}") from error
     except Exception as error:  # of any kind: the forward is anyone's

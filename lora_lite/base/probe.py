@@ -1,4 +1,4 @@
-"""What a layer computes that isn't a plain nn.Linear's product, found by running it on a few rows.
+"""Probes of layers that are no plain nn.Linear: each is run on a few rows, to see what it computes.
 
 Two questions. Is it x -> W x + b, so that a matrix stands for it? Does its backward give Wᵀu, so that what lies below
 it can be trained? A layer that rounds its activations too (torchao's dynamic int8, compressed-tensors' FP8_DYNAMIC)
@@ -19,20 +19,18 @@ from .layer import BaseLayer, layer_of
 from .own_forward import NotRunError, Run, is_asked, own_forward
 from .stacks import starred
 
+# The least departure from f(u + v) = f(u) + f(v) - f(0), beside f, that no rounding explains: TF32 has 10 bits, as
+# float16 has. Measured: 4e-7 in float32 and 6e-4 in float16 where exact, 5e-3 of int8 and 3.3e-2 of FP8 activations.
+# bfloat16's own rounding is 4e-3, so its limit is its eps, and int8 is found by SWALLOWED.
 BENT = 2.0**-10
-"""Least departure from f(u + v) = f(u) + f(v) - f(0), beside f, that no rounding explains: TF32 has 10 bits, as float16
-has. Measured: 4e-7 in float32 and 6e-4 in float16 where exact, 5e-3 of int8 and 3.3e-2 of FP8 activations. bfloat16's
-own rounding is 4e-3, so its limit is its eps, and int8 is found by SWALLOWED."""
-SWALLOWED = 0.5
-"""Which part of a small vector is lost beside a large one. Measured: 0.15 of rounding in bfloat16, 1 of int8."""
+SWALLOWED = 0.5  # least lost part of a small vector beside a large one. Measured: 0.15 in bfloat16, 1 with int8
+# The large vector has ±SPIKE at each PERIOD-th channel. The small one has ±1 at the others: half a step of an int8 that
+# reaches to SPIKE (256 / 127 = 2) is more. Activations are scaled by rows, or by groups of PERIOD channels or more.
 SPIKE, PERIOD = 256.0, 32
-"""The large vector has ±SPIKE at each PERIOD-th channel, the small one ±1 at the others, below half a step of int8
-that reaches to SPIKE. Activations are scaled by rows or by groups of PERIOD channels or more."""
+# The least error of a gradient that isn't noise. Measured: 4e-3 in bfloat16, 0.01 with int8 activations whose gradient
+# is straight-through, and 1 where rounding stops it.
 WRONG = 0.25
-"""Least error of a gradient that isn't noise. Measured: 4e-3 in bfloat16, 0.01 of int8 activations whose gradient is
-straight-through; 1 where rounding stops it."""
-ROWS = 8
-"""Random rows whose gradients are compared."""
+ROWS = 8  # random rows whose gradients are compared
 
 
 def check_affine(layer: BaseLayer) -> None:
@@ -99,30 +97,30 @@ def _listed(paths: Iterable[str]) -> str:
 
 
 def _bend(run: Run, layer: BaseLayer) -> str | None:
-    """How the layer departs from x -> W x + b, beyond rounding."""
+    """A sentence on how the layer departs from x -> W x + b, beyond rounding; None if it doesn't."""
     dtype, device, d_in = _dtype(layer), layer.stored.device, layer.d_in
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randint(-4, 5, (2, d_in), generator=generator).double()  # integers: u + v is exact in any dtype
     small = torch.randint(0, 2, (d_in,), generator=generator).double() * 2 - 1
     large = torch.zeros(d_in).double()
     small[::PERIOD], large[::PERIOD], large[:: 2 * PERIOD] = 0, SPIKE, -SPIKE
-    rows = torch.stack([u * 0, u, v, u + v, small, large, small + large]).to(device, dtype)
-    fs = run(rows)
+    rows = torch.stack([u * 0, u, v, u + v, small, large, small + large]).to(device, dtype)  # (7, d_in)
+    fs = run(rows)  # (7, d_out)
     f0, fu, fv, fuv, fsmall, flarge, fboth = fs.double()
-    alone = run(rows[1:2])[0].double()
+    alone = run(rows[1:2])[0].double()  # a scale for the whole batch would make it another than fu
     limit = max(BENT, torch.finfo(fs.dtype).eps, torch.finfo(dtype).eps)
     size = torch.stack([f0, fu, fv, fuv]).norm(dim=1).max()
     if (bent := (fuv - fu - fv + f0).norm() / size) > limit:
         return f"f(u + v) - f(u) - f(v) + f(0) is {float(bent):.2g} of f"
     if (lost := (fboth - fsmall - flarge + f0).norm() / (fsmall - f0).norm()) > SWALLOWED:
         return f"{float(lost):.2g} of small inputs is lost beside large ones"
-    if (apart := (alone - fu).norm() / size) > limit:
-        return f"the output of a row depends on the other rows, by {float(apart):.2g} of it"
+    if (difference := (alone - fu).norm() / size) > limit:
+        return f"the output of a row depends on the other rows, by {float(difference):.2g} of it"
     return None
 
 
 def _gradient(run: Run, layer: BaseLayer) -> str | None:
-    """How far the layer's backward is off Wᵀu, beyond noise, for the W that its forward shows in finite steps."""
+    """A sentence on a backward that is off Wᵀu by more than noise, for the W that the forward shows; else None."""
     dtype, device = _dtype(layer), layer.stored.device
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
@@ -137,7 +135,7 @@ def _gradient(run: Run, layer: BaseLayer) -> str | None:
             raise NotRunError(f"its backward fails: {brief(failure)}") from failure
         if gradient is None:
             return "no gradient passes it"
-    steps = (y.detach() - run(torch.zeros_like(x))).double()
+    steps = (y.detach() - run(torch.zeros_like(x))).double()  # W x of each row, without its bias: (ROWS, d_out)
     wanted = u.double() @ steps.mT  # (ROWS, ROWS): ⟨u, W x⟩ = ⟨Wᵀu, x⟩
     error = (gradient.double() @ x.detach().double().mT - wanted).norm() / wanted.norm()
     return f"the gradient of its input is {float(error):.0%} off" if error > WRONG else None
@@ -146,4 +144,4 @@ def _gradient(run: Run, layer: BaseLayer) -> str | None:
 def _dtype(layer: BaseLayer) -> torch.dtype:
     """The dtype of the layer's inputs, as far as its tensors say: codes have none."""
     tensors = [layer.stored, *layer.module.parameters(), *layer.module.buffers()]
-    return next((each.dtype for each in tensors if each.dtype in STORAGE_DTYPES), torch.float32)
+    return next((tensor.dtype for tensor in tensors if tensor.dtype in STORAGE_DTYPES), torch.float32)

@@ -34,22 +34,22 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def shape_of(tensor: Tensor) -> torch.Size:
     """The shape of the whole tensor."""
-    partitioned: Any = tensor
+    partitioned: Any = tensor  # its own shape is (0,) while the other processes hold the rest
     return torch.Size(partitioned.ds_shape) if is_partitioned(tensor) else tensor.shape
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; of a DTensor all shards, gathered by all processes together."""
-    sharded: Any = tensor
+    sharded: Any = tensor  # full_tensor() is a collective call: without one process the others wait forever
     return sharded.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def any_process(is_so: bool, device: torch.device) -> bool:
-    """Is it so in any process of those that train together? All of them ask, each with a tensor on its device."""
+def any_process(is_true: bool, device: torch.device) -> bool:
+    """Is it true in any of the processes that train together? All of them ask, each with a tensor on its device."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return is_so
-    count = torch.tensor(int(is_so), device=device)
-    torch.distributed.all_reduce(count)
+        return is_true
+    count = torch.tensor(int(is_true), device=device)  # NCCL reduces tensors on the GPU alone
+    torch.distributed.all_reduce(count)  # without it one process would raise, and the others wait in their next step
     return bool(count)
 
 
@@ -60,10 +60,12 @@ def has_master(tensor: Tensor) -> bool:
 
 @contextmanager
 def gathered(tensors: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
-    """Within the block, the parameters of ZeRO-3 among these are whole; all processes enter it together. With a
-    modifier_rank, what that process writes into them is afterwards so in all."""
+    """Within the block, the parameters of ZeRO-3 among these are whole. All processes enter and leave it together.
+
+    What the process modifier_rank writes into them reaches all others at the end; without one, writes are lost.
+    """
     partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
-    if not partitioned:
+    if not partitioned:  # the same in all processes, as a parameter is partitioned in all or in none
         yield
         return
     with sys.modules["deepspeed"].zero.GatheredParameters(partitioned, modifier_rank=modifier_rank):
@@ -74,7 +76,7 @@ def sharded_like(tensor: Tensor, value: Tensor) -> Tensor:
     """The value itself; where the tensor is a DTensor, this process's shard of it."""
     if not is_dtensor(tensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor  # a collective call: rank 0 scatters its values
 
     sharded: Any = tensor
     return distribute_tensor(value, sharded.device_mesh, sharded.placements)

@@ -9,12 +9,9 @@ from torch import nn
 
 from .kinds import size_of
 
-Modules = Mapping[str, nn.Module]
-"""All modules of a model by path, in order, as `named_modules` gives them."""
-Shapes = Mapping[str, tuple[int, int]]
-"""(d_in, d_out) of linear layers by path, in order."""
-Place = tuple[str | None, int | None]
-"""("model.layers.", 3): the stack, and the index of the block in it; (None, None) outside of every stack."""
+Modules = Mapping[str, nn.Module]  # all modules of a model by path, in order, as `named_modules` gives them
+Shapes = Mapping[str, tuple[int, int]]  # path -> (d_in, d_out) of linear layers, in order
+Place = tuple[str | None, int | None]  # ("model.layers.", 3): stack and index of the block; (None, None) in no stack
 
 _NUMBERED = re.compile(r"(?:^|(?<=\.))([^\W\d]\w*\.)(\d+)(?=\.)")
 _ENDS_IN_NUMBER = re.compile(r"(.*?)([0-9]+)")
@@ -25,8 +22,7 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 class Stacks:
     """The stacks of blocks of one model, none inside of another."""
 
-    depths: Mapping[str, int]
-    """Path of a stack, up to the numbers of its blocks (`model.layers.`) -> number of its blocks."""
+    depths: Mapping[str, int]  # path of a stack, up to its blocks' numbers (`model.layers.`) -> how many blocks it has
 
     def place(self, path: str) -> Place:
         """The place of a block, or of a layer inside of one."""
@@ -51,23 +47,21 @@ def place(path: str) -> Place:
     return (path[: match.start(2)], int(match[2])) if match else (None, None)
 
 
-def starred(path: str, at: Place | None = None) -> str:
-    """The path with a star for the block index: `model.layers.*.mlp`; `at` is its place, by default that of the path
-    alone."""
-    stack, block = place(path) if at is None else at
+def starred(path: str, where: Place | None = None) -> str:
+    """The path with a star for the block index: `model.layers.*.mlp`. By default its place is `place(path)`."""
+    stack, block = place(path) if where is None else where
     return path if stack is None else f"{stack}*{path[len(f'{stack}{block}') :]}"
 
 
 def layer_shapes(modules: Modules) -> dict[str, tuple[int, int]]:
     """(d_in, d_out) of every module with the shape of a linear layer, and of fused experts.
 
-    A shared module counts once, under its first path. What such a module holds inside (another library's adapter, say)
-    is its own affair and is left alone.
+    A shared module counts once, under its first path.
     """
     shapes: dict[str, tuple[int, int]] = {}
     within: str | None = None
     for path, module in modules.items():
-        if within is not None and path.startswith(within):
+        if within is not None and path.startswith(within):  # in a layer: other libraries' adapters
             continue
         size = size_of(module)
         if size is not None:
@@ -76,14 +70,9 @@ def layer_shapes(modules: Modules) -> dict[str, tuple[int, int]]:
 
 
 def find_stacks(modules: Modules, shapes: Shapes | None = None) -> Stacks:
-    """The stacks of a model. `shapes` is what `layer_shapes` gives for it.
+    """The stacks of a model; `shapes` is what `layer_shapes` gives for it.
 
-    A stack is a module whose children are numbered and are no linear layers themselves: an nn.ModuleList of any classes
-    (Jamba's two kinds of decoder layers), or any other module of children of one class. Of an nn.Sequential or an
-    nn.ModuleDict the names may be one prefix with numbers (`encoder_layer_0`), which then belongs to the stack's name.
-    At least one child must be a block: it holds two linear layers or more, and it normalises, or its last layer gives
-    back the width that its first one takes. So neither q, k and v in a list, nor a head's list of linear layers, nor a
-    list of such heads is a stack. Of nested ones (stages of blocks, experts in a block) the outermost counts.
+    A stack is a list of numbered modules that are no linear layers themselves; at least one of them is a block.
     """
     inside: dict[str, list[tuple[int, int]]] = defaultdict(list)  # numbered module -> the layers that it holds
     shapes = layer_shapes(modules) if shapes is None else shapes
@@ -100,17 +89,19 @@ def find_stacks(modules: Modules, shapes: Shapes | None = None) -> Stacks:
     depths: dict[str, int] = {}
     for path, layers in sorted(inside.items(), key=lambda item: item[0].count(".")):
         *outer, (parent, _, _) = _numbers(path)
+        # A block holds two layers or more and normalises, or gives back the width that it takes. So neither q, k and v
+        # in a list, nor a head's list of linear layers, nor a list of such heads is a stack.
         is_block = len(layers) > 1 and (path in normed or layers[0][0] == layers[-1][1])
-        nested = any(each in depths for each, _, _ in outer)
-        if is_block and not nested and parent not in depths:
+        # Fewest dots come first, so of nested stacks (stages of blocks, experts in a block) the outermost counts.
+        is_nested = any(stack in depths for stack, _, _ in outer)
+        if is_block and not is_nested and parent not in depths:
             numbers = _listed(parent, modules, shapes)
-            depths |= {parent: 1 + max(numbers)} if numbers else {}
+            depths |= {parent: 1 + max(numbers)} if numbers else {}  # not len: there may be gaps
     return Stacks(depths)
 
 
 def _numbers(path: str) -> Iterator[tuple[str, int, str]]:
-    """(`model.layers.`, 3, `model.layers.3`) for each part of a path that ends in a number, but the first: the model
-    itself is no stack."""
+    """(`model.layers.`, 3, `model.layers.3`) for each part of a path, after the first, that ends in a number."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if i and (match := _ENDS_IN_NUMBER.fullmatch(part)):
@@ -122,7 +113,9 @@ def _listed(parent: str, modules: Modules, shapes: Shapes) -> list[int]:
     path, _, prefix = parent.rpartition(".")
     holder = modules[path]
     children = {name: child for name, child in holder._modules.items() if child is not None}
+    # An nn.ModuleList is a list whatever its classes are: Jamba has two kinds of decoder layers.
     equal = isinstance(holder, nn.ModuleList) or len({type(child) for child in children.values()}) == 1
+    # A prefix (`encoder_layer_0`) is a list's only in a container: attributes layer1 and layer2 may be anything.
     named = not prefix or isinstance(holder, nn.Sequential | nn.ModuleDict)
     matches = [_ENDS_IN_NUMBER.fullmatch(name) for name in children if f"{path}.{name}" not in shapes]
     numbers = [int(match[2]) for match in matches if match and match[1] == prefix]
@@ -131,5 +124,5 @@ def _listed(parent: str, modules: Modules, shapes: Shapes) -> list[int]:
 
 def _is_norm(module: nn.Module) -> bool:
     """True for torch's norms, and for what holds vectors alone: other norms, scales of layers."""
-    own = [p for p in module._parameters.values() if p is not None]
-    return isinstance(module, NORMS) or (bool(own) and all(p.ndim == 1 for p in own))
+    tensors = [p for p in module._parameters.values() if p is not None]
+    return isinstance(module, NORMS) or (bool(tensors) and all(p.ndim == 1 for p in tensors))

@@ -13,8 +13,7 @@ from .bitsandbytes import layout_kept
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """Within the block: eval mode, no gradients, 4-bit layouts kept; modes and random states are afterwards as they
-    were."""
+    """Within the block: eval mode, no gradients, 4-bit layouts kept. Modes and random states are restored after it."""
     modes = {module: module.training for module in model.modules()}
     with random_kept(model), layout_kept(model):
         try:
@@ -23,21 +22,20 @@ def still(model: nn.Module) -> Iterator[None]:
                 yield
         finally:
             for module, mode in modes.items():
-                module.training = mode
+                module.training = mode  # not train(mode), which sets the children too: each has a mode of its own
 
 
 @contextmanager
 def random_kept(model: nn.Module) -> Iterator[None]:
-    """The states of torch's generators on the model's devices, of numpy's (SpecAugment, LayerDrop) and of Python's are
-    afterwards as they were."""
+    """Restore after the block the random states of torch, of numpy (SpecAugment, LayerDrop) and of Python."""
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cuda"
     numpy = sys.modules.get("numpy")  # what nobody has imported, nobody draws from
-    before = random.getstate(), None if numpy is None else numpy.random.get_state()
+    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
     with torch.random.fork_rng(sorted(d.index or 0 for d in devices), device_type=kind):
         try:
             yield
         finally:
-            random.setstate(before[0])
+            random.setstate(python_state)
             if numpy is not None:
-                numpy.random.set_state(before[1])
+                numpy.random.set_state(numpy_state)

@@ -20,27 +20,23 @@ from .kinds import Kind
 if TYPE_CHECKING:
     from .layer import BaseLayer
 
-ROWS = 256
-"""Rows of a dense weight that are cast at a time."""
-SAMPLES = 4
-"""Stored elements of each tensor of a target's weight that tell one base from another."""
+ROWS = 256  # of a dense weight that are cast at a time: a whole copy in t's dtype would double the weight's memory
+SAMPLES = 4  # stored elements of each tensor of a target's weight that tell one base from another
+Bias = Float[Tensor, "o"] | None
 
 
 @dataclass(frozen=True)
 class Quantization:
     """How a model was quantised, as an adapter's file records it."""
 
-    method: str
-    """ "bitsandbytes-4bit", "bitsandbytes-8bit", the name of another one, or "unknown"."""
-    quant_type: str
-    """ "nf4", "fp4", "int8", or what describes it."""
+    method: str  # "bitsandbytes-4bit", "bitsandbytes-8bit", the name of another one, or "unknown"
+    quant_type: str  # "nf4", "fp4", "int8", or the description of an unknown one
     blocksize: int | None = None
     double_quant: bool = False
     # These leave a weight's values as they are, so two quantisations are equal whatever they say.
     compute_dtype: str | None = field(default=None, compare=False)
     weight_dtype: str | None = field(default=None, compare=False)
-    modules: list[str] = field(default_factory=list, compare=False)
-    """Paths of the quantised layers."""
+    modules: list[str] = field(default_factory=list, compare=False)  # paths of the quantised layers
 
 
 class Storage:
@@ -49,10 +45,8 @@ class Storage:
     A subclass says `holds`, `describe` and `dense`; what else it can do better than these defaults, it overrides.
     """
 
-    is_dense = False
-    """The stored numbers are the weight."""
-    is_known = True
-    """Its numbers can be read."""
+    is_dense = False  # the stored numbers are the weight
+    is_known = True  # its numbers can be read
 
     def holds(self, module: Any, kind: Kind) -> bool:
         """Is this module's weight stored so?"""
@@ -76,16 +70,14 @@ class Storage:
             return spread(layer.stored)
 
     def record(self, layer: "BaseLayer") -> Quantization:
-        """What an adapter's file says of it; its numbers are the same wherever that is the same."""
+        """The record in an adapter's file. Where two records are equal, equal stored elements mean equal weights."""
         return Quantization("unknown", self.describe(layer))
 
     def compute_dtype(self, layer: "BaseLayer") -> torch.dtype | None:
         """The dtype that the layer multiplies in; None where that is its input's."""
         return None
 
-    def requantized(
-        self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None
-    ) -> nn.Module:
+    def requantized(self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Bias) -> nn.Module:
         """A module with these tensors, quantised as this layer is. Raises QuantizedWeightError where that can't be."""
         raise QuantizedWeightError(
             f'{layer.path}: a {layer.describe()} weight can\'t be quantised again here\n  use quantized="dequantize"'
@@ -108,11 +100,12 @@ class Dense(Storage):
 
     def holds(self, module: Any, kind: Kind) -> bool:
         weight = kind.stored(module)
+        # Not isinstance: a quantiser's subclass of Tensor may hold codes and name the dtype of the original weight.
         plain = type(weight) in (Tensor, nn.Parameter) or sharding.is_dtensor(weight)
         if not plain or weight.dtype not in STORAGE_DTYPES:
             return False
         d_in, d_out, _ = kind.size(module) or (0, 0, 0)
-        shape = (d_in, d_out) if kind.lies_transposed(module) else (d_out, d_in)
+        shape = (d_in, d_out) if kind.lies_transposed(module) else (d_out, d_in)  # packed codes have another one
         return weight.shape[-2:] == shape or sharding.shape_of(weight)[-2:] == shape
 
     def describe(self, layer: "BaseLayer") -> str:
@@ -121,7 +114,7 @@ class Dense(Storage):
     def dense(self, layer: "BaseLayer", expert: int | None) -> Float[Tensor, "o i"]:
         with sharding.gathered([layer.stored]):
             weight = sharding.whole(layer.weight(expert))
-            return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)  # callers may write into it
 
     def linear(self, layer: "BaseLayer", t: Float[Tensor, "*b i"], expert: int | None) -> Float[Tensor, "*b o"]:
         weight = layer.weight(expert)
@@ -150,8 +143,7 @@ class Unknown(Storage):
 
 
 DENSE, UNKNOWN = Dense(), Unknown()
-STORAGES: list[Storage] = [DENSE, UNKNOWN]
-"""Every way of storing a weight; the first that holds a module's is its own."""
+STORAGES: list[Storage] = [DENSE, UNKNOWN]  # the first that holds a module's weight is its own; UNKNOWN holds any
 
 
 def linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
@@ -167,5 +159,5 @@ def spread(tensor: Tensor) -> list[float]:
 
 @cache
 def spread_places(numel: int) -> list[int]:
-    """Which elements of a flat tensor are looked at."""
+    """The indices of the elements of a flat tensor that are looked at."""
     return torch.linspace(0, numel - 1, min(SAMPLES, numel), dtype=torch.float64, device="cpu").long().tolist()
