@@ -19,7 +19,7 @@ from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
 from .names import check_shapes
-from .state import AdapterState, Session, Site, check_unmerged, session_at, session_of, sites_of
+from .state import AdapterState, Site, check_unmerged, session_at, session_of, sites_of
 from .targets import Target
 from .validate import is_number
 from .variant import check_takes_data, lookup
@@ -83,8 +83,10 @@ class Adapter:
         """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers
         but those where `per_layer` sets them; with calibration_data, compute it anew from that.
 
-        Raises ConfigError for another field or a bad value, and what attach raises for the data; the adapter is then as
-        it was.
+        Raises:
+            ConfigError: for another field, a bad value, or data that the method doesn't take.
+            TargetError: while it is merged.
+            After these, and after what the variant's own code raises, the adapter is as it was.
         """
         self._check_unmerged("configure")
         state, variant = self._state, lookup(self.variant)
@@ -100,17 +102,17 @@ class Adapter:
         self._use(new)
         views = self.views()
         # New data fills tensors that a failure must put back; a changed field alone can be undone by a refresh.
-        kept = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}
+        before = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}
         with torch.no_grad():
             try:
                 if calibration_data is not None:
                     with scaled(self._model, 0.0, self.name):
                         variant.group_init(self._model, views, new, calibration_data)
                 variant.refresh(views, new)
-            except BaseException:
+            except BaseException:  # Ctrl-C in a long calibration, too
                 self._use(old)
-                if kept:
-                    self.load_state_dict(kept)
+                if before:
+                    self.load_state_dict(before)
                 else:
                     variant.refresh(self.views(), old)
                 raise
@@ -119,10 +121,8 @@ class Adapter:
     def is_sharded(self) -> bool:
         """True once fully_shard or ZeRO-3 has taken its parameters or its layers' weights: all processes save it
         together."""
-        weights = (site.base.stored for site in self._state.sites)
-        return any(map(sharding.is_sharded, weights)) or any(
-            sharding.is_sharded(tensor) for _, tensor in self.named_tensors()
-        )
+        weights = [site.base.stored for site in self._state.sites]
+        return any(map(sharding.is_sharded, [*weights, *dict(self.named_tensors()).values()]))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""
@@ -132,9 +132,7 @@ class Adapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable tensors, for an optimiser."""
-        for _, tensor in self.named_tensors():
-            if isinstance(tensor, nn.Parameter):
-                yield tensor
+        return (tensor for _, tensor in self.named_tensors() if isinstance(tensor, nn.Parameter))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor by its key in a file, detached; a sharded one stays sharded."""
@@ -144,8 +142,10 @@ class Adapter:
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in place: an optimiser keeps its parameters, and a sharded one takes its shard.
 
-        Raises CheckpointError, before anything is copied, unless keys and shapes are exactly this adapter's, and where
-        ZeRO-3's optimizer would undo it.
+        Raises:
+            CheckpointError: before anything is copied, unless keys and shapes are exactly this adapter's, and where
+                ZeRO-3's optimizer would undo it.
+            TargetError: while it is merged.
         """
         self._check_unmerged("load values")
         mine = dict(self.named_tensors())
@@ -155,7 +155,7 @@ class Adapter:
                 f"  load values before the trainer or deepspeed.initialize, or resume from DeepSpeed's own checkpoint"
             )
         check_shapes(tensors, self.specs(), f"adapter {self.name!r}")
-        with sharding.gathered(mine.values(), modifier_rank=0):
+        with sharding.gathered(mine.values(), modifier_rank=0):  # ZeRO-3: whole for the copy, then parted again
             for key, tensor in mine.items():
                 tensor.copy_(sharding.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
 
@@ -165,7 +165,7 @@ class Adapter:
 
     def sites(self) -> Iterator[Site]:
         """Each adapted layer that is still in the model, and not something else in its place."""
-        merged: list[Any] = [swap.before for swap in self._session.merged]
+        merged: list[Any] = [swap.before for swap in session_at(self._model).merged]  # may be put back
         present = {id(module) for module in (*self._model.modules(), *merged)}
         return (site for site in self._state.sites if id(site.module) in present and self.name in sites_of(site.module))
 
@@ -177,10 +177,9 @@ class Adapter:
         """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""
         views: dict[str, Layer] = {}
         for site in self._state.sites:  # no walk over the model: a search changes the config at every trial
-            if not site.stacked:
-                views[site.path] = Layer(site.module, site)
-            for i in range(site.target.experts) if site.stacked else ():
-                views[f"{site.path}[{i}]"] = Layer(site.module, site, expert=i)
+            for expert in range(site.target.experts) if site.stacked else [None]:
+                path = site.path if expert is None else f"{site.path}[{expert}]"
+                views[path] = Layer(site.module, site, expert=expert)
         return views
 
     def counts(self) -> str:
@@ -191,26 +190,22 @@ class Adapter:
 
     def _check_unmerged(self, what: str) -> None:
         if self._state.merged:
-            check_unmerged(self._session, what)
+            check_unmerged(session_at(self._model), what)
 
     def _use(self, cfg: Any) -> None:
         """Make this the config, and at each layer the one with the fields that differ there. Raises ConfigError."""
         state = self._state
-        configs = [cfg.with_overrides(site.overrides) for site in state.sites]
+        configs = [cfg.with_overrides(site.overrides) for site in state.sites]  # all, before one is set
         state.cfg = cfg
         for site, at_layer in zip(state.sites, configs, strict=True):
             site.cfg = at_layer
 
     @property
     def _state(self) -> AdapterState:
-        session = self._session
-        if self.name not in session.adapters:
+        state = session_at(self._model).adapters.get(self.name)  # asked each time: it may be detached meanwhile
+        if state is None:
             raise TargetError(_not_attached(self.name, self._model))
-        return session.adapters[self.name]
-
-    @property
-    def _session(self) -> Session:
-        return session_at(self._model)
+        return state
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -246,17 +241,19 @@ def scaled(model: nn.Module, c: float | int, name: str | None = None) -> Iterato
     (not where a compiled module stands inside of an eager checkpoint: call backward inside the block there). Where that
     can't be known, with several threads or a checkpoint inside of a reentrant one, it raises ConfigError.
 
-    Raises ConfigError unless c is finite, TargetError for an unknown name.
+    Raises:
+        ConfigError: unless c is finite.
+        TargetError: for an unknown name, or an adapter that is merged.
     """
     c, session = _finite(c), session_of(model)[1]
-    if name is not None and name not in session.adapters:
+    states = [state for state in session.adapters.values() if name in (None, state.name)]
+    if name is not None and not states:
         raise TargetError(_not_attached(name, model))
-    names = list(session.adapters) if name is None else [name]
-    if any(session.adapters[each].merged for each in names):
+    if any(state.merged for state in states):
         check_unmerged(session, "change the scale")
     before: list[tuple[AdapterState, tuple[float, int]]] = []
     try:
-        for state in [session.adapters[each] for each in names]:
+        for state in states:
             before.append((state, state.set_scale(c)))
         yield
     finally:

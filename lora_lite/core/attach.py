@@ -1,6 +1,6 @@
 """Attach and detach: the transaction that puts an adapter's tensors and hooks on the layers of a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..base.fingerprint import base_record
 from ..base.kinds import EXPERTS
 from ..base.probe import check_gradients
 from ..errors import ConfigError, TargetError
-from .adapter import Adapter, get_adapter, scaled
+from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_config, resolve
@@ -22,6 +22,7 @@ from .state import (
     BaseChange,
     Session,
     Site,
+    Tensors,
     add_site,
     check_unmerged,
     drop_site,
@@ -40,11 +41,13 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
 
     The adapter's tensors become parameters and buffers of the layers, named `lora_*`, or `lora_*__<name>` for a
     name other than "default". Several adapters stack; they apply in the order attached, and the `forward` of each
-    sees the x that the layer itself saw. `calibration_data` goes to the variant's `group_init`.
+    sees the x that the layer itself saw. `calibration_data` goes to the variant's `group_init`. Give the whole model:
+    4-bit layers outside the part that is given stay free to repack (lora_lite/base/bitsandbytes.py).
 
-    Raises ConfigError, VariantError, TargetError, QuantizedWeightError or BaseModelError, and whatever a variant's
-    own code raises; the model is then exactly as it was. Give the whole model: 4-bit layers outside the part that is
-    given stay free to repack (lora_lite/base/bitsandbytes.py).
+    Raises:
+        ConfigError, VariantError: for a config, name or data that the method can't take.
+        TargetError, QuantizedWeightError, BaseModelError: for a model or a layer that can't carry the adapter.
+        After these, and after whatever a variant's own code raises, the model is exactly as it was.
     """
     variant, root = lookup(checked_config(cfg).variant), attachable(model)
     if needs_data(cfg) and calibration_data is None:
@@ -55,10 +58,10 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
     sites = resolve(selection, cfg)
     with installed(root, cfg, name, sites) as adapter, torch.no_grad():
         if not selection.all_plain and next(adapter.parameters(), None) is not None:
-            check_gradients(root, adapter.targets)
+            check_gradients(root, adapter.targets)  # a layer that rounds may pass none, or wrong ones
         views = adapter.views()
         for view in views.values():
-            variant.init(view, view.cfg)
+            variant.init(view, view.cfg)  # all layers have theirs before group_init, which sees them together
         if variant.group_init is not Variant.group_init:
             with scaled(root, 0.0, name):  # the model runs without the adapter
                 variant.group_init(root, views, cfg, calibration_data)
@@ -73,35 +76,32 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter off, or all: outputs, state_dict keys, hooks and requires_grad are as before attach.
 
-    Raises TargetError for an unknown name, or where fully_shard or ZeRO-3 manages the parameters.
+    Raises:
+        TargetError: for an unknown name, or where fully_shard or ZeRO-3 manages the parameters.
     """
     root, session = session_of(model)
     check_unmerged(session, "detach")
-    names = list(session.adapters) if name is None else [get_adapter(model, name).name]
-    for each in names:
-        if Adapter(root, each).is_sharded:
+    leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
+    for adapter in leaving:  # before anything changes
+        if adapter.is_sharded:
             raise TargetError(
-                f"adapter {each!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
+                f"adapter {adapter.name!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
                 f"  use lora_lite.disabled(model), or load the base again"
             )
-    for site in [site for each in names for site in Adapter(root, each).sites()]:
+    for site in [site for adapter in leaving for site in adapter.sites()]:
         uninstall(site.module, site.state.name)
-    if len(names) == len(session.adapters):
+    if len(leaving) == len(session.adapters):  # the base is read-only until the last one goes
         for change in list(session.changes):
             _undo(session, change)
-    for each in names:
-        _forget(root, session, each)
-    logger.info(f"detached {', '.join(names) or 'nothing'} from {type(root).__name__}")
+    for adapter in leaving:
+        _forget(root, session, adapter.name)
+    names = ", ".join(adapter.name for adapter in leaving) or "nothing"
+    logger.info(f"detached {names} from {type(root).__name__}")
 
 
 @contextmanager
 def installed(
-    root: nn.Module,
-    cfg: BaseConfig,
-    name: str,
-    sites: list[Site],
-    tensors: Mapping[str, Tensor] | None = None,
-    scale: float = 1.0,
+    root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], tensors: Tensors | None = None, scale: float = 1.0
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
@@ -114,9 +114,9 @@ def installed(
     check_name(name, session, type(root).__name__)
     check_free(sites)
     check_unmerged(session, "attach another adapter")
-    adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}
+    adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}  # they stay trainable
     trainable = (p for p in root.parameters() if p.requires_grad and id(p) not in adapted)
-    change = BaseChange(trainable, repackable(root).values())
+    change = BaseChange(trainable, repackable(root).values())  # not of targets alone: gradients pass the others too
 
     with torch.inference_mode(False), ExitStack() as undo:  # tensors of inference mode could never be trained
         undo.callback(_forget, root, session, name)
@@ -134,9 +134,7 @@ def installed(
 
 
 @contextmanager
-def reinstalled(
-    root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], tensors: Mapping[str, Tensor]
-) -> Iterator[Adapter]:
+def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], tensors: Tensors) -> Iterator[Adapter]:
     """As `installed`, of an adapter that is attached: it gets this config, these sites and new tensors at its place
     in the order, and keeps its scale. As it was again if the block raises. `root` is what `attachable` gave."""
     session = session_at(root)
@@ -155,7 +153,7 @@ def reinstalled(
                 undo.callback(uninstall, site.module, name)
                 _install(site, tensors)
             else:
-                undo.callback(_exchange, old, dict(old.tensors()))
+                undo.callback(_exchange, old, dict(old.tensors()))  # the same objects: an optimiser may know them
                 _exchange(site, {tensor: _value(site, tensor, tensors) for tensor in site.specs})
                 state.sites.append(site)
         yield Adapter(root, name)
@@ -163,7 +161,7 @@ def reinstalled(
     modules = [site.module for site in sites]
     for site in before.sites:
         if site.module not in modules:
-            uninstall(site.module, name)
+            uninstall(site.module, name)  # only now: nothing after it can fail, so nothing has to put it back
 
 
 def uninstall(module: nn.Module, name: str) -> None:
@@ -173,20 +171,20 @@ def uninstall(module: nn.Module, name: str) -> None:
         return
     for handle in site.handles:
         handle.remove()
-    EXPERTS.restore(module)
+    EXPERTS.restore(module)  # a forward that was interrupted may have left changed matrices
     _drop_tensors(site)
 
 
 def _state(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], scale: float) -> AdapterState:
     """The state that new sites share."""
-    base = base_record(root, [site.base for site in sites])
+    base = base_record(root, [site.base for site in sites])  # at attach: a later edit or shard can't falsify it
     state = AdapterState(name, cfg, base, scale, is_first=lookup(cfg.variant).leads)
     for site in sites:
         site.state = state
     return state
 
 
-def _install(site: Site, tensors: Mapping[str, Tensor] | None) -> None:
+def _install(site: Site, tensors: Tensors | None) -> None:
     add_site(site)
     site.state.sites.append(site)
     for name in site.specs:
@@ -197,14 +195,14 @@ def _install(site: Site, tensors: Mapping[str, Tensor] | None) -> None:
         register_hooks(other)
 
 
-def _value(site: Site, name: str, tensors: Mapping[str, Tensor] | None) -> Tensor:
+def _value(site: Site, name: str, tensors: Tensors | None) -> Tensor:
     """The first value of a tensor: from a file, or as its ParamSpec says."""
     spec, device = site.specs[name], site.base.stored.device
     if tensors is None:
         value = torch.empty(spec.shape, dtype=site.cfg.dtype, device=device)
         spec.fill(value)
     else:
-        value = tensors[site.key(name)].to(device)
+        value = tensors[site.key(name)].to(device)  # the layer's: with a device_map they differ
     return nn.Parameter(value) if spec.trainable else value
 
 
@@ -215,12 +213,12 @@ def _hold(site: Site, name: str, value: Tensor) -> None:
         site.module.register_buffer(site.attribute(name), value)
 
 
-def _exchange(site: Site, values: Mapping[str, Tensor]) -> None:
+def _exchange(site: Site, values: Tensors) -> None:
     """Put a site with these tensors in the place of the one that its adapter has at the layer, under the same hooks."""
-    there = sites_of(site.module)[site.state.name]
-    site.handles = there.handles
+    before = sites_of(site.module)[site.state.name]
+    site.handles = before.handles  # a hook finds its site by the adapter's name, so it needs no registering
     add_site(site)
-    _drop_tensors(there)
+    _drop_tensors(before)
     for name, value in values.items():
         _hold(site, name, value)
 

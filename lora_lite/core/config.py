@@ -55,11 +55,8 @@ class BaseConfig:
     FILTERS: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names", "target_roles", "layers", "layer_range")
     REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
-    """Fields that are one for all layers."""
-    ADDED_LATER: ClassVar[tuple[str, ...]] = ()
-    """Fields that files of earlier versions lack: they have the default."""
-    FUSED_EXPERTS: ClassVar[bool] = False
-    """True for a method that can go on the fused experts of a mixture-of-experts block."""
+    ADDED_LATER: ClassVar[tuple[str, ...]] = ()  # fields that files of earlier versions lack: they have the default
+    FUSED_EXPERTS: ClassVar[bool] = False  # can it go on the fused experts of a mixture-of-experts block?
 
     def __post_init__(self) -> None:
         for name in self.FILTERS:
@@ -72,12 +69,14 @@ class BaseConfig:
             else:
                 self.require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
         for member in fields(self):
-            if isinstance(member.default, enum.Enum):
-                self._as_member(member.name, type(member.default))
+            if isinstance(member.default, enum.Enum):  # a file, or a user, gives the value of one
+                value, values = getattr(self, member.name), [choice.value for choice in type(member.default)]
+                self.require(value in values, member.name, f"one of {values}")
+                object.__setattr__(self, member.name, type(member.default)(value))
         self.require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
         self.require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
         if self.layers is not None:
-            ok = bool(self.layers) and all(type(i) is int for i in self.layers)
+            ok = bool(self.layers) and all(type(i) is int for i in self.layers)  # a bool is an int to isinstance
             self.require(ok, "layers", "one or more block indices")
         if self.layer_range is not None:
             ok = len(self.layer_range) == 2 and all(map(is_number, self.layer_range))
@@ -97,7 +96,7 @@ class BaseConfig:
                 checked[pattern] = self.checked_overrides(overrides)
             except ConfigError as error:
                 raise ConfigError(f"per_layer[{pattern!r}]: {error}") from error
-        object.__setattr__(self, "per_layer", checked)
+        object.__setattr__(self, "per_layer", checked)  # a copy: the caller may change the dict that was given
 
     def with_overrides(self: Config, overrides: Mapping[str, Any]) -> Config:
         """The config of a layer where these fields differ. Raises ConfigError; a file's regexes aren't compiled."""
@@ -126,11 +125,6 @@ class BaseConfig:
                 self.require(compiles(pattern), name, "regexes that compile")
         self.require(all(map(compiles, self.per_layer)), "per_layer", "regexes that compile")
 
-    def _as_member(self, field: str, choices: type[enum.Enum]) -> None:
-        values = [choice.value for choice in choices]
-        self.require(getattr(self, field) in values, field, f"one of {values}")
-        object.__setattr__(self, field, choices(getattr(self, field)))
-
     def require(self, ok: bool, field: str, wanted: str) -> None:
         if not ok:
             got = getattr(self, field)
@@ -145,12 +139,15 @@ class BaseConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """The config that `to_dict` wrote. An unknown or missing field raises ConfigError.
+        """The config that `to_dict` wrote.
 
         Its regexes may be anyone's: they aren't compiled, which can take minutes. `attach` and `plan` do that.
+
+        Raises:
+            ConfigError: for a field that is unknown, missing or not valid.
         """
         later = {f.name: to_json(f.default) for f in fields(cls) if f.name in cls.ADDED_LATER}
-        values = {"per_layer": {}, **later, **values}
+        values = {"per_layer": {}, **later, **values}  # to_dict leaves an empty per_layer out
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ConfigError(
@@ -160,7 +157,7 @@ class BaseConfig:
         dtypes = {dtype_name(dtype): dtype for dtype in STORAGE_DTYPES}
         if values["dtype"] not in dtypes:
             raise ConfigError(f"{cls.__name__}: stored dtype {values['dtype']!r}: wanted one of {sorted(dtypes)}")
-        regexes = {name: values[name] for name in cls.REGEXES}
+        regexes = {name: values[name] for name in cls.REGEXES}  # set past the check that compiles them
         bare = {"dtype": dtypes[values["dtype"]], "per_layer": {}, **dict.fromkeys(cls.REGEXES, ())}
         config = cls(**{**values, **bare})
         object.__setattr__(config, "per_layer", values["per_layer"])

@@ -18,10 +18,8 @@ from .layer import Layer
 from .state import Site
 from .variant import lookup
 
-COLUMNS = 128
-"""Unit vectors that go through the hooks at a time."""
-ROWS = 512
-"""Rows of a weight that are cast at a time for a product with it."""
+COLUMNS = 128  # unit vectors that go through the hooks at a time
+ROWS = 512  # of a weight are cast at a time for a product: never a copy of it whole
 
 
 class Affine:
@@ -41,13 +39,13 @@ class Affine:
         self.dtype, self.device = dtype, device
         self.d_in, self.d_out = sites[0].target.d_in, sites[0].target.d_out
         self._views, self._no_bias = views(dtype), views(dtype, bias=None)
-        _check_affine(views(torch.float64, bias=None), self.d_in, self.d_out, device)
+        _check_affine(views(torch.float64, bias=None), self.d_in, self.d_out, device)  # rounding would look like a bend
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n i"], product: Callable[[Tensor], Tensor]) -> Float[Tensor, "n o"]:
         """W' x + b' itself, with the layer's own x -> W x + b given."""
-        x = _inputs(self._views, x)
-        return _outputs(self._views, x, product(x))
+        x = _inputs(self._views, x)  # (n, i)
+        return _outputs(self._views, x, product(x))  # (n, o)
 
     def columns(self, weight: Float[Tensor, "o i"]) -> Iterator[tuple[int, int, Float[Tensor, "o n"]]]:
         """(start, stop, W'[:, start:stop]) for all of W'; only these columns of W are read if `is_columnwise`."""
@@ -68,26 +66,29 @@ class Affine:
     @torch.no_grad()
     def _origin(self, weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor, Tensor]:
         """The images of 0: the input, the layer's output for it, the adapters' output."""
-        x = _inputs(self._no_bias, self._unit(0, 1).zero_())
-        y = _product(x, weight) if x.any() else x.new_zeros(1, self.d_out)
+        x, y = self._at_zero(self._no_bias, lambda: weight)
         return x, y, _outputs(self._no_bias, x, y)
+
+    def _at_zero(self, views: Sequence[Layer], weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """The adapters' input for x = 0, and W times that; W is read only if a method moves its input."""
+        x = _inputs(views, torch.zeros(1, self.d_in, dtype=self.dtype, device=self.device))  # (1, i)
+        return x, _product(x, weight()) if x.any() else x.new_zeros(1, self.d_out)  # (1, o)
 
     @torch.no_grad()
     def _columns(
         self, weight: Float[Tensor, "o i"], start: int, stop: int, x0: Tensor, y0: Tensor, offset: Tensor
     ) -> Float[Tensor, "o n"]:
-        e = self._unit(start, stop)
-        x = _inputs(self._no_bias, e)
+        e = self._unit(start, stop)  # (n, i), row k is e_(start + k)
+        x = _inputs(self._no_bias, e)  # (n, i)
         if x is e:  # the cheap and common case: the layer's product is the weight as it is
             y = weight[:, start:stop].to(self.dtype).mT  # (n, o): W e_j is column j
         else:
             # Scaled channels scale columns of W; only an input that was mixed needs a real product.
-            factors = _channel_scale(x - x0, start)
-            y = (
-                _product(x - x0, weight)
-                if factors is None
-                else weight[:, start:stop].to(self.dtype).mT * factors[:, None]
-            )
+            factors = _channel_scale(x - x0, start)  # (n,)
+            if factors is None:
+                y = _product(x - x0, weight)  # (n, o)
+            else:
+                y = weight[:, start:stop].to(self.dtype).mT * factors[:, None]  # (n, o)
         # Zeros are not added: a sum with them would still round in the dtype of the other side.
         y = _outputs(self._no_bias, x, y + y0 if y0.any() else y)
         return (y - offset if offset.any() else y).mT
@@ -95,9 +96,8 @@ class Affine:
     @torch.no_grad()
     def bias(self, bias: Float[Tensor, "o"] | None, weight: Callable[[], Tensor]) -> Float[Tensor, "o"] | None:
         """b', what comes out for x = 0; None if that is nothing and the layer has no bias. Seldom asks for W."""
-        x = _inputs(self._views, self._unit(0, 1).zero_())
-        y = _product(x, weight()) if x.any() else x.new_zeros(1, self.d_out)
-        new = _outputs(self._views, x, y if bias is None else y + bias.to(self.dtype))[0]
+        x, y = self._at_zero(self._views, weight)
+        new = _outputs(self._views, x, y if bias is None else y + bias.to(self.dtype))[0]  # (o,)
         return None if bias is None and not new.any() else new
 
     @torch.no_grad()
@@ -110,13 +110,10 @@ class Affine:
     def is_columnwise(self) -> bool:
         """Does each column of W' depend on the same column of W alone: is every input at most scaled by channel?"""
         if all(lookup(view.cfg.variant).forward_input is None for view in self._no_bias):
-            return True
+            return True  # known without a call: the input reaches the layer as it is
         x0 = _inputs(self._no_bias, self._unit(0, 1).zero_())
-        columnwise = (
-            _channel_scale(_inputs(self._no_bias, self._unit(*block)) - x0, block[0]) is not None
-            for block in self._blocks()
-        )
-        return not x0.any() and all(columnwise)
+        moved = ((start, _inputs(self._no_bias, self._unit(start, stop)) - x0) for start, stop in self._blocks())
+        return not x0.any() and all(_channel_scale(x, start) is not None for start, x in moved)
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.d_in, COLUMNS):
@@ -142,21 +139,21 @@ def _outputs(layers: Sequence[Layer], x: Float[Tensor, "n i"], y: Float[Tensor, 
 
 def _channel_scale(x: Float[Tensor, "n i"], start: int) -> Float[Tensor, "n"] | None:
     """By how much each unit vector was scaled, if that is all that happened to it."""
-    diagonal = x[:, start : start + len(x)].diagonal()
+    diagonal = x[:, start : start + len(x)].diagonal()  # (n,), what has stayed at each vector's own channel
     return diagonal if x.count_nonzero() == diagonal.count_nonzero() else None
 
 
 def _product(x: Float[Tensor, "n i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "n o"]:
-    return torch.cat([x @ rows.to(x.dtype).mT for rows in weight.split(ROWS)], dim=-1)
+    return torch.cat([x @ rows.to(x.dtype).mT for rows in weight.split(ROWS)], dim=-1)  # each (n, ROWS)
 
 
 @torch.no_grad()
 def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.device) -> None:
     """f(u + v) - f(u) - f(v) + f(0) = 0, of inputs and of outputs, in float64 and for vectors of two sizes."""
     pairs = random_rows((2, d_in), (2, d_out), device=device)
-    x, y = (torch.stack([0 * u, u, 30 * v, u + 30 * v]) for u, v in pairs)
+    # v is 30 times u: a bend that only large or only small inputs show would else pass.
+    x, y = (torch.stack([0 * u, u, 30 * v, u + 30 * v]) for u, v in pairs)  # (4, i), (4, o)
     for layer in layers:
-        # v is 30 times u: a bend that only large or only small inputs show would else pass.
         for before, after in ((x, adapt_input(layer, x)), (y, adapt_output(layer, x, y))):
             bent = (after[3] - after[2] - after[1] + after[0]).abs().max()
             if after.isfinite().all() and bent > 1e-7 * (after - before).abs().max() + 1e-12 * after.abs().max():
@@ -180,7 +177,7 @@ def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Ten
     with full_precision(layer.module):
         weight, bias = layer.dense_weight().double(), layer.bias
         affine = Affine(sites, torch.float64, weight.device)
-        delta = affine.write(weight, torch.empty_like(weight)).sub_(weight)
+        delta = affine.write(weight, torch.empty_like(weight)).sub_(weight)  # (o, i)
         new = affine.bias(bias, lambda: weight)
     if new is None:
         return delta, None
@@ -195,5 +192,5 @@ def in_order(sites: Sequence[Site]) -> list[Site]:
 
 def random_rows(*shapes: tuple[int, ...], device: torch.device | str = "cpu") -> list[Tensor]:
     """The same normal numbers at every call, in float64: to compare what adapters make of them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # of its own: a user's random state stays as it is
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]

@@ -22,10 +22,10 @@ from .variant import REGISTRY, lookup
 
 def adapt_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
     """The layer's input as one adapter makes it, at its scale."""
-    variant: Any = REGISTRY.get(layer.cfg.variant) or lookup(layer.cfg.variant)
+    variant: Any = REGISTRY.get(layer.cfg.variant) or lookup(layer.cfg.variant)  # .get: a call less for each token
     if variant.forward_input is None or layer.is_off:
         return x
-    new: Tensor = variant.forward_input(layer, x)
+    new: Tensor = variant.forward_input(layer, x)  # (*b, i)
     return new if variant.handles_scale or layer.is_whole else x + layer.scale * (new - x)
 
 
@@ -34,7 +34,7 @@ def adapt_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"
     variant: Any = REGISTRY.get(layer.cfg.variant) or lookup(layer.cfg.variant)
     if variant.forward is None or layer.is_off:
         return y
-    new: Tensor = variant.forward(layer, x, y)
+    new: Tensor = variant.forward(layer, x, y)  # (*b, o); at c = 1 it is taken as it is, since a blend would round
     return new if variant.handles_scale or layer.is_whole else y + layer.scale * (new - y)
 
 
@@ -47,17 +47,17 @@ def register_hooks(site: Site) -> None:
     after = partial(site.module.register_forward_hook, prepend=site.state.is_first)
     if site.stacked:
         handles.append(before(partial(_experts_hook, name)))
-        handles.append(after(_experts_done, always_call=True))
+        handles.append(after(_experts_done, always_call=True))  # after an Exception in the forward, too
         return
     if variant.forward_input is not None:
-        handles.append(before(partial(_input_hook, name), with_kwargs=True))
+        handles.append(before(partial(_input_hook, name), with_kwargs=True))  # x may come by keyword
     if variant.forward is not None:
         handles.append(after(partial(_output_hook, name), with_kwargs=True))
 
 
 def _called(module: nn.Module, name: str) -> tuple[Site, Scale | None]:
     """The site of a layer that is being called, and the scale of this call; None where the adapter does nothing."""
-    site: Site = module.__dict__[SITES][name]
+    site: Site = module.__dict__[SITES][name]  # of this module: a copy has sites of its own
     state = site.state
     if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling(), without its second call
         scale = state.traced
@@ -70,7 +70,7 @@ def _called(module: nn.Module, name: str) -> tuple[Site, Scale | None]:
 def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     site, scale = _called(module, name)
     if scale is None:
-        return None
+        return None  # torch hands on the layer's own output: the base, bit for bit
     x = args[0] if args else next(iter(kwargs.values()))  # (*b, d_in)
     if not isinstance(y, Tensor):
         raise TargetError(
@@ -97,18 +97,16 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         EXPERTS.restore(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
     if scale is None:
         return
-    matrices = EXPERTS.oriented(
-        module, EXPERTS.stored(module)
-    )  # (experts, o, i), those of an earlier adapter worked in
-    stacked = {tensor: getattr(module, site.attribute(tensor)) for tensor in site.specs}
+    matrices = EXPERTS.oriented(module, EXPERTS.stored(module))  # (experts, o, i), with what earlier adapters change
+    stacked = {tensor: getattr(module, site.attribute(tensor)) for tensor in site.specs}  # each (experts, ...)
 
     def one(tensors: dict[str, Tensor], matrix: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         layer = Layer(module, site, matrix.dtype, instead=tensors)
         unit = torch.eye(layer.in_features, dtype=matrix.dtype, device=matrix.device)  # (i, i), a row for each vector
-        x = adapt_input(layer, unit)
+        x = adapt_input(layer, unit)  # the same object where the method leaves inputs alone: no product then
         return adapt_output(layer, x, matrix.mT if x is unit else x @ matrix.mT).mT
 
-    EXPERTS.replace(module, torch.func.vmap(one)(stacked, matrices))
+    EXPERTS.replace(module, torch.func.vmap(one)(stacked, matrices))  # (experts, o, i): all experts in one pass
 
 
 def _experts_done(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:

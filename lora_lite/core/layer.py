@@ -15,7 +15,7 @@ from ..ops.low_rank import is_transformed
 from .scale import Scale
 from .state import Site
 
-_NOTHING: Mapping[str, Any] = {}
+_NOTHING: Mapping[str, Any] = {}  # one for all views: a call makes no dict
 
 
 class Part(NamedTuple):
@@ -23,8 +23,7 @@ class Part(NamedTuple):
 
     prefix: str
     cfg: Any
-    factor: float
-    """A factor on the adapter's scale."""
+    factor: float  # on the adapter's scale: a round's coefficient
 
 
 class Layer:
@@ -46,6 +45,7 @@ class Layer:
     """
 
     cfg: Any
+    _site: Site
 
     def __init__(
         self,
@@ -69,19 +69,19 @@ class Layer:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
-            raise AttributeError(name)
+            raise AttributeError(name)  # copy and pickle ask a view without fields: `_site` would recurse
         site = self._site
         if self._part is not None and name.startswith("lora_"):
             name = f"lora_{self._part.prefix}_{name.removeprefix('lora_')}"
         spec = site.specs.get(name)
         if spec is None:
             raise AttributeError(f"{site.path}: this adapter has no {name!r}, only {', '.join(site.specs)}")
-        tensor = self._instead.get(name)
+        tensor = self._instead.get(name)  # under vmap over experts, the tensors of one
         if tensor is None:
             module, attribute = self._module, name + site.state.suffix
             tensor = module._parameters.get(attribute)  # getattr finds it too, and takes three times as long
-            tensor = getattr(module, attribute) if tensor is None else tensor
-            tensor = tensor if self._expert is None else tensor[self._expert]
+            tensor = getattr(module, attribute) if tensor is None else tensor  # a buffer, or DataParallel's replica
+            tensor = tensor if self._expert is None else tensor[self._expert]  # (experts, ...) -> (...)
         return tensor if spec.keep_dtype or self._dtype is None else tensor.to(self._dtype)
 
     @property
@@ -102,8 +102,7 @@ class Layer:
     @property
     def path(self) -> str:
         """The layer's path in the model."""
-        path: str = self._site.target.path
-        return path
+        return self._site.target.path
 
     @property
     def block(self) -> tuple[str, int] | None:
@@ -126,8 +125,7 @@ class Layer:
 
     @property
     def training(self) -> bool:
-        training: bool = self._instead.get("training", self._module.training)
-        return training
+        return bool(self._instead.get("training", self._module.training))
 
     @property
     def bias(self) -> Tensor | None:
@@ -169,10 +167,10 @@ class Layer:
         kept_inputs, result = memo.get(name, ((), None)) if remember else ((), None)
         if result is not None and all(map(_same, kept_inputs, inputs)):
             return result
-        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):  # autocast would round to 16 bits
             value = compute(*inputs).detach()
             if remember:
-                memo[name] = [t.clone() for t in inputs], value
+                memo[name] = [t.clone() for t in inputs], value  # clones: an edit in place must show
             return value
 
     def part(self, prefix: str, cfg: Any, factor: float) -> "Layer":
@@ -182,14 +180,12 @@ class Layer:
         return Layer(self._module, self._site, self._dtype, self._expert, shown, self._scale, Part(prefix, cfg, factor))
 
     def _base(self, reads: str) -> BaseLayer:
-        site = self._site
-        if site.base_weight == "unused":
+        if self._site.base_weight == "unused":
             raise VariantError(
                 f"{self.path}: {reads} was used by a variant whose base_weight is 'unused'\n"
                 f"  declare base_weight = 'read' (dequantised values will do) or 'dense' on the variant class"
             )
-        # The module that is called may be a replica of the one that was attached to (DataParallel).
-        base: BaseLayer = site.base
+        base = self._site.base  # of the module attached to; the one that is called may be its replica (DataParallel)
         return base if base.module is self._module else replace(base, module=self._module)
 
 
@@ -198,4 +194,4 @@ WEIGHTS: dict[str, Callable[[nn.Module, int | None, Tensor], Tensor]] = {}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)  # equal() compares across dtypes too

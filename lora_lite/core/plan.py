@@ -14,8 +14,7 @@ from .config import BaseConfig
 from .resolve import attachable, checked_config, resolve
 from .targets import LeftOut, Target, model_width, select
 
-COLUMNS, GROUPS = 80, 8
-"""How wide a plan says what is left out, and in how many lines at most."""
+COLUMNS, GROUPS = 80, 8  # how wide a plan says what is left out, and in how many entries at most
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Plan:
     def _lines_left_out(self) -> list[str]:
         """One entry for all that differs in numbers only; what is just outside of the blocks comes last."""
         groups: Counter[LeftOut] = Counter()
-        for path, reason in sorted(self.left_out, key=lambda each: each.reason == "in no stack of blocks"):
+        for path, reason in sorted(self.left_out, key=lambda left: left.reason == "in no stack of blocks"):
             groups[LeftOut(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), reason)] += 1
         entries = [f"{path}{f' x {n}' if n > 1 else ''} ({why})" for (path, why), n in groups.items()]
         more = [f"and {len(entries) - GROUPS} more kinds: Plan.left_out"] if len(entries) > GROUPS else []
@@ -61,12 +60,16 @@ class Plan:
 
 
 def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
-    """The layers that `attach(model, cfg)` would adapt; the model may be on the meta device. Raises as attach does."""
+    """The layers that `attach(model, cfg)` would adapt; the model may be on the meta device.
+
+    Raises:
+        The errors of `attach` for the config, the model and its layers.
+    """
     root = attachable(model)
     selection = select(root, checked_config(cfg))
     sites = resolve(selection, cfg)
     parameters = sum(math.prod(spec.shape) for site in sites for spec in site.specs.values() if spec.trainable)
     if parameters and not selection.all_plain:
-        check_gradients(root, {site.path for site in sites})
+        check_gradients(root, {site.path for site in sites})  # as attach: what a plan shows can be attached
     targets, left_out = tuple(site.target for site in sites), tuple(selection.left_out)
     return Plan(type(root).__name__, cfg.variant, targets, parameters, model_width(root), left_out)

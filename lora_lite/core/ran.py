@@ -13,8 +13,7 @@ from ..errors import brief
 from .adapter import adapters
 from .state import sites_of
 
-LONGEST = 600
-"""Characters of paths in a message."""
+LONGEST = 600  # characters of paths in a message
 
 
 def adapted(root: nn.Module) -> dict[str, nn.Module]:
@@ -43,7 +42,7 @@ def uncalled(root: nn.Module) -> set[str]:
     layers = adapted(root)
     silent = {path: layer for path, layer in layers.items() if not has_run(layer)}
     recorded = {path for path, layer in silent.items() if any(site.never_ran for site in sites_of(layer).values())}
-    if not silent or len(silent) == len(layers):
+    if not silent or len(silent) == len(layers):  # none has run: load, then merge, is how one deploys
         return recorded
     compiled = in_graphs(root) | _in_graphs_of_classes(root)
     return recorded | {path for path, layer in silent.items() if id(layer) not in compiled}
@@ -60,7 +59,7 @@ def in_graphs(model: nn.Module) -> set[int]:
     parts = [
         module
         for path, module in model.named_modules()
-        if path.rpartition(".")[2] == "_orig_mod" or module._compiled_call_impl is not None
+        if path.rpartition(".")[2] == "_orig_mod" or module._compiled_call_impl is not None  # wrapper, or in place
     ]
     return {id(module) for part in parts for module in part.modules()}
 
@@ -69,7 +68,7 @@ def _in_graphs_of_classes(root: nn.Module) -> set[int]:
     """The ids of modules within one of a class that torch.compile has made a graph of: `torch.compile(root)` is a
     wrapper that the root doesn't know of. It may have been another model's, so this can only clear a layer."""
     if "torch._dynamo" not in sys.modules:
-        return set()
+        return set()  # torch.compile was never called
     parts = [module for module in root.modules() if _has_graphs(module)]
     return {id(module) for part in parts for module in part.modules() if module is not part}
 

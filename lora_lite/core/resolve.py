@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..base import sharding
@@ -15,7 +15,7 @@ from ..base.probe import check_affine
 from ..base.shapes import not_linear
 from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .config import BaseConfig
-from .state import AdapterState, Session, Site, has_session, session_of, sites_of
+from .state import AdapterState, Session, Site, Tensors, has_session, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
 from .variant import ParamSpec, lookup, weight_use
@@ -25,7 +25,11 @@ Overrides = Mapping[str, Mapping[str, Any]]
 
 
 def attachable(model: nn.Module) -> nn.Module:
-    """The module that adapters go on: the model itself, or what torch.compile has wrapped. Raises TargetError."""
+    """The module that adapters go on: the model itself, or what torch.compile has wrapped.
+
+    Raises:
+        TargetError: for a wrapper of DDP or DataParallel, and for a model whose part or whole has the adapters.
+    """
     root: nn.Module = getattr(model, "_orig_mod", model)
     for path, module in model.named_modules():
         if isinstance(module, DistributedDataParallel | DataParallel):
@@ -51,7 +55,7 @@ def checked_config(cfg: Any) -> BaseConfig:
             f"variant {cfg.variant!r} is configured by {wanted.__name__}, got {type(cfg).__name__}\n"
             f"  use lora_lite.config_for({cfg.variant!r})(...)"
         )
-    cfg.check_regexes()
+    cfg.check_regexes()  # those of a file weren't compiled as it was read, and attach is about to run them
     return cfg
 
 
@@ -75,7 +79,7 @@ def overrides_at(cfg: BaseConfig, paths: list[str]) -> dict[str, dict[str, Any]]
                 f"{paths[0]}\n  preview them with lora_lite.plan(model, cfg) without per_layer"
             )
         for path in matching:
-            overrides.setdefault(path, {}).update(fields)
+            overrides.setdefault(path, {}).update(fields)  # of several entries for a field, the later wins
     return overrides
 
 
@@ -91,9 +95,9 @@ def make_sites(
         TargetError, QuantizedWeightError: for a layer that can't carry the adapter.
         VariantError: for a bad name of a tensor.
     """
-    unknown = {layer.path: layer for layer in targets.values() if not (asked or layer.is_plain)}
-    for path, reason in (not_linear(unknown.values()) if unknown else {}).items():
-        kind = type(unknown[path].module).__name__
+    layers = {} if asked else {layer.path: layer for layer in targets.values()}
+    for path, reason in not_linear(layers.values()).items():
+        kind = type(layers[path].module).__name__
         raise TargetError(f"{path}: an adapter can't act on this {kind}: {reason}\n  leave it out with exclude_names")
     sites = [make_site(target, layer, cfg, overrides.get(target.path, {})) for target, layer in targets.items()]
     for site in sites:
@@ -104,30 +108,22 @@ def make_sites(
 def make_site(target: Target, layer: BaseLayer, cfg: BaseConfig, overrides: Mapping[str, Any]) -> Site:
     """The record of one layer, which no adapter is at yet. Raises ConfigError, VariantError."""
     try:
-        there = cfg.with_overrides(overrides)
+        cfg = cfg.with_overrides(overrides)
     except ConfigError as error:
         raise ConfigError(f"{target.path}: {error}") from error
-    return Site(
-        target, layer, there, dict(overrides), weight_use(there), is_stacked(target, there), specs_at(target, there)
-    )
+    return Site(target, layer, cfg, dict(overrides), weight_use(cfg), is_stacked(target, cfg), specs_at(target, cfg))
 
 
 def make_stand_in(
-    target: Target,
-    cfg: BaseConfig,
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    scale: float,
-    overrides: Any = None,
+    target: Target, cfg: BaseConfig, module: nn.Module, tensors: Tensors, scale: float, overrides: Any = None
 ) -> Site:
     """A site on a module that stands for a layer which isn't here, with its `weight`, if any, and these tensors on it.
 
     It computes what the adapter at that layer would. The tensors that are missing are left out.
     """
-    site = make_site(
-        target, stand_in(target.path, module, Size(target.d_in, target.d_out, target.experts)), cfg, overrides or {}
-    )
-    site.state = AdapterState("default", site.cfg, None, scale, sites=[site])
+    layer = stand_in(target.path, module, Size(target.d_in, target.d_out, target.experts))
+    site = make_site(target, layer, cfg, overrides or {})
+    site.state = AdapterState("default", site.cfg, None, scale, sites=[site])  # no suffix, as in files
     for name, tensor in tensors.items():
         setattr(module, name, tensor)
     return site
@@ -135,7 +131,9 @@ def make_stand_in(
 
 def is_stacked(target: Target, cfg: BaseConfig) -> bool:
     """Does each expert of this target have tensors of its own?"""
-    return bool(target.experts) and weight_use(cfg) != "unused"
+    return (
+        bool(target.experts) and weight_use(cfg) != "unused"
+    )  # a method that reads no weight acts on the block's output
 
 
 def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
@@ -145,6 +143,7 @@ def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
         specs = variant.param_specs(target.d_in, target.d_out, cfg)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    # "__" starts the adapter's name in `lora_A__fr`, so no tensor's name may have it.
     wrong = [name for name in specs if not re.fullmatch(r"lora_[A-Za-z0-9]+(_[A-Za-z0-9]+)*", name)]
     if wrong or not specs:
         raise VariantError(
@@ -213,4 +212,4 @@ def _check_storage(site: Site) -> None:
             f"  load the base without quantization, or use a variant that works on any base, such as lora"
         )
     if site.base_weight != "unused":
-        check_affine(site.base)
+        check_affine(site.base)  # a layer that rounds its activations computes with no weight that could be read

@@ -14,9 +14,9 @@ import torch
 
 from ..errors import ConfigError
 
-MOST_CHANGES = 10_000
-_backward_node = torch._C._current_autograd_node
-_backward_number = torch._C._current_graph_task_id
+MOST_CHANGES = 10_000  # a search or an evaluation may change c for ever, with no backward that it would be kept for
+_backward_node = torch._C._current_autograd_node  # the node that asks for a second run; None outside of a backward
+_backward_number = torch._C._current_graph_task_id  # -1 outside of a backward
 
 
 class Scale(NamedTuple):
@@ -44,7 +44,7 @@ class ScaleChanges:
 
     def change(self, scale: float, set_in: int | None = None) -> None:
         """From the next node on the scale is this one."""
-        number = torch.autograd._get_sequence_nr()
+        number = torch.autograd._get_sequence_nr()  # of the next node that this thread makes
         if self.thread != get_ident():
             self._follow_this_thread(number, scale)
             self.in_doubt = True
@@ -53,7 +53,7 @@ class ScaleChanges:
         else:
             self.numbers.append(number)
             self.scales.append(scale)
-            if len(self.numbers) > MOST_CHANGES:
+            if len(self.numbers) > MOST_CHANGES:  # half at a time, so that a change rarely shifts the lists
                 del self.numbers[: MOST_CHANGES // 2], self.scales[: MOST_CHANGES // 2]
         self.set_in = _backward_number() if set_in is None else set_in
 
@@ -64,7 +64,7 @@ class ScaleChanges:
             ConfigError: where that isn't known.
         """
         node = _backward_node()
-        if node is None:
+        if node is None:  # no backward is running, so this is a first run
             if self.thread != get_ident():
                 number = torch.autograd._get_sequence_nr() if get_ident() in self.threads else 0
                 self._follow_this_thread(number, scale)
@@ -74,7 +74,7 @@ class ScaleChanges:
         return scale if self.set_in == _backward_number() else self._of_first_run(node._sequence_nr(), scale)
 
     def _of_first_run(self, number: int, scale: float) -> float:
-        index = bisect_right(self.numbers, number) - 1
+        index = bisect_right(self.numbers, number) - 1  # the last change before the node; -1 if it is forgotten
         # An accelerator's backward has a thread of its own, which has never changed the scale.
         elsewhere = get_ident() != self.thread and get_ident() in self.threads
         if elsewhere or self.in_doubt or (index < 0 and len(self.threads) > 1):
@@ -86,7 +86,7 @@ class ScaleChanges:
             raise _not_known(f"{many}: at which one this part of a graph was made")
         if self.second_run is not None and number >= self.second_run:
             raise _not_known("a checkpoint inside of a reentrant one is run again: at which scale it was made")
-        if self.scales[index] != scale and self.second_run is None:
+        if self.scales[index] != scale and self.second_run is None:  # nodes made from here on have late numbers
             self.second_run = torch.autograd._get_sequence_nr()
         return self.scales[index]
 

@@ -4,7 +4,7 @@ Sites lie in the layer's own `__dict__`, under one key, and so go where the modu
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from .targets import Target
 
 T = TypeVar("T")
 Known = TypeVar("Known", "AdapterState", "Site")
+Tensors = Mapping[str, Tensor]
 SITES = "_lora_lite"
 SESSION = "_lora_lite_session"
 
@@ -34,23 +35,15 @@ class AdapterState:
 
     name: str
     cfg: Any
-    base: BaseRecord | None
-    """None only of a stand-in, which is no model's."""
-    scale: float = 1.0
-    """As it was set; a call goes by `scale_of_call`."""
-    is_first: bool = False
-    """Its hooks come before those of adapters that aren't first, whenever it was attached."""
-    merged: bool = False
-    """True while its effect is in the weights, and its hooks do nothing."""
-    sites: list["Site"] = field(default_factory=list)
-    """Every layer that it adapts, in module order."""
-    changes: ScaleChanges | None = None
-    """None while the scale is the one that the adapter came with: then nothing is asked in a call."""
-    suffix: str = field(init=False)
-    """The end of its tensors' names on a layer: nothing, or `__fr` of adapter fr."""
-    plain: Scale = field(init=False)
-    traced: Scale = field(init=False)
-    """The scale for a graph of torch.compile: an input of it, which may change."""
+    base: BaseRecord | None  # None only of a stand-in, which is no model's
+    scale: float = 1.0  # as it was set; a call goes by `scale_of_call`
+    is_first: bool = False  # its hooks come before those of adapters that aren't first, whenever it was attached
+    merged: bool = False  # its effect is in the weights, so its hooks do nothing
+    sites: list["Site"] = field(default_factory=list)  # every layer that it adapts, in module order
+    changes: ScaleChanges | None = None  # None while c is the one that it came with: then a call asks nothing
+    suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
+    plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer
+    traced: Scale = field(init=False)  # for a graph of torch.compile: an input of it, which may change
 
     def __post_init__(self) -> None:
         self.suffix = "" if self.name == "default" else f"__{self.name}"
@@ -76,9 +69,7 @@ class AdapterState:
     def _show(self) -> None:
         fresh = nullcontext() if is_compiling() else torch.inference_mode(False)
         with fresh:  # a tensor of inference mode could take part in no training later
-            value = torch.tensor(
-                self.scale, dtype=torch.float64, device="cpu"
-            )  # without dimensions: it casts nothing up
+            value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # (): it casts nothing up
         self.plain = Scale(self.scale, self.scale == 0, self.scale == 1)
         self.traced = self.plain._replace(value=value)
 
@@ -107,24 +98,16 @@ class Site:
 
     target: Target
     base: BaseLayer
-    cfg: Any
-    """The config at this layer."""
-    overrides: dict[str, Any]
-    """The fields in which that differs from the adapter's."""
-    base_weight: str
-    """The variant's use of the weight: "unused", "read" or "dense"."""
-    stacked: bool
-    """True if each tensor has a leading axis over the experts that the layer fuses."""
-    specs: dict[str, Any]
-    """The `ParamSpec` of each tensor."""
-    state: AdapterState = field(init=False)
+    cfg: Any  # the config at this layer
+    overrides: dict[str, Any]  # the fields in which that differs from the adapter's
+    base_weight: str  # the variant's use of the weight: "unused", "read" or "dense"
+    stacked: bool  # each tensor is (experts, ...), over the experts that the layer fuses
+    specs: dict[str, Any]  # the `ParamSpec` of each tensor
+    state: AdapterState = field(init=False)  # set by the transaction: sites are checked before an adapter exists
     handles: list[RemovableHandle] = field(default_factory=list)
-    memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
-    """The memory of `Layer.constant`."""
-    ran: bool = False
-    """True once a forward outside of torch.compile has called the layer, at any scale, since its first adapter came."""
-    never_ran: bool = False
-    """True if none had when the adapter's file was written, although one had called others."""
+    memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)  # of `Layer.constant`
+    ran: bool = False  # a forward outside of torch.compile has called the layer, at any scale, since its first adapter
+    never_ran: bool = False  # none had when the adapter's file was written, although one had called other layers
 
     @property
     def path(self) -> str:
@@ -160,11 +143,11 @@ class BaseChange:
     """The changes of one attach beside the adapted layers: parameters are frozen, layouts of 4-bit layers kept.
 
     It knows these objects, not their paths: what has replaced one since is not ours to change, and a wrapper that was
-    put in since hides nothing. The references are weak, or the whole parameters that fully_shard has replaced would
-    stay in memory. A copy or a pickle of the model takes along what is alive.
+    put in since hides nothing. A copy or a pickle of the model takes along what is alive.
     """
 
     def __init__(self, frozen: Iterable[nn.Parameter], kept_layout: Iterable[nn.Module]) -> None:
+        # Weak, or the whole parameters that fully_shard has replaced would stay in memory: the base twice.
         self._frozen = [weakref.ref(parameter) for parameter in frozen]
         self._kept_layout = [weakref.ref(layer) for layer in kept_layout]
 
@@ -175,7 +158,7 @@ class BaseChange:
         for parameter in _alive(self._frozen):
             parameter.requires_grad_(False)
         for layer in _alive(self._kept_layout):
-            keep_layout(layer, True)
+            keep_layout(layer, True)  # repacked, it would pass no gradient to the adapters below it
 
     def undo(self) -> None:
         """Nothing here may raise: a detach is done whole."""
@@ -198,7 +181,7 @@ class Swap:
         """In its place, on the device, in the dtype and the mode that the model has got meanwhile."""
         now = getattr(self.holder, self.name)
         if isinstance(value, nn.Module) and isinstance(now, nn.Module):
-            value.train(now.training)
+            value.train(now.training)  # train() or eval() since the merge has not reached what was put aside
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             now.data = value.to(now.device, now.dtype)  # the parameter stays the object that others know
         else:
@@ -214,10 +197,8 @@ class Session:
 
     adapters: dict[str, AdapterState] = field(default_factory=dict)
     changes: list[BaseChange] = field(default_factory=list)
-    merged: list[Swap] = field(default_factory=list)
-    """The things that unmerge puts back; empty while nothing is merged."""
-    memo: dict[bytes, Tensor] = field(default_factory=dict)
-    """Results of the base, which is read-only meanwhile, by a hash of what they were computed from."""
+    merged: list[Swap] = field(default_factory=list)  # what unmerge puts back
+    memo: dict[bytes, Tensor] = field(default_factory=dict)  # results of the base, by a hash of their inputs
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"memo": {}}  # a copy's base may change

@@ -37,9 +37,9 @@ class Target:
     path: str
     d_in: int
     d_out: int
-    kind: str
-    stack: str | None = None
-    block: int | None = None
+    kind: str  # how its weight is stored, for people: "bfloat16", "nf4, 4-bit bitsandbytes"
+    stack: str | None = None  # "model.layers."
+    block: int | None = None  # 3 in model.layers.3
     experts: int = 0
 
     @classmethod
@@ -60,6 +60,7 @@ class Target:
 
     def role(self, d_model: int) -> str | None:
         """ "reader", "writer" or "inner" by the model width; None for a square layer whose name says nothing either."""
+        # Fused experts are down-projections: they read what is inside of the expert, however wide that is.
         reads, writes = self.d_in == d_model and not self.experts, self.d_out == d_model
         if reads and writes:
             return "writer" if _WRITES.search(self.path) else "reader" if _READS.search(self.path) else None
@@ -78,10 +79,8 @@ class Selection(NamedTuple):
 
     targets: dict[Target, BaseLayer]
     left_out: list[LeftOut]
-    asked: bool
-    """Were the targets run, where that can be, to see that they are linear?"""
-    all_plain: bool
-    """Is every layer of the model known to compute x Wᵀ + b?"""
+    asked: bool  # were the targets run, where that can be, to see that they are linear?
+    all_plain: bool  # is every layer of the model known to compute x Wᵀ + b? Then no gradient has to be checked
 
 
 def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
@@ -92,9 +91,9 @@ def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
 def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     """The layers that every filter of the config lets pass, in module order, and what its defaults leave out.
 
-    Raises TargetError if nothing is chosen. Asked for the writers of the residual stream by role alone, it raises
-    rather than leave one out that no adapter can reach: fused experts for most methods, bare matrices in an unknown
-    form.
+    Raises:
+        TargetError: if nothing is chosen; or, of the writers of the residual stream by role alone, not all can be:
+            fused experts for most methods, bare matrices in an unknown form.
     """
     modules = dict(model.named_modules())
     shapes = layer_shapes(modules)
@@ -113,12 +112,12 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
         width, text = model_width(model), _text_part(model, modules)
         targets = _with_roles([t for t in targets if t.path.startswith(text)], cfg, width)
         if "writer" in cfg.target_roles and not cfg.target_names:
-            _check_writers(model, modules, cfg, stacks, text, reachable, targets, width)
+            blocks = {p: m for p, m in stacks.blocks(modules).items() if _deep(stacks.place(p), cfg, stacks)}
+            _check_writers({p: m for p, m in blocks.items() if p.startswith(text)}, cfg, reachable, targets, width)
     if not targets:
         raise TargetError(_nothing_found(model, cfg, reachable, left_out))
-    return Selection(
-        {target: known[target] for target in targets}, left_out, asked, all(layer.is_plain for layer in layers)
-    )
+    chosen = {target: known[target] for target in targets}
+    return Selection(chosen, left_out, asked, all(layer.is_plain for layer in layers))
 
 
 def _left_out(
@@ -126,8 +125,8 @@ def _left_out(
 ) -> list[LeftOut]:
     """The layers that a config without target_names leaves out, in module order; nothing that was excluded.
 
-    In a model with blocks, these are all outside of them; in another, its output head. A layer that no adapter can reach
-    is left out too, but not where the writers of the residual stream are asked for: there it is an error.
+    In a model with blocks, these are all outside of them; in another, its output head. A layer that no adapter can
+    reach is left out too, but not where the writers of the residual stream are asked for: there it is an error.
     """
     shapes = {t.path: (t.d_in, t.d_out) for t in layers if not t.experts}
     stacked = any(t.stack for t in layers)
@@ -136,7 +135,7 @@ def _left_out(
     if not stacked:  # a bare nn.Sequential: everything is a target but its head
         reasons = {path: reason for path, reason in reasons.items() if path in heads}
     reasons |= dict.fromkeys(routers(modules, shapes), "a router of experts")
-    if asked:
+    if asked:  # only those that nothing has left out yet: asking runs a layer
         reasons |= not_linear(layers[t] for t in layers if not t.experts and t.path not in reasons)
     if not cfg.FUSED_EXPERTS:
         fused = f"fused experts: {cfg.variant} goes on linear layers"
@@ -162,7 +161,7 @@ def _has_matrices(module: nn.Module) -> bool:
 def model_width(model: nn.Module) -> int | None:
     """d_model, the width of the residual stream, from the model's config; never guessed from shapes."""
     config = _text_config(model)
-    for name in ("hidden_size", "d_model", "n_embd", "dim"):
+    for name in ("hidden_size", "d_model", "n_embd", "dim"):  # most models; T5; GPT-2; DistilBERT
         width = getattr(config, name, None)
         if isinstance(width, int):
             return width
@@ -200,7 +199,7 @@ def _excluded(path: str, cfg: BaseConfig) -> bool:
 
 def _output_heads(model: nn.Module, modules: Modules, layers: list[Target]) -> set[str]:
     """The paths of a transformers model's output head: what it calls so, and the last layer of one that classifies."""
-    find: Any = getattr(model, "get_output_embeddings", None)
+    find: Any = getattr(model, "get_output_embeddings", None)  # transformers' own name for it: no guess by path
     head = None if find is None else find()
     heads = {path for path, module in modules.items() if module is head}
     labels = getattr(getattr(model, "config", None), "num_labels", None)
@@ -214,10 +213,10 @@ def _deep(place: Place, cfg: BaseConfig, stacks: Stacks) -> bool:
     if stack is None or block is None:
         return False
     n = stacks.depths[stack]
-    if cfg.layers is not None and block not in {i % n for i in cfg.layers if -n <= i < n}:
+    if cfg.layers is not None and block not in {i % n for i in cfg.layers if -n <= i < n}:  # stacks differ in depth
         return False
     low, high = cfg.layer_range or (0.0, 1.0)
-    return low <= (block + 0.5) / n <= high
+    return low <= (block + 0.5) / n <= high  # a block's middle: (0, 0.5) and (0.5, 1) take half of an even n each
 
 
 def _check_layers(cfg: BaseConfig, stacks: Stacks) -> None:
@@ -236,6 +235,7 @@ def _with_roles(targets: list[Target], cfg: BaseConfig, d_model: int | None) -> 
             f"target_roles={cfg.target_roles}: this model has no config that gives its width (hidden_size)\n"
             f"  choose the layers with target_names or exclude_names"
         )
+    # Only of layers that passed the other filters: a square one that nobody targeted is no error.
     square = [t.path for t in targets if t.role(d_model) is None]
     if square:
         raise TargetError(
@@ -248,50 +248,40 @@ def _with_roles(targets: list[Target], cfg: BaseConfig, d_model: int | None) -> 
 
 
 def _check_writers(
-    model: nn.Module,
-    modules: Modules,
-    cfg: BaseConfig,
-    stacks: Stacks,
-    within: str,
-    everything: list[Target],
-    targets: list[Target],
-    d_model: int | None,
+    blocks: Modules, cfg: BaseConfig, everything: list[Target], targets: list[Target], d_model: int | None
 ) -> None:
-    """TargetError if a part of a block has matrices in no layer that could write to the residual stream.
+    """TargetError if a part of these blocks has matrices in no layer that could write to the residual stream.
 
     Three dimensions are experts in a form that isn't known; two dimensions, in a part where nothing else was found, are
     a projection without a module. A module with d_out features and no weight is packed by some other library.
     """
     linear, reached = {t.path for t in everything}, [t.path for t in targets]
-    for path, block in stacks.blocks(modules).items():
-        if not (path.startswith(within) and _deep(stacks.place(path), cfg, stacks)):
-            continue
-        for part, holder, ndim in _bare(path, block, linear, d_model):
+    for path, block in blocks.items():
+        for part, holder, kind, ndim in _bare(path, block, linear, d_model):
             if _excluded(holder, cfg):
                 reached.append(holder)  # what was left out on purpose explains what goes with it, such as a router
             elif ndim > 2 or not any(f"{other}.".startswith(f"{part}.") for other in reached):
-                kind = type(model.get_submodule(holder)).__name__
                 raise TargetError(
                     f"{holder}: this {kind} may write to the residual stream, and {cfg.variant!r} can't go on it\n"
                     f"  to leave it as it is, say so: exclude_names={holder.rpartition('.')[2]!r}"
                 )
 
 
-def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) -> list[tuple[str, str, int]]:
-    """(part of the block, module, dimensions) of matrices of the model's width in no known layer, most dimensions
-    first; a packed layer counts as three."""
+def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) -> list[tuple[str, str, str, int]]:
+    """(part of the block, module, its class, dimensions) of matrices of the model's width in no known layer, most
+    dimensions first; a packed layer counts as three."""
     out = []
     for holder, module in block.named_modules(prefix=path):
         if holder in linear or isinstance(module, _ConvNd | nn.Embedding):
             continue
-        part = ".".join(holder.split(".")[: path.count(".") + 2])  # the child of the block that it is in
+        part, kind = ".".join(holder.split(".")[: path.count(".") + 2]), type(module).__name__  # the block's child
         for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             packed = t.dtype in _PACKED and t.ndim < 4  # older masks are bytes (1, 1, n, n)
             if t.ndim > 1 and (packed or (t.is_floating_point() and d_model in t.shape[-2:])):
-                out.append((part, holder, t.ndim))
+                out.append((part, holder, kind, t.ndim))
         if getattr(module, "out_features", None) == d_model:
-            out.append((part, holder, 3))  # packed by another library: no weight to look at
-    return sorted(out, key=lambda entry: -entry[2])
+            out.append((part, holder, kind, 3))  # packed by another library: no weight to look at
+    return sorted(out, key=lambda entry: -entry[3])
 
 
 def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target], left_out: list[LeftOut]) -> str:
@@ -311,6 +301,7 @@ def _nearest(cfg: BaseConfig, everything: list[Target], n: int = 3) -> list[str]
     first: dict[str, str] = {}
     for target in everything:
         first.setdefault(target.path.rpartition(".")[2], target.path)
+    # A regex without its signs is about the name that was meant: `q_proj$` -> q_proj.
     wanted = [re.sub(r"[^\w.]", "", pattern).rpartition(".")[2] for pattern in cfg.target_names] or [""]
     ranked = sorted(first, key=lambda name: -max(difflib.SequenceMatcher(None, w, name).ratio() for w in wanted))
     return [first[name] for name in ranked[:n]]

@@ -4,8 +4,7 @@ import re
 import sys
 from typing import Any
 
-MOST_REPETITIONS, LONGEST_REGEX = 3, 200
-"""Repetitions in a regex that can't take long, and its characters."""
+MOST_REPETITIONS, LONGEST_REGEX = 3, 200  # in a regex that can't take long
 
 
 def is_safe_regex(pattern: Any) -> bool:
@@ -22,7 +21,7 @@ def is_safe_regex(pattern: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """True for an int or float that is finite as a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # no nan
 
 
 def is_name(value: Any) -> bool:
@@ -38,5 +37,5 @@ def positive_or_none(value: Any) -> bool:
 def compiles(pattern: Any) -> bool:
     try:
         return isinstance(pattern, str) and re.compile(pattern) is not None
-    except (re.error, RecursionError, OverflowError):
+    except (re.error, RecursionError, OverflowError):  # of a file, a pattern may be nested or repeated without end
         return False

@@ -40,7 +40,7 @@ class ParamSpec:
     def fill(self, tensor: Tensor) -> None:
         """Give the tensor its starting values, in place."""
         result = (_FILL[self.init] if isinstance(self.init, str) else self.init)(tensor)
-        if isinstance(result, Tensor) and result is not tensor:
+        if isinstance(result, Tensor) and result is not tensor:  # torch.randn_like for normal_, say
             raise VariantError(f"{self}: init made a new tensor, which would be lost\n  fill the one given, in place")
 
 
@@ -115,8 +115,7 @@ class Variant:
     """`(layer, x) -> x_new`, before the layer."""
 
 
-REGISTRY: dict[str, type[Variant]] = {}
-"""Every registered variant, by name."""
+REGISTRY: dict[str, type[Variant]] = {}  # every registered variant, by name
 
 _USES = ("unused", "read", "dense")
 
@@ -127,9 +126,7 @@ def register(cls: Any) -> Any:
     Raises:
         VariantError: for a class that lacks a part of the contract, or a name that is taken.
     """
-    missing = [
-        item for item in ("name", "param_specs") if getattr(cls, item, None) in (None, getattr(Variant, item, None))
-    ]
+    missing = [part for part in ("name", "param_specs") if getattr(cls, part, None) in (None, Variant.param_specs)]
     if not (getattr(cls, "forward", None) or getattr(cls, "forward_input", None)):
         missing.append("forward or forward_input")
     if missing:
@@ -199,7 +196,7 @@ def check_takes_data(cfg: BaseConfig) -> None:
     variant = lookup(cfg.variant)
     if variant.group_init is Variant.group_init:
         raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data\n  it is trained: leave it out")
-    if callable(variant.needs_calibration) and not needs_data(cfg):
+    if callable(variant.needs_calibration) and not needs_data(cfg):  # a plain False: data may be given, or not
         raise ConfigError(
             f"variant {cfg.variant!r} takes no calibration_data as it is configured\n"
             f"  leave it out, or change what the config says of it"
@@ -207,5 +204,9 @@ def check_takes_data(cfg: BaseConfig) -> None:
 
 
 def config_for(name: str) -> type[BaseConfig]:
-    """The config class of a registered variant. Raises VariantError."""
+    """The config class of a registered variant.
+
+    Raises:
+        VariantError: if no variant has this name.
+    """
     return lookup(name).config
