@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
-from lora_lite.io.checkpoint import read_file
+from lora_lite.io.adapter_file import read_file
 from lora_lite.measure.audit import watched_step
 from lora_lite.merging.on_disk import MARKER
 

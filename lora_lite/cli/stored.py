@@ -16,7 +16,7 @@ from ..core.resolve import specs_at
 from ..core.targets import Target
 from ..core.variant import weight_use
 from ..errors import CheckpointError
-from ..io.checkpoint import AdapterFile, read_file
+from ..io.adapter_file import AdapterFile, read_file
 from ..io.peft.folder import CONFIG, WEIGHTS
 from ..io.peft.load import read_layers
 from ..io.safetensors import Header, read_header, read_shards

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..base.exact import full_precision
 from ..errors import CheckpointError, ConfigError, LoraLiteError, TargetError
-from ..io.checkpoint import read_file
+from ..io.adapter_file import read_file
 from ..io.safetensors import read_json, replacing, sync_folder, write_json
 from ..measure.calls import check_choice, refusal
 from ..version import __version__

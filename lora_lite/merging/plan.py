@@ -21,7 +21,7 @@ from ..core.state import Site
 from ..core.variant import ParamSpec
 from ..dtypes import dtype_name, fits
 from ..errors import BaseModelError, CheckpointError
-from ..io.checkpoint import AdapterFile
+from ..io.adapter_file import AdapterFile
 from ..io.safetensors import DTYPES, write_json
 from .base_folder import BaseFolder, LayerLocation, TensorRef, refuse_tied, untied_key
 from .bnb_files import as_trained, unpack

@@ -39,7 +39,7 @@ import lora_lite as ll
 from lora_lite.base.still import random_kept
 from lora_lite.cli.commands import app
 from lora_lite.core.state import sites_of
-from lora_lite.io.checkpoint import read_file
+from lora_lite.io.adapter_file import read_file
 
 TEXT = {"input_ids": IDS}
 SOUND = {"input_values": torch.randn(1, 800, generator=torch.Generator().manual_seed(0))}

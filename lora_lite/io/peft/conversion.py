@@ -1,4 +1,4 @@
-"""What PEFT makes of a LoRA folder's names on a model whose checkpoints transformers converts as it loads them.
+"""PEFT's reading of a LoRA folder's names on a model whose checkpoints transformers converts as it loads them.
 
 PEFT 0.21.2 (peft/utils/transformers_weight_conversion.py) does two things as it reads a LoRA or DoRA onto a model type
 with an entry in transformers' registry of conversions. Both are meant for folders of transformers 4, and drop adapters
@@ -16,10 +16,9 @@ from typing import Any
 
 from torch import nn
 
+# Names that projections of experts, and their router, had in transformers 4.
 _EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Names that projections of experts, and their router, had in transformers 4."""
-_FUSED = ("gate_up_proj", "down_proj")
-"""Ends of the fused tensors' names."""
+_FUSED = ("gate_up_proj", "down_proj")  # ends of the fused tensors' names
 
 
 def named_like_experts(root: nn.Module, paths: Iterable[str]) -> list[str]:
@@ -37,7 +36,7 @@ def named_like_experts(root: nn.Module, paths: Iterable[str]) -> list[str]:
     except ImportError:
         return suspects
     config = LoraConfig(target_modules=list(_EXPERTS))
-    convert_peft_config_for_transformers(config, root, None)
+    convert_peft_config_for_transformers(config, root, None)  # takes the names that it reads as experts' out
     left = set(config.target_modules or ())
     return [path for path in suspects if path.rpartition(".")[2] not in left]
 

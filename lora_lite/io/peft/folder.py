@@ -23,31 +23,29 @@ from loguru import logger
 
 from ...errors import CheckpointError, brief
 from ..keys import THEIRS, plain_key
-from ..safetensors import Header, parse_json, read_header, read_json
+from ..safetensors import Entry, Header, parse_json, read_header, read_json
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 DIFFUSERS, DIFFUSERS_SETTINGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+# A regex that is plain text: an escaped sign is itself, and a dot any character.
 _LITERAL = re.compile(r"(\^?)((?:\\\W|[^\\^$*+?{}\[\]()|])+)\$?")
-"""A regex that is plain text: an escaped sign is itself, and a dot any character."""
 _CHARACTER = re.compile(r"\\.|.", re.DOTALL)
-LONGEST_PATTERN, MOST_PATTERNS = 1000, 10_000
-"""Each is compared with each layer's path."""
-MOST_COMPONENTS = 8
-"""Models of a pipeline in one file."""
-_SAID = {
+LONGEST_PATTERN, MOST_PATTERNS = 1000, 10_000  # each is compared with each layer's path
+MOST_COMPONENTS = 8  # models of a pipeline in one file
+_READ = {  # the settings that are read, by peft_type
     "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
     "IA3": set[str](),
 }
-"""Settings that are read, by peft_type."""
-_FREE = {
-    *("peft_type", "init_lora_weights", "init_ia3_weights", "task_type", "auto_mapping", "peft_version"),
-    *("base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out"),
-    *("target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
-}
-"""Settings that say nothing which the tensors don't, or matter beside another one alone. All others must be neutral."""
+# Settings that say nothing which the tensors don't, or matter beside another one alone. All others must be neutral.
+_FREE = (
+    {"peft_type", "init_lora_weights", "init_ia3_weights", "task_type", "auto_mapping", "peft_version"}
+    | {"base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out"}
+    | {"target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"}
+    | {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
+)
+# Which biases were trained. Those would be tensors of the file, which have no place here; a base may have no bias.
 _BIASES = ("none", "all", "lora_only")
-"""Which biases were trained. Those would be tensors of the file, which have no place here; a base may have no bias."""
+_NEUTRAL: tuple[Any, ...] = (None, "none", "", [], {})  # and False, but not 0, which equals it
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,16 @@ class PeftFolder:
     """A folder, or a file of diffusers, whose settings are understood and whose tensors are an adapter's."""
 
     header: Header
-    where: str
-    """The place of the settings, for messages."""
+    where: str  # the place of the settings, for messages
     settings: dict[str, Any]
-    keys: dict[str, str]
-    """Our key -> the file's."""
-    base: dict[str, str]
-    """Key of a base tensor of one of these layers, in our naming -> in the file's: PEFT adds lm_head's weight."""
+    keys: dict[str, str]  # our key -> the file's
+    base: dict[
+        str, str
+    ]  # key of a base tensor of these layers, in our naming -> the file's: PEFT adds lm_head's weight
 
     @property
     def paths(self) -> dict[str, None]:
-        """Of the layers that have tensors, in the file's order."""
+        """The layers that have tensors, in the file's order."""
         return dict.fromkeys(key.rpartition(".")[0] for key in self.keys)
 
     @property
@@ -73,9 +70,10 @@ class PeftFolder:
         """The paths of those layers that target_parameters names by their weight."""
         return {name.removesuffix(".weight") for name in self.settings.get("target_parameters") or ()}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, by our key."""
-        return {ours: self.header.entries[key].shape for ours, key in self.keys.items()}
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The place of every tensor in the file, by our key."""
+        return {ours: self.header.entries[key] for ours, key in self.keys.items()}
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {message}")
@@ -87,7 +85,8 @@ def read_folder(path: Path, modules: Container[str] = ()) -> PeftFolder:
     modules     the paths of a model's modules: of several components in a file of diffusers, the one with its layers
                 is meant
 
-    Raises CheckpointError.
+    Raises:
+        CheckpointError: for a pickle, a setting or a tensor that would be lost, and what isn't PEFT's at all.
     """
     file = path / DIFFUSERS if path.is_dir() else path
     if file.is_file() and not (path / CONFIG).is_file():
@@ -110,7 +109,7 @@ def _with_settings(header: Header, where: str, settings: dict[str, Any], names: 
     """`names`: a key as PEFT writes it -> as it is in the file. Raises CheckpointError."""
     keys = {plain_key(name): key for name, key in names.items() if plain_key(name).rpartition(".")[2] in THEIRS}
     paths = {ours.rpartition(".")[0] for ours in keys}
-    inner = {plain_key(name): key for name, key in names.items() if ".base_layer." in name}
+    inner = {plain_key(name): key for name, key in names.items() if ".base_layer." in name}  # under PEFT's wrapper
     base = {ours: key for ours, key in inner.items() if ours.rpartition(".")[0] in paths and ours not in keys}
     source = PeftFolder(header, where, settings, keys, base)
     _check_settings(source)
@@ -125,47 +124,53 @@ def _with_settings(header: Header, where: str, settings: dict[str, Any], names: 
 
 
 def _read_diffusers(file: Path, modules: Container[str]) -> tuple[Header, str, dict[str, Any], dict[str, str]]:
-    """What _with_settings takes. Raises CheckpointError."""
+    """The arguments of _with_settings. Raises CheckpointError."""
     header, where = read_header(file), f"{file}: its {DIFFUSERS_SETTINGS}"
     if DIFFUSERS_SETTINGS not in header.metadata:
         raise CheckpointError(
             f"{file} has no {DIFFUSERS_SETTINGS}, in which diffusers writes the settings\n"
             f"  give a folder with {CONFIG}, or use lora_lite.load(model, path, cfg=...)"
         )
-    parts: dict[str, dict[str, Any]] = {}
+    components: dict[str, dict[str, Any]] = {}  # "unet." -> its settings; "" in the file of a model alone
     for field, value in parse_json(header.metadata[DIFFUSERS_SETTINGS], where).items():
-        part, dot, name = field.partition(".") if "." in field else ("", "", field)
-        parts.setdefault(part + dot, {})[name] = value
-    keys = {part: [key for key in header.entries if key.startswith(part)] for part in list(parts)[:MOST_COMPONENTS]}
-    meant = [part for part in keys if len(parts) == 1 or _first_path(part, keys[part]) in modules]
-    if len(meant) != 1 or len(parts) > (1 if "" in parts else MOST_COMPONENTS):
-        names = brief(", ".join(part.removesuffix(".") for part in parts)) or "none"
+        component, dot, name = field.partition(".") if "." in field else ("", "", field)
+        components.setdefault(component + dot, {})[name] = value
+    prefixes = list(components)[:MOST_COMPONENTS]
+    keys = {prefix: [key for key in header.entries if key.startswith(prefix)] for prefix in prefixes}
+    fitting = [prefix for prefix in keys if len(components) == 1 or _first_path(prefix, keys[prefix]) in modules]
+    if len(fitting) != 1 or len(components) > (1 if "" in components else MOST_COMPONENTS):
+        names = brief(", ".join(prefix.removesuffix(".") for prefix in components)) or "none"
         raise CheckpointError(
-            f"{where} is of {len(parts)} models: {names}\n  load it on one of them, whose layers it names"
+            f"{where} is of {len(components)} models: {names}\n  load it on one of them, whose layers it names"
         )
-    (part,) = meant
-    others = {key: other.removesuffix(".") for other in keys if other != part for key in keys[other]}
+    (prefix,) = fitting
+    others = {key: other.removesuffix(".") for other in keys if other != prefix for key in keys[other]}
     if others:
         left = f"{len(others)} tensors of {', '.join(sorted(set(others.values())))} left there"
-        logger.info(f"{file}: {part.removesuffix('.')} is this model's; {left}")
-    entries = {key: entry for key, entry in header.entries.items() if key not in others}
-    return replace(header, entries=entries), where, parts[part], {key.removeprefix(part): key for key in keys[part]}
+        logger.info(f"{file}: {prefix.removesuffix('.')} is this model's; {left}")
+    header = replace(header, entries={key: entry for key, entry in header.entries.items() if key not in others})
+    return header, where, components[prefix], {key.removeprefix(prefix): key for key in keys[prefix]}
 
 
-def _first_path(part: str, keys: Sequence[str]) -> str:
+def _first_path(prefix: str, keys: Sequence[str]) -> str:
     """The path of the first of these keys, in a component of this prefix; of none, a path that no module has."""
-    return plain_key(keys[0].removeprefix(part)).rpartition(".")[0] if keys else "."
+    return plain_key(keys[0].removeprefix(prefix)).rpartition(".")[0] if keys else "."
 
 
 def _check_settings(source: PeftFolder) -> None:
+    """Raises CheckpointError for a setting that would be lost; one of a later PEFT, too, unless it is neutral."""
     kind = source.settings.get("peft_type")
-    if not isinstance(kind, str) or kind not in _SAID:
-        raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_SAID)}")
-    known = _SAID[kind] | _FREE | ({"target_parameters"} if _names_weights(source) else set())
+    if not isinstance(kind, str) or kind not in _READ:
+        raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_READ)}")
+    known = _READ[kind] | _FREE | ({"target_parameters"} if _names_weights(source) else set())
     known |= {"bias"} if source.settings.get("bias") in _BIASES else set()
-    odd = {field: value for field, value in source.settings.items() if field not in known and not _neutral(value)}
-    if odd:
-        some = [f"{brief(field, 60)}={brief(json.dumps(value), 60)}" for field, value in list(odd.items())[:5]]
+    lost = {
+        field: value
+        for field, value in source.settings.items()
+        if field not in known and not (value is False or value in _NEUTRAL)
+    }
+    if lost:
+        some = [f"{brief(field, 60)}={brief(json.dumps(value), 60)}" for field, value in list(lost.items())[:5]]
         raise source.error(
             f"{', '.join(some)} can't be kept here, and nothing is dropped\n  such an adapter works with PEFT only"
         )
@@ -179,11 +184,8 @@ def _names_weights(source: PeftFolder) -> bool:
     )
 
 
-def _neutral(value: Any) -> bool:
-    return value is None or value is False or value in ("none", "", [], {})
-
-
 def flag_of(source: PeftFolder, field: str) -> bool:
+    """A setting that is true or false. Raises CheckpointError."""
     value = source.settings.get(field, False)
     if not isinstance(value, bool):
         raise source.error(f"{field}={value!r}: wanted true or false")
@@ -191,28 +193,29 @@ def flag_of(source: PeftFolder, field: str) -> bool:
 
 
 def number_of(source: PeftFolder, field: str, value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float64).max:
+    """A setting that is a finite number. Raises CheckpointError."""
+    if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float64).max:  # NaN fails it, too
         raise source.error(f"{field} has {brief(value, 60)}: wanted a finite number")
     return float(value)
 
 
-def check_rank(source: PeftFolder, at: str, r: int) -> None:
+def check_rank(source: PeftFolder, path: str, r: int) -> None:
     """The rank of the tensors must be one that the settings name, since the scaling rests on it."""
     patterns = source.settings.get("rank_pattern") or {}
-    named = [source.settings.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
-    if r not in named:
-        raise source.error(f"{at} has tensors of rank {r}, and r and rank_pattern name {brief(named, 80)}")
+    ranks = [source.settings.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    if r not in ranks:
+        raise source.error(f"{path} has tensors of rank {r}, and r and rank_pattern name {brief(ranks, 80)}")
 
 
 def alphas_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
     """Each layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path."""
     patterns, default = _literal_patterns(source), source.settings.get("lora_alpha", 8)
     alphas, unsure, weights = {}, [], source.weights
-    for at in paths:
-        name = f"{at}.weight" if at in weights else at
-        found = [value for start, text, value in patterns if _ends(name, start, text)]
-        unsure += [at] if any(value != found[0] for value in found) else []
-        alphas[at] = number_of(source, "lora_alpha", found[0] if found else default)
+    for path in paths:
+        name = f"{path}.weight" if path in weights else path
+        values = [value for start, text, value in patterns if _ends(name, start, text)] or [default]
+        unsure += [path] if any(value != values[0] for value in values) else []
+        alphas[path] = number_of(source, "lora_alpha", values[0])
     if unsure:
         logger.warning(
             f"{source.where}: several entries of alpha_pattern find {', '.join(unsure[:3])}; "
@@ -226,16 +229,16 @@ def _literal_patterns(source: PeftFolder) -> list[tuple[str, list[str], Any]]:
     patterns = source.settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
         raise source.error(f"alpha_pattern is no object of at most {MOST_PATTERNS} entries")
-    parsed = {at: _LITERAL.fullmatch(at) if len(at) <= LONGEST_PATTERN else None for at in patterns}
-    odd = [repr(brief(pattern, 80)) for pattern, match in parsed.items() if match is None]
-    if odd:
+    matches = {regex: _LITERAL.fullmatch(regex) if len(regex) <= LONGEST_PATTERN else None for regex in patterns}
+    refused = [repr(brief(regex, 80)) for regex, match in matches.items() if match is None]
+    if refused:
         raise source.error(
-            f"alpha_pattern has {', '.join(odd[:3])}, and no regex of a file is run\n"
+            f"alpha_pattern has {', '.join(refused[:3])}, and no regex of a file is run\n"
             f"  write the paths that it means, or their ends, in its place"
         )
     return [
-        (match[1], ["" if each == "." else each[-1] for each in _CHARACTER.findall(match[2])], patterns[pattern])
-        for pattern, match in parsed.items()
+        (match[1], ["" if sign == "." else sign[-1] for sign in _CHARACTER.findall(match[2])], patterns[regex])
+        for regex, match in matches.items()
         if match
     ]
 
@@ -245,4 +248,4 @@ def _ends(path: str, start: str, text: Sequence[str]) -> bool:
     before, end = path[: max(len(path) - len(text), 0)], path[-len(text) :]
     if len(end) != len(text) or not all(char in ("", got) for char, got in zip(text, end, strict=True)):
         return False
-    return not before or (before.endswith(".") and not start)
+    return not before or (before.endswith(".") and not start)  # PEFT's regex is rf"(.*\.)?({pattern})$"

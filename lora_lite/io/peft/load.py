@@ -31,8 +31,8 @@ from ..raw import same_tensor
 from ..safetensors import DTYPES, check_numbers
 from .folder import PeftFolder, alphas_of, check_rank, flag_of, number_of, read_folder
 
+# Starts of an init_lora_weights that writes the base, so that A and B belong to another one.
 _REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Starts of an init_lora_weights that writes the base, so that A and B belong to another one."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class _Part:
     """One adapter of ours in a folder."""
 
     cfg: BaseConfig
-    targets: dict[str, Target]
-    """By the path in the file."""
-    overrides: Overrides
-    """By the path in the model."""
+    targets: dict[str, Target]  # by the path in the file
+    overrides: Overrides  # by the path in the model
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Adapter:
@@ -59,29 +57,31 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
 
     A copy of the base's own weight, as PEFT adds it to an adapter on lm_head, is compared with this model's.
 
-    Raises CheckpointError for a setting or a tensor that would be lost, or a base weight that isn't this model's,
-    naming it, and what attach raises; the model is then as it was.
+    Raises:
+        CheckpointError: for a setting or a tensor that would be lost, or a base weight that isn't this model's, naming
+            it.
+
+    It raises what attach raises, too; the model is then as it was.
     """
     root = attachable(model)
     source = read_folder(Path(folder), dict(root.named_modules()))
     targets, layers = _targets(root, source)
     _check_base(root, source, targets, layers)
-    parts = _ia3_parts(source, targets) if source.settings["peft_type"] == "IA3" else [_lora_part(source, targets)]
-    held = _tensors(source, targets, layers)
-    names, loaded = [name, name + SECOND][: len(parts)], []
+    parts = _parts(source, targets)  # every shape and dtype is found right before a tensor is read
+    stored, loaded = _tensors(source, targets, layers), []
     with ExitStack() as stack:
-        for part, name in zip(parts, names, strict=True):
+        for part, suffix in zip(parts, ("", SECOND), strict=False):
             sites = make_sites({target: layers[target] for target in part.targets.values()}, part.cfg, part.overrides)
             tensors = {
-                site.key(tensor): held.get(site.key(tensor), torch.zeros(spec.shape)).to(part.cfg.dtype, copy=True)
+                site.key(tensor): stored.get(site.key(tensor), torch.zeros(spec.shape)).to(part.cfg.dtype, copy=True)
                 for site in sites
                 for tensor, spec in site.specs.items()
             }
-            adapter = stack.enter_context(installed(root, part.cfg, name, sites, tensors))
+            adapter = stack.enter_context(installed(root, part.cfg, name + suffix, sites, tensors))
             with torch.no_grad():
                 for view in adapter.views().values():  # n0, A0 and B0 are the base's; what else it fills comes next
                     lookup(part.cfg.variant).init(view, view.cfg)
-            adapter.load_state_dict({key: held.get(key, tensor) for key, tensor in adapter.state_dict().items()})
+            adapter.load_state_dict({key: stored.get(key, tensor) for key, tensor in adapter.state_dict().items()})
             loaded.append(adapter)
     for adapter in loaded:
         logger.info(f"loaded {adapter} from {folder}, in PEFT's format")
@@ -98,34 +98,36 @@ class PeftLayer:
 
 
 def read_layers(folder: Path) -> tuple[list[PeftLayer], dict[str, Any]]:
-    """What load_peft would attach, by layer, and the folder's settings. Raises CheckpointError as it does.
+    """The layers that load_peft would attach to, and the folder's settings.
 
-    OLoRA's A and B are relative to the base weight, so it is refused here.
+    Raises:
+        CheckpointError: as load_peft does, and for OLoRA, whose A and B are relative to the base weight.
     """
     source = read_folder(folder)
-    targets = {at: _by_shapes(source, at) for at in source.paths}
-    ia3 = source.settings["peft_type"] == "IA3"
-    if not ia3 and _method(source)[1] == "olora":
+    targets = _targets_by_shapes(source)
+    if source.settings["peft_type"] != "IA3" and _method(source)[1] == "olora":
         raise source.error("init_lora_weights='olora' wrote the base: its A and B are half of the adapter")
-    held = _held(source)
+    stored = _stored(source)
     return [
         PeftLayer(
             target,
-            part.cfg.with_overrides(part.overrides.get(at, {})),
-            {name: held[key] for name in THEIRS if (key := file_key(at, name)) in held},
+            part.cfg.with_overrides(part.overrides.get(path, {})),
+            {name: stored[key] for name in THEIRS if (key := file_key(path, name)) in stored},
         )
-        for part in (_ia3_parts(source, targets) if ia3 else [_lora_part(source, targets)])
-        for at, target in part.targets.items()
+        for part in _parts(source, targets)
+        for path, target in part.targets.items()
     ], source.settings
 
 
-def _by_shapes(source: PeftFolder, at: str) -> Target:
-    """The layer as its tensors tell; 0 stands for a side that they don't."""
-    shapes = source.shapes()
-    a, b, scales = (shapes.get(file_key(at, name), ()) for name in ("lora_A", "lora_B", "lora_l"))
-    d_in = a[-1] if len(a) == 2 else scales[1] if len(scales) == 2 and scales[0] == 1 else 0
-    d_out = b[0] if len(b) == 2 else scales[0] if len(scales) == 2 and scales[1] == 1 else 0
-    return Target(at, d_in, d_out, "?", *place(at))
+def _targets_by_shapes(source: PeftFolder) -> dict[str, Target]:
+    """The layers as their tensors tell; 0 stands for a side that they don't."""
+    targets, shapes = {}, {key: entry.shape for key, entry in source.entries.items()}
+    for path in source.paths:
+        a, b, scales = (shapes.get(file_key(path, name), ()) for name in ("lora_A", "lora_B", "lora_l"))
+        d_in = a[-1] if len(a) == 2 else scales[1] if len(scales) == 2 and scales[0] == 1 else 0
+        d_out = b[0] if len(b) == 2 else scales[0] if len(scales) == 2 and scales[1] == 1 else 0
+        targets[path] = Target(path, d_in, d_out, "?", *place(path))
+    return targets
 
 
 def _targets(root: nn.Module, source: PeftFolder) -> tuple[dict[str, Target], dict[Target, BaseLayer]]:
@@ -152,14 +154,19 @@ def _check_base(
     for ours, key in source.base.items():
         in_file, _, name = ours.rpartition(".")
         target = targets[in_file]
-        path, live = file_key(target.path, name), root.get_submodule(target.path).state_dict().get(name)
+        live = root.get_submodule(target.path).state_dict().get(name)
         same = live is not None and same_tensor(live, source.header, key, layers[target].storage)
         if not same:
             raise CheckpointError(
                 f"{source.header.path}: {key} {'can not be compared with' if same is None else 'is not'} this model's "
-                f"{path}\n  the adapter belongs to another base, or to one that was trained with it: load it there, or "
-                f"take that tensor out of the file if you know that the difference does not matter"
+                f"{file_key(target.path, name)}\n  the adapter belongs to another base, or to one that was trained "
+                f"with it: load it there, or take that tensor out of the file if you know that the difference does not "
+                f"matter"
             )
+
+
+def _parts(source: PeftFolder, targets: dict[str, Target]) -> list[_Part]:
+    return _ia3_parts(source, targets) if source.settings["peft_type"] == "IA3" else [_lora_part(source, targets)]
 
 
 def _lora_part(source: PeftFolder, targets: dict[str, Target]) -> _Part:
@@ -171,29 +178,30 @@ def _lora_part(source: PeftFolder, targets: dict[str, Target]) -> _Part:
             f"lora_dropout={dropout} with init_lora_weights={init!r} can't be kept here\n"
             f"  dropout acts in training only: set it to 0 in the file if you don't train on"
         )
-    shapes, alphas = source.shapes(), alphas_of(source, targets)
-    at_layers: dict[str, tuple[int, float]] = {}
-    wanted: dict[str, tuple[int, ...]] = {}
-    for at, target in targets.items():
-        r = (*shapes.get(file_key(at, "lora_A"), ()), 1)[0]
-        wanted |= {file_key(at, "lora_A"): (r, target.d_in), file_key(at, "lora_B"): (target.d_out, r)}
-        wanted |= {file_key(at, "lora_m"): (target.d_out,)} if variant == "dora" else {}
-        alpha = alphas[at]
+    entries, alphas = source.entries, alphas_of(source, targets)
+    specs: dict[str, tuple[int, ...]] = {}
+    settings: dict[str, tuple[int, float]] = {}  # path in the model -> (r, alpha)
+    for path, target in targets.items():
+        a, alpha = entries.get(file_key(path, "lora_A")), alphas[path]
+        r = (*a.shape, 1)[0] if a else 1  # a tensor that isn't there, or without dimensions, fails check_shapes
+        specs |= {file_key(path, "lora_A"): (r, target.d_in), file_key(path, "lora_B"): (target.d_out, r)}
+        specs |= {file_key(path, "lora_m"): (target.d_out,)} if variant == "dora" else {}
         if init == "olora":
             r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)  # [B, -B0] [A; A0] at the same s
         elif init == "pissa" and rslora:
             alpha *= math.sqrt(r)  # PiSSA's s is α/r
-        at_layers[target.path] = (r, alpha)
-    check_shapes(shapes, wanted, str(source.header.path))
-    for at in targets:
-        check_rank(source, at, shapes[file_key(at, "lora_A")][0])
-    (r, alpha), _ = Counter(at_layers.values()).most_common(1)[0]
-    differ = {path: {"r": here[0], "alpha": here[1]} for path, here in at_layers.items() if here != (r, alpha)}
-    common: dict[str, Any] = {"r": r, "alpha": alpha}
+        settings[target.path] = (r, alpha)
+    check_shapes(entries, specs, str(source.header.path))
+    for path in targets:
+        check_rank(source, path, entries[file_key(path, "lora_A")].shape[0])
+    # The most frequent rank and alpha are the config's, the others its per_layer.
+    most, _ = Counter(settings.values()).most_common(1)[0]
+    common: dict[str, Any] = {"r": most[0], "alpha": most[1]}
+    overrides = {path: {"r": r, "alpha": alpha} for path, (r, alpha) in settings.items() if (r, alpha) != most}
     if variant != "pissa":
         common |= {"rslora": rslora, "dropout": dropout}
     reads = init == "olora" or lookup(variant).base_weight != "unused"
-    return _Part(_config(source, variant, targets, differ, reads, **common), targets, differ)
+    return _Part(_config(source, variant, targets, overrides, reads, **common), targets, overrides)
 
 
 def _method(source: PeftFolder) -> tuple[str, Any]:
@@ -217,33 +225,32 @@ def _method(source: PeftFolder) -> tuple[str, Any]:
 
 
 def _ia3_parts(source: PeftFolder, targets: dict[str, Target]) -> list[_Part]:
-    """By the shapes: (o, 1) scales outputs, (1, i) inputs."""
-    shapes = source.shapes()
-    of: dict[str, dict[str, Target]] = {"ia3": {}, "ia3_ff": {}}
-    wanted = {}
-    for at, target in targets.items():
-        key = file_key(at, "lora_l")
+    """One part or two, by the shapes: (o, 1) scales outputs, (1, i) inputs."""
+    entries, specs = source.entries, {}
+    halves: dict[str, dict[str, Target]] = {"ia3": {}, "ia3_ff": {}}
+    for path, target in targets.items():
+        key = file_key(path, "lora_l")
         forms = {"ia3": (target.d_out, 1), "ia3_ff": (1, target.d_in)}
-        fit = [variant for variant, shape in forms.items() if shapes.get(key) == shape]
-        if len(fit) > 1:
+        fitting = [variant for variant, shape in forms.items() if key in entries and entries[key].shape == shape]
+        if len(fitting) > 1:
             raise CheckpointError(
                 f"{source.header.path}: {source.keys[key]} is (1, 1), so it could scale input or output"
             )
-        variant = fit[0] if fit else "ia3"
-        of[variant][at], wanted[key] = target, forms[variant]
-    check_shapes(shapes, wanted, str(source.header.path))
-    return [_Part(_config(source, variant, own, {}, False), own, {}) for variant, own in of.items() if own]
+        variant = fitting[0] if fitting else "ia3"
+        halves[variant][path], specs[key] = target, forms[variant]
+    check_shapes(entries, specs, str(source.header.path))
+    return [_Part(_config(source, variant, half, {}, False), half, {}) for variant, half in halves.items() if half]
 
 
 def _config(
     source: PeftFolder, variant: str, targets: Mapping[str, Target], overrides: Overrides, reads: bool, **values: Any
 ) -> BaseConfig:
-    """Ours, with regexes of its own that find these layers exactly. `reads`: its maths reads the base weight."""
+    """Our config, with regexes of its own that find these layers exactly. `reads`: its maths reads the base weight."""
     dtype = _dtype(source, targets, reads)
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for path, here in overrides.items():
-        groups.setdefault(tuple(here.items()), []).append(path)
-    per_layer = {_exactly(paths): dict(items) for items, paths in groups.items()}
+    for path, fields in overrides.items():
+        groups.setdefault(tuple(fields.items()), []).append(path)
+    per_layer = {_exactly(paths): dict(fields) for fields, paths in groups.items()}  # a regex for each pair of values
     names = (_exactly(target.path for target in targets.values()),)
     try:
         return config_for(variant)(variant=variant, target_names=names, dtype=dtype, per_layer=per_layer, **values)
@@ -255,36 +262,40 @@ def _exactly(paths: Iterable[str]) -> str:
     return f"^({'|'.join(map(re.escape, paths))})$"
 
 
-def _dtype(source: PeftFolder, files: Mapping[str, Target], reads: bool) -> torch.dtype:
-    entries = {key: source.header.entries[key] for ours, key in source.keys.items() if ours.rpartition(".")[0] in files}
-    odd = [key for key, entry in entries.items() if DTYPES.get(entry.dtype) not in STORAGE_DTYPES]
-    if odd:
-        raise CheckpointError(f"{source.header.path}: {odd[0]} is stored as {entries[odd[0]].dtype}; wanted floats")
-    dtypes = {DTYPES[entry.dtype] for entry in entries.values()} | ({torch.float32} if reads else set())
-    return reduce(torch.promote_types, sorted(dtypes, key=str))
+def _dtype(source: PeftFolder, targets: Mapping[str, Target], reads: bool) -> torch.dtype:
+    """One dtype that holds the numbers of all these layers' tensors. Raises CheckpointError."""
+    dtypes = {torch.float32} if reads else set()
+    for ours, entry in source.entries.items():
+        if ours.rpartition(".")[0] in targets:
+            if DTYPES.get(entry.dtype) not in STORAGE_DTYPES:
+                key = source.keys[ours]
+                raise CheckpointError(f"{source.header.path}: {key} is stored as {entry.dtype}; wanted floats")
+            dtypes.add(DTYPES[entry.dtype])
+    return reduce(torch.promote_types, dtypes)
 
 
 def _tensors(
     source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[Target, BaseLayer]
 ) -> dict[str, Tensor]:
     """The file's tensors by their key in the model, as this library shapes them."""
-    held = {}
-    for ours, value in _held(source).items():
-        at, _, tensor = ours.rpartition(".")
-        held[file_key(targets[at].path, tensor)] = value
-    if _method(source)[1] == "olora":
+    stored = _stored(source)
+    paths = {key: key.rpartition(".") for key in stored}
+    tensors = {file_key(targets[path].path, name): stored[key] for key, (path, _, name) in paths.items()}
+    if _method(source)[1] == "olora" and source.settings["peft_type"] == "LORA":
         for target in targets.values():
             a, b = file_key(target.path, "lora_A"), file_key(target.path, "lora_B")
-            b0, a0 = _removed_by_olora(layers[target], r=held[a].shape[0])
-            held[a], held[b] = torch.cat([held[a].to(a0), a0]), torch.cat([held[b].to(b0), -b0], dim=1)
-    return held
+            b0, a0 = _removed_by_olora(layers[target], r=tensors[a].shape[0])  # (o, r), (r, i)
+            tensors[a] = torch.cat([tensors[a].to(a0), a0])  # (2r, i)
+            tensors[b] = torch.cat([tensors[b].to(b0), -b0], dim=1)  # (o, 2r)
+    return tensors
 
 
-def _held(source: PeftFolder) -> dict[str, Tensor]:
+def _stored(source: PeftFolder) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them."""
-    read = source.header.read()
-    check_numbers(read, str(source.header.path), "save the adapter again")
-    return {ours: read[key].flatten() if ours.endswith("lora_l") else read[key] for ours, key in source.keys.items()}
+    tensors = source.header.read()
+    check_numbers(tensors, str(source.header.path), "save the adapter again")
+    by_ours = {ours: tensors[key] for ours, key in source.keys.items()}
+    return {ours: tensor.flatten() if ours.endswith("lora_l") else tensor for ours, tensor in by_ours.items()}
 
 
 def _removed_by_olora(layer: BaseLayer, r: int) -> tuple[Tensor, Tensor]:
@@ -294,5 +305,5 @@ def _removed_by_olora(layer: BaseLayer, r: int) -> tuple[Tensor, Tensor]:
             f"{layer.path}: OLoRA took a part out of a dense weight, and this one is {layer.describe()}\n"
             f"  load the base without quantization, or convert the folder (path_initial_model_for_weight_conversion)"
         )
-    q, rest = torch.linalg.qr(layer.dense_weight())
+    q, rest = torch.linalg.qr(layer.dense_weight())  # (o, k), (k, i) with k = min(o, i)
     return q[:, :r].cpu(), rest[:r].cpu()

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from ..safetensors import check_numbers, replacing
 from .conversion import moved_keys, named_like_experts
 from .folder import CONFIG, WEIGHTS
 
-Layers = dict[str, list[Site]]
-"""Path -> the sites of the chosen adapters there, in the order attached."""
+Layers = dict[str, list[Site]]  # path -> the sites of the chosen adapters there, in the order attached
+Written = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by PEFT's key, settings
 
 
 def save_peft(
@@ -55,8 +55,13 @@ def save_peft(
     Magnitudes of a 16-bit DoRA are written in float32, for the norms that PEFT computes and not the rounded ones kept
     here. A crash leaves the old folder or the new one; at worst, one without its config, that nothing loads.
 
-    Raises CheckpointError for what PEFT's format can't hold, TargetError for an unknown name, ConfigError for a bad
-    argument, VariantError if a method is not affine; nothing is written then.
+    Nothing is written where it raises.
+
+    Raises:
+        CheckpointError: for what PEFT's format can't hold.
+        TargetError: for an unknown name.
+        ConfigError: for a bad argument.
+        VariantError: if a method is not affine.
     """
     folder, (root, session) = Path(folder), session_of(model)
     check_unmerged(session, "export")
@@ -66,27 +71,12 @@ def save_peft(
         raise ConfigError(f"rank={rank!r}: wanted an integer of at least 1, or None")
     if max_error is not None and (rank is None or not is_number(max_error)):
         raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
-    chosen = [get_adapter(model, each) for each in (_with_second(model, name) if isinstance(name, str) else name)]
+    chosen = [get_adapter(model, one) for one in (_with_second(model, name) if isinstance(name, str) else name)]
     layers, worst = _layers(model, chosen), None
-    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
-    if rank is None and scaled:
-        raise CheckpointError(
-            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
-        )
-    if rank is not None:
-        tensors, settings, worst = _low_rank(root, layers, rank, max_error)
-    elif [adapter.variant for adapter in chosen] in (["lora"], ["dora"]):
-        tensors, settings = _native_lora(root, chosen[0], layers)
-    elif {adapter.variant for adapter in chosen} <= {"ia3", "ia3_ff"} and all(
-        len(sites) == 1 for sites in layers.values()
-    ):
-        tensors, settings = _native_ia3(root, layers)
+    if rank is None:
+        tensors, settings = _native(root, chosen, layers)
     else:
-        raise CheckpointError(
-            f"PEFT has no adapter like {', '.join(f'{a.name!r} ({a.variant})' for a in chosen)}\n"
-            f"  give rank= to write what they change as a plain LoRA: 2r is exact for pissa, its own rank for "
-            f"abliteration in the modes none and pre"
-        )
+        tensors, settings, worst = _low_rank(root, layers, rank, max_error)
     check_numbers(tensors, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
     _write(folder, tensors, settings | _about(root, chosen[0]))
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
@@ -95,9 +85,8 @@ def save_peft(
 
 def _with_second(model: nn.Module, name: str) -> list[str]:
     """The adapter of this name, and the second half of an IA3 that load_peft made of one of PEFT's."""
-    held = adapters(model)
-    pair = [name, name + SECOND]
-    return pair if [held[each].variant for each in pair if each in held] == ["ia3", "ia3_ff"] else [name]
+    attached, pair = adapters(model), [name, name + SECOND]
+    return pair if [attached[half].variant for half in pair if half in attached] == ["ia3", "ia3_ff"] else [name]
 
 
 def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
@@ -113,6 +102,7 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
         check_shapes(adapter.state_dict(), adapter.specs(), f"adapter {adapter.name!r} in memory")
         for site in adapter.sites():
             layers.setdefault(site.path, []).append(site)
+    # A bare layer has no path, and a fused tensor is no module of its own.
     homeless = [path or "the model itself" for path, (site, *_) in layers.items() if not path or site.target.experts]
     if homeless:
         raise CheckpointError(
@@ -122,23 +112,39 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
     return layers
 
 
-def _native_lora(root: nn.Module, adapter: Adapter, layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    ways = {(sites[0].cfg.rslora, sites[0].cfg.dropout) for sites in layers.values()}
-    if len(ways) > 1:
+def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Written:
+    """The adapters as they are. Raises CheckpointError for what PEFT hasn't."""
+    scaled, variants = [adapter.name for adapter in chosen if adapter.scale != 1], [a.variant for a in chosen]
+    if scaled:
         raise CheckpointError(
-            f"rslora and dropout differ by layer: {sorted(ways)}\n  PEFT has one of each for all layers"
+            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
         )
-    tensors, at_layers = {}, {}
-    for path, (site,) in layers.items():
-        at_layers[path] = (site.cfg.r, float(site.cfg.r if site.cfg.alpha is None else site.cfg.alpha))
-        for tensor in ("lora_A", "lora_B"):
-            tensors[_their_key(path, tensor)] = site.tensor(tensor).detach()
-        if adapter.variant == "dora":
-            tensors[_their_key(path, "lora_m")] = _magnitude(site)
-    ((rslora, dropout),) = ways
-    return tensors, _lora_settings(
-        root, at_layers, use_rslora=rslora, lora_dropout=dropout, use_dora=adapter.variant == "dora"
+    if variants in (["lora"], ["dora"]):
+        return _native_lora(root, layers, is_dora=variants == ["dora"])
+    if {*variants} <= {"ia3", "ia3_ff"} and all(len(sites) == 1 for sites in layers.values()):
+        return _native_ia3(root, layers)
+    raise CheckpointError(
+        f"PEFT has no adapter like {', '.join(f'{a.name!r} ({a.variant})' for a in chosen)}\n"
+        f"  give rank= to write what they change as a plain LoRA: 2r is exact for pissa, its own rank for "
+        f"abliteration in the modes none and pre"
     )
+
+
+def _native_lora(root: nn.Module, layers: Layers, is_dora: bool) -> Written:
+    common = {(sites[0].cfg.rslora, sites[0].cfg.dropout) for sites in layers.values()}
+    if len(common) > 1:
+        raise CheckpointError(
+            f"rslora and dropout differ by layer: {sorted(common)}\n  PEFT has one of each for all layers"
+        )
+    tensors: dict[str, Tensor] = {}
+    ranks = {}
+    for path, (site,) in layers.items():
+        ranks[path] = (site.cfg.r, float(site.cfg.r if site.cfg.alpha is None else site.cfg.alpha))
+        tensors |= {_their_key(path, tensor): site.tensor(tensor).detach() for tensor in ("lora_A", "lora_B")}
+        if is_dora:
+            tensors[_their_key(path, "lora_m")] = _magnitude(site)  # (o,)
+    ((rslora, dropout),) = common
+    return tensors, _lora_settings(root, ranks, use_rslora=rslora, lora_dropout=dropout, use_dora=is_dora)
 
 
 @torch.no_grad()
@@ -147,18 +153,18 @@ def _magnitude(site: Site) -> Tensor:
     a, b, m, n0 = (site.tensor(f"lora_{name}").detach() for name in ("A", "B", "m", "n0"))
     if torch.promote_types(n0.dtype, torch.float32) == n0.dtype:
         return m
-    weight = site.base.dense_weight().double()
-    square = weight.square().sum(1)
+    weight = site.base.dense_weight().double()  # (o, i)
+    square = weight.square().sum(1)  # (o,)
+    # Outputs are m / ‖W + s B A‖ times those of W + s B A: here with a norm that starts from the rounded n0.
     moved = (weight + site.cfg.scaling * b.double() @ a.double()).square().sum(1)
     return (m.double() * (moved / (n0.double().square() + moved - square)).sqrt()).float()
 
 
-def _native_ia3(root: nn.Module, layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _native_ia3(root: nn.Module, layers: Layers) -> Written:
     tensors, inner = {}, []
     for path, (site,) in layers.items():
-        scales = site.tensor("lora_l").detach()
-        on_input = site.cfg.variant == "ia3_ff"
-        tensors[_their_key(path, "lora_l")] = scales[None] if on_input else scales[:, None]
+        scales, on_input = site.tensor("lora_l").detach(), site.cfg.variant == "ia3_ff"
+        tensors[_their_key(path, "lora_l")] = scales[None] if on_input else scales[:, None]  # (1, i) or (o, 1)
         inner += [path] if on_input else []
     targets, feedforward = _modules(root, list(layers), inner)
     return tensors, {
@@ -174,7 +180,7 @@ def _low_rank(
     root: nn.Module, layers: Layers, rank: int, max_error: float | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], float]:
     tensors: dict[str, Tensor] = {}
-    at_layers, errors, square = {}, {}, [0.0, 0.0]
+    ranks, errors, square = {}, {}, [0.0, 0.0]  # of all layers: ‖rest‖², ‖W' - W‖²
     for path, sites in layers.items():
         delta, moved_bias = delta_weight(sites)
         if moved_bias is not None:
@@ -183,12 +189,13 @@ def _low_rank(
                 f"  keep it as our file (lora_lite.save), or merge it"
             )
         dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
-        a, b = (factor.to(dtype) for factor in low_rank_factors(delta, rank))
+        a, b = (factor.to(dtype) for factor in low_rank_factors(delta, rank))  # (r, i), (o, r)
+        # From the factors as they are written: rounding counts as error, too.
         rest, size = float((delta - b.double() @ a.double()).norm()), float(delta.norm())
         errors[path] = rest / size if size else 0.0
         square = [square[0] + rest**2, square[1] + size**2]
         tensors |= {_their_key(path, "lora_A"): a, _their_key(path, "lora_B"): b}
-        at_layers[path] = (len(a), float(len(a)))
+        ranks[path] = (len(a), float(len(a)))  # alpha = r: a scaling of 1
     worst = max(errors, key=lambda path: errors[path])
     overall = math.sqrt(square[0] / square[1]) if square[1] else 0.0
     line = f"as a LoRA of rank {rank}: relative error {overall:.1e} overall, {errors[worst]:.1e} at worst ({worst})"
@@ -197,27 +204,27 @@ def _low_rank(
         raise CheckpointError(
             f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank"
         )
-    found = _lora_settings(root, at_layers, use_rslora=False, lora_dropout=0.0, use_dora=False)
-    return tensors, found, errors[worst]
+    settings = _lora_settings(root, ranks, use_rslora=False, lora_dropout=0.0, use_dora=False)
+    return tensors, settings, errors[worst]
 
 
-def _lora_settings(root: nn.Module, at_layers: Mapping[str, tuple[int, float]], **fields: Any) -> dict[str, Any]:
+def _lora_settings(root: nn.Module, ranks: Mapping[str, tuple[int, float]], **fields: Any) -> dict[str, Any]:
     """The settings for these ranks and alphas by path. Raises CheckpointError for layers that PEFT would lose."""
-    r, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*at_layers.values(), strict=True))
-    weights = {path: f"{path}.weight" for path in named_like_experts(root, at_layers)}
-    _check_kept(root, list(at_layers), list(weights), fields)
-    targets, _ = _modules(root, [path for path in at_layers if path not in weights], [])
-    patterns = {path: f"^{re.escape(weights.get(path, path))}" for path in at_layers}
+    r, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True))
+    weights = {path: f"{path}.weight" for path in named_like_experts(root, ranks)}
+    _check_kept(root, list(ranks), list(weights), fields)
+    targets, _ = _modules(root, [path for path in ranks if path not in weights], [])
+    patterns = {path: f"^{re.escape(weights.get(path, path))}" for path in ranks}  # PEFT adds $; without ^, ends match
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": _whole(alpha),
-        "rank_pattern": {patterns[path]: own for path, (own, _) in at_layers.items() if own != r},
-        "alpha_pattern": {patterns[path]: _whole(own) for path, (_, own) in at_layers.items() if own != alpha},
+        "rank_pattern": {patterns[path]: other for path, (other, _) in ranks.items() if other != r},
+        "alpha_pattern": {patterns[path]: _whole(other) for path, (_, other) in ranks.items() if other != alpha},
         "target_modules": targets,
         **({"target_parameters": sorted(weights.values())} if weights else {}),
         "bias": "none",
-        "fan_in_fan_out": _transposed(root, at_layers),
+        "fan_in_fan_out": _transposed(root, ranks),
         "init_lora_weights": True,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -253,7 +260,7 @@ def _check_kept(root: nn.Module, paths: Sequence[str], as_weights: Sequence[str]
 
 
 def _whole(alpha: float) -> int | float:
-    return int(alpha) if alpha == int(alpha) else alpha
+    return int(alpha) if alpha == int(alpha) else alpha  # 16, as PEFT writes it, and not 16.0
 
 
 def _modules(root: nn.Module, layers: Sequence[str], inner: Sequence[str]) -> tuple[Any, Any]:
@@ -263,9 +270,8 @@ def _modules(root: nn.Module, layers: Sequence[str], inner: Sequence[str]) -> tu
     reach nothing else, are what most tools know best; then full paths; then a regex.
     """
     paths = [path for path, _ in root.named_modules()]
-    forms: tuple[Callable[[str], str], ...] = (lambda path: path.rpartition(".")[2], lambda path: path)
-    for form in forms:
-        names, inner_names = sorted({form(path) for path in layers}), sorted({form(path) for path in inner})
+    for last in (True, False):
+        names, inner_names = (sorted({p.rpartition(".")[2] if last else p for p in side}) for side in (layers, inner))
         ends = tuple(f".{name}" for name in names)
         reached = [path for path in paths if path in names or path.endswith(ends)]
         reached_inner = [path for path in layers if path.endswith(tuple(inner_names))]
@@ -275,9 +281,8 @@ def _modules(root: nn.Module, layers: Sequence[str], inner: Sequence[str]) -> tu
 
 
 def _transposed(root: nn.Module, layers: Iterable[str]) -> bool:
-    return any(
-        layer is not None and layer.transposed for layer in (layer_of(root.get_submodule(path)) for path in layers)
-    )
+    modules = (layer_of(root.get_submodule(path)) for path in layers)
+    return any(layer is not None and layer.transposed for layer in modules)
 
 
 def _their_key(path: str, tensor: str) -> str:
@@ -304,4 +309,4 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, A
     with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
         config.write((json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
         weights.write(to_bytes(whole, metadata={"format": "pt"}))
-        (folder / CONFIG).unlink(missing_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)  # the old config never lies beside the new weights
