@@ -134,8 +134,8 @@ def freeze_into(
     with torch.no_grad(), scaled(root, c, name):
         layers = {site.path: _at_layer(site, factors[site.path]) for site in adapter.sites()}
     _check_order(model, adapter, into)
-    rounds = [*old, RoundParts(entry, layers)]
-    install = installed if known is None else reinstalled
+    rounds = [*old, RoundParts(entry, layers)]  # none of the old ones is computed again
+    install = installed if known is None else reinstalled  # both undo all of it if the block raises
     with install(root, *_join_rounds(root, into, rounds)) as adapter:
         adapter.set_base_record(base)
         detach(model, name)
@@ -226,7 +226,7 @@ def _common_base(root: nn.Module, adapter: Adapter, known: Adapter | None) -> Ba
             f"  {known.name}: {records[1]}\n"
             f"  one of them was loaded with verify_base=False: keep it in a history of its own (into=)"
         )
-    return replace(records[1], fingerprint=records[1].fingerprint | records[0].fingerprint)
+    return replace(records[1], fingerprint=records[1].fingerprint | records[0].fingerprint)  # shared layers are equal
 
 
 def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
@@ -256,7 +256,7 @@ def _outcome(sites: Sequence[Site]) -> Tensor:
     x, down, up = random_rows((3, 1, target.d_in), (target.d_in, 4), (4, target.d_out), device=device)
     for view in views:
         x = adapt_input(view, x)
-    y = x @ down @ up
+    y = x @ down @ up  # (3, 1, d_out)
     for view in views:
         y = adapt_output(view, x, y)
     return y
@@ -303,7 +303,7 @@ def _split_rounds(history: Adapter) -> list[RoundParts]:
         for site in (site for site in history.sites() if entry.label in site.cfg.here):
             if (columns := site.cfg.columns.get(entry.label)) is not None:
                 a, b, s = (site.tensor(name) for name in PAIR)
-                tensors = dict(zip(PAIR, (a[columns], b[:, columns], s[columns]), strict=True))
+                tensors = dict(zip(PAIR, (a[columns], b[:, columns], s[columns]), strict=True))  # (r, i), (o, r), (r,)
             else:
                 start = f"lora_{number}_"
                 tensors = {f"lora_{k.removeprefix(start)}": t for k, t in site.tensors() if k.startswith(start)}

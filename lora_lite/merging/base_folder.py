@@ -75,14 +75,14 @@ class BaseFolder:
                 f"  {'it has ' + pickles[0] + ', a pickle, which is never opened: ' if pickles else ''}"
                 f"save the model with save_pretrained, which writes safetensors"
             )
-        self.headers: dict[str, Header] = read_shards(path)
+        self.headers: dict[str, Header] = read_shards(path)  # by key: the header of its file
         has_config = (path / "config.json").exists()
         self.config: dict[str, Any] | None = read_json(path / "config.json") if has_config else None
         self.packed: dict[str, Packed] = find_packed(self.headers)
         self.model = None if self.config is None else skeleton(path, self.config, len(self.headers))
         self._name = path.name if self.model is None else type(self.model).__name__
         self._by_key = self._module_keys()
-        self._owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)  # several of a tied parameter
         for module_path, module in [] if self.model is None else self.model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 self._owners[id(parameter)].append((module, file_key(module_path, name)))
@@ -127,7 +127,7 @@ class BaseFolder:
         """The fingerprint of an unquantised weight, as `base_record` takes it from a live layer: dtype, elements."""
         entries = [self.headers[ref.key].entries[ref.key] for ref in weight]
         dtype = DTYPES.get(entries[0].dtype, torch.uint8)
-        numel = torch.Size(entries[0].shape).numel()
+        numel = torch.Size(entries[0].shape).numel()  # of one expert where they are stored one by one
         values = []
         for place in spread_places(numel * len(weight)):  # experts that are stored one by one count as stacked
             header, entry = self.headers[weight[place // numel].key], entries[place // numel]

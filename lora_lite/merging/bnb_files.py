@@ -91,7 +91,7 @@ def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor,
     from bitsandbytes.functional import QuantState
 
     state = QuantState.from_dict(tensors, device=torch.device("cpu"))
-    out = torch.empty(packed.shape, dtype=state.dtype)
+    out = torch.empty(packed.shape, dtype=state.dtype)  # (o, i)
     codes = codes.view(torch.uint8).reshape(-1)  # (o i / 2,)
     _dequantize(codes, _absmax(state), state.blocksize, state.quant_type, out)
     return out, ["uint8", *samples_4bit(codes, state)]
@@ -122,7 +122,7 @@ def as_trained(
         )
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
-    flat, blocksize = weight.view(-1), quantization.blocksize or 64
+    flat, blocksize = weight.view(-1), quantization.blocksize or 64  # (o i,)
     # Whole from the start: small tensors that stay, between chunks that come and go, would fragment the heap.
     packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)
     absmax, offset, nested = torch.empty(-(-len(flat) // blocksize)), None, None
@@ -132,7 +132,7 @@ def as_trained(
         packed[start // 2 :][: some.numel()] = some.view(-1)
         absmax[start // blocksize :][: state.absmax.numel()] = state.absmax
     if quantization.double_quant:
-        offset = absmax.mean()
+        offset = absmax.mean()  # the one number that needs all blocks
         absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     state = QuantState(absmax, weight.shape, blocksize=blocksize, offset=offset, state2=nested)
     _dequantize(packed, _absmax(state), blocksize, quantization.quant_type, weight)

@@ -106,7 +106,7 @@ def _merge_reversibly(root: nn.Module, session: Session, chosen: Sequence[Adapte
         for swap in reversed(swaps):
             swap.undo()
         raise
-    session.merged = swaps
+    session.merged = swaps  # only now: an error before has undone all
     for adapter in chosen:
         session.adapters[adapter.name].merged = True
 

@@ -103,7 +103,7 @@ def merge_checkpoint(
     if base_weights not in CHOICES:
         raise ConfigError(f"base_weights={base_weights!r}: wanted one of {CHOICES}")
     started, out = time.monotonic(), Path(out_dir).resolve()
-    check_choice(never_ran)
+    check_choice(never_ran)  # before anything large is read
     file, base = read_file(adapter), BaseFolder(Path(base_dir).resolve())
     if file.never_ran and never_ran == "raise":
         raise TargetError(f"{file.path}: {refusal(file.never_ran, len(file.targets))}")
@@ -188,7 +188,7 @@ def _write_shard(path: Path, shard: Shard, base: BaseFolder, report: Callable[[i
             else:
                 matrices = tensor.make()
                 while (matrix := next(matrices, None)) is not None:
-                    raw: Any = matrix.contiguous().view(-1).view(torch.uint8).numpy()
+                    raw: Any = matrix.contiguous().view(-1).view(torch.uint8).numpy()  # as bytes: numpy has no bfloat16
                     handle.write(raw)
                     report(raw.nbytes)
                     del matrix, raw  # or it would stay in memory while the next one is made
@@ -223,12 +223,12 @@ def _partial(out: Path, job: dict[str, Any], names: Sequence[str]) -> Iterator[P
             raise
         stamps = {name: _stamp(partial / name) for name in names if (partial / name).exists()}
         write_json(partial / MARKER, {"job": job, "files": stamps})
-        (partial / _LOCK).unlink()
+        (partial / _LOCK).unlink()  # while it is held: the folder takes its name without it
         if out.exists():
-            _remove(replaced)
+            _remove(replaced)  # of a run that was killed between the two renames
             os.replace(out, replaced)
         os.replace(partial, out)
-        sync_folder(out.parent)
+        sync_folder(out.parent)  # or the rename may be lost in a power cut
         _remove(replaced)
 
 
