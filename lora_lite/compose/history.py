@@ -29,12 +29,12 @@ from ..core.validate import is_name, is_number
 from ..core.variant import config_for, lookup
 from ..errors import BaseModelError, ConfigError, TargetError, VariantError
 from ..io.safetensors import check_numbers
-from .rounds import LONGEST_LABEL, Kept, RoundsConfig
+from .rounds import LONGEST_LABEL, RoundEntry, RoundsConfig
 
 VARIANT = "history"
 PAIR = ("lora_A", "lora_B", "lora_s")
 SAME = 1e-9
-"""Of what adapters make of a vector in float64: a difference below it is rounding."""
+"""A smaller part of what adapters make of a vector in float64 is rounding."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,17 @@ class Round:
 
     def __str__(self) -> str:
         ranks = sorted({rank for rank in self.ranks.values() if rank is not None})
-        how = f"rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else "by its own method"
-        return f"{self.label}: {self.variant}, c {self.c:g}, {len(self.ranks)} layers, {how}"
+        part = f"rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))}" if ranks else "by its own method"
+        return f"{self.label}: {self.variant}, c {self.c:g}, {len(self.ranks)} layers, {part}"
 
 
 @dataclass(frozen=True)
 class RoundAtLayer:
-    """A round at one layer: what `RoundsConfig.here` says of it, and its tensors by the names of its own method, or of
-    the pair of products."""
+    """A round at one layer, with its tensors by the names of its own method, or of the pair of products."""
 
     site: Site
-    here: Any
-    stacked: bool
+    rank_or_fields: Any
+    """As `RoundsConfig.here` has it."""
     tensors: dict[str, Tensor]
 
 
@@ -76,8 +75,8 @@ class RoundAtLayer:
 class RoundParts:
     """A round, and its part at each of its layers, by path."""
 
-    kept: Kept
-    at: dict[str, RoundAtLayer]
+    entry: RoundEntry
+    layers: dict[str, RoundAtLayer]
 
 
 def freeze_into(
@@ -95,19 +94,20 @@ def freeze_into(
 
     Low-rank rounds (LoRA, PiSSA, ssteer, any method that declares `low_rank`) become one pair of products however many
     they are, each with its own rank and layers; a round of another method acts as before, with its tensors as buffers.
-    The change of several low-rank rounds is summed in one product, so its last bits may differ from theirs side by
-    side.
+    Several low-rank rounds are summed in one product, so the last bits may differ from theirs side by side.
 
     A history is an adapter: `save(model, path, "history")` writes all rounds to one file and `load(model, path,
     "history")` brings them back; `scaled`, `merge` and `detach` take its name. It comes first on each layer. So for the
     round that is trained next, scale 0 is base + history, and `disabled` the pristine base: as the anchor of a
     divergence, `kl_divergence(model, batches, "default")` has the one and `kl_divergence(model, batches)` the other.
 
-    Raises ConfigError for a coefficient that isn't finite, a bad label, or a history at another scale than 1;
-    TargetError for an unknown or sharded adapter, under DDP, while adapters are merged, if `into` is no history, or if
-    an adapter that came before the round would act differently after it; BaseModelError if round and history belong to
-    different bases; CheckpointError for NaN in the adapter; VariantError for a method whose `low_rank` isn't what it
-    does. Nothing has changed then.
+    Raises:
+        ConfigError: for a coefficient that isn't finite, a bad label, or a history at another scale than 1.
+        TargetError: for an unknown or sharded adapter, under DDP, while adapters are merged, if `into` is no history,
+            or if an adapter that came before the round would act differently after it.
+        BaseModelError: if round and history belong to different bases.
+        CheckpointError: for NaN in the adapter.
+        VariantError: for a method whose `low_rank` isn't what it does. After any of these nothing has changed.
     """
     root, adapter, session = attachable(model), get_adapter(model, name), session_of(model)[1]
     check_unmerged(session, "keep a round")
@@ -126,14 +126,16 @@ def freeze_into(
         raise TargetError(f"adapter {name!r} is a history itself\n  keep its rounds as they are, or drop_round some")
     _check_whole(adapter)
     base = _common_base(root, adapter, known)
-    kept = Kept(_label(label, name, [each.kept.label for each in old]), float(c), adapter.config)
+    entry = RoundEntry(_label(label, name, [r.entry.label for r in old]), float(c), adapter.config)
+    # Factors at scale 1, as c multiplies them from now on; compared with the forward at the scale to be kept.
+    low_rank = lookup(adapter.variant).low_rank
     with torch.no_grad(), scaled(root, 1.0, name):
-        factors = {site.path: _factors(site) for site in adapter.sites()}
+        factors = {s.path: None if s.target.experts else low_rank(Layer(s.module, s)) for s in adapter.sites()}
     with torch.no_grad(), scaled(root, c, name):
-        new = RoundParts(kept, {site.path: _part(site, factors[site.path]) for site in adapter.sites()})
+        layers = {site.path: _at_layer(site, factors[site.path]) for site in adapter.sites()}
     _check_order(model, adapter, into)
-    rounds = [*old, new]
-    install = installed if known is None else reinstalled
+    rounds = [*old, RoundParts(entry, layers)]  # none of the old ones is computed again
+    install = installed if known is None else reinstalled  # both undo all of it if the block raises
     with install(root, *_join_rounds(root, into, rounds)) as adapter:
         adapter.set_base_record(base)
         detach(model, name)
@@ -142,30 +144,34 @@ def freeze_into(
 
 
 def history(model: nn.Module, name: str = "history") -> list[Round]:
-    """The rounds of a history, in the order kept. Raises TargetError for a name that no history has."""
+    """The rounds of a history, in the order kept.
+
+    Raises:
+        TargetError: for a name that no history has.
+    """
     adapter = _history(get_adapter(model, name))
-    at_layers = {site.path: site.cfg.here for site in adapter.sites()}
-    out = []
-    for kept in adapter.config.rounds:
-        found = {path: here[kept.label] for path, here in at_layers.items() if kept.label in here}
-        ranks = {path: what if isinstance(what, int) else None for path, what in found.items()}
-        out.append(Round(kept.label, kept.c, kept.config, ranks))
-    return out
+    rounds = []
+    for entry in adapter.config.rounds:
+        parts = {s.path: s.cfg.here[entry.label] for s in adapter.sites() if entry.label in s.cfg.here}
+        ranks = {path: part if isinstance(part, int) else None for path, part in parts.items()}
+        rounds.append(Round(entry.label, entry.c, entry.config, ranks))
+    return rounds
 
 
 def drop_round(model: nn.Module, label: str, name: str = "history") -> None:
     """Take one round out of a history: the others are then, bit for bit, as if it had not been kept. With the last
     round the history comes off.
 
-    Raises TargetError for an unknown round or history, or while adapters are merged; nothing has changed then.
+    Raises:
+        TargetError: for an unknown round or history, or while adapters are merged; nothing has changed then.
     """
     root, adapter, session = attachable(model), _history(get_adapter(model, name)), session_of(model)[1]
     check_unmerged(session, "drop a round")
     _check_whole(adapter)
     rounds = _split_rounds(adapter)
-    left = [each for each in rounds if each.kept.label != label]
+    left = [r for r in rounds if r.entry.label != label]
     if len(left) == len(rounds):
-        raise TargetError(f"no round {label!r} in {name!r}\n  it has {', '.join(each.kept.label for each in rounds)}")
+        raise TargetError(f"no round {label!r} in {name!r}\n  it has {', '.join(r.entry.label for r in rounds)}")
     if left:
         base = adapter.base_record
         with reinstalled(root, *_join_rounds(root, name, left)) as adapter:
@@ -196,7 +202,7 @@ def _check_whole(adapter: Adapter) -> None:
 def _label(label: str | None, name: str, taken: Sequence[str]) -> str:
     if label is None:
         numbered = (name if n == 1 else f"{name}-{n}" for n in range(1, len(taken) + 2))
-        label = next(each for each in numbered if each not in taken)
+        label = next(free for free in numbered if free not in taken)
     if not is_name(label) or len(label) > LONGEST_LABEL or label in taken:
         raise ConfigError(
             f"label={label!r}: wanted letters and digits with single '_' or '-' between them, at most {LONGEST_LABEL}, "
@@ -209,7 +215,7 @@ def _common_base(root: nn.Module, adapter: Adapter, known: Adapter | None) -> Ba
     """The record of the base that both belong to, with the fingerprints of all their layers. Raises BaseModelError."""
     if known is None:
         return adapter.base_record
-    live = base_record(root, {site.path: site.base for each in (adapter, known) for site in each.sites()}.values())
+    live = base_record(root, {site.path: site.base for of in (adapter, known) for site in of.sites()}.values())
     records = [adapter.base_record, known.base_record]
     shared = known.targets.keys() & adapter.targets.keys()
     are_live = [same_base(record, live.at(record.fingerprint)) for record in records]
@@ -220,15 +226,14 @@ def _common_base(root: nn.Module, adapter: Adapter, known: Adapter | None) -> Ba
             f"  {known.name}: {records[1]}\n"
             f"  one of them was loaded with verify_base=False: keep it in a history of its own (into=)"
         )
-    return replace(records[1], fingerprint=records[1].fingerprint | records[0].fingerprint)
+    return replace(records[1], fingerprint=records[1].fingerprint | records[0].fingerprint)  # shared layers are equal
 
 
 def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
     """TargetError if a layer would give something else once the adapter comes right after the history."""
     with ExitStack() as stack:
-        for each in adapters(model).values():
-            if each.scale == 0:
-                stack.enter_context(scaled(model, 1.0, each.name))
+        for idle in (other for other in adapters(model).values() if other.scale == 0):
+            stack.enter_context(scaled(model, 1.0, idle.name))  # its scale may be set again later
         for site in adapter.sites():
             order = list(sites_of(site.module).values())
             names = [other.state.name for other in order]
@@ -243,15 +248,15 @@ def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
 
 @torch.no_grad()
 def _outcome(sites: Sequence[Site]) -> Tensor:
-    """What adapters in this order make of one input, in float64; any linear map stands for the layer."""
+    """The output with adapters in this order for a few inputs, in float64; any linear map stands for the layer."""
     sites = in_order(sites)
     target, device = sites[0].target, sites[0].base.stored.device
     views = [Layer(s.module, s, torch.float64, 0 if s.stacked else None, {"training": False}) for s in sites]
-    # Of one position each: a step of decoding, in which nothing is left out for where it is.
+    # Three inputs of one position, as a step of decoding has: some methods leave out positions by where they are.
     x, down, up = random_rows((3, 1, target.d_in), (target.d_in, 4), (4, target.d_out), device=device)
     for view in views:
         x = adapt_input(view, x)
-    y = x @ down @ up
+    y = x @ down @ up  # (3, 1, d_out)
     for view in views:
         y = adapt_output(view, x, y)
     return y
@@ -264,54 +269,46 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 # ---- a round as parts at layers, and parts as a history ------------------------------------------
 
 
-Factors = tuple[Tensor, Tensor, Any]
-"""A, B, s"""
-
-
-def _factors(site: Site) -> Factors | None:
-    return None if site.target.experts else lookup(site.cfg.variant).low_rank(Layer(site.module, site))
-
-
-def _part(site: Site, factors: Factors | None) -> RoundAtLayer:
-    """An adapter at one layer: exact factors of its change at scale 1, tested at the scale it has; or its tensors."""
+def _at_layer(site: Site, factors: tuple[Tensor, Tensor, Any] | None) -> RoundAtLayer:
+    """An adapter at one layer: exact factors A, B, s of its change at scale 1, tested at the scale it has; or its
+    tensors. Raises VariantError for factors of another change."""
     if factors is None:
-        return RoundAtLayer(site, site.overrides, site.stacked, dict(site.tensors()))
+        return RoundAtLayer(site, site.overrides, dict(site.tensors()))
     a, b, s = factors
-    s = torch.as_tensor(s, dtype=torch.float64, device=a.device)
-    r = a.shape[0]
+    s, r, wrong = torch.as_tensor(s, dtype=torch.float64, device=a.device), a.shape[0], ""
     if not r or a.shape != (r, site.target.d_in) or b.shape != (site.target.d_out, r) or s.shape not in ((), (r,)):
-        raise _not_low_rank(site, f"A {tuple(a.shape)}, B {tuple(b.shape)} and s {tuple(s.shape)}")
-    view = Layer(site.module, site, torch.float64, instead={"training": False, "bias": None})
-    x, y = random_rows((3, site.target.d_in), (3, site.target.d_out), device=a.device)
-    added = site.state.scale * (s * (x @ a.double().mT)) @ b.double().mT
-    # Twice: what is added must be the same whatever y is.
-    alike = [_alike(adapt_output(view, x, start), start + added) for start in (y, added)]
-    if not (torch.equal(adapt_input(view, x), x) and all(alike)):
-        raise _not_low_rank(site, "another change than its forward makes")
-    return RoundAtLayer(site, r, False, dict(zip(PAIR, (a, b, s.expand(r)), strict=True)))
-
-
-def _not_low_rank(site: Site, found: str) -> VariantError:
-    return VariantError(
-        f"{site.path}: low_rank of {site.cfg.variant!r} gave {found}\n"
-        f"  wanted A (r, d_in), B (d_out, r), s a number or (r,), in proportion to layer.scale: the output is "
-        f"y + B (s A x) for any y"
-    )
+        wrong = f"A {tuple(a.shape)}, B {tuple(b.shape)} and s {tuple(s.shape)}"
+    else:
+        view = Layer(site.module, site, torch.float64, instead={"training": False, "bias": None})
+        x, y = random_rows((3, site.target.d_in), (3, site.target.d_out), device=a.device)
+        added = site.state.scale * (s * (x @ a.double().mT)) @ b.double().mT  # (3, d_out)
+        # Twice: what is added must be the same whatever y is.
+        alike = [_alike(adapt_output(view, x, start), start + added) for start in (y, added)]
+        if not (torch.equal(adapt_input(view, x), x) and all(alike)):
+            wrong = "another change than its forward makes"
+    if wrong:
+        raise VariantError(
+            f"{site.path}: low_rank of {site.cfg.variant!r} gave {wrong}\n"
+            f"  wanted A (r, d_in), B (d_out, r), s a number or (r,), in proportion to layer.scale: the output is "
+            f"y + B (s A x) for any y"
+        )
+    return RoundAtLayer(site, r, dict(zip(PAIR, (a, b, s.expand(r)), strict=True)))
 
 
 def _split_rounds(history: Adapter) -> list[RoundParts]:
-    """The rounds of a history, each with what is its own."""
-    rounds = [RoundParts(kept, {}) for kept in history.config.rounds]
-    for site in history.sites():
-        tensors, columns = dict(site.tensors()), site.cfg.columns()
-        for label, at in ((r.kept.label, r.at) for r in rounds if r.kept.label in site.cfg.here):
-            if label in columns:
-                a, b, s = (tensors[name] for name in PAIR)
-                part = dict(zip(PAIR, (a[columns[label]], b[:, columns[label]], s[columns[label]]), strict=True))
+    """The rounds of a history, each with its own tensors."""
+    rounds = []
+    for number, entry in enumerate(history.config.rounds, 1):
+        layers = {}
+        for site in (site for site in history.sites() if entry.label in site.cfg.here):
+            if (columns := site.cfg.columns.get(entry.label)) is not None:
+                a, b, s = (site.tensor(name) for name in PAIR)
+                tensors = dict(zip(PAIR, (a[columns], b[:, columns], s[columns]), strict=True))  # (r, i), (o, r), (r,)
             else:
-                start = f"lora_{site.cfg.prefix(label)}_"
-                part = {f"lora_{k.removeprefix(start)}": t for k, t in tensors.items() if k.startswith(start)}
-            at[site.path] = RoundAtLayer(site, site.cfg.here[label], site.stacked, part)
+                start = f"lora_{number}_"
+                tensors = {f"lora_{k.removeprefix(start)}": t for k, t in site.tensors() if k.startswith(start)}
+            layers[site.path] = RoundAtLayer(site, site.cfg.here[entry.label], tensors)
+        rounds.append(RoundParts(entry, layers))
     return rounds
 
 
@@ -319,29 +316,29 @@ def _join_rounds(
     root: nn.Module, name: str, rounds: Sequence[RoundParts]
 ) -> tuple[RoundsConfig, str, list[Site], dict[str, Tensor]]:
     """The config, name, sites and tensors of a history of these rounds, for `installed`. Raises TargetError."""
-    order = {path: i for i, (path, _) in enumerate(root.named_modules())}
-    layers = {path: part.site for r in rounds for path, part in r.at.items()}
-    per_round = {path: {r.kept.label: r.at[path].here for r in rounds if path in r.at} for path in layers}
+    at_layer = {path: part.site for r in rounds for path, part in r.layers.items()}
+    paths = [path for path, _ in root.named_modules() if path in at_layer]
+    per_round = {p: {r.entry.label: r.layers[p].rank_or_fields for r in rounds if p in r.layers} for p in at_layer}
+    # The config says what most layers have, so that a file names the others alone.
     most = max(per_round.values(), key=list(per_round.values()).count)
     config: Any = config_for(VARIANT)
-    cfg = config(rounds=[r.kept for r in rounds], here=most, dtype=_dtype(rounds))
+    cfg = config(rounds=[r.entry for r in rounds], here=most, dtype=_dtype(rounds))
     overrides = {path: {"here": here} for path, here in per_round.items() if here != most}
-    paths = sorted(layers, key=lambda path: order[path])
-    sites = make_sites({layers[path].target: layers[path].base for path in paths}, cfg, overrides)
-    parts: dict[str, list[Tensor]] = {}
+    sites = make_sites({at_layer[path].target: at_layer[path].base for path in paths}, cfg, overrides)
     stacked = {site.path: site.stacked for site in sites}
-    for r in rounds:
-        for path, part in r.at.items():
-            if part.stacked != stacked[path]:
+    tensors: dict[str, list[Tensor]] = {}
+    for number, r in enumerate(rounds, 1):
+        for path, part in r.layers.items():
+            if part.site.stacked != stacked[path]:
                 raise TargetError(
                     f"{path}: rounds that act on the output of fused experts and rounds that act on each matrix "
-                    f"can't share a history\n  keep {r.kept.label!r} in one of its own (into=)"
+                    f"can't share a history\n  keep {r.entry.label!r} in one of its own (into=)"
                 )
-            prefix = "" if isinstance(part.here, int) else f"{cfg.prefix(r.kept.label)}_"
+            prefix = "" if isinstance(part.rank_or_fields, int) else f"{number}_"
             for tensor, value in part.tensors.items():
                 key = file_key(path, f"lora_{prefix}{tensor.removeprefix('lora_')}")
-                parts.setdefault(key, []).append(value.detach())
-    return cfg, name, sites, {key: _joined(key, values, cfg.dtype) for key, values in parts.items()}
+                tensors.setdefault(key, []).append(value.detach())
+    return cfg, name, sites, {key: _joined(key, values, cfg.dtype) for key, values in tensors.items()}
 
 
 def _joined(key: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -351,11 +348,10 @@ def _joined(key: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _dtype(rounds: Sequence[RoundParts]) -> torch.dtype:
-    """The dtype in which the factors of low-rank rounds are exact, and their coefficients as exact as the layer
-    computes."""
+    """The dtype in which low-rank rounds' factors are exact, and their coefficients as exact as the layer computes."""
     dtypes = {torch.float32}
-    for part in (part for r in rounds for part in r.at.values()):
-        dtypes |= {part.tensors[name].dtype for name in PAIR[:2] if isinstance(part.here, int)}
+    for part in (part for r in rounds for part in r.layers.values()):
+        dtypes |= {part.tensors[name].dtype for name in PAIR[:2] if isinstance(part.rank_or_fields, int)}
         dtypes |= {part.site.base.stored.dtype} & {torch.float64}
     return reduce(torch.promote_types, dtypes)
 

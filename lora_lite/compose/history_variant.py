@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.hooks import adapt_input, adapt_output
 from ..core.variant import Layer, ParamSpec, lookup, register, weight_use
 from ..errors import ConfigError
-from .rounds import RoundsConfig, Whole
+from .rounds import OwnMethod, RoundsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,14 @@ class History:
 
     @staticmethod
     def base_weight(cfg: HistoryConfig) -> str:
-        return "unused" if all(weight_use(step.config) == "unused" for step in cfg.whole) else "read"
+        return "unused" if all(weight_use(step.config) == "unused" for step in cfg.own_methods) else "read"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: HistoryConfig) -> dict[str, ParamSpec]:
-        pair = {"A": (cfg.rank, d_in), "B": (d_out, cfg.rank), "s": (cfg.rank,)} if cfg.rank or not cfg.whole else {}
+        r = cfg.rank
+        pair = {"A": (r, d_in), "B": (d_out, r), "s": (r,)} if r or not cfg.own_methods else {}
         specs = {f"lora_{name}": ParamSpec(pair[name], trainable=False, keep_dtype=name == "s") for name in pair}
-        for step in cfg.whole:
+        for step in cfg.own_methods:
             for name, spec in lookup(step.config.variant).param_specs(d_in, d_out, step.config).items():
                 specs[f"lora_{step.prefix}_{name.removeprefix('lora_')}"] = replace(spec, trainable=False)
         return specs
@@ -57,23 +58,23 @@ class History:
 
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-        for step in layer.cfg.whole:
+        for step in layer.cfg.own_methods:
             x = adapt_input(layer.part(step.prefix, step.config, step.c), x)
         return x
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        h = _coordinates(layer, x) if layer.cfg.rank else x
+        h = _coordinates(layer, x) if layer.cfg.rank else x  # (*b, R), for all rounds at once: each reads x alone
         for step in layer.cfg.steps:
-            if isinstance(step, Whole):
+            if isinstance(step, OwnMethod):
                 y = adapt_output(layer.part(step.prefix, step.config, step.c), x, y)
             else:
-                y = y + h[..., step] @ layer.lora_B[:, step].mT
+                y = y + h[..., step] @ layer.lora_B[:, step].mT  # (*b, o)
         return y
 
 
 def _coordinates(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b R"]:
     """c s ⊙ A x, with c s in float32 at least, as a Python number has it in a product with a tensor."""
-    h, dtype = x @ layer.lora_A.mT, torch.promote_types(x.dtype, torch.float32)
-    c = torch.tensor(layer.cfg.coefficients, dtype=dtype, device=x.device)
+    h, dtype = x @ layer.lora_A.mT, torch.promote_types(x.dtype, torch.float32)  # (*b, R)
+    c = torch.tensor(layer.cfg.coefficients, dtype=dtype, device=x.device)  # (R,)
     return (h * (layer.scale * c * layer.lora_s.to(dtype))).to(h.dtype)

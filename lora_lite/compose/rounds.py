@@ -1,4 +1,4 @@
-"""The config of a history: the rounds that it keeps, in their order, and what each of them is at a layer."""
+"""The config of a history: the rounds that it keeps, in their order, and the part of each at a layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ MOST_ROUNDS = 256
 
 
 @dataclass(frozen=True)
-class Kept:
+class RoundEntry:
     """One round: its label in the history, its coefficient, and the config that it was trained with."""
 
     label: str
@@ -26,7 +26,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Whole:
+class OwnMethod:
     """A round that acts at a layer by its own method: its config there; `prefix` is in the names of its tensors."""
 
     prefix: str
@@ -38,7 +38,7 @@ class Whole:
 class RoundsConfig(BaseConfig):
     """Made by `lora_lite.freeze_into`.
 
-    rounds  a Kept, or its fields as a mapping, for each round in the order kept
+    rounds  a RoundEntry, or its fields as a mapping, for each round in the order kept
     here    label -> what the round is at a layer: of a low-rank change its rank, that is how many columns of the common
             pair of products are its own; of any other method the fields of its config that differ there. A round that
             isn't named is not on the layer
@@ -47,61 +47,55 @@ class RoundsConfig(BaseConfig):
     rounds: Sequence[Any] = ()
     here: Mapping[str, Any] = field(default_factory=dict, hash=False)
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*BaseConfig.SAME_AT_ALL_LAYERS, "rounds")
-    steps: ClassVar[tuple[slice | Whole, ...]]
-    """What happens at a layer, in order: columns of the pair of products, consecutive rounds at once; other methods."""
-    whole: ClassVar[tuple[Whole, ...]]
+    steps: ClassVar[tuple[slice | OwnMethod, ...]]
+    """A layer's work, in order: columns of the pair of products, consecutive rounds at once; other methods."""
+    own_methods: ClassVar[tuple[OwnMethod, ...]]
     """Of these, the rounds that act by their own method."""
-    rank: ClassVar[int]
-    """Of the pair of products."""
+    columns: ClassVar[dict[str, slice]]
+    """Label of a low-rank round -> its columns of the pair of products."""
     coefficients: ClassVar[tuple[float, ...]]
-    """c of each of its columns."""
+    """c of each column."""
 
     def __post_init__(self) -> None:
         self.require(isinstance(self.rounds, list | tuple), "rounds", "a list of rounds")
         self.require(len(self.rounds) <= MOST_ROUNDS, "rounds", f"at most {MOST_ROUNDS}")
-        object.__setattr__(self, "rounds", tuple(map(self._as_kept, self.rounds)))
-        known = {kept.label: kept for kept in self.rounds}
-        self.require(len(known) == len(self.rounds), "rounds", "labels of which no two are alike")
-        ok = isinstance(self.here, Mapping) and self.here.keys() <= known.keys()
-        self.require(ok, "here", "{label of a round: rank, or fields}")
-        here = {label: self._as_here(known[label], what) for label, what in self.here.items()}
+        object.__setattr__(self, "rounds", tuple(map(self._as_entry, self.rounds)))
+        entries = {entry.label: entry for entry in self.rounds}
+        self.require(len(entries) == len(self.rounds), "rounds", "labels of which no two are alike")
+        is_known = isinstance(self.here, Mapping) and self.here.keys() <= entries.keys()
+        self.require(is_known, "here", "{label of a round: rank, or fields}")
+        here = {label: self._rank_or_fields(entries[label], value) for label, value in self.here.items()}
         object.__setattr__(self, "here", here)
-        steps = tuple(self._steps())  # of a config that is read at every forward
-        object.__setattr__(self, "steps", steps)
-        object.__setattr__(self, "whole", tuple(step for step in steps if isinstance(step, Whole)))
-        ranks = [(kept.c, here.get(kept.label)) for kept in self.rounds]
-        columns = tuple(c for c, rank in ranks if isinstance(rank, int) for _ in range(rank))
-        object.__setattr__(self, "coefficients", columns)
-        object.__setattr__(self, "rank", len(columns))
+        self._set_steps()
         super().__post_init__()
 
-    def columns(self) -> dict[str, slice]:
-        """Which columns of the pair of products at a layer are whose."""
-        found, stop = {}, 0
-        for label in (kept.label for kept in self.rounds if isinstance(self.here.get(kept.label), int)):
-            start, stop = stop, stop + self.here[label]
-            found[label] = slice(start, stop)
-        return found
+    @property
+    def rank(self) -> int:
+        """The rank of the pair of products."""
+        return len(self.coefficients)
 
-    def prefix(self, label: str) -> str:
-        """What the names of a round's tensors have after `lora_`, if it acts by its own method: its number."""
-        return next(str(number) for number, kept in enumerate(self.rounds, 1) if kept.label == label)
+    def _set_steps(self) -> None:
+        steps: list[slice | OwnMethod] = []
+        columns: dict[str, slice] = {}
+        coefficients: list[float] = []
+        for number, entry in enumerate(self.rounds, 1):
+            part, last = self.here.get(entry.label), steps[-1] if steps else None
+            if isinstance(part, int):
+                columns[entry.label] = slice(len(coefficients), len(coefficients) + part)
+                coefficients += [entry.c] * part
+                if isinstance(last, slice):  # two products for all of them, instead of two each
+                    steps[-1] = slice(last.start, len(coefficients))
+                else:
+                    steps.append(columns[entry.label])
+            elif part is not None:
+                steps.append(OwnMethod(str(number), entry.config.with_overrides(part), entry.c))
+        own_methods = tuple(step for step in steps if isinstance(step, OwnMethod))
+        # Once and not as properties: a config is read at every forward.
+        vars(self).update(steps=tuple(steps), own_methods=own_methods)
+        vars(self).update(columns=columns, coefficients=tuple(coefficients))
 
-    def _steps(self) -> list[slice | Whole]:
-        steps: list[slice | Whole] = []
-        columns = self.columns()
-        for number, kept in enumerate(self.rounds, 1):
-            last = steps[-1] if steps else None
-            if kept.label in columns and isinstance(last, slice):
-                steps[-1] = slice(last.start, columns[kept.label].stop)
-            elif kept.label in columns:
-                steps.append(columns[kept.label])
-            elif kept.label in self.here:
-                steps.append(Whole(str(number), kept.config.with_overrides(self.here[kept.label]), kept.c))
-        return steps
-
-    def _as_kept(self, value: Any) -> Kept:
-        if isinstance(value, Kept):
+    def _as_entry(self, value: Any) -> RoundEntry:
+        if isinstance(value, RoundEntry):
             return value
         ok = isinstance(value, Mapping) and value.keys() == {"label", "c", "config"}
         ok = ok and is_name(value["label"]) and len(value["label"]) <= LONGEST_LABEL and is_number(value["c"])
@@ -109,13 +103,13 @@ class RoundsConfig(BaseConfig):
         self.require(ok, "rounds", "a label, a finite c and a config for each")
         cls = config_for(value["config"]["variant"])
         self.require(not issubclass(cls, RoundsConfig), "rounds", "no history within a history")
-        return Kept(value["label"], float(value["c"]), cls.from_dict(value["config"]))
+        return RoundEntry(value["label"], float(value["c"]), cls.from_dict(value["config"]))
 
-    def _as_here(self, kept: Kept, what: Any) -> Any:
-        if isinstance(what, Mapping):
-            return kept.config.checked_overrides(what)
-        self.require(type(what) is int and 0 < what < 2**31, "here", "a rank of at least 1, or fields, for each")
-        return what
+    def _rank_or_fields(self, entry: RoundEntry, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return entry.config.checked_overrides(value)
+        self.require(type(value) is int and 0 < value < 2**31, "here", "a rank of at least 1, or fields, for each")
+        return value
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"rounds": [kept.to_dict() for kept in self.rounds]}
+        return super().to_dict() | {"rounds": [entry.to_dict() for entry in self.rounds]}

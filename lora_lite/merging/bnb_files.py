@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from ..base.bitsandbytes import samples_4bit
@@ -22,10 +22,10 @@ from ..errors import CheckpointError, QuantizedWeightError
 from ..io.safetensors import DTYPES, Header, parse_json
 
 CHUNK = 1 << 18
-"""Elements at a time, a multiple of every blocksize."""
+"""Elements at a time: 1 MiB of float32, and a multiple of every blocksize."""
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
-"""Of the scales' own quantisation, in bitsandbytes."""
+"""The blocksize at which bitsandbytes quantises the scales themselves."""
 
 _STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
 
@@ -37,26 +37,25 @@ class Packed:
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    """Of the numbers that it stands for; None where the format doesn't say (8-bit)."""
+    """The dtype of the numbers that it stands for; None where the format doesn't say (8-bit)."""
     parts: dict[str, str]
     """Name of each part beside the codes -> its key."""
 
 
 def find_packed(headers: Mapping[str, Header]) -> dict[str, Packed]:
     """Every bitsandbytes weight by its key. Raises CheckpointError for one that isn't whole."""
-    found = {}
+    packed = {}
     for key, header in headers.items():
         state = _STATE.search(key)
         if state:
             weight = key[: state.start()]
-            found[weight] = _packed_4bit(headers, weight, key, state[1])
+            packed[weight] = _packed_4bit(headers, weight, key, state[1])
         elif key.endswith(".weight") and header.entries[key].dtype == "I8":
-            scales = key.removesuffix("weight") + "SCB"
-            if scales in headers:
-                parts = {"SCB": scales, "weight_format": key.removesuffix("weight") + "weight_format"}
-                shape = header.entries[key].shape
-                found[key] = Packed(key, shape, None, {name: part for name, part in parts.items() if part in headers})
-    return found
+            names = {name: key.removesuffix("weight") + name for name in ("SCB", "weight_format")}
+            parts = {name: part for name, part in names.items() if part in headers}  # older files have no format
+            if "SCB" in parts:  # or it is another library's int8
+                packed[key] = Packed(key, header.entries[key].shape, None, parts)
+    return packed
 
 
 def _packed_4bit(headers: Mapping[str, Header], weight: str, state_key: str, quant_type: str) -> Packed:
@@ -67,10 +66,11 @@ def _packed_4bit(headers: Mapping[str, Header], weight: str, state_key: str, qua
     names = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if "nested_blocksize" in stored else [])]
     parts = {name: f"{weight}.{name}" for name in names} | {f"quant_state.bitsandbytes__{quant_type}": state_key}
     lost = [key for key in (weight, *parts.values()) if key not in headers]
-    size = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
-    if lost or not size or dtype not in STORAGE_DTYPES or blocksize not in BLOCKSIZES:
+    is_matrix = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
+    if lost or not is_matrix or dtype not in STORAGE_DTYPES or blocksize not in BLOCKSIZES:
         raise CheckpointError(f"{header.path}: {weight} is no whole 4-bit weight{': no ' + lost[0] if lost else ''}")
     n, blocks = shape[0] * shape[1], -(-shape[0] * shape[1] // blocksize)
+    # Two codes a byte, whatever dtype they are stored as (quant_storage).
     if _numel(headers, weight) * DTYPES[headers[weight].entries[weight].dtype].itemsize != -(-n // 2):
         raise CheckpointError(f"{header.path}: {weight} holds {_numel(headers, weight)} codes, wanted those of {shape}")
     if _numel(headers, parts["absmax"]) != blocks:
@@ -84,18 +84,17 @@ def _numel(headers: Mapping[str, Header], key: str) -> int:
 
 def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor, "o i"], list[Any]]:
     """The numbers that a quantised tensor stands for, in `packed.dtype` (8-bit: float32); and its fingerprint."""
-    read = {name: headers[key].read([key])[key] for name, key in {"": packed.key, **packed.parts}.items()}
-    codes = read.pop("")
-    if "SCB" in read:
-        fingerprint = ["int8", *spread(codes), *spread(read["SCB"].float() / 127)]
-        return codes.float().mul_((read["SCB"].float() / 127)[:, None]), fingerprint
+    codes, *parts = (headers[key].read([key])[key] for key in (packed.key, *packed.parts.values()))
+    tensors = dict(zip(packed.parts, parts, strict=True))
+    if "SCB" in tensors:
+        return _scaled(codes, tensors["SCB"])
     from bitsandbytes.functional import QuantState
 
-    state = QuantState.from_dict(read, device=torch.device("cpu"))
-    out = torch.empty(packed.shape, dtype=state.dtype)
-    blocks = codes.view(torch.uint8).reshape(-1)
-    _dequantize(blocks, _absmax(state), state.blocksize, state.quant_type, out)
-    return out, ["uint8", *samples_4bit(blocks, state)]
+    state = QuantState.from_dict(tensors, device=torch.device("cpu"))
+    out = torch.empty(packed.shape, dtype=state.dtype)  # (o, i)
+    codes = codes.view(torch.uint8).reshape(-1)  # (o i / 2,)
+    _dequantize(codes, _absmax(state), state.blocksize, state.quant_type, out)
+    return out, ["uint8", *samples_4bit(codes, state)]
 
 
 def as_trained(
@@ -104,41 +103,44 @@ def as_trained(
     """The numbers that a layer computes with once this weight is loaded in `dtype` and quantised; and its fingerprint.
 
     4-bit: in `dtype`, in the weight's own memory if it has that dtype. 8-bit: float32. Bit-equal to the live layer's
-    `dense_weight()` on a CPU. Raises QuantizedWeightError for a quantiser that isn't known.
+    `dense_weight()` on a CPU.
+
+    Raises:
+        QuantizedWeightError: for a quantiser that isn't known.
     """
     weight = weight.to(dtype).contiguous()
     if quantization.method == "bitsandbytes-8bit":
-        return _as_trained_8bit(weight)
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        chunks = weight.split(max(1, CHUNK // weight.shape[1]))
+        codes, scales = zip(*(int8_vectorwise_quant(rows.half())[:2] for rows in chunks), strict=True)
+        return _scaled(torch.cat(codes), torch.cat(scales))
     if quantization.method != "bitsandbytes-4bit" or quantization.quant_type not in ("nf4", "fp4"):
         raise QuantizedWeightError(
             f"the adapter was trained on {quantization.quant_type} weights ({quantization.method}), which can't be "
-            f"made again\n"
-            f'  use base_weights="original"'
+            f'made again\n  use base_weights="original"'
         )
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
-    flat, blocksize = weight.view(-1), quantization.blocksize or 64
-    codes = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)  # whole from the start: pieces between what comes and
-    absmax, offset, nested = torch.empty(-(-len(flat) // blocksize)), None, None  # goes would hold the heap apart
+    flat, blocksize = weight.view(-1), quantization.blocksize or 64  # (o i,)
+    # Whole from the start: small tensors that stay, between chunks that come and go, would fragment the heap.
+    packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)
+    absmax, offset, nested = torch.empty(-(-len(flat) // blocksize)), None, None
     for start in range(0, len(flat), CHUNK):
-        made, state = quantize_4bit(
-            flat[start : start + CHUNK], blocksize=blocksize, quant_type=quantization.quant_type
-        )
-        codes[start // 2 :][: made.numel()] = made.view(-1)
+        chunk = flat[start : start + CHUNK]
+        some, state = quantize_4bit(chunk, blocksize=blocksize, quant_type=quantization.quant_type)
+        packed[start // 2 :][: some.numel()] = some.view(-1)
         absmax[start // blocksize :][: state.absmax.numel()] = state.absmax
     if quantization.double_quant:
-        offset = absmax.mean()
+        offset = absmax.mean()  # the one number that needs all blocks
         absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     state = QuantState(absmax, weight.shape, blocksize=blocksize, offset=offset, state2=nested)
-    _dequantize(codes, _absmax(state), blocksize, quantization.quant_type, weight)
-    return weight, ["uint8", *samples_4bit(codes, state)]
+    _dequantize(packed, _absmax(state), blocksize, quantization.quant_type, weight)
+    return weight, ["uint8", *samples_4bit(packed, state)]
 
 
-def _as_trained_8bit(weight: Float[Tensor, "o i"]) -> tuple[Float[Tensor, "o i"], list[Any]]:
-    from bitsandbytes.functional import int8_vectorwise_quant
-
-    made = [int8_vectorwise_quant(rows.half())[:2] for rows in weight.split(max(1, CHUNK // weight.shape[1]))]
-    codes, scales = torch.cat([c for c, _ in made]), torch.cat([s for _, s in made]).float() / 127
+def _scaled(codes: Int8[Tensor, "o i"], scb: Tensor) -> tuple[Float[Tensor, "o i"], list[Any]]:
+    scales = scb.float() / 127  # (o,): one for each row
     return codes.float().mul_(scales[:, None]), ["int8", *spread(codes), *spread(scales)]
 
 
@@ -148,10 +150,8 @@ def _dequantize(codes: UInt8[Tensor, "c"], absmax: Tensor, blocksize: int, quant
     flat = out.view(-1)
     for start in range(0, len(flat), CHUNK):
         stop = min(start + CHUNK, len(flat))
-        some = absmax[start // blocksize : -(-stop // blocksize)]
-        state = QuantState(
-            some, torch.Size([stop - start]), dtype=out.dtype, blocksize=blocksize, quant_type=quant_type
-        )
+        scales, shape = absmax[start // blocksize : -(-stop // blocksize)], torch.Size([stop - start])
+        state = QuantState(scales, shape, dtype=out.dtype, blocksize=blocksize, quant_type=quant_type)
         flat[start:stop] = dequantize_4bit(codes[start // 2 : -(-stop // 2)].unsqueeze(1), state)
 
 

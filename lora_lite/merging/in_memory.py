@@ -33,10 +33,10 @@ class _Layer:
     base: BaseLayer
     sites: list[Site]
     stay: list[Site]
-
-    @property
-    def path(self) -> str:
-        return self.sites[0].path
+    quantized: str | None
+    """What to do if it is quantised, as `merge` was told."""
+    error: tuple[float, float] | None = None
+    """The norm of what a second quantisation adds, over the weight's norm and over that of the adapters' change."""
 
 
 def merge(
@@ -57,15 +57,15 @@ def merge(
                quantised as the old one was; the error that this adds is logged
     never_ran  what to do with layers that no forward has called since attach, although one has called others: the
                model may read their weights itself, so that the adapter had no effect. "raise", or "merge" where other
-               inputs reach them (an image, another expert). Where nothing has run yet, as after a load, one forward of
-               the model's own `dummy_inputs` finds weights that it reads without calling their layer; a warning says
-               where that isn't known
+               inputs reach them (an image, another expert). Where nothing has run, as after a load, one forward of the
+               model's `dummy_inputs` finds weights that it reads itself; a warning says where that isn't known
 
-    Raises QuantizedWeightError on a quantised layer without that choice, of another library, or that rounds its
-    activations; VariantError for a method that isn't affine; TargetError for layers that never ran, for a weight that
-    another module shares (a tied head), for adapters that stay and don't commute with those that go in, an unknown
-    name, sharded or merged adapters; BaseModelError where the result holds a NaN or an infinity. The model is then as
-    it was.
+    Raises:
+        QuantizedWeightError: on a quantised layer without that choice, of another library, or that rounds its input.
+        VariantError: for a method that isn't affine.
+        TargetError: for layers that never ran, for a weight that another module shares (a tied head), for adapters that
+            stay and don't commute with those that go in, an unknown name, sharded or merged adapters.
+        BaseModelError: where the result holds a NaN or an infinity. After any of these the model is as it was.
     """
     if quantized not in CHOICES:
         raise ConfigError(f"quantized={quantized!r}: wanted one of {CHOICES}")
@@ -73,43 +73,18 @@ def merge(
     root, session = session_of(model)
     check_unmerged(session, "merge")
     with full_precision(root):
-        _merge(root, session, name, quantized, keep, never_ran)
-
-
-def _merge(
-    root: nn.Module, session: Session, name: str | None, quantized: str | None, keep: bool, never_ran: str
-) -> None:
-    chosen = list(adapters(root).values()) if name is None else [get_adapter(root, name)]
-    if not chosen:
-        raise TargetError(f"no adapter on this {type(root).__name__}\n  attach or load one first")
-    layers = _layers(root, chosen, quantized)
-    check_called(root, {layer.path: layer.base.module for layer in layers}, never_ran)
-    errors: dict[str, tuple[float, float]] = {}
-    if not keep:
-        for layer in layers:
-            _changes(root, layer, quantized, errors)  # every error comes now, before the first change
-    done: list[Swap] = []
-    try:
-        for layer in layers:
-            for swap, value in _changes(root, layer, quantized, errors):
-                swap.put(value)
-                if keep:
-                    done.append(swap)
-            if not keep:  # so that whatever stops this, each layer has the adapter once: in its weight or on it
-                for site in layer.sites:
-                    uninstall(site.module, site.state.name)
-    except BaseException:
-        _undo(done)
-        raise
-    if keep:
-        session.merged = done
-        for adapter in chosen:
-            session.adapters[adapter.name].merged = True
-    else:
-        for adapter in chosen:
-            detach(root, adapter.name)
+        chosen = list(adapters(root).values()) if name is None else [get_adapter(root, name)]
+        if not chosen:
+            raise TargetError(f"no adapter on this {type(root).__name__}\n  attach or load one first")
+        layers = _layers(root, chosen, quantized)
+        check_called(root, {layer.base.path: layer.base.module for layer in layers}, never_ran)
+        if keep:
+            _merge_reversibly(root, session, chosen, layers)
+        else:
+            _merge_for_good(root, chosen, layers)
     names = ", ".join(adapter.name for adapter in chosen)
     logger.info(f"merged {names} into {len(layers)} layers of {type(root).__name__}{'' if keep else ', for good'}")
+    errors = {layer.base.path: layer.error for layer in layers if layer.error is not None}
     if errors:
         path = max(errors, key=lambda path: errors[path])
         of_weight, of_change = (sum(values) / len(errors) for values in zip(*errors.values(), strict=True))
@@ -119,10 +94,42 @@ def _merge(
         )
 
 
-def unmerge(model: nn.Module) -> None:
-    """The original tensors in their places again, bit for bit, and the adapters at work.
+def _merge_reversibly(root: nn.Module, session: Session, chosen: Sequence[Adapter], layers: Sequence[_Layer]) -> None:
+    """Every layer has its merged weight, and the session what `unmerge` puts back; or none has, after an error."""
+    swaps: list[Swap] = []
+    try:
+        for layer in layers:
+            for swap, value in _changes(root, layer):
+                swap.put(value)
+                swaps.append(swap)
+    except BaseException:  # an interrupt, too, must not leave some layers with the adapter twice
+        for swap in reversed(swaps):
+            swap.undo()
+        raise
+    session.merged = swaps  # only now: an error before has undone all
+    for adapter in chosen:
+        session.adapters[adapter.name].merged = True
 
-    Raises TargetError if nothing is merged.
+
+def _merge_for_good(root: nn.Module, chosen: Sequence[Adapter], layers: Sequence[_Layer]) -> None:
+    """Every layer has its merged weight alone, and the adapters are gone; the old weights are never all in memory."""
+    for layer in layers:
+        _changes(root, layer)  # computed and dropped: every error comes now, before the first change
+    for layer in layers:
+        for swap, value in _changes(root, layer):
+            swap.put(value)
+        # At once, so that whatever stops this, each layer has the adapter once: in its weight or on it.
+        for site in layer.sites:
+            uninstall(site.module, site.state.name)
+    for adapter in chosen:
+        detach(root, adapter.name)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the original tensors back in their places, bit for bit; the adapters are at work again.
+
+    Raises:
+        TargetError: if nothing is merged.
     """
     root, session = session_of(model)
     if not session.merged:
@@ -130,122 +137,146 @@ def unmerge(model: nn.Module) -> None:
             f"nothing is merged into this {type(root).__name__}\n"
             f"  after merge(..., keep=False) the original weights are gone: load the base again"
         )
-    _undo(session.merged)
+    for swap in reversed(session.merged):
+        swap.undo()
     session.merged = []
     for state in session.adapters.values():
         state.merged = False
     logger.info(f"unmerged {', '.join(session.adapters)}")
 
 
-def _undo(swaps: list[Swap]) -> None:
-    for swap in reversed(swaps):
-        swap.undo()
+# ---- what may be merged -------------------------------------------------------------------------
 
 
 def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -> list[_Layer]:
     """Every layer that one of these adapters is on. Raises what can be told without computing anything."""
     names = {adapter.name for adapter in chosen}
     holders = Counter(id(p) for module in root.modules() for p in module.parameters(recurse=False))
-    modules = dict.fromkeys(site.module for adapter in chosen for site in adapter.sites())
-    out = []
-    for module in modules:
+    layers = []
+    for module in dict.fromkeys(site.module for adapter in chosen for site in adapter.sites()):
         sites = in_order(list(sites_of(module).values()))
-        base = layer_of(module, sites[0].path)
+        base = layer_of(module, sites[0].path)  # asked again: the weight may have been quantised since attach
         assert base is not None
-        layer = _Layer(
-            base, [s for s in sites if s.state.name in names], [s for s in sites if s.state.name not in names]
-        )
-        weight = base.stored
-        _check_holder(layer)
-        if sharding.is_sharded(weight) or weight.is_meta:
-            raise TargetError(
-                f"{layer.path}: its weight is {'sharded' if sharding.is_sharded(weight) else 'offloaded'}\n"
-                f"  save the adapter, and merge on a whole model or with lora_lite.merge_checkpoint"
-            )
-        if holders[id(weight)] > 1:
-            raise TargetError(
-                f"{layer.path}: another module shares its weight, as an embedding does with a tied head\n"
-                f"  it would change as well: untie them, or leave the layer out with exclude_names"
-            )
-        if not base.storage.is_known:
-            raise QuantizedWeightError(
-                f"{layer.path}: the weight is {base.describe()}, whose numbers can't be read or replaced here\n"
-                f"  keep the adapter attached, or use lora_lite.merge_checkpoint on the 16-bit checkpoint"
-            )
-        check_affine(base)
-        if not base.storage.is_dense and quantized is None:
-            raise QuantizedWeightError(
-                f"{layer.path}: the weight is {base.describe()}, which can't hold the sum\n"
-                f'  use quantized="dequantize" (a dense layer), "requantize" (quantised again, with its error), or '
-                f"lora_lite.merge_checkpoint on the 16-bit checkpoint"
-            )
-        out.append(layer)
-    return out
+        goes = [site for site in sites if site.state.name in names]
+        layers.append(_Layer(base, goes, [site for site in sites if site not in goes], quantized))
+        _check_layer(layers[-1], is_shared=holders[id(base.stored)] > 1)
+    return layers
 
 
-def _check_holder(layer: _Layer) -> None:
-    """TargetError where a new weight would be lost, or others' hooks with the layer that is replaced."""
-    module, weight = layer.base.module, layer.base.stored
-    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    if not any(weight is each for each in held):
-        raise TargetError(
-            f"{layer.path}: its weight is computed from others at each forward (a parametrisation, weight_norm)\n"
+def _check_layer(layer: _Layer, is_shared: bool) -> None:
+    """Raises TargetError or QuantizedWeightError unless this layer's weight can be replaced by a merged one."""
+    base, path, module, weight = layer.base, layer.base.path, layer.base.module, layer.base.stored
+    if not any(weight is tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        raise TargetError(  # a new weight would be lost
+            f"{path}: its weight is computed from others at each forward (a parametrisation, weight_norm)\n"
             f"  fold those in first, with torch.nn.utils.parametrize.remove_parametrizations or the like"
         )
-    own = {handle.id for site in sites_of(module).values() for handle in site.handles}
+    ours = {handle.id for site in sites_of(module).values() for handle in site.handles}
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if not layer.base.storage.is_dense and ("forward" in vars(module) or any(set(each) - own for each in hooks)):
+    if not base.storage.is_dense and ("forward" in vars(module) or any(ids.keys() - ours for ids in hooks)):
         raise TargetError(
-            f"{layer.path}: something else has hooks on this {type(module).__name__}\n"
+            f"{path}: something else has hooks on this {type(module).__name__}\n"
             f"  another layer will stand in its place: take them off first, and put them on again afterwards"
         )
+    if sharding.is_sharded(weight) or weight.is_meta:
+        raise TargetError(
+            f"{path}: its weight is {'sharded' if sharding.is_sharded(weight) else 'offloaded'}\n"
+            f"  save the adapter, and merge on a whole model or with lora_lite.merge_checkpoint"
+        )
+    if is_shared:
+        raise TargetError(
+            f"{path}: another module shares its weight, as an embedding does with a tied head\n"
+            f"  it would change as well: untie them, or leave the layer out with exclude_names"
+        )
+    if not base.storage.is_known:
+        raise QuantizedWeightError(
+            f"{path}: the weight is {base.describe()}, whose numbers can't be read or replaced here\n"
+            f"  keep the adapter attached, or use lora_lite.merge_checkpoint on the 16-bit checkpoint"
+        )
+    check_affine(base)
+    if not base.storage.is_dense and layer.quantized is None:
+        raise QuantizedWeightError(
+            f"{path}: the weight is {base.describe()}, which can't hold the sum\n"
+            f'  use quantized="dequantize" (a dense layer), "requantize" (quantised again, with its error), or '
+            f"lora_lite.merge_checkpoint on the 16-bit checkpoint"
+        )
 
 
-def _changes(
-    root: nn.Module, layer: _Layer, quantized: str | None, errors: dict[str, tuple[float, float]]
-) -> list[tuple[Swap, Tensor | nn.Module]]:
-    """What to put where for one layer, computed; and what a second quantisation adds, by path."""
-    base, path, bias = layer.base, layer.path, layer.base.bias
-    module = base.module
+# ---- merged weights -----------------------------------------------------------------------------
+
+
+def _changes(root: nn.Module, layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
+    """The merged weight and bias of one layer, computed, and where they go; nothing is changed yet."""
+    if not layer.base.storage.is_dense:
+        return _replacements(root, layer)
+    base, module, bias = layer.base, layer.base.module, layer.base.bias
+    new = torch.empty_like(base.stored)
+    weight, out = base.weight(), base.kind.oriented(module, new)  # (d_out, d_in), or (experts, d_out, d_in)
     if base.experts:
-        return _expert_changes(layer)
-    if base.storage.is_dense:
-        weight = base.weight()
-        new, new_bias = _folded(layer, weight, bias, weight.dtype, None if bias is None else bias.dtype)
-        stored = new.mT.contiguous() if base.transposed else new
-        changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(module, base.kind.weight, base.stored.data), stored)]
-        if bias is not None and new_bias is not None:
-            changes.append((Swap(module, base.kind.bias, bias.data), new_bias))
-        elif new_bias is not None:
-            changes.append((Swap(module, base.kind.bias, None), nn.Parameter(new_bias, requires_grad=False)))
-        return changes
-    weight, dtype = (
-        base.dense_weight(),
-        _activation_dtype(root),
-    )  # the quantised layer casts its input, nn.Linear doesn't
+        new_bias = _bias_of_experts(layer)  # (experts, d_out)
+        for i in range(base.experts):
+            _fold(layer, weight[i], out[i], None, weight.dtype, i)
+    else:
+        new_bias = _fold(layer, weight, out, bias, weight.dtype if bias is None else bias.dtype)  # (d_out,)
+    changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(module, base.kind.weight, base.stored.data), new)]
+    if new_bias is not None and bias is not None:
+        changes.append((Swap(module, base.kind.bias, bias.data), new_bias))
+    elif new_bias is not None:  # a method that adds a constant, on a layer that had no bias
+        changes.append((Swap(module, base.kind.bias, None), nn.Parameter(new_bias, requires_grad=False)))
+    return changes
+
+
+def _bias_of_experts(layer: _Layer) -> Tensor | None:
+    """The new biases where an adapter acts on the whole block's output; None where none does, or without a bias."""
+    base, outer = layer.base, [site for site in layer.sites if not site.stacked]
+    if not outer:
+        return None
+    zero = base.stored.new_zeros(base.d_out, base.d_in)  # the map of an output alone: no weight comes before it
+    if Affine(outer, torch.promote_types(zero.dtype, torch.float32), zero.device).bias(None, lambda: zero) is not None:
+        names = " or ".join(site.state.name for site in outer)
+        raise TargetError(
+            f"{layer.base.path}: {names} adds a constant, and a bias of experts would be weighted as their outputs "
+            f"are\n  keep the adapter"
+        )
+    if base.bias is None:
+        return None
+    affine = Affine(outer, torch.promote_types(base.bias.dtype, torch.float32), base.bias.device)
+    new = torch.stack([row for bias in base.bias if (row := affine.bias(bias, lambda: zero)) is not None])
+    _check_fits(layer, new, base.bias.dtype)
+    return new.to(base.bias.dtype)
+
+
+def _replacements(root: nn.Module, layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
+    """Another layer in the place of a quantised one, wherever the model has it: dense, or quantised again."""
+    base, weight = layer.base, layer.base.dense_weight()
+    dtype = _activation_dtype(root)  # the quantised layer casts its input, nn.Linear doesn't
     replacement: nn.Module
-    if quantized == "dequantize":
+    if layer.quantized == "dequantize":
         compute = base.storage.compute_dtype(base)
         weight = weight if compute is None else weight.to(compute).to(weight.dtype)  # the numbers that it multiplies by
-        replacement = base.dense_module(*_folded(layer, weight, bias, dtype))
+        new = weight.new_empty(weight.shape, dtype=dtype)
+        replacement = base.dense_module(new, _fold(layer, weight, new, base.bias, dtype))
     else:
-        new, new_bias = _folded(layer, weight, bias, torch.float32, dtype)
-        replacement = base.storage.requantized(base, new, new_bias)
-        again = layer_of(replacement, path)
+        new = weight.new_empty(weight.shape, dtype=torch.float32)
+        replacement = base.storage.requantized(base, new, _fold(layer, weight, new, base.bias, dtype))
+        again = layer_of(replacement, layer.base.path)
         assert again is not None
         error = (again.dense_weight() - new).norm()
-        errors[path] = float(error / new.norm()), float(error / (new - weight).norm())
-    places = [(parent, name) for parent in root.modules() for name, child in parent.named_children() if child is module]
-    if not places:
+        layer.error = float(error / new.norm()), float(error / (new - weight).norm())
+    module = base.module
+    parents = [
+        (parent, name) for parent in root.modules() for name, child in parent.named_children() if child is module
+    ]
+    if not parents:
         raise TargetError(
-            f"{path}: the model is this one quantised layer, so nothing can hold its replacement\n"
+            f"{layer.base.path}: the model is this one quantised layer, so nothing can hold its replacement\n"
             f"  attach to an nn.Sequential with the layer in it"
         )
-    return [(Swap(parent, name, module), replacement) for parent, name in places]
+    return [(Swap(parent, name, module), replacement) for parent, name in parents]
 
 
 def _activation_dtype(root: nn.Module) -> torch.dtype:
-    """In which most of the plain parameters are, by their elements: embeddings, norms and heads, but no adapters."""
+    """The dtype of most of the plain parameters, by their elements: embeddings, norms and heads, but no adapters."""
     adapted = {id(p) for adapter in adapters(root).values() for p in adapter.parameters()}
     sizes: Counter[torch.dtype] = Counter()
     for parameter in root.parameters():
@@ -254,81 +285,46 @@ def _activation_dtype(root: nn.Module) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
-def _expert_changes(layer: _Layer) -> list[tuple[Swap, Tensor | nn.Module]]:
-    """Fused experts: each matrix; and each bias, where an adapter acts on the whole block's output."""
-    base, outer = layer.base, [site for site in layer.sites if not site.stacked]
-    block, stored, biases = base.module, base.stored, base.bias
-    zero = torch.zeros(base.d_out, base.d_in, device=stored.device)
-    if outer and Affine(outer, _compute(stored), stored.device).bias(None, lambda: zero) is not None:
-        names = " or ".join(site.state.name for site in outer)
-        raise TargetError(
-            f"{layer.path}: {names} adds a constant, and a bias of experts would be weighted as their outputs are\n"
-            f"  keep the adapter"
-        )
-    new = torch.empty_like(stored)
-    for i, matrix in enumerate(base.kind.oriented(block, stored)):
-        base.kind.oriented(block, new)[i].copy_(_folded(layer, matrix, None, matrix.dtype, expert=i)[0])
-    changes: list[tuple[Swap, Tensor | nn.Module]] = [(Swap(block, base.kind.weight, stored.data), new)]
-    if biases is not None and outer:
-        affine = Affine(outer, _compute(biases), biases.device)
-        new_biases = torch.stack([x for bias in biases if (x := affine.bias(bias, lambda: zero)) is not None])
-        _check_fits(layer, new_biases, biases.dtype)
-        changes.append((Swap(block, base.kind.bias, biases.data), new_biases.to(biases.dtype)))
-    return changes
-
-
 @torch.no_grad()
-def _folded(
-    layer: _Layer,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    bias_dtype: torch.dtype | None = None,
-    expert: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """W' (d_out, d_in) and b', in these dtypes, of which the second is the first if it isn't given."""
-    affine = Affine(layer.sites, _compute(weight), weight.device, expert)
+def _fold(
+    layer: _Layer, weight: Tensor, out: Tensor, bias: Tensor | None, bias_dtype: torch.dtype, expert: int | None = None
+) -> Tensor | None:
+    """Write W' (d_out, d_in) to `out`, cast once to its dtype, and return b' (d_out,), None if there is none."""
+    affine = Affine(layer.sites, torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
     if layer.stay:
-        _check_apart(layer, weight, bias, expert)
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        _check_commute(layer, weight, bias, expert)
     new_bias = affine.bias(bias, lambda: weight)
     if new_bias is not None:
-        _check_fits(layer, new_bias, bias_dtype or dtype)
-        new_bias = new_bias.to(bias_dtype or dtype)
-    affine.write(weight, out, lambda columns: _check_fits(layer, columns, dtype))
-    return out, new_bias
+        _check_fits(layer, new_bias, bias_dtype)
+        new_bias = new_bias.to(bias_dtype)
+    affine.write(weight, out, lambda columns: _check_fits(layer, columns, out.dtype))
+    return new_bias
 
 
 def _check_fits(layer: _Layer, merged: Tensor, dtype: torch.dtype) -> None:
     if not fits(merged, dtype):
         raise BaseModelError(
-            f"{layer.path}: merged numbers are NaN or infinite in {dtype_name(dtype)}\n"
+            f"{layer.base.path}: merged numbers are NaN or infinite in {dtype_name(dtype)}\n"
             f"  check the adapter's and the base's values; nothing was changed"
         )
 
 
-def _check_apart(layer: _Layer, weight: Tensor, bias: Tensor | None, expert: int | None) -> None:
+def _check_commute(layer: _Layer, weight: Tensor, bias: Tensor | None, expert: int | None) -> None:
     """TargetError unless those that go in and those that stay give the same in this order as in the one attached."""
     reads = [site for site in layer.stay if site.base_weight != "unused"]
-    all_sites = in_order(list(sites_of(layer.base.module).values()))
-    whole, inner, outer = (
-        Affine(sites, torch.float64, weight.device, expert) for sites in (all_sites, layer.sites, layer.stay)
-    )
-    (x,) = random_rows((4, whole.d_in), device=weight.device)
-    b = None if bias is None else bias.double()
+    parts = in_order(list(sites_of(layer.base.module).values())), layer.sites, layer.stay
+    whole, inner, outer = (Affine(sites, torch.float64, weight.device, expert) for sites in parts)
+    (x,) = random_rows((4, whole.d_in), device=weight.device)  # (4, d_in)
 
     def plain(x: Tensor) -> Tensor:
-        return x @ weight.double().mT + (0 if b is None else b)
+        return x @ weight.double().mT + (0 if bias is None else bias.double())
 
-    wanted = whole(x, plain)
-    apart = outer(x, lambda x: inner(x, plain))
-    if reads or (apart - wanted).abs().max() > 1e-9 * wanted.abs().max():
+    wanted = whole(x, plain)  # (4, d_out)
+    merged = outer(x, lambda x: inner(x, plain))
+    # What reads the weight would find another one there. Between float64 outputs, 1e-9 is above any rounding.
+    if reads or (merged - wanted).abs().max() > 1e-9 * wanted.abs().max():
         going, staying = (", ".join(s.state.name for s in sites) for sites in (layer.sites, layer.stay))
         raise TargetError(
-            f"{layer.path}: {staying} would act differently on a weight with {going} merged into it\n"
+            f"{layer.base.path}: {staying} would act differently on a weight with {going} merged into it\n"
             f"  merge all adapters at once, or detach what stays"
         )
-
-
-def _compute(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

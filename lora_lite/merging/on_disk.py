@@ -23,11 +23,11 @@ from torch import nn
 from ..base.exact import full_precision
 from ..errors import CheckpointError, ConfigError, LoraLiteError, TargetError
 from ..io.adapter_file import read_file
-from ..io.safetensors import read_json, replacing, sync_folder, write_json
+from ..io.safetensors import INDEX, read_json, replacing, sync_folder, write_json
 from ..measure.calls import check_choice, refusal
 from ..version import __version__
 from .base_folder import BaseFolder
-from .plan import INDEX, MergePlan, Shard
+from .plan import MergePlan, Shard
 
 CHOICES = ("original", "as_trained")
 _LOCK = ".lock"
@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge_checkpoint` has done."""
+    """The result of `merge_checkpoint`."""
 
     folder: Path
     layers: int
@@ -60,11 +60,10 @@ class Merged:
     seconds: float
 
     def __str__(self) -> str:
-        return (
-            f"merged {self.layers} layers ({self.tensors} tensors) into {self.folder}\n"
-            f"  base weights {self.base_weights}, {self.size / 1e9:.2f} GB in {self.seconds:.1f} s"
-            f"{f', {self.resumed / 1e9:.2f} GB of it from an earlier run' if self.resumed else ''}"
-        )
+        size = f"{self.size / 1e9:.2f} GB in {self.seconds:.1f} s"
+        size += f", {self.resumed / 1e9:.2f} GB of it from an earlier run" if self.resumed else ""
+        merged = f"merged {self.layers} layers ({self.tensors} tensors) into {self.folder}"
+        return f"{merged}\n  base weights {self.base_weights}, {size}"
 
 
 def merge_checkpoint(
@@ -94,63 +93,51 @@ def merge_checkpoint(
     Weights are merged in float32 and cast once, to the dtype that they have on disk. A run that was interrupted goes on
     from its last whole shard. A folder that this made before is replaced, any other that isn't empty is refused.
 
-    Raises CheckpointError unless every tensor of the adapter has exactly one place (both sides are listed), for another
-    base, a full disk or a damaged file; TargetError for a tied head and for layers that never ran; VariantError for a
-    method that isn't affine; BaseModelError where a merged number is NaN or infinite. There is then no `out_dir`.
+    Raises:
+        CheckpointError: unless every tensor of the adapter has exactly one place (both sides are listed), for another
+            base, a full disk or a damaged file.
+        TargetError: for a tied head and for layers that never ran.
+        VariantError: for a method that isn't affine.
+        BaseModelError: where a merged number is NaN or infinite. After any of these there is no `out_dir`.
     """
     if base_weights not in CHOICES:
         raise ConfigError(f"base_weights={base_weights!r}: wanted one of {CHOICES}")
     started, out = time.monotonic(), Path(out_dir).resolve()
-    check_choice(never_ran)
+    check_choice(never_ran)  # before anything large is read
     file, base = read_file(adapter), BaseFolder(Path(base_dir).resolve())
     if file.never_ran and never_ran == "raise":
         raise TargetError(f"{file.path}: {refusal(file.never_ran, len(file.targets))}")
     if out == base.path or out.is_mount():
-        raise CheckpointError(
-            f"{out} is {'the base itself' if out == base.path else 'a mount point'}\n  choose another folder"
-        )
-    with full_precision(nn.Module()):
+        kind = "the base itself" if out == base.path else "a mount point"
+        raise CheckpointError(f"{out} is {kind}\n  choose another folder")
+    with full_precision(nn.Module()):  # which is global: no module is asked
         plan = MergePlan(file, base, base_weights, untie, verify_base)
-    others = _others(base.path)
+    files, others = {header.path for header in base.headers.values()}, _others(base.path)
+    with file.path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
     job = {
-        "adapter": _digest(file.path),
-        "base": {str(p.relative_to(base.path)): _stamp(p) for p in (*base.files(), *others, *base.path.glob("*.json"))},
+        "adapter": digest,
+        "base": {str(p.relative_to(base.path)): _stamp(p) for p in (*files, *others, *base.path.glob("*.json"))},
         "options": [base_weights, untie, verify_base],
         "library": __version__,
     }
-    names = [shard.name for shard in plan.shards] + [str(p.relative_to(base.path)) for p in others]
-    names += [INDEX, "config.json"]
+    names = [*(s.name for s in plan.shards), *(str(p.relative_to(base.path)) for p in others), INDEX, "config.json"]
     with full_precision(nn.Module()), _partial(out, job, names) as partial:
-        total = sum(shard.size for shard in plan.shards)
-        there = {s.name for s in plan.shards if _size(partial / s.name) == s.size}
-        resumed = sum(shard.size for shard in plan.shards if shard.name in there)
-        needed = total - resumed + sum(p.stat().st_size for p in others)
-        if needed > (free := shutil.disk_usage(partial).free):
-            raise CheckpointError(
-                f"{out.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written\n"
-                f"  make room, or name a place on another disk; what is written so far is kept"
-            )
-        report = _Counter(total, resumed, progress)
-        for shard in plan.shards:
-            if shard.name not in there:
-                _write_shard(partial / shard.name, shard, base, report)
-        for path in others:
-            with replacing(partial / path.relative_to(base.path)) as handle, path.open("rb") as source:
-                shutil.copyfileobj(source, handle, COPY)
-        plan.write_config(partial)
-    done = Merged(out, len(plan.places), plan.merged, total, base_weights, resumed, time.monotonic() - started)
-    logger.info(str(done).replace("\n ", ","))
-    return done
+        resumed = _write(partial, plan, base, others, progress)
+    size, seconds = sum(shard.size for shard in plan.shards), time.monotonic() - started
+    result = Merged(out, len(plan.locations), plan.merged, size, base_weights, resumed, seconds)
+    logger.info(str(result).replace("\n ", ","))
+    return result
 
 
 def _others(folder: Path) -> list[Path]:
-    """What goes along with the tensors; other weights, and folders that transformers doesn't read, stay behind."""
+    """The files that go with the tensors. Other weights, and folders that transformers doesn't read, stay behind."""
     everything = [path for path in sorted(folder.iterdir()) if path.name not in (MARKER, "config.json", INDEX)]
     everything += [path for name in _FOLDERS for path in sorted((folder / name).glob("*"))]
     others = [path for path in everything if path.is_file() and not path.name.endswith(_WEIGHTS)]
-    left = [p.name for p in everything if p not in others and p.name not in _FOLDERS and p.suffix != ".safetensors"]
-    if left:
-        logger.info(f"left behind: {', '.join(left)}")
+    behind = [p.name for p in everything if p not in others and p.name not in _FOLDERS and p.suffix != ".safetensors"]
+    if behind:
+        logger.info(f"left behind: {', '.join(behind)}")
     return others
 
 
@@ -158,35 +145,52 @@ def _stamp(path: Path) -> list[int]:
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
-@dataclass
-class _Counter:
-    total: int
-    done: int
-    tell: Progress | None
-
-    def add(self, size: int) -> None:
-        self.done += size
-        if self.tell is not None:
-            self.tell(self.done, self.total)
-
-
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _write_shard(path: Path, shard: Shard, base: BaseFolder, report: _Counter) -> None:
+def _write(folder: Path, plan: MergePlan, base: BaseFolder, others: Sequence[Path], progress: Progress | None) -> int:
+    """Write what the folder lacks, and return the bytes of the shards that an earlier run has finished."""
+    total = sum(shard.size for shard in plan.shards)
+    # By size alone: a shard takes its name when it is whole, and the folder's marker says that it is of this merge.
+    finished = [s for s in plan.shards if (path := folder / s.name).is_file() and path.stat().st_size == s.size]
+    written = resumed = sum(shard.size for shard in finished)
+    needed = total - resumed + sum(path.stat().st_size for path in others)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise CheckpointError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written\n"
+            f"  make room, or name a place on another disk; what is written so far is kept"
+        )
+
+    def report(size: int) -> None:
+        nonlocal written
+        written += size
+        if progress is not None:
+            progress(written, total)
+
+    for shard in plan.shards:
+        if shard not in finished:
+            _write_shard(folder / shard.name, shard, base, report)
+    for path in others:
+        with replacing(folder / path.relative_to(base.path)) as handle, path.open("rb") as source:
+            shutil.copyfileobj(source, handle, COPY)
+    plan.write_config(folder)
+    return resumed
+
+
+def _write_shard(path: Path, shard: Shard, base: BaseFolder, report: Callable[[int], None]) -> None:
     with replacing(path) as handle:
         handle.write(shard.header())
         for tensor in shard.tensors:
             if tensor.make is None:
                 for chunk in base.chunks(tensor.key, COPY):
                     handle.write(chunk)
-                    report.add(len(chunk))
+                    report(len(chunk))
             else:
                 matrices = tensor.make()
                 while (matrix := next(matrices, None)) is not None:
-                    raw: Any = matrix.contiguous().view(-1).view(torch.uint8).numpy()
+                    raw: Any = matrix.contiguous().view(-1).view(torch.uint8).numpy()  # as bytes: numpy has no bfloat16
                     handle.write(raw)
-                    report.add(raw.nbytes)
+                    report(raw.nbytes)
                     del matrix, raw  # or it would stay in memory while the next one is made
 
 
@@ -219,31 +223,28 @@ def _partial(out: Path, job: dict[str, Any], names: Sequence[str]) -> Iterator[P
             raise
         stamps = {name: _stamp(partial / name) for name in names if (partial / name).exists()}
         write_json(partial / MARKER, {"job": job, "files": stamps})
-        (partial / _LOCK).unlink()
+        (partial / _LOCK).unlink()  # while it is held: the folder takes its name without it
         if out.exists():
-            _remove(replaced)
+            _remove(replaced)  # of a run that was killed between the two renames
             os.replace(out, replaced)
         os.replace(partial, out)
-        sync_folder(out.parent)
+        sync_folder(out.parent)  # or the rename may be lost in a power cut
         _remove(replaced)
 
 
 def _check_ours(folder: Path, begun: bool = False) -> None:
     """CheckpointError for anything at that path but an empty folder, or one as a merge has left it (or just begun)."""
-    if not folder.exists() and not folder.is_symlink():
+    if not os.path.lexists(folder):
         return
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     ours: set[str] = set()
-    if MARKER in held:
+    if MARKER in names:
         files = read_json(folder / MARKER).get("files")
-        files = files if isinstance(files, dict) else {}
-        same = {
-            name: stamp is None or _size(folder / name) < 0 or _stamp(folder / name) == stamp
-            for name, stamp in files.items()
-        }
-        changed = {name.partition("/")[0] for name, is_same in same.items() if not is_same}
-        ours = {MARKER, _LOCK, *(name.partition("/")[0] for name in files)} - changed
-    foreign = sorted(name for name in held - ours if not (begun and name.startswith(".")))
+        stamps = files if isinstance(files, dict) else {}
+        written = {name: stamp for name, stamp in stamps.items() if stamp is not None and (folder / name).is_file()}
+        changed = [name for name, stamp in written.items() if _stamp(folder / name) != stamp]
+        ours = {MARKER, _LOCK, *(n.partition("/")[0] for n in stamps)} - {n.partition("/")[0] for n in changed}
+    foreign = sorted(name for name in names - ours if not (begun and name.startswith(".")))
     if foreign:
         raise CheckpointError(
             f"{folder} is there already and holds what no merge has written, such as {foreign[0]}\n"
@@ -270,12 +271,3 @@ def _locked(folder: Path) -> Iterator[None]:
             except OSError as error:
                 raise CheckpointError(f"{folder}: another merge is writing to it\n  wait for it, or stop it") from error
         yield
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

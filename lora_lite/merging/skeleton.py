@@ -26,6 +26,7 @@ PARTS_A_TENSOR = 10
 MOST_LABELS = 30_000
 """More labels are left out: transformers makes a name for each and checks it (20 µs). ImageNet-21k has 21,843."""
 
+# A pretrained backbone would be fetched, an `auto_map` names code to run, an attention may not be installed here.
 _NOT_BUILT = {"label2id", "quantization_config", "auto_map", "use_pretrained_backbone", "use_timm_backbone"}
 _NOT_BUILT |= {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 _NOT_BUILT |= {"experts_implementation", "_experts_implementation"}
@@ -39,8 +40,9 @@ _FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-i
 def skeleton(path: Path, config: dict[str, Any], tensors: int) -> Any:
     """The model of a folder with this config, and this many tensors in its files.
 
-    Raises CheckpointError for a class that transformers lacks, and for a config that describes no such model, or one
-    of a size that its files can't fill.
+    Raises:
+        CheckpointError: for a class that transformers lacks, and for a config that describes no such model, or one of a
+            size that its files can't fill.
     """
     import transformers
 
@@ -65,14 +67,14 @@ def skeleton(path: Path, config: dict[str, Any], tensors: int) -> Any:
 
 
 def _harmless(value: Any) -> Any:
-    """A config without what says nothing of the weights and could fetch or run code, or take memory without end."""
+    """The config without fields that say nothing of the weights and could fetch or run code, or fill the memory."""
     if isinstance(value, list):
-        return [_harmless(each) for each in value]
+        return [_harmless(item) for item in value]
     if not isinstance(value, dict):
         return value
     if value.keys() == {"__float__"}:
         return _FLOATS.get(str(value["__float__"]), value)
-    return {name: _harmless(each) for name, each in value.items() if _is_built(name, each, value.get("model_type"))}
+    return {name: _harmless(item) for name, item in value.items() if _is_built(name, item, value.get("model_type"))}
 
 
 def _is_built(name: str, value: Any, model_type: Any) -> bool:
@@ -93,8 +95,8 @@ def _check_depth(path: Path, config: dict[str, Any], tensors: int) -> None:
         if isinstance(value, dict):
             _check_depth(path, value, tensors)
         elif (unit := name.rpartition("_")[2]) in _BLOCKS:
-            counts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
-            blocks = sum(counts) if unit == "depths" else max(counts, default=0)  # or indices of layers
+            counts = [count for count in (value if isinstance(value, list) else [value]) if isinstance(count, int)]
+            blocks = sum(counts) if unit == "depths" else max(counts, default=0)  # a list may hold indices of layers
             if blocks > max(tensors, LEAST_BLOCKS):
                 raise _too_large(path, f"{brief(name)}={min(blocks, 10**18):.3g}", tensors)
 
@@ -118,6 +120,5 @@ def _bounded(path: Path, tensors: int) -> Iterator[None]:
 
 
 def _too_large(path: Path, what: str, tensors: int) -> CheckpointError:
-    return CheckpointError(
-        f"{path / 'config.json'}: {what}, and the files hold {tensors} tensors\n  config and files are of two models"
-    )
+    files = f"the files hold {tensors} tensors\n  config and files are of two models"
+    return CheckpointError(f"{path / 'config.json'}: {what}, and {files}")
