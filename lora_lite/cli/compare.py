@@ -31,7 +31,7 @@ class GroupDifference:
     delta: float | None
     """‖ΔA - ΔB‖ / ‖ΔA‖ of ΔW = W' - W; None where that depends on the base."""
     cosine: float | None
-    """Of ΔA and ΔB; None also where one of them is zero."""
+    """The cosine of ΔA and ΔB; None also where one of them is zero."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _by_core(layers: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
 
 
 def _compared(a: StoredLayer, b: StoredLayer) -> tuple[Sums | None, Sums | None]:
-    """Of one layer the sums of the tensors, and those of ΔW; None as in GroupDifference."""
+    """The sums of a layer's tensors, and those of ΔW; None as in GroupDifference."""
     common = a.tensors.keys() & b.tensors.keys()  # a PEFT folder lacks what the base gives
     alike = a.cfg.variant == b.cfg.variant and all(a.tensors[name].shape == b.tensors[name].shape for name in common)
     tensors = Sums.of((a.tensors[name], b.tensors[name]) for name in sorted(common)) if alike else None

@@ -30,7 +30,7 @@ WIDEST = 1 << 20
 class StoredLayer:
     """One layer's share of an adapter; `target.experts` is above 0 if the tensors have a leading axis over experts.
 
-    Of a PEFT folder a side of the layer that no tensor tells is 0, and tensors that the base gives aren't there.
+    In a PEFT folder a side of the layer that no tensor tells is 0, and tensors that the base gives are missing.
     """
 
     target: Target
@@ -48,11 +48,11 @@ class StoredAdapter:
     """OURS or PEFT."""
     bytes: int
     cfg: BaseConfig
-    """Of most layers."""
+    """The config that most layers have."""
     scale: float
     layers: dict[str, StoredLayer]
     base: BaseRecord | None = None
-    """What a file of ours remembers of its base; a PEFT folder has none."""
+    """The base that a file of ours remembers; None of a PEFT folder."""
     name_or_path: str | None = None
     """The base's name in a PEFT folder, which says nothing else of it."""
 
