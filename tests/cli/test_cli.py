@@ -605,15 +605,12 @@ def test_convert_prints_the_error_of_a_lora_and_no_noise(base: Path, tmp_path: P
         r"PEFT folder, lora, 2 layers\nof rank 4: relative error at most (\S+) in a layer", done.stdout
     )
     worst = []
-    for module, _ in attached(path):
+    for site in ll.load(tiny_llama(), path).sites():
+        module = site.module
         delta = ((module.lora_l - 1)[:, None] * module.weight).detach()
         rest = torch.linalg.svdvals(delta)[4:]
         worst.append(float(rest.norm() / delta.norm()))
     assert float(error) == pytest.approx(max(worst), rel=0.1)
-
-
-def attached(path: Path) -> list[tuple[Any, Any]]:
-    return list(ll.load(tiny_llama(), path).sites())
 
 
 def test_ia3_on_both_sides_becomes_two_files(base: Path, tmp_path: Path) -> None:
