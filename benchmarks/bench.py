@@ -1,4 +1,4 @@
-"""What adapters cost beside the frozen base and beside PEFT, as ratios in one run: a table, JSON and a picture.
+"""The cost of adapters beside the frozen base and beside PEFT, as ratios in one run: a table, JSON and a picture.
 
     make bench [ARGS="--text gsm8k.jsonl"]
 
@@ -60,31 +60,33 @@ GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k/test.jsonl"
 def memory(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     """Bytes that autograd keeps above the frozen base: exact."""
     plain = base()
-    own = saved(plain, ids)
+    frozen = saved(plain, ids)
     model = ours()
     least = floor(plain, ids, ll.adapters(model)["default"].targets)
-    lora = saved(model, ids) - own
-    theirs = saved(peft(), ids) - own
-    dropped = saved(ours(dropout=0.05), ids) - own
+    lora = saved(model, ids) - frozen
+    theirs = saved(peft(), ids) - frozen
+    dropped = saved(ours(dropout=0.05), ids) - frozen
     yield Ratio("LoRA: kept for backward / floor", lora / least, 1.05, group="memory")
     yield Ratio("LoRA: kept / PEFT", lora / theirs, group="memory")
     if stored_in() == torch.bfloat16:  # PEFT's adapters are in the base's dtype
-        yield Ratio("LoRA: kept / PEFT with bf16 adapters", lora / (saved(peft(bf16=True), ids) - own), group="memory")
+        yield Ratio(
+            "LoRA: kept / PEFT with bf16 adapters", lora / (saved(peft(bf16=True), ids) - frozen), group="memory"
+        )
     yield Ratio("LoRA with dropout: kept / without", dropped / lora, 1.10, group="memory")
     yield Ratio(
         "DoRA: kept / PEFT",
-        (saved(ours("dora"), ids) - own) / (saved(peft(use_dora=True), ids) - own),
+        (saved(ours("dora"), ids) - frozen) / (saved(peft(use_dora=True), ids) - frozen),
         0.22,
         group="memory",
     )
-    yield from growth(ids, own, lora, least)
+    yield from growth(ids, frozen, lora, least)
 
 
-def growth(ids: Tensor, own: int, lora: int, least: int) -> Iterator[Ratio]:
-    """What is kept grows with layers, rank and tokens no faster than they do, and not with what is disabled."""
-    half = saved(ours(layers=range(15)), ids) - own
+def growth(ids: Tensor, frozen: int, lora: int, least: int) -> Iterator[Ratio]:
+    """The bytes kept grow with layers, rank and tokens no faster than they do, and not with what is disabled."""
+    half = saved(ours(layers=range(15)), ids) - frozen
     yield Ratio("kept by 30 blocks / 2 x 15 blocks", lora / (2 * half), 1.05, group="growth")
-    more = saved(ours(r=64), ids) - own - least
+    more = saved(ours(r=64), ids) - frozen - least
     yield Ratio("kept beside x at rank 64 / 4 x rank 16", more / (4 * (lora - least)), 1.05, group="growth")
     quarter = ids[:, : ids.shape[1] // 4]
     few = saved(ours(), quarter) - saved(base(), quarter)
@@ -92,7 +94,7 @@ def growth(ids: Tensor, own: int, lora: int, least: int) -> Iterator[Ratio]:
     model = ours()
     for i in range(8):
         ll.attach(model, ll.LoRAConfig(r=16), f"off{i}").scale = 0.0
-    yield Ratio("kept with 8 disabled adapters / without", (saved(model, ids) - own) / lora, 1.0, group="growth")
+    yield Ratio("kept with 8 disabled adapters / without", (saved(model, ids) - frozen) / lora, 1.0, group="growth")
 
 
 def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
@@ -202,24 +204,24 @@ def pissa(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     linear = nn.Linear(2048, 2048, bias=False)
     linear.weight.data = (u * values) @ v.mT
     layer = nn.Sequential(linear)
-    found: dict[str, list[float]] = {"exact": [], "fast": []}
-    parts = {}
+    times: dict[str, list[float]] = {"exact": [], "fast": []}
+    products = {}
     for _ in range(max(3, rounds // 3)):
-        for svd, seconds in found.items():
+        for svd, seconds in times.items():
             cfg = ll.PiSSAConfig(r=16, svd=svd, target_names=r"^0$")
             seconds.append(timed(partial(ll.attach, cfg=cfg), layer))
-            held = ll.adapters(layer)["default"].state_dict()
-            parts[svd] = held["0.lora_B"] @ held["0.lora_A"]
+            tensors = ll.adapters(layer)["default"].state_dict()
+            products[svd] = tensors["0.lora_B"] @ tensors["0.lora_A"]  # (o, i)
             ll.detach(layer)
-    error = float((parts["fast"] - parts["exact"]).norm() / parts["exact"].norm())
-    yield Times(found).ratio("PiSSA fast init / full SVD, 2048 x 2048", "fast", "exact", 0.1, "starting")
+    error = float((products["fast"] - products["exact"]).norm() / products["exact"].norm())
+    yield Times(times).ratio("PiSSA fast init / full SVD, 2048 x 2048", "fast", "exact", 0.1, "starting")
     yield Ratio("its relative error of the top 16", error, 0.01, group="starting")
 
 
 def peaks(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     """Bytes at the highest point of a step, above the frozen base's: exact."""
-    own, lora, theirs = (peak_of(make, ids) for make in (base, ours, peft))
-    yield Ratio("peak memory of a step above base / PEFT", (lora - own) / (theirs - own), 0.6, group="memory")
+    frozen, lora, theirs = (peak_of(make, ids) for make in (base, ours, peft))
+    yield Ratio("peak memory of a step above base / PEFT", (lora - frozen) / (theirs - frozen), 0.6, group="memory")
 
 
 def compiled(ids: Tensor, rounds: int) -> Iterator[Ratio]:
@@ -227,12 +229,12 @@ def compiled(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     x = stack_input()
     models = {"base": stack(), "lora": stack_ours(), "PEFT": stack_peft(), "dora": stack_ours("dora")}
     models["PEFT DoRA"] = stack_peft(use_dora=True)
-    own = saved(models["base"], x)
+    frozen = saved(models["base"], x)
     least = floor(models["base"], x, [str(i) for i in range(8)])
-    yield Ratio("stack: LoRA kept / floor", (saved(models["lora"], x) - own) / least, 1.05, group="stack")
+    yield Ratio("stack: LoRA kept / floor", (saved(models["lora"], x) - frozen) / least, 1.05, group="stack")
     yield Ratio(
         "stack: DoRA kept / PEFT",
-        (saved(models["dora"], x) - own) / (saved(models["PEFT DoRA"], x) - own),
+        (saved(models["dora"], x) - frozen) / (saved(models["PEFT DoRA"], x) - frozen),
         group="stack",
     )
     times = interleaved({name: train_step(model, x) for name, model in models.items()}, rounds, "stack", 2)
@@ -276,20 +278,20 @@ def main(
     compared = torch.bfloat16, torch.float32
     print(f"the base is in {dtype_name(stored_in())}; {product_times(*compared)}", file=sys.stderr)
     ids = text(file or (GSM8K if GSM8K.exists() else None))
-    started, found = time.perf_counter(), []
+    started, ratios = time.perf_counter(), []
     for name in only or SECTIONS:
         for ratio in SECTIONS[name](ids, rounds):
-            found.append(ratio)
+            ratios.append(ratio)
             print(f"{ratio.measure}: {ratio.value:.3f}", file=sys.stderr)
     seconds = time.perf_counter() - started
-    show(found, seconds)
+    show(ratios, seconds)
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"machine": machine(), "dtype": dtype_name(stored_in())}
-    record |= {"product_milliseconds": {dtype_name(each): product_milliseconds(each) for each in compared}}
+    record |= {"product_milliseconds": {dtype_name(d): product_milliseconds(d) for d in compared}}
     record |= {"seconds": seconds, "rounds": rounds}
-    record["ratios"] = [each.record() for each in found]
+    record["ratios"] = [ratio.record() for ratio in ratios]
     (out / "bench.json").write_text(json.dumps(record, indent=2) + "\n")
-    draw(found, out / "bench.png")
+    draw(ratios, out / "bench.png")
 
 
 def machine() -> dict[str, object]:

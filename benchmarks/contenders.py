@@ -124,7 +124,7 @@ def train_step(model: Any, ids: Tensor) -> Callable[[], None]:
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """Of a language model, or of the stack with ids as its input."""
+    """The loss of a language model, or of the stack with ids as its input."""
     if ids.is_floating_point():
         squares: Tensor = model(ids).float().square().mean()
         return squares

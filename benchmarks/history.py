@@ -1,4 +1,4 @@
-"""What kept rounds cost: a forward of 256 tokens and a step of decoding, as ratios to the base in one run.
+"""The cost of kept rounds: a forward of 256 tokens and a step of decoding, as ratios to the base in one run.
 
     python benchmarks/history.py [--rounds 1 20]
 
@@ -44,8 +44,8 @@ def compare(what: str, runs: dict[str, Callable[[], Any]]) -> None:
     times = interleaved(runs, REPEATS, what)
     print(f"{what:<20}{'ratio':>9}{'quartiles':>14}")
     for name in runs:
-        found = times.ratio(name, name, "base")
-        print(f"  {name:<18}{found.value:>9.2f}{found.low:>9.2f}{found.high:>6.2f}")
+        ratio = times.ratio(name, name, "base")
+        print(f"  {name:<18}{ratio.value:>9.2f}{ratio.low:>9.2f}{ratio.high:>6.2f}")
 
 
 def with_history(model: nn.Module, rounds: int) -> nn.Module:

@@ -35,7 +35,7 @@ def layer(ids: Tensor, rounds: int) -> Iterator[Ratio]:
                     torch.testing.assert_close(contenders[name](x), out, rtol=0.02, atol=0.005)
                 best = _fastest(contenders, x, TURNS * rounds)
                 name = f"one layer, {str(dtype).removeprefix('torch.')}, {tokens} token{'s' if tokens > 1 else ''}"
-                print(f"{name}, µs: " + ", ".join(f"{who} {µs:.0f}" for who, µs in best.items()))
+                print(f"{name}, µs: " + ", ".join(f"{contender} {µs:.0f}" for contender, µs in best.items()))
                 yield Ratio(f"{name}: LoRA / PEFT", best["LoRA"] / best["PEFT"], 1.0, group="layer", of="fastest")
                 yield Ratio(
                     f"{name}: LoRA / bare hook", best["LoRA"] / best["bare hook"], 1.25, group="layer", of="fastest"
@@ -45,8 +45,8 @@ def layer(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 
 
 def _contenders(dtype: torch.dtype) -> dict[str, nn.Module]:
-    own, bare = _plain(dtype), _plain(dtype)
-    settle(ll.attach(own, configured("lora", target_names="^0$")).parameters())
+    ours, bare = _plain(dtype), _plain(dtype)
+    settle(ll.attach(ours, configured("lora", target_names="^0$")).parameters())
     hooked: Any = bare[0]
     hooked.bare_a, hooked.bare_b = (nn.Parameter(torch.empty(shape)) for shape in ((RANK, D_IN), (D_OUT, RANK)))
     settle((hooked.bare_a, hooked.bare_b))
@@ -57,7 +57,7 @@ def _contenders(dtype: torch.dtype) -> dict[str, nn.Module]:
         "bare layer": _plain(dtype)[0],
         "bare hook": hooked,
         "PEFT": theirs.base_model.model[0].eval(),
-        "LoRA": own[0],
+        "LoRA": ours[0],
     }
 
 

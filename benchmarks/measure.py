@@ -58,7 +58,7 @@ class Times:
         return Ratio(measure, middle, mark, low, high, group)
 
     def above(self, other: str) -> "Times":
-        """What each contender takes longer than another one, by round."""
+        """The time that each contender takes above another one's, by round."""
         return Times(
             {
                 name: [a - b for a, b in zip(seconds, self.seconds[other], strict=True)]
@@ -83,22 +83,22 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, what: 
 
 
 def saved_storages(model: Any, ids: Tensor) -> dict[int, torch.UntypedStorage]:
-    """What autograd keeps of one forward for its backward: each storage once, parameters and buffers aside."""
-    found: dict[int, torch.UntypedStorage] = {}
+    """The storages that autograd keeps of one forward for its backward: each once, parameters and buffers aside."""
+    storages: dict[int, torch.UntypedStorage] = {}  # by address
 
     def pack(tensor: Tensor) -> None:  # no backward is run, and an output handed back would keep its graph alive
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
     model.train()
     with saved_tensors_hooks(pack, lambda nothing: nothing):
         loss = loss_of(model, ids)
-    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     del loss
-    return {at: storage for at, storage in found.items() if at not in own}
+    return {address: storage for address, storage in storages.items() if address not in of_model}
 
 
 def saved(model: Any, ids: Tensor) -> int:
-    """Bytes"""
+    """The bytes of those storages."""
     return sum(storage.nbytes() for storage in saved_storages(model, ids).values())
 
 
@@ -110,10 +110,10 @@ def floor(model: Any, ids: Tensor, paths: Any) -> int:
         inputs[args[0].untyped_storage().data_ptr()] = args[0].untyped_storage()
 
     handles = [model.get_submodule(path).register_forward_pre_hook(remember) for path in paths]
-    kept = saved_storages(model, ids)
+    saved_anyway = saved_storages(model, ids)
     for handle in handles:
         handle.remove()
-    return sum(storage.nbytes() for at, storage in inputs.items() if at not in kept)
+    return sum(storage.nbytes() for address, storage in inputs.items() if address not in saved_anyway)
 
 
 def peak_of(make: Callable[[], Any], ids: Tensor) -> int:
@@ -129,11 +129,11 @@ def peak_of(make: Callable[[], Any], ids: Tensor) -> int:
     begins = next(event.start_ns() for event in events if event.name() == "second step")
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     sizes = itertools.accumulate(nbytes for _, nbytes in changes)
-    return max(size for (at, _), size in zip(changes, sizes, strict=True) if at >= begins)
+    return max(size for (time_ns, _), size in zip(changes, sizes, strict=True) if time_ns >= begins)
 
 
 def in_a_process(*arguments: str) -> str:
-    """What a command of Python prints; from its second run on it need not compile what it imports."""
+    """The output of a command of Python; from its second run on it need not compile what it imports."""
     caching = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, env=caching)
     return done.stdout

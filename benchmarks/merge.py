@@ -56,20 +56,20 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     size = sum(file.stat().st_size for file in (folder / "big" / "base").iterdir())
     adapter = (folder / "big" / "adapter.safetensors").stat().st_size
     ways = ["ours", "peft"] if args.variant == "lora" and args.base_weights == "original" else ["ours"]
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}  # (seconds, MiB)
     for _ in range(args.rounds):
         for way in ways:
             command = [sys.executable, __file__, "--run", way, "--folder", str(folder)]
             command += ["--base-weights", args.base_weights]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[way].append(tuple(json.loads(done.stdout.splitlines()[-1])))
+            results[way].append(tuple(json.loads(done.stdout.splitlines()[-1])))
     print(f"checkpoint {size / 1e9:.2f} GB, {args.base_weights}; {args.variant} of {adapter / 2**20:.0f} MiB")
     print(f"{'':<8}{'seconds':>20}{'peak above start, MiB':>24}")
-    for way, runs in found.items():
+    for way, runs in results.items():
         seconds, peaks = zip(*runs, strict=True)
         print(f"{way:<8}{' '.join(f'{s:.1f}' for s in seconds):>20}{' '.join(f'{p:.0f}' for p in peaks):>24}")
     if len(ways) == 2:
-        medians = [[statistics.median(column) for column in zip(*found[way], strict=True)] for way in ways]
+        medians = [[statistics.median(column) for column in zip(*results[way], strict=True)] for way in ways]
         print(f"ours / PEFT: time {medians[0][0] / medians[1][0]:.2f}, memory {medians[0][1] / medians[1][1]:.3f}")
 
 
@@ -94,9 +94,9 @@ def make(folder: Path, layers: int, width: int, args: argparse.Namespace) -> Non
     keys = list(shapes)
     for i in range(0, len(keys), SHARD):
         name = f"model-{i // SHARD + 1:05}-of-{-(-len(keys) // SHARD):05}.safetensors"
-        held = {key: (torch.randn(shapes[key]) * 0.02).bfloat16() for key in keys[i : i + SHARD]}
-        save_file(held, base / name, {"format": "pt"})
-        names |= dict.fromkeys(held, name)
+        tensors = {key: (torch.randn(shapes[key]) * 0.02).bfloat16() for key in keys[i : i + SHARD]}
+        save_file(tensors, base / name, {"format": "pt"})
+        names |= dict.fromkeys(tensors, name)
     size = 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
     index = {"metadata": {"total_size": size}, "weight_map": names}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))

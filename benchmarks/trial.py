@@ -1,4 +1,4 @@
-"""What one trial of an ablation search costs before its first forward, as ratios in one run.
+"""The cost of one trial of an ablation search before its first forward, as ratios in one run.
 
     python benchmarks/trial.py
 

@@ -37,10 +37,12 @@ class AdapterCheckpoints:
     """Mixin for a Trainer of a model with adapters: `checkpoint-N/<name>.safetensors` for each, and no base.
 
     Optimizer, schedule and random states are the Trainer's own; DeepSpeed's own checkpoint beside them holds the base.
-    Raises TargetError for a model without an adapter, for parameters that would be trained and are in no adapter, since
-    no checkpoint would hold them, and after the first backward, before the optimizer's step (DeepSpeed takes that
-    within the backward), for adapters that take no part in it. Raises QuantizedWeightError before the first step where
-    the base gives wrong gradients or none.
+
+    Raises:
+        TargetError: for a model without an adapter; for parameters that would be trained and are in no adapter, since
+            no checkpoint would hold them; after the first backward, before the optimizer's step (DeepSpeed takes that
+            within the backward), for adapters that take no part in it.
+        QuantizedWeightError: before the first step, where the base gives wrong gradients or none.
     """
 
     _is_audited = False
@@ -76,15 +78,14 @@ class AdapterCheckpoints:
         folder = Path(output_dir or trainer.args.output_dir)
         for name, adapter in adapters(trainer.model).items():
             if trainer.args.should_save or adapter.is_sharded:
-                save(trainer.model, _file(folder, name), name)
+                save(trainer.model, folder / f"{name}.safetensors", name)
         if trainer.args.should_save:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
             torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        trainer: Any = self
-        _restore_all(model or trainer.model, resume_from_checkpoint)
+        _restore_all(model or cast(Any, self).model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         trainer: Any = self
@@ -109,16 +110,12 @@ def _check_saved(model: nn.Module) -> None:
 
 
 def _restore_all(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    files = {name: _file(folder, name) for name in adapters(model)}
+    files = {name: Path(folder) / f"{name}.safetensors" for name in adapters(model)}
     missing = [str(file) for file in files.values() if not file.is_file()]
     if missing:
         raise CheckpointError(f"{folder} is no checkpoint of these adapters\n  missing: {', '.join(missing)}")
     for name, file in files.items():
         restore(model, file, name)
-
-
-def _file(folder: str | os.PathLike[str], name: str) -> Path:
-    return Path(folder) / f"{name}.safetensors"
 
 
 @contextmanager
@@ -133,9 +130,8 @@ def _trainable(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            delattr(model, flag)
-        else:
+        delattr(model, flag)
+        if before is not None:
             setattr(model, flag, before)
 
 
@@ -152,7 +148,8 @@ def reference(model: nn.Module, name: str | None = None) -> nn.Module:
     The reference of an adapter that was trained before is the base, too. To start from the adapter as it is, use TRL's
     `precompute_ref_log_probs=True`, without a reference. TRL's `sync_ref_model` has no weights to write into here.
 
-    Raises TargetError for a model without an adapter, or an unknown name.
+    Raises:
+        TargetError: for a model without an adapter, or an unknown name.
     """
     root = session_of(model)[0]
     if name is not None:
@@ -163,27 +160,24 @@ def reference(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 class Reference(nn.Module):
-    """What `reference` gives."""
+    """A model whose adapter is off in every call: the result of `reference`."""
 
     def __init__(self, model: nn.Module, name: str | None) -> None:
         super().__init__()
-        self.__dict__.update(
-            _model=model, _name=name
-        )  # as no submodule: nothing that is done to all modules reaches it
+        self.__dict__.update(_model=model, _name=name)  # no submodule: what is done to all modules doesn't reach it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model gives with the adapter off. `forward`, which trainers replace by their own, isn't used: the
-        model that is trained has the same in its place."""
-        with self._off() as model:
+        """Call the model with the adapter off."""
+        with self._off() as model:  # not `forward`: trainers replace it by their own, here and in the model alike
             return model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model generates with the adapter off."""
+        """Generate with the adapter off."""
         with self._off() as model:
             return model.generate(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's: TRL remembers log-probabilities by a hash of it."""
+        """The model's state dict: TRL remembers log-probabilities by a hash of it."""
         return self._model.state_dict(*args, **kwargs)
 
     @contextmanager
@@ -194,4 +188,4 @@ class Reference(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        return getattr(cast(Any, self.__dict__["_model"]), name)
+        return getattr(self.__dict__["_model"], name)

@@ -1,4 +1,4 @@
-"""The commands of `lora-lite`. They only print: what they print is computed elsewhere."""
+"""The commands of `lora-lite`. They print; the figures are computed in the other files of this room."""
 
 import json
 import logging
@@ -13,17 +13,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 from loguru import logger
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from typer.core import TyperCommand
 
 from ..errors import CheckpointError, LoraLiteError
@@ -37,7 +28,6 @@ from .tables import console, show_difference, show_report
 from .verify import tokens, verify_merge
 
 app = typer.Typer(
-    help="Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from PEFT.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -51,7 +41,7 @@ EXTRAS = {"matplotlib": "demo", "transformers": "hf", "accelerate": "hf", "bitsa
 
 
 class Command(TyperCommand):
-    """A command that ends with one line on stderr and exit code 2 when something is wrong; --debug tells all of it."""
+    """A command that ends with one line on stderr and exit code 2 when something is wrong; --debug shows everything."""
 
     def invoke(self, ctx: Any) -> Any:
         debug = ctx.find_root().params["debug"]
@@ -71,9 +61,8 @@ class Command(TyperCommand):
 def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         missing = (error.name or "").partition(".")[0]
-        return f"{missing} is not installed" + (
-            f"; pip install 'lora-lite[{EXTRAS[missing]}]'" if missing in EXTRAS else ""
-        )
+        cure = f"; pip install 'lora-lite[{EXTRAS[missing]}]'" if missing in EXTRAS else ""
+        return f"{missing} is not installed{cure}"
     first = (str(error).strip().splitlines() or ["no reason given"])[0]
     return first if isinstance(error, LoraLiteError) else f"{type(error).__name__}: {first}"
 
@@ -82,35 +71,26 @@ def _reason(error: Exception) -> str:
 def _messages(debug: bool) -> Iterator[None]:
     """The library's log lines on stderr: warnings, with debug all; other libraries' warnings with debug alone."""
     sink = logger.add(sys.stderr, format="{level.name}: {message}", level="DEBUG" if debug else "WARNING")
-    before = logging.root.manager.disable
-    if not debug:
-        logging.disable(logging.WARNING)
+    disabled = logging.root.manager.disable
     try:
         with warnings.catch_warnings():
             if not debug:
+                logging.disable(logging.WARNING)
                 warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
         logger.remove(sink)
 
 
 @contextmanager
-def _progress(what: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal, that goes when it is done; for (done, total) to be told to."""
+def _progress(label: str, *figures: bars.ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal, which goes when the work is done; it is told (done, total)."""
     stderr = Console(stderr=True)
-    shown = Progress(
-        TextColumn(what),
-        BarColumn(),
-        *columns,
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-    )
-    with shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    columns = bars.TextColumn(label), bars.BarColumn(), *figures, bars.TimeRemainingColumn()
+    with bars.Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.callback()
@@ -131,7 +111,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer by itself.")] = False,
 ) -> None:
     """Show an adapter: method, config, base, size of its deltas."""
-    with _progress("layers", MofNCompleteColumn()) as progress:
+    with _progress("layers", bars.MofNCompleteColumn()) as progress:
         report = inspect_adapter(path, base, progress)
     if plot is not None:
         plot_norms(report, plot)
@@ -150,7 +130,7 @@ def diff(
 
     The exit code is 0 if they are equal, 1 if not.
     """
-    with _progress("layers", MofNCompleteColumn()) as progress:
+    with _progress("layers", bars.MofNCompleteColumn()) as progress:
         difference = compare(a, b, progress)
     show_difference(console(), difference)
     raise typer.Exit(0 if difference.equal else 1)
@@ -193,7 +173,7 @@ def merge(
     text = None if verify is None else verify.read_text(encoding="utf-8")
     if text is not None:
         tokens(base, text)  # what can't be verified should be known before the work
-    with _progress("merging", DownloadColumn(), TransferSpeedColumn()) as progress:
+    with _progress("merging", bars.DownloadColumn(), bars.TransferSpeedColumn()) as progress:
         report = merge_checkpoint(
             base,
             adapter,

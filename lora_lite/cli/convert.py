@@ -16,16 +16,14 @@ from .stored import OURS, PEFT, is_peft, read_adapter
 
 def load_any(model: Any, path: str | os.PathLike[str], verify_base: bool = True) -> Adapter:
     """Attach an adapter of either format. Raises what load and load_peft raise."""
-    if is_peft(path):
-        return load_peft(model, path)
-    return load(model, path, verify_base=verify_base)
+    return load_peft(model, path) if is_peft(path) else load(model, path, verify_base=verify_base)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion has made."""
+    """The result of a conversion."""
 
-    places: list[Path]
+    paths: list[Path]
     format: str
     variants: list[str]
     layers: int
@@ -34,8 +32,8 @@ class Converted:
     """The greatest relative error of a layer, where a LoRA of that rank was made of another method."""
 
     def __str__(self) -> str:
-        made = " and ".join(map(str, self.places))
-        lines = [f"{made}: {self.format}, {' + '.join(self.variants)}, {self.layers} layers"]
+        paths = " and ".join(map(str, self.paths))
+        lines = [f"{paths}: {self.format}, {' + '.join(self.variants)}, {self.layers} layers"]
         if self.error is not None:
             lines.append(f"of rank {self.rank}: relative error at most {self.error:.1e} in a layer")
         return "\n".join(lines)
@@ -53,23 +51,24 @@ def convert(
     A PEFT folder of IA3 on outputs and inputs becomes two files, the second `<target>_ff`. The base is opened on the
     CPU as the adapter's file records it, quantised if it was.
 
-    Raises ConfigError for a target that exists or a max_error without a rank, and what load_base, load, load_peft, save
-    and save_peft raise.
+    Raises:
+        ConfigError: for a target that exists or a max_error without a rank.
+        CheckpointError: for tensors without a config; and what load_base, load, load_peft, save and save_peft raise.
     """
     target = Path(target)
     second = target.with_stem(f"{target.stem}_ff")
-    if there := [path for path in (target, second) if path.exists()]:
-        raise ConfigError(f"{there[0]} exists\n  name a new place, or remove it")
+    if existing := [path for path in (target, second) if path.exists()]:
+        raise ConfigError(f"{existing[0]} exists\n  name a new place, or remove it")
     if rank is None and max_error is not None:
         raise ConfigError("max_error is of a conversion to a LoRA of some rank: give that too")
-    model = load_as_recorded(str(base_dir), read_adapter(source).record, device_map="cpu")
+    model = load_as_recorded(str(base_dir), read_adapter(source).base, device_map="cpu")
     load_any(model, source)
-    made = adapters(model)
-    layers, variants = sum(len(each.targets) for each in made.values()), [each.variant for each in made.values()]
+    loaded = adapters(model)
+    layers, variants = sum(len(a.targets) for a in loaded.values()), [a.variant for a in loaded.values()]
     if is_peft(source) and rank is None:
-        places = [target, second][: len(made)]
-        for path, name in zip(places, made, strict=True):
+        paths = [target, second][: len(loaded)]
+        for path, name in zip(paths, loaded, strict=True):
             save(model, path, name)
-        return Converted(places, OURS, variants, layers, None, None)
-    error = save_peft(model, target, list(made), rank=rank, max_error=max_error)
+        return Converted(paths, OURS, variants, layers, None, None)
+    error = save_peft(model, target, list(loaded), rank=rank, max_error=max_error)
     return Converted([target], PEFT, variants if rank is None else ["lora"], layers, rank, error)

@@ -1,11 +1,11 @@
 """W' - W: how an adapter on disk moves a layer's weight, from its own maths on a stand-in for the layer.
 
-W' is the weight that would stand for layer and adapter together (lora_lite/affine.py). Where probing shows that the
-difference depends on W, that layer's weight is read from the original checkpoint, and no other.
+W' is the weight that would stand for layer and adapter together (lora_lite/core/effective.py). Where probing shows that
+the difference depends on W, that layer's weight is read from the original checkpoint, and no other.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.effective import Affine
+from ..core.effective import Affine, random_rows
 from ..core.hooks import adapt_input, adapt_output
 from ..core.layer import Layer
 from ..core.resolve import is_stacked, make_stand_in, specs_at
@@ -27,19 +27,21 @@ from .stored import StoredLayer
 
 
 class Weights:
-    """The weights of an adapter's layers in a checkpoint's folder, each read when it is asked for."""
+    """The weights of an adapter's layers in a checkpoint's folder, each read when it is asked for.
+
+    Raises CheckpointError unless each layer is there in its size.
+    """
 
     def __init__(self, folder: Path, layers: Mapping[str, StoredLayer]) -> None:
-        """Raises CheckpointError unless each layer is there in its size."""
         self._base = BaseFolder(folder)
         self._places = self._base.find(folder, layers)
-        for at, place in self._places.items():
-            wanted, found = layers[at].target, place.target
-            experts = found.experts if is_stacked(found, layers[at].cfg) else 0
-            sizes = ((wanted.d_in, found.d_in), (wanted.d_out, found.d_out))
-            if experts != wanted.experts or any(a not in (0, b) for a, b in sizes):
+        for path, place in self._places.items():
+            layer, target = layers[path].target, place.target
+            experts = target.experts if is_stacked(target, layers[path].cfg) else 0
+            sizes = ((layer.d_in, target.d_in), (layer.d_out, target.d_out))
+            if experts != layer.experts or any(a not in (0, b) for a, b in sizes):  # 0: no tensor of PEFT's tells it
                 raise CheckpointError(
-                    f"{folder}: {found.path} is {_size(found)}, and the adapter's {at} is {_size(wanted)}\n"
+                    f"{folder}: {target.path} is {_size(target)}, and the adapter's {path} is {_size(layer)}\n"
                     f"  this is another base model"
                 )
 
@@ -51,8 +53,8 @@ class Weights:
         """The layer's weight, or those of its experts one by one, each as it is stored; a packed one dequantised."""
         place = self._places[layer.target.path]
         for stored in place.weight:
-            together = range(place.target.experts) if place.target.experts and stored.expert is None else [None]
-            for index in together:
+            fused = place.target.experts and stored.expert is None
+            for index in range(place.target.experts) if fused else [None]:
                 if stored.key in self._base.packed:
                     weight, _ = unpack(self._base.headers, self._base.packed[stored.key])
                 else:
@@ -71,30 +73,34 @@ def norm(layer: StoredLayer, weights: Weights | None = None) -> float | None:
 def delta(layer: StoredLayer, weights: Weights | None = None) -> Iterator[Float[Tensor, "o n"]] | None:
     """W' - W in blocks of columns, of fused experts one after the other; None as for `norm`.
 
-    Without W it is formed in float32, where nothing cancels; as a difference in float64.
+    A whole difference of a wide head would take gigabytes in float64.
     """
-    if not is_free(layer):
-        return None if weights is None else _difference(layer, weights)
+    if is_free(layer):
+        return _blocks(layer, [None] * len(_experts(layer.target)), torch.float32)  # nothing cancels
+    if weights is None:
+        return None
+    return _blocks(replace(layer, target=weights.place(layer)), weights.matrices(layer), torch.float64)
+
+
+def _blocks(
+    layer: StoredLayer, matrices: Iterable[Float[Tensor, "o i"] | None], dtype: torch.dtype
+) -> Iterator[Float[Tensor, "o n"]]:
     zeros = torch.zeros(()).expand(layer.target.d_out, layer.target.d_in)
-    affines = (_affine(layer, None, torch.float32, expert) for expert in _experts(layer.target))
-    return (block for affine in affines for _, _, block in affine.columns(zeros))
-
-
-def _difference(layer: StoredLayer, weights: Weights) -> Iterator[Float[Tensor, "o n"]]:
-    layer = replace(layer, target=weights.place(layer))
-    for expert, weight in zip(_experts(layer.target), weights.matrices(layer), strict=True):
-        for start, stop, block in _affine(layer, weight, torch.float64, expert).columns(weight):
-            yield block - weight[:, start:stop].double()
+    for expert, matrix in zip(_experts(layer.target), matrices, strict=True):
+        affine = Affine([stand_in(layer, matrix)], dtype, torch.device("cpu"), expert)
+        weight = zeros if matrix is None else matrix
+        for start, stop, columns in affine.columns(weight):
+            yield columns - weight[:, start:stop].to(dtype)
 
 
 @torch.no_grad()
 def is_free(layer: StoredLayer) -> bool:
-    """Is W' - W the same whatever W is: no weight is read, x passes, and what is added to y is the same for any y?"""
+    """True where W' - W is the same whatever W is: no weight is read, x passes, and what is added to y is the same for
+    any y."""
     sizes = layer.target.d_in, layer.target.d_out
     if 0 in sizes or layer.tensors.keys() != specs_at(layer.target, layer.cfg).keys():
         return False
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(1, width, generator=generator, dtype=torch.float64) for width in sizes)
+    x, y = random_rows((1, sizes[0]), (1, sizes[1]))  # (1, i), (1, o)
     site = stand_in(layer)
     try:
         for expert in _experts(layer.target):
@@ -104,7 +110,7 @@ def is_free(layer: StoredLayer) -> bool:
             added, alone = adapt_output(view, x, y) - y, adapt_output(view, x, torch.zeros_like(y))
             if (added - alone).abs().max() > 1e-12 * (y.abs().max() + alone.abs().max()):
                 return False
-    except QuantizedWeightError:
+    except QuantizedWeightError:  # it read the weight
         return False
     return True
 
@@ -121,18 +127,14 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
     codes = torch.empty(target.d_out, target.d_in, dtype=torch.int8, device="meta")
     module.weight = nn.Parameter(codes if weight is None else weight, requires_grad=False)
     specs = specs_at(target, cfg)
-    zeros = {name: torch.zeros(spec.shape, dtype=cfg.dtype) for name, spec in specs.items()}
     if layer.tensors.keys() == specs.keys():
         return make_stand_in(target, cfg, module, layer.tensors, layer.scale)
+    zeros = {name: torch.zeros(spec.shape, dtype=cfg.dtype) for name, spec in specs.items()}
     site = make_stand_in(target, cfg, module, zeros, layer.scale)
-    lookup(cfg.variant).init(Layer(module, site), cfg)
+    lookup(cfg.variant).init(Layer(module, site), cfg)  # it writes into all of them, so the adapter's come after
     for name, tensor in layer.tensors.items():
         setattr(module, name, tensor)
     return site
-
-
-def _affine(layer: StoredLayer, weight: Float[Tensor, "o i"] | None, dtype: torch.dtype, expert: int | None) -> Affine:
-    return Affine([stand_in(layer, weight)], dtype, torch.device("cpu"), expert)
 
 
 def _size(target: Target) -> str:

@@ -11,13 +11,11 @@ MARKERS = "osD^vPX*<>hd"
 def plot_norms(report: Report, path: str | os.PathLike[str]) -> None:
     """Write a PNG: ‖W' - W‖ over the block's index, a line for each kind of layer; a dashed one outside of the blocks.
 
-    Raises ConfigError where no norm is known, ModuleNotFoundError without matplotlib (extra "demo").
+    Raises:
+        ConfigError: where no norm is known.
+        ModuleNotFoundError: without matplotlib (extra "demo").
     """
-    known = {
-        pattern: [layer for layer in layers if layer.norm is not None]
-        for pattern, layers in grouped(report.layers).items()
-    }
-    known = {pattern: layers for pattern, layers in known.items() if layers}
+    known = grouped({layer.path: layer for layer in report.layers if layer.norm is not None})
     if not known:
         raise ConfigError(f"{report.path}: no norm is known to plot\n  give --base, the folder of the original weights")
     from matplotlib.figure import Figure
@@ -43,7 +41,7 @@ def plot_norms(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def _labels(patterns: list[str]) -> list[str]:
-    """The last name of each, and as many before it as tell them apart."""
+    """The last name of each pattern, and as many before it as tell them apart."""
     parts = [pattern.split(".") for pattern in patterns]
     for n in range(1, max(map(len, parts))):
         labels = [".".join(part[-n:]) for part in parts]

@@ -1,12 +1,12 @@
-"""What an adapter on disk is: the figures that `lora-lite inspect` prints."""
+"""The figures of an adapter on disk that `lora-lite inspect` prints."""
 
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from ..base.stacks import place, starred
 from ..core.config import BaseConfig
@@ -18,17 +18,6 @@ Progress = Callable[[int, int], None]
 """(layers done, layers) -> None."""
 
 T = TypeVar("T")
-
-
-@runtime_checkable
-class AtPath(Protocol):
-    """What is said of one layer or tensor."""
-
-    @property
-    def path(self) -> str: ...
-
-
-P = TypeVar("P", bound=AtPath)
 
 
 @dataclass(frozen=True)
@@ -55,31 +44,31 @@ class TensorReport:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is on disk. Without an adapter's config, `layers` is empty and `loose` has the tensors."""
+    """An adapter's figures. Of tensors without a config, `layers` is empty and `loose` has them."""
 
     path: Path
     format: str
     bytes: int
-    variant: str | None
-    config: dict[str, Any]
+    variant: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
     """Fields that differ from the method's defaults, as JSON values."""
-    scale: float | None
-    base: dict[str, Any]
-    """Class, name, dtype, and how it was quantised: what the format records of it."""
+    scale: float | None = None
+    base: dict[str, Any] = field(default_factory=dict)
+    """Class, name, dtype and quantization, as far as the format records them."""
     tensors: int
     parameters: int
     dtypes: list[str]
-    layers: list[LayerReport]
-    loose: list[TensorReport]
+    layers: list[LayerReport] = field(default_factory=list)
+    loose: list[TensorReport] = field(default_factory=list)
 
 
-def grouped(members: Iterable[P]) -> dict[str, list[P]]:
-    """Those that differ in the block index only, by their path with a star."""
-    groups: dict[str, list[P]] = defaultdict(list)
-    for member in members:
-        groups[starred(member.path)].append(member)
+def grouped(members: Mapping[str, T]) -> dict[str, list[T]]:
+    """The members by path, with a star for the block index: those that differ in it alone come together."""
+    groups: dict[str, list[T]] = defaultdict(list)
+    for path, member in members.items():
+        groups[starred(path)].append(member)
     return dict(groups)
 
 
@@ -88,78 +77,65 @@ def inspect(
 ) -> Report:
     """Read an adapter file, a PEFT folder, or tensors and no more; base is the folder of the original checkpoint.
 
-    Raises CheckpointError for what is none of them, is damaged, or doesn't fit the base; VariantError for an unknown
-    method.
+    Raises:
+        CheckpointError: for what is none of them, is damaged, or doesn't fit the base.
+        VariantError: for an unknown method.
     """
-    found = read_stored(path)
-    if isinstance(found, StoredTensors):
-        return _of_tensors(found)
-    weights = None if base is None else Weights(Path(base), found.layers)
+    stored = read_stored(path)
+    if isinstance(stored, StoredTensors):
+        return _of_tensors(stored)
+    weights = None if base is None else Weights(Path(base), stored.layers)
     layers = [
-        LayerReport(at, layer.target.d_in, layer.target.d_out, norm(layer, weights))
-        for at, layer in counted(found.layers, progress)
+        LayerReport(path, layer.target.d_in, layer.target.d_out, norm(layer, weights))
+        for path, layer in counted(stored.layers, progress)
     ]
-    held = [tensor for layer in found.layers.values() for tensor in layer.tensors.values()]
+    tensors = [tensor for layer in stored.layers.values() for tensor in layer.tensors.values()]
     return Report(
-        path=found.path,
-        format=found.format,
-        bytes=found.bytes,
-        variant=" + ".join(dict.fromkeys(layer.cfg.variant for layer in found.layers.values())),
-        config=_config(found),
-        scale=found.scale,
-        base={key: value for key, value in found.base.items() if key != "fingerprint"},
-        tensors=len(held),
-        parameters=sum(tensor.numel() for tensor in held),
-        dtypes=sorted({dtype_name(tensor.dtype) for tensor in held}),
+        path=stored.path,
+        format=stored.format,
+        bytes=stored.bytes,
+        variant=" + ".join(dict.fromkeys(layer.cfg.variant for layer in stored.layers.values())),
+        config=_config(stored),
+        scale=stored.scale,
+        base=stored.base_fields(),
+        tensors=len(tensors),
+        parameters=sum(tensor.numel() for tensor in tensors),
+        dtypes=sorted({dtype_name(tensor.dtype) for tensor in tensors}),
         layers=layers,
-        loose=[],
     )
 
 
-def _of_tensors(found: StoredTensors) -> Report:
-    loose = [
-        TensorReport(key, entry.shape, entry.dtype) for header in found.headers for key, entry in header.entries.items()
-    ]
+def _of_tensors(stored: StoredTensors) -> Report:
+    entries = [item for header in stored.headers for item in header.entries.items()]
     return Report(
-        path=found.path,
+        path=stored.path,
         format="tensors",
-        bytes=sum(header.path.stat().st_size for header in found.headers),
-        variant=None,
-        config={},
-        scale=None,
-        base={},
-        tensors=len(loose),
-        parameters=sum(math.prod(tensor.shape) for tensor in loose),
-        dtypes=sorted({tensor.dtype for tensor in loose}),
-        layers=[],
-        loose=loose,
+        bytes=sum(header.path.stat().st_size for header in stored.headers),
+        tensors=len(entries),
+        parameters=sum(math.prod(entry.shape) for _, entry in entries),
+        dtypes=sorted({entry.dtype for _, entry in entries}),
+        loose=[TensorReport(key, entry.shape, entry.dtype) for key, entry in entries],
     )
 
 
-def _config(found: StoredAdapter) -> dict[str, Any]:
-    """Of a PEFT folder without the regexes that find its layers; what differs by layer, by the layers' paths."""
-    said = changed(found.cfg)
-    if found.format != PEFT:
-        return said
-    said = {field: value for field, value in said.items() if field not in (*BaseConfig.FILTERS, "per_layer")}
-    common = found.cfg.to_dict()
-    differ = {
-        at: {field: value for field, value in layer.cfg.to_dict().items() if value != common.get(field)}
-        for at, layer in found.layers.items()
-        if layer.cfg.variant == found.cfg.variant
-    }
-    differ = {at: fields for at, fields in differ.items() if fields}
-    return said | ({"per_layer": differ} if differ else {})
-
-
-def changed(cfg: BaseConfig) -> dict[str, Any]:
-    """The fields that differ from their defaults, as JSON values."""
-    values, defaults = cfg.to_dict(), type(cfg)(variant=cfg.variant).to_dict()
-    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+def _config(stored: StoredAdapter) -> dict[str, Any]:
+    """The fields that differ from their defaults, as JSON values; of a PEFT folder without the regexes that find its
+    layers, and what differs by layer under the layers' paths."""
+    values, defaults = stored.cfg.to_dict(), type(stored.cfg)(variant=stored.cfg.variant).to_dict()
+    changed = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    if stored.format != PEFT:
+        return changed
+    per_layer = {}
+    for path, layer in stored.layers.items():
+        fields = {name: value for name, value in layer.cfg.to_dict().items() if value != values.get(name)}
+        if fields and layer.cfg.variant == stored.cfg.variant:
+            per_layer[path] = fields
+    changed = {name: value for name, value in changed.items() if name not in (*BaseConfig.FILTERS, "per_layer")}
+    return changed | ({"per_layer": per_layer} if per_layer else {})
 
 
 def counted(items: Mapping[str, T], progress: Progress | None) -> Iterator[tuple[str, T]]:
-    """The items, with word of how many are done."""
+    """The items; `progress` is told how many are done."""
     for done, item in enumerate(items.items()):
         if progress is not None:
             progress(done, len(items))

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..io.adapter_file import AdapterFile, read_file
 from ..io.peft.folder import CONFIG, WEIGHTS
 from ..io.peft.load import read_layers
-from ..io.safetensors import Header, read_header, read_shards
+from ..io.safetensors import Header, read_header, read_shards, shard_names
 
 OURS, PEFT = "lora-lite file", "PEFT folder"
 WIDEST = 1 << 20
@@ -30,7 +30,7 @@ WIDEST = 1 << 20
 class StoredLayer:
     """One layer's share of an adapter; `target.experts` is above 0 if the tensors have a leading axis over experts.
 
-    Of a PEFT folder a side of the layer that no tensor tells is 0, and tensors that the base gives aren't there.
+    In a PEFT folder a side of the layer that no tensor tells is 0, and tensors that the base gives are missing.
     """
 
     target: Target
@@ -48,13 +48,19 @@ class StoredAdapter:
     """OURS or PEFT."""
     bytes: int
     cfg: BaseConfig
-    """Of most layers."""
+    """The config that most layers have."""
     scale: float
-    base: dict[str, Any]
-    """The base record of a file of ours; of a PEFT folder, its `name_or_path`."""
     layers: dict[str, StoredLayer]
-    record: BaseRecord | None = None
-    """`base` as an object; None of a PEFT folder."""
+    base: BaseRecord | None = None
+    """The base that a file of ours remembers; None of a PEFT folder."""
+    name_or_path: str | None = None
+    """The base's name in a PEFT folder, which says nothing else of it."""
+
+    def base_fields(self) -> dict[str, Any]:
+        """Everything that is recorded of the base but the fingerprint, as JSON values."""
+        if self.base is None:
+            return {"name_or_path": self.name_or_path} if self.name_or_path else {}
+        return {name: value for name, value in self.base.to_json().items() if name != "fingerprint"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,12 @@ class StoredTensors:
 
 
 def read_stored(path: str | os.PathLike[str]) -> StoredAdapter | StoredTensors:
-    """A file or folder as what it is: an adapter file of ours, a PEFT folder, or tensors and no more.
+    """Read an adapter file of ours, a PEFT folder, or the headers of tensors; a folder with one safetensors file is
+    that file.
 
-    A folder with one safetensors file is that file. Raises CheckpointError for what is damaged or none of them,
-    VariantError for an unknown method.
+    Raises:
+        CheckpointError: for what is damaged or none of them.
+        VariantError: for an unknown method.
     """
     path = Path(path)
     if is_peft(path):
@@ -81,19 +89,23 @@ def read_stored(path: str | os.PathLike[str]) -> StoredAdapter | StoredTensors:
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
-    """Is it a folder as PEFT writes them?"""
+    """True for a folder with the config that PEFT writes."""
     return (Path(path) / CONFIG).is_file()
 
 
 def read_adapter(path: str | os.PathLike[str]) -> StoredAdapter:
-    """As `read_stored`. Raises CheckpointError for tensors that come without an adapter's config too."""
-    found = read_stored(path)
-    if isinstance(found, StoredTensors):
+    """Read an adapter of either format.
+
+    Raises:
+        CheckpointError: for tensors that come without an adapter's config; and what `read_stored` raises.
+    """
+    stored = read_stored(path)
+    if isinstance(stored, StoredTensors):
         raise CheckpointError(
             f"{path} holds tensors, and no config that says what to make of them\n"
             f"  load it with lora_lite.load(model, path, cfg=...) and save it again"
         )
-    return found
+    return stored
 
 
 def _headers(path: Path) -> list[Header]:
@@ -105,46 +117,42 @@ def _headers(path: Path) -> list[Header]:
         raise CheckpointError(
             f"{path} holds no safetensors file\n  found: {', '.join(others[:5]) or 'nothing'}; pickles are never opened"
         )
-    if (path / "model.safetensors.index.json").exists():
+    if shard_names(path) is not None:
         return list({header.path: header for header in read_shards(path).values()}.values())
     return [read_header(file) for file in files]
 
 
 def _of_ours(file: AdapterFile) -> StoredAdapter:
-    shapes, configs = (
-        file.header.shapes(),
-        {at: file.cfg.with_overrides(file.per_layer.get(at, {})) for at in file.targets},
-    )
-    targets = {at: _target(file, at, cfg, shapes) for at, cfg in configs.items()}
-    specs = {at: specs_at(targets[at], cfg) for at, cfg in configs.items()}
-    check_shapes(shapes, {file_key(at, name): spec for at in specs for name, spec in specs[at].items()}, str(file.path))
-    held = file.tensors()
-    layers = {
-        at: StoredLayer(targets[at], configs[at], file.scale, {name: held[file_key(at, name)] for name in specs[at]})
-        for at in file.targets
-    }
-    size = file.path.stat().st_size
-    return StoredAdapter(file.path, OURS, size, file.cfg, file.scale, file.base.to_json(), layers, file.base)
+    shapes = file.header.shapes()
+    configs = {path: file.cfg.with_overrides(file.per_layer.get(path, {})) for path in file.targets}
+    targets = {path: _target(file, path, cfg, shapes) for path, cfg in configs.items()}
+    specs = {path: specs_at(targets[path], cfg) for path, cfg in configs.items()}
+    flat = {file_key(path, name): spec for path in specs for name, spec in specs[path].items()}
+    check_shapes(shapes, flat, str(file.path))  # before a tensor is read: the file may be anyone's
+    tensors = file.tensors()
+    layers = {}
+    for path, cfg in configs.items():
+        at_layer = {name: tensors[file_key(path, name)] for name in specs[path]}
+        layers[path] = StoredLayer(targets[path], cfg, file.scale, at_layer)
+    return StoredAdapter(file.path, OURS, file.path.stat().st_size, file.cfg, file.scale, layers, file.base)
 
 
 def _of_peft(folder: Path) -> StoredAdapter:
     layers, settings = read_layers(folder)
     by_path = {layer.target.path: StoredLayer(layer.target, layer.cfg, 1.0, layer.tensors) for layer in layers}
     size = sum((folder / name).stat().st_size for name in (WEIGHTS, CONFIG))
+    configs = [layer.cfg for layer in layers]
     name = settings.get("base_model_name_or_path")
-    cfgs = [layer.cfg for layer in layers]
-    most = max(cfgs, key=cfgs.count)
-    return StoredAdapter(folder, PEFT, size, most, 1.0, {"name_or_path": name} if name else {}, by_path)
+    return StoredAdapter(folder, PEFT, size, max(configs, key=configs.count), 1.0, by_path, name_or_path=name)
 
 
-def _target(file: AdapterFile, at: str, cfg: BaseConfig, shapes: Mapping[str, tuple[int, ...]]) -> Target:
+def _target(file: AdapterFile, path: str, cfg: BaseConfig, shapes: Mapping[str, tuple[int, ...]]) -> Target:
     """The layer as its tensors tell: with a leading axis over experts if they have one more than their spec."""
-    d_in, d_out = file.targets[at]
+    d_in, d_out = file.targets[path]
     if not (0 < d_in <= WIDEST and 0 < d_out <= WIDEST):
-        raise CheckpointError(f"{file.path}: {at} would be {d_in} -> {d_out}; wanted 1 to {WIDEST} features")
-    target = Target(at, d_in, d_out, "?", *place(at))
+        raise CheckpointError(f"{file.path}: {path} would be {d_in} -> {d_out}; wanted 1 to {WIDEST} features")
+    target = Target(path, d_in, d_out, "?", *place(path))
     name, spec = next(iter(specs_at(target, cfg).items()))
-    found = shapes.get(file_key(at, name), ())
-    if weight_use(cfg) == "unused" or len(found) != len(spec.shape) + 1:
-        return target
-    return Target(at, d_in, d_out, "?", *place(at), experts=found[0])
+    shape = shapes.get(file_key(path, name), ())
+    stacked = weight_use(cfg) != "unused" and len(shape) == len(spec.shape) + 1
+    return replace(target, experts=shape[0]) if stacked else target

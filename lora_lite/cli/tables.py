@@ -1,4 +1,4 @@
-"""What the commands print: reports as tables that fit the terminal, and stay whole where the output is piped."""
+"""Reports as tables that fit the terminal, and stay whole where the output is piped."""
 
 import os
 import re
@@ -22,7 +22,7 @@ UNLIMITED = 10_000
 
 
 def console() -> Console:
-    """Of the standard output, as wide as the terminal or COLUMNS; a pipe has no width, so that nothing is cut there."""
+    """The standard output, as wide as the terminal or COLUMNS; a pipe has no width, so that nothing is cut there."""
     piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
     return Console(highlight=False, soft_wrap=False, width=UNLIMITED if piped else None)
 
@@ -63,14 +63,14 @@ def _norms(layers: list[LayerReport]) -> str:
 
 def _layers(out: Console, layers: list[LayerReport]) -> None:
     rows, known = [], any(layer.norm is not None for layer in layers)
-    for pattern, members in grouped(layers).items():
+    for pattern, members in grouped({layer.path: layer for layer in layers}).items():
         shape = " or ".join(sorted({f"{layer.d_in or '?'} -> {layer.d_out or '?'}" for layer in members}))
         norms = [(layer.norm, layer.block) for layer in members if layer.norm is not None]
         row = [pattern, shape, str(len(members))]
         if norms:
-            most, at = max(norms, key=lambda each: each[0])
+            largest, block = max(norms, key=lambda norm_block: norm_block[0])
             mean = sum(norm for norm, _ in norms) / len(norms)
-            row += [f"{mean:.4g}", f"{most:.4g}", "" if at is None else str(at)]
+            row += [f"{mean:.4g}", f"{largest:.4g}", "" if block is None else str(block)]
         rows.append(row + [""] * (3 + 3 * known - len(row)))
     head = ["layer", "in -> out", "n", *(("mean norm", "max norm", "at") if known else ())]
     table(out, head, rows, right=range(2, 6))
@@ -79,7 +79,8 @@ def _layers(out: Console, layers: list[LayerReport]) -> None:
 def _tensors(out: Console, tensors: list[TensorReport]) -> None:
     """A row for all that differ in numbers within the key."""
     kinds = Counter(
-        (re.sub(r"(?<=\.)\d+(?=\.)", "*", each.path), " x ".join(map(str, each.shape)), each.dtype) for each in tensors
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.path), " x ".join(map(str, tensor.shape)), tensor.dtype)
+        for tensor in tensors
     )
     table(out, ["tensor", "shape", "dtype", "n"], [[*kind, str(n)] for kind, n in kinds.items()], right=(3,))
 
@@ -114,14 +115,13 @@ def show_difference(out: Console, difference: Difference) -> None:
 
 
 def _differing(out: Console, fields: Mapping[str, tuple[Any, Any]]) -> None:
-    if not fields:
-        return
-    made = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    grid = _plain_table()
     for title in ("differs", "A", "B"):
-        made.add_column(title, overflow="fold")
+        grid.add_column(title, overflow="fold")
     for name, values in fields.items():
-        made.add_row(*map(Text, (name, *map(quantised if name == "base quantization" else _value, values))))
-    out.print(made)
+        grid.add_row(*map(Text, (name, *map(quantised if name == "base quantization" else _value, values))))
+    if fields:
+        out.print(grid)
 
 
 # ---- pieces -------------------------------------------------------------------------------------
@@ -131,12 +131,16 @@ def table(out: Console, head: Sequence[str], rows: Sequence[Sequence[str]], righ
     """A table whose first column, of paths, is shortened to what the others leave of the width."""
     taken = sum(max(len(row[i]) for row in [head, *rows]) + GAP for i in range(1, len(head)))
     room = max(out.width - taken, 12)
-    made = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    grid = _plain_table()
     for i, title in enumerate(head):
-        made.add_column(title, no_wrap=True, justify="right" if i in tuple(right) else "left")
+        grid.add_column(title, no_wrap=True, justify="right" if i in tuple(right) else "left")
     for path, *cells in rows:
-        made.add_row(*map(Text, (shortened(path, room), *cells)))
-    out.print(made)
+        grid.add_row(*map(Text, (shortened(path, room), *cells)))
+    out.print(grid)
+
+
+def _plain_table() -> Table:
+    return Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
 
 
 def _title(out: Console, path: str, rest: str) -> None:
@@ -145,32 +149,32 @@ def _title(out: Console, path: str, rest: str) -> None:
 
 def _facts(out: Console, facts: Mapping[str, str]) -> None:
     """Name and text, one below the other; a long text goes on in the next line, whole."""
-    made = Table.grid(padding=(0, GAP, 0, 0))
-    made.add_column(no_wrap=True)
-    made.add_column(overflow="fold")
+    grid = Table.grid(padding=(0, GAP, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
     for name, text in facts.items():
-        made.add_row(Text(name.ljust(9)), Text(text))
-    out.print(made)
+        grid.add_row(Text(name.ljust(9)), Text(text))
+    out.print(grid)
 
 
 def size(n: int) -> str:
     """Bytes for a person: "4.9 MB"."""
-    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= one:
-            return f"{n / one:.1f} {unit}"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= factor:
+            return f"{n / factor:.1f} {unit}"
     return f"{n} bytes"
 
 
-def quantised(how: Mapping[str, Any] | None) -> str:
+def quantised(quantization: Mapping[str, Any] | None) -> str:
     """A record of quantisation in a line."""
-    if how is None:
+    if quantization is None:
         return "no"
     parts = [
-        f"{how['quant_type']}, {how['method']}",
-        "double quantisation" if how["double_quant"] else "",
-        f"blocks of {how['blocksize']}" if how["blocksize"] else "",
-        f"computing in {how['compute_dtype']}" if how["compute_dtype"] else "",
-        f"{len(how['modules'])} modules",
+        f"{quantization['quant_type']}, {quantization['method']}",
+        "double quantisation" if quantization["double_quant"] else "",
+        f"blocks of {quantization['blocksize']}" if quantization["blocksize"] else "",
+        f"computing in {quantization['compute_dtype']}" if quantization["compute_dtype"] else "",
+        f"{len(quantization['modules'])} modules",
     ]
     return ", ".join(part for part in parts if part)
 

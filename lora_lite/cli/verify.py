@@ -1,4 +1,4 @@
-"""Is a merged checkpoint what base and adapter are? Both are run on a text, one after the other, never at once."""
+"""A merged checkpoint beside base and adapter: both are run on a text, one after the other, never at once."""
 
 import gc
 import os
@@ -50,34 +50,39 @@ def verify_merge(
     """Compare base + adapter with the merged folder on a text; with "as_trained" the base is quantised, and both run in
     the dtype, as recorded.
 
-    Logits wait on disk, in the folder for temporary files: tokens times vocabulary, in the model's dtype. Raises
-    ConfigError for a text of less than two tokens, BaseModelError for logits that aren't finite, and what load_base and
-    load raise.
+    Raises:
+        ConfigError: for a text of less than two tokens, or an unknown base_weights.
+        BaseModelError: for logits that aren't finite; and what load_base and load raise.
     """
     if base_weights not in ("original", "as_trained"):
         raise ConfigError(f"base_weights={base_weights!r}: wanted 'original' or 'as_trained'")
     ids = tokens(base_dir, text)
-    record = read_adapter(adapter).record if base_weights == "as_trained" else None
+    record = read_adapter(adapter).base if base_weights == "as_trained" else None
     dtype = "auto" if record is None else record.dtype
     with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
-        kept = []
+        paths = []
         model = load_as_recorded(str(base_dir), record)
         load_any(model, adapter, verify_base=base_weights == "as_trained")
         for i, logits in enumerate(_logits(model, ids)):
-            kept.append(Path(folder) / f"{i}.safetensors")
-            write_tensors(kept[-1], {"logits": logits}, {})
+            paths.append(Path(folder) / f"{i}.safetensors")  # tokens times vocabulary may not fit into memory
+            write_tensors(paths[-1], {"logits": logits}, {})
         del model
         gc.collect()
         parts = [
             _differences(read_header(path).read()["logits"], logits)
-            for path, logits in zip(kept, _logits(load_base(str(merged_dir), dtype), ids), strict=True)
+            for path, logits in zip(paths, _logits(load_base(str(merged_dir), dtype), ids), strict=True)
         ]
     kl, logit = torch.cat([part[0] for part in parts]), max(part[1] for part in parts)
     return Verification(len(kl), float(kl.mean()), float(kl.max()), logit)
 
 
 def tokens(base_dir: str | os.PathLike[str], text: str) -> Int64[Tensor, "1 n"]:
-    """The text's, by the base's tokenizer. Raises ConfigError for fewer than two, OSError without a tokenizer."""
+    """The ids of the text's tokens, by the base's tokenizer.
+
+    Raises:
+        ConfigError: for fewer than two tokens.
+        OSError: for a folder without a tokenizer.
+    """
     from transformers import AutoTokenizer
 
     ids: Tensor = AutoTokenizer.from_pretrained(base_dir)(text, return_tensors="pt").input_ids
@@ -87,7 +92,7 @@ def tokens(base_dir: str | os.PathLike[str], text: str) -> Int64[Tensor, "1 n"]:
 
 
 def _logits(model: Any, ids: Tensor) -> Iterator[Float[Tensor, "n v"]]:
-    """Of each window of the text, every one seen without those before."""
+    """The logits of each window of the text, every one seen without those before."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
     for window in ids.split(min(WINDOW, longest), dim=1):
         with torch.no_grad():
@@ -101,6 +106,6 @@ def _differences(a: Float[Tensor, "n v"], b: Float[Tensor, "n v"]) -> tuple[Floa
     """KL(a ‖ b) of each token, and the largest difference of a logit."""
     if a.shape != b.shape:
         raise BaseModelError(f"base and merged folder give logits {tuple(a.shape)} and {tuple(b.shape)}")
-    logs = [logits.float().log_softmax(-1) for logits in (a, b)]
-    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1, dtype=torch.float64)
+    log_a, log_b = (logits.float().log_softmax(-1) for logits in (a, b))
+    kl = (log_a.exp() * (log_a - log_b)).sum(-1, dtype=torch.float64)  # (n,)
     return kl, float((a.double() - b.double()).abs().max())

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..base.still import still
 from ..core.ran import grouped, has_run, trained, uncalled
-from ..core.state import Site, sites_of
+from ..core.state import sites_of
 from ..errors import ConfigError, TargetError, brief
 
 NEVER_RAN = ("raise", "merge")
@@ -27,7 +27,7 @@ NEVER_RAN = ("raise", "merge")
 
 @dataclass
 class Calls:
-    """What a forward did with adapted layers, by path."""
+    """The adapted layers that took part in a forward, by path."""
 
     called: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
@@ -59,8 +59,8 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self, layers: Mapping[str, nn.Module], calls: Calls) -> None:
         super().__init__()
-        self._weights = {path: next(iter(sites_of(layer).values())).base.stored for path, layer in layers.items()}
-        self._paths = {id(weight): path for path, weight in self._weights.items()}
+        weights = {path: next(iter(sites_of(layer).values())).base.stored for path, layer in layers.items()}
+        self._paths = {id(weight): (path, weight) for path, weight in weights.items()}  # held, or an id may be reused
         self._read = calls.read
 
     def __torch_dispatch__(
@@ -68,7 +68,7 @@ class _Reads(TorchDispatchMode):
     ) -> Any:
         name = str(function).removeprefix("aten.").partition(".")[0]
         if not (name.startswith("new_") or name.endswith("_like")):  # these take dtype, device and shape alone
-            self._read.update(self._paths[id(t)] for t in tree_leaves((args, kwargs)) if id(t) in self._paths)
+            self._read.update(self._paths[id(t)][0] for t in tree_leaves((args, kwargs)) if id(t) in self._paths)
         return function(*args, **(kwargs or {}))
 
 
@@ -77,33 +77,29 @@ def watching(root: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Calls
     """Within the block, notes which of these layers of the model are called, whose parents, and which parameters of
     adapters get a gradient."""
     calls, modules = Calls(), dict(root.named_modules())
-    places = {id(module): path for path, module in modules.items()}  # a wrapper may have come in since attach
-    children: dict[str, set[str]] = {}
-    for path, layer in layers.items():
-        children.setdefault(_caller(modules, places[id(layer)]), set()).add(path)
-    sites = {path: list(sites_of(layer).values()) for path, layer in layers.items()}
-    before = [(site, site.ran) for at in sites.values() for site in at]
+    paths = {id(module): path for path, module in modules.items()}  # a wrapper may have come in since attach
+    flags = [(site, site.ran) for layer in layers.values() for site in sites_of(layer).values()]
     with ExitStack() as stack:
-        for parent, paths in children.items():
-            hook = partial(_note, calls.reached, paths)
-            stack.callback(modules[parent].register_forward_pre_hook(hook).remove)
-        for site, _ in before:
+        for path, layer in layers.items():
+            caller = modules[_caller(modules, paths[id(layer)])]
+            stack.callback(caller.register_forward_pre_hook(partial(_note, calls.reached, path)).remove)
+        for site, _ in flags:
             site.ran = False
         fresh = {key: p for key, p in trained(layers).items() if p.grad is None}
         for key, parameter in trained(layers).items():  # DeepSpeed empties .grad, FSDP2 exchanges what a hook is on
-            stack.callback(parameter.register_hook(partial(_note, calls.gradients, {key})).remove)
+            stack.callback(parameter.register_hook(partial(_note, calls.gradients, key)).remove)
         try:
             yield calls
         finally:
             calls.gradients.update(key for key, p in fresh.items() if p.grad is not None)
-            calls.called.update(path for path, at in sites.items() if any(site.ran for site in at))
-            for site, ran in before:
+            calls.called.update(path for path, layer in layers.items() if has_run(layer))
+            for site, ran in flags:
                 site.ran = ran or site.ran
 
 
-def _note(noted: set[str], names: set[str], *_: Any) -> None:
+def _note(noted: set[str], name: str, *_: Any) -> None:
     if not torch.compiler.is_compiling():
-        noted.update(names)
+        noted.add(name)
 
 
 def _caller(modules: Mapping[str, nn.Module], path: str) -> str:
@@ -116,11 +112,14 @@ def _caller(modules: Mapping[str, nn.Module], path: str) -> str:
 
 
 def check_called(root: nn.Module, layers: Mapping[str, nn.Module], never_ran: str) -> None:
-    """TargetError for layers that no forward has called since attach, although one has called others, or whose weights
-    the model reads without calling them.
+    """Check that forwards call these layers.
 
     Where a layer has not run yet, one forward of the model's own dummy inputs is looked at. Without any, a warning says
     that it isn't known. `never_ran="merge"` takes the caller's word for it that other inputs reach all layers.
+
+    Raises:
+        TargetError: for layers that no forward has called since attach, although one has called others, or whose
+            weights the model reads without calling them.
     """
     silent = {path: layer for path, layer in layers.items() if not has_run(layer)}
     if never_ran == "merge" or not silent:
@@ -128,8 +127,8 @@ def check_called(root: nn.Module, layers: Mapping[str, nn.Module], never_ran: st
     known = uncalled(root)
     calls, reason = _dummy_forward(root, silent)
     never = silent.keys() - calls.called
-    if wrong := never & (known | calls.read):
-        raise TargetError(refusal(wrong, len(layers)))
+    if unaffected := never & (known | calls.read):
+        raise TargetError(refusal(unaffected, len(layers)))
     if never:
         logger.warning(
             f"merge: {len(never)} of {len(layers)} layers have not been called since attach: {grouped(never)}\n"
@@ -156,12 +155,10 @@ def refusal(paths: Iterable[str], of: int) -> str:
 
 
 def _dummy_forward(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[Calls, str]:
-    """What one forward of the model's own dummy inputs does with these layers, and why it doesn't reach them all. The
-    model is as it was afterwards."""
+    """The calls of one forward of the model's own dummy inputs, and why it doesn't reach all of these, of which none
+    has run yet. The model is as it was afterwards."""
     if not isinstance(inputs := getattr(root, "dummy_inputs", None), Mapping):
         return Calls(), f"this {type(root).__name__} has no dummy_inputs to run"
-    flags = [(site, site.ran) for site in _sites(layers)]
-    calls = Calls()
     try:
         device = next(p.device for p in root.parameters() if not p.is_meta)
         on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
@@ -170,10 +167,7 @@ def _dummy_forward(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[Ca
     except Exception as error:  # of someone else's forward, on inputs that may not suit it: said in the warning
         return Calls(), f"its dummy_inputs don't run ({type(error).__name__}: {brief(error)})"
     finally:
-        for site, ran in flags:
-            site.ran = ran
+        for layer in layers.values():
+            for site in sites_of(layer).values():
+                site.ran = False
     return calls, "its dummy_inputs don't reach them"
-
-
-def _sites(layers: Mapping[str, nn.Module]) -> list[Site]:
-    return [site for layer in layers.values() for site in sites_of(layer).values()]
