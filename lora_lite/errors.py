@@ -1,4 +1,4 @@
-"""What lora_lite raises: one base class, and a subclass for each part of the library.
+"""The errors of lora_lite: one base class, and a subclass for each part of the library.
 
 Every message says what went wrong and where, what was found, and what to do next.
 """

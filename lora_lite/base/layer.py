@@ -107,7 +107,9 @@ def layer_of(module: nn.Module, path: str = "") -> BaseLayer | None:
     """The module as a layer; None if it is none. The one place where kind and storage are asked."""
     for kind in KINDS:
         if (size := kind.size(module)) is not None:
-            storage = next(storage for storage in STORAGES if storage.holds(module, kind))
+            # torch's own class with plain numbers in it is nobody's quantised layer, so no quantiser is asked.
+            plain = type(module) is nn.Linear and DENSE.holds(module, kind)
+            storage = DENSE if plain else next(storage for storage in STORAGES if storage.holds(module, kind))
             # A forward on the instance is anyone's (accelerate, a patch); an unknown storage may round its input.
             is_plain = storage.is_known and "forward" not in vars(module) and kind.computes_its_product(module)
             return BaseLayer(path, module, kind, storage, *size, kind.lies_transposed(module), is_plain)

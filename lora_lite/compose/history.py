@@ -323,7 +323,7 @@ def _join_rounds(
     most = max(per_round.values(), key=list(per_round.values()).count)
     config: Any = config_for(VARIANT)
     cfg = config(rounds=[r.entry for r in rounds], here=most, dtype=_dtype(rounds))
-    overrides = {path: {"here": here} for path, here in per_round.items() if here != most}
+    overrides = {path: {"here": parts} for path, parts in per_round.items() if parts != most}
     sites = make_sites({at_layer[path].target: at_layer[path].base for path in paths}, cfg, overrides)
     stacked = {site.path: site.stacked for site in sites}
     tensors: dict[str, list[Tensor]] = {}

@@ -50,7 +50,7 @@ class RoundsConfig(BaseConfig):
     steps: ClassVar[tuple[slice | OwnMethod, ...]]
     """A layer's work, in order: columns of the pair of products, consecutive rounds at once; other methods."""
     own_methods: ClassVar[tuple[OwnMethod, ...]]
-    """Of these, the rounds that act by their own method."""
+    """The rounds that act by their own method."""
     columns: ClassVar[dict[str, slice]]
     """Label of a low-rank round -> its columns of the pair of products."""
     coefficients: ClassVar[tuple[float, ...]]
@@ -64,8 +64,8 @@ class RoundsConfig(BaseConfig):
         self.require(len(entries) == len(self.rounds), "rounds", "labels of which no two are alike")
         is_known = isinstance(self.here, Mapping) and self.here.keys() <= entries.keys()
         self.require(is_known, "here", "{label of a round: rank, or fields}")
-        here = {label: self._rank_or_fields(entries[label], value) for label, value in self.here.items()}
-        object.__setattr__(self, "here", here)
+        parts = {label: self._rank_or_fields(entries[label], value) for label, value in self.here.items()}
+        object.__setattr__(self, "here", parts)
         self._set_steps()
         super().__post_init__()
 

@@ -95,9 +95,9 @@ def make_sites(
         TargetError, QuantizedWeightError: for a layer that can't carry the adapter.
         VariantError: for a bad name of a tensor.
     """
-    layers = {} if asked else {layer.path: layer for layer in targets.values()}
-    for path, reason in not_linear(layers.values()).items():
-        kind = type(layers[path].module).__name__
+    unsure = {} if asked else {layer.path: layer for layer in targets.values() if not layer.is_plain}
+    for path, reason in not_linear(unsure.values()).items() if unsure else ():
+        kind = type(unsure[path].module).__name__
         raise TargetError(f"{path}: an adapter can't act on this {kind}: {reason}\n  leave it out with exclude_names")
     sites = [make_site(target, layer, cfg, overrides.get(target.path, {})) for target, layer in targets.items()]
     for site in sites:

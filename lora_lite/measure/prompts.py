@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import ConfigError
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""What the user says, or a whole chat: [{"role": "system", "content": ...}, {"role": "user", "content": ...}]."""
+"""The words of the user, or a whole chat: [{"role": "system", "content": ...}, {"role": "user", "content": ...}]."""
 
 
 def prompt_batches(

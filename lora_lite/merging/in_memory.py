@@ -34,7 +34,7 @@ class _Layer:
     sites: list[Site]
     stay: list[Site]
     quantized: str | None
-    """What to do if it is quantised, as `merge` was told."""
+    """The choice for a quantised layer, as `merge` was told."""
     error: tuple[float, float] | None = None
     """The norm of what a second quantisation adds, over the weight's norm and over that of the adapters' change."""
 

@@ -8,20 +8,19 @@ from types import FrameType
 from typing import Any
 
 import torch
-from models import IDS, tiny_llama
 from torch import nn
 
 import lora_lite as ll
 
 PACKAGE = str(Path(ll.__file__).parent)
-MOST_LINES, MOST_FILES = 750, 22
+MOST_LINES, MOST_FILES = 750, 25
 
 
 def trip(folder: Path) -> None:
     """Attach, forward, backward, save, detach, load, detach."""
-    model = tiny_llama()
-    ll.attach(model, ll.LoRAConfig(r=2, target_names=r"_proj$"))
-    model(input_ids=IDS, labels=IDS).loss.backward()
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    ll.attach(model, ll.LoRAConfig(r=2, target_names="0"))
+    model(torch.randn(64, 8)).sum().backward()
     ll.save(model, folder / "a.safetensors")
     ll.detach(model)
     ll.load(model, folder / "a.safetensors")
