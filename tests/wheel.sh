@@ -13,7 +13,7 @@ env/bin/python - <<'PY'
 import importlib.util, sys
 import torch
 import lora_lite as ll
-from lora_lite.variant import needs_data
+from lora_lite.core.variant import needs_data
 
 for extra in ("transformers", "bitsandbytes", "accelerate", "peft", "beartype"):
     assert importlib.util.find_spec(extra) is None, f"{extra} came with the core"
