@@ -93,6 +93,10 @@ class BaseLayer:
         """t Wᵀ in t's dtype, differentiable in t: no bias, no hooks. Quantised layers use their own kernel."""
         return self.storage.linear(self, t, expert)
 
+    def as_it_is_now(self) -> "BaseLayer":
+        """The module found anew: a quantiser may have been at work since (bitsandbytes', on the move to a device)."""
+        return layer_of(self.module, self.path) or self
+
     def dense_module(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> nn.Linear:
         """An nn.Linear with these tensors, frozen, to stand where the layer does."""
         d_out, d_in = weight.shape

@@ -33,7 +33,7 @@ def is_asked(layer: BaseLayer) -> bool:
     if layer.is_plain or layer.experts or is_bypassed(layer.module):
         return False
     weight = layer.stored
-    if layer.is_lazy or weight.is_meta or is_sharded(weight) or not weight.numel():
+    if layer.is_lazy or weight.is_meta or is_sharded(weight) or not weight.numel() or weight.dim() == 3:
         return False
     return not any(map(is_bitsandbytes, layer.module.modules()))
 

@@ -215,7 +215,9 @@ def _common_base(root: nn.Module, adapter: Adapter, known: Adapter | None) -> Ba
     """The record of the base that both belong to, with the fingerprints of all their layers. Raises BaseModelError."""
     if known is None:
         return adapter.base_record
-    live = base_record(root, {site.path: site.base for of in (adapter, known) for site in of.sites()}.values())
+    live = base_record(
+        root, {site.path: site.base.as_it_is_now() for of in (adapter, known) for site in of.sites()}.values()
+    )
     records = [adapter.base_record, known.base_record]
     shared = known.targets.keys() & adapter.targets.keys()
     are_live = [same_base(record, live.at(record.fingerprint)) for record in records]
@@ -324,7 +326,7 @@ def _join_rounds(
     config: Any = config_for(VARIANT)
     cfg = config(rounds=[r.entry for r in rounds], here=most, dtype=_dtype(rounds))
     overrides = {path: {"here": parts} for path, parts in per_round.items() if parts != most}
-    sites = make_sites({at_layer[path].target: at_layer[path].base for path in paths}, cfg, overrides)
+    sites = make_sites({at_layer[path].target: at_layer[path].base.as_it_is_now() for path in paths}, cfg, overrides)
     stacked = {site.path: site.stacked for site in sites}
     tensors: dict[str, list[Tensor]] = {}
     for number, r in enumerate(rounds, 1):

@@ -154,7 +154,8 @@ class Adapter:
                 f"adapter {self.name!r}: ZeRO-3's optimizer has copies of its values, and its next step starts there\n"
                 f"  load values before the trainer or deepspeed.initialize, or resume from DeepSpeed's own checkpoint"
             )
-        check_shapes(tensors, self.specs(), f"adapter {self.name!r}")
+        # Of the tensors as they are: another library may have partitioned them, and a copy would broadcast.
+        check_shapes(tensors, self.shapes(), f"adapter {self.name!r}")
         with sharding.gathered(mine.values(), modifier_rank=0):  # ZeRO-3: whole for the copy, then parted again
             for key, tensor in mine.items():
                 tensor.copy_(sharding.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
@@ -168,6 +169,10 @@ class Adapter:
         merged: list[Any] = [swap.before for swap in session_at(self._model).merged]  # may be put back
         present = {id(module) for module in (*self._model.modules(), *merged)}
         return (site for site in self._state.sites if id(site.module) in present and self.name in sites_of(site.module))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor as it is now, by its key in a file; of a sharded one, the whole."""
+        return {key: tuple(sharding.shape_of(tensor)) for key, tensor in self.named_tensors()}
 
     def specs(self) -> dict[str, Any]:
         """The ParamSpec of each tensor that it was attached with, by its key in a file."""

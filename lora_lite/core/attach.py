@@ -142,7 +142,7 @@ def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], 
     check_weights_present(sites)
     state = _state(root, cfg, name, sites, before.scale)
     check_unmerged(session, f"change {name!r}")
-    check_free(sites)
+    check_free(sites, exchanged=before)
 
     with torch.inference_mode(False), ExitStack() as undo:
         undo.callback(insert_in_order, session.adapters, before, before)
@@ -202,7 +202,8 @@ def _value(site: Site, name: str, tensors: Tensors | None) -> Tensor:
         value = torch.empty(spec.shape, dtype=site.cfg.dtype, device=device)
         spec.fill(value)
     else:
-        value = tensors[site.key(name)].to(device)  # the layer's: with a device_map they differ
+        # A copy, made out of inference mode: a tensor that was made within it could never be trained.
+        value = tensors[site.key(name)].to(device, copy=True)
     return nn.Parameter(value) if spec.trainable else value
 
 

@@ -173,7 +173,7 @@ def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Ten
     Raises:
         VariantError: for an adapter that isn't affine; and what `BaseLayer.dense_weight` raises.
     """
-    layer = sites[0].base
+    layer = sites[0].base.as_it_is_now()
     with full_precision(layer.module):
         weight, bias = layer.dense_weight().double(), layer.bias
         affine = Affine(sites, torch.float64, weight.device)

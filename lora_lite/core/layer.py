@@ -31,7 +31,7 @@ class Layer:
 
     layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
                            (the activation's), unless their ParamSpec says keep_dtype
-    layer.cfg, .scale      the adapter's config at this layer; its scale, a number, and in a graph of
+    layer.cfg, .scale      the config at this layer, as the view was made; the scale, a number, and in a graph of
                            torch.compile a tensor without dimensions
     layer.is_off, .is_whole    is the scale 0, or 1
     layer.in_features, .out_features, .bias, .training
@@ -186,7 +186,8 @@ class Layer:
                 f"  declare base_weight = 'read' (dequantised values will do) or 'dense' on the variant class"
             )
         base = self._site.base  # of the module attached to; the one that is called may be its replica (DataParallel)
-        return base if base.module is self._module else replace(base, module=self._module)
+        base = base if base.module is self._module else replace(base, module=self._module)
+        return base if base.storage.is_known else base.as_it_is_now()
 
 
 WEIGHTS: dict[str, Callable[[nn.Module, int | None, Tensor], Tensor]] = {}

@@ -168,11 +168,13 @@ def check_name(name: str, session: Session, model: str) -> None:
         )
 
 
-def check_free(sites: Iterable[Site]) -> None:
-    """TargetError if a layer has an attribute of a name that a tensor of a new site there would take."""
-    for site in sites:
-        if site.state.name in sites_of(site.module):
-            continue  # its tensors will be exchanged
+def check_free(sites: Iterable[Site], exchanged: AdapterState | None = None) -> None:
+    """TargetError if a layer has an attribute of a name that a tensor of a new site there would take.
+
+    Sites of the adapter that is to be `exchanged` don't count: their tensors go.
+    """
+    present = ((site, sites_of(site.module).get(site.state.name)) for site in sites)
+    for site in (site for site, old in present if old is None or old.state is not exchanged):
         taken = [site.attribute(tensor) for tensor in site.specs if hasattr(site.module, site.attribute(tensor))]
         if taken:
             raise TargetError(

@@ -153,8 +153,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
         raise CheckpointError(_other_histories(file))
     sites = {site.path: site for site in adapter.sites()}
     keys = {file_key(old, t): sites[new].key(t) for old, new in mapping.items() for t in sites[new].specs}
-    specs = adapter.specs()
-    check_shapes(file.header.entries, {in_file: specs[key] for in_file, key in keys.items()}, str(file.path))
+    shapes = adapter.shapes()
+    check_shapes(file.header.entries, {in_file: shapes[key] for in_file, key in keys.items()}, str(file.path))
     adapter.load_state_dict({keys[key]: tensor for key, tensor in file.tensors().items()})
     adapter.scale = file.scale
     logger.info(f"restored {adapter} from {path}")

@@ -153,7 +153,7 @@ def _magnitude(site: Site) -> Tensor:
     a, b, m, n0 = (site.tensor(f"lora_{name}").detach() for name in ("A", "B", "m", "n0"))
     if torch.promote_types(n0.dtype, torch.float32) == n0.dtype:
         return m
-    weight = site.base.dense_weight().double()  # (o, i)
+    weight = site.base.as_it_is_now().dense_weight().double()  # (o, i)
     square = weight.square().sum(1)  # (o,)
     # Outputs are m / ‖W + s B A‖ times those of W + s B A: here with a norm that starts from the rounded n0.
     moved = (weight + site.cfg.scaling * b.double() @ a.double()).square().sum(1)
