@@ -44,6 +44,13 @@ class Kind:
         """Is its forward known to be x Wᵀ + b, by its class?"""
         return False
 
+    def replace(self, module: nn.Module, matrices: Tensor) -> None:
+        """Until `restore`, the module computes with these matrices: of a kind that has no layer to hook."""
+        raise NotImplementedError
+
+    def restore(self, module: nn.Module) -> None:
+        """The module computes with its own weight, as every other kind always does."""
+
     def bias_of(self, module: Any) -> Tensor | None:
         """The bias (d_out,), or (experts, d_out); None for a module without one."""
         bias = getattr(module, self.bias, None)

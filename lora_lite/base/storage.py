@@ -38,6 +38,10 @@ class Quantization:
     weight_dtype: str | None = field(default=None, compare=False)
     modules: list[str] = field(default_factory=list, compare=False)  # paths of the quantised layers
 
+    def in_words(self) -> str:
+        """For a log line: "nf4, bitsandbytes-4bit"; the method only where it is known."""
+        return self.quant_type if self.method == "unknown" else f"{self.quant_type}, {self.method}"
+
 
 class Storage:
     """A way of storing a weight. It has no state: each question is about the layer that is given.

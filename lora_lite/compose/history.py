@@ -345,7 +345,7 @@ def _join_rounds(
 
 def _joined(key: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if not key.endswith(PAIR):
-        return parts[0].clone()  # bit for bit, so in its own dtype
+        return parts[0]  # bit for bit, so in its own dtype
     return torch.cat([part.to(dtype) for part in parts], dim=1 if key.endswith(PAIR[1]) else 0)
 
 

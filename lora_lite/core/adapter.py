@@ -215,8 +215,7 @@ class Adapter:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         base = self.base_record
-        kind = base.quantization.quant_type if base.quantization else base.dtype
-        kind += f", {base.quantization.method}" if base.quantization and base.quantization.method != "unknown" else ""
+        kind = base.quantization.in_words() if base.quantization else base.dtype
         return (
             f"{self.variant} {self.name!r}: {len(self.targets)} layers, {count:,} trainable parameters in "
             f"{dtype_name(self.config.dtype)}, on {base.class_name} ({kind})"

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..base.bitsandbytes import repackable
 from ..base.fingerprint import base_record
-from ..base.kinds import EXPERTS
 from ..base.probe import check_gradients
 from ..errors import ConfigError, TargetError
 from .adapter import Adapter, adapters, get_adapter, scaled
@@ -95,8 +94,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             _undo(session, change)
     for adapter in leaving:
         _forget(root, session, adapter.name)
-    names = ", ".join(adapter.name for adapter in leaving) or "nothing"
-    logger.info(f"detached {names} from {type(root).__name__}")
+    logger.info(f"detached {', '.join(each.name for each in leaving) or 'nothing'} from {type(root).__name__}")
 
 
 @contextmanager
@@ -171,7 +169,7 @@ def uninstall(module: nn.Module, name: str) -> None:
         return
     for handle in site.handles:
         handle.remove()
-    EXPERTS.restore(module)  # a forward that was interrupted may have left changed matrices
+    site.base.kind.restore(module)  # a forward that was interrupted may have left changed matrices
     _drop_tensors(site)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, compiler, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..base.kinds import EXPERTS
+from ..base.kinds import Kind
 from ..errors import TargetError
 from .layer import Layer
 from .scale import Scale
@@ -47,7 +47,9 @@ def register_hooks(site: Site) -> None:
     after = partial(site.module.register_forward_hook, prepend=site.state.is_first)
     if site.stacked:
         handles.append(before(partial(_experts_hook, name)))
-        handles.append(after(_experts_done, always_call=True))  # after an Exception in the forward, too
+        handles.append(
+            after(partial(_experts_done, site.base.kind), always_call=True)
+        )  # after an Exception in the forward, too
         return
     if variant.forward_input is not None:
         handles.append(before(partial(_input_hook, name), with_kwargs=True))  # x may come by keyword
@@ -93,11 +95,12 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
 def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
     site, scale = _called(module, name)
+    kind = site.base.kind
     if site is next(other for other in sites_of(module).values() if other.stacked):
-        EXPERTS.restore(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
+        kind.restore(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
     if scale is None:
         return
-    matrices = EXPERTS.oriented(module, EXPERTS.stored(module))  # (experts, o, i), with what earlier adapters change
+    matrices = kind.oriented(module, kind.stored(module))  # (experts, o, i), with what earlier adapters change
     stacked = {tensor: getattr(module, site.attribute(tensor)) for tensor in site.specs}  # each (experts, ...)
 
     def one(tensors: dict[str, Tensor], matrix: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
@@ -106,8 +109,8 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = adapt_input(layer, unit)  # the same object where the method leaves inputs alone: no product then
         return adapt_output(layer, x, matrix.mT if x is unit else x @ matrix.mT).mT
 
-    EXPERTS.replace(module, torch.func.vmap(one)(stacked, matrices))  # (experts, o, i): all experts in one pass
+    kind.replace(module, torch.func.vmap(one)(stacked, matrices))  # (experts, o, i): all experts in one pass
 
 
-def _experts_done(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-    EXPERTS.restore(module)
+def _experts_done(kind: Kind, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+    kind.restore(module)

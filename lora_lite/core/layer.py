@@ -31,7 +31,7 @@ class Layer:
 
     layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
                            (the activation's), unless their ParamSpec says keep_dtype
-    layer.cfg, .scale      the config at this layer, as the view was made; the scale, a number, and in a graph of
+    layer.cfg, .scale      the adapter's config at this layer; its scale, a number, and in a graph of
                            torch.compile a tensor without dimensions
     layer.is_off, .is_whole    is the scale 0, or 1
     layer.in_features, .out_features, .bias, .training
@@ -60,7 +60,8 @@ class Layer:
         fields = self.__dict__  # one by one: a view is made at every call of every layer
         fields["_module"], fields["_site"], fields["_dtype"], fields["_expert"] = module, site, dtype, expert
         fields["_instead"], fields["_scale"], fields["_part"] = instead, scale, part
-        fields["cfg"] = site.cfg if part is None else part.cfg
+        if scale is not None:  # the view of one call; any other sees what `configure` changes
+            fields["cfg"] = site.cfg if part is None else part.cfg
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -75,6 +76,8 @@ class Layer:
             name = f"lora_{self._part.prefix}_{name.removeprefix('lora_')}"
         spec = site.specs.get(name)
         if spec is None:
+            if name == "cfg":  # of a view that was made for no single call
+                return site.cfg if self._part is None else self._part.cfg
             raise AttributeError(f"{site.path}: this adapter has no {name!r}, only {', '.join(site.specs)}")
         tensor = self._instead.get(name)  # under vmap over experts, the tensors of one
         if tensor is None:
@@ -135,7 +138,11 @@ class Layer:
 
     @property
     def weight(self) -> Float[Tensor, "o i"]:
-        """The weight as stored. Raises QuantizedWeightError on a quantised layer."""
+        """The weight as stored, in its own dtype.
+
+        Raises:
+            QuantizedWeightError: on a quantised layer, whose stored numbers aren't its weight.
+        """
         return self._base("weight").weight(self._expert)
 
     def dense_weight(self, of: str = "base") -> Float[Tensor, "o i"]:

@@ -67,8 +67,9 @@ class AdapterState:
         return before
 
     def _show(self) -> None:
-        fresh = nullcontext() if is_compiling() else torch.inference_mode(False)
-        with fresh:  # a tensor of inference mode could take part in no training later
+        with (
+            nullcontext() if is_compiling() else torch.inference_mode(False)
+        ):  # a tensor of inference mode could take part in no training later
             value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # (): it casts nothing up
         self.plain = Scale(self.scale, self.scale == 0, self.scale == 1)
         self.traced = self.plain._replace(value=value)

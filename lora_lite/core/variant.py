@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +118,10 @@ class Variant:
 REGISTRY: dict[str, type[Variant]] = {}  # every registered variant, by name
 
 _USES = ("unused", "read", "dense")
+V = TypeVar("V", bound=type[Any])
 
 
-def register(cls: Any) -> Any:
+def register(cls: V) -> V:
     """Class decorator: make a variant known under `cls.name`; what it doesn't declare has `Variant`'s defaults.
 
     Raises:
@@ -140,7 +141,8 @@ def register(cls: Any) -> Any:
             f"variant {name!r} is registered already, by {_origin(REGISTRY[name])}\n  give {_origin(cls)} another name"
         )
     if not issubclass(cls, Variant):  # so that a class needs no base, and the runtime never asks what it lacks
-        cls = type(cls.__name__, (cls, Variant), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+        same = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        cls = cast(V, type(cls.__name__, (cls, Variant), same))
     _check(cls)
     REGISTRY[name] = cls
     return cls

@@ -41,14 +41,22 @@ class Statistics:
     samples: Float[Tensor, "n d"] | None = None
 
     def kept_samples(self) -> Float[Tensor, "n d"]:
-        """The samples. Raises ConfigError unless "samples" was asked for."""
+        """The samples (n, d), in the order seen.
+
+        Raises:
+            ConfigError: unless "samples" was asked for.
+        """
         if self.samples is None:
             raise ConfigError('no samples were kept\n  use capture(..., reduce=("samples",))')
         return self.samples
 
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
-        """The covariance of the population. Raises ConfigError unless "second_moment" was asked for."""
+        """The covariance (d, d) of the population, in the square of the activations' unit.
+
+        Raises:
+            ConfigError: unless "second_moment" was asked for.
+        """
         if self.second_moment is None:
             raise ConfigError('no second moment was kept\n  use capture(..., reduce=("second_moment",))')
         return self.second_moment - self.mean[:, None] * self.mean

@@ -69,13 +69,14 @@ def test_a_lora_from_attach_to_detach_can_be_read_in_one_evening(tmp_path: Path)
 
 
 def test_a_forward_of_a_lora_without_gradients_takes_few_calls() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    ll.attach(model, ll.LoRAConfig(r=2, target_names="0"))
-    for tokens in (1, 64):
-        x = torch.randn(tokens, 8)
-        with torch.no_grad():
-            calls = python_calls(lambda x=x: model(x))
-        assert 5 < len(calls) <= 12, calls
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Sequential(nn.Linear(8, 8)).to(dtype)
+        ll.attach(model, ll.LoRAConfig(r=2, target_names="0"))
+        for tokens in (1, 64):
+            x = torch.randn(tokens, 8, dtype=dtype)
+            with torch.no_grad():
+                calls = python_calls(lambda model=model, x=x: model(x))
+            assert 5 < len(calls) <= 12, calls
 
 
 def test_a_training_step_of_a_lora_and_a_dora_takes_few_calls() -> None:

@@ -118,3 +118,14 @@ def test_a_4_bit_layer_that_was_quantised_after_attach_is_read(tmp_path: Path) -
     model.to("cpu")  # the move to a device is what quantises
     ll.save_peft(model, tmp_path / "peft", rank=64)
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
+
+
+def test_a_view_that_is_kept_follows_the_config() -> None:
+    model = tiny_llama()
+    rows = torch.nn.functional.normalize(torch.randn(1, 64), dim=1)
+    data = {"directions": rows[0]}
+    adapter = ll.attach(model, ll.AbliterationConfig(target_names="down_proj"), calibration_data=data)
+    view = next(iter(adapter.views().values()))
+    assert view.cfg.strength == 1.0
+    adapter.configure(strength=0.5)
+    assert view.cfg.strength == 0.5

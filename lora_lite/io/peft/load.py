@@ -70,14 +70,14 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     parts = _parts(source, targets)  # every shape and dtype is found right before a tensor is read
     stored, loaded = _tensors(source, targets, layers), []
     with ExitStack() as stack:
-        for part, suffix in zip(parts, ("", SECOND), strict=False):
+        for part, each in zip(parts, [name, name + SECOND][: len(parts)], strict=True):
             sites = make_sites({target: layers[target] for target in part.targets.values()}, part.cfg, part.overrides)
             tensors = {
-                site.key(tensor): stored.get(site.key(tensor), torch.zeros(spec.shape)).to(part.cfg.dtype, copy=True)
+                site.key(tensor): stored.get(site.key(tensor), torch.zeros(spec.shape)).to(part.cfg.dtype)
                 for site in sites
                 for tensor, spec in site.specs.items()
             }
-            adapter = stack.enter_context(installed(root, part.cfg, name + suffix, sites, tensors))
+            adapter = stack.enter_context(installed(root, part.cfg, each, sites, tensors))
             with torch.no_grad():
                 for view in adapter.views().values():  # n0, A0 and B0 are the base's; what else it fills comes next
                     lookup(part.cfg.variant).init(view, view.cfg)
