@@ -289,6 +289,7 @@ def test_a_model_inside_of_wrappers_is_audited() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
+@pytest.mark.slow
 def test_audit_stays_a_function_whatever_is_imported_first() -> None:
     code = "import lora_lite.trainer as t, lora_lite as ll; assert callable(ll.audit) and ll.audit.__name__ == 'audit'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -241,6 +241,7 @@ def test_a_backbone_can_neither_fetch_nor_grow(
     assert not asked
 
 
+@pytest.mark.slow
 def test_whatever_field_asks_for_modules_without_end_building_ends(tmp_path: Path) -> None:
     from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
