@@ -9,6 +9,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..dtypes import dtype_name
 from ..errors import QuantizedWeightError
 from .kinds import Kind, is_instance
-from .storage import Bias, Quantization, Storage, linear_by_rows, register_storage, spread
+from .storage import Bias, Quantization, Storage, filled, linear_by_rows, register_storage, spread
 
 if TYPE_CHECKING:
     from .layer import BaseLayer
@@ -53,18 +54,11 @@ class Bnb4bit(Storage):
 
     def record(self, layer: "BaseLayer") -> Quantization:
         state, compute = _quant_state(layer.module), layer.module.compute_dtype
-        return Quantization(
-            "bitsandbytes-4bit",
-            state.quant_type,
-            state.blocksize,
-            bool(state.nested),
-            None if compute is None else dtype_name(compute),
-            dtype_name(state.dtype),
-        )
+        dtypes = None if compute is None else dtype_name(compute), dtype_name(state.dtype)
+        return Quantization("bitsandbytes-4bit", state.quant_type, state.blocksize, bool(state.nested), *dtypes)
 
     def compute_dtype(self, layer: "BaseLayer") -> torch.dtype:
-        dtype: torch.dtype = layer.module.compute_dtype or _quant_state(layer.module).dtype
-        return dtype
+        return layer.module.compute_dtype or _quant_state(layer.module).dtype
 
     def requantized(self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Bias) -> nn.Module:
         from bitsandbytes.nn import Linear4bit, Params4bit
@@ -77,12 +71,12 @@ class Bnb4bit(Storage):
         }
         d_out, d_in = weight.shape
         new: Any = Linear4bit(d_in, d_out, bias is not None, old.compute_dtype, device="meta", **options)
-        values = weight.to("cpu", state.dtype)  # the move to a device is what quantises, so it starts on the CPU
-        params: Any = Params4bit
-        new.weight = params(values, blocksize=state.blocksize, module=new, **options).to(weight.device)
         new.compute_type_is_set = old.compute_type_is_set
         new.support_avx512bf16_for_cpu = old.support_avx512bf16_for_cpu
-        return _with_bias(new, bias, old)
+        params: Any = Params4bit
+        values = weight.to("cpu", state.dtype)  # the move to a device is what quantises, so it starts on the CPU
+        codes = params(values, blocksize=state.blocksize, module=new, **options).to(weight.device)
+        return filled(new, codes, bias, old)
 
 
 @register_storage
@@ -118,8 +112,8 @@ class Bnb8bit(Storage):
         options = {"has_fp16_weights": False, "threshold": layer.module.state.threshold}
         new: Any = Linear8bitLt(d_in, d_out, bias is not None, device="meta", **options)
         params: Any = Int8Params
-        new.weight = params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False).to(weight.device)
-        return _with_bias(new, bias, layer.module)
+        codes = params(weight.to("cpu"), requires_grad=False, has_fp16_weights=False).to(weight.device)
+        return filled(new, codes, bias, layer.module)
 
 
 def is_bitsandbytes(module: nn.Module) -> bool:
@@ -143,8 +137,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         layer.compute_dtype, layer.compute_type_is_set = dtype, True  # or the first forward sets it again
 
 
-def repackable(model: nn.Module) -> dict[str, nn.Module]:
-    """Every 4-bit layer, by path, that an eval forward on this CPU would repack.
+def repackable(model: nn.Module) -> list[nn.Module]:
+    """Every 4-bit layer that an eval forward on this CPU would repack.
 
     Raises:
         QuantizedWeightError: if one has been repacked.
@@ -152,7 +146,7 @@ def repackable(model: nn.Module) -> dict[str, nn.Module]:
     layers = _layers_4bit(model)
     for path, layer in layers.items():  # targets or not: no gradient passes a repacked one to the adapters below
         raise_if_repacked(layer, path)
-    return {path: layer for path, layer in layers.items() if layer.support_avx512bf16_for_cpu}
+    return [layer for layer in layers.values() if layer.support_avx512bf16_for_cpu]
 
 
 @contextmanager
@@ -187,12 +181,8 @@ def _layers_4bit(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if _is_4bit(module)}
 
 
-def _is_4bit(module: nn.Module) -> bool:
-    return is_instance(module, "bitsandbytes.nn", "Linear4bit")
-
-
-def _is_8bit(module: nn.Module) -> bool:
-    return is_instance(module, "bitsandbytes.nn", "Linear8bitLt")
+_is_4bit = partial(is_instance, module="bitsandbytes.nn", name="Linear4bit")
+_is_8bit = partial(is_instance, module="bitsandbytes.nn", name="Linear8bitLt")
 
 
 def _quant_state(module: Any) -> Any:
@@ -211,9 +201,3 @@ def _int8(module: Any) -> tuple[Tensor, Tensor]:
 def _scales(module: Any) -> Any:
     """127 times the scales of a Linear8bitLt; None until it is quantised."""
     return module.weight.SCB if module.state.SCB is None else module.state.SCB
-
-
-def _with_bias(new: Any, bias: Tensor | None, old: nn.Module) -> nn.Module:
-    new.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    module: nn.Module = new.train(old.training)
-    return module

@@ -16,6 +16,8 @@ from .storage import Quantization
 Fingerprint = list[Any]  # ["bfloat16", 0.125, -0.5, ...]: the dtype of a stored weight, then a few of its elements
 LONGEST_TEXT = 400  # characters of a name or a path in a file: messages quote them
 
+BY_VALUES = "load it on its own base, or say verify_base=False if you know that the difference does not matter"
+
 # By name, because torch's attributes must never be looked up by a name out of a file.
 _DTYPES = {dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
@@ -43,9 +45,9 @@ class BaseRecord:
             return None
         class_name, name, dtype, quantization, fingerprint = (value[name] for name in names)
         known = _quantization_from(quantization)  # None for a malformed one too
-        texts = _is_text(class_name) and isinstance(name, str | None) and _is_dtype(dtype)
-        paths = isinstance(fingerprint, dict) and fingerprint.keys() == set(targets)
-        valid = texts and paths and (known is None) == (quantization is None)
+        valid = _is_text(class_name) and isinstance(name, str | None) and _is_dtype(dtype)
+        valid = valid and (known is None) == (quantization is None)
+        valid = valid and isinstance(fingerprint, dict) and fingerprint.keys() == set(targets)
         valid = valid and all(map(_is_fingerprint, fingerprint.values()))
         return cls(class_name, name, dtype, known, fingerprint) if valid else None
 
@@ -98,30 +100,12 @@ def same_weight(a: Fingerprint, b: Fingerprint) -> bool:
     return len(a) == len(b) > 1 and all(abs(x - y) <= eps * abs(x) + tiny for x, y in pairs)
 
 
-def check_same_base(
-    file: str, recorded: BaseRecord, live: BaseRecord, variant: str, reads: bool, verify: bool
-) -> BaseRecord:
-    """The record of the base that a file's values belong to: the live one; the recorded one for a method that reads its
-    base weight and goes on another.
-
-    Raises:
-        CheckpointError: as `tell_other_base`.
-    """
-    if same_base(recorded, live):
-        return live
-    tell_other_base(other_base(file, recorded, live), variant, reads, verify, BY_VALUES)
-    return recorded if reads else live
-
-
-BY_VALUES = "load it on its own base, or say verify_base=False if you know that the difference does not matter"
-
-
 def other_base(file: str, recorded: BaseRecord, live: BaseRecord) -> str:
     """The first lines of a message on two bases."""
     return f"{file} was trained on another base than this one\n  file:  {recorded}\n  model: {live}"
 
 
-def tell_other_base(message: str, variant: str, reads: bool, verify: bool, cure: str) -> None:
+def tell_other_base(message: str, variant: str, reads: bool, verify: bool, cure: str = BY_VALUES) -> None:
     """Warn that a base is another one than the adapter's.
 
     Raises:

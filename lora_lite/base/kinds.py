@@ -3,49 +3,48 @@
 import sys
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .sharding import shape_of
-
 
 class Size(NamedTuple):
-    """The size of a layer's matrices."""
+    """The size of a layer's matrices, and how they lie."""
 
     d_in: int
     d_out: int
     experts: int = 0  # how many matrices it fuses; 0 for a layer of one
+    transposed: bool = False  # each matrix is stored as (d_in, d_out)
 
 
 class Kind:
     """A kind of layer. It has no state: each question is about the module that is given. A new one goes into KINDS."""
 
     weight, bias = "weight", "bias"  # the names of its parameters on the module
+    prefix = ""  # of the names of an adapter's tensors there: a module may hold several weights
+    shows_bias = True  # of a kind that is reached through its weight: does the product come with the bias?
+    category = "linear"  # what a config's `kinds` calls it
+
+    def __deepcopy__(self, memo: Any) -> "Kind":
+        return self
 
     def size(self, module: Any) -> Size | None:
         """The size of a module of this kind; None for any other."""
         raise NotImplementedError
 
-    def lies_transposed(self, module: Any) -> bool:
-        """True if each matrix is stored as (d_in, d_out)."""
-        return False
-
     def stored(self, module: Any) -> Tensor:
         """The tensor that holds the weight: codes where it is quantised, all matrices of fused experts."""
-        tensor: Tensor = getattr(module, self.weight)
-        return tensor
+        return getattr(module, self.weight)
 
-    def oriented(self, module: Any, stored: Tensor) -> Float[Tensor, "*e o i"]:
-        """A tensor that lies as the module's weight does, as matrices (d_out, d_in)."""
-        return stored.mT if self.lies_transposed(module) else stored
+    def matrices(self, stored: Tensor, transposed: bool) -> Tensor:
+        """A tensor that lies as the weight does, as matrices (*experts, d_out, d_in), in the same memory."""
+        return stored.mT if transposed else stored
 
     def computes_its_product(self, module: Any) -> bool:
         """Is its forward known to be x Wᵀ + b, by its class?"""
         return False
 
     def replace(self, module: nn.Module, matrices: Tensor) -> None:
-        """Until `restore`, the module computes with these matrices: of a kind that has no layer to hook."""
+        """Until `restore`, the module computes with these, stored as its weight is. For kinds with no layer to hook."""
         raise NotImplementedError
 
     def restore(self, module: nn.Module) -> None:
@@ -60,6 +59,8 @@ class Kind:
 class Linear(Kind):
     """nn.Linear, and whatever has its attributes: layers of quantisers, of tensor parallelism, of other libraries."""
 
+    shows_bias = False
+
     def size(self, module: Any) -> Size | None:
         if not isinstance(getattr(module, "weight", None), Tensor):
             return None
@@ -71,17 +72,37 @@ class Linear(Kind):
         return type(module).forward is nn.Linear.forward and not is_bypassed(module)
 
 
+class Packed(Linear):
+    """A linear layer of a quantiser that keeps no `weight`, but codes by other names (HQQ, GPTQ, AWQ)."""
+
+    def size(self, module: Any) -> Size | None:
+        d_in, d_out = (vars(module).get(name) for name in ("in_features", "out_features"))
+        if not (isinstance(d_in, int) and isinstance(d_out, int)) or isinstance(
+            getattr(module, "weight", None), Tensor
+        ):
+            return None
+        return Size(d_in, d_out) if _codes(module) else None
+
+    def stored(self, module: Any) -> Tensor:
+        return max(_codes(module), key=Tensor.numel)
+
+    def computes_its_product(self, module: Any) -> bool:
+        return False
+
+
+def _codes(module: nn.Module) -> list[Tensor]:
+    """The module's own tensors that hold no wide floating numbers."""
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return [t for t in tensors if t is not None and (t.element_size() == 1 or not t.is_floating_point())]
+
+
 class Conv1D(Kind):
     """transformers' Conv1D (GPT-2), a linear layer whose weight is (d_in, d_out)."""
 
     def size(self, module: Any) -> Size | None:
         if not is_instance(module, "transformers.pytorch_utils", "Conv1D") or not isinstance(module.weight, Tensor):
             return None
-        d_in, d_out = shape_of(module.weight)  # the whole shape, where ZeRO-3 has left an empty tensor
-        return Size(d_in, d_out)
-
-    def lies_transposed(self, module: Any) -> bool:
-        return True
+        return Size(module.nx, module.nf, transposed=True)
 
     def computes_its_product(self, module: Any) -> bool:
         return True
@@ -97,29 +118,6 @@ class FusedExperts(Kind):
     weight, bias = "down_proj", "down_proj_bias"
 
     def size(self, module: Any) -> Size | None:
-        transposed = self._orientation(module)
-        if transposed is None:
-            return None
-        n, a, b = self.stored(module).shape  # (experts, d_out, d_in), or (experts, d_in, d_out) if transposed
-        return Size(a, b, n) if transposed else Size(b, a, n)
-
-    def lies_transposed(self, module: Any) -> bool:
-        return bool(self._orientation(module))
-
-    def replace(self, module: nn.Module, matrices: Float[Tensor, "e o i"]) -> None:
-        """Until `restore`, the block computes with these matrices."""
-        # The parameter is untouched: Python finds an instance's attribute before nn.Module.__getattr__ is asked for it.
-        module.__dict__[self.weight] = self.oriented(module, matrices)
-
-    def restore(self, module: nn.Module) -> None:
-        """The block computes with its parameter again."""
-        module.__dict__.pop(self.weight, None)
-
-    def _orientation(self, module: Any) -> bool | None:
-        """Does it keep each matrix as (d_in, d_out), as GPT-OSS and Llama 4 do? None for a module of another kind.
-
-        The shape of a fused gate and up projection says which; without a gate, transformers' `is_transposed`.
-        """
         # Not getattr, which is slow where there is no such attribute: in nearly every module of a model.
         matrices = vars(module).get(self.weight, module._parameters.get(self.weight))
         if not isinstance(matrices, Tensor) or matrices.ndim != 3:
@@ -127,15 +125,43 @@ class FusedExperts(Kind):
         up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
         if not isinstance(up, Tensor) or up.ndim != 3:
             return None
-        n, a, b = matrices.shape
+        n, a, b = matrices.shape  # (experts, d_out, d_in), or (experts, d_in, d_out) as in GPT-OSS and Llama 4
         # Told apart even where a = b: the axis that is twice as long is the one that holds gate and up.
         by_shape: dict[tuple[int, ...], bool] = {(n, 2 * b, a): False, (n, b, 2 * a): True}
-        declared: Any = getattr(module, "is_transposed", None)
-        return by_shape.get(tuple(up.shape), declared)
+        transposed = by_shape.get(
+            tuple(up.shape), getattr(module, "is_transposed", None)
+        )  # which is transformers' flag
+        if transposed is None:
+            return None
+        return Size(a, b, n, transposed=True) if transposed else Size(b, a, n)
+
+    def replace(self, module: nn.Module, matrices: Tensor) -> None:
+        # The parameter is untouched: Python finds an instance's attribute before nn.Module.__getattr__ is asked for it.
+        module.__dict__[self.weight] = matrices
+
+    def restore(self, module: nn.Module) -> None:
+        module.__dict__.pop(self.weight, None)
 
 
-LINEAR, EXPERTS = Linear(), FusedExperts()
-KINDS: list[Kind] = [EXPERTS, Conv1D(), LINEAR]  # the first that knows a module's size is its kind
+class Block(Kind):
+    """The residual stream as it leaves a block: d_in = d_out = d_model, and no weight holds it.
+
+    It is none of KINDS: a module doesn't say that it is a block, the model's stacks do (core/targets.block_layers).
+    """
+
+    category = "block"
+
+    def size(self, module: Any) -> Size | None:
+        return None
+
+    def stored(self, module: Any) -> Tensor:
+        """A vector of the block, such as a norm's, for device and fingerprint: quantisers leave vectors as they are."""
+        base = (p for name, p in module.named_parameters() if "lora_" not in name)  # no adapter's
+        return min(base, key=lambda p: (not p.is_floating_point(), p.ndim))  # of equals the first
+
+
+LINEAR, EXPERTS, BLOCK = Linear(), FusedExperts(), Block()
+KINDS: list[Kind] = [EXPERTS, Conv1D(), LINEAR, Packed()]  # the first that knows a module's size is its kind
 
 
 def size_of(module: nn.Module) -> Size | None:

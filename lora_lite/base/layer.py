@@ -1,20 +1,22 @@
 """A layer of the frozen model as an object: which module it is, of which kind, and how it stores its weight."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
-from ..dtypes import STORAGE_DTYPES, fits
+from ..dtypes import fits
 from ..errors import BaseModelError, QuantizedWeightError
-from . import bitsandbytes, sharding  # noqa: F401  the import of bitsandbytes registers its ways of storing
-from .kinds import KINDS, LINEAR, Kind, Size
-from .storage import DENSE, STORAGES, Quantization, Storage
-
-PLAIN = (Tensor, nn.Parameter)
+from . import bitsandbytes, measured  # noqa: F401  these imports register their ways of storing
+from .kinds import BLOCK, KINDS, LINEAR, Kind, Size
+from .matrices import kinds_by_weight
+from .readers import readers
+from .stacks import Modules
+from .storage import DENSE, STORAGES, Quantization, Storage, filled, holds_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,26 +35,58 @@ class BaseLayer:
     experts: int = 0  # how many matrices it fuses; 0 for a layer of one
     transposed: bool = False  # each matrix is stored as (d_in, d_out)
     is_plain: bool = False  # known to compute x Wᵀ + b, by its class and storage; others are run on some rows to see
+    reader: nn.Module | None = None  # the module whose forward reads the weight, where no call of a layer shows it
+    within: str = ""  # the path of `module` in the reader
 
     @property
     def stored(self) -> Tensor:
         """The tensor that holds the weight, as it lies on the module: codes where it is quantised."""
-        tensor: Tensor = getattr(self.module, self.kind.weight)
-        return tensor
+        # By weight, not what a running call has put in the parameter's place.
+        return (self.kind.stored if self.reader is None else self._parameter)(self.module)
+
+    def _parameter(self, module: nn.Module) -> Any:
+        parameter = module._parameters.get(self.kind.weight)
+        return self.kind.stored(module) if parameter is None else parameter  # None in a replica of DataParallel
 
     @property
     def bias(self) -> Tensor | None:
-        """(d_out,), or (experts, d_out); None for a layer without one."""
-        return self.kind.bias_of(self.module)
+        """(d_out,), or (experts, d_out), that a method sees in the output; None for a layer without one.
+
+        Where the model multiplies by the weight itself, a bias is added elsewhere.
+        """
+        return self.kind.bias_of(self.module) if self.shows_bias else None
+
+    @property
+    def shows_bias(self) -> bool:
+        return self.reader is None or self.kind.shows_bias
 
     @property
     def is_lazy(self) -> bool:
         """True for a layer such as nn.LazyLinear before its first forward."""
-        return isinstance(self.stored, UninitializedParameter | UninitializedBuffer)
+        return is_lazy(self.stored)
+
+    @property
+    def is_held(self) -> bool:
+        """Are its numbers a parameter of the module, whose place another tensor can take?"""
+        return self.storage.is_dense and self.kind.weight in self.module._parameters
 
     def describe(self) -> str:
         """How its weight is stored, for a person."""
-        return self.storage.describe(self)
+        return "no weight" if self.kind is BLOCK else self.storage.describe(self)
+
+    def oriented(self, stored: Tensor) -> Float[Tensor, "*e o i"]:
+        """A tensor that lies as the weight does, as matrices (d_out, d_in)."""
+        return self.kind.matrices(stored, self.transposed)
+
+    @property
+    def by_weight(self) -> bool:
+        """Is it reached through its weight, and not by a hook on its call?"""
+        return self.reader is not None
+
+    @property
+    def is_block(self) -> bool:
+        """Is it the residual stream at a block's output?"""
+        return self.kind is BLOCK
 
     def weight(self, expert: int | None = None) -> Float[Tensor, "*e o i"]:
         """The weight (d_out, d_in) of a dense layer, or of one of its experts, in its own dtype, as it is stored.
@@ -60,15 +94,14 @@ class BaseLayer:
         Raises:
             QuantizedWeightError: where the stored numbers aren't the weight.
         """
-        stored = self.stored
         # Asked at each call: another library may have quantised the layer since it was found dense.
-        plain = type(stored) in PLAIN or sharding.is_dtensor(stored)
-        if not (self.storage.is_dense and plain and stored.dtype in STORAGE_DTYPES):
+        stored = self.stored
+        if not (self.storage.is_dense and holds_numbers(stored)):
             raise QuantizedWeightError(
                 f"{self.path}: .weight of a layer that is {self.describe()} holds codes, not numbers\n"
                 f"  use layer.dense_weight() in init, or layer.linear(t) for t Wᵀ"
             )
-        weight = stored.mT if self.transposed else stored
+        weight = self.kind.matrices(stored, self.transposed)
         return weight if expert is None else weight[expert]
 
     @torch.no_grad()
@@ -93,31 +126,90 @@ class BaseLayer:
         """t Wᵀ in t's dtype, differentiable in t: no bias, no hooks. Quantised layers use their own kernel."""
         return self.storage.linear(self, t, expert)
 
+    def restore(self) -> None:
+        """The module has its own weight again, where a running call has put another one in its place."""
+        if self.by_weight:
+            self.module.__dict__.pop(self.kind.weight, None)
+        else:
+            self.kind.restore(self.module)
+
     def as_it_is_now(self) -> "BaseLayer":
         """The module found anew: a quantiser may have been at work since (bitsandbytes', on the move to a device)."""
-        return layer_of(self.module, self.path) or self
+        now = _layer(self.path, self.module, self.kind)
+        if self.by_weight:
+            return self if now is None else replace(now, reader=self.reader, within=self.within, is_plain=True)
+        return now or layer_of(self.module, self.path) or self  # codes become a weight
 
     def dense_module(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> nn.Linear:
         """An nn.Linear with these tensors, frozen, to stand where the layer does."""
         d_out, d_in = weight.shape
         # On "meta" nothing is initialised: that would take time, and random numbers from the user's generator.
-        new = nn.Linear(d_in, d_out, bias is not None, device="meta").train(self.module.training)
-        new.weight = nn.Parameter(weight, requires_grad=False)
-        new.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        return new
+        new = nn.Linear(d_in, d_out, bias is not None, device="meta")
+        return filled(new, nn.Parameter(weight, requires_grad=False), bias, self.module)
 
 
 def layer_of(module: nn.Module, path: str = "") -> BaseLayer | None:
-    """The module as a layer; None if it is none. The one place where kind and storage are asked."""
-    for kind in KINDS:
-        if (size := kind.size(module)) is not None:
-            # torch's own class with plain numbers in it is nobody's quantised layer, so no quantiser is asked.
-            plain = type(module) is nn.Linear and DENSE.holds(module, kind)
-            storage = DENSE if plain else next(storage for storage in STORAGES if storage.holds(module, kind))
-            # A forward on the instance is anyone's (accelerate, a patch); an unknown storage may round its input.
-            is_plain = storage.is_known and "forward" not in vars(module) and kind.computes_its_product(module)
-            return BaseLayer(path, module, kind, storage, *size, kind.lies_transposed(module), is_plain)
-    return None
+    """The module as a layer that is called; None if it is none."""
+    layers = (_layer(path, module, kind) for kind in KINDS)
+    return next((layer for layer in layers if layer is not None), None)
+
+
+def find_layers(modules: Modules) -> dict[str, BaseLayer]:
+    """Every weight that an adapter can go on, by path, in module order; a bare parameter by its own path.
+
+    Inside of a layer nothing is looked at: other libraries' adapters.
+    """
+    layers: dict[str, BaseLayer] = {}
+    reads, within = readers(modules), None
+    for path, module in modules.items():
+        if within is not None and path.startswith(within):
+            continue
+        layer = layer_of(module, path)
+        if layer is not None:
+            if (reader := reads.get(f"{path}.weight")) is not None and layer.is_held:
+                layer = replace(layer, reader=modules[reader], within=_below(reader, path), is_plain=True)
+            layers[path], within = layer, f"{path}." if path else ""
+        # A block of fused experts is a layer whose matrices are others.
+        has_others = module._parameters and (layer is None or layer.experts)
+        for kind in kinds_by_weight(module) if has_others else ():
+            name = ".".join(filter(None, (path, kind.prefix)))
+            if (weight := _layer(name, module, kind)) is not None and weight.storage.is_dense:
+                reader = reads.get(name if kind.prefix else f"{path}.weight", called_around(modules, path))
+                layers[name] = replace(weight, reader=modules[reader], within=_below(reader, path))
+    return layers
+
+
+def shapes_of(layers: Iterable[BaseLayer]) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) by path of all that has the shape of a linear layer, and of fused experts."""
+    return {layer.path: (layer.d_in, layer.d_out) for layer in layers if layer.kind in KINDS}
+
+
+def called_around(modules: Modules, path: str) -> str:
+    """The path of the nearest module, this one or around it, that has a forward: a ModuleList is never called."""
+    while path and type(modules[path]).forward is nn.Module.forward:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _below(outer: str, path: str) -> str:
+    return path.removeprefix(outer).removeprefix(".")
+
+
+def _layer(path: str, module: nn.Module, kind: Kind) -> BaseLayer | None:
+    """The one place where kind and storage are asked."""
+    if (size := kind.size(module)) is None:
+        return None
+    # torch's own class with plain numbers in it is nobody's quantised layer, so no quantiser is asked.
+    plain = type(module) is nn.Linear and DENSE.holds(module, kind)
+    storage = DENSE if plain else next(storage for storage in STORAGES if storage.holds(module, kind))
+    # A forward on the instance is anyone's (accelerate, a patch); an unknown storage may round its input.
+    is_plain = storage.decodes and "forward" not in vars(module) and kind.computes_its_product(module)
+    return BaseLayer(path, module, kind, storage, *size, is_plain)
+
+
+def stream_of(block: nn.Module, path: str, width: int) -> BaseLayer:
+    """The residual stream of this width, as it leaves the block."""
+    return BaseLayer(path, block, BLOCK, DENSE, width, width, is_plain=True)
 
 
 def stand_in(path: str, module: nn.Module, size: Size) -> BaseLayer:

@@ -103,7 +103,7 @@ def load_base(
             timed = _settle_dtype(model, attempt, chosen)
             if "quantization_config" not in kwargs:
                 compute_in(model, compute_dtype)
-            for layer in repackable(model).values():
+            for layer in repackable(model):
                 keep_layout(layer, True)  # before the first forward, which would repack it
             _one_token(model)
         except torch.OutOfMemoryError:  # a RuntimeError, but one that tells nothing of the dtype
@@ -132,8 +132,7 @@ def load_as_recorded(folder: str, record: BaseRecord | None, **kwargs: Any) -> A
     """
     if record is not None:
         kwargs = {"dtype": record.dtype, **kwargs}
-    recorded = record.quantization if record is not None else None
-    if recorded is None:
+    if record is None or (recorded := record.quantization) is None:
         return load_base(folder, **kwargs)
     if recorded.quant_type not in QUANTIZATIONS:
         raise BaseModelError(
@@ -144,7 +143,7 @@ def load_as_recorded(folder: str, record: BaseRecord | None, **kwargs: Any) -> A
         kwargs = {"compute_dtype": getattr(torch, recorded.compute_dtype), **kwargs}
     model = load_base(folder, quantization=recorded.quant_type, double_quant=recorded.double_quant, **kwargs)
     live = quantization_of(model)
-    modules = [] if live is None else live.modules
+    modules = live.modules if live else []
     if different := sorted(set(modules) ^ set(recorded.modules)):
         raise BaseModelError(
             f"{folder} quantises to {len(modules)} modules, where the adapter was trained on {len(recorded.modules)}\n"
@@ -158,10 +157,8 @@ def devices() -> list[str]:
     names = [f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"]
     kind = torch.accelerator.current_accelerator()
     if kind is not None:
-        backend = torch.get_device_module(kind)
-        for i in range(torch.accelerator.device_count()):
-            label = backend.get_device_name(i) if hasattr(backend, "get_device_name") else kind.type
-            names.append(f"{kind.type}:{i} ({label})")
+        name_of = getattr(torch.get_device_module(kind), "get_device_name", lambda _: kind.type)
+        names += [f"{kind.type}:{i} ({name_of(i)})" for i in range(torch.accelerator.device_count())]
     return names
 
 
@@ -259,14 +256,13 @@ def _choice(
     if not _on_cpu(device_map):  # accelerators have 16-bit products, so nothing is timed
         return _Choice(["auto", *CASCADE], torch.bfloat16, [])
     config = _stored_config(model_id, kwargs)
-    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
-    timed = [stored] if stored in SIXTEEN_BITS else []
-    if (quantization or config.get("quantization_config")) and torch.bfloat16 not in timed:
-        timed.append(torch.bfloat16)
+    stored: Any = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
+    quantized = quantization or config.get("quantization_config")  # 4-bit layers compute in bfloat16
+    timed = [dtype for dtype in SIXTEEN_BITS if dtype is stored or (quantized and dtype is torch.bfloat16)]
     faster = {dtype: faster_on_cpu(dtype) for dtype in timed}
     attempts = ["auto", *CASCADE]
     if faster.get(stored) is torch.float32:
-        attempts = [torch.float32, *(attempt for attempt in attempts if attempt is not torch.float32)]
+        attempts.sort(key=lambda attempt: attempt is not torch.float32)  # it comes first, the others as they were
     return _Choice(attempts, faster.get(torch.bfloat16, torch.bfloat16), timed, after_load=stored is None)
 
 
@@ -322,7 +318,7 @@ def _one_token(model: Any) -> None:
 
 
 def _report(model_id: str, model: Any, timed: list[torch.dtype]) -> None:
-    stored, quantization = _name(model.dtype), quantization_of(model)
+    stored, quantization = dtype_name(model.dtype), quantization_of(model)
     if quantization and quantization.method == "bitsandbytes-8bit":
         stored = f"8 bit (LLM.int8: eval forwards round inputs to float16 and int8), all else in {stored}"
     elif quantization and quantization.method == "bitsandbytes-4bit":

@@ -1,20 +1,25 @@
 """A layer's own forward, run on a few rows without a trace: no hooks, and modes and random numbers as they were."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import brief
 from .bitsandbytes import is_bitsandbytes
-from .exact import full_precision
 from .kinds import is_bypassed
-from .layer import BaseLayer
 from .sharding import is_sharded
+from .still import full_precision, still
+
+if TYPE_CHECKING:
+    from .layer import BaseLayer
 
 Run = Callable[[Tensor], Tensor]  # from rows (n, d_in) to rows (n, d_out); raises NotRunError
 
@@ -27,19 +32,21 @@ class NoAnswerError(NotRunError):
     """The forward didn't run, which tells nothing of the layer: it needs more than rows, or memory ran out."""
 
 
-def is_asked(layer: BaseLayer) -> bool:
+def is_asked(layer: "BaseLayer") -> bool:
     """False where the class says what is computed, or nothing can be run: bitsandbytes, meta, shards, experts."""
+    return not layer.is_plain and not layer.experts and can_run(layer.module, layer.stored)
+
+
+def can_run(module: nn.Module, weight: Tensor) -> bool:
+    """Can this module with this weight be run on rows, as far as its tensors say?"""
     # A shard's forward is a collective call; that of bitsandbytes, in eval mode, may repack the weight for good.
-    if layer.is_plain or layer.experts or is_bypassed(layer.module):
+    if is_bypassed(module) or is_lazy(weight) or weight.is_meta or is_sharded(weight):
         return False
-    weight = layer.stored
-    if layer.is_lazy or weight.is_meta or is_sharded(weight) or not weight.numel() or weight.dim() == 3:
-        return False
-    return not any(map(is_bitsandbytes, layer.module.modules()))
+    return bool(weight.numel()) and weight.dim() != 3 and not any(map(is_bitsandbytes, module.modules()))
 
 
 @contextmanager
-def own_forward(layer: BaseLayer) -> Iterator[Run]:
+def own_forward(layer: "BaseLayer") -> Iterator[Run]:
     """The layer's forward in eval mode, without gradients unless the block enables them, and without autocast."""
     module = layer.module
     batches: list[tuple[int, ...]] = [(1,), ()]  # (1, n, d_in) as in a model; where that doesn't work, (n, d_in)
@@ -58,18 +65,34 @@ def own_forward(layer: BaseLayer) -> Iterator[Run]:
                 return y[0] if batch else y
         raise problems[0]
 
-    device = layer.stored.device
     # A forward may draw random numbers even in eval mode; the user's next ones must not depend on a probe.
-    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    modes = {inner: inner.training for inner in module.modules()}
-    with full_precision(module), torch.random.fork_rng(devices, device_type=kind):
-        try:
-            for inner in modes:
-                inner.training = False  # not eval(): a class may do more in that than this could undo
+    with full_precision(module), still(module):
+        yield run
+
+
+@contextmanager
+def unbiased(layer: "BaseLayer") -> Iterator[Run]:
+    """The layer's own forward without its bias: a small weight would be lost in the rounding of a sum with it.
+
+    It is the forward of a shallow copy, so a call of the layer in another thread keeps its bias and its mode; but a
+    forward that was put on the instance knows that one alone.
+    """
+    module = layer.module
+    if "forward" not in vars(module):
+        module = copy.copy(module)
+        module.__dict__ |= {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
+    bias: Any = getattr(module, "bias", None)
+    places: list[Any] = [module._parameters, module._buffers, vars(module)]
+    place = next((place for place in places if isinstance(bias, Tensor) and place.get("bias") is bias), None)
+    if place is not None:
+        zeros = torch.zeros_like(bias)
+        place["bias"] = nn.Parameter(zeros, requires_grad=False) if place is module._parameters else zeros
+    try:
+        with own_forward(replace(layer, module=module)) as run:
             yield run
-        finally:
-            for inner, mode in modes.items():
-                inner.training = mode
+    finally:
+        if place is not None:
+            place["bias"] = bias
 
 
 def _run(module: Any, x: Float[Tensor, "*n i"], d_out: int) -> Float[Tensor, "*n o"]:

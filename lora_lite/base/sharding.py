@@ -4,12 +4,14 @@ A DTensor says its whole shape; a parameter of ZeRO-3 is an empty tensor with th
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .kinds import is_instance
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -19,17 +21,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """True for a parameter of fully_shard or of tensor parallelism."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return is_instance(tensor, "torch.distributed.tensor", "DTensor")
 
 
 def is_partitioned(tensor: Tensor) -> bool:
     """True for a parameter of ZeRO-3, except while it is gathered."""
-    module = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
-    if module is None:  # nothing has imported it, so nothing is partitioned
-        return False
-    available = module.ZeroParamStatus.AVAILABLE
-    return getattr(tensor, "ds_status", available) is not available
+    status = getattr(tensor, "ds_status", None)  # a ZeroParamStatus, on DeepSpeed's parameters alone
+    return status is not None and status.name != "AVAILABLE"
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
@@ -58,18 +56,15 @@ def has_master(tensor: Tensor) -> bool:
     return hasattr(tensor, "_z3_optimizer")
 
 
-@contextmanager
-def gathered(tensors: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
+def gathered(tensors: Iterable[Tensor], modifier_rank: int | None = None) -> AbstractContextManager[Any]:
     """Within the block, the parameters of ZeRO-3 among these are whole. All processes enter and leave it together.
 
     What the process modifier_rank writes into them reaches all others at the end; without one, writes are lost.
     """
     partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
     if not partitioned:  # the same in all processes, as a parameter is partitioned in all or in none
-        yield
-        return
-    with sys.modules["deepspeed"].zero.GatheredParameters(partitioned, modifier_rank=modifier_rank):
-        yield
+        return nullcontext()
+    return sys.modules["deepspeed"].zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
 
 
 def sharded_like(tensor: Tensor, value: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
-"""Stacks of blocks: numbered lists of equal blocks, whatever their names are, and the place of a layer in them."""
+"""The structure of a model, whatever its parts are called: stacks of blocks, a layer's place in them, routers.
+
+A stack is a numbered list of equal blocks; a router is a linear layer that chooses among experts.
+"""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .kinds import size_of
 
@@ -15,6 +19,7 @@ Place = tuple[str | None, int | None]  # ("model.layers.", 3): stack and index o
 
 _NUMBERED = re.compile(r"(?:^|(?<=\.))([^\W\d]\w*\.)(\d+)(?=\.)")
 _ENDS_IN_NUMBER = re.compile(r"(.*?)([0-9]+)")
+_LAYERS = (nn.Linear, _ConvNd, nn.Embedding)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
@@ -59,12 +64,9 @@ def layer_shapes(modules: Modules) -> dict[str, tuple[int, int]]:
     A shared module counts once, under its first path.
     """
     shapes: dict[str, tuple[int, int]] = {}
-    within: str | None = None
+    within = "."  # the layer before, as a prefix: what is inside of it are other libraries' adapters
     for path, module in modules.items():
-        if within is not None and path.startswith(within):  # in a layer: other libraries' adapters
-            continue
-        size = size_of(module)
-        if size is not None:
+        if not path.startswith(within) and (size := size_of(module)) is not None:
             shapes[path], within = (size.d_in, size.d_out), f"{path}." if path else ""
     return shapes
 
@@ -80,12 +82,8 @@ def find_stacks(modules: Modules, shapes: Shapes | None = None) -> Stacks:
         for _, _, numbered in _numbers(path):
             if numbered != path:
                 inside[numbered].append(shape)
-    normed = {
-        numbered
-        for path, module in modules.items()
-        if path not in shapes and _is_norm(module)
-        for _, _, numbered in _numbers(path)
-    }
+    norms = [path for path, module in modules.items() if path not in shapes and _is_norm(module)]
+    normed = {numbered for path in norms for _, _, numbered in _numbers(path)}
     depths: dict[str, int] = {}
     for path, layers in sorted(inside.items(), key=lambda item: item[0].count(".")):
         *outer, (parent, _, _) = _numbers(path)
@@ -126,3 +124,48 @@ def _is_norm(module: nn.Module) -> bool:
     """True for torch's norms, and for what holds vectors alone: other norms, scales of layers."""
     tensors = [p for p in module._parameters.values() if p is not None]
     return isinstance(module, NORMS) or (bool(tensors) and all(p.ndim == 1 for p in tensors))
+
+
+# ---- routers of experts -----------------------------------------------------------------------------
+
+
+def routers(modules: Modules, shapes: Shapes) -> set[str]:
+    """Paths of the linear layers that choose among n experts: d_out is n, and beside the layer (or beside a module that
+    holds nothing linear but the layer) there are n experts."""
+    # By structure, not by name: routers are called gate, router, classifier, ..., and a `gate` is often a projection.
+    counts = Counter(path.rpartition(".")[0] for path in shapes)  # module -> the linear layers right inside of it
+    return {
+        path
+        for path, (d_in, n) in shapes.items()
+        if n > 1 and any(_are_experts(other, d_in, n) for other in _beside(path, modules, counts))
+    }
+
+
+def _beside(path: str, modules: Modules, counts: Mapping[str, int]) -> Iterator[nn.Module]:
+    """The siblings of a layer; of one that is alone in its module, those of that module too."""
+    holder = path.rpartition(".")[0]
+    for inner in (path, holder) if counts[holder] == 1 else (path,):  # mlp.gate, or mlp.router.layer
+        outer, _, name = inner.rpartition(".")
+        if outer:
+            yield from (m for key, m in modules[outer]._modules.items() if key != name and m is not None)
+
+
+def _are_experts(module: nn.Module, d_in: int, n: int) -> bool:
+    """True for a list of n modules of one class with linear layers, and for a module that holds bare matrices alone."""
+    if _is_layer(module):
+        return False
+    children = list(module.children())
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        listed = len(children) == n and len({type(child) for child in children}) == 1
+        return listed and any(size_of(inner) for child in children for inner in child.modules())
+    # One matrix must be d_in wide with a first axis that n divides: Dbrx keeps the rows of all experts in one matrix.
+    # One is enough, for not every expert has each matrix: LongCat's n counts experts that return their input.
+    matrices = list(module.parameters())
+    if any(p.ndim < 2 for p in matrices) or not any(d_in in p.shape[-2:] and p.shape[0] % n == 0 for p in matrices):
+        return False
+    return not any(_is_layer(inner) for inner in module.modules())
+
+
+def _is_layer(module: nn.Module) -> bool:
+    size = size_of(module)
+    return (size is not None and not size.experts) or isinstance(module, _LAYERS)

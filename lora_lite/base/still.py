@@ -1,9 +1,9 @@
-"""A model that runs to be looked at, and is afterwards as it was: its modes, and the states of random generators."""
+"""Conditions that a model is run in: so that it is afterwards as it was, or so that it computes exactly."""
 
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -17,7 +17,8 @@ def still(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     with random_kept(model), layout_kept(model):
         try:
-            model.eval()
+            for module in modes:
+                module.training = False  # not eval(): a class may do more in that than could be undone
             with torch.no_grad():
                 yield
         finally:
@@ -28,7 +29,8 @@ def still(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def random_kept(model: nn.Module) -> Iterator[None]:
     """Restore after the block the random states of torch, of numpy (SpecAugment, LayerDrop) and of Python."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    tensors = (*model.parameters(), *model.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cuda"
     numpy = sys.modules.get("numpy")  # what nobody has imported, nobody draws from
     python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -39,3 +41,13 @@ def random_kept(model: nn.Module) -> Iterator[None]:
             random.setstate(python_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Within the block, products are what they say: no gradients, no autocast, no tensors of inference mode."""
+    devices = {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():  # autograd can't save inference tensors
+        for device in devices or {"cpu"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

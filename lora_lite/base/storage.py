@@ -51,6 +51,7 @@ class Storage:
 
     is_dense = False  # the stored numbers are the weight
     is_known = True  # its numbers can be read
+    decodes = True  # from the stored tensors, whose layout is known here: the layer needn't be run
 
     def holds(self, module: Any, kind: Kind) -> bool:
         """Is this module's weight stored so?"""
@@ -103,14 +104,14 @@ class Dense(Storage):
     is_dense = True
 
     def holds(self, module: Any, kind: Kind) -> bool:
-        weight = kind.stored(module)
-        # Not isinstance: a quantiser's subclass of Tensor may hold codes and name the dtype of the original weight.
-        plain = type(weight) in (Tensor, nn.Parameter) or sharding.is_dtensor(weight)
-        if not plain or weight.dtype not in STORAGE_DTYPES:
+        weight, size = kind.stored(module), kind.size(module)
+        if size is None or not holds_numbers(weight):
             return False
-        d_in, d_out, _ = kind.size(module) or (0, 0, 0)
-        shape = (d_in, d_out) if kind.lies_transposed(module) else (d_out, d_in)  # packed codes have another one
-        return weight.shape[-2:] == shape or sharding.shape_of(weight)[-2:] == shape
+        shape = sharding.shape_of(weight)  # packed codes have another one
+        if len(shape) < 2:
+            return False
+        ends = (shape[0], shape[1:].numel()) if len(shape) > 2 and not size.experts else shape[-2:]
+        return tuple(ends) == ((size.d_in, size.d_out) if size.transposed else (size.d_out, size.d_in))
 
     def describe(self, layer: "BaseLayer") -> str:
         return dtype_name(layer.stored.dtype)
@@ -128,7 +129,7 @@ class Dense(Storage):
 class Unknown(Storage):
     """Whatever nobody else knows: only methods that never read the weight can go on it. Never a guess."""
 
-    is_known = False
+    is_known = decodes = False
 
     def holds(self, module: Any, kind: Kind) -> bool:
         return True
@@ -139,7 +140,7 @@ class Unknown(Storage):
     def dense(self, layer: "BaseLayer", expert: int | None) -> Float[Tensor, "o i"]:
         raise QuantizedWeightError(
             f"{layer.path}: the weight is {layer.describe()}, so its values can't be read\n"
-            f'  use a variant whose base_weight is "unused", or a dense or bitsandbytes base'
+            f'  use a variant whose base_weight is "unused", or a base whose layers can be run'
         )
 
     def samples(self, layer: "BaseLayer") -> list[float]:
@@ -148,6 +149,19 @@ class Unknown(Storage):
 
 DENSE, UNKNOWN = Dense(), Unknown()
 STORAGES: list[Storage] = [DENSE, UNKNOWN]  # the first that holds a module's weight is its own; UNKNOWN holds any
+
+
+def holds_numbers(tensor: Tensor) -> bool:
+    """True for a plain tensor, perhaps sharded, in a floating dtype."""
+    # Not isinstance: a quantiser's subclass of Tensor may hold codes and name the dtype of the original weight.
+    plain = type(tensor) in (Tensor, nn.Parameter) or sharding.is_dtensor(tensor)
+    return plain and tensor.dtype in STORAGE_DTYPES
+
+
+def filled(new: Any, weight: Tensor, bias: Bias, old: nn.Module) -> Any:
+    """A new layer with this weight and bias, in the mode of the old one."""
+    new.weight, new.bias = weight, None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return new.train(old.training)
 
 
 def linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> Float[Tensor, "*b o"]:

@@ -1,0 +1,102 @@
+"""Kinds of layer that are reached through their weight: no call of a linear layer shows the product.
+
+A module that multiplies by such a weight runs with another one in its place (core/adapted_weight.py). Beside these, so
+is a linear layer whose weight the model reads without calling it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .kinds import EXPERTS, Kind, Size
+from .sharding import shape_of
+from .stacks import NORMS
+
+
+class ByWeight(Kind):
+    """A kind whose parameter is read by the forward of the module that has it, or of one around that."""
+
+    shows_bias = False
+    category = "matrix"  # what a config's `kinds` calls it
+
+    def stored(self, module: Any) -> Tensor:
+        parameter = module._parameters.get(self.weight)  # not what a running call has put in its place
+        if parameter is None:  # in a replica of DataParallel
+            parameter = getattr(module, self.weight)
+            parameter = getattr(parameter, "plain", parameter)
+        return parameter
+
+    def computes_its_product(self, module: Any) -> bool:
+        return True
+
+
+class Convolution(ByWeight):
+    """nn.Conv1d, 2d, 3d: a kernel (d_out, channels / groups, *k) that each patch is multiplied by."""
+
+    category, shows_bias = "conv", True
+
+    def size(self, module: Any) -> Size | None:
+        if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
+            return None
+        if not module.in_channels or "weight" not in module._parameters:  # lazy; made at each forward (weight_norm)
+            return None
+        return Size(self.stored(module)[0].numel(), module.out_channels)
+
+    def matrices(self, stored: Tensor, transposed: bool) -> Tensor:
+        return stored.flatten(1)
+
+
+class Embedding(ByWeight):
+    """nn.Embedding: row t of the weight (d_in = tokens, d_out) is what a one-hot vector gives."""
+
+    category = "embedding"
+
+    def size(self, module: Any) -> Size | None:
+        # max_norm writes the rows that are looked up: no frozen weight.
+        if not isinstance(module, nn.Embedding) or module.max_norm is not None or "weight" not in module._parameters:
+            return None
+        return Size(module.num_embeddings, module.embedding_dim, transposed=True)
+
+
+class Parameter(ByWeight):
+    """A bare parameter of a module: a matrix (d_out, d_in), or one for each expert."""
+
+    def __init__(self, name: str, category: str | None = None) -> None:
+        self.weight, self.bias, self.prefix = name, f"{name}_bias", name
+        self.category = category or self.category
+
+    def size(self, module: Any) -> Size | None:
+        shape = tuple(shape_of(self.stored(module)))
+        if len(shape) == 2:
+            return Size(shape[1], shape[0])
+        # As the module's down-projections lie, so lie the others.
+        down = EXPERTS.size(module)
+        transposed = down.transposed if down is not None else bool(getattr(module, "is_transposed", False))
+        n, a, b = shape
+        return Size(a, b, n, transposed=True) if transposed else Size(b, a, n)
+
+
+CONVOLUTION, EMBEDDING = Convolution(), Embedding()
+KINDS_BY_WEIGHT = ("conv", "embedding", "experts", "matrix")
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def kinds_by_weight(module: nn.Module) -> Iterator[Kind]:
+    """The kinds of the weights right in a module that are reached so."""
+    for kind in (CONVOLUTION, EMBEDDING):
+        if kind.size(module) is not None:
+            yield kind
+    if isinstance(module, (_ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList, *NORMS)):
+        return
+    for name, parameter in module._parameters.items():
+        if parameter is None or not parameter.is_floating_point():
+            continue
+        shape = shape_of(parameter)
+        if isinstance(module, nn.MultiheadAttention):
+            if name in _ATTENTION:
+                yield Parameter(name, "linear")
+        elif len(shape) in (2, 3) and min(shape) > 1:
+            yield Parameter(name, "experts" if len(shape) == 3 else "matrix")
