@@ -49,7 +49,6 @@ class Adapter:
 
     @property
     def base_record(self) -> BaseRecord:
-        """The same as an object."""
         base = self._state.base
         assert base is not None
         return base
@@ -57,7 +56,7 @@ class Adapter:
     @property
     def per_layer(self) -> dict[str, dict[str, Any]]:
         """Path of each layer at which the config differs, with the fields that do."""
-        return {path: dict(fields) for path, fields in self._state.overrides.items()}
+        return {site.path: dict(site.overrides) for site in self._state.sites if site.overrides}
 
     @property
     def targets(self) -> dict[str, tuple[int, int]]:
@@ -119,16 +118,13 @@ class Adapter:
 
     @property
     def is_sharded(self) -> bool:
-        """True once fully_shard or ZeRO-3 has taken its parameters or its layers' weights: all processes save it
-        together."""
+        """True once fully_shard or ZeRO-3 has its parameters or its layers' weights: all processes save together."""
         weights = [site.base.stored for site in self._state.sites]
         return any(map(sharding.is_sharded, [*weights, *dict(self.named_tensors()).values()]))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""
-        for site in self.sites():
-            for name, tensor in site.tensors():
-                yield site.key(name), tensor
+        return ((site.key(name), tensor) for site in self.sites() for name, tensor in site.tensors())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable tensors, for an optimiser."""
@@ -168,7 +164,7 @@ class Adapter:
         """Each adapted layer that is still in the model, and not something else in its place."""
         merged: list[Any] = [swap.before for swap in session_at(self._model).merged]  # may be put back
         present = {id(module) for module in (*self._model.modules(), *merged)}
-        return (site for site in self._state.sites if id(site.module) in present and self.name in sites_of(site.module))
+        return (site for site in self._state.sites if id(site.module) in present and site.slot in sites_of(site.module))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor as it is now, by its key in a file; of a sharded one, the whole."""
@@ -231,10 +227,10 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def get_adapter(model: nn.Module, name: str) -> Adapter:
     """The adapter of that name. Raises TargetError."""
-    attached = adapters(model)
-    if name not in attached:
+    root, session = session_of(model)
+    if name not in session.adapters:
         raise TargetError(_not_attached(name, model))
-    return attached[name]
+    return Adapter(root, name)
 
 
 @contextmanager

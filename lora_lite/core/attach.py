@@ -16,21 +16,7 @@ from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_config, resolve
-from .state import (
-    AdapterState,
-    BaseChange,
-    Session,
-    Site,
-    Tensors,
-    add_site,
-    check_unmerged,
-    drop_site,
-    insert_in_order,
-    keep_session,
-    session_at,
-    session_of,
-    sites_of,
-)
+from .state import AdapterState, BaseChange, Session, Site, Tensors, check_unmerged, session_at, session_of, sites_of
 from .targets import select
 from .variant import Variant, check_takes_data, lookup, needs_data
 
@@ -88,7 +74,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 f"  use lora_lite.disabled(model), or load the base again"
             )
     for site in [site for adapter in leaving for site in adapter.sites()]:
-        uninstall(site.module, site.state.name)
+        uninstall(site.module, site.slot)
     if len(leaving) == len(session.adapters):  # the base is read-only until the last one goes
         for change in list(session.changes):
             _undo(session, change)
@@ -103,8 +89,8 @@ def installed(
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
-    `root` is what `attachable` gave, `tensors` the values by their keys in a file; without them, each tensor starts as
-    its ParamSpec says.
+    root        what `attachable` gave
+    tensors     the values by their keys in a file; without them, each starts as its ParamSpec says
     """
     session = session_at(root)
     check_weights_present(sites)
@@ -114,18 +100,18 @@ def installed(
     check_unmerged(session, "attach another adapter")
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}  # they stay trainable
     trainable = (p for p in root.parameters() if p.requires_grad and id(p) not in adapted)
-    change = BaseChange(trainable, repackable(root).values())  # not of targets alone: gradients pass the others too
+    change = BaseChange(trainable, repackable(root))  # not of targets alone: gradients pass the others too
 
     with torch.inference_mode(False), ExitStack() as undo:  # tensors of inference mode could never be trained
         undo.callback(_forget, root, session, name)
-        insert_in_order(session.adapters, state, state)
-        keep_session(root, session)
+        session.add(state)
+        session.keep_at(root)
         session.changes.append(change)
         undo.callback(_undo, session, change)
         change.make()
         # Each undo is noted before its step, so that a failure within the step is undone as well.
         for site in sites:
-            undo.callback(uninstall, site.module, name)
+            undo.callback(uninstall, site.module, site.slot)
             _install(site, tensors)
         yield Adapter(root, name)
         undo.pop_all()
@@ -133,8 +119,8 @@ def installed(
 
 @contextmanager
 def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], tensors: Tensors) -> Iterator[Adapter]:
-    """As `installed`, of an adapter that is attached: it gets this config, these sites and new tensors at its place
-    in the order, and keeps its scale. As it was again if the block raises. `root` is what `attachable` gave."""
+    """The transaction that gives an attached adapter this config, these sites and new tensors; it keeps its scale and
+    its place in the order. `root` is what `attachable` gave."""
     session = session_at(root)
     before = session.adapters[name]
     check_weights_present(sites)
@@ -143,12 +129,12 @@ def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], 
     check_free(sites, exchanged=before)
 
     with torch.inference_mode(False), ExitStack() as undo:
-        undo.callback(insert_in_order, session.adapters, before, before)
-        insert_in_order(session.adapters, state, state)
+        undo.callback(session.add, before)
+        session.add(state)
         for site in sites:
-            old = sites_of(site.module).get(name)
+            old = sites_of(site.module).get(site.slot)
             if old is None:
-                undo.callback(uninstall, site.module, name)
+                undo.callback(uninstall, site.module, site.slot)
                 _install(site, tensors)
             else:
                 undo.callback(_exchange, old, dict(old.tensors()))  # the same objects: an optimiser may know them
@@ -156,20 +142,19 @@ def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], 
                 state.sites.append(site)
         yield Adapter(root, name)
         undo.pop_all()
-    modules = [site.module for site in sites]
-    for site in before.sites:
-        if site.module not in modules:
-            uninstall(site.module, name)  # only now: nothing after it can fail, so nothing has to put it back
+    for place in {(site.module, site.slot) for site in before.sites} - {(site.module, site.slot) for site in sites}:
+        uninstall(*place)  # only now: nothing after it can fail, so nothing has to put it back
 
 
-def uninstall(module: nn.Module, name: str) -> None:
+def uninstall(module: nn.Module, slot: str) -> None:
     """Take one adapter off one layer, however far its installation got."""
-    site = drop_site(module, name)
+    site = sites_of(module).get(slot)
     if site is None:
         return
+    site.drop()
     for handle in site.handles:
         handle.remove()
-    site.base.kind.restore(module)  # a forward that was interrupted may have left changed matrices
+    site.base.restore()  # a forward that was interrupted may have left changed matrices
     _drop_tensors(site)
 
 
@@ -183,13 +168,13 @@ def _state(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], scale
 
 
 def _install(site: Site, tensors: Tensors | None) -> None:
-    add_site(site)
+    site.add()
     site.state.sites.append(site)
     for name in site.specs:
         _hold(site, name, _value(site, name, tensors))
     # Hooks run in the order of registering, so one that is first moves those that were first before it along.
-    first = [other for other in sites_of(site.module).values() if other.state.is_first]
-    for other in reversed(first) if site.state.is_first else [site]:
+    first = [other for other in sites_of(site.module).values() if other.is_first]
+    for other in reversed(first) if site.is_first else [site]:
         register_hooks(other)
 
 
@@ -198,7 +183,8 @@ def _value(site: Site, name: str, tensors: Tensors | None) -> Tensor:
     spec, device = site.specs[name], site.base.stored.device
     if tensors is None:
         value = torch.empty(spec.shape, dtype=site.cfg.dtype, device=device)
-        spec.fill(value)
+        for part in value if site.stacked else [value]:  # each expert's by itself: its size is what the bounds are of
+            spec.fill(part)
     else:
         # A copy, made out of inference mode: a tensor that was made within it could never be trained.
         value = tensors[site.key(name)].to(device, copy=True)
@@ -206,17 +192,16 @@ def _value(site: Site, name: str, tensors: Tensors | None) -> Tensor:
 
 
 def _hold(site: Site, name: str, value: Tensor) -> None:
-    if isinstance(value, nn.Parameter):
-        site.module.register_parameter(site.attribute(name), value)
-    else:
-        site.module.register_buffer(site.attribute(name), value)
+    module = site.module
+    register = module.register_parameter if isinstance(value, nn.Parameter) else module.register_buffer
+    register(site.attribute(name), value)
 
 
 def _exchange(site: Site, values: Tensors) -> None:
-    """Put a site with these tensors in the place of the one that its adapter has at the layer, under the same hooks."""
-    before = sites_of(site.module)[site.state.name]
+    """Put a site with these tensors in the place of its adapter's other one at the layer, under the same hooks."""
+    before = sites_of(site.module)[site.slot]
     site.handles = before.handles  # a hook finds its site by the adapter's name, so it needs no registering
-    add_site(site)
+    site.add()
     _drop_tensors(before)
     for name, value in values.items():
         _hold(site, name, value)
@@ -234,6 +219,5 @@ def _undo(session: Session, change: BaseChange) -> None:
 
 
 def _forget(root: nn.Module, session: Session, name: str) -> None:
-    """Take an adapter out of the record, and the record off the model after the last."""
     del session.adapters[name]
-    keep_session(root, session)
+    session.keep_at(root)

@@ -12,6 +12,9 @@ from ..errors import ConfigError
 from .validate import compiles, is_number
 
 ROLES = ("reader", "writer", "inner")
+KINDS = ("linear", "conv", "embedding", "experts", "matrix", "block")
+# Files leave these out, so those of one config for all layers, all of them linear, are the same to every version.
+UNSAID: Mapping[str, Any] = {"per_layer": {}, "kinds": ["linear"]}
 
 Config = TypeVar("Config", bound="BaseConfig")
 
@@ -30,6 +33,10 @@ class BaseConfig:
     exclude_names   regexes; a path that matches one is left out
     target_roles    any of "reader" (reads the residual stream: d_in is the model width), "writer"
                     (writes it: d_out is) and "inner" (neither)
+    kinds           of layer: any of "linear", "conv" (Conv1d, 2d, 3d), "embedding", "experts" (the fused matrices of a
+                    mixture of experts, `...experts.gate_up_proj`) and "matrix" (other bare parameters). "linear" are
+                    layers of that shape and the projections of nn.MultiheadAttention (`...in_proj_weight`).
+                    "block", by itself, is the residual stream at the outputs of blocks (steer, plain abliteration)
     layers          block indices, negative ones from the end
     layer_range     depth fractions: (0.2, 0.8) keeps the middle 60 % of the blocks
     dtype           in which parameters are stored. float32 by default: bfloat16 masters lose
@@ -46,17 +53,23 @@ class BaseConfig:
     target_names: Sequence[str] = ()
     exclude_names: Sequence[str] = ()
     target_roles: Sequence[str] = ()
+    kinds: Sequence[str] = ("linear",)
     layers: Sequence[int] | None = None
     layer_range: Sequence[float] | None = None
     dtype: torch.dtype = torch.float32
     per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     # Facts of a config class, for the runtime; fields of a config are above.
-    FILTERS: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names", "target_roles", "layers", "layer_range")
+    FILTERS: ClassVar[tuple[str, ...]] = (
+        *("target_names", "exclude_names", "target_roles", "kinds", "layers", "layer_range"),
+    )
     REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
-    ADDED_LATER: ClassVar[tuple[str, ...]] = ()  # fields that files of earlier versions lack: they have the default
+    ADDED_LATER: ClassVar[tuple[str, ...]] = (
+        "kinds",
+    )  # fields that files of earlier versions lack: they have the default
     FUSED_EXPERTS: ClassVar[bool] = False  # can it go on the fused experts of a mixture-of-experts block?
+    BLOCKS: ClassVar[bool] = False  # can it go on the residual stream, as a change of y alone that reads no weight?
 
     def __post_init__(self) -> None:
         for name in self.FILTERS:
@@ -75,6 +88,10 @@ class BaseConfig:
                 object.__setattr__(self, member.name, type(member.default)(value))
         self.require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
         self.require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
+        self.require(bool(self.kinds) and all(kind in KINDS for kind in self.kinds), "kinds", f"any of {KINDS}")
+        if "block" in self.kinds:
+            wanted = "'block' by itself" if self.BLOCKS else "no 'block': it reads or changes a layer"
+            self.require(self.BLOCKS and self.kinds == ("block",), "kinds", wanted)
         if self.layers is not None:
             ok = bool(self.layers) and all(type(i) is int for i in self.layers)  # a bool is an int to isinstance
             self.require(ok, "layers", "one or more block indices")
@@ -130,12 +147,15 @@ class BaseConfig:
             got = getattr(self, field)
             raise ConfigError(f"{type(self).__name__}({field}={got!r}): wanted {wanted}")
 
+    @property
+    def on_blocks(self) -> bool:
+        """Is it asked onto the outputs of blocks?"""
+        return "block" in self.kinds
+
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON values, the dtype by its name; per_layer only where there is one."""
+        """Every field as JSON values, the dtype by its name; per_layer and kinds only where they say something."""
         out = {f.name: to_json(getattr(self, f.name)) for f in fields(self)}
-        if not out["per_layer"]:
-            del out["per_layer"]  # files of one config for all layers are the same to every version
-        return out
+        return {name: value for name, value in out.items() if name not in UNSAID or value != UNSAID[name]}
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -147,7 +167,7 @@ class BaseConfig:
             ConfigError: for a field that is unknown, missing or not valid.
         """
         later = {f.name: to_json(f.default) for f in fields(cls) if f.name in cls.ADDED_LATER}
-        values = {"per_layer": {}, **later, **values}  # to_dict leaves an empty per_layer out
+        values = {**later, **UNSAID, **values}
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ConfigError(

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..base.exact import full_precision
+from ..base.still import full_precision
 from ..errors import VariantError
-from .hooks import adapt_input, adapt_output
+from .adapt import adapt_input, adapt_output
 from .layer import Layer
 from .state import Site
 from .variant import lookup
@@ -24,10 +24,7 @@ ROWS = 512  # of a weight are cast at a time for a product: never a copy of it w
 
 class Affine:
     """One layer, or one of the experts that it fuses, with adapters in the order attached; in eval mode, no gradients.
-
-    Raises:
-        VariantError: from the start, if what the adapters do isn't affine.
-    """
+    Made of adapters that aren't affine, it raises VariantError."""
 
     def __init__(
         self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device, expert: int | None = None
@@ -49,25 +46,17 @@ class Affine:
 
     def columns(self, weight: Float[Tensor, "o i"]) -> Iterator[tuple[int, int, Float[Tensor, "o n"]]]:
         """(start, stop, W'[:, start:stop]) for all of W'; only these columns of W are read if `is_columnwise`."""
-        origin = self._origin(weight)
+        with torch.no_grad():
+            x0, y0 = self._at_zero(self._no_bias, lambda: weight)  # (1, i), (1, o)
+            offset = _outputs(self._no_bias, x0, y0)  # (1, o), what the adapters make of 0
         for start, stop in self._blocks():
-            yield start, stop, self._columns(weight, start, stop, *origin)
+            yield start, stop, self._columns(weight, start, stop, x0, y0, offset)
 
-    def write(
-        self, weight: Float[Tensor, "o i"], out: Float[Tensor, "o i"], check: Callable[[Tensor], None] | None = None
-    ) -> Float[Tensor, "o i"]:
-        """Put W' into `out`, cast to its dtype, a block of columns at a time; each is given to `check` before."""
+    def write(self, weight: Float[Tensor, "o i"], out: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """Put W' into `out`, cast to its dtype, a block of columns at a time."""
         for start, stop, columns in self.columns(weight):
-            if check is not None:
-                check(columns)
             out[:, start:stop] = columns
         return out
-
-    @torch.no_grad()
-    def _origin(self, weight: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor, Tensor]:
-        """The images of 0: the input, the layer's output for it, the adapters' output."""
-        x, y = self._at_zero(self._no_bias, lambda: weight)
-        return x, y, _outputs(self._no_bias, x, y)
 
     def _at_zero(self, views: Sequence[Layer], weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """The adapters' input for x = 0, and W times that; W is read only if a method moves its input."""
@@ -80,15 +69,13 @@ class Affine:
     ) -> Float[Tensor, "o n"]:
         e = self._unit(start, stop)  # (n, i), row k is e_(start + k)
         x = _inputs(self._no_bias, e)  # (n, i)
-        if x is e:  # the cheap and common case: the layer's product is the weight as it is
+        # Scaled channels scale columns of W; only an input that was mixed needs a real product.
+        factors = None if x is e else _channel_scale(x - x0, start)  # (n,)
+        if x is e or factors is not None:
             y = weight[:, start:stop].to(self.dtype).mT  # (n, o): W e_j is column j
+            y = y if factors is None else y * factors[:, None]
         else:
-            # Scaled channels scale columns of W; only an input that was mixed needs a real product.
-            factors = _channel_scale(x - x0, start)  # (n,)
-            if factors is None:
-                y = _product(x - x0, weight)  # (n, o)
-            else:
-                y = weight[:, start:stop].to(self.dtype).mT * factors[:, None]  # (n, o)
+            y = _product(x - x0, weight)  # (n, o)
         # Zeros are not added: a sum with them would still round in the dtype of the other side.
         y = _outputs(self._no_bias, x, y + y0 if y0.any() else y)
         return (y - offset if offset.any() else y).mT
@@ -169,9 +156,6 @@ def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Ten
     """(W' - W, b' - b) in float64, of a layer with these adapters at their scales; None for a bias that stays.
 
     W is what the layer computes with, dequantised if it is quantised.
-
-    Raises:
-        VariantError: for an adapter that isn't affine; and what `BaseLayer.dense_weight` raises.
     """
     layer = sites[0].base.as_it_is_now()
     with full_precision(layer.module):
@@ -179,10 +163,8 @@ def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Ten
         affine = Affine(sites, torch.float64, weight.device)
         delta = affine.write(weight, torch.empty_like(weight)).sub_(weight)  # (o, i)
         new = affine.bias(bias, lambda: weight)
-    if new is None:
-        return delta, None
-    moved = new if bias is None else new - bias.double()
-    return delta, moved if moved.any() else None
+    moved = new if new is None or bias is None else new - bias.double()  # (o,)
+    return delta, moved if moved is not None and moved.any() else None
 
 
 def in_order(sites: Sequence[Site]) -> list[Site]:

@@ -4,6 +4,7 @@ They read everything from the module that they fire on, so deepcopy, pickle, tor
 and functional_call need nothing of their own here.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,44 +13,36 @@ from jaxtyping import Float
 from torch import Tensor, compiler, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..base.kinds import Kind
+from ..base.kinds import BLOCK, Kind
 from ..errors import TargetError
+from .adapt import adapt_input, adapt_output
+from .adapted_weight import AdaptedWeight, Use, dense
 from .layer import Layer
+from .names import SITES
 from .scale import Scale
-from .state import SITES, Site, sites_of
-from .variant import REGISTRY, lookup
-
-
-def adapt_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-    """The layer's input as one adapter makes it, at its scale."""
-    variant: Any = REGISTRY.get(layer.cfg.variant) or lookup(layer.cfg.variant)  # .get: a call less for each token
-    if variant.forward_input is None or layer.is_off:
-        return x
-    new: Tensor = variant.forward_input(layer, x)  # (*b, i)
-    return new if variant.handles_scale or layer.is_whole else x + layer.scale * (new - x)
-
-
-def adapt_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-    """The layer's output as one adapter makes it, at its scale."""
-    variant: Any = REGISTRY.get(layer.cfg.variant) or lookup(layer.cfg.variant)
-    if variant.forward is None or layer.is_off:
-        return y
-    new: Tensor = variant.forward(layer, x, y)  # (*b, o); at c = 1 it is taken as it is, since a blend would round
-    return new if variant.handles_scale or layer.is_whole else y + layer.scale * (new - y)
+from .state import Site, sites_of
+from .variant import lookup
 
 
 def register_hooks(site: Site) -> None:
     """Register a site's hooks anew; those of an adapter that is first come before all others."""
-    name, variant, handles = site.state.name, lookup(site.cfg.variant), site.handles
+    name, variant, handles = site.slot, lookup(site.cfg.variant), site.handles
     while handles:
         handles.pop().remove()
-    before = partial(site.module.register_forward_pre_hook, prepend=site.state.is_first)
-    after = partial(site.module.register_forward_hook, prepend=site.state.is_first)
+    called = site.base.reader or site.module
+    before = partial(called.register_forward_pre_hook, prepend=site.is_first)
+    after = partial(called.register_forward_hook, prepend=site.is_first)
+    if site.base.by_weight:
+        handles.append(before(partial(_weight_hook, name, site.base.within)))
+        handles.append(after(partial(_weight_done, site.base.kind.weight, site.base.within), always_call=True))
+        return
     if site.stacked:
         handles.append(before(partial(_experts_hook, name)))
-        handles.append(
-            after(partial(_experts_done, site.base.kind), always_call=True)
-        )  # after an Exception in the forward, too
+        # An Exception in the forward must not leave changed matrices.
+        handles.append(after(partial(_experts_done, site.base.kind), always_call=True))
+        return
+    if site.base.kind is BLOCK:
+        handles.append(after(partial(_stream_hook, name)))
         return
     if variant.forward_input is not None:
         handles.append(before(partial(_input_hook, name), with_kwargs=True))  # x may come by keyword
@@ -57,9 +50,9 @@ def register_hooks(site: Site) -> None:
         handles.append(after(partial(_output_hook, name), with_kwargs=True))
 
 
-def _called(module: nn.Module, name: str) -> tuple[Site, Scale | None]:
+def _called(module: nn.Module, slot: str) -> tuple[Site, Scale | None]:
     """The site of a layer that is being called, and the scale of this call; None where the adapter does nothing."""
-    site: Site = module.__dict__[SITES][name]  # of this module: a copy has sites of its own
+    site: Site = module.__dict__[SITES][slot]  # of this module: a copy has sites of its own
     state = site.state
     if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling(), without its second call
         scale = state.traced
@@ -92,15 +85,38 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
 
+def _stream_hook(name: str, block: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+    """The residual stream at a block's output: a tensor, or the first of a tuple or of a ModelOutput."""
+    site, scale = _called(block, name)
+    if scale is None:
+        return None
+    is_mapping = isinstance(y, Mapping)
+    stream = y if isinstance(y, Tensor) else next(iter(y.values() if is_mapping else y), None)  # (*b, d_model)
+    if not isinstance(stream, Tensor) or stream.shape[-1] != site.target.d_out:
+        got = tuple(stream.shape) if isinstance(stream, Tensor) else type(y).__name__
+        raise TargetError(
+            f"{site.path}: wanted hidden states of width {site.target.d_out} from this block, got {got}\n"
+            f"  target the layers that write to the stream, without kinds=('block',)"
+        )
+    # The block's attributes are its own affair: one that is called `bias` is no layer's bias.
+    new = adapt_output(Layer(block, site, stream.dtype, instead={"bias": None}, scale=scale), stream, stream)
+    if stream is y:
+        return new
+    if is_mapping:
+        return type(y)(**{**y, next(iter(y)): new})
+    return type(y)([new, *y[1:]]) if type(y) in (tuple, list) else y._replace(**{y._fields[0]: new})
+
+
 def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
     site, scale = _called(module, name)
     kind = site.base.kind
-    if site is next(other for other in sites_of(module).values() if other.stacked):
+    if site is next(other for other in sites_of(module).values() if other.stacked and not other.base.by_weight):
         kind.restore(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
     if scale is None:
         return
-    matrices = kind.oriented(module, kind.stored(module))  # (experts, o, i), with what earlier adapters change
+    stored: Any = kind.stored(module)  # (experts, ...), with what earlier adapters change
+    matrices = site.base.oriented(dense(stored) if isinstance(stored, AdaptedWeight) else stored)  # (experts, o, i)
     stacked = {tensor: getattr(module, site.attribute(tensor)) for tensor in site.specs}  # each (experts, ...)
 
     def one(tensors: dict[str, Tensor], matrix: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
@@ -109,8 +125,45 @@ def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = adapt_input(layer, unit)  # the same object where the method leaves inputs alone: no product then
         return adapt_output(layer, x, matrix.mT if x is unit else x @ matrix.mT).mT
 
-    kind.replace(module, torch.func.vmap(one)(stacked, matrices))  # (experts, o, i): all experts in one pass
+    changed = torch.func.vmap(one)(stacked, matrices)  # (experts, o, i): all experts in one pass
+    kind.replace(module, site.base.oriented(changed))
 
 
 def _experts_done(kind: Kind, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
     kind.restore(module)
+
+
+def _weight_hook(slot: str, within: str, reader: nn.Module, args: tuple[Any, ...]) -> None:
+    """A weight that the called module reads: for this call, one that knows its adapters stands in its place."""
+    module = reader.get_submodule(within)
+    ran = (site := module.__dict__[SITES][slot]).ran
+    site, scale = _called(module, slot)
+    name = site.base.kind.weight
+    if not is_dynamo_compiling():
+        site.ran = ran  # the weight notes it, once something multiplies by it
+    if site is next(other for other in sites_of(module).values() if other.base.kind.weight == name):
+        _weight_back(module, name)  # an interrupt may have left one of ours
+    if scale is None:
+        return
+    use, weight = Use(module, site, scale), module.__dict__.get(name)
+    if isinstance(weight, AdaptedWeight):
+        weight = weight.used_by(use)
+    else:
+        # A replica of DataParallel has plain tensors in the places of parameters.
+        plain: Any = module._parameters[name] if weight is None else weight
+        experts = torch.arange(site.target.experts, device=plain.device) if site.target.experts else None
+        weight = AdaptedWeight.of(plain, [use], site.base.transposed, experts)
+    # A graph of torch.compile knows no such tensor, but its maths.
+    module.__dict__[name] = dense(weight) if is_dynamo_compiling() else weight
+
+
+def _weight_done(name: str, within: str, reader: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+    _weight_back(reader.get_submodule(within), name)
+
+
+def _weight_back(module: nn.Module, name: str) -> None:
+    weight = module.__dict__.get(name)
+    if name in module._parameters:
+        module.__dict__.pop(name, None)
+    elif isinstance(weight, AdaptedWeight):
+        module.__dict__[name] = weight.plain

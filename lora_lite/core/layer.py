@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,14 +18,6 @@ from .state import Site
 _NOTHING: Mapping[str, Any] = {}  # one for all views: a call makes no dict
 
 
-class Part(NamedTuple):
-    """One of several methods that share an adapter: `lora_A` is `lora_<prefix>_A` there."""
-
-    prefix: str
-    cfg: Any
-    factor: float  # on the adapter's scale: a round's coefficient
-
-
 class Layer:
     """A target layer as one adapter sees it: made for one call, holding no tensor of its own.
 
@@ -37,11 +29,11 @@ class Layer:
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
-    layer.experts          how many experts it fuses
+    layer.experts          how many experts it fuses; 0 for a linear layer
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
     there: tensors by their name, `bias`, `training`. `scale` is that of the whole call; without it, the adapter's at
-    each reading. `part` makes it the view of one of several methods that share the adapter.
+    each reading. Of several methods that share an adapter, the one with a `prefix` has `lora_<prefix>_A` as `lora_A`.
     """
 
     cfg: Any
@@ -55,13 +47,14 @@ class Layer:
         expert: int | None = None,
         instead: Mapping[str, Any] = _NOTHING,
         scale: Scale | None = None,
-        part: Part | None = None,
+        prefix: str = "",
+        cfg: Any = None,
     ) -> None:
         fields = self.__dict__  # one by one: a view is made at every call of every layer
         fields["_module"], fields["_site"], fields["_dtype"], fields["_expert"] = module, site, dtype, expert
-        fields["_instead"], fields["_scale"], fields["_part"] = instead, scale, part
+        fields["_instead"], fields["_scale"], fields["_prefix"] = instead, scale, prefix
         if scale is not None:  # the view of one call; any other sees what `configure` changes
-            fields["cfg"] = site.cfg if part is None else part.cfg
+            fields["cfg"] = site.cfg if cfg is None else cfg
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -72,16 +65,16 @@ class Layer:
         if name.startswith("_"):
             raise AttributeError(name)  # copy and pickle ask a view without fields: `_site` would recurse
         site = self._site
-        if self._part is not None and name.startswith("lora_"):
-            name = f"lora_{self._part.prefix}_{name.removeprefix('lora_')}"
+        if self._prefix and name.startswith("lora_"):
+            name = f"lora_{self._prefix}_{name.removeprefix('lora_')}"
         spec = site.specs.get(name)
         if spec is None:
             if name == "cfg":  # of a view that was made for no single call
-                return site.cfg if self._part is None else self._part.cfg
+                return site.cfg
             raise AttributeError(f"{site.path}: this adapter has no {name!r}, only {', '.join(site.specs)}")
         tensor = self._instead.get(name)  # under vmap over experts, the tensors of one
         if tensor is None:
-            module, attribute = self._module, name + site.state.suffix
+            module, attribute = self._module, site.attribute(name) if site.prefix else name + site.state.suffix
             tensor = module._parameters.get(attribute)  # getattr finds it too, and takes three times as long
             tensor = getattr(module, attribute) if tensor is None else tensor  # a buffer, or DataParallel's replica
             tensor = tensor if self._expert is None else tensor[self._expert]  # (experts, ...) -> (...)
@@ -89,22 +82,18 @@ class Layer:
 
     @property
     def scale(self) -> Any:
-        scale = self._scale or self._site.state.scale_of_call()
-        return scale.value if self._part is None else scale.value * self._part.factor
+        return (self._scale or self._site.state.scale_of_call()).value
 
     @property
     def is_off(self) -> bool:
-        scale = self._scale or self._site.state.scale_of_call()
-        return scale.is_zero or (self._part is not None and self._part.factor == 0)
+        return (self._scale or self._site.state.scale_of_call()).is_zero
 
     @property
     def is_whole(self) -> bool:
-        scale = self._scale or self._site.state.scale_of_call()
-        return scale.is_one and (self._part is None or self._part.factor == 1)
+        return (self._scale or self._site.state.scale_of_call()).is_one
 
     @property
     def path(self) -> str:
-        """The layer's path in the model."""
         return self._site.target.path
 
     @property
@@ -115,7 +104,6 @@ class Layer:
 
     @property
     def experts(self) -> int:
-        """How many experts it fuses; 0 for a linear layer."""
         return self._site.target.experts
 
     @property
@@ -133,7 +121,11 @@ class Layer:
     @property
     def bias(self) -> Tensor | None:
         """(d_out,), cast to the compute dtype, or None; experts' biases are added outside of what a variant sees."""
-        bias = self._instead["bias"] if "bias" in self._instead else getattr(self._module, "bias", None)
+        if "bias" in self._instead:
+            bias = self._instead["bias"]
+        else:
+            base = self._site.base  # its `shows_bias`, without the calls: a token passes every layer
+            bias = getattr(self._module, "bias", None) if base.reader is None or base.kind.shows_bias else None
         return bias if bias is None or self._dtype is None else bias.to(self._dtype)
 
     @property
@@ -152,7 +144,7 @@ class Layer:
                 with what the layer's histories change in it, exactly
         """
         weight = self._base("dense_weight()").dense_weight(self._expert)
-        return weight if of == "base" else WEIGHTS[of](self._module, self._expert, weight)
+        return weight if of == "base" else WEIGHTS[of](self._site, self._expert, weight)
 
     def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""
@@ -162,12 +154,12 @@ class Layer:
         """compute(*inputs) as a constant, without gradient, tangent or autocast; remembered by name for equal inputs.
 
         It is remembered in eval mode with gradients off and outside of every function transform, so that a training
-        step, a transform and compile never meet a kept tensor. Equal means by value, against kept copies: neither an
-        edit through `.data`, a swapped tensor nor a reshard can leave a stale result, as version counters or addresses
-        would. The comparison reads (r, d) tensors where the result reads the (d_out, d_in) weight, which is read-only
-        while an adapter is on it.
+        step, a transform and compile never meet a kept tensor. Equal means by value, against kept copies: version
+        counters or addresses would miss an edit through `.data`, a swapped tensor or a reshard. The comparison reads
+        (r, d) tensors, the result the (d_out, d_in) weight, which is read-only while an adapter is on it.
         """
-        memo, name = self._site.memo, name if self._part is None else f"{self._part.prefix} {name}"
+        memo, name = self._site.memo, f"{self._prefix} {name}" if self._prefix else name
+        name = name if self._expert is None else f"{name}[{self._expert}]"
         remember = not (self.training or torch.is_grad_enabled() or is_compiling() or is_transformed())
         if not (remember or is_compiling()):
             memo.pop(name, None)  # it takes as much memory as the adapter
@@ -183,8 +175,9 @@ class Layer:
     def part(self, prefix: str, cfg: Any, factor: float) -> "Layer":
         """One of several methods that share this adapter, as if it were attached by itself with this config, at
         `factor` times the adapter's scale. It is always out of training, so nothing is dropped."""
-        shown = {**self._instead, "training": False}
-        return Layer(self._module, self._site, self._dtype, self._expert, shown, self._scale, Part(prefix, cfg, factor))
+        scale, shown = self._scale or self._site.state.scale_of_call(), {**self._instead, "training": False}
+        scale = Scale(scale.value * factor, scale.is_zero or factor == 0, scale.is_one and factor == 1)
+        return Layer(self._module, self._site, self._dtype, self._expert, shown, scale, prefix, cfg)
 
     def _base(self, reads: str) -> BaseLayer:
         if self._site.base_weight == "unused":
@@ -194,11 +187,11 @@ class Layer:
             )
         base = self._site.base  # of the module attached to; the one that is called may be its replica (DataParallel)
         base = base if base.module is self._module else replace(base, module=self._module)
-        return base if base.storage.is_known else base.as_it_is_now()
+        return base if base.storage.decodes else base.as_it_is_now()
 
 
-WEIGHTS: dict[str, Callable[[nn.Module, int | None, Tensor], Tensor]] = {}
-"""The weights that `dense_weight(of)` can give beside "base": (module, expert, base weight (d_out, d_in)) -> weight."""
+WEIGHTS: dict[str, Callable[[Site, int | None, Tensor], Tensor]] = {}
+"""The weights that `dense_weight(of)` can give beside "base": (site, expert, base weight (d_out, d_in)) -> weight."""
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -5,6 +5,8 @@ from typing import Protocol, runtime_checkable
 
 from ..errors import CheckpointError, brief
 
+SITES = "_lora_lite"  # the attribute of a module that holds what is attached to it
+
 
 def file_key(path: str, tensor: str) -> str:
     """The key of a tensor in `state_dict()` and in a file; the path of a bare layer is empty."""
@@ -24,7 +26,10 @@ Shaped = HasShape | tuple[int, ...]
 
 def check_shapes(tensors: Mapping[str, Shaped], specs: Mapping[str, Shaped], where: str) -> None:
     """CheckpointError unless both sides have the same keys with the same shapes."""
-    got, wanted = ({key: _shape(value) for key, value in side.items()} for side in (tensors, specs))
+    got, wanted = (
+        {key: value if isinstance(value, tuple) else tuple(value.shape) for key, value in side.items()}
+        for side in (tensors, specs)
+    )
     missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
     differ = [key for key in wanted if key in got and got[key] != wanted[key]]
     wrong = [f"{key} {brief(got[key])}, wanted {brief(wanted[key])}" for key in differ]
@@ -35,7 +40,3 @@ def check_shapes(tensors: Mapping[str, Shaped], specs: Mapping[str, Shaped], whe
                 f"  such as {brief('; '.join(keys[:3]), 1200)}\n"
                 f"  an adapter is loaded whole or not at all"
             )
-
-
-def _shape(value: Shaped) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else tuple(value.shape)

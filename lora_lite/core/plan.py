@@ -1,9 +1,7 @@
 """`plan`: the layers that attach would adapt, and what it would leave out, as a table."""
 
 import math
-import re
-import textwrap
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,8 +11,7 @@ from ..base.probe import check_gradients
 from .config import BaseConfig
 from .resolve import attachable, checked_config, resolve
 from .targets import LeftOut, Target, model_width, select
-
-COLUMNS, GROUPS = 80, 8  # how wide a plan says what is left out, and in how many entries at most
+from .unadapted import Unadapted, lines, unadapted
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,8 @@ class Plan:
     d_model: int | None
     left_out: tuple[LeftOut, ...] = ()
     """The layers that the config's defaults leave out, and why; empty where target_names says what is wanted."""
+    unadapted: tuple[Unadapted, ...] = ()
+    """These and all other parameters without an adapter (norms, embeddings, convolutions), the largest share first."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -44,19 +43,9 @@ class Plan:
         head = ("layer", "in -> out", "role", "base", "n")
         rows = [head, *((*key, str(len(members))) for key, members in groups.items())]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         title = f"{self.variant} on {self.model}: {len(self)} layers, {self.parameters:,} trainable parameters"
-        return "\n".join([title, *lines, *self._lines_left_out()])
-
-    def _lines_left_out(self) -> list[str]:
-        """One entry for all that differs in numbers only; what is just outside of the blocks comes last."""
-        groups: Counter[LeftOut] = Counter()
-        for path, reason in sorted(self.left_out, key=lambda left: left.reason == "in no stack of blocks"):
-            groups[LeftOut(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), reason)] += 1
-        entries = [f"{path}{f' x {n}' if n > 1 else ''} ({why})" for (path, why), n in groups.items()]
-        more = [f"and {len(entries) - GROUPS} more kinds: Plan.left_out"] if len(entries) > GROUPS else []
-        wrap = textwrap.TextWrapper(COLUMNS, subsequent_indent=" " * 10, break_on_hyphens=False)
-        return [line for entry in entries[:GROUPS] + more for line in wrap.wrap(f"left out: {entry}")]
+        return "\n".join([title, *table, *lines(self.unadapted)])
 
 
 def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
@@ -72,4 +61,6 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     if parameters and not selection.all_plain:
         check_gradients(root, {site.path for site in sites})  # as attach: what a plan shows can be attached
     targets, left_out = tuple(site.target for site in sites), tuple(selection.left_out)
-    return Plan(type(root).__name__, cfg.variant, targets, parameters, model_width(root), left_out)
+    paths = {target.path for target in targets}
+    beside = () if cfg.target_names else unadapted(root, cfg, paths, dict(left_out))
+    return Plan(type(root).__name__, cfg.variant, targets, parameters, model_width(root), left_out, beside)

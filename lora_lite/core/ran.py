@@ -8,22 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.layer import BaseLayer
 from ..base.stacks import starred
 from ..errors import brief
 from .adapter import adapters
-from .state import sites_of
+from .state import sites_at
 
 LONGEST = 600  # characters of paths in a message
 
 
-def adapted(root: nn.Module) -> dict[str, nn.Module]:
+Layers = Mapping[str, BaseLayer]  # by path
+
+
+def adapted(root: nn.Module) -> dict[str, BaseLayer]:
     """Every layer with an adapter, by path."""
-    return {site.path: site.module for adapter in adapters(root).values() for site in adapter.sites()}
+    return {site.path: site.base for adapter in adapters(root).values() for site in adapter.sites()}
 
 
-def trained(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+def trained(layers: Layers) -> dict[str, nn.Parameter]:
     """The parameters of adapters on these layers that are to be trained, by path: none of an adapter at scale 0."""
-    working = [site for layer in layers.values() for site in sites_of(layer).values() if not site.state.is_idle]
+    working = [site for layer in layers.values() for site in sites_at(layer) if not site.state.is_idle]
     return {
         f"{site.path}.{site.attribute(name)}": tensor
         for site in working
@@ -33,29 +37,24 @@ def trained(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def uncalled(root: nn.Module) -> set[str]:
-    """Paths of the layers that no forward has called since attach, although one has called others; and those of which
-    the adapter's file says so.
-
-    Of the first kind none before the first forward, and none in compiled parts: in a graph no hook can note that it
-    ran.
-    """
+    """Paths of the layers that no forward has called since attach, although one has called others (none in compiled
+    parts: in a graph no hook can note that it ran); and those of which the adapter's file says so."""
     layers = adapted(root)
     silent = {path: layer for path, layer in layers.items() if not has_run(layer)}
-    recorded = {path for path, layer in silent.items() if any(site.never_ran for site in sites_of(layer).values())}
+    recorded = {path for path, layer in silent.items() if any(site.never_ran for site in sites_at(layer))}
     if not silent or len(silent) == len(layers):  # none has run: load, then merge, is how one deploys
         return recorded
     compiled = in_graphs(root) | _in_graphs_of_classes(root)
-    return recorded | {path for path, layer in silent.items() if id(layer) not in compiled}
+    return recorded | {path for path, layer in silent.items() if id(layer.module) not in compiled}
 
 
-def has_run(layer: nn.Module) -> bool:
+def has_run(layer: BaseLayer) -> bool:
     """True once a forward has called the layer."""
-    return any(site.ran for site in sites_of(layer).values())
+    return any(site.ran for site in sites_at(layer))
 
 
 def in_graphs(model: nn.Module) -> set[int]:
-    """The ids of all modules inside of a part that torch.compile has taken, with `torch.compile(part)` or
-    `part.compile()`."""
+    """The ids of all modules inside of a part that `torch.compile(part)` or `part.compile()` has taken."""
     parts = [
         module
         for path, module in model.named_modules()

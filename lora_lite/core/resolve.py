@@ -5,17 +5,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..base import sharding
+from ..base.affine import check_affine
 from ..base.kinds import Size
 from ..base.layer import BaseLayer, stand_in
-from ..base.probe import check_affine
-from ..base.shapes import not_linear
+from ..base.probe import not_linear
 from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .config import BaseConfig
-from .state import AdapterState, Session, Site, Tensors, has_session, session_of, sites_of
+from .layer import Layer
+from .state import SESSION, AdapterState, Session, Site, Tensors, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
 from .variant import ParamSpec, lookup, weight_use
@@ -25,19 +27,15 @@ Overrides = Mapping[str, Mapping[str, Any]]
 
 
 def attachable(model: nn.Module) -> nn.Module:
-    """The module that adapters go on: the model itself, or what torch.compile has wrapped.
-
-    Raises:
-        TargetError: for a wrapper of DDP or DataParallel, and for a model whose part or whole has the adapters.
-    """
+    """The module that adapters go on: the model itself, or what torch.compile has wrapped."""
     root: nn.Module = getattr(model, "_orig_mod", model)
     for path, module in model.named_modules():
         if isinstance(module, DistributedDataParallel | DataParallel):
             raise TargetError(
-                f"{type(module).__name__} has registered the parameters already, and would never reduce the "
-                f"gradients of new ones\n  attach first, then wrap"
+                f"{type(module).__name__} has registered the parameters already: it would never reduce new ones' "
+                f"gradients\n  attach first, then wrap"
             )
-        if module is not root and has_session(module):
+        if module is not root and SESSION in module.__dict__:
             raise TargetError(
                 f"{path}: adapters were attached to this part alone\n  attach to the same module each time"
             )
@@ -46,7 +44,7 @@ def attachable(model: nn.Module) -> nn.Module:
 
 
 def checked_config(cfg: Any) -> BaseConfig:
-    """The config itself. Raises ConfigError if it isn't one, or not of its variant; VariantError for an unknown one."""
+    """The config itself, if it is one of a variant that is known, and its regexes compile."""
     if not isinstance(cfg, BaseConfig):
         raise ConfigError(f"{cfg!r} is not a config\n  use one such as lora_lite.LoRAConfig(r=16)")
     wanted = lookup(cfg.variant).config
@@ -60,23 +58,20 @@ def checked_config(cfg: Any) -> BaseConfig:
 
 
 def resolve(selection: Selection, cfg: BaseConfig) -> list[Site]:
-    """A site for each target that attach has chosen; the regexes of `per_layer` run here.
-
-    Raises as `make_sites`, and TargetError for a regex that finds no target.
-    """
+    """A site for each target that attach has chosen; the regexes of `per_layer` run here."""
     overrides = overrides_at(cfg, [target.path for target in selection.targets])
     return make_sites(selection.targets, cfg, overrides, selection.asked)
 
 
 def overrides_at(cfg: BaseConfig, paths: list[str]) -> dict[str, dict[str, Any]]:
-    """The config's `per_layer` by path. Raises TargetError if one of its regexes finds no target."""
+    """The config's `per_layer` by path."""
     overrides: dict[str, dict[str, Any]] = {}
     for pattern, fields in cfg.per_layer.items():
         matching = [path for path in paths if re.search(pattern, path)]
         if not matching:
             raise TargetError(
-                f"per_layer: {pattern!r} is found in none of the {len(paths)} target layers, such as "
-                f"{paths[0]}\n  preview them with lora_lite.plan(model, cfg) without per_layer"
+                f"per_layer: {pattern!r} is found in none of the {len(paths)} target layers, such as {paths[0]}\n"
+                f"  preview them with lora_lite.plan(model, cfg) without per_layer"
             )
         for path in matching:
             overrides.setdefault(path, {}).update(fields)  # of several entries for a field, the later wins
@@ -89,11 +84,6 @@ def make_sites(
     """A site for each of these targets, with the fields that differ there.
 
     Whether the layers are linear was `asked` before, where the targets come from a selection by default.
-
-    Raises:
-        ConfigError: for a field that is wrong at a layer, naming it.
-        TargetError, QuantizedWeightError: for a layer that can't carry the adapter.
-        VariantError: for a bad name of a tensor.
     """
     unsure = {} if asked else {layer.path: layer for layer in targets.values() if not layer.is_plain}
     for path, reason in not_linear(unsure.values()).items() if unsure else ():
@@ -106,7 +96,7 @@ def make_sites(
 
 
 def make_site(target: Target, layer: BaseLayer, cfg: BaseConfig, overrides: Mapping[str, Any]) -> Site:
-    """The record of one layer, which no adapter is at yet. Raises ConfigError, VariantError."""
+    """The record of one layer, which no adapter is at yet."""
     try:
         cfg = cfg.with_overrides(overrides)
     except ConfigError as error:
@@ -117,13 +107,16 @@ def make_site(target: Target, layer: BaseLayer, cfg: BaseConfig, overrides: Mapp
 def make_stand_in(
     target: Target, cfg: BaseConfig, module: nn.Module, tensors: Tensors, scale: float, overrides: Any = None
 ) -> Site:
-    """A site on a module that stands for a layer which isn't here, with its `weight`, if any, and these tensors on it.
-
-    It computes what the adapter at that layer would. The tensors that are missing are left out.
-    """
+    """A site on a module that stands for a layer which isn't here; it has the layer's `weight`, if any, and gets these
+    tensors. Of some but not all, the others are the base's (DoRA's norms, in PEFT's folders), and come of `init`."""
     layer = stand_in(target.path, module, Size(target.d_in, target.d_out, target.experts))
     site = make_site(target, layer, cfg, overrides or {})
     site.state = AdapterState("default", site.cfg, None, scale, sites=[site])  # no suffix, as in files
+    if tensors and tensors.keys() != site.specs.keys():
+        for name, spec in site.specs.items():
+            setattr(module, name, torch.zeros(spec.shape, dtype=site.cfg.dtype))
+        with torch.no_grad():
+            lookup(site.cfg.variant).init(Layer(module, site), site.cfg)  # writes into all, so the adapter's come after
     for name, tensor in tensors.items():
         setattr(module, name, tensor)
     return site
@@ -131,13 +124,12 @@ def make_stand_in(
 
 def is_stacked(target: Target, cfg: BaseConfig) -> bool:
     """Does each expert of this target have tensors of its own?"""
-    return (
-        bool(target.experts) and weight_use(cfg) != "unused"
-    )  # a method that reads no weight acts on the block's output
+    # A method that reads no weight acts on the block's output, where the block is the target and not a matrix of it.
+    return bool(target.experts) and (target.by_weight or weight_use(cfg) != "unused")
 
 
 def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
-    """The variant's tensors at a layer. Raises ConfigError with the layer's path, VariantError for a bad name."""
+    """The variant's tensors at a layer."""
     variant, path = lookup(cfg.variant), target.path
     try:
         specs = variant.param_specs(target.d_in, target.d_out, cfg)
@@ -169,12 +161,11 @@ def check_name(name: str, session: Session, model: str) -> None:
 
 
 def check_free(sites: Iterable[Site], exchanged: AdapterState | None = None) -> None:
-    """TargetError if a layer has an attribute of a name that a tensor of a new site there would take.
-
-    Sites of the adapter that is to be `exchanged` don't count: their tensors go.
-    """
-    present = ((site, sites_of(site.module).get(site.state.name)) for site in sites)
-    for site in (site for site, old in present if old is None or old.state is not exchanged):
+    """TargetError if a layer has an attribute where a tensor of a new site would go; those of `exchanged` go away."""
+    for site in sites:
+        old = sites_of(site.module).get(site.slot)
+        if old is not None and old.state is exchanged:
+            continue
         taken = [site.attribute(tensor) for tensor in site.specs if hasattr(site.module, site.attribute(tensor))]
         if taken:
             raise TargetError(
@@ -186,32 +177,30 @@ def check_free(sites: Iterable[Site], exchanged: AdapterState | None = None) -> 
 def check_weights_present(sites: Iterable[Site]) -> None:
     """TargetError unless every target's weight is whole and here, which a plan can do without."""
     for site in sites:
-        if site.base.is_lazy:
-            raise TargetError(f"{site.path}: its weight has no shape yet\n  run one forward before attach")
         weight = site.base.stored
-        if weight.is_meta:
-            raise TargetError(
-                f"{site.path}: its weight is on the meta device\n"
-                f"  load the weights before attach, with a device_map that offloads no target"
-            )
-        if sharding.is_dtensor(weight):
-            raise TargetError(
-                f"{site.path}: its weight is a DTensor already, sharded by fully_shard or by tensor parallelism\n"
-                f"  attach first, then fully_shard; of a tensor-parallel model, load it without tp_plan"
-            )
+        if site.base.is_lazy:
+            problem = "has no shape yet\n  run one forward before attach"
+        elif weight.is_meta:
+            problem = "is on the meta device\n  load it before attach, with a device_map that offloads no target"
+        elif sharding.is_dtensor(weight):
+            problem = "is a DTensor already\n  attach before fully_shard; load a tensor-parallel model without tp_plan"
+        else:
+            continue
+        raise TargetError(f"{site.path}: its weight {problem}")
 
 
 def _check_storage(site: Site) -> None:
-    storage, variant = site.base.storage, site.cfg.variant
-    if not storage.is_known and site.base_weight != "unused":
+    storage, variant, kind = site.base.storage, site.cfg.variant, site.target.kind
+    if site.base_weight == "unused":
+        return
+    if not storage.is_known:
         raise QuantizedWeightError(
-            f"{site.path}: {variant!r} reads the weight, and this one is {site.target.kind}\n"
-            f"  use a dense or bitsandbytes base, or a variant that never reads it, such as lora"
+            f"{site.path}: {variant!r} reads the weight, and this one is {kind}\n"
+            f"  use a base whose layers can be run here, or a variant that never reads it, such as lora"
         )
     if not storage.is_dense and site.base_weight == "dense":
         raise QuantizedWeightError(
-            f"{site.path}: {variant!r} needs a dense weight, and this one is {site.target.kind}\n"
+            f"{site.path}: {variant!r} needs a dense weight, and this one is {kind}\n"
             f"  load the base without quantization, or use a variant that works on any base, such as lora"
         )
-    if site.base_weight != "unused":
-        check_affine(site.base)  # a layer that rounds its activations computes with no weight that could be read
+    check_affine(site.base)  # a layer that rounds its activations computes with no weight that could be read

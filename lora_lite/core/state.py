@@ -18,14 +18,13 @@ from ..base.bitsandbytes import keep_layout
 from ..base.fingerprint import BaseRecord
 from ..base.layer import BaseLayer
 from ..errors import TargetError
-from .names import file_key
+from .names import SITES, file_key
 from .scale import Scale, ScaleChanges
 from .targets import Target
 
 T = TypeVar("T")
 Known = TypeVar("Known", "AdapterState", "Site")
 Tensors = Mapping[str, Tensor]
-SITES = "_lora_lite"
 SESSION = "_lora_lite_session"
 
 
@@ -49,13 +48,8 @@ class AdapterState:
         self.suffix = "" if self.name == "default" else f"__{self.name}"
         self._show()
 
-    @property
-    def overrides(self) -> dict[str, dict[str, Any]]:
-        """Path of a layer -> the config fields that differ there."""
-        return {site.path: site.overrides for site in self.sites if site.overrides}
-
     def set_scale(self, scale: float, set_in: int | None = None) -> tuple[float, int]:
-        """Returns the arguments that undo it."""
+        """It returns the arguments that undo it."""
         before = self.scale, -1 if self.changes is None else self.changes.set_in
         if is_compiling():
             self.changes = None  # there is no clock in a graph: what is pending goes by the scale as it is
@@ -67,9 +61,8 @@ class AdapterState:
         return before
 
     def _show(self) -> None:
-        with (
-            nullcontext() if is_compiling() else torch.inference_mode(False)
-        ):  # a tensor of inference mode could take part in no training later
+        # A tensor of inference mode could take part in no training later.
+        with nullcontext() if is_compiling() else torch.inference_mode(False):
             value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # (): it casts nothing up
         self.plain = Scale(self.scale, self.scale == 0, self.scale == 1)
         self.traced = self.plain._replace(value=value)
@@ -94,8 +87,7 @@ class AdapterState:
 
 @dataclass(eq=False)
 class Site:
-    """One adapter at one layer: all that is known of it there. Attach, load, merges and the command line make it once,
-    with `plan.make_site`."""
+    """One adapter at one layer: all that is known of it there. `resolve.make_site` makes it, once."""
 
     target: Target
     base: BaseLayer
@@ -118,12 +110,23 @@ class Site:
     def module(self) -> Any:
         return self.base.module
 
+    @property
+    def is_first(self) -> bool:
+        return self.state.is_first
+
+    @property
+    def slot(self) -> str:
+        """Its key among the sites of its module: the adapter's name, with that of a bare parameter after a dot."""
+        return f"{self.state.name}.{self.prefix}" if self.prefix else self.state.name
+
     def key(self, tensor: str) -> str:
         """The key of one of its tensors in a file: `<path>.lora_A`, whatever the adapter's name."""
         return file_key(self.path, tensor)
 
     def attribute(self, tensor: str) -> str:
         """The name of a tensor on the layer: `lora_A`, or `lora_A__fr` of adapter fr."""
+        if self.prefix:  # `lora_gate_up_proj_A` of a bare parameter: a module may have several
+            tensor = f"lora_{self.prefix}_{tensor.removeprefix('lora_')}"
         return tensor + self.state.suffix
 
     def tensor(self, name: str) -> Tensor:
@@ -132,8 +135,22 @@ class Site:
         return tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each of its tensors by name."""
         return ((name, self.tensor(name)) for name in self.specs)
+
+    def add(self) -> None:
+        """Remember the adapter at its layer. That the layer has been called is known of each adapter there."""
+        at_weight = (other for other in sites_of(self.module).values() if other.prefix == self.prefix)
+        self.ran = self.ran or any(other.ran for other in at_weight)
+        _insert_in_order(self.module.__dict__.setdefault(SITES, {}), self.slot, self)
+
+    def drop(self) -> None:
+        """Forget it there; the last one leaves no trace."""
+        del sites_of(self.module)[self.slot]
+        if not sites_of(self.module):
+            del self.module.__dict__[SITES]
+
+    def __post_init__(self) -> None:
+        self.prefix = self.base.kind.prefix  # a field: a call asks for it
 
     def __getstate__(self) -> dict[str, Any]:
         specs = {name: replace(spec, init="zeros") for name, spec in self.specs.items()}  # functions may not pickle
@@ -143,8 +160,8 @@ class Site:
 class BaseChange:
     """The changes of one attach beside the adapted layers: parameters are frozen, layouts of 4-bit layers kept.
 
-    It knows these objects, not their paths: what has replaced one since is not ours to change, and a wrapper that was
-    put in since hides nothing. A copy or a pickle of the model takes along what is alive.
+    It knows objects, not paths: what has replaced one since is not ours to change, and a wrapper that was put in since
+    hides nothing.
     """
 
     def __init__(self, frozen: Iterable[nn.Parameter], kept_layout: Iterable[nn.Module]) -> None:
@@ -179,7 +196,7 @@ class Swap:
     before: Tensor | nn.Module | None
 
     def put(self, value: Tensor | nn.Module | None) -> None:
-        """In its place, on the device, in the dtype and the mode that the model has got meanwhile."""
+        """Set it on the device, in the dtype and the mode that the model has got meanwhile."""
         now = getattr(self.holder, self.name)
         if isinstance(value, nn.Module) and isinstance(now, nn.Module):
             value.train(now.training)  # train() or eval() since the merge has not reached what was put aside
@@ -201,11 +218,18 @@ class Session:
     merged: list[Swap] = field(default_factory=list)  # what unmerge puts back
     memo: dict[bytes, Tensor] = field(default_factory=dict)  # results of the base, by a hash of their inputs
 
+    def add(self, state: AdapterState) -> None:
+        _insert_in_order(self.adapters, state.name, state)
+
+    def keep_at(self, root: nn.Module) -> None:
+        """Store the record on the model while it has adapters, and take it off after the last."""
+        if self.adapters:
+            root.__dict__[SESSION] = self
+        else:
+            root.__dict__.pop(SESSION, None)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"memo": {}}  # a copy's base may change
-
-
-# ---- sites on a layer ---------------------------------------------------------------------------
 
 
 def sites_of(module: nn.Module) -> dict[str, Site]:
@@ -214,53 +238,30 @@ def sites_of(module: nn.Module) -> dict[str, Site]:
     return sites
 
 
-def add_site(site: Site) -> None:
-    """Remember an adapter at its layer. That the layer has been called is known of each adapter there."""
-    site.ran = site.ran or any(other.ran for other in sites_of(site.module).values())
-    insert_in_order(site.module.__dict__.setdefault(SITES, {}), site.state, site)
-
-
-def drop_site(module: nn.Module, name: str) -> Site | None:
-    """Forget an adapter at a layer; leaves no trace of the last one."""
-    site = sites_of(module).pop(name, None)
-    if not sites_of(module):
-        module.__dict__.pop(SITES, None)
-    return site
-
-
-def insert_in_order(known: dict[str, Known], state: AdapterState, value: Known) -> None:
+def _insert_in_order(known: dict[str, Known], name: str, value: Known) -> None:
     """Put what is known of an adapter in the place that it had; a new one's after the others, but before those that
     aren't first if it is."""
     later = {}  # what has to come after it: a dict keeps the order in which keys came
-    if state.is_first and state.name not in known:
-        later = {name: other for name, other in known.items() if not _state_of(other).is_first}
-    for name in later:
-        del known[name]
-    known.update({state.name: value, **later})
+    if value.is_first and name not in known:
+        later = {other: known.pop(other) for other in list(known) if not known[other].is_first}
+    known.update({name: value, **later})
 
 
-def _state_of(known: AdapterState | Site) -> AdapterState:
-    return known if isinstance(known, AdapterState) else known.state
-
-
-# ---- the session on a model ---------------------------------------------------------------------
+def sites_at(base: BaseLayer) -> list[Site]:
+    """The adapters at one weight, in the order attached; a module may hold several."""
+    return [site for site in sites_of(base.module).values() if site.prefix == base.kind.prefix]
 
 
 def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
-    """The module that adapters were attached to, inside any wrapper, and its record; a new one if there is none.
-
-    Raises:
-        TargetError: if there are several such modules, or if the model is a part of one.
-    """
-    # A wrapper (DDP, compile) is looked through: its inner module has the session.
-    modules = dict(model.named_modules())
-    roots = {path: module for path, module in modules.items() if has_session(module)}
+    """The module that adapters were attached to, and its record; a new one if there is none."""
+    modules = dict(model.named_modules())  # so a wrapper (DDP, compile) is looked through
+    roots = {path: module for path, module in modules.items() if SESSION in module.__dict__}
     if len(roots) > 1:
         raise TargetError(
             f"adapters were attached to several parts of this {type(model).__name__}: {', '.join(roots)}\n"
             f"  call this for each part by itself"
         )
-    for root in roots.values():
+    for root in roots.values():  # the only one
         return root, session_at(root)
     if any(map(sites_of, modules.values())):
         raise TargetError(
@@ -276,21 +277,8 @@ def session_at(root: nn.Module) -> Session:
     return session
 
 
-def has_session(module: nn.Module) -> bool:
-    """True for a module that adapters were attached to."""
-    return SESSION in module.__dict__
-
-
-def keep_session(root: nn.Module, session: Session) -> None:
-    """Store the record on the model while it has adapters, and take it off after the last."""
-    if session.adapters:
-        root.__dict__[SESSION] = session
-    else:
-        root.__dict__.pop(SESSION, None)
-
-
 def check_unmerged(session: Session, action: str) -> None:
-    """TargetError while adapters are merged: their effect is in the weights, so nothing here would change it."""
+    """TargetError while adapters are merged: their effect is in the weights, so nothing would change it."""
     merged = [name for name, state in session.adapters.items() if state.merged]
     if merged:
         raise TargetError(

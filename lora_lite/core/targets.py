@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,21 +11,37 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..base.layer import BaseLayer, layer_of
-from ..base.shapes import not_linear, routers
+from ..base.layer import BaseLayer, find_layers, shapes_of, stream_of
+from ..base.matrices import kinds_by_weight
+from ..base.probe import not_linear
 from ..base.sharding import shape_of
-from ..base.stacks import NORMS, Modules, Place, Stacks, find_stacks, layer_shapes, place, starred
+from ..base.stacks import NORMS, Modules, Place, Stacks, find_stacks, place, routers, starred
 from ..errors import TargetError
 from .config import BaseConfig
+from .names import SITES
 
-_WRITES = re.compile(
-    r"(?:^|\.)(?:o|out|wo|w2|fc2|fc_out|down|dense|dense_4h_to_h|proj|(?:o|out|c|down)_proj|proj_out|to_out\.0)$"
-)
 _READS = re.compile(
-    r"(?:^|\.)(?:[qkv]|w[qkv]|qkv|Wqkv|w[13]|wi|wi_[01]|fc1|c_fc|c_attn|query|key|value|query_key_value|gate|up"
-    r"|dense_h_to_4h|(?:[qkv]|qkv|kv|gate|up|gate_up|in)_proj|to_[qkv])$"
+    r"(?:^|\.)(?:"
+    r"(?:\w+_)?(?:q|k|v|r|qkv|kv|query|key|value|gate|[io]gate|up|in|intermediate|pos|weights|offsets)(?:_\w+)?"
+    r"|W[qkvi]|Wqkv|w[13qkv]|wi|wi_[01]|fc1|lin(?:ear)?_?1|linear_(?:[xy]|fc1)|c_fc|c_attn|dense_h_to_4h|receptance"
+    r")(?:\.linear)?$"
+)
+_WRITES = re.compile(
+    r"(?:^|\.)(?:"
+    r"(?:\w+_)?(?:o|out|output|down)(?:_\w+)?"  # o_proj, out_lin, attention_out, output_dense
+    r"|Wo|wo|w2|fc2|lin(?:ear)?_?2|linear_(?:fc2|end)|(?:temporal_)?dense|dense_4h_to_h|proj|c_proj|post|post_proj"
+    r"|(?:\w+_)?projection(?:_layer)?"
+    r")(?:\.linear|\.0)?$"
 )
 """The last parts of paths that tell whether a square layer reads or writes, since its shape doesn't."""
+
+MLP = r"\.(?:mlp|mlp_block|ffn|feed_forward|block_sparse_moe|shared_mlp|DenseReluDense|ffns\.\d+)"
+"""The names of a block's feed-forward part."""
+MLP_OUT = (
+    r"\.(?:down_proj|c_proj|dense_4h_to_h|w2|[wW]o|(?:fc_?|lin|linear_|linear_fc)2|fc_out|w_out|out_proj"
+    r"|output(?:[._]dense)?|output_linear|proj_down|value)$"
+)
+"""The names of its last layer there."""
 
 _PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
 """Dtypes that packed weights are kept in; masks are bools, and indices are of 64 bits."""
@@ -41,17 +58,23 @@ class Target:
     stack: str | None = None  # "model.layers."
     block: int | None = None  # 3 in model.layers.3
     experts: int = 0
+    by_weight: bool = False  # reached through its weight: a bare parameter, or a layer that is read and not called
 
     @classmethod
     def of(cls, layer: BaseLayer, stacks: Stacks | None = None) -> "Target":
         """A layer of a model with these stacks of blocks; without them, its place is that of the path alone."""
         stack, block = place(layer.path) if stacks is None else stacks.place(layer.path)
-        return cls(layer.path, layer.d_in, layer.d_out, layer.describe(), stack, block, layer.experts)
+        return cls(layer.path, layer.d_in, layer.d_out, layer.describe(), stack, block, layer.experts, layer.by_weight)
 
     @property
     def place(self) -> Place:
         """The stack of blocks, and the index of the block in it."""
         return self.stack, self.block
+
+    @property
+    def is_block(self) -> bool:
+        """Is it the residual stream at a block's output, and not a layer?"""
+        return self.path == f"{self.stack}{self.block}"
 
     @property
     def pattern(self) -> str:
@@ -60,10 +83,14 @@ class Target:
 
     def role(self, d_model: int) -> str | None:
         """ "reader", "writer" or "inner" by the model width; None for a square layer whose name says nothing either."""
+        if self.is_block:
+            return "writer"
         # Fused experts are down-projections: they read what is inside of the expert, however wide that is.
-        reads, writes = self.d_in == d_model and not self.experts, self.d_out == d_model
+        reads = self.d_in == d_model and (self.by_weight or not self.experts)
+        writes = self.d_out == d_model
         if reads and writes:
-            return "writer" if _WRITES.search(self.path) else "reader" if _READS.search(self.path) else None
+            # Readers first: `output_gate` reads.
+            return "reader" if _READS.search(self.path) else "writer" if _WRITES.search(self.path) else None
         return "reader" if reads else "writer" if writes else "inner"
 
 
@@ -83,25 +110,17 @@ class Selection(NamedTuple):
     all_plain: bool  # is every layer of the model known to compute x Wᵀ + b? Then no gradient has to be checked
 
 
-def find_targets(model: nn.Module, cfg: BaseConfig) -> list[Target]:
-    """The layers that every filter of the config lets pass, in module order. Raises as `select`."""
-    return list(select(model, cfg).targets)
-
-
 def select(model: nn.Module, cfg: BaseConfig) -> Selection:
-    """The layers that every filter of the config lets pass, in module order, and what its defaults leave out.
-
-    Raises:
-        TargetError: if nothing is chosen; or, of the writers of the residual stream by role alone, not all can be:
-            fused experts for most methods, bare matrices in an unknown form.
-    """
+    """The layers that every filter of the config lets pass, in module order, and what its defaults leave out."""
     modules = dict(model.named_modules())
-    shapes = layer_shapes(modules)
-    stacks = find_stacks(modules, shapes)
-    layers = [layer for path in shapes if (layer := layer_of(modules[path], path)) is not None]
+    every = find_layers(modules).values()
+    stacks, layers = find_stacks(modules, shapes_of(every)), [layer for layer in every if _is_wanted(layer, cfg)]
+    if cfg.on_blocks:
+        layers = list(block_layers(model, modules, stacks).values())
     known = {Target.of(layer, stacks): layer for layer in layers}
-    reachable = [t for t in known if cfg.FUSED_EXPERTS or not t.experts]
-    _check_layers(cfg, stacks)
+    reachable = [t for t in known if cfg.FUSED_EXPERTS or t.by_weight or not t.experts]
+    if cfg.layers is not None:
+        _check_layers(cfg.layers, stacks)
     # Asked for writers, what no adapter can reach is an error and no choice: it would leave a part of the stream alone.
     asked = not cfg.target_names and "writer" not in cfg.target_roles
     left_out = [] if cfg.target_names else _left_out(model, modules, known, stacks, cfg, asked)
@@ -111,13 +130,38 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     if cfg.target_roles:
         width, text = model_width(model), _text_part(model, modules)
         targets = _with_roles([t for t in targets if t.path.startswith(text)], cfg, width)
-        if "writer" in cfg.target_roles and not cfg.target_names:
+        if "writer" in cfg.target_roles and not cfg.target_names and not cfg.on_blocks:
             blocks = {p: m for p, m in stacks.blocks(modules).items() if _deep(stacks.place(p), cfg, stacks)}
             _check_writers({p: m for p, m in blocks.items() if p.startswith(text)}, cfg, reachable, targets, width)
     if not targets:
         raise TargetError(_nothing_found(model, cfg, reachable, left_out))
-    chosen = {target: known[target] for target in targets}
-    return Selection(chosen, left_out, asked, all(layer.is_plain for layer in layers))
+    return Selection({t: known[t] for t in targets}, left_out, asked, all(layer.is_plain for layer in layers))
+
+
+def block_layers(model: nn.Module, modules: Modules, stacks: Stacks) -> dict[str, BaseLayer]:
+    """The residual stream at the output of each block of the language model, by the path of the block.
+
+    Raises TargetError for a model whose config doesn't give its width.
+    """
+    width, text = model_width(model), _text_part(model, modules)
+    # A list is never called: no output of it is to be seen.
+    called = {p: m for p, m in stacks.blocks(modules).items() if type(m).forward is not nn.Module.forward}
+    if called and width is None:
+        raise TargetError(
+            f"kinds=('block',): this {type(model).__name__} has no config that gives its width (hidden_size)\n"
+            f"  target the layers that write to the stream, without kinds"
+        )
+    return {p: stream_of(m, p, width or 0) for p, m in called.items() if p.startswith(text)}
+
+
+def _is_wanted(layer: BaseLayer, cfg: BaseConfig) -> bool:
+    """Is it of a kind that the config asks for, or the block of experts, whose output is adapted?"""
+    if not layer.by_weight:
+        return layer.experts > 0 or layer.kind.category in cfg.kinds
+    # A module's bare parameters may be an adapter's: one attached before must not become a target.
+    sites = layer.module.__dict__.get(SITES, {}).values()
+    is_adapters = any(layer.kind.weight == site.attribute(name) for site in sites for name in site.specs)
+    return layer.kind.category in cfg.kinds and not is_adapters
 
 
 def _left_out(
@@ -128,26 +172,34 @@ def _left_out(
     In a model with blocks, these are all outside of them; in another, its output head. A layer that no adapter can
     reach is left out too, but not where the writers of the residual stream are asked for: there it is an error.
     """
-    shapes = {t.path: (t.d_in, t.d_out) for t in layers if not t.experts}
-    stacked = any(t.stack for t in layers)
+    called = [t for t, layer in layers.items() if layer.kind.category == "linear" and not layer.kind.prefix]
+    shapes = {t.path: (t.d_in, t.d_out) for t in called if not t.experts}
     heads = _output_heads(model, modules, list(layers))
-    reasons = {t.path: "the output head" if t.path in heads else "in no stack of blocks" for t in layers if not t.stack}
-    if not stacked:  # a bare nn.Sequential: everything is a target but its head
-        reasons = {path: reason for path, reason in reasons.items() if path in heads}
+    outside = [t.path for t in layers if not t.stack]
+    stacked = len(outside) < len(layers)  # if not, a bare nn.Sequential: everything is a target but its head
+    reasons = dict.fromkeys(outside, "in no stack of blocks") if stacked else {}
+    reasons |= dict.fromkeys(heads.intersection(outside), "the output head")
     reasons |= dict.fromkeys(routers(modules, shapes), "a router of experts")
     if asked:  # only those that nothing has left out yet: asking runs a layer
         reasons |= not_linear(layers[t] for t in layers if not t.experts and t.path not in reasons)
-    if not cfg.FUSED_EXPERTS:
-        fused = f"fused experts: {cfg.variant} goes on linear layers"
-        reasons |= {t.path: fused for t in layers if t.experts and t.path not in reasons}
+    if not cfg.FUSED_EXPERTS and "experts" not in cfg.kinds:
+        fused = 'fused experts: kinds=("experts",) takes their matrices'
+        reasons |= {t.path: fused for t in layers if t.experts and not t.by_weight and t.path not in reasons}
     known, within = {t.path for t in layers}, "."  # matrices inside of a known layer are that layer's affair
     for path, module in modules.items():
         within = f"{path}." if path in known else within
-        if stacks.place(path)[0] and not f"{path}.".startswith(within) and _has_matrices(module):
-            attention = isinstance(module, nn.MultiheadAttention)
-            what = "q, k and v: nn.MultiheadAttention multiplies by them itself"
-            reasons[path] = what if attention else "matrices that are no linear layer"
-    return [LeftOut(path, reasons[path]) for path in modules if path in reasons and not _excluded(path, cfg)]
+        if (
+            "linear" in cfg.kinds
+            and stacks.place(path)[0]
+            and not f"{path}.".startswith(within)
+            and _has_matrices(module)
+        ):
+            kinds = list(kinds_by_weight(module))
+            if not kinds or any(kind.category not in cfg.kinds for kind in kinds):
+                reasons.setdefault(path, "matrices that are no linear layer")
+    order = {path: i for i, path in enumerate(modules)}  # a bare parameter stands where its module does
+    paths = sorted(reasons, key=lambda path: order[path if path in order else path.rpartition(".")[0]])
+    return [LeftOut(path, reasons[path]) for path in paths if not _excluded(path, cfg)]
 
 
 def _has_matrices(module: nn.Module) -> bool:
@@ -161,11 +213,8 @@ def _has_matrices(module: nn.Module) -> bool:
 def model_width(model: nn.Module) -> int | None:
     """d_model, the width of the residual stream, from the model's config; never guessed from shapes."""
     config = _text_config(model)
-    for name in ("hidden_size", "d_model", "n_embd", "dim"):  # most models; T5; GPT-2; DistilBERT
-        width = getattr(config, name, None)
-        if isinstance(width, int):
-            return width
-    return None
+    widths = (getattr(config, name, None) for name in ("hidden_size", "d_model", "n_embd", "dim"))
+    return next((width for width in widths if isinstance(width, int)), None)  # most models; T5; GPT-2; DistilBERT
 
 
 def _text_part(model: nn.Module, modules: Modules) -> str:
@@ -207,24 +256,21 @@ def _output_heads(model: nn.Module, modules: Modules, layers: list[Target]) -> s
 
 
 def _deep(place: Place, cfg: BaseConfig, stacks: Stacks) -> bool:
-    if cfg.layers is None and cfg.layer_range is None:
-        return True
     stack, block = place
     if stack is None or block is None:
-        return False
+        return cfg.layers is None and cfg.layer_range is None
     n = stacks.depths[stack]
-    if cfg.layers is not None and block not in {i % n for i in cfg.layers if -n <= i < n}:  # stacks differ in depth
-        return False
+    listed = cfg.layers is None or block in {i % n for i in cfg.layers if -n <= i < n}  # stacks differ in depth
     low, high = cfg.layer_range or (0.0, 1.0)
-    return low <= (block + 0.5) / n <= high  # a block's middle: (0, 0.5) and (0.5, 1) take half of an even n each
+    return listed and low <= (block + 0.5) / n <= high  # its middle: (0, 0.5) and (0.5, 1) take half of an even n each
 
 
-def _check_layers(cfg: BaseConfig, stacks: Stacks) -> None:
+def _check_layers(layers: Sequence[int], stacks: Stacks) -> None:
     longest = max(stacks.depths.values(), default=0)
-    wrong = [i for i in cfg.layers or () if not -longest <= i < longest]
+    wrong = [i for i in layers if not -longest <= i < longest]
     if wrong:
         raise TargetError(
-            f"layers={cfg.layers}: {wrong} name no block; stacks: {stacks.depths or 'none'}\n"
+            f"layers={layers}: {wrong} name no block; stacks: {stacks.depths or 'none'}\n"
             f"  block indices run from 0; negative ones count from the end"
         )
 
@@ -239,8 +285,8 @@ def _with_roles(targets: list[Target], cfg: BaseConfig, d_model: int | None) -> 
     square = [t.path for t in targets if t.role(d_model) is None]
     if square:
         raise TargetError(
-            f"target_roles={cfg.target_roles}: {len(square)} layers are {d_model} x {d_model}, so they could "
-            f"be readers or writers\n"
+            f"target_roles={cfg.target_roles}: {len(square)} layers are {d_model} x {d_model}, "
+            f"so they could be readers or writers\n"
             f"  such as {', '.join(square[:3])}\n"
             f"  choose among them with target_names or exclude_names"
         )
@@ -276,8 +322,9 @@ def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) ->
             continue
         part, kind = ".".join(holder.split(".")[: path.count(".") + 2]), type(module).__name__  # the block's child
         for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            packed = t.dtype in _PACKED and t.ndim < 4  # older masks are bytes (1, 1, n, n)
-            if t.ndim > 1 and (packed or (t.is_floating_point() and d_model in t.shape[-2:])):
+            packed = t.dtype in _PACKED and 1 < t.ndim < 4  # older masks are bytes (1, 1, n, n)
+            is_matrix = sum(n > 1 for n in t.shape) > 1  # RWKV's `time_mix_key` (1, 1, d) is a vector
+            if packed or (is_matrix and t.is_floating_point() and d_model in t.shape[-2:]):
                 out.append((part, holder, kind, t.ndim))
         if getattr(module, "out_features", None) == d_model:
             out.append((part, holder, kind, 3))  # packed by another library: no weight to look at
@@ -286,11 +333,14 @@ def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) ->
 
 def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target], left_out: list[LeftOut]) -> str:
     filters = {name: getattr(cfg, name) for name in cfg.FILTERS if getattr(cfg, name)}
+    if cfg.kinds == ("linear",):  # the default says nothing
+        del filters["kinds"]
     given = ", ".join(f"{name}={value!r}" for name, value in filters.items()) or f"the defaults of {cfg.variant!r}"
     unasked = "".join(f"  left out by default: {path} ({reason})\n" for path, reason in left_out[:3])
+    noun, nearest = "blocks" if cfg.on_blocks else "linear layers", ", ".join(_nearest(cfg, everything)) or "none"
     return (
         f"no layer matched {given} in {type(model).__name__}\n"
-        f"  {len(everything)} linear layers searched; nearest: {', '.join(_nearest(cfg, everything)) or 'none'}\n"
+        f"  {len(everything)} {noun} searched; nearest: {nearest}\n"
         f"{unasked}"
         f"  preview with lora_lite.plan(model, cfg)"
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,26 @@ _FILL: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+class LowRank(NamedTuple):
+    """A change of the output y by factors A (r, d_in), B (d_out, r), s: y + B (s ⊙ A drop(x)); with a gain g (d_out,)
+    on y without its bias, y + c [(g - 1) ⊙ (y - b) + g ⊙ B (s ⊙ A drop(x))]."""
+
+    a: Tensor
+    b: Tensor
+    s: float | Tensor
+    dropout: float = 0.0  # on x; 0 outside of training
+    gain: Tensor | None = None
+    c: float | Tensor = 1.0
+
+    def added(self, y: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
+        """The new output, for branch = B (s ⊙ A drop(x)) of the shape of y (*b, d_out)."""
+        branch = branch.to(y.dtype)  # factors may be wider than the activations
+        if self.gain is None:
+            return y + branch
+        wx = y if bias is None else y - bias
+        return y + self.c * ((self.gain - 1).to(y.dtype) * wx + self.gain.to(y.dtype) * branch)
+
+
 class Variant:
     """An adapter method: static maths over a Layer view, and what it asks of the runtime.
 
@@ -67,6 +87,7 @@ class Variant:
     needs_calibration  `group_init` needs `attach(..., calibration_data=...)`. Or a function of the config that says so;
                        where that says no, data is an error
     live               config fields that `Adapter.configure` may change while the adapter is attached
+    reads_input        `forward` looks at x. If not, no patches or one-hot vectors have to be made for it
     leads              its adapters come before those that don't lead, whenever they were attached
 
     On fused experts (a config with FUSED_EXPERTS): where the weight is unused, `forward` runs once, on the block's
@@ -82,6 +103,7 @@ class Variant:
     handles_scale: bool = False
     needs_calibration: bool | Callable[[Any], bool] = False
     live: tuple[str, ...] = ()
+    reads_input: bool = True
     leads: bool = False
 
     @staticmethod
@@ -102,9 +124,10 @@ class Variant:
         """Bring the tensors in line with the config: after `group_init`, and whenever its `live` fields change."""
 
     @staticmethod
-    def low_rank(layer: Layer) -> tuple[Tensor, Tensor, float | Tensor] | None:
+    def low_rank(layer: Layer) -> "LowRank | tuple[Tensor, Tensor, float | Tensor] | None":
         """(A (r, d_in), B (d_out, r), s), exact, if all it does at `layer.scale` is to add B (s ⊙ A x), whatever y is:
-        then the rounds that a history keeps are one pair of products. s is a number or (r,). None for any other change.
+        then the rounds that a history keeps are one pair of products, and a convolution, an embedding or experts take
+        two small ones of their own kind. s is a number or (r,). None for any other change but those of `LowRank`.
         """
         return None
 
@@ -137,9 +160,8 @@ def register(cls: V) -> V:
     name: str = cls.name
     # A second class under a name would change what a file of the first one loads.
     if name in REGISTRY:
-        raise VariantError(
-            f"variant {name!r} is registered already, by {_origin(REGISTRY[name])}\n  give {_origin(cls)} another name"
-        )
+        first, second = (f"{one.__module__}.{one.__qualname__}" for one in (REGISTRY[name], cls))
+        raise VariantError(f"variant {name!r} is registered already, by {first}\n  give {second} another name")
     if not issubclass(cls, Variant):  # so that a class needs no base, and the runtime never asks what it lacks
         same = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         cls = cast(V, type(cls.__name__, (cls, Variant), same))
@@ -163,12 +185,8 @@ def _check(cls: Any) -> None:
     raise VariantError(f"variant {cls.name!r}: {problem}")
 
 
-def _origin(cls: Any) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def lookup(name: str) -> type[Variant]:
-    """The variant registered under a name. Raises VariantError."""
+    """The variant registered under a name."""
     if name not in REGISTRY:
         raise VariantError(
             f"no variant is registered as {brief(name)!r}\n"
@@ -179,7 +197,7 @@ def lookup(name: str) -> type[Variant]:
 
 
 def weight_use(cfg: BaseConfig) -> str:
-    """How a config's variant uses the base weight: "unused", "read" or "dense". Raises VariantError."""
+    """How a config's variant uses the base weight: "unused", "read" or "dense"."""
     declared = lookup(cfg.variant).base_weight
     use = declared(cfg) if callable(declared) else declared
     if use not in _USES:
@@ -199,10 +217,8 @@ def check_takes_data(cfg: BaseConfig) -> None:
     if variant.group_init is Variant.group_init:
         raise ConfigError(f"variant {cfg.variant!r} takes no calibration_data\n  it is trained: leave it out")
     if callable(variant.needs_calibration) and not needs_data(cfg):  # a plain False: data may be given, or not
-        raise ConfigError(
-            f"variant {cfg.variant!r} takes no calibration_data as it is configured\n"
-            f"  leave it out, or change what the config says of it"
-        )
+        unwanted = f"variant {cfg.variant!r} takes no calibration_data as it is configured"
+        raise ConfigError(f"{unwanted}\n  leave it out, or change what the config says of it")
 
 
 def config_for(name: str) -> type[BaseConfig]:
