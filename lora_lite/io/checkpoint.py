@@ -13,9 +13,7 @@ from loguru import logger
 from torch import nn
 
 from ..base import sharding
-from ..base.fingerprint import check_same_base, other_base, same_base
-from ..base.layer import layer_of
-from ..base.stacks import find_stacks
+from ..base.fingerprint import other_base, same_base, tell_other_base
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import installed
 from ..core.config import BaseConfig, to_json
@@ -23,12 +21,11 @@ from ..core.names import check_shapes, file_key
 from ..core.ran import uncalled
 from ..core.resolve import attachable, make_sites
 from ..core.state import Site
-from ..core.targets import Target
 from ..core.variant import lookup
 from ..errors import CheckpointError, ConfigError, brief
 from ..version import __version__
 from .adapter_file import DIGEST, FORMAT, METADATA, AdapterFile, checked, read_file
-from .keys import resolve
+from .keys import layers_of, resolve
 from .peft.folder import DIFFUSERS_SETTINGS
 from .peft.load import load_peft
 from .raw import load_raw
@@ -106,8 +103,11 @@ def load(
     with installed(root, file.cfg, name, list(sites.values()), tensors, file.scale) as adapter:
         reads = any(site.base_weight != "unused" for site in sites.values())
         recorded = file.base.renamed({in_file: site.path for in_file, site in sites.items()})
-        base = check_same_base(str(file.path), recorded, adapter.base_record, adapter.variant, reads, verify_base)
-        adapter.set_base_record(base)
+        if not same_base(recorded, adapter.base_record):
+            message = other_base(str(file.path), recorded, adapter.base_record)
+            tell_other_base(message, adapter.variant, reads, verify_base)
+            if reads:  # the values belong to the recorded base, so a later save must name that
+                adapter.set_base_record(recorded)
         for in_file, site in sites.items():
             site.never_ran = in_file in file.never_ran
     if file.on != _digests_of_first(root, name):
@@ -130,17 +130,15 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
     stored, live = file.cfg.to_dict(), adapter.config.to_dict()
     # The filters have done their work, and values are cast to the live dtype. per_layer counts as it was resolved.
-    for settings in (stored, live):
-        for field in (*file.cfg.FILTERS, "dtype", "per_layer"):
-            settings.pop(field, None)
+    for field in (*file.cfg.FILTERS, "dtype", "per_layer"):
+        stored.pop(field, None)
     differ = {field: (value, live.get(field)) for field, value in stored.items() if value != live.get(field)}
     per_layer = {mapping[in_file]: overrides for in_file, overrides in file.per_layer.items()}
     if per_layer != adapter.per_layer:
         differ["per_layer"] = per_layer, adapter.per_layer
     if differ:
         raise CheckpointError(
-            f"{file.path} and adapter {name!r} are not of one config\n"
-            f"  (file, adapter): {brief(differ, 600)}\n"
+            f"{file.path} and adapter {name!r} are not of one config\n  (file, adapter): {brief(differ, 600)}\n"
             f"  detach it and use lora_lite.load"
         )
     recorded = file.base.renamed(mapping)
@@ -216,29 +214,23 @@ def _first_process(path: Path, together: bool) -> Iterator[bool]:
     except Exception as caught:
         error = caught
     outcome = [error and f"{type(error).__name__}: {error}"]
-    torch.distributed.broadcast_object_list(outcome)
+    torch.distributed.broadcast_object_list(outcome)  # the first one's, to all
     if outcome[0]:
-        raise CheckpointError(
-            f"{path} was not written: {outcome[0]}\n  by the first process, for all of them"
-        ) from error
+        raise CheckpointError(f"{path} was not written: {outcome[0]}\n  the first process writes for all") from error
 
 
 def _sites(root: nn.Module, file: AdapterFile) -> dict[str, Site]:
     """A site for each path of the file; CheckpointError unless all keys and shapes fit the model."""
-    modules = dict(root.named_modules())
-    mapping = resolve(file.path, file.targets, set(modules), type(root).__name__)
-    targets, stacks = {}, find_stacks(modules)
-    for in_file, path in mapping.items():
-        layer, size = layer_of(modules[path], path), file.targets[in_file]
-        live_size = (layer.d_in, layer.d_out) if layer else None
-        if layer is None or live_size != size:
+    targets, layers = layers_of(root, file.path, file.targets, file.cfg.on_blocks)
+    for in_file, target in targets.items():
+        size, live_size = file.targets[in_file], (target.d_in, target.d_out)
+        if live_size != size:
             raise CheckpointError(
-                f"{file.path}: {in_file} was saved from a layer with (d_in, d_out) = {size}, and {path} of "
+                f"{file.path}: {in_file} was saved from a layer with (d_in, d_out) = {size}, and {target.path} of "
                 f"this {type(root).__name__} has {live_size}\n  this is another base model"
             )
-        targets[Target.of(layer, stacks)] = layer
-    overrides = {mapping[path]: fields for path, fields in file.per_layer.items()}
-    sites = dict(zip(mapping, make_sites(targets, file.cfg, overrides), strict=True))
+    overrides = {targets[path].path: fields for path, fields in file.per_layer.items()}
+    sites = dict(zip(targets, make_sites(layers, file.cfg, overrides), strict=True))
     specs = {file_key(path, name): spec for path, site in sites.items() for name, spec in site.specs.items()}
     check_shapes(file.header.entries, specs, str(file.path))
     return sites

@@ -5,6 +5,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import nn
+
+from ..base.layer import BaseLayer, find_layers, layer_of, shapes_of
+from ..base.stacks import find_stacks
+from ..core.targets import Target, block_layers
 from ..errors import CheckpointError
 
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.")  # of DDP, torch.compile, PEFT, transformers
@@ -12,7 +17,8 @@ INFIXES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  #
 PREFIX = "base_model.model."  # of PEFT's keys
 SECOND = "_ff"  # ends the name of an IA3's second half: PEFT's one adapter is two of ours, ia3 and ia3_ff
 
-_OURS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"}  # by PEFT's name
+_OURS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+_OURS |= {"lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"}  # by PEFT's name
 THEIRS = {  # our name of a tensor -> PEFT's in a file
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -21,6 +27,7 @@ THEIRS = {  # our name of a tensor -> PEFT's in a file
 }
 _KEY = re.compile(
     r"(?P<path>.+)\.(?:(?P<ab>lora_[AB])(?:\.(?P<of>[^.]+))?\.weight"
+    r"|(?P<embedding>lora_embedding_[AB])(?:\.(?P<of_embedding>[^.]+))?"
     r"|(?P<vector>lora_magnitude_vector|ia3_l)(?:\.(?!weight$)(?P<of_vector>[^.]+))?(?:\.weight)?"
     r"|base_layer\.(?P<base>[^.]+))"
 )
@@ -57,6 +64,30 @@ def resolve(
     return {path: matches[0] for path, matches in candidates.items()}
 
 
+def layers_of(
+    root: nn.Module, file: Path, in_file: Iterable[str], on_blocks: bool = False
+) -> tuple[dict[str, Target], dict[Target, BaseLayer]]:
+    """The model's layer for each path of a file: its target by the path in the file, and the layer by its target.
+
+    `on_blocks` says that the paths are those of blocks.
+
+    Raises:
+        CheckpointError: as `resolve`, and for a path that leads to no linear layer.
+    """
+    modules, model = dict(root.named_modules()), type(root).__name__
+    known, targets, layers = find_layers(modules), {}, {}
+    stacks = find_stacks(modules, shapes_of(known.values()))
+    known = block_layers(root, modules, stacks) if on_blocks else known
+    for name, path in resolve(file, in_file, {*modules, *known}, model).items():
+        layer = known.get(path) or (None if on_blocks else layer_of(modules[path], path))
+        if layer is None:
+            kind, noun = type(modules[path]).__name__, "block" if on_blocks else "linear layer"
+            raise CheckpointError(f"{file}: {name} is no {noun} of this {model} but {kind}\n  load it on its own model")
+        targets[name] = target = Target.of(layer, stacks)
+        layers[target] = layer
+    return targets, layers
+
+
 def core(path: str) -> str:
     """The path without what wrappers add."""
     if any(infix in path for infix in INFIXES):
@@ -77,6 +108,7 @@ def plain_key(key: str) -> str:
     match = _KEY.fullmatch(plain)
     if match is None:
         return plain
-    name, adapter = match["ab"] or match["vector"], match["of"] or match["of_vector"] or "default"
+    name = match["ab"] or match["embedding"] or match["vector"]
+    adapter = match["of"] or match["of_embedding"] or match["of_vector"] or "default"
     suffix = "" if adapter == "default" else f"__{adapter}"
     return f"{match['path']}.{_OURS[name] + suffix if name else match['base']}"

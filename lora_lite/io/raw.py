@@ -20,9 +20,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from ..base import sharding
-from ..base.fingerprint import BY_VALUES, tell_other_base
-from ..base.layer import BaseLayer, layer_of
-from ..base.stacks import find_stacks
+from ..base.fingerprint import tell_other_base
+from ..base.layer import layer_of
 from ..base.storage import DENSE, Storage, spread
 from ..core.adapter import Adapter, adapters
 from ..core.attach import installed
@@ -34,10 +33,13 @@ from ..core.targets import Target
 from ..core.variant import REGISTRY, config_for
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, LoraLiteError, brief
-from .keys import core, plain_key, resolve
+from .keys import core, layers_of, plain_key, resolve
 from .safetensors import DTYPES, Entry, Header, check_numbers
 
 Layers = dict[str, dict[str, str]]  # path of a layer in the file -> name of a tensor there -> its key in the file
+Comparison = dict[
+    str, tuple[str, bool | None]
+]  # live key of a base tensor -> (the file's, is it equal?), None: unknown
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,6 @@ class _Raw:
         return self.headers[key].read([key])[key]
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """The base tensors of the file against the live ones, by live key."""
-
-    equal: list[str] = field(default_factory=list)
-    different: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)  # codes on one side and numbers on the other
-    fingerprints: dict[str, list[Any]] = field(default_factory=dict)  # path -> the file's, where it isn't the live one
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.equal)} base tensors equal to this model's, {len(self.different)} different, "
-            f"{len(self.unknown)} that can't be compared"
-        )
-
-
 def load_raw(
     root: nn.Module, path: Path, headers: Iterable[Header], cfg: BaseConfig | None, name: str, verify_base: bool
 ) -> Adapter:
@@ -79,11 +65,12 @@ def load_raw(
     live = _base_tensors(root)
     raw = _sorted_keys(path, {key: header for header in headers for key in header.entries}, live)
     chosen = _chosen(raw, name)
-    keys = raw.layers[chosen]
-    layers = _layers(root, path, keys)
+    keys = raw.layers.pop(chosen)
+    targets, layers = layers_of(root, path, keys, cfg is not None and cfg.on_blocks)
     if cfg is None:
-        raise CheckpointError(_description(raw, keys, layers))
-    sites = _sites(root, checked_config(cfg), layers)
+        raise CheckpointError(_description(raw, keys, targets))
+    overrides = overrides_at(checked_config(cfg), [target.path for target in layers])
+    sites = dict(zip(targets, make_sites(layers, cfg, overrides), strict=True))
     _check_complete(raw, keys, sites)
     mapping = resolve(path, raw.base, set(live), type(root).__name__, "base tensors")
     stored = {key: raw.read(key) for at_layer in keys.values() for key in at_layer.values()}
@@ -91,15 +78,12 @@ def load_raw(
     tensors = {site.key(tensor): stored[key] for p, site in sites.items() for tensor, key in keys[p].items()}
     order = {module: i for i, module in enumerate(root.modules())}  # attach's: files are sorted by key, 10 before 2
     with installed(root, cfg, name, sorted(sites.values(), key=lambda site: order[site.module]), tensors) as adapter:
-        comparison = _compared(root, raw, {mapping[plain]: key for plain, key in raw.base.items()}, live, adapter)
-        _check_base(path, adapter, comparison, verify_base)
-    others = [
-        f"adapter {other!r} ({sum(map(len, in_file.values()))})"
-        for other, in_file in raw.layers.items()
-        if other != chosen
-    ]
+        comparison = _compared(root, raw, {mapping[plain]: key for plain, key in raw.base.items()}, live)
+        _check_base(raw, adapter, comparison, verify_base)
+    others = [f"adapter {other!r} ({sum(map(len, rest.values()))})" for other, rest in raw.layers.items()]
     left = f"; left there: {brief(', '.join(others), 400)}" if others else ""
-    logger.info(f"loaded {adapter} from {path}: {len(stored)} tensors of adapter {chosen!r}, {comparison}{left}")
+    counts = f"{len(stored)} tensors of adapter {chosen!r}, {_counts(comparison)}"
+    logger.info(f"loaded {adapter} from {path}: {counts}{left}")
     return adapter
 
 
@@ -163,29 +147,6 @@ def _chosen(raw: _Raw, name: str) -> str:
     return chosen
 
 
-def _layers(root: nn.Module, path: Path, keys: Layers) -> dict[str, BaseLayer]:
-    """The model's layer for each path with adapter tensors. Raises CheckpointError."""
-    modules, layers = dict(root.named_modules()), {}
-    for in_file, in_model in resolve(path, keys, set(modules), type(root).__name__).items():
-        layer = layer_of(modules[in_model], in_model)
-        if layer is None:
-            raise CheckpointError(
-                f"{path}: {in_file} has adapter tensors ({brief(', '.join(keys[in_file]))}), and in this "
-                f"{type(root).__name__} it is no linear layer but {type(modules[in_model]).__name__}\n"
-                f"  load it on its own model"
-            )
-        layers[in_file] = layer
-    return layers
-
-
-def _sites(root: nn.Module, cfg: BaseConfig, layers: Mapping[str, BaseLayer]) -> dict[str, Site]:
-    """A site for each path of the file, with the overrides that the config's regexes give it."""
-    stacks = find_stacks(dict(root.named_modules()))
-    targets = {Target.of(layer, stacks): layer for layer in layers.values()}
-    overrides = overrides_at(cfg, [target.path for target in targets])
-    return dict(zip(layers, make_sites(targets, cfg, overrides), strict=True))
-
-
 def _check_complete(raw: _Raw, layers: Layers, sites: Mapping[str, Site]) -> None:
     """CheckpointError unless each layer has exactly the variant's tensors, each of its shape."""
     entries = {file_key(path, tensor): raw.entry(key) for path, keys in layers.items() for tensor, key in keys.items()}
@@ -206,18 +167,19 @@ def _check_complete(raw: _Raw, layers: Layers, sites: Mapping[str, Site]) -> Non
     check_shapes(entries, specs, str(raw.path))
 
 
-def _description(raw: _Raw, layers: Layers, in_model: Mapping[str, BaseLayer]) -> str:
+def _description(raw: _Raw, layers: Layers, targets: Mapping[str, Target]) -> str:
     """The look of the tensors, for a caller who has to say what they are."""
     shapes = {path: {tensor: raw.entry(key).shape for tensor, key in keys.items()} for path, keys in layers.items()}
     path, example = next(iter(shapes.items()))
     ranks = {n for shape in example.values() for n in shape if n > 0}  # the rank is a side of a tensor, not known which
-    fits = []
+    fits: dict[str, set[str]] = {}  # call of a config -> the buffers that its variant would have beside these tensors
     for cfg in _candidates(sorted(ranks)):
-        lacking = [_lacking(Target.of(in_model[p]), shapes[p], cfg) for p in shapes]
+        lacking = [_lacking(targets[p], shapes[p], cfg) for p in shapes]
         if None not in lacking:
-            fits.append((_call(cfg), sorted({tensor for names in lacking for tensor in names or ()})))
-    whole = [call for call, lacking in fits if not lacking]
-    calls = whole or [f"{call}, but for {', '.join(lacking)}" for call, lacking in fits]
+            rank = f"r={cfg.r}, " if "r" in cfg.to_dict() else ""
+            fits[f"lora_lite.config_for({cfg.variant!r})({rank}...)"] = set().union(*filter(None, lacking))
+    whole = [call for call, buffers in fits.items() if not buffers]
+    calls = whole or [f"{call}, but for {', '.join(sorted(buffers))}" for call, buffers in fits.items()]
     return (
         f"{raw.path} has no lora_lite metadata: raw tensors say neither the method nor its settings, such as alpha\n"
         f"  {sum(map(len, shapes.values()))} tensors at {len(shapes)} layers, such as {path}: "
@@ -227,7 +189,7 @@ def _description(raw: _Raw, layers: Layers, in_model: Mapping[str, BaseLayer]) -
     )
 
 
-def _candidates(ranks: Iterable[int]) -> Iterator[BaseConfig]:
+def _candidates(ranks: Iterable[int]) -> Iterator[Any]:
     """A config of each variant by its defaults; at each of these ranks, of one that has a rank."""
     for name in sorted(REGISTRY):
         make: Any = config_for(name)
@@ -248,27 +210,23 @@ def _lacking(target: Target, shapes: Mapping[str, tuple[int, ...]], cfg: BaseCon
     return lacking if fits and not any(specs[tensor].trainable for tensor in lacking) else None
 
 
-def _call(cfg: Any) -> str:
-    return f"lora_lite.config_for({cfg.variant!r})({f'r={cfg.r}, ' if 'r' in cfg.to_dict() else ''}...)"
-
-
 # ---- the base weights in between ----------------------------------------------------------------
 
 
-def _compared(
-    root: nn.Module, raw: _Raw, keys: Mapping[str, str], live: Mapping[str, Tensor], adapter: Adapter
-) -> _Comparison:
-    """The file's tensors, by live key, against the live ones; one at a time is in memory."""
+def _compared(root: nn.Module, raw: _Raw, keys: Mapping[str, str], live: Mapping[str, Tensor]) -> Comparison:
+    """The file's tensors, whose `keys` are by live key, against the live ones; one at a time is in memory."""
     layers = {file_key(p, "weight"): layer for p, m in root.named_modules() if (layer := layer_of(m, p)) is not None}
-    weights = {file_key(site.path, site.base.kind.weight): site.path for site in adapter.sites()}
-    comparison = _Comparison()
-    for key, in_file in keys.items():
-        storage, entry = layers[key].storage if key in layers else DENSE, raw.entry(in_file)
-        same = same_tensor(live[key], raw.headers[in_file], in_file, storage)
-        (comparison.unknown if same is None else comparison.equal if same else comparison.different).append(key)
-        if key in weights and not same and entry.dtype in DTYPES:
-            comparison.fingerprints[weights[key]] = [dtype_name(DTYPES[entry.dtype]), *spread(raw.read(in_file))]
-    return comparison
+    storages = {key: layer.storage for key, layer in layers.items()}
+    return {
+        key: (in_file, same_tensor(live[key], raw.headers[in_file], in_file, storages.get(key, DENSE)))
+        for key, in_file in keys.items()
+    }
+
+
+def _counts(comparison: Comparison) -> str:
+    answers = [same for _, same in comparison.values()]
+    equal, different, unknown = (answers.count(answer) for answer in (True, False, None))
+    return f"{equal} base tensors equal to this model's, {different} different, {unknown} that can't be compared"
 
 
 def same_tensor(live: Tensor, header: Header, key: str, storage: Storage) -> bool | None:
@@ -279,7 +237,7 @@ def same_tensor(live: Tensor, header: Header, key: str, storage: Storage) -> boo
     entry = header.entries[key]
     dtype = DTYPES.get(entry.dtype)
     alike = dtype == live.dtype and entry.shape == tuple(live.shape)
-    if dtype is None or live.is_meta or sharding.is_sharded(live) or not storage.is_known:
+    if dtype is None or live.is_meta or sharding.is_sharded(live) or not storage.decodes:
         return None
     if not alike and (not storage.is_dense or dtype.is_floating_point != live.is_floating_point()):
         return None
@@ -299,18 +257,20 @@ def same_tensor(live: Tensor, header: Header, key: str, storage: Storage) -> boo
     return bool(((a - b).abs() <= half_steps * torch.maximum(a.abs(), b.abs()) + step).all())
 
 
-def _check_base(path: Path, adapter: Adapter, comparison: _Comparison, verify_base: bool) -> None:
+def _check_base(raw: _Raw, adapter: Adapter, comparison: Comparison, verify_base: bool) -> None:
     """CheckpointError for a method that depends on its base weight, where that isn't known to be this one."""
     reads = any(site.base_weight != "unused" for site in adapter.sites())
-    if not comparison.different and not (reads and comparison.fingerprints):
-        return
-    base, doubtful = adapter.base_record, comparison.different or comparison.unknown
-    message = (
-        f"{path} holds another base than this {base.class_name}: {comparison}\n"
-        f"  such as {brief('; '.join(doubtful[:3]), 1200)}"
-    )
-    tell_other_base(message, adapter.variant, reads, verify_base, BY_VALUES)
-    if reads and comparison.fingerprints:
-        # The values belong to the file's base, so a later save must name that one.
-        fingerprint = base.fingerprint | comparison.fingerprints
-        adapter.set_base_record(replace(base, quantization=None, fingerprint=fingerprint))
+    fingerprints: dict[str, list[Any]] = {}  # path of a target -> the file's, where it isn't known to be the live one
+    for site in adapter.sites() if reads else ():
+        in_file, same = comparison.get(file_key(site.path, site.base.kind.weight), ("", True))
+        if not same and (dtype := DTYPES.get(raw.entry(in_file).dtype)) is not None:
+            fingerprints[site.path] = [dtype_name(dtype), *spread(raw.read(in_file))]
+    different = [key for key, (_, same) in comparison.items() if same is False]
+    if different or fingerprints:
+        base, doubtful = adapter.base_record, different or [key for key, (_, same) in comparison.items() if not same]
+        message = f"{raw.path} holds another base than this {base.class_name}: {_counts(comparison)}"
+        message += f"\n  such as {brief('; '.join(doubtful[:3]), 1200)}"
+        tell_other_base(message, adapter.variant, reads, verify_base)
+        if fingerprints:  # the values belong to the file's base, so a later save must name that one
+            record = replace(base, quantization=None, fingerprint=base.fingerprint | fingerprints)
+            adapter.set_base_record(record)

@@ -8,13 +8,17 @@ of today's model in silence:
                      on the fused tensors, in whatever form they are written: a dense layer of that name is left out
     keys             each goes through the renamings of old checkpoints, which can also find a key of today's model
 
-target_parameters that name a dense layer's own weight are read right, with the same keys.
+target_parameters that name a dense layer's own weight are read right, with the same keys. A layer whose key would be
+renamed is written under the key of an old checkpoint, where one becomes the layer's as PEFT reads it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
+
+from .folder import PeftFolder
 
 # Names that projections of experts, and their router, had in transformers 4.
 _EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -46,16 +50,44 @@ def moved_keys(root: nn.Module, paths: Iterable[str]) -> dict[str, str]:
 
     A key that only loses its start is put back by PEFT.
     """
+    renamings = _renamings(root)
+    keys = {path: _renamed(path, renamings) for path in paths}
+    return {path: key for path, key in keys.items() if not path.endswith(key)}
+
+
+def old_keys(root: nn.Module, moved: Iterable[str]) -> dict[str, str]:
+    """The names of an old checkpoint under which PEFT finds these layers, of `moved_keys`; none for some of them."""
+    renamings = _renamings(root)
+    candidates = ((path, _renamed(path, [rule.reverse_transform()])) for path in moved for rule in renamings)
+    return {path: old for path, old in candidates if _renamed(old, renamings) == path}
+
+
+def led_to_model(root: nn.Module, source: PeftFolder, modules: Container[str]) -> PeftFolder:
+    """The folder with this model's paths where it has names of old checkpoints that lead to them."""
+    absent = [path for path in source.paths if path not in modules]
+    goals = {old: path for old, path in moved_keys(root, absent).items() if path in modules}
+    if not goals:
+        return source
+    paths = {key: key.rpartition(".") for key in source.keys}
+    return replace(source, keys={f"{goals.get(p, p)}.{n}": source.keys[key] for key, (p, _, n) in paths.items()})
+
+
+def _renamed(path: str, renamings: Iterable[Any]) -> str:
+    from transformers.core_model_loading import rename_source_key
+
+    end = ".lora_A.weight"  # as transformers sees it: some patterns look for what follows
+    return str(rename_source_key(f"{path}{end}", list(renamings), [])[0]).removesuffix(end)
+
+
+def _renamings(root: nn.Module) -> list[Any]:
+    """The renamings of old checkpoints that PEFT applies to the keys of a folder."""
     if not _registered(root):
-        return {}
+        return []
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming
 
     model: Any = root
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    end = ".lora_A.weight"
-    keys = {path: rename_source_key(f"{path}{end}", renamings, [])[0] for path in paths}
-    return {path: key.removesuffix(end) for path, key in keys.items() if not f"{path}{end}".endswith(key)}
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
 
 def _registered(root: nn.Module) -> list[Any]:

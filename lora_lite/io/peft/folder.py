@@ -56,9 +56,7 @@ class PeftFolder:
     where: str  # the place of the settings, for messages
     settings: dict[str, Any]
     keys: dict[str, str]  # our key -> the file's
-    base: dict[
-        str, str
-    ]  # key of a base tensor of these layers, in our naming -> the file's: PEFT adds lm_head's weight
+    base: dict[str, str]  # the same of base tensors of these layers: PEFT adds lm_head's weight
 
     @property
     def paths(self) -> dict[str, None]:
@@ -83,14 +81,14 @@ def read_folder(path: Path, modules: Container[str] = ()) -> PeftFolder:
     """A folder of PEFT, or a file of diffusers, or the folder with it. Nothing but headers and settings is read.
 
     modules     the paths of a model's modules: of several components in a file of diffusers, the one with its layers
-                is meant
+                is meant, and what target_parameters name is looked up there (`forms.placed`)
 
     Raises:
         CheckpointError: for a pickle, a setting or a tensor that would be lost, and what isn't PEFT's at all.
     """
     file = path / DIFFUSERS if path.is_dir() else path
     if file.is_file() and not (path / CONFIG).is_file():
-        return _with_settings(*_read_diffusers(file, modules))
+        return _with_settings(*_read_diffusers(file, modules), has_model=bool(modules))
     if not (path / WEIGHTS).is_file() and (path / PICKLE).is_file():
         raise CheckpointError(
             f"{path / PICKLE} is a pickle, which is never opened: it can run code\n"
@@ -102,23 +100,26 @@ def read_folder(path: Path, modules: Container[str] = ()) -> PeftFolder:
         hint = f"\n  {len(inside)} of its folders are: {names}; load one of them" if inside else ""
         raise CheckpointError(f"{path} is no adapter folder of PEFT: wanted {WEIGHTS} and {CONFIG} in it{hint}")
     header = read_header(path / WEIGHTS)
-    return _with_settings(header, str(path / CONFIG), read_json(path / CONFIG), {key: key for key in header.entries})
+    keys = {key: key for key in header.entries}
+    return _with_settings(header, str(path / CONFIG), read_json(path / CONFIG), keys, has_model=bool(modules))
 
 
-def _with_settings(header: Header, where: str, settings: dict[str, Any], names: Mapping[str, str]) -> PeftFolder:
+def _with_settings(
+    header: Header, where: str, settings: dict[str, Any], names: Mapping[str, str], has_model: bool
+) -> PeftFolder:
     """`names`: a key as PEFT writes it -> as it is in the file. Raises CheckpointError."""
     keys = {plain_key(name): key for name, key in names.items() if plain_key(name).rpartition(".")[2] in THEIRS}
     paths = {ours.rpartition(".")[0] for ours in keys}
     inner = {plain_key(name): key for name, key in names.items() if ".base_layer." in name}  # under PEFT's wrapper
     base = {ours: key for ours, key in inner.items() if ours.rpartition(".")[0] in paths and ours not in keys}
     source = PeftFolder(header, where, settings, keys, base)
-    _check_settings(source)
+    _check_settings(source, has_model)
     unknown = sorted(header.entries.keys() - {*keys.values(), *base.values()})
     if unknown or not keys:
         raise CheckpointError(
-            f"{header.path}: {len(unknown)} of its {len(header.entries)} tensors have no place in an adapter on linear "
-            f"layers\n  such as {'; '.join(unknown[:3]) or 'none'}\n"
-            f"  embeddings, biases and whole modules beside the adapter aren't supported: nothing is dropped"
+            f"{header.path}: {len(unknown)} of its {len(header.entries)} tensors have no place in an "
+            f"adapter\n  such as {'; '.join(unknown[:3]) or 'none'}\n"
+            f"  single tokens, biases and whole modules beside the adapter aren't supported: nothing is dropped"
         )
     return source
 
@@ -137,7 +138,8 @@ def _read_diffusers(file: Path, modules: Container[str]) -> tuple[Header, str, d
         components.setdefault(component + dot, {})[name] = value
     prefixes = list(components)[:MOST_COMPONENTS]
     keys = {prefix: [key for key in header.entries if key.startswith(prefix)] for prefix in prefixes}
-    fitting = [prefix for prefix in keys if len(components) == 1 or _first_path(prefix, keys[prefix]) in modules]
+    first = {prefix: plain_key(of[0].removeprefix(prefix)).rpartition(".")[0] for prefix, of in keys.items() if of}
+    fitting = [prefix for prefix in keys if len(components) == 1 or first.get(prefix, ".") in modules]
     if len(fitting) != 1 or len(components) > (1 if "" in components else MOST_COMPONENTS):
         names = brief(", ".join(prefix.removesuffix(".") for prefix in components)) or "none"
         raise CheckpointError(
@@ -152,17 +154,12 @@ def _read_diffusers(file: Path, modules: Container[str]) -> tuple[Header, str, d
     return header, where, components[prefix], {key.removeprefix(prefix): key for key in keys[prefix]}
 
 
-def _first_path(prefix: str, keys: Sequence[str]) -> str:
-    """The path of the first of these keys, in a component of this prefix; of none, a path that no module has."""
-    return plain_key(keys[0].removeprefix(prefix)).rpartition(".")[0] if keys else "."
-
-
-def _check_settings(source: PeftFolder) -> None:
+def _check_settings(source: PeftFolder, has_model: bool) -> None:
     """Raises CheckpointError for a setting that would be lost; one of a later PEFT, too, unless it is neutral."""
     kind = source.settings.get("peft_type")
     if not isinstance(kind, str) or kind not in _READ:
         raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_READ)}")
-    known = _READ[kind] | _FREE | ({"target_parameters"} if _names_weights(source) else set())
+    known = _READ[kind] | _FREE | ({"target_parameters"} if _names_weights(source, has_model) else set())
     known |= {"bias"} if source.settings.get("bias") in _BIASES else set()
     lost = {
         field: value
@@ -176,12 +173,12 @@ def _check_settings(source: PeftFolder) -> None:
         )
 
 
-def _names_weights(source: PeftFolder) -> bool:
-    """Is each of target_parameters the weight of a layer with tensors here? PEFT's own are mostly fused experts."""
+def _names_weights(source: PeftFolder, has_model: bool) -> bool:
+    """Is each of target_parameters the weight of a layer with tensors here? With a model, `forms.placed` asks it."""
     names, paths = source.settings.get("target_parameters"), source.paths
-    return isinstance(names, list) and all(
-        isinstance(name, str) and name.endswith(".weight") and name.removesuffix(".weight") in paths for name in names
-    )
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return False
+    return has_model or all(name.endswith(".weight") and name.removesuffix(".weight") in paths for name in names)
 
 
 def flag_of(source: PeftFolder, field: str) -> bool:
@@ -232,10 +229,8 @@ def _literal_patterns(source: PeftFolder) -> list[tuple[str, list[str], Any]]:
     matches = {regex: _LITERAL.fullmatch(regex) if len(regex) <= LONGEST_PATTERN else None for regex in patterns}
     refused = [repr(brief(regex, 80)) for regex, match in matches.items() if match is None]
     if refused:
-        raise source.error(
-            f"alpha_pattern has {', '.join(refused[:3])}, and no regex of a file is run\n"
-            f"  write the paths that it means, or their ends, in its place"
-        )
+        names = ", ".join(refused[:3])
+        raise source.error(f"alpha_pattern has {names}, and no regex of a file is run\n  write paths, or their ends")
     return [
         (match[1], ["" if sign == "." else sign[-1] for sign in _CHARACTER.findall(match[2])], patterns[regex])
         for regex, match in matches.items()

@@ -15,8 +15,8 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from ...base.layer import BaseLayer, layer_of
-from ...base.stacks import find_stacks, place
+from ...base.layer import BaseLayer
+from ...base.stacks import place
 from ...core.adapter import Adapter
 from ...core.attach import installed
 from ...core.config import BaseConfig
@@ -26,9 +26,11 @@ from ...core.targets import Target
 from ...core.variant import config_for, lookup
 from ...dtypes import STORAGE_DTYPES
 from ...errors import CheckpointError, ConfigError, QuantizedWeightError, brief
-from ..keys import SECOND, THEIRS, resolve
+from ..keys import SECOND, THEIRS, layers_of
 from ..raw import same_tensor
 from ..safetensors import DTYPES, check_numbers
+from . import forms
+from .conversion import led_to_model
 from .folder import PeftFolder, alphas_of, check_rank, flag_of, number_of, read_folder
 
 # Starts of an init_lora_weights that writes the base, so that A and B belong to another one.
@@ -36,7 +38,7 @@ _REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One adapter of ours in a folder."""
 
     cfg: BaseConfig
@@ -64,23 +66,27 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     It raises what attach raises, too; the model is then as it was.
     """
     root = attachable(model)
-    source = read_folder(Path(folder), dict(root.named_modules()))
-    targets, layers = _targets(root, source)
+    modules = dict(root.named_modules())
+    source = forms.placed(root, led_to_model(root, read_folder(Path(folder), modules), modules))
+    targets, layers = layers_of(root, source.header.path, source.paths)
+    if blocks := [path for path, target in targets.items() if target.experts and not target.by_weight]:
+        raise source.error(f"target_parameters doesn't tell which experts of {blocks[0]} its tensors are of")
+    forms.check_groups(source, {path: layers[target] for path, target in targets.items()})
     _check_base(root, source, targets, layers)
-    parts = _parts(source, targets)  # every shape and dtype is found right before a tensor is read
+    # Every shape and dtype is found right before a tensor is read.
+    parts = parts_of(source, targets, {path: layers[target] for path, target in targets.items()})
     stored, loaded = _tensors(source, targets, layers), []
     with ExitStack() as stack:
-        for part, each in zip(parts, [name, name + SECOND][: len(parts)], strict=True):
+        for part, part_name in zip(parts, (name, name + SECOND), strict=False):
             sites = make_sites({target: layers[target] for target in part.targets.values()}, part.cfg, part.overrides)
-            tensors = {
-                site.key(tensor): stored.get(site.key(tensor), torch.zeros(spec.shape)).to(part.cfg.dtype)
-                for site in sites
-                for tensor, spec in site.specs.items()
-            }
-            adapter = stack.enter_context(installed(root, part.cfg, each, sites, tensors))
+            specs = {site.key(tensor): spec for site in sites for tensor, spec in site.specs.items()}
+            zeros = {key: torch.zeros(spec.shape, dtype=part.cfg.dtype) for key, spec in specs.items()}
+            adapter = stack.enter_context(installed(root, part.cfg, part_name, sites, zeros))
             with torch.no_grad():
-                for view in adapter.views().values():  # n0, A0 and B0 are the base's; what else it fills comes next
+                for view in adapter.views().values():  # n0, A0 and B0 are the base's; the file's numbers come next
                     lookup(part.cfg.variant).init(view, view.cfg)
+            if part.cfg.variant == "ia3_ff":
+                stored |= forms.spread_over_patches(sites, stored)
             adapter.load_state_dict({key: stored.get(key, tensor) for key, tensor in adapter.state_dict().items()})
             loaded.append(adapter)
     for adapter in loaded:
@@ -89,15 +95,16 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
 
 
 @dataclass(frozen=True)
-class PeftLayer:
-    """One layer of a folder without its model: a size that no tensor tells is 0, a tensor of the base isn't there."""
+class StoredLayer:
+    """One layer of an adapter on disk. In a PEFT folder a size that no tensor tells is 0; base tensors are absent."""
 
     target: Target
     cfg: BaseConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # with a leading axis over experts where `target.experts` isn't 0
+    scale: float = 1.0
 
 
-def read_layers(folder: Path) -> tuple[list[PeftLayer], dict[str, Any]]:
+def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
     """The layers that load_peft would attach to, and the folder's settings.
 
     Raises:
@@ -107,14 +114,14 @@ def read_layers(folder: Path) -> tuple[list[PeftLayer], dict[str, Any]]:
     targets = _targets_by_shapes(source)
     if source.settings["peft_type"] != "IA3" and _method(source)[1] == "olora":
         raise source.error("init_lora_weights='olora' wrote the base: its A and B are half of the adapter")
-    stored = _stored(source)
+    stored = stored_tensors(source)
     return [
-        PeftLayer(
+        StoredLayer(
             target,
             part.cfg.with_overrides(part.overrides.get(path, {})),
             {name: stored[key] for name in THEIRS if (key := file_key(path, name)) in stored},
         )
-        for part in _parts(source, targets)
+        for part in parts_of(source, targets, {})
         for path, target in part.targets.items()
     ], source.settings
 
@@ -130,23 +137,6 @@ def _targets_by_shapes(source: PeftFolder) -> dict[str, Target]:
     return targets
 
 
-def _targets(root: nn.Module, source: PeftFolder) -> tuple[dict[str, Target], dict[Target, BaseLayer]]:
-    """The model's linear layer for each path of the file. Raises CheckpointError."""
-    modules = dict(root.named_modules())
-    mapping = resolve(source.header.path, source.paths, set(modules), type(root).__name__)
-    targets, layers, stacks = {}, {}, find_stacks(modules)
-    for in_file, path in mapping.items():
-        layer = layer_of(modules[path], path)
-        if layer is None or layer.experts:
-            raise CheckpointError(
-                f"{source.header.path}: {in_file} is no linear layer of this {type(root).__name__} but "
-                f"{type(modules[path]).__name__}\n  convolutions, embeddings and fused experts aren't supported"
-            )
-        targets[in_file] = target = Target.of(layer, stacks)
-        layers[target] = layer
-    return targets, layers
-
-
 def _check_base(
     root: nn.Module, source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[Target, BaseLayer]
 ) -> None:
@@ -157,51 +147,60 @@ def _check_base(
         live = root.get_submodule(target.path).state_dict().get(name)
         same = live is not None and same_tensor(live, source.header, key, layers[target].storage)
         if not same:
+            relation = "can not be compared with" if same is None else "is not"
             raise CheckpointError(
-                f"{source.header.path}: {key} {'can not be compared with' if same is None else 'is not'} this model's "
-                f"{file_key(target.path, name)}\n  the adapter belongs to another base, or to one that was trained "
-                f"with it: load it there, or take that tensor out of the file if you know that the difference does not "
-                f"matter"
+                f"{source.header.path}: {key} {relation} this model's {file_key(target.path, name)}\n"
+                f"  the adapter belongs to another base, or one trained with it: load it there, or remove that tensor"
             )
 
 
-def _parts(source: PeftFolder, targets: dict[str, Target]) -> list[_Part]:
-    return _ia3_parts(source, targets) if source.settings["peft_type"] == "IA3" else [_lora_part(source, targets)]
+def parts_of(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
+    """The adapters of ours in a folder, one or two, on these layers by their path in the file.
+
+    layers      by that path, too; none without a model, where all are linear
+
+    Raises:
+        CheckpointError: for settings, keys or shapes that aren't such an adapter's. No tensor is read.
+    """
+    if source.settings["peft_type"] == "IA3":
+        return _ia3_parts(source, targets, layers)
+    return [_lora_part(source, targets, layers)]
 
 
-def _lora_part(source: PeftFolder, targets: dict[str, Target]) -> _Part:
+def _lora_part(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> Part:
     variant, init = _method(source)
     rslora = flag_of(source, "use_rslora")
     dropout = number_of(source, "lora_dropout", source.settings.get("lora_dropout", 0))
     if init in ("pissa", "olora") and dropout:
-        raise source.error(
-            f"lora_dropout={dropout} with init_lora_weights={init!r} can't be kept here\n"
-            f"  dropout acts in training only: set it to 0 in the file if you don't train on"
-        )
-    entries, alphas = source.entries, alphas_of(source, targets)
+        problem = f"lora_dropout={dropout} with init_lora_weights={init!r} can't be kept here"
+        raise source.error(f"{problem}\n  dropout acts in training only: set it to 0 in the file if you don't train on")
+    shapes, alphas = forms.shapes(source, layers), alphas_of(source, targets)
     specs: dict[str, tuple[int, ...]] = {}
+    ranks: dict[str, int] = {}
     settings: dict[str, tuple[int, float]] = {}  # path in the model -> (r, alpha)
     for path, target in targets.items():
-        a, alpha = entries.get(file_key(path, "lora_A")), alphas[path]
-        r = (*a.shape, 1)[0] if a else 1  # a tensor that isn't there, or without dimensions, fails check_shapes
-        specs |= {file_key(path, "lora_A"): (r, target.d_in), file_key(path, "lora_B"): (target.d_out, r)}
+        alpha, experts = alphas[path], (target.experts,) if target.experts else ()
+        # A tensor that isn't there, or without dimensions, fails check_shapes.
+        r = (*shapes.get(file_key(path, "lora_A"), ()), 1, 1)[len(experts)]
+        specs |= {file_key(path, "lora_A"): (*experts, r, target.d_in)}
+        specs |= {file_key(path, "lora_B"): (*experts, target.d_out, r)}
         specs |= {file_key(path, "lora_m"): (target.d_out,)} if variant == "dora" else {}
+        ranks[path] = r
         if init == "olora":
             r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)  # [B, -B0] [A; A0] at the same s
         elif init == "pissa" and rslora:
             alpha *= math.sqrt(r)  # PiSSA's s is α/r
         settings[target.path] = (r, alpha)
-    check_shapes(entries, specs, str(source.header.path))
-    for path in targets:
-        check_rank(source, path, entries[file_key(path, "lora_A")].shape[0])
+    check_shapes(shapes, specs, str(source.header.path))
+    for path, r in ranks.items():
+        check_rank(source, path, r)
     # The most frequent rank and alpha are the config's, the others its per_layer.
-    most, _ = Counter(settings.values()).most_common(1)[0]
-    common: dict[str, Any] = {"r": most[0], "alpha": most[1]}
+    ((most, _),) = Counter(settings.values()).most_common(1)
     overrides = {path: {"r": r, "alpha": alpha} for path, (r, alpha) in settings.items() if (r, alpha) != most}
-    if variant != "pissa":
-        common |= {"rslora": rslora, "dropout": dropout}
+    extra = {} if variant == "pissa" else {"rslora": rslora, "dropout": dropout}
     reads = init == "olora" or lookup(variant).base_weight != "unused"
-    return _Part(_config(source, variant, targets, overrides, reads, **common), targets, overrides)
+    cfg = _config(source, variant, targets, layers, overrides, reads, r=most[0], alpha=most[1], **extra)
+    return Part(cfg, targets, overrides)
 
 
 def _method(source: PeftFolder) -> tuple[str, Any]:
@@ -224,26 +223,36 @@ def _method(source: PeftFolder) -> tuple[str, Any]:
     )
 
 
-def _ia3_parts(source: PeftFolder, targets: dict[str, Target]) -> list[_Part]:
-    """One part or two, by the shapes: (o, 1) scales outputs, (1, i) inputs."""
+def _ia3_parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
+    """One part or two, by the shapes: (o, 1) scales outputs, (1, i) inputs; a convolution's by feedforward_modules."""
     entries, specs = source.entries, {}
     halves: dict[str, dict[str, Target]] = {"ia3": {}, "ia3_ff": {}}
     for path, target in targets.items():
         key = file_key(path, "lora_l")
-        forms = {"ia3": (target.d_out, 1), "ia3_ff": (1, target.d_in)}
-        fitting = [variant for variant, shape in forms.items() if key in entries and entries[key].shape == shape]
+        wanted: dict[str, tuple[int, ...]] = {"ia3": (target.d_out, 1), "ia3_ff": (1, target.d_in)}
+        if path in layers and layers[path].kind.category == "conv":
+            wanted = {forms.ia3_on(source, path): forms.ia3_shape(source, path, layers[path])}
+        fitting = [variant for variant, shape in wanted.items() if key in entries and entries[key].shape == shape]
         if len(fitting) > 1:
             raise CheckpointError(
                 f"{source.header.path}: {source.keys[key]} is (1, 1), so it could scale input or output"
             )
-        variant = fitting[0] if fitting else "ia3"
-        halves[variant][path], specs[key] = target, forms[variant]
+        variant = fitting[0] if fitting else next(iter(wanted))
+        halves[variant][path], specs[key] = target, wanted[variant]
     check_shapes(entries, specs, str(source.header.path))
-    return [_Part(_config(source, variant, half, {}, False), half, {}) for variant, half in halves.items() if half]
+    return [
+        Part(_config(source, variant, half, layers, {}, False), half, {}) for variant, half in halves.items() if half
+    ]
 
 
 def _config(
-    source: PeftFolder, variant: str, targets: Mapping[str, Target], overrides: Overrides, reads: bool, **values: Any
+    source: PeftFolder,
+    variant: str,
+    targets: Mapping[str, Target],
+    layers: Mapping[str, BaseLayer],
+    overrides: Overrides,
+    reads: bool,
+    **values: Any,
 ) -> BaseConfig:
     """Our config, with regexes of its own that find these layers exactly. `reads`: its maths reads the base weight."""
     dtype = _dtype(source, targets, reads)
@@ -252,6 +261,7 @@ def _config(
         groups.setdefault(tuple(fields.items()), []).append(path)
     per_layer = {_exactly(paths): dict(fields) for fields, paths in groups.items()}  # a regex for each pair of values
     names = (_exactly(target.path for target in targets.values()),)
+    values |= {"kinds": tuple(dict.fromkeys(layers[path].kind.category for path in targets))} if layers else {}
     try:
         return config_for(variant)(variant=variant, target_names=names, dtype=dtype, per_layer=per_layer, **values)
     except ConfigError as error:
@@ -264,38 +274,48 @@ def _exactly(paths: Iterable[str]) -> str:
 
 def _dtype(source: PeftFolder, targets: Mapping[str, Target], reads: bool) -> torch.dtype:
     """One dtype that holds the numbers of all these layers' tensors. Raises CheckpointError."""
-    dtypes = {torch.float32} if reads else set()
-    for ours, entry in source.entries.items():
-        if ours.rpartition(".")[0] in targets:
-            if DTYPES.get(entry.dtype) not in STORAGE_DTYPES:
-                key = source.keys[ours]
-                raise CheckpointError(f"{source.header.path}: {key} is stored as {entry.dtype}; wanted floats")
-            dtypes.add(DTYPES[entry.dtype])
-    return reduce(torch.promote_types, dtypes)
+    names = {entry.dtype: ours for ours, entry in source.entries.items() if ours.rpartition(".")[0] in targets}
+    for dtype, ours in names.items():
+        if DTYPES.get(dtype) not in STORAGE_DTYPES:
+            raise CheckpointError(f"{source.header.path}: {source.keys[ours]} is stored as {dtype}; wanted floats")
+    return reduce(torch.promote_types, [*([torch.float32] if reads else []), *(DTYPES[dtype] for dtype in names)])
 
 
 def _tensors(
     source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[Target, BaseLayer]
 ) -> dict[str, Tensor]:
     """The file's tensors by their key in the model, as this library shapes them."""
-    stored = _stored(source)
-    paths = {key: key.rpartition(".") for key in stored}
-    tensors = {file_key(targets[path].path, name): stored[key] for key, (path, _, name) in paths.items()}
-    if _method(source)[1] == "olora" and source.settings["peft_type"] == "LORA":
-        for target in targets.values():
-            a, b = file_key(target.path, "lora_A"), file_key(target.path, "lora_B")
-            b0, a0 = _removed_by_olora(layers[target], r=tensors[a].shape[0])  # (o, r), (r, i)
-            tensors[a] = torch.cat([tensors[a].to(a0), a0])  # (2r, i)
-            tensors[b] = torch.cat([tensors[b].to(b0), -b0], dim=1)  # (o, 2r)
+    stored = stored_tensors(source)
+    return {
+        file_key(target.path, name): tensor
+        for path, target in targets.items()
+        for name, tensor in tensors_at(source, stored, path, layers[target]).items()
+    }
+
+
+def tensors_at(source: PeftFolder, stored: Mapping[str, Tensor], path: str, layer: BaseLayer) -> dict[str, Tensor]:
+    """The tensors of one layer by name, of those that `stored_tensors` gave; those of OLoRA are relative to its weight.
+
+    Raises:
+        QuantizedWeightError: for OLoRA on a weight that isn't dense.
+    """
+    keys = {name: key for name in THEIRS if (key := file_key(path, name)) in stored}
+    tensors = {name: forms.ours(layer, name, stored[key]) for name, key in keys.items()}
+    if source.settings["peft_type"] == "LORA" and _method(source)[1] == "olora":
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        b0, a0 = _removed_by_olora(layer, r=len(a))  # (o, r), (r, i)
+        tensors["lora_A"] = torch.cat([a.to(a0), a0])  # (2r, i)
+        tensors["lora_B"] = torch.cat([b.to(b0), -b0], dim=1)  # (o, 2r)
     return tensors
 
 
-def _stored(source: PeftFolder) -> dict[str, Tensor]:
-    """The file's tensors by our key, as this library shapes them."""
+def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
+    """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
     tensors = source.header.read()
     check_numbers(tensors, str(source.header.path), "save the adapter again")
     by_ours = {ours: tensors[key] for ours, key in source.keys.items()}
-    return {ours: tensor.flatten() if ours.endswith("lora_l") else tensor for ours, tensor in by_ours.items()}
+    is_scale = {ours: ours.endswith("lora_l") and tensor.ndim <= 2 for ours, tensor in by_ours.items()}
+    return {ours: tensor.flatten() if is_scale[ours] else tensor for ours, tensor in by_ours.items()}
 
 
 def _removed_by_olora(layer: BaseLayer, r: int) -> tuple[Tensor, Tensor]:

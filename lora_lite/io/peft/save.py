@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from loguru import logger
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ...base.layer import layer_of
 from ...core.adapter import Adapter, adapters, get_adapter
 from ...core.effective import delta_weight
 from ...core.names import check_shapes
@@ -23,9 +22,10 @@ from ...core.state import Site, check_unmerged, session_of
 from ...core.validate import is_number
 from ...errors import CheckpointError, ConfigError, brief
 from ...ops.svd import low_rank_factors
-from ..keys import PREFIX, SECOND, THEIRS
+from ..keys import PREFIX, SECOND
 from ..safetensors import check_numbers, replacing
-from .conversion import moved_keys, named_like_experts
+from . import forms
+from .conversion import moved_keys, named_like_experts, old_keys
 from .folder import CONFIG, WEIGHTS
 
 Layers = dict[str, list[Site]]  # path -> the sites of the chosen adapters there, in the order attached
@@ -78,6 +78,8 @@ def save_peft(
     else:
         tensors, settings, worst = _low_rank(root, layers, rank, max_error)
     check_numbers(tensors, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
+    if settings["peft_type"] == "LORA":  # PEFT renames no other keys
+        tensors = _as_peft_reads(root, tensors, layers)
     _write(folder, tensors, settings | _about(root, chosen[0]))
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
     return worst
@@ -102,13 +104,10 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
         check_shapes(adapter.state_dict(), adapter.specs(), f"adapter {adapter.name!r} in memory")
         for site in adapter.sites():
             layers.setdefault(site.path, []).append(site)
-    # A bare layer has no path, and a fused tensor is no module of its own.
-    homeless = [path or "the model itself" for path, (site, *_) in layers.items() if not path or site.target.experts]
-    if homeless:
-        raise CheckpointError(
-            f"{homeless[0]}: PEFT's format holds adapters of named linear layers; fused experts have no place\n"
-            f"  keep it as our file (lora_lite.save), or merge it"
-        )
+    for path, (site, *_) in layers.items():
+        if lack := forms.lacks(site):
+            cure = "keep it as our file (lora_lite.save)" + ", or merge it" * (not site.base.is_block)
+            raise CheckpointError(f"{path or 'the model itself'}: {lack}\n  {cure}")
     return layers
 
 
@@ -140,11 +139,11 @@ def _native_lora(root: nn.Module, layers: Layers, is_dora: bool) -> Written:
     ranks = {}
     for path, (site,) in layers.items():
         ranks[path] = (site.cfg.r, float(site.cfg.r if site.cfg.alpha is None else site.cfg.alpha))
-        tensors |= {_their_key(path, tensor): site.tensor(tensor).detach() for tensor in ("lora_A", "lora_B")}
-        if is_dora:
-            tensors[_their_key(path, "lora_m")] = _magnitude(site)  # (o,)
+        values = {name: site.tensor(name).detach() for name in ("lora_A", "lora_B")}
+        values |= {"lora_m": _magnitude(site)} if is_dora else {}  # (o,)
+        tensors |= _theirs(layers, site, values)
     ((rslora, dropout),) = common
-    return tensors, _lora_settings(root, ranks, use_rslora=rslora, lora_dropout=dropout, use_dora=is_dora)
+    return tensors, _lora_settings(root, layers, ranks, use_rslora=rslora, lora_dropout=dropout, use_dora=is_dora)
 
 
 @torch.no_grad()
@@ -161,17 +160,19 @@ def _magnitude(site: Site) -> Tensor:
 
 
 def _native_ia3(root: nn.Module, layers: Layers) -> Written:
-    tensors, inner = {}, []
+    tensors: dict[str, Tensor] = {}
+    inner: list[str] = []
     for path, (site,) in layers.items():
         scales, on_input = site.tensor("lora_l").detach(), site.cfg.variant == "ia3_ff"
-        tensors[_their_key(path, "lora_l")] = scales[None] if on_input else scales[:, None]  # (1, i) or (o, 1)
+        scales = scales[None] if on_input else scales[:, None]  # (1, i) or (o, 1)
+        tensors |= _theirs(layers, site, {"lora_l": scales})
         inner += [path] if on_input else []
     targets, feedforward = _modules(root, list(layers), inner)
     return tensors, {
         "peft_type": "IA3",
         "target_modules": targets,
         "feedforward_modules": feedforward,
-        "fan_in_fan_out": _transposed(root, layers),
+        "fan_in_fan_out": any(site.base.transposed and not site.base.by_weight for (site,) in layers.values()),
         "init_ia3_weights": True,
     }
 
@@ -180,7 +181,7 @@ def _low_rank(
     root: nn.Module, layers: Layers, rank: int, max_error: float | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], float]:
     tensors: dict[str, Tensor] = {}
-    ranks, errors, square = {}, {}, [0.0, 0.0]  # of all layers: ‖rest‖², ‖W' - W‖²
+    ranks, norms = {}, {}  # path -> (r, alpha); path -> (‖rest‖, ‖W' - W‖)
     for path, sites in layers.items():
         delta, moved_bias = delta_weight(sites)
         if moved_bias is not None:
@@ -191,30 +192,46 @@ def _low_rank(
         dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
         a, b = (factor.to(dtype) for factor in low_rank_factors(delta, rank))  # (r, i), (o, r)
         # From the factors as they are written: rounding counts as error, too.
-        rest, size = float((delta - b.double() @ a.double()).norm()), float(delta.norm())
-        errors[path] = rest / size if size else 0.0
-        square = [square[0] + rest**2, square[1] + size**2]
-        tensors |= {_their_key(path, "lora_A"): a, _their_key(path, "lora_B"): b}
+        norms[path] = float((delta - b.double() @ a.double()).norm()), float(delta.norm())
+        tensors |= _theirs(layers, sites[0], {"lora_A": a, "lora_B": b})
         ranks[path] = (len(a), float(len(a)))  # alpha = r: a scaling of 1
+    errors = {path: rest / size if size else 0.0 for path, (rest, size) in norms.items()}
     worst = max(errors, key=lambda path: errors[path])
-    overall = math.sqrt(square[0] / square[1]) if square[1] else 0.0
+    rest, size = (math.hypot(*values) for values in zip(*norms.values(), strict=True))  # of all layers
+    overall = rest / size if size else 0.0
     line = f"as a LoRA of rank {rank}: relative error {overall:.1e} overall, {errors[worst]:.1e} at worst ({worst})"
     logger.info(line)
     if max_error is not None and not errors[worst] <= max_error:
         raise CheckpointError(
             f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank"
         )
-    settings = _lora_settings(root, ranks, use_rslora=False, lora_dropout=0.0, use_dora=False)
+    settings = _lora_settings(root, layers, ranks, use_rslora=False, lora_dropout=0.0, use_dora=False)
     return tensors, settings, errors[worst]
 
 
-def _lora_settings(root: nn.Module, ranks: Mapping[str, tuple[int, float]], **fields: Any) -> dict[str, Any]:
+def _lora_settings(
+    root: nn.Module, layers: Layers, ranks: Mapping[str, tuple[int, float]], **fields: Any
+) -> dict[str, Any]:
     """The settings for these ranks and alphas by path. Raises CheckpointError for layers that PEFT would lose."""
     r, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True))
-    weights = {path: f"{path}.weight" for path in named_like_experts(root, ranks)}
-    _check_kept(root, list(ranks), list(weights), fields)
-    targets, _ = _modules(root, [path for path in ranks if path not in weights], [])
-    patterns = {path: f"^{re.escape(weights.get(path, path))}" for path in ranks}  # PEFT adds $; without ^, ends match
+    bare = [path for path in ranks if forms.is_parameter(layers[path][0])]
+    called = [path for path in ranks if path not in bare]
+    weights = {path: f"{path}.weight" for path in named_like_experts(root, called)}
+    _check_kept(root, {path: layers[path] for path in called}, list(weights), fields)
+    pairs: dict[str, set[tuple[int, float]]] = {}  # an attention's two projections share what PEFT calls the module's
+    for path in called:
+        pairs.setdefault(forms.module_path(layers[path][0]), set()).add(ranks[path])
+    if uneven := [path for path, settings in pairs.items() if len(settings) > 1]:
+        raise CheckpointError(f"{uneven[0]}: PEFT has one r and alpha for both projections of an attention")
+    lacks = "DoRA" if fields["use_dora"] else "dropout" if fields["lora_dropout"] else None
+    if bare and lacks:
+        raise CheckpointError(f"{bare[0]}: PEFT has no {lacks} on a bare parameter\n  keep it as our file")
+    modules = [forms.module_path(layers[path][0]) for path in called if path not in weights]
+    targets, _ = _modules(root, list(dict.fromkeys(modules)), []) if modules else ([], [])
+    weights |= {path: path for path in bare}
+    patterns = {
+        path: f"^{re.escape(forms.pattern_path(layers[path][0], weights.get(path, path)))}" for path in ranks
+    }  # PEFT adds $; without ^, ends match
     return {
         "peft_type": "LORA",
         "r": r,
@@ -224,7 +241,7 @@ def _lora_settings(root: nn.Module, ranks: Mapping[str, tuple[int, float]], **fi
         "target_modules": targets,
         **({"target_parameters": sorted(weights.values())} if weights else {}),
         "bias": "none",
-        "fan_in_fan_out": _transposed(root, ranks),
+        "fan_in_fan_out": any(site.base.transposed and not site.base.by_weight for site, *_ in layers.values()),
         "init_lora_weights": True,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -232,14 +249,14 @@ def _lora_settings(root: nn.Module, ranks: Mapping[str, tuple[int, float]], **fi
     }
 
 
-def _check_kept(root: nn.Module, paths: Sequence[str], as_weights: Sequence[str], fields: Mapping[str, Any]) -> None:
+def _check_kept(root: nn.Module, layers: Layers, as_weights: Sequence[str], fields: Mapping[str, Any]) -> None:
     """Raises CheckpointError if PEFT would lose layers, or fail, as it reads a folder with these settings.
 
     as_weights  those of the paths that target_parameters names; PEFT adapts a weight by its name without its layer
     """
-    moved = moved_keys(root, paths)
-    layers = [layer_of(root.get_submodule(path), path) for path in as_weights]
-    packed = [layer.path for layer in layers if layer is not None and not layer.storage.is_dense]
+    moved = moved_keys(root, layers)
+    moved = {path: goal for path, goal in moved.items() if path not in old_keys(root, moved)}
+    packed = [path for path in as_weights if not layers[path][0].base.as_it_is_now().storage.is_dense]
     lacks = "DoRA" if fields["use_dora"] else "dropout" if fields["lora_dropout"] else None
     cure = "keep it as our file (lora_lite.save), merge it, leave these layers out (exclude_names)"
     like_experts = "it takes their names for fused experts', and has no"
@@ -254,7 +271,7 @@ def _check_kept(root: nn.Module, paths: Sequence[str], as_weights: Sequence[str]
     else:
         return
     raise CheckpointError(
-        f"PEFT would lose {len(lost)} of these {len(paths)} layers as it reads the folder onto this "
+        f"PEFT would lose {len(lost)} of these {len(layers)} layers as it reads the folder onto this "
         f"{type(root).__name__}\n  {brief(', '.join(lost), 600)}\n  {why}\n  {cure}"
     )
 
@@ -280,13 +297,19 @@ def _modules(root: nn.Module, layers: Sequence[str], inner: Sequence[str]) -> tu
     return "|".join(map(re.escape, layers)), "|".join(map(re.escape, inner)) if inner else []
 
 
-def _transposed(root: nn.Module, layers: Iterable[str]) -> bool:
-    modules = (layer_of(root.get_submodule(path)) for path in layers)
-    return any(layer is not None and layer.transposed for layer in modules)
+def _theirs(layers: Layers, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one layer by PEFT's keys, in its shapes."""
+    names = list(site.module._parameters)
+    others = [sites[0] for sites in layers.values() if sites[0].module is site.module and sites[0].prefix]
+    on_module = sorted(others, key=lambda other: names.index(other.prefix))
+    return {forms.key_of(site, name, on_module): forms.theirs(site, name, tensor) for name, tensor in tensors.items()}
 
 
-def _their_key(path: str, tensor: str) -> str:
-    return f"{PREFIX}{path}.{THEIRS[tensor]}"
+def _as_peft_reads(root: nn.Module, tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
+    """The tensors by the keys that lead PEFT to their layers, where it would rename the layers' own."""
+    olds = {f"{PREFIX}{path}.": f"{PREFIX}{old}." for path, old in old_keys(root, moved_keys(root, layers)).items()}
+    starts = {key: next((start for start in olds if key.startswith(start)), "") for key in tensors}
+    return {olds.get(start, "") + key.removeprefix(start): tensors[key] for key, start in starts.items()}
 
 
 def _about(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
