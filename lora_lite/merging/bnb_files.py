@@ -19,13 +19,11 @@ from ..base.bitsandbytes import samples_4bit
 from ..base.storage import Quantization, spread
 from ..dtypes import STORAGE_DTYPES
 from ..errors import CheckpointError, QuantizedWeightError
-from ..io.safetensors import DTYPES, Header, parse_json
+from ..io.safetensors import Header, parse_json
 
-CHUNK = 1 << 18
-"""Elements at a time: 1 MiB of float32, and a multiple of every blocksize."""
+CHUNK = 1 << 18  # elements at a time: 1 MiB of float32, and a multiple of every blocksize
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256
-"""The blocksize at which bitsandbytes quantises the scales themselves."""
+NESTED_BLOCKSIZE = 256  # at which bitsandbytes quantises the scales themselves
 
 _STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
 
@@ -36,18 +34,15 @@ class Packed:
 
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    """The dtype of the numbers that it stands for; None where the format doesn't say (8-bit)."""
-    parts: dict[str, str]
-    """Name of each part beside the codes -> its key."""
+    dtype: torch.dtype | None  # of the numbers that it stands for; None where the format doesn't say (8-bit)
+    parts: dict[str, str]  # name of each part beside the codes -> its key
 
 
 def find_packed(headers: Mapping[str, Header]) -> dict[str, Packed]:
     """Every bitsandbytes weight by its key. Raises CheckpointError for one that isn't whole."""
     packed = {}
     for key, header in headers.items():
-        state = _STATE.search(key)
-        if state:
+        if state := _STATE.search(key):
             weight = key[: state.start()]
             packed[weight] = _packed_4bit(headers, weight, key, state[1])
         elif key.endswith(".weight") and header.entries[key].dtype == "I8":
@@ -69,17 +64,13 @@ def _packed_4bit(headers: Mapping[str, Header], weight: str, state_key: str, qua
     is_matrix = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)
     if lost or not is_matrix or dtype not in STORAGE_DTYPES or blocksize not in BLOCKSIZES:
         raise CheckpointError(f"{header.path}: {weight} is no whole 4-bit weight{': no ' + lost[0] if lost else ''}")
-    n, blocks = shape[0] * shape[1], -(-shape[0] * shape[1] // blocksize)
-    # Two codes a byte, whatever dtype they are stored as (quant_storage).
-    if _numel(headers, weight) * DTYPES[headers[weight].entries[weight].dtype].itemsize != -(-n // 2):
-        raise CheckpointError(f"{header.path}: {weight} holds {_numel(headers, weight)} codes, wanted those of {shape}")
-    if _numel(headers, parts["absmax"]) != blocks:
-        raise CheckpointError(f"{header.path}: {parts['absmax']} has not {blocks} scales, one for each block")
+    codes, scales = (headers[key].entries[key] for key in (weight, parts["absmax"]))
+    sizes = codes.stop - codes.start, torch.Size(scales.shape).numel()
+    n = shape[0] * shape[1]
+    wanted = -(-n // 2), -(-n // blocksize)  # two codes a byte, whatever dtype they are stored as (quant_storage)
+    if sizes != wanted:
+        raise CheckpointError(f"{header.path}: {weight} has (bytes of codes, scales) {sizes}, and {shape} {wanted}")
     return Packed(weight, tuple(shape), dtype, parts)
-
-
-def _numel(headers: Mapping[str, Header], key: str) -> int:
-    return torch.Size(headers[key].entries[key].shape).numel()
 
 
 def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor, "o i"], list[Any]]:
@@ -91,10 +82,8 @@ def unpack(headers: Mapping[str, Header], packed: Packed) -> tuple[Float[Tensor,
     from bitsandbytes.functional import QuantState
 
     state = QuantState.from_dict(tensors, device=torch.device("cpu"))
-    out = torch.empty(packed.shape, dtype=state.dtype)  # (o, i)
     codes = codes.view(torch.uint8).reshape(-1)  # (o i / 2,)
-    _dequantize(codes, _absmax(state), state.blocksize, state.quant_type, out)
-    return out, ["uint8", *samples_4bit(codes, state)]
+    return _dequantized(codes, state, torch.empty(packed.shape, dtype=state.dtype))
 
 
 def as_trained(
@@ -108,18 +97,16 @@ def as_trained(
     Raises:
         QuantizedWeightError: for a quantiser that isn't known.
     """
-    weight = weight.to(dtype).contiguous()
+    weight, quant_type = weight.to(dtype).contiguous(), quantization.quant_type
     if quantization.method == "bitsandbytes-8bit":
         from bitsandbytes.functional import int8_vectorwise_quant
 
         chunks = weight.split(max(1, CHUNK // weight.shape[1]))
         codes, scales = zip(*(int8_vectorwise_quant(rows.half())[:2] for rows in chunks), strict=True)
         return _scaled(torch.cat(codes), torch.cat(scales))
-    if quantization.method != "bitsandbytes-4bit" or quantization.quant_type not in ("nf4", "fp4"):
-        raise QuantizedWeightError(
-            f"the adapter was trained on {quantization.quant_type} weights ({quantization.method}), which can't be "
-            f'made again\n  use base_weights="original"'
-        )
+    if quantization.method != "bitsandbytes-4bit" or quant_type not in ("nf4", "fp4"):
+        problem = f"the adapter was trained on {quant_type} weights ({quantization.method}), which can't be made again"
+        raise QuantizedWeightError(f'{problem}\n  use base_weights="original"')
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
     flat, blocksize = weight.view(-1), quantization.blocksize or 64  # (o i,)
@@ -127,16 +114,14 @@ def as_trained(
     packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)
     absmax, offset, nested = torch.empty(-(-len(flat) // blocksize)), None, None
     for start in range(0, len(flat), CHUNK):
-        chunk = flat[start : start + CHUNK]
-        some, state = quantize_4bit(chunk, blocksize=blocksize, quant_type=quantization.quant_type)
+        some, state = quantize_4bit(flat[start : start + CHUNK], blocksize=blocksize, quant_type=quant_type)
         packed[start // 2 :][: some.numel()] = some.view(-1)
         absmax[start // blocksize :][: state.absmax.numel()] = state.absmax
     if quantization.double_quant:
         offset = absmax.mean()  # the one number that needs all blocks
         absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
-    state = QuantState(absmax, weight.shape, blocksize=blocksize, offset=offset, state2=nested)
-    _dequantize(packed, _absmax(state), blocksize, quantization.quant_type, weight)
-    return weight, ["uint8", *samples_4bit(packed, state)]
+    state = QuantState(absmax, weight.shape, None, blocksize, quant_type, offset=offset, state2=nested)
+    return _dequantized(packed, state, weight)
 
 
 def _scaled(codes: Int8[Tensor, "o i"], scb: Tensor) -> tuple[Float[Tensor, "o i"], list[Any]]:
@@ -144,21 +129,16 @@ def _scaled(codes: Int8[Tensor, "o i"], scb: Tensor) -> tuple[Float[Tensor, "o i
     return codes.float().mul_(scales[:, None]), ["int8", *spread(codes), *spread(scales)]
 
 
-def _dequantize(codes: UInt8[Tensor, "c"], absmax: Tensor, blocksize: int, quant_type: str, out: Tensor) -> None:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+def _dequantized(codes: UInt8[Tensor, "c"], state: Any, out: Tensor) -> tuple[Float[Tensor, "o i"], list[Any]]:
+    """`out` with the numbers of these 4-bit codes written into it."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
-    flat = out.view(-1)
+    flat, blocksize, absmax = out.view(-1), state.blocksize, state.absmax
+    if state.nested:  # as bitsandbytes' own dequantising does it
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
     for start in range(0, len(flat), CHUNK):
         stop = min(start + CHUNK, len(flat))
-        scales, shape = absmax[start // blocksize : -(-stop // blocksize)], torch.Size([stop - start])
-        state = QuantState(scales, shape, dtype=out.dtype, blocksize=blocksize, quant_type=quant_type)
-        flat[start:stop] = dequantize_4bit(codes[start // 2 : -(-stop // 2)].unsqueeze(1), state)
-
-
-def _absmax(state: Any) -> Float[Tensor, "n"]:
-    """The scale of each block, as bitsandbytes' own dequantising makes it."""
-    if not state.nested:
-        return state.absmax.float()
-    from bitsandbytes.functional import dequantize_blockwise
-
-    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+        scales, shape = absmax[start // blocksize : -(-stop // blocksize)].float(), torch.Size([stop - start])
+        part = QuantState(scales, shape, None, blocksize, state.quant_type, out.dtype)
+        flat[start:stop] = dequantize_4bit(codes[start // 2 : -(-stop // 2)].unsqueeze(1), part)
+    return out, ["uint8", *samples_4bit(codes, state)]

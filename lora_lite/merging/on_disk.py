@@ -1,9 +1,8 @@
-"""Merging on disk: a checkpoint folder and an adapter file become a checkpoint folder, one tensor at a time.
+"""Merging on disk: a checkpoint folder and an adapter become a checkpoint folder, one tensor at a time.
 
-No model is built. Memory: the adapter, and the largest merged tensor as it is stored with a few blocks of its columns,
-whatever the size of model or shards. All is planned from headers: every tensor of the adapter has its place before the
-first byte is written. Shards are written to `<out>.partial`, each whole or not at all, so that a run that was killed
-goes on where it stopped; the folder takes its name when everything is in it.
+Memory: the adapter, and the largest merged tensor as it is stored with a few blocks of its columns, whatever the size
+of model or shards. Shards are written to `<out>.partial`, each whole or not at all, so that a run that was killed goes
+on where it stopped; the folder takes its name when everything is in it.
 """
 
 import hashlib
@@ -14,35 +13,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch
 from loguru import logger
 from torch import nn
 
-from ..base.exact import full_precision
+from ..base.still import full_precision
 from ..errors import CheckpointError, ConfigError, LoraLiteError, TargetError
-from ..io.adapter_file import read_file
-from ..io.safetensors import INDEX, read_json, replacing, sync_folder, write_json
+from ..io.safetensors import INDEX, PICKLES, read_json, replacing, sync_folder, write_json
 from ..measure.calls import check_choice, refusal
 from ..version import __version__
+from .adapter_source import open_adapter
 from .base_folder import BaseFolder
-from .plan import MergePlan, Shard
+from .plan import MergePlan
 
 CHOICES = ("original", "as_trained")
 _LOCK = ".lock"
-MARKER = "lora_lite_merge.json"
-"""In every folder that a merge makes: what it was made of, and its files."""
-COPY = 8 << 20
-"""Bytes that are copied at a time."""
-_WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"),
-    *(".ot", ".tflite", ".mlmodel", ".npz", ".pkl", ".index.json"),
-)
-_FOLDERS = ("additional_chat_templates",)
+MARKER = "lora_lite_merge.json"  # in every folder that a merge makes: what it was made of, and its files
+_WEIGHTS: tuple[str, ...] = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+_WEIGHTS += (".ot", ".tflite", ".mlmodel", ".npz", ".index.json")
+_TEMPLATES = "additional_chat_templates"  # the one folder that transformers reads
 
-Progress = Callable[[int, int], None]
-"""(bytes written, bytes in all)"""
+Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
 
 @dataclass(frozen=True)
@@ -52,18 +44,17 @@ class Merged:
     folder: Path
     layers: int
     tensors: int
-    size: int
-    """Bytes of the checkpoint's tensors."""
+    size: int  # bytes of the checkpoint's files of tensors
     base_weights: str
-    resumed: int
-    """Bytes that were there already."""
+    resumed: int  # bytes that were there already
     seconds: float
 
     def __str__(self) -> str:
-        size = f"{self.size / 1e9:.2f} GB in {self.seconds:.1f} s"
-        size += f", {self.resumed / 1e9:.2f} GB of it from an earlier run" if self.resumed else ""
-        merged = f"merged {self.layers} layers ({self.tensors} tensors) into {self.folder}"
-        return f"{merged}\n  base weights {self.base_weights}, {size}"
+        resumed = f", {self.resumed / 1e9:.2f} GB of it from an earlier run" if self.resumed else ""
+        return (
+            f"merged {self.layers} layers ({self.tensors} tensors) into {self.folder}\n"
+            f"  base weights {self.base_weights}, {self.size / 1e9:.2f} GB in {self.seconds:.1f} s{resumed}"
+        )
 
 
 def merge_checkpoint(
@@ -79,23 +70,21 @@ def merge_checkpoint(
 ) -> Merged:
     """Write the checkpoint folder `base_dir` with the adapter of a file folded in, at its scale, to `out_dir`.
 
-    base_weights  "original": the folder's own weights plus the adapter. "as_trained": every layer that the adapter's
-                  file records as quantised first goes through that quantiser, bit for bit, so that the merged model is
-                  the one that was trained. A folder that is 4-bit or 8-bit itself is dequantised on the way, and is as
-                  trained already
+    adapter       a file of this library, or a PEFT folder as `load_peft` reads it (LoRA, DoRA, IA3)
+    base_weights  "original": the folder's own weights plus the adapter. "as_trained": every layer that was quantised in
+                  training goes through that quantiser first, bit for bit, so that the merged model is the one that was
+                  trained. A folder that is 4-bit or 8-bit itself is dequantised, and as trained already
     untie         write a head that is tied to the embedding as a tensor of its own, instead of an error
-    verify_base   False turns the error for a method that depends on its base weight (DoRA), on other weights than it
-                  was trained on, into the warning that other methods give
-    never_ran     what to do with layers that no forward had called when the adapter was saved, although one had called
-                  others. "raise", or "merge" where other inputs reach them (an image, another expert)
+    verify_base   False: a method that depends on its base weight (DoRA) warns on another one, as others do
+    never_ran     layers that no forward had called when the adapter was saved, although one had called others: "raise",
+                  or "merge" where other inputs reach them (an image, another expert)
     progress      called with (bytes written, bytes in all)
 
     Weights are merged in float32 and cast once, to the dtype that they have on disk. A run that was interrupted goes on
     from its last whole shard. A folder that this made before is replaced, any other that isn't empty is refused.
 
     Raises:
-        CheckpointError: unless every tensor of the adapter has exactly one place (both sides are listed), for another
-            base, a full disk or a damaged file.
+        CheckpointError: unless each tensor of the adapter has one place, for another base, a full disk, a damaged file.
         TargetError: for a tied head and for layers that never ran.
         VariantError: for a method that isn't affine.
         BaseModelError: where a merged number is NaN or infinite. After any of these there is no `out_dir`.
@@ -104,7 +93,11 @@ def merge_checkpoint(
         raise ConfigError(f"base_weights={base_weights!r}: wanted one of {CHOICES}")
     started, out = time.monotonic(), Path(out_dir).resolve()
     check_choice(never_ran)  # before anything large is read
-    file, base = read_file(adapter), BaseFolder(Path(base_dir).resolve())
+    base = BaseFolder(Path(base_dir).resolve())
+    file = open_adapter(Path(adapter), base.model)
+    if file.base is None and base_weights == "as_trained":
+        problem = f"{file.path}: PEFT's format does not say how the base was quantised in training"
+        raise CheckpointError(f'{problem}\n  use base_weights="original"')
     if file.never_ran and never_ran == "raise":
         raise TargetError(f"{file.path}: {refusal(file.never_ran, len(file.targets))}")
     if out == base.path or out.is_mount():
@@ -112,18 +105,17 @@ def merge_checkpoint(
         raise CheckpointError(f"{out} is {kind}\n  choose another folder")
     with full_precision(nn.Module()):  # which is global: no module is asked
         plan = MergePlan(file, base, base_weights, untie, verify_base)
-    files, others = {header.path for header in base.headers.values()}, _others(base.path)
-    with file.path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    job = {
-        "adapter": digest,
-        "base": {str(p.relative_to(base.path)): _stamp(p) for p in (*files, *others, *base.path.glob("*.json"))},
-        "options": [base_weights, untie, verify_base],
-        "library": __version__,
-    }
-    names = [*(s.name for s in plan.shards), *(str(p.relative_to(base.path)) for p in others), INDEX, "config.json"]
-    with full_precision(nn.Module()), _partial(out, job, names) as partial:
-        resumed = _write(partial, plan, base, others, progress)
+        files, others = {header.path for header in base.headers.values()}, _others(base.path)
+        digests = [_digest(path) for path in file.files]  # a PEFT folder has two files
+        job = {
+            "adapter": digests[0] if len(digests) == 1 else digests,
+            "base": {str(p.relative_to(base.path)): _stamp(p) for p in (*files, *others, *base.path.glob("*.json"))},
+            "options": [base_weights, untie, verify_base],
+            "library": __version__,
+        }
+        names = [*(s.name for s in plan.shards), *(str(p.relative_to(base.path)) for p in others), INDEX, "config.json"]
+        with _partial(out, job, names) as partial:
+            resumed = _write(partial, plan, base.path, others, progress)
     size, seconds = sum(shard.size for shard in plan.shards), time.monotonic() - started
     result = Merged(out, len(plan.locations), plan.merged, size, base_weights, resumed, seconds)
     logger.info(str(result).replace("\n ", ","))
@@ -133,12 +125,17 @@ def merge_checkpoint(
 def _others(folder: Path) -> list[Path]:
     """The files that go with the tensors. Other weights, and folders that transformers doesn't read, stay behind."""
     everything = [path for path in sorted(folder.iterdir()) if path.name not in (MARKER, "config.json", INDEX)]
-    everything += [path for name in _FOLDERS for path in sorted((folder / name).glob("*"))]
+    everything += sorted((folder / _TEMPLATES).glob("*"))
     others = [path for path in everything if path.is_file() and not path.name.endswith(_WEIGHTS)]
-    behind = [p.name for p in everything if p not in others and p.name not in _FOLDERS and p.suffix != ".safetensors"]
+    behind = [p.name for p in everything if p not in others and p.name != _TEMPLATES and p.suffix != ".safetensors"]
     if behind:
         logger.info(f"left behind: {', '.join(behind)}")
     return others
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:
@@ -148,7 +145,7 @@ def _stamp(path: Path) -> list[int]:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, plan: MergePlan, base: BaseFolder, others: Sequence[Path], progress: Progress | None) -> int:
+def _write(folder: Path, plan: MergePlan, base: Path, others: Sequence[Path], progress: Progress | None) -> int:
     """Write what the folder lacks, and return the bytes of the shards that an earlier run has finished."""
     total = sum(shard.size for shard in plan.shards)
     # By size alone: a shard takes its name when it is whole, and the folder's marker says that it is of this merge.
@@ -156,42 +153,22 @@ def _write(folder: Path, plan: MergePlan, base: BaseFolder, others: Sequence[Pat
     written = resumed = sum(shard.size for shard in finished)
     needed = total - resumed + sum(path.stat().st_size for path in others)
     if needed > (free := shutil.disk_usage(folder).free):
-        raise CheckpointError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written\n"
-            f"  make room, or name a place on another disk; what is written so far is kept"
-        )
-
-    def report(size: int) -> None:
-        nonlocal written
-        written += size
-        if progress is not None:
-            progress(written, total)
-
+        problem = f"{folder.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written"
+        raise CheckpointError(f"{problem}\n  make room, or name another disk; what is written so far is kept")
     for shard in plan.shards:
-        if shard not in finished:
-            _write_shard(folder / shard.name, shard, base, report)
+        if shard in finished:
+            continue
+        with replacing(folder / shard.name) as handle:
+            for piece in shard.pieces():
+                written += handle.write(piece)
+                del piece  # or it would stay in memory while the next one is made
+                if progress is not None:
+                    progress(written, total)
     for path in others:
-        with replacing(folder / path.relative_to(base.path)) as handle, path.open("rb") as source:
-            shutil.copyfileobj(source, handle, COPY)
+        with replacing(folder / path.relative_to(base)) as handle, path.open("rb") as source:
+            shutil.copyfileobj(source, handle)
     plan.write_config(folder)
     return resumed
-
-
-def _write_shard(path: Path, shard: Shard, base: BaseFolder, report: Callable[[int], None]) -> None:
-    with replacing(path) as handle:
-        handle.write(shard.header())
-        for tensor in shard.tensors:
-            if tensor.make is None:
-                for chunk in base.chunks(tensor.key, COPY):
-                    handle.write(chunk)
-                    report(len(chunk))
-            else:
-                matrices = tensor.make()
-                while (matrix := next(matrices, None)) is not None:
-                    raw: Any = matrix.contiguous().view(-1).view(torch.uint8).numpy()  # as bytes: numpy has no bfloat16
-                    handle.write(raw)
-                    report(raw.nbytes)
-                    del matrix, raw  # or it would stay in memory while the next one is made
 
 
 @contextmanager
@@ -206,7 +183,8 @@ def _partial(out: Path, job: dict[str, Any], names: Sequence[str]) -> Iterator[P
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{partial} can't be made: {error.strerror}") from error
-    with _locked(partial):
+    with (partial / _LOCK).open("a") as handle:
+        _lock(handle, partial)
         keep = {MARKER, _LOCK, *(name.partition("/")[0] for name in names)}
         if (partial / MARKER).exists() and read_json(partial / MARKER).get("job") != job:
             logger.warning(f"{partial} was left by another merge, or one of other files: starting over")
@@ -246,10 +224,8 @@ def _check_ours(folder: Path, begun: bool = False) -> None:
         ours = {MARKER, _LOCK, *(n.partition("/")[0] for n in stamps)} - {n.partition("/")[0] for n in changed}
     foreign = sorted(name for name in names - ours if not (begun and name.startswith(".")))
     if foreign:
-        raise CheckpointError(
-            f"{folder} is there already and holds what no merge has written, such as {foreign[0]}\n"
-            f"  nothing is written over it: choose another folder"
-        )
+        problem = f"{folder} is there already and holds what no merge has written, such as {foreign[0]}"
+        raise CheckpointError(f"{problem}\n  nothing is written over it: choose another folder")
 
 
 def _remove(path: Path) -> None:
@@ -259,15 +235,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock(handle: TextIO, folder: Path) -> None:
     """CheckpointError if another process works on the folder. The lock goes with the process, however that ends."""
-    with (folder / _LOCK).open("a") as handle:
-        if os.name != "nt":
-            import fcntl
+    if os.name == "nt":
+        return
+    import fcntl
 
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise CheckpointError(f"{folder}: another merge is writing to it\n  wait for it, or stop it") from error
-        yield
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: another merge is writing to it\n  wait for it, or stop it") from error

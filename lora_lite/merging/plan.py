@@ -1,43 +1,41 @@
-"""The plan of a merge on disk: every tensor of the output, copied or computed, in the shards of the base.
-
-All is planned from headers, so that what can't be is known before the first byte is written.
-"""
+"""The plan of a merge on disk: every tensor of the output, copied or computed, in the shards of the base. It is made
+from headers, so that what can't be is known before the first byte is written."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..base.fingerprint import same_weight, tell_other_base
-from ..base.storage import Quantization
+from ..base.storage import DENSE, Quantization
 from ..core.effective import Affine
-from ..core.names import check_shapes, file_key
+from ..core.names import file_key
 from ..core.resolve import make_stand_in
 from ..core.state import Site
-from ..core.variant import ParamSpec
-from ..dtypes import dtype_name, fits
-from ..errors import BaseModelError, CheckpointError, TargetError
-from ..io.adapter_file import AdapterFile
+from ..errors import CheckpointError, TargetError, brief
+from ..io.raw import same_tensor
 from ..io.safetensors import DTYPES, INDEX, write_json
-from .base_folder import BaseFolder, TensorRef
+from .adapter_source import AdapterSource, TensorsAt
+from .base_folder import BaseFolder, TensorRef, as_slice
 from .bnb_files import as_trained, unpack
+from .in_memory import check_fits
 
 
 @dataclass
 class OutputTensor:
-    """One tensor of the output: copied, or computed by `make` as its matrices in order."""
+    """One tensor of the output."""
 
     key: str
     dtype: str
     shape: tuple[int, ...]
-    size: int
-    """Bytes"""
-    make: Callable[[], Iterator[Tensor]] | None = None
+    size: int  # bytes
+    pieces: Callable[[], Iterator[Any]]  # its bytes in order: chunks of the base's file, or matrices that are computed
 
 
 @dataclass
@@ -56,6 +54,12 @@ class Shard:
         text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # or the tensors' bytes would start unaligned
         return len(text).to_bytes(8, "little") + text
+
+    def pieces(self) -> Iterator[Any]:
+        """The file's bytes, some at a time."""
+        yield self.header()
+        for tensor in self.tensors:
+            yield from tensor.pieces()
 
     @property
     def size(self) -> int:
@@ -77,75 +81,97 @@ class _StandIn(nn.Module):
         return self._load()
 
 
+Rows = tuple[TensorRef, Callable[[Tensor], Tensor]]
+"""Some rows of a tensor, and what becomes of them."""
+
+
 class MergePlan:
     """Every tensor of the output, in the shards of the base. Raises all that can be told from headers."""
 
-    def __init__(self, file: AdapterFile, base: BaseFolder, base_weights: str, untie: bool, verify: bool) -> None:
+    def __init__(self, file: AdapterSource, base: BaseFolder, base_weights: str, untie: bool, verify: bool) -> None:
         self._file, self._base, self._verify, self._warned = file, base, verify, False
-        self._tensors: Mapping[str, Tensor] = {}
+        self._tensors_at: TensorsAt | None = None
         self._planned: dict[str, OutputTensor] = {}
+        self._rows: dict[str, list[Rows]] = {}  # key of a tensor that holds rows of several layers -> those that change
         # The order is that of the errors, and of the cost: first what headers tell of the file, then of the base.
-        self.locations = base.locate(file.path, file.targets)
-        self._check_tensors()
+        self.locations = base.find(file.path, file.targets)
+        self._configs = file.configs({path: loc.target for path, loc in self.locations.items()}, base.path)
         self._untied = self._untied_keys(untie)
         self._reads = any(self._site(path).base_weight != "unused" for path in self.locations)
         # A few bytes of each weight: a wrong base is told before the first large tensor is read.
-        self._quantization = file.base.quantization or Quantization("unknown", "")
+        self._quantization = (file.base and file.base.quantization) or Quantization("unknown", "")
         self._check_base(base_weights)
         # Layers that were quantised in training go through the quantiser as they are read, adapted or not. The adapted
         # ones are planned first: of the others, all that is left is written without an adapter.
         modules = self._quantization.modules if base_weights == "as_trained" else []
         quantized = [ref for location in base.find(file.path, modules).values() for ref in location.weight]
-        self._quantized = {ref.key for ref in quantized} - base.packed.keys()
-        self._plan_layers()
-        self.merged = len(self._planned)
+        self._quantized = {ref for ref in quantized if ref.key not in base.packed}
+        if split := [ref.key for ref in quantized if ref.positions is not None]:
+            problem = f"a layer that was quantised in training lies in several tensors, such as {split[0]}"
+            raise CheckpointError(f'{base.path}: {problem}\n  use base_weights="original", or merge in memory')
+        for path, location in self.locations.items():
+            for ref in location.weight:
+                key = location.module_key if location.module_key in self._untied.get(ref.key, ()) else ref.key
+                self._plan(key, ref, partial(self._merged, path, ref), partial(self._merged_rows, path, ref))
+            # An adapter on each expert's matrix leaves the biases, which come after the product, as they are.
+            for ref in () if self._site(path).stacked else location.bias:
+                self._plan(ref.key, ref, partial(self._merged_bias, path, ref), partial(self._bias_rows, path, ref))
+        self.merged = len(self._planned) + len(self._rows)
         for ref in (*quantized, *map(TensorRef, base.packed)):
-            if ref.key not in self._planned:
-                self._plan(ref.key, ref, partial(self._unadapted, ref))
+            if ref.key not in self._planned and ref not in (known for known, _ in self._rows.get(ref.key, ())):
+                self._plan(ref.key, ref, partial(self._unadapted, ref), partial(self._unadapted_rows, ref))
+        for ref in [location.weight[0] for location in self.locations.values() if location.tied_to]:
+            for key in self._untied.get(ref.key, ()):
+                if key not in self._planned:
+                    self._plan(key, ref, partial(self._unadapted, ref))
+        for key, parts in self._rows.items():
+            self._plan(key, TensorRef(key), partial(self._composed, key, parts))
         self.shards = self._make_shards()
         # Last, as it reads the whole file; until here the sites have no tensors.
-        self._tensors = file.tensors()
+        self._tensors_at = file.read()
 
     def _site(self, path: str, load: Callable[[], Tensor] = torch.Tensor) -> Site:
         """The adapter at one layer, on a stand-in that asks `load` for the weight."""
-        file, target = self._file, self.locations[path].target
+        target, cfg, scale = self.locations[path].target, self._configs[path], self._file.scale
         module = _StandIn(target.d_in, target.d_out, load)
-        site = make_stand_in(target, file.cfg, module, {}, file.scale, file.per_layer.get(path, {}))
-        for name in site.specs if self._tensors else ():
-            setattr(module, name, self._tensors[file_key(path, name)])
-        return site
+        site = make_stand_in(target, cfg, module, {}, scale)
+        if self._tensors_at is None:
+            return site
+        return make_stand_in(target, cfg, module, self._tensors_at(path, site), scale)
 
-    def _check_tensors(self) -> None:
-        """CheckpointError unless the file holds exactly its tensors."""
-        specs: dict[str, ParamSpec] = {}
-        for path, location in self.locations.items():
-            site = self._site(path)
-            if location.target.experts and not site.cfg.FUSED_EXPERTS:
-                variant = site.cfg.variant
-                raise CheckpointError(f"{path}: {variant!r} can't go on fused experts\n  this is another base model")
-            specs |= {file_key(path, name): spec for name, spec in site.specs.items()}
-        check_shapes(self._file.header.entries, specs, str(self._file.path))
+    def _untied_keys(self, untie: bool) -> dict[str, list[str]]:
+        """Key of a tensor that several modules share -> the keys under which it is written for the others, too.
 
-    def _untied_keys(self, untie: bool) -> dict[str, str]:
-        """Key of the embedding -> key of the head that it was tied to. Raises TargetError if it is to stay tied."""
-        tied = [location for location in self.locations.values() if location.tied_to is not None]
-        if tied and not untie:
-            raise TargetError(
-                f"{tied[0].target.path}: its weight is also {tied[0].tied_to}, which would change with it\n"
-                f"  use untie=True (both are written, and tie_word_embeddings is set to false), or leave the layer out"
-            )
-        return {location.weight[0].key: file_key(location.target.path, "weight") for location in tied}
+        Raises TargetError if it is to stay tied, or can't be untied.
+        """
+        untied: dict[str, list[str]] = {}
+        for location in self.locations.values():
+            if not location.tied_to:
+                continue
+            path, base = location.target.path, self._base
+            problem = f"{path}: its weight is also {brief(', '.join(location.tied_to))}, which would change with it"
+            missing = [key for key in (location.module_key, *location.tied_to) if not base.is_stored(key)]
+            if not untie:
+                raise TargetError(f"{problem}\n  use untie=True, and both are written untied, or leave the layer out")
+            if location.weight[0].rows is not None or not all(map(base.is_read_as, missing)):
+                raise TargetError(f"{problem}\n  it can't be written untied: leave the layer out, or keep the adapter")
+            untied[location.weight[0].key] = missing
+        return untied
 
     # ---- is it the base that the adapter was trained on?
 
     def _check_base(self, base_weights: str) -> None:
         """Compare what can be compared before it is read. A packed weight is compared in `_read`, as it is unpacked."""
         file, base, quantized = self._file, self._base, set(self._quantization.modules)
+        self._check_copies()
+        if file.base is None:
+            return
         dense = {path: loc for path, loc in self.locations.items() if loc.weight[0].key not in base.packed}
         for path, location in dense.items():
             if path not in quantized and not same_weight(base.samples(location.weight), file.base.fingerprint[path]):
                 self._tell_other_base(path)
-        if base_weights == "as_trained" or not (comparable := dense.keys() & quantized):
+        comparable = {path for path in dense.keys() & quantized if dense[path].weight[0].positions is None}
+        if base_weights == "as_trained" or not comparable:
             return
         if self._reads:
             self._tell_other_base(min(comparable))  # the original weights are not those that the method has seen
@@ -154,73 +180,104 @@ class MergePlan:
             path = min(sorted(comparable), key=lambda path: dense[path].target.d_in * dense[path].target.d_out)
             self._read(dense[path].weight[0], None, path, quantize=True)
 
+    def _check_copies(self) -> None:
+        """CheckpointError for a tensor of the base in a PEFT folder that isn't this base's."""
+        file, base = self._file, self._base
+        for ours, key in file.copies.items():
+            in_file, _, name = ours.rpartition(".")
+            location = self.locations[in_file]
+            refs = {"weight": location.weight, "bias": location.bias}.get(name, [])
+            known = len(refs) == 1 and refs[0].rows is None and refs[0].key not in base.packed
+            if not (known and same_tensor(base.read(refs[0].key), file.header, key, DENSE)):
+                relation = "is not" if known else "can not be compared with"
+                raise CheckpointError(
+                    f"{file.path}: {key} {relation} {file_key(location.target.path, name)} of {base.path}\n"
+                    f"  the adapter belongs to another base, or one trained with it: merge it there"
+                )
+
     def _tell_other_base(self, path: str) -> None:
         """Raise or warn (once): the weight of this layer is not the one that the adapter was trained on."""
         file = self._file
-        if self._warned and not (self._reads and self._verify):
+        if not self._warned or (self._reads and self._verify):
+            self._warned = True
+            message = f"{path} of {file.path} was trained on another weight than that in {self._base.path}"
+            cure = 'use base_weights="as_trained", the folder it was trained on, or verify_base=False'
+            message += f"\n  file: {file.base}"
+            tell_other_base(message, self._configs[path].variant, self._reads, self._verify, cure)
+
+    def _plan(
+        self,
+        key: str,
+        ref: TensorRef,
+        matrices: Callable[[], Iterator[Tensor]],
+        rows: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if ref.rows is not None and rows is not None:
+            self._rows.setdefault(key, []).append((ref, rows))
             return
-        self._warned = True
-        message = f"{path} of {file.path} was trained on another weight than that in {self._base.path}"
-        cure = 'use base_weights="as_trained", the folder it was trained on, or verify_base=False'
-        tell_other_base(f"{message}\n  file: {file.base}", file.cfg.variant, self._reads, self._verify, cure)
-
-    # ---- what is written, and where
-
-    def _plan_layers(self) -> None:
-        for path, location in self.locations.items():
-            for ref in location.weight:
-                self._plan(self._untied.get(ref.key, ref.key), ref, partial(self._merged, path, ref))
-            # An adapter on each expert's matrix leaves the biases, which come after the product, as they are.
-            for ref in () if self._site(path).stacked else location.bias:
-                self._plan(ref.key, ref, partial(self._merged_bias, path, ref))
-
-    def _plan(self, key: str, ref: TensorRef, make: Callable[[], Iterator[Tensor]]) -> None:
         if key in self._planned:
-            raise CheckpointError(
-                f"{self._file.path}: two of its layers go into the one tensor {key} of {self._base.path}\n"
-                f"  is this the base that it was trained on?"
-            )
+            problem = f"two of its layers go into the one tensor {key} of {self._base.path}"
+            raise CheckpointError(f"{self._file.path}: {problem}\n  is this the base that it was trained on?")
         dtype, shape = self._base.dtype(ref.key), self._base.shape(ref.key)
         size = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-        self._planned[key] = OutputTensor(key, dtype, shape, size, make)
+        self._planned[key] = OutputTensor(key, dtype, shape, size, lambda: map(_bytes, matrices()))
 
     def _make_shards(self) -> list[Shard]:
-        """Each tensor stays in its shard; an untied head comes after its embedding, whether a file had it or not."""
-        base, heads = self._base, set(self._untied.values())
+        """Each tensor stays in its shard; an untied head comes after its embedding."""
+        base = self._base
         parts = {part for packed in base.packed.values() for part in packed.parts.values()}
         shards: dict[str, Shard] = {}
         for key, header in base.headers.items():
             shard = shards.setdefault(header.path.name, Shard(header.path.name))
-            if key in self._planned and key not in heads:
+            if key in self._planned:
                 shard.tensors.append(self._planned[key])
-            elif key not in parts and key not in heads:
-                entry = header.entries[key]
-                shard.tensors.append(OutputTensor(key, entry.dtype, entry.shape, entry.stop - entry.start))
-            if key in self._untied:
-                shard.tensors.append(self._planned[self._untied[key]])
+            elif key not in parts:
+                entry, chunks = header.entries[key], partial(base.chunks, key)
+                shard.tensors.append(OutputTensor(key, entry.dtype, entry.shape, entry.stop - entry.start, chunks))
+            shard.tensors += [self._planned[name] for name in self._untied.get(key, ())]
         return list(shards.values())
 
     # ---- what is computed
 
     def _merged(self, path: str, ref: TensorRef) -> Iterator[Tensor]:
         """W' of a layer, or of each of its experts, as it lies on disk."""
-        experts = self.locations[path].target.experts
-        if experts and ref.expert is None:
-            for i in range(experts):  # one matrix in memory at a time, whatever their number
-                yield self._fold(path, ref, self._read(ref, i, path), i)
-        else:
-            yield self._fold(path, ref, self._read(ref, None, path), ref.expert)
+        experts = self.locations[path].target.experts if ref.expert is None else 0  # those that the tensor stacks
+        for i in range(experts) if experts else [None]:  # one matrix in memory at a time, whatever their number
+            yield self._fold(path, ref, self._read(ref, i, path), ref.expert if i is None else i)
+
+    def _composed(self, key: str, parts: list[Rows]) -> Iterator[Tensor]:
+        """A tensor that holds rows of several layers, each computed by itself."""
+        tensor = self._base.read(key)
+        for ref, compute in parts:
+            assert ref.rows is not None
+            rows = tensor[as_slice(ref.rows)]
+            rows.copy_(compute(rows))
+        yield tensor
+
+    def _merged_rows(self, path: str, ref: TensorRef, rows: Tensor) -> Tensor:
+        """W' of a layer whose W are these rows; of one that lies in several tensors, the part that goes here."""
+        if ref.positions is None:
+            return self._fold(path, ref, self._read(ref, None, path, rows=rows), None)
+        whole = self._fold(path, ref, self._base.assembled(self.locations[path].weight), None)
+        return whole[as_slice(ref.positions)]
+
+    def _bias_rows(self, path: str, ref: TensorRef, rows: Tensor) -> Tensor:
+        new = next(self._merged_bias(path, ref))
+        return new if ref.positions is None else new[as_slice(ref.positions)]
+
+    def _unadapted_rows(self, ref: TensorRef, rows: Tensor) -> Tensor:
+        return self._read(ref, None, None, rows=rows)
 
     def _fold(self, path: str, ref: TensorRef, weight: Float[Tensor, "o i"], expert: int | None) -> Tensor:
         location, site = self.locations[path], self._site(path, lambda: weight)
         affine = Affine([site], torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
         fused = location.target.experts
         if (fused or not location.bias) and affine.bias(None, lambda: weight) is not None:
-            why = "this model has no bias to hold it\n  from_pretrained would drop one in silence: keep the adapter"
-            why += ", or merge in memory"
-            if fused:
-                why = "an expert's bias would be weighted as its output is\n  keep the adapter"
-            raise CheckpointError(f"{location.target.path}: {site.cfg.variant!r} adds a constant there, and {why}")
+            problem = f"{location.target.path}: {site.cfg.variant!r} adds a constant there"
+            why, cure = "this model has no bias to hold it", "keep the adapter, or merge in memory"
+            if fused:  # elsewhere from_pretrained would drop a new bias in silence
+                why, cure = "an expert's bias would be weighted as its output is", "keep the adapter"
+            raise CheckpointError(f"{problem}, and {why}\n  {cure}")
         reads = site.module.reads
         affine.prepare()
         dtype = DTYPES[self._base.dtype(ref.key)]
@@ -228,70 +285,71 @@ class MergePlan:
         in_place = affine.is_columnwise() and site.module.reads == reads and weight.dtype == dtype
         site.module.sealed = in_place
         out = weight if in_place else torch.empty_like(weight, dtype=dtype)  # (d_out, d_in)
-
-        def check(columns: Tensor) -> None:
-            if not fits(columns, dtype):
-                raise BaseModelError(
-                    f"{location.target.path}: merged numbers are NaN or infinite in {dtype_name(dtype)}\n"
-                    f"  check the adapter's values and those of {ref.key}"
-                )
-
-        affine.write(weight, out, check)
+        check_fits(location.target.path, affine.write(weight, out))
         return out.mT.contiguous() if ref.transposed else out
 
     def _merged_bias(self, path: str, ref: TensorRef) -> Iterator[Tensor]:
         location, fused = self.locations[path], bool(self.locations[path].target.experts)
         weight_ref = location.weight[ref.expert or 0]
-        bias = self._read(ref, None, path)  # (d_out,), or (experts, d_out)
-        site = self._site(path, lambda: self._read(weight_ref, 0 if fused else None, path))
+        whole = ref.positions is None
+        bias = self._read(ref, None, path) if whole else self._base.assembled(location.bias)  # (*experts, d_out)
+
+        def weight() -> Tensor:
+            if weight_ref.positions is not None:
+                return self._base.assembled(location.weight)
+            return self._read(weight_ref, 0 if fused else None, path)
+
+        site = self._site(path, weight)
         for row in bias if bias.ndim == 2 else [bias]:
             site.module.bias = None if fused else row  # experts' are outside of what a variant sees
             affine = Affine([site], torch.promote_types(row.dtype, torch.float32), row.device)
             new = affine.bias(row, lambda: site.module.weight)
             assert new is not None
-            if not fits(new, bias.dtype):
-                raise BaseModelError(
-                    f"{location.target.path}: the merged bias holds a NaN or an infinity\n"
-                    f"  does it in the base? Else take a smaller scale, or an earlier file of the adapter"
-                )
-            yield new.to(bias.dtype)
+            yield check_fits(location.target.path, new.to(bias.dtype))
 
     def _unadapted(self, ref: TensorRef) -> Iterator[Tensor]:
         """A weight that no adapter is on, dequantised or as the adapter's base computes with it."""
         weight = self._read(ref, None, None).to(DTYPES[self._base.dtype(ref.key)])
         yield weight.mT.contiguous() if ref.transposed else weight
 
-    def _read(self, ref: TensorRef, index: int | None, path: str | None, quantize: bool = False) -> Tensor:
-        """A matrix (d_out, d_in) or a bias as the merge starts from it, in memory of its own."""
+    def _read(
+        self, ref: TensorRef, index: int | None, path: str | None, quantize: bool = False, rows: Tensor | None = None
+    ) -> Tensor:
+        """A matrix (d_out, d_in) or a bias as the merge starts from it, in memory of its own; or these rows as such."""
         if ref.key in self._base.packed:
             weight, fingerprint = unpack(self._base.headers, self._base.packed[ref.key])
         else:
-            weight = self._base.read(ref.key, index)
-            weight = weight.mT if ref.transposed else weight
-            if not (quantize or ref.key in self._quantized):
+            weight = self._base.matrix(ref, index) if rows is None else rows
+            if not (quantize or ref in self._quantized):
                 return weight
+            assert self._file.base is not None, "no record names a quantised layer"
             dtype = getattr(torch, self._quantization.weight_dtype or self._file.base.dtype)
             weight, fingerprint = as_trained(weight, self._quantization, dtype)
+        record = self._file.base
         # The codes' dtype may differ (quant_storage), their elements and the scales' may not.
-        if path is not None and fingerprint[1:] != self._file.base.fingerprint[path][1:]:
+        if path is not None and record is not None and fingerprint[1:] != record.fingerprint[path][1:]:
             self._tell_other_base(path)
         return weight
 
-    # ---- the files beside the tensors
-
     def write_config(self, folder: Path) -> None:
         """config.json without what isn't true any more, and the index."""
-        config = self._base.config
+        base, config = self._base, self._base.config
         if config is not None:
             if self._base.packed:  # they are written dense
                 config = {key: value for key, value in config.items() if key != "quantization_config"}
-            if self._untied:
+            # Where that would untie what a file holds once, from_pretrained tells untied weights by their numbers.
+            stored = all(base.is_stored(key) or key in self._planned for keys in base.shared() for key in keys)
+            if stored and any(location.tied_to for location in self.locations.values()):
                 nested = {k: {**v, "tie_word_embeddings": False} for k, v in config.items() if k == "text_config"}
                 config |= {**nested, "tie_word_embeddings": False}
             write_json(folder / "config.json", config)
         if (self._base.path / INDEX).exists():
-            tensors = [(tensor, shard.name) for shard in self.shards for tensor in shard.tensors]
-            parameters = sum(torch.Size(tensor.shape).numel() for tensor, _ in tensors)
-            sizes = {"total_parameters": parameters, "total_size": sum(tensor.size for tensor, _ in tensors)}
-            names = {tensor.key: name for tensor, name in sorted(tensors, key=lambda pair: pair[0].key)}
-            write_json(folder / INDEX, {"metadata": sizes, "weight_map": names})
+            tensors = [tensor for shard in self.shards for tensor in shard.tensors]
+            parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
+            sizes = {"total_parameters": parameters, "total_size": sum(tensor.size for tensor in tensors)}
+            names = {tensor.key: shard.name for shard in self.shards for tensor in shard.tensors}
+            write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(names.items()))})
+
+
+def _bytes(matrix: Tensor) -> Any:
+    return matrix.contiguous().view(-1).view(torch.uint8).numpy()  # numpy has no bfloat16

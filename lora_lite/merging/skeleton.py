@@ -5,44 +5,37 @@ A config is anyone's. What could fetch or run something is left out of it, and b
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules import module as torch_module
 
 from ..errors import CheckpointError, brief
 
-LEAST_BLOCKS = 1000
-"""Any model may have as many blocks as this, whatever its files hold."""
+LEAST_BLOCKS = 1000  # any model may have as many blocks as this, whatever its files hold
+# At most, modules and parameters; activations and containers have no tensor. 600 models of transformers 5.23: 4.5.
 PARTS_A_TENSOR = 10
-"""At most, modules and parameters; activations and containers have no tensor. The most of 600 models of transformers
-5.23 is 4.5."""
-MOST_LABELS = 30_000
-"""More labels are left out: transformers makes a name for each and checks it (20 µs). ImageNet-21k has 21,843."""
+MOST_LABELS = 30_000  # of more, none: transformers checks a name for each (20 µs). ImageNet-21k has 21,843
 
 # A pretrained backbone would be fetched, an `auto_map` names code to run, an attention may not be installed here.
 _NOT_BUILT = {"label2id", "quantization_config", "auto_map", "use_pretrained_backbone", "use_timm_backbone"}
 _NOT_BUILT |= {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 _NOT_BUILT |= {"experts_implementation", "_experts_implementation"}
 _NOT_BUILT |= {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}  # timm loads the files that these name
+# Last parts of the names of fields that count blocks; no more than that, as `block_size` counts tokens.
 _BLOCKS = {"layer", "layers", "depth", "depths", "block", "blocks"}
-"""Last parts of the names of fields that count blocks; no more than that, as `block_size` counts tokens."""
+# As transformers 5 writes them, since JSON has none: {"__float__": "Infinity"}.
 _FLOATS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
-"""As transformers 5 writes them, since JSON has none: {"__float__": "Infinity"}."""
 
 
 def skeleton(path: Path, config: dict[str, Any], tensors: int) -> Any:
     """The model of a folder with this config, and this many tensors in its files.
 
     Raises:
-        CheckpointError: for a class that transformers lacks, and for a config that describes no such model, or one of a
-            size that its files can't fill.
+        CheckpointError: for a class that transformers lacks, a config of no such model, or too large a one.
     """
     import transformers
 
@@ -50,11 +43,9 @@ def skeleton(path: Path, config: dict[str, Any], tensors: int) -> Any:
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"{path / 'config.json'}: architectures={brief(names)} is no model of transformers "
-            f"{transformers.__version__}\n"
-            f"  code that comes with a model is not run here: merge in memory, with lora_lite.merge"
-        )
+        problem = f"architectures={brief(names)} is no model of transformers {transformers.__version__}"
+        cure = "code that comes with a model is not run here: merge in memory, with lora_lite.merge"
+        raise CheckpointError(f"{path / 'config.json'}: {problem}\n  {cure}")
     _check_depth(path, config, tensors)
     model: Any = cls
     try:
@@ -113,9 +104,9 @@ def _bounded(path: Path, tensors: int) -> Iterator[None]:
         if built > most:
             raise _too_large(path, f"more than {most} modules and parameters", tensors)
 
-    with ExitStack() as hooks:
-        for register in (register_module_module_registration_hook, register_module_parameter_registration_hook):
-            hooks.callback(register(count).remove)
+    modules = torch_module.register_module_module_registration_hook(count)
+    parameters = torch_module.register_module_parameter_registration_hook(count)
+    with modules, parameters:  # which takes the hooks off
         yield
 
 
