@@ -5,10 +5,8 @@
     trainer.train()  # train(resume_from_checkpoint=True) goes on from the last checkpoint
 
 `class MyTrainer(AdapterCheckpoints, SFTTrainer)` does the same for a trainer of your own. For preference training,
-`DPOTrainer(model, ref_model=reference(model), ...)`: the model itself with its adapter off, so no second copy of the
-weights. TRL knows PEFT's models alone as such that can be switched off. For any other it loads a second model by its
-name, as that lies on the disk: beside a quantised model this is another one (first loss on a 4-bit base 0.73, where
-ln 2 = 0.69 is right).
+`DPOTrainer(model, ref_model=reference(model), ...)` takes the model itself with its adapter off. Without it TRL loads a
+second model by its name: beside a quantised model that is another one (first loss 0.73, where ln 2 = 0.69 is right).
 """
 
 import os
@@ -39,9 +37,9 @@ class AdapterCheckpoints:
     Optimizer, schedule and random states are the Trainer's own; DeepSpeed's own checkpoint beside them holds the base.
 
     Raises:
-        TargetError: for a model without an adapter; for parameters that would be trained and are in no adapter, since
-            no checkpoint would hold them; after the first backward, before the optimizer's step (DeepSpeed takes that
-            within the backward), for adapters that take no part in it.
+        TargetError: for a model without an adapter; for trained parameters in no adapter, which no checkpoint would
+            hold; after the first backward, before the optimizer's step (DeepSpeed takes that within the backward), for
+            adapters that take no part in it.
         QuantizedWeightError: before the first step, where the base gives wrong gradients or none.
     """
 
@@ -50,9 +48,9 @@ class AdapterCheckpoints:
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, nn.Module):
             given = "a model_init" if model is None else brief(repr(model))
+            problem = f"{type(self).__name__} is given a model with an adapter on it, not {given}"
             raise TargetError(
-                f"{type(self).__name__} is given a model with an adapter on it, not {given}\n"
-                f"  load the model and lora_lite.attach first; for a search, make one for each trial"
+                f"{problem}\n  load the model and lora_lite.attach first; for a search, one for each trial"
             )
         if not adapters(model):
             raise TargetError(f"{type(model).__name__} has no adapter to train\n  lora_lite.attach one first")
@@ -88,8 +86,7 @@ class AdapterCheckpoints:
         _restore_all(model or cast(Any, self).model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        trainer: Any = self
-        _restore_all(trainer.model, trainer.state.best_model_checkpoint)
+        _restore_all(cast(Any, self).model, cast(Any, self).state.best_model_checkpoint)
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):
@@ -101,18 +98,16 @@ def _check_saved(model: nn.Module) -> None:
     inside = {id(parameter) for adapter in adapters(model).values() for parameter in adapter.parameters()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if lost:
+        problem = f"{len(lost)} parameters would be trained and are in no adapter, so no checkpoint would hold them"
         raise TargetError(
-            f"{len(lost)} parameters would be trained and are in no adapter, so no checkpoint would hold them: "
-            f"{grouped(lost)}\n"
-            f"  freeze them (requires_grad_(False)), or put an adapter on their layer (target_names), or train them "
-            f"with a Trainer without AdapterCheckpoints, which saves the whole model"
+            f"{problem}: {grouped(lost)}\n  freeze them (requires_grad_(False)), put an adapter on their layer "
+            f"(target_names), or take a Trainer without AdapterCheckpoints, which saves the whole model"
         )
 
 
 def _restore_all(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     files = {name: Path(folder) / f"{name}.safetensors" for name in adapters(model)}
-    missing = [str(file) for file in files.values() if not file.is_file()]
-    if missing:
+    if missing := [str(file) for file in files.values() if not file.is_file()]:  # before the first one is copied
         raise CheckpointError(f"{folder} is no checkpoint of these adapters\n  missing: {', '.join(missing)}")
     for name, file in files.items():
         restore(model, file, name)
@@ -125,14 +120,13 @@ def _trainable(model: Any) -> Iterator[None]:
     The flag is set for the check alone: with it, save_pretrained and gradient checkpointing look for PEFT's config.
     """
     flag = "_hf_peft_config_loaded"
-    before = model.__dict__.get(flag)
+    before = {flag: model.__dict__[flag]} if flag in model.__dict__ else {}
     setattr(model, flag, True)
     try:
         yield
     finally:
         delattr(model, flag)
-        if before is not None:
-            setattr(model, flag, before)
+        model.__dict__.update(before)
 
 
 # ---- the reference of preference training ----------------------------------------------------------
@@ -141,12 +135,11 @@ def _trainable(model: Any) -> Iterator[None]:
 def reference(model: nn.Module, name: str | None = None) -> nn.Module:
     """The model without one adapter, or all, as an object to pass as `ref_model=`; it follows the model's weights.
 
-    Each call of it runs the model in eval mode, without gradients, at scale 0. It has the model's attributes (`config`,
-    `device`, `generate`) and no parameters or modules of its own: what a trainer does to its reference (`.eval()`,
-    `.to()`, `.requires_grad_()`, other dropouts) doesn't touch the model that is trained.
+    Each call runs the model in eval mode, without gradients, at scale 0. It has the model's attributes (`config`,
+    `device`, `generate`) and no parameters or modules: what a trainer does to its reference (`.eval()`, `.to()`, other
+    dropouts) doesn't touch the model that is trained. TRL's `sync_ref_model` has no weights to write into here.
 
-    The reference of an adapter that was trained before is the base, too. To start from the adapter as it is, use TRL's
-    `precompute_ref_log_probs=True`, without a reference. TRL's `sync_ref_model` has no weights to write into here.
+    To start from a trained adapter as it is, use TRL's `precompute_ref_log_probs=True` without a reference.
 
     Raises:
         TargetError: for a model without an adapter, or an unknown name.

@@ -5,7 +5,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +17,13 @@ from rich import progress as bars
 from rich.console import Console
 from typer.core import TyperCommand
 
-from ..errors import CheckpointError, LoraLiteError
 from ..merging.on_disk import merge_checkpoint
 from .compare import compare
 from .convert import convert as convert_adapter
 from .plot import plot_norms
+from .reason import reason
 from .report import inspect as inspect_adapter
-from .stored import is_peft
-from .tables import console, show_difference, show_report
+from .tables import show_difference, show_report
 from .verify import tokens, verify_merge
 
 app = typer.Typer(
@@ -34,10 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-EXTRAS = {"matplotlib": "demo", "transformers": "hf", "accelerate": "hf", "bitsandbytes": "bnb"}
-"""Packages that a command may lack, and the extra that has them."""
 
 
 class Command(TyperCommand):
@@ -54,17 +49,8 @@ class Command(TyperCommand):
             if debug:
                 traceback.print_exc()
             else:
-                typer.echo(f"lora-lite: {_reason(error)}", err=True)
+                typer.echo(f"lora-lite: {reason(error)}", err=True)
             raise typer.Exit(2) from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        missing = (error.name or "").partition(".")[0]
-        cure = f"; pip install 'lora-lite[{EXTRAS[missing]}]'" if missing in EXTRAS else ""
-        return f"{missing} is not installed{cure}"
-    first = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return first if isinstance(error, LoraLiteError) else f"{type(error).__name__}: {first}"
 
 
 @contextmanager
@@ -83,14 +69,11 @@ def _messages(debug: bool) -> Iterator[None]:
         logger.remove(sink)
 
 
-@contextmanager
-def _progress(label: str, *figures: bars.ProgressColumn) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if that is a terminal, which goes when the work is done; it is told (done, total)."""
+def _bar(label: str, *figures: bars.ProgressColumn) -> bars.Progress:
+    """A bar on stderr, if that is a terminal, which goes when the work is done."""
     stderr = Console(stderr=True)
     columns = bars.TextColumn(label), bars.BarColumn(), *figures, bars.TimeRemainingColumn()
-    with bars.Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    return bars.Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
 @app.callback()
@@ -103,22 +86,19 @@ def options(
 @app.command(cls=Command)
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter file, a PEFT folder, or a file or folder of tensors.")],
-    base: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the original weights, for methods whose delta depends on them (DoRA, IA3, ...)."),
-    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the original weights: DoRA, IA3, ... need them.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of the norm of the delta by layer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer by itself.")] = False,
 ) -> None:
     """Show an adapter: method, config, base, size of its deltas."""
-    with _progress("layers", bars.MofNCompleteColumn()) as progress:
-        report = inspect_adapter(path, base, progress)
+    with _bar("layers", bars.MofNCompleteColumn()) as bar:
+        report = inspect_adapter(path, base, bar.track)
     if plot is not None:
         plot_norms(report, plot)
     if as_json:
-        print(json.dumps(asdict(report), indent=2, default=str))
+        print(json.dumps(asdict(report), indent=2, default=str))  # str: a path
     else:
-        show_report(console(), report)
+        show_report(report)
 
 
 @app.command(cls=Command)
@@ -130,50 +110,36 @@ def diff(
 
     The exit code is 0 if they are equal, 1 if not.
     """
-    with _progress("layers", bars.MofNCompleteColumn()) as progress:
-        difference = compare(a, b, progress)
-    show_difference(console(), difference)
+    with _bar("layers", bars.MofNCompleteColumn()) as bar:
+        difference = compare(a, b, bar.track)
+    show_difference(a, b, difference)
     raise typer.Exit(0 if difference.equal else 1)
+
+
+BASE_WEIGHTS = "Add the delta to the weights as they are, or as the quantised base had them in training."
+NEVER_RAN = "Layers that no forward had called when the adapter was saved: refuse, or merge (other inputs reach them)."
 
 
 @app.command(cls=Command)
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of the base checkpoint.")],
-    adapter: Annotated[Path, typer.Argument(help="An adapter file.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter file or PEFT folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    base_weights: Annotated[
-        Literal["original", "as_trained"],
-        typer.Option(help="Add the delta to the weights as they are, or as the quantised base had them in training."),
-    ] = "original",
-    untie: Annotated[
-        bool, typer.Option("--untie", help="Write head and embedding apart where they share a weight.")
-    ] = False,
-    any_base: Annotated[
-        bool,
-        typer.Option("--any-base", help="Warn, not fail, where the method depends on other base weights (DoRA)."),
-    ] = False,
-    never_ran: Annotated[
-        Literal["raise", "merge"],
-        typer.Option(
-            help="Layers that no forward had called when the adapter was saved. raise: refuse; merge: fold them in, "
-            "where other inputs reach them."
-        ),
-    ] = "raise",
-    verify: Annotated[
-        Path | None,
-        typer.Option(help="Run base + adapter, then the merged model, on this text file, and print how far apart."),
-    ] = None,
+    base_weights: Annotated[Literal["original", "as_trained"], typer.Option(help=BASE_WEIGHTS)] = "original",
+    untie: Annotated[bool, typer.Option("--untie", help="Write a head that is tied to the embedding apart.")] = False,
+    any_base: Annotated[bool, typer.Option("--any-base", help="On another base, warn where DoRA would fail.")] = False,
+    never_ran: Annotated[Literal["raise", "merge"], typer.Option(help=NEVER_RAN)] = "raise",
+    verify: Annotated[Path | None, typer.Option(help="Text on which to compare the merged model.")] = None,
 ) -> None:
     """Fold an adapter into a checkpoint on disk.
 
     Tensor by tensor, so it needs little memory; run again, it goes on where it was interrupted.
     """
-    if is_peft(adapter):
-        raise CheckpointError(f"{adapter} is a PEFT folder: make it a file first, with lora-lite convert")
     text = None if verify is None else verify.read_text(encoding="utf-8")
     if text is not None:
         tokens(base, text)  # what can't be verified should be known before the work
-    with _progress("merging", bars.DownloadColumn(), bars.TransferSpeedColumn()) as progress:
+    with _bar("merging", bars.DownloadColumn(), bars.TransferSpeedColumn()) as bar:
+        task = bar.add_task("", total=None)
         report = merge_checkpoint(
             base,
             adapter,
@@ -182,7 +148,7 @@ def merge(
             untie=untie,
             verify_base=not any_base,
             never_ran=never_ran,
-            progress=progress,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(report)
     if text is not None:
@@ -195,9 +161,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="File or folder to make, where there is none.")],
     base: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
     rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank, of any method.")] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Refuse a LoRA with a larger relative error in some layer.")
-    ] = None,
+    max_error: Annotated[float | None, typer.Option(help="Refuse a LoRA with a larger relative error.")] = None,
 ) -> None:
     """Turn an adapter file into a PEFT folder, or back.
 

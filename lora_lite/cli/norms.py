@@ -13,13 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..core.adapt import adapt_input, adapt_output
 from ..core.effective import Affine, random_rows
-from ..core.hooks import adapt_input, adapt_output
 from ..core.layer import Layer
 from ..core.resolve import is_stacked, make_stand_in, specs_at
 from ..core.state import Site
 from ..core.targets import Target
-from ..core.variant import lookup
 from ..errors import CheckpointError, QuantizedWeightError
 from ..merging.base_folder import BaseFolder
 from ..merging.bnb_files import unpack
@@ -34,9 +33,9 @@ class Weights:
 
     def __init__(self, folder: Path, layers: Mapping[str, StoredLayer]) -> None:
         self._base = BaseFolder(folder)
-        self._places = self._base.find(folder, layers)
-        for path, place in self._places.items():
-            layer, target = layers[path].target, place.target
+        self._locations = self._base.find(folder, layers)
+        for path, location in self._locations.items():
+            layer, target = layers[path].target, location.target
             experts = target.experts if is_stacked(target, layers[path].cfg) else 0
             sizes = ((layer.d_in, target.d_in), (layer.d_out, target.d_out))
             if experts != layer.experts or any(a not in (0, b) for a, b in sizes):  # 0: no tensor of PEFT's tells it
@@ -45,21 +44,21 @@ class Weights:
                     f"  this is another base model"
                 )
 
-    def place(self, layer: StoredLayer) -> Target:
-        """The layer as it is in the checkpoint, under the adapter's path."""
-        return replace(self._places[layer.target.path].target, path=layer.target.path)
+    def sized(self, layer: StoredLayer) -> StoredLayer:
+        """The layer with the sizes and experts that it has in the checkpoint."""
+        path = layer.target.path
+        return replace(layer, target=replace(self._locations[path].target, path=path))
 
-    def matrices(self, layer: StoredLayer) -> Iterator[Float[Tensor, "o i"]]:
-        """The layer's weight, or those of its experts one by one, each as it is stored; a packed one dequantised."""
-        place = self._places[layer.target.path]
-        for stored in place.weight:
-            fused = place.target.experts and stored.expert is None
-            for index in range(place.target.experts) if fused else [None]:
-                if stored.key in self._base.packed:
-                    weight, _ = unpack(self._base.headers, self._base.packed[stored.key])
-                else:
-                    weight = self._base.read(stored.key, index)
-                yield weight.mT if stored.transposed else weight
+    def matrices(self, path: str) -> Iterator[Float[Tensor, "o i"]]:
+        """A layer's weight, or those of its experts one by one, each as it is stored; a packed one dequantised."""
+        location = self._locations[path]
+        if location.weight[0].positions is not None:
+            yield self._base.assembled(location.weight)
+            return
+        for ref in location.weight:
+            for index in _experts(location.target) if ref.expert is None else [None]:  # fused, or one of many
+                packed = self._base.packed.get(ref.key)
+                yield self._base.matrix(ref, index) if packed is None else unpack(self._base.headers, packed)[0]
 
 
 def norm(layer: StoredLayer, weights: Weights | None = None) -> float | None:
@@ -76,10 +75,10 @@ def delta(layer: StoredLayer, weights: Weights | None = None) -> Iterator[Float[
     A whole difference of a wide head would take gigabytes in float64.
     """
     if is_free(layer):
-        return _blocks(layer, [None] * len(_experts(layer.target)), torch.float32)  # nothing cancels
+        return _blocks(layer, [None] * len(_experts(layer.target)), torch.float32)  # nothing is subtracted, so enough
     if weights is None:
         return None
-    return _blocks(replace(layer, target=weights.place(layer)), weights.matrices(layer), torch.float64)
+    return _blocks(weights.sized(layer), weights.matrices(layer.target.path), torch.float64)
 
 
 def _blocks(
@@ -97,13 +96,13 @@ def _blocks(
 def is_free(layer: StoredLayer) -> bool:
     """True where W' - W is the same whatever W is: no weight is read, x passes, and what is added to y is the same for
     any y."""
-    sizes = layer.target.d_in, layer.target.d_out
-    if 0 in sizes or layer.tensors.keys() != specs_at(layer.target, layer.cfg).keys():
+    target = layer.target
+    if 0 in (target.d_in, target.d_out) or layer.tensors.keys() != specs_at(target, layer.cfg).keys():
         return False
-    x, y = random_rows((1, sizes[0]), (1, sizes[1]))  # (1, i), (1, o)
+    x, y = random_rows((1, target.d_in), (1, target.d_out))  # (1, i), (1, o)
     site = stand_in(layer)
     try:
-        for expert in _experts(layer.target):
+        for expert in _experts(target):
             view = Layer(site.module, site, torch.float64, expert, {"training": False, "bias": None})
             if not torch.equal(adapt_input(view, x), x):
                 return False
@@ -119,22 +118,14 @@ def is_free(layer: StoredLayer) -> bool:
 def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> Site:
     """The adapter at a module of the layer's shape.
 
-    Tensors that the adapter lacks are the base's, and come of its `init`. Without a weight the module has one that no
-    method can read: trying raises QuantizedWeightError.
+    Without a weight the module has one that no method can read: trying raises QuantizedWeightError.
     """
     target, cfg = layer.target, layer.cfg
+    if weight is None:
+        weight = torch.empty(target.d_out, target.d_in, dtype=torch.int8, device="meta")  # codes of no known quantiser
     module = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
-    codes = torch.empty(target.d_out, target.d_in, dtype=torch.int8, device="meta")
-    module.weight = nn.Parameter(codes if weight is None else weight, requires_grad=False)
-    specs = specs_at(target, cfg)
-    if layer.tensors.keys() == specs.keys():
-        return make_stand_in(target, cfg, module, layer.tensors, layer.scale)
-    zeros = {name: torch.zeros(spec.shape, dtype=cfg.dtype) for name, spec in specs.items()}
-    site = make_stand_in(target, cfg, module, zeros, layer.scale)
-    lookup(cfg.variant).init(Layer(module, site), cfg)  # it writes into all of them, so the adapter's come after
-    for name, tensor in layer.tensors.items():
-        setattr(module, name, tensor)
-    return site
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return make_stand_in(target, cfg, module, layer.tensors, layer.scale)
 
 
 def _size(target: Target) -> str:

@@ -1,14 +1,15 @@
 """A picture of how far an adapter moves each layer: the norm of its delta over the depth of the model."""
 
-import os
+from pathlib import Path
 
+from ..base.stacks import place
 from ..errors import ConfigError
 from .report import Report, grouped
 
 MARKERS = "osD^vPX*<>hd"
 
 
-def plot_norms(report: Report, path: str | os.PathLike[str]) -> None:
+def plot_norms(report: Report, path: Path) -> None:
     """Write a PNG: ‖W' - W‖ over the block's index, a line for each kind of layer; a dashed one outside of the blocks.
 
     Raises:
@@ -23,12 +24,14 @@ def plot_norms(report: Report, path: str | os.PathLike[str]) -> None:
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for i, (label, layers) in enumerate(zip(_labels(list(known)), known.values(), strict=True)):
-        marker = MARKERS[i % len(MARKERS)]
-        depth, norms = zip(*((layer.block, layer.norm) for layer in layers), strict=True)
-        if None in depth:
+    names = {pattern.rpartition("*.")[2] for pattern in known}  # within the block; two stacks may have the same
+    for i, (pattern, layers) in enumerate(known.items()):
+        label = pattern if len(names) < len(known) else pattern.rpartition("*.")[2]
+        depth, norms = zip(*((place(layer.path)[1], layer.norm) for layer in layers), strict=True)
+        if None in depth:  # outside of the blocks
             axes.axhline(norms[0], label=label, color=f"C{i}", linestyle="--", linewidth=1)
-        else:
+        else:  # of the ten colours some come twice: markers tell them apart
+            marker = MARKERS[i % len(MARKERS)]
             axes.plot(depth, norms, label=label, color=f"C{i}", marker=marker, markersize=4, linewidth=1)
     axes.set_xlabel("block")
     axes.set_ylabel("‖W' - W‖")
@@ -38,13 +41,3 @@ def plot_norms(report: Report, path: str | os.PathLike[str]) -> None:
     axes.set_title(f"{report.path.name}: {report.variant}, norm of the delta by layer", fontsize=10)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     figure.savefig(path, format="png")
-
-
-def _labels(patterns: list[str]) -> list[str]:
-    """The last name of each pattern, and as many before it as tell them apart."""
-    parts = [pattern.split(".") for pattern in patterns]
-    for n in range(1, max(map(len, parts))):
-        labels = [".".join(part[-n:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return patterns

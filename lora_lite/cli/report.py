@@ -1,21 +1,20 @@
 """The figures of an adapter on disk that `lora-lite inspect` prints."""
 
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..base.stacks import place, starred
+from ..base.stacks import starred
 from ..core.config import BaseConfig
 from ..dtypes import dtype_name
+from ..io.safetensors import Header
 from .norms import Weights, norm
-from .stored import PEFT, StoredAdapter, StoredTensors, read_stored
+from .stored import PEFT, StoredAdapter, read_stored
 
-Progress = Callable[[int, int], None]
-"""(layers done, layers) -> None."""
+Track = Callable[[Iterable[Any]], Iterable[Any]]  # gives the items back, and shows how many are done
 
 T = TypeVar("T")
 
@@ -25,23 +24,9 @@ class LayerReport:
     """One adapted layer; `norm` is ‖W' - W‖ (Frobenius), None where that depends on a base that wasn't given."""
 
     path: str
-    d_in: int
+    d_in: int  # 0 where no tensor of a PEFT folder tells it
     d_out: int
     norm: float | None
-
-    @property
-    def block(self) -> int | None:
-        """The block's index in its stack; None outside of every stack."""
-        return place(self.path)[1]
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """One tensor of those that no config describes."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +37,14 @@ class Report:
     format: str
     bytes: int
     variant: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    """Fields that differ from the method's defaults, as JSON values."""
+    config: dict[str, Any] = field(default_factory=dict)  # what differs from the method's defaults, as JSON values
     scale: float | None = None
-    base: dict[str, Any] = field(default_factory=dict)
-    """Class, name, dtype and quantization, as far as the format records them."""
+    base: dict[str, Any] = field(default_factory=dict)  # class, name, dtype, quantization, as far as they are recorded
     tensors: int
     parameters: int
     dtypes: list[str]
     layers: list[LayerReport] = field(default_factory=list)
-    loose: list[TensorReport] = field(default_factory=list)
+    loose: list[dict[str, Any]] = field(default_factory=list)  # path, shape and dtype of each tensor
 
 
 def grouped(members: Mapping[str, T]) -> dict[str, list[T]]:
@@ -72,9 +55,7 @@ def grouped(members: Mapping[str, T]) -> dict[str, list[T]]:
     return dict(groups)
 
 
-def inspect(
-    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, progress: Progress | None = None
-) -> Report:
+def inspect(path: Path, base: Path | None = None, track: Track = iter) -> Report:
     """Read an adapter file, a PEFT folder, or tensors and no more; base is the folder of the original checkpoint.
 
     Raises:
@@ -82,13 +63,9 @@ def inspect(
         VariantError: for an unknown method.
     """
     stored = read_stored(path)
-    if isinstance(stored, StoredTensors):
-        return _of_tensors(stored)
-    weights = None if base is None else Weights(Path(base), stored.layers)
-    layers = [
-        LayerReport(path, layer.target.d_in, layer.target.d_out, norm(layer, weights))
-        for path, layer in counted(stored.layers, progress)
-    ]
+    if not isinstance(stored, StoredAdapter):
+        return _loose(path, stored)
+    weights = None if base is None else Weights(base, stored.layers)
     tensors = [tensor for layer in stored.layers.values() for tensor in layer.tensors.values()]
     return Report(
         path=stored.path,
@@ -97,46 +74,42 @@ def inspect(
         variant=" + ".join(dict.fromkeys(layer.cfg.variant for layer in stored.layers.values())),
         config=_config(stored),
         scale=stored.scale,
-        base=stored.base_fields(),
+        base=stored.base,
         tensors=len(tensors),
         parameters=sum(tensor.numel() for tensor in tensors),
         dtypes=sorted({dtype_name(tensor.dtype) for tensor in tensors}),
-        layers=layers,
+        layers=[
+            LayerReport(path, layer.target.d_in, layer.target.d_out, norm(layer, weights))
+            for path, layer in track(stored.layers.items())
+        ],
     )
 
 
-def _of_tensors(stored: StoredTensors) -> Report:
-    entries = [item for header in stored.headers for item in header.entries.items()]
+def _loose(path: Path, headers: list[Header]) -> Report:
+    entries = {key: entry for header in headers for key, entry in header.entries.items()}
     return Report(
-        path=stored.path,
+        path=path,
         format="tensors",
-        bytes=sum(header.path.stat().st_size for header in stored.headers),
+        bytes=sum(header.path.stat().st_size for header in headers),
         tensors=len(entries),
-        parameters=sum(math.prod(entry.shape) for _, entry in entries),
-        dtypes=sorted({entry.dtype for _, entry in entries}),
-        loose=[TensorReport(key, entry.shape, entry.dtype) for key, entry in entries],
+        parameters=sum(math.prod(entry.shape) for entry in entries.values()),
+        dtypes=sorted({entry.dtype for entry in entries.values()}),
+        loose=[{"path": key, "shape": entry.shape, "dtype": entry.dtype} for key, entry in entries.items()],
     )
 
 
 def _config(stored: StoredAdapter) -> dict[str, Any]:
-    """The fields that differ from their defaults, as JSON values; of a PEFT folder without the regexes that find its
-    layers, and what differs by layer under the layers' paths."""
-    values, defaults = stored.cfg.to_dict(), type(stored.cfg)(variant=stored.cfg.variant).to_dict()
-    changed = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    """The fields that differ from their defaults; of a PEFT folder, what differs by layer under the layers' paths."""
+    changed = _differing(stored.cfg, type(stored.cfg)(variant=stored.cfg.variant))
     if stored.format != PEFT:
         return changed
-    per_layer = {}
-    for path, layer in stored.layers.items():
-        fields = {name: value for name, value in layer.cfg.to_dict().items() if value != values.get(name)}
-        if fields and layer.cfg.variant == stored.cfg.variant:
-            per_layer[path] = fields
+    alike = {path: layer.cfg for path, layer in stored.layers.items() if layer.cfg.variant == stored.cfg.variant}
+    per_layer = {path: fields for path, cfg in alike.items() if (fields := _differing(cfg, stored.cfg))}
+    # The regexes that find its layers are made up: the folder's own were never run.
     changed = {name: value for name, value in changed.items() if name not in (*BaseConfig.FILTERS, "per_layer")}
     return changed | ({"per_layer": per_layer} if per_layer else {})
 
 
-def counted(items: Mapping[str, T], progress: Progress | None) -> Iterator[tuple[str, T]]:
-    """The items; `progress` is told how many are done."""
-    for done, item in enumerate(items.items()):
-        if progress is not None:
-            progress(done, len(items))
-        yield item
+def _differing(cfg: BaseConfig, other: BaseConfig) -> dict[str, Any]:
+    values = other.to_dict()  # without an empty per_layer
+    return {name: value for name, value in cfg.to_dict().items() if value != values.get(name)}

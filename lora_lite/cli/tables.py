@@ -5,178 +5,147 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ..base.stacks import starred
+from ..base.stacks import place, starred
 from .compare import Difference
-from .report import LayerReport, Report, TensorReport, grouped
+from .report import LayerReport, Report, grouped
 
-GAP = 2
-"""Spaces between columns."""
-UNLIMITED = 10_000
-"""Columns of an output that is no terminal and that COLUMNS says nothing of."""
+GAP = 2  # spaces between columns
+UNLIMITED = 10_000  # columns of an output that is no terminal and that COLUMNS says nothing of
 
 
-def console() -> Console:
-    """The standard output, as wide as the terminal or COLUMNS; a pipe has no width, so that nothing is cut there."""
-    piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
-    return Console(highlight=False, soft_wrap=False, width=UNLIMITED if piped else None)
-
-
-def shortened(text: str, width: int) -> str:
-    """At most `width` characters: the middle makes way, and most of the end stays, which tells paths apart."""
-    if len(text) <= width:
-        return text
-    head = (width - 3) // 3
-    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
-
-
-def show_report(out: Console, report: Report) -> None:
-    """An adapter, or tensors that come without a config."""
-    _title(out, str(report.path), f": {report.format}, {size(report.bytes)}")
+def show_report(report: Report) -> None:
+    """Print an adapter, or tensors that come without a config."""
+    out = _console()
+    _title(out, str(report.path), f": {report.format}, {decimal(report.bytes)}")
+    norm, base = "of W' - W, Frobenius, at this scale", report.base
+    if any(layer.norm is None for layer in report.layers):
+        norm += ": it depends on the base weight, so give --base FOLDER"
     lines = {
         "variant": report.variant,
         "config": ", ".join(f"{field}={_value(value)}" for field, value in report.config.items()) or "the defaults",
         "scale": None if report.scale is None else f"{report.scale:g}",
-        "base": " ".join(str(report.base[key]) for key in ("class", "name_or_path", "dtype") if report.base.get(key)),
-        "quantised": quantised(report.base["quantization"]) if "quantization" in report.base else "",
+        "base": " ".join(str(base[key]) for key in ("class", "name_or_path", "dtype") if base.get(key)),
+        "quantised": _quantised(base["quantization"]) if "quantization" in base else "",
         "tensors": f"{report.tensors:,}, of {report.parameters:,} numbers in {', '.join(report.dtypes)}",
         "layers": f"{len(report.layers):,}",
-        "norm": _norms(report.layers),
+        "norm": norm,
     }
     if report.variant is None:
         lines = {"tensors": lines["tensors"], "config": "none: to load them give one, lora_lite.load(..., cfg=...)"}
-    _facts(out, {name: text for name, text in lines.items() if text})
+    _grid(out, ("", ""), [(name, text) for name, text in lines.items() if text])
     out.print()
-    _layers(out, report.layers) if report.layers else _tensors(out, report.loose)
-
-
-def _norms(layers: list[LayerReport]) -> str:
-    unknown = sum(layer.norm is None for layer in layers)
-    what = "of W' - W, Frobenius, at this scale"
-    return what if not unknown else f"{what}: it depends on the base weight, so give --base FOLDER"
+    if report.layers:
+        _layers(out, report.layers)
+        return
+    # Numbers within a key are blocks and experts, so one row is for all that differ in them.
+    keys = [re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor["path"]) for tensor in report.loose]
+    shapes = [" x ".join(map(str, tensor["shape"])) for tensor in report.loose]
+    kinds = Counter(zip(keys, shapes, (tensor["dtype"] for tensor in report.loose), strict=True))
+    _table(out, ["tensor", "shape", "dtype", "n"], [[*kind, str(n)] for kind, n in kinds.items()], right=(3,))
 
 
 def _layers(out: Console, layers: list[LayerReport]) -> None:
-    rows, known = [], any(layer.norm is not None for layer in layers)
+    rows = []
     for pattern, members in grouped({layer.path: layer for layer in layers}).items():
         shape = " or ".join(sorted({f"{layer.d_in or '?'} -> {layer.d_out or '?'}" for layer in members}))
-        norms = [(layer.norm, layer.block) for layer in members if layer.norm is not None]
-        row = [pattern, shape, str(len(members))]
+        norms = [(layer.norm, place(layer.path)[1]) for layer in members if layer.norm is not None]
+        figures = ["", "", ""]
         if norms:
             largest, block = max(norms, key=lambda norm_block: norm_block[0])
-            mean = sum(norm for norm, _ in norms) / len(norms)
-            row += [f"{mean:.4g}", f"{largest:.4g}", "" if block is None else str(block)]
-        rows.append(row + [""] * (3 + 3 * known - len(row)))
-    head = ["layer", "in -> out", "n", *(("mean norm", "max norm", "at") if known else ())]
-    table(out, head, rows, right=range(2, 6))
+            figures = [f"{fmean(norm for norm, _ in norms):.4g}", f"{largest:.4g}", "" if block is None else str(block)]
+        rows.append([pattern, shape, str(len(members)), *figures])
+    columns = 6 if any(layer.norm is not None for layer in layers) else 3
+    head = ["layer", "in -> out", "n", "mean norm", "max norm", "at"][:columns]
+    _table(out, head, [row[:columns] for row in rows], right=range(2, columns))
 
 
-def _tensors(out: Console, tensors: list[TensorReport]) -> None:
-    """A row for all that differ in numbers within the key."""
-    kinds = Counter(
-        (re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.path), " x ".join(map(str, tensor.shape)), tensor.dtype)
-        for tensor in tensors
-    )
-    table(out, ["tensor", "shape", "dtype", "n"], [[*kind, str(n)] for kind, n in kinds.items()], right=(3,))
-
-
-def show_difference(out: Console, difference: Difference) -> None:
-    """Two adapters: what differs, or that nothing does."""
-    layers = sum(group.layers for group in difference.groups)
-    for sign, path, only in (("A", difference.a, difference.only_a), ("B", difference.b, difference.only_b)):
+def show_difference(a: Path, b: Path, difference: Difference) -> None:
+    """Print how two adapters differ, or that they are equal."""
+    out, layers = _console(), sum(group.layers for group in difference.groups)
+    sides = (("A", a, difference.only_a), ("B", b, difference.only_b))
+    for sign, path, only in sides:
         _title(out, f"{sign}  {path}", f", {layers + len(only)} layers")
     out.print()
     if difference.equal:
         out.print("equal")
         return
-    _differing(out, difference.config | {f"base {key}": values for key, values in difference.base.items()})
-    for sign, only in (("A", difference.only_a), ("B", difference.only_b)):
+    rows = [(name, *map(_value, values)) for name, values in difference.config.items()]
+    for name, values in difference.base.items():
+        rows.append((f"base {name}", *map(_quantised if name == "quantization" else _value, values)))
+    if rows:
+        _grid(out, ("differs", "A", "B"), rows)
+    for sign, _, only in sides:
         if only:
-            out.print()
-            out.print(f"only in {sign}: {len(only)} layers")
-            table(out, ["layer", "n"], [[path, str(n)] for path, n in Counter(map(starred, only)).items()], right=(1,))
+            out.print(f"\nonly in {sign}: {len(only)} layers")
+            _table(out, ["layer", "n"], [[path, str(n)] for path, n in Counter(map(starred, only)).items()], right=(1,))
     if not difference.groups:
         return
     out.print()
     head = ["layer", "n", "tensors", "delta", "cosine"]
     rows = [
-        [group.path, str(group.layers), *map(_figure, (group.tensors, group.delta)), _figure(group.cosine, ".6f")]
+        (group.path, str(group.layers), *map(_figure, (group.tensors, group.delta)), _figure(group.cosine, ".6f"))
         for group in difference.groups
     ]
-    table(out, head, rows, right=range(1, 5))
-    out.print(Text("tensors: |A - B| / |A|; delta: the same of W' - W, cosine: its own"))
+    _table(out, head, rows, right=range(1, 5))
+    out.print("tensors: |A - B| / |A|; delta: the same of W' - W, cosine: its own")
     if any(None in (group.tensors, group.delta) for group in difference.groups):
-        out.print(Text("-: tensors of other shapes, a delta that depends on the base weight"))
-
-
-def _differing(out: Console, fields: Mapping[str, tuple[Any, Any]]) -> None:
-    grid = _plain_table()
-    for title in ("differs", "A", "B"):
-        grid.add_column(title, overflow="fold")
-    for name, values in fields.items():
-        grid.add_row(*map(Text, (name, *map(quantised if name == "base quantization" else _value, values))))
-    if fields:
-        out.print(grid)
+        out.print("-: tensors of other shapes, a delta that depends on the base weight")
 
 
 # ---- pieces -------------------------------------------------------------------------------------
 
 
-def table(out: Console, head: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
-    """A table whose first column, of paths, is shortened to what the others leave of the width."""
-    taken = sum(max(len(row[i]) for row in [head, *rows]) + GAP for i in range(1, len(head)))
-    room = max(out.width - taken, 12)
-    grid = _plain_table()
-    for i, title in enumerate(head):
-        grid.add_column(title, no_wrap=True, justify="right" if i in tuple(right) else "left")
-    for path, *cells in rows:
-        grid.add_row(*map(Text, (shortened(path, room), *cells)))
-    out.print(grid)
+def _console() -> Console:
+    piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")  # nothing is cut in a pipe, which has no width
+    return Console(highlight=False, width=UNLIMITED if piped else None)
 
 
-def _plain_table() -> Table:
-    return Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+def shortened(text: str, width: int) -> str:
+    """At most `width` characters: the middle makes way, and most of the end stays, which tells paths apart."""
+    head = (width - 3) // 3
+    return text if len(text) <= width else f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
 
 
 def _title(out: Console, path: str, rest: str) -> None:
     out.print(Text(shortened(path, max(out.width - len(rest), 20)), style="bold") + rest)
 
 
-def _facts(out: Console, facts: Mapping[str, str]) -> None:
-    """Name and text, one below the other; a long text goes on in the next line, whole."""
-    grid = Table.grid(padding=(0, GAP, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in facts.items():
-        grid.add_row(Text(name.ljust(9)), Text(text))
+def _grid(out: Console, head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
+    """Rows of texts under their titles; a long text goes on in the next line, whole."""
+    grid = Table(*head, box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold", show_header=any(head))
+    for i in right:
+        grid.columns[i].justify = "right"
+    for row in rows:
+        grid.add_row(*(Text(cell, overflow="fold") for cell in row))  # Text: a path may look like rich's markup
     out.print(grid)
 
 
-def size(n: int) -> str:
-    """Bytes for a person: "4.9 MB"."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= factor:
-            return f"{n / factor:.1f} {unit}"
-    return f"{n} bytes"
+def _table(out: Console, head: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
+    """A grid whose first column, of paths, is shortened to what the others leave of the width."""
+    taken = sum(max(len(row[i]) for row in [head, *rows]) + GAP for i in range(1, len(head)))
+    room = max(out.width - taken, 12)
+    _grid(out, head, [(shortened(path, room), *cells) for path, *cells in rows], right)
 
 
-def quantised(quantization: Mapping[str, Any] | None) -> str:
-    """A record of quantisation in a line."""
-    if quantization is None:
+def _quantised(record: Mapping[str, Any] | None) -> str:
+    if record is None:
         return "no"
-    parts = [
-        f"{quantization['quant_type']}, {quantization['method']}",
-        "double quantisation" if quantization["double_quant"] else "",
-        f"blocks of {quantization['blocksize']}" if quantization["blocksize"] else "",
-        f"computing in {quantization['compute_dtype']}" if quantization["compute_dtype"] else "",
-        f"{len(quantization['modules'])} modules",
-    ]
-    return ", ".join(part for part in parts if part)
+    forms = {
+        "double_quant": "double quantisation",
+        "blocksize": "blocks of {blocksize}",
+        "compute_dtype": "computing in {compute_dtype}",
+    }
+    said = [form.format(**record) for name, form in forms.items() if record[name]]
+    return ", ".join([record["quant_type"], record["method"], *said, f"{len(record['modules'])} modules"])
 
 
 def _value(value: Any) -> str:

@@ -1,7 +1,6 @@
 """A merged checkpoint beside base and adapter: both are run on a text, one after the other, never at once."""
 
 import gc
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from ..io.safetensors import read_header, write_tensors
 from .convert import load_any
 from .stored import read_adapter
 
-WINDOW = 512
-"""Tokens that a forward sees at most."""
+WINDOW = 512  # tokens that a forward sees at most
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,9 @@ class Verification:
     """How far the merged model's next-token distributions are from those of base and adapter."""
 
     tokens: int
-    mean_kl: float
+    mean_kl: float  # KL(base and adapter ‖ merged) of a token, in nats
     max_kl: float
-    """KL(base and adapter ‖ merged) of a token, in nats."""
-    max_logit: float
-    """The largest difference of a logit."""
+    max_logit: float  # the largest difference of a logit
 
     def __str__(self) -> str:
         return (
@@ -41,11 +37,7 @@ class Verification:
 
 
 def verify_merge(
-    base_dir: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
-    merged_dir: str | os.PathLike[str],
-    text: str,
-    base_weights: str = "original",
+    base_dir: Path, adapter: Path, merged_dir: Path, text: str, base_weights: str = "original"
 ) -> Verification:
     """Compare base + adapter with the merged folder on a text; with "as_trained" the base is quantised, and both run in
     the dtype, as recorded.
@@ -56,27 +48,27 @@ def verify_merge(
     """
     if base_weights not in ("original", "as_trained"):
         raise ConfigError(f"base_weights={base_weights!r}: wanted 'original' or 'as_trained'")
-    ids = tokens(base_dir, text)
-    record = read_adapter(adapter).base if base_weights == "as_trained" else None
-    dtype = "auto" if record is None else record.dtype
+    ids, as_trained = tokens(base_dir, text), base_weights == "as_trained"
+    record = read_adapter(adapter).record if as_trained else None
     with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
         paths = []
         model = load_as_recorded(str(base_dir), record)
-        load_any(model, adapter, verify_base=base_weights == "as_trained")
+        load_any(model, adapter, verify_base=as_trained)
         for i, logits in enumerate(_logits(model, ids)):
             paths.append(Path(folder) / f"{i}.safetensors")  # tokens times vocabulary may not fit into memory
             write_tensors(paths[-1], {"logits": logits}, {})
         del model
-        gc.collect()
+        gc.collect()  # a module and its hooks refer to each other, and the next model needs the room
+        merged = load_base(str(merged_dir), "auto" if record is None else record.dtype)
         parts = [
             _differences(read_header(path).read()["logits"], logits)
-            for path, logits in zip(paths, _logits(load_base(str(merged_dir), dtype), ids), strict=True)
+            for path, logits in zip(paths, _logits(merged, ids), strict=True)
         ]
     kl, logit = torch.cat([part[0] for part in parts]), max(part[1] for part in parts)
     return Verification(len(kl), float(kl.mean()), float(kl.max()), logit)
 
 
-def tokens(base_dir: str | os.PathLike[str], text: str) -> Int64[Tensor, "1 n"]:
+def tokens(base_dir: Path, text: str) -> Int64[Tensor, "1 n"]:
     """The ids of the text's tokens, by the base's tokenizer.
 
     Raises:
@@ -106,6 +98,6 @@ def _differences(a: Float[Tensor, "n v"], b: Float[Tensor, "n v"]) -> tuple[Floa
     """KL(a ‖ b) of each token, and the largest difference of a logit."""
     if a.shape != b.shape:
         raise BaseModelError(f"base and merged folder give logits {tuple(a.shape)} and {tuple(b.shape)}")
-    log_a, log_b = (logits.float().log_softmax(-1) for logits in (a, b))
+    log_a, log_b = (logits.float().log_softmax(-1) for logits in (a, b))  # (n, v)
     kl = (log_a.exp() * (log_a - log_b)).sum(-1, dtype=torch.float64)  # (n,)
     return kl, float((a.double() - b.double()).abs().max())

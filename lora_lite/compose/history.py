@@ -1,10 +1,10 @@
 """A history: rounds that were trained one after the other and are kept at fixed coefficients, as one adapter.
 
-It is an adapter like any other, so it is saved, loaded, scaled, merged and detached like one. It comes before the
-other adapters of its model, and has buffers only. What its rounds are at each layer is in its config (rounds.py), how
-they act in its variant.
+It comes before the other adapters of its model, and has buffers only. What its rounds are at each layer is in its
+config (rounds.py), how they act in its variant.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,36 +17,33 @@ from loguru import logger
 from torch import Tensor, nn
 
 from ..base.fingerprint import BaseRecord, base_record, same_base
+from ..base.layer import find_layers
+from ..core.adapt import adapt_input, adapt_output
 from ..core.adapter import Adapter, adapters, get_adapter, scaled
 from ..core.attach import detach, installed, reinstalled
 from ..core.effective import Affine, in_order, random_rows
-from ..core.hooks import adapt_input, adapt_output
 from ..core.layer import WEIGHTS, Layer
 from ..core.names import file_key
 from ..core.resolve import attachable, make_sites
-from ..core.state import Site, check_unmerged, session_of, sites_of
+from ..core.state import Site, check_unmerged, session_of, sites_at
 from ..core.validate import is_name, is_number
-from ..core.variant import config_for, lookup
+from ..core.variant import LowRank, lookup
 from ..errors import BaseModelError, ConfigError, TargetError, VariantError
 from ..io.safetensors import check_numbers
-from .rounds import LONGEST_LABEL, RoundEntry, RoundsConfig
+from .rounds import LONGEST_LABEL, HistoryConfig, RoundEntry
 
-VARIANT = "history"
 PAIR = ("lora_A", "lora_B", "lora_s")
-SAME = 1e-9
-"""A smaller part of what adapters make of a vector in float64 is rounding."""
+SAME = 1e-9  # a smaller part of what adapters make of a vector in float64 is rounding
 
 
 @dataclass(frozen=True)
-class Round:
-    """A kept round: how it is called in its history, its method and config, its coefficient c.
+class Round(RoundEntry):
+    """A kept round: its label in the history, its coefficient c, its config, and its layers.
 
     ranks   path of each of its layers -> its rank in the pair of products that low-rank rounds share; None where it
             acts by its own method
     """
 
-    label: str
-    c: float
     config: Any
     ranks: dict[str, int | None] = field(repr=False)
 
@@ -66,17 +63,11 @@ class RoundAtLayer:
     """A round at one layer, with its tensors by the names of its own method, or of the pair of products."""
 
     site: Site
-    rank_or_fields: Any
-    """As `RoundsConfig.here` has it."""
+    rank_or_fields: Any  # as `HistoryConfig.here` has it
     tensors: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class RoundParts:
-    """A round, and its part at each of its layers, by path."""
-
-    entry: RoundEntry
-    layers: dict[str, RoundAtLayer]
+RoundParts = tuple[RoundEntry, dict[str, RoundAtLayer]]  # a round, and its part at each of its layers, by path
 
 
 def freeze_into(
@@ -93,13 +84,11 @@ def freeze_into(
     label   what to call the round; None for the adapter's name, with a number if the history has that already
 
     Low-rank rounds (LoRA, PiSSA, ssteer, any method that declares `low_rank`) become one pair of products however many
-    they are, each with its own rank and layers; a round of another method acts as before, with its tensors as buffers.
-    Several low-rank rounds are summed in one product, so the last bits may differ from theirs side by side.
+    they are, so the last bits may differ from theirs side by side; a round of another method acts as before.
 
-    A history is an adapter: `save(model, path, "history")` writes all rounds to one file and `load(model, path,
-    "history")` brings them back; `scaled`, `merge` and `detach` take its name. It comes first on each layer. So for the
-    round that is trained next, scale 0 is base + history, and `disabled` the pristine base: as the anchor of a
-    divergence, `kl_divergence(model, batches, "default")` has the one and `kl_divergence(model, batches)` the other.
+    A history is an adapter: `save`, `load`, `scaled`, `merge` and `detach` take its name. It comes first on each layer.
+    So for the round that is trained next, scale 0 is base + history, and `disabled` the pristine base: as the anchor of
+    a divergence, `kl_divergence(model, batches, "default")` has the one and `kl_divergence(model, batches)` the other.
 
     Raises:
         ConfigError: for a coefficient that isn't finite, a bad label, or a history at another scale than 1.
@@ -115,26 +104,23 @@ def freeze_into(
     if not is_number(c):
         raise ConfigError(f"c={c!r}: wanted a finite number, the coefficient at which to keep {name!r}")
     if given is None and c == 0:
-        raise ConfigError(
-            f"adapter {name!r} is off (scale 0), so nothing of it would be kept\n  give c=, or c=0.0 for that"
-        )
+        raise ConfigError(f"adapter {name!r} is off (scale 0): nothing would be kept\n  give c=, or c=0.0 for that")
     known = adapters(model).get(into)
     if known is not None and _history(known).scale != 1:
         raise ConfigError(f"{into!r} is at scale {known.scale:g}, which multiplies what it keeps\n  set it to 1 first")
     old = [] if known is None else _split_rounds(known)
-    if isinstance(adapter.config, RoundsConfig):
+    if isinstance(adapter.config, HistoryConfig):
         raise TargetError(f"adapter {name!r} is a history itself\n  keep its rounds as they are, or drop_round some")
     _check_whole(adapter)
     base = _common_base(root, adapter, known)
-    entry = RoundEntry(_label(label, name, [r.entry.label for r in old]), float(c), adapter.config)
+    entry = RoundEntry(_label(label, name, [entry.label for entry, _ in old]), float(c), adapter.config)
     # Factors at scale 1, as c multiplies them from now on; compared with the forward at the scale to be kept.
-    low_rank = lookup(adapter.variant).low_rank
     with torch.no_grad(), scaled(root, 1.0, name):
-        factors = {s.path: None if s.target.experts else low_rank(Layer(s.module, s)) for s in adapter.sites()}
+        factors = {site.path: _factors(site) for site in adapter.sites()}
     with torch.no_grad(), scaled(root, c, name):
         layers = {site.path: _at_layer(site, factors[site.path]) for site in adapter.sites()}
     _check_order(model, adapter, into)
-    rounds = [*old, RoundParts(entry, layers)]  # none of the old ones is computed again
+    rounds = [*old, (entry, layers)]  # none of the old ones is computed again
     install = installed if known is None else reinstalled  # both undo all of it if the block raises
     with install(root, *_join_rounds(root, into, rounds)) as adapter:
         adapter.set_base_record(base)
@@ -169,9 +155,9 @@ def drop_round(model: nn.Module, label: str, name: str = "history") -> None:
     check_unmerged(session, "drop a round")
     _check_whole(adapter)
     rounds = _split_rounds(adapter)
-    left = [r for r in rounds if r.entry.label != label]
+    left = [(entry, layers) for entry, layers in rounds if entry.label != label]
     if len(left) == len(rounds):
-        raise TargetError(f"no round {label!r} in {name!r}\n  it has {', '.join(r.entry.label for r in rounds)}")
+        raise TargetError(f"no round {label!r} in {name!r}\n  it has {', '.join(entry.label for entry, _ in rounds)}")
     if left:
         base = adapter.base_record
         with reinstalled(root, *_join_rounds(root, name, left)) as adapter:
@@ -185,11 +171,9 @@ def drop_round(model: nn.Module, label: str, name: str = "history") -> None:
 
 
 def _history(adapter: Adapter) -> Adapter:
-    if not isinstance(adapter.config, RoundsConfig):
-        raise TargetError(
-            f"adapter {adapter.name!r} is no history: its method is {adapter.variant!r}\n"
-            f"  a history is made by lora_lite.freeze_into, under a name that is free"
-        )
+    if not isinstance(adapter.config, HistoryConfig):
+        problem = f"adapter {adapter.name!r} is no history: its method is {adapter.variant!r}"
+        raise TargetError(f"{problem}\n  lora_lite.freeze_into makes one, under a name that is free")
     return adapter
 
 
@@ -204,10 +188,8 @@ def _label(label: str | None, name: str, taken: Sequence[str]) -> str:
         numbered = (name if n == 1 else f"{name}-{n}" for n in range(1, len(taken) + 2))
         label = next(free for free in numbered if free not in taken)
     if not is_name(label) or len(label) > LONGEST_LABEL or label in taken:
-        raise ConfigError(
-            f"label={label!r}: wanted letters and digits with single '_' or '-' between them, at most {LONGEST_LABEL}, "
-            f"and none of {list(taken)}"
-        )
+        wanted = f"letters and digits with single '_' or '-' between them, at most {LONGEST_LABEL}"
+        raise ConfigError(f"label={label!r}: wanted {wanted}, and none of {list(taken)}")
     return label
 
 
@@ -215,20 +197,17 @@ def _common_base(root: nn.Module, adapter: Adapter, known: Adapter | None) -> Ba
     """The record of the base that both belong to, with the fingerprints of all their layers. Raises BaseModelError."""
     if known is None:
         return adapter.base_record
-    live = base_record(
-        root, {site.path: site.base.as_it_is_now() for of in (adapter, known) for site in of.sites()}.values()
-    )
-    records = [adapter.base_record, known.base_record]
+    layers = {site.path: site.base.as_it_is_now() for site in (*adapter.sites(), *known.sites())}
+    live, new, old = base_record(root, layers.values()), adapter.base_record, known.base_record
     shared = known.targets.keys() & adapter.targets.keys()
-    are_live = [same_base(record, live.at(record.fingerprint)) for record in records]
-    if are_live[0] != are_live[1] or not same_base(*(record.at(shared) for record in records)):
+    are_live = [same_base(record, live.at(record.fingerprint)) for record in (new, old)]
+    if are_live[0] != are_live[1] or not same_base(new.at(shared), old.at(shared)):
         raise BaseModelError(
             f"adapter {adapter.name!r} and the history {known.name!r} belong to different bases\n"
-            f"  {adapter.name}: {records[0]}\n"
-            f"  {known.name}: {records[1]}\n"
+            f"  {adapter.name}: {new}\n  {known.name}: {old}\n"
             f"  one of them was loaded with verify_base=False: keep it in a history of its own (into=)"
         )
-    return replace(records[1], fingerprint=records[1].fingerprint | records[0].fingerprint)  # shared layers are equal
+    return replace(old, fingerprint=old.fingerprint | new.fingerprint)  # those of shared layers are equal
 
 
 def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
@@ -237,15 +216,15 @@ def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
         for idle in (other for other in adapters(model).values() if other.scale == 0):
             stack.enter_context(scaled(model, 1.0, idle.name))  # its scale may be set again later
         for site in adapter.sites():
-            order = list(sites_of(site.module).values())
+            order = sites_at(site.base)
             names = [other.state.name for other in order]
             start = names.index(into) + 1 if into in names else sum(other.state.is_first for other in order)
             for other in order[start : order.index(site)]:
                 if not _alike(_outcome([other, site]), _outcome([site, other])):
-                    raise TargetError(
-                        f"{site.path}: {other.state.name!r} came before {adapter.name!r}, and would act differently "
-                        f"after it\n  a history comes first: keep {other.state.name!r} before, or detach it"
-                    )
+                    passed = other.state.name
+                    problem = f"{passed!r} came before {adapter.name!r}, and would act differently after it"
+                    cure = f"a history comes first: keep {passed!r} before, or detach it"
+                    raise TargetError(f"{site.path}: {problem}\n  {cure}")
 
 
 @torch.no_grad()
@@ -289,12 +268,15 @@ def _at_layer(site: Site, factors: tuple[Tensor, Tensor, Any] | None) -> RoundAt
         if not (torch.equal(adapt_input(view, x), x) and all(alike)):
             wrong = "another change than its forward makes"
     if wrong:
-        raise VariantError(
-            f"{site.path}: low_rank of {site.cfg.variant!r} gave {wrong}\n"
-            f"  wanted A (r, d_in), B (d_out, r), s a number or (r,), in proportion to layer.scale: the output is "
-            f"y + B (s A x) for any y"
-        )
+        wanted = "A (r, d_in), B (d_out, r), s a number or (r,) in proportion to layer.scale: y + B (s A x) for any y"
+        raise VariantError(f"{site.path}: low_rank of {site.cfg.variant!r} gave {wrong}\n  wanted {wanted}")
     return RoundAtLayer(site, r, dict(zip(PAIR, (a, b, s.expand(r)), strict=True)))
+
+
+def _factors(site: Site) -> Any:
+    """The method at a layer as a pair of products alone, if it is one."""
+    factors = None if site.target.experts else lookup(site.cfg.variant).low_rank(Layer(site.module, site))
+    return None if factors is None or LowRank(*factors).gain is not None else tuple(factors[:3])
 
 
 def _split_rounds(history: Adapter) -> list[RoundParts]:
@@ -310,36 +292,39 @@ def _split_rounds(history: Adapter) -> list[RoundParts]:
                 start = f"lora_{number}_"
                 tensors = {f"lora_{k.removeprefix(start)}": t for k, t in site.tensors() if k.startswith(start)}
             layers[site.path] = RoundAtLayer(site, site.cfg.here[entry.label], tensors)
-        rounds.append(RoundParts(entry, layers))
+        rounds.append((entry, layers))
     return rounds
 
 
 def _join_rounds(
     root: nn.Module, name: str, rounds: Sequence[RoundParts]
-) -> tuple[RoundsConfig, str, list[Site], dict[str, Tensor]]:
+) -> tuple[HistoryConfig, str, list[Site], dict[str, Tensor]]:
     """The config, name, sites and tensors of a history of these rounds, for `installed`. Raises TargetError."""
-    at_layer = {path: part.site for r in rounds for path, part in r.layers.items()}
-    paths = [path for path, _ in root.named_modules() if path in at_layer]
-    per_round = {p: {r.entry.label: r.layers[p].rank_or_fields for r in rounds if p in r.layers} for p in at_layer}
+    known = {path: part.site for _, layers in rounds for path, part in layers.items()}
+    if blocks := [site.path for site in known.values() if site.base.is_block]:
+        raise TargetError(
+            f"{blocks[0]}: a history is of layers, and this adapter is on the residual stream at a block's output\n"
+            f"  keep it beside the history, or attach one to the layers that write to it: without kinds=('block',)"
+        )
+    paths = [path for path in find_layers(dict(root.named_modules())) if path in known]  # in module order
+    # Path -> {label: rank, or fields} of the rounds that are there.
+    ranks = {path: {r.label: parts[path].rank_or_fields for r, parts in rounds if path in parts} for path in known}
     # The config says what most layers have, so that a file names the others alone.
-    most = max(per_round.values(), key=list(per_round.values()).count)
-    config: Any = config_for(VARIANT)
-    cfg = config(rounds=[r.entry for r in rounds], here=most, dtype=_dtype(rounds))
-    overrides = {path: {"here": parts} for path, parts in per_round.items() if parts != most}
-    sites = make_sites({at_layer[path].target: at_layer[path].base.as_it_is_now() for path in paths}, cfg, overrides)
+    most = max(ranks.values(), key=list(ranks.values()).count)
+    cfg = HistoryConfig(rounds=[entry for entry, _ in rounds], here=most, dtype=_dtype(rounds))
+    overrides = {path: {"here": parts} for path, parts in ranks.items() if parts != most}
+    sites = make_sites({known[path].target: known[path].base.as_it_is_now() for path in paths}, cfg, overrides)
     stacked = {site.path: site.stacked for site in sites}
-    tensors: dict[str, list[Tensor]] = {}
-    for number, r in enumerate(rounds, 1):
-        for path, part in r.layers.items():
+    tensors: dict[str, list[Tensor]] = defaultdict(list)
+    for number, (entry, layers) in enumerate(rounds, 1):
+        for path, part in layers.items():
             if part.site.stacked != stacked[path]:
-                raise TargetError(
-                    f"{path}: rounds that act on the output of fused experts and rounds that act on each matrix "
-                    f"can't share a history\n  keep {r.entry.label!r} in one of its own (into=)"
-                )
+                acts = "rounds that act on the output of fused experts and rounds that act on each matrix"
+                cure = f"keep {entry.label!r} in one of its own (into=)"
+                raise TargetError(f"{path}: {acts} can't share a history\n  {cure}")
             prefix = "" if isinstance(part.rank_or_fields, int) else f"{number}_"
             for tensor, value in part.tensors.items():
-                key = file_key(path, f"lora_{prefix}{tensor.removeprefix('lora_')}")
-                tensors.setdefault(key, []).append(value.detach())
+                tensors[file_key(path, f"lora_{prefix}{tensor.removeprefix('lora_')}")].append(value.detach())
     return cfg, name, sites, {key: _joined(key, values, cfg.dtype) for key, values in tensors.items()}
 
 
@@ -352,19 +337,16 @@ def _joined(key: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 def _dtype(rounds: Sequence[RoundParts]) -> torch.dtype:
     """The dtype in which low-rank rounds' factors are exact, and their coefficients as exact as the layer computes."""
     dtypes = {torch.float32}
-    for part in (part for r in rounds for part in r.layers.values()):
+    for part in (part for _, layers in rounds for part in layers.values()):
         dtypes |= {part.tensors[name].dtype for name in PAIR[:2] if isinstance(part.rank_or_fields, int)}
         dtypes |= {part.site.base.stored.dtype} & {torch.float64}
     return reduce(torch.promote_types, dtypes)
 
 
-# ---- what else the runtime offers with histories -------------------------------------------------
-
-
 @torch.no_grad()
-def _with_history(module: nn.Module, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+def _with_history(site: Site, expert: int | None, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
     """A layer's weight with the adapters worked in that come before all others there, at their scales."""
-    first = [site for site in sites_of(module).values() if site.state.is_first and not site.state.is_idle]
+    first = [other for other in sites_at(site.base) if other.is_first and not other.state.is_idle]
     if not first:
         return weight
     affine = Affine(first, torch.float64, weight.device, expert)

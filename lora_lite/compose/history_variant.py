@@ -11,23 +11,17 @@ Departs    layer.scale multiplies every c_k: for one round, or low-rank ones alo
 Checked    against the explicit sum of the rounds, and against the rounds attached side by side
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.hooks import adapt_input, adapt_output
-from ..core.variant import Layer, ParamSpec, lookup, register, weight_use
+from ..core.adapt import adapt_input, adapt_output
+from ..core.layer import Layer
+from ..core.variant import ParamSpec, lookup, register, weight_use
 from ..errors import ConfigError
-from .rounds import OwnMethod, RoundsConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class HistoryConfig(RoundsConfig):
-    """The config of a history, which `lora_lite.freeze_into` makes."""
-
-    variant: str = "history"
+from .rounds import HistoryConfig, OwnMethod
 
 
 @register
@@ -40,7 +34,7 @@ class History:
 
     @staticmethod
     def base_weight(cfg: HistoryConfig) -> str:
-        return "unused" if all(weight_use(step.config) == "unused" for step in cfg.own_methods) else "read"
+        return "unused" if all(weight_use(step.cfg) == "unused" for step in cfg.own_methods) else "read"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: HistoryConfig) -> dict[str, ParamSpec]:
@@ -48,7 +42,7 @@ class History:
         pair = {"A": (r, d_in), "B": (d_out, r), "s": (r,)} if r or not cfg.own_methods else {}
         specs = {f"lora_{name}": ParamSpec(pair[name], trainable=False, keep_dtype=name == "s") for name in pair}
         for step in cfg.own_methods:
-            for name, spec in lookup(step.config.variant).param_specs(d_in, d_out, step.config).items():
+            for name, spec in lookup(step.cfg.variant).param_specs(d_in, d_out, step.cfg).items():
                 specs[f"lora_{step.prefix}_{name.removeprefix('lora_')}"] = replace(spec, trainable=False)
         return specs
 
@@ -59,7 +53,7 @@ class History:
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
         for step in layer.cfg.own_methods:
-            x = adapt_input(layer.part(step.prefix, step.config, step.c), x)
+            x = adapt_input(layer.part(*step), x)
         return x
 
     @staticmethod
@@ -67,7 +61,7 @@ class History:
         h = _coordinates(layer, x) if layer.cfg.rank else x  # (*b, R), for all rounds at once: each reads x alone
         for step in layer.cfg.steps:
             if isinstance(step, OwnMethod):
-                y = adapt_output(layer.part(step.prefix, step.config, step.c), x, y)
+                y = adapt_output(layer.part(*step), x, y)
             else:
                 y = y + h[..., step] @ layer.lora_B[:, step].mT  # (*b, o)
         return y

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from ..core.config import BaseConfig
 from ..core.validate import is_name, is_number
 from ..core.variant import config_for
 
 LONGEST_LABEL = 100
-MOST_ROUNDS = 256
-"""A file may be anyone's, and each of its layers is looked up in all rounds."""
+MOST_ROUNDS = 256  # a file may be anyone's, and each of its layers is looked up in all rounds
 
 
 @dataclass(frozen=True)
@@ -21,22 +20,18 @@ class RoundEntry:
     c: float
     config: BaseConfig
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"label": self.label, "c": self.c, "config": self.config.to_dict()}
 
-
-@dataclass(frozen=True)
-class OwnMethod:
-    """A round that acts at a layer by its own method: its config there; `prefix` is in the names of its tensors."""
+class OwnMethod(NamedTuple):
+    """A round that acts at a layer by its own method: `lora_A` is `lora_<prefix>_A` there."""
 
     prefix: str
-    config: BaseConfig
+    cfg: BaseConfig
     c: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsConfig(BaseConfig):
-    """Made by `lora_lite.freeze_into`.
+class HistoryConfig(BaseConfig):
+    """The config of a history, which `lora_lite.freeze_into` makes.
 
     rounds  a RoundEntry, or its fields as a mapping, for each round in the order kept
     here    label -> what the round is at a layer: of a low-rank change its rank, that is how many columns of the common
@@ -44,17 +39,17 @@ class RoundsConfig(BaseConfig):
             isn't named is not on the layer
     """
 
+    variant: str = "history"
     rounds: Sequence[Any] = ()
     here: Mapping[str, Any] = field(default_factory=dict, hash=False)
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*BaseConfig.SAME_AT_ALL_LAYERS, "rounds")
+    # A layer's work, in order: columns of the pair of products, consecutive rounds at once; other methods.
     steps: ClassVar[tuple[slice | OwnMethod, ...]]
-    """A layer's work, in order: columns of the pair of products, consecutive rounds at once; other methods."""
-    own_methods: ClassVar[tuple[OwnMethod, ...]]
-    """The rounds that act by their own method."""
-    columns: ClassVar[dict[str, slice]]
-    """Label of a low-rank round -> its columns of the pair of products."""
-    coefficients: ClassVar[tuple[float, ...]]
-    """c of each column."""
+    own_methods: ClassVar[
+        tuple[OwnMethod, ...]
+    ]  # the rounds that act by their own method; a prefix is the round's number
+    columns: ClassVar[dict[str, slice]]  # label of a low-rank round -> its columns of the pair of products
+    coefficients: ClassVar[tuple[float, ...]]  # c of each column
 
     def __post_init__(self) -> None:
         self.require(isinstance(self.rounds, list | tuple), "rounds", "a list of rounds")
@@ -91,8 +86,9 @@ class RoundsConfig(BaseConfig):
                 steps.append(OwnMethod(str(number), entry.config.with_overrides(part), entry.c))
         own_methods = tuple(step for step in steps if isinstance(step, OwnMethod))
         # Once and not as properties: a config is read at every forward.
-        vars(self).update(steps=tuple(steps), own_methods=own_methods)
-        vars(self).update(columns=columns, coefficients=tuple(coefficients))
+        vars(self).update(
+            steps=tuple(steps), own_methods=own_methods, columns=columns, coefficients=tuple(coefficients)
+        )
 
     def _as_entry(self, value: Any) -> RoundEntry:
         if isinstance(value, RoundEntry):
@@ -102,7 +98,7 @@ class RoundsConfig(BaseConfig):
         ok = ok and isinstance(value["config"], Mapping) and isinstance(value["config"].get("variant"), str)
         self.require(ok, "rounds", "a label, a finite c and a config for each")
         cls = config_for(value["config"]["variant"])
-        self.require(not issubclass(cls, RoundsConfig), "rounds", "no history within a history")
+        self.require(not issubclass(cls, HistoryConfig), "rounds", "no history within a history")
         return RoundEntry(value["label"], float(value["c"]), cls.from_dict(value["config"]))
 
     def _rank_or_fields(self, entry: RoundEntry, value: Any) -> Any:
@@ -112,4 +108,6 @@ class RoundsConfig(BaseConfig):
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"rounds": [entry.to_dict() for entry in self.rounds]}
+        return super().to_dict() | {
+            "rounds": [vars(entry) | {"config": entry.config.to_dict()} for entry in self.rounds]
+        }

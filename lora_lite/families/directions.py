@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -19,8 +20,6 @@ from ..measure.capture import capture
 from ..measure.contrast import Center, Contrast, Method, contrast, is_quantile, orthonormal
 
 __all__ = ["DirectionConfig", "Kernel", "Method", "SubspaceConfig", "active_directions", "fit_subspace", "fit_vector"]
-
-T = TypeVar("T")
 
 MOST_KERNELS = 100
 TOLERANCE = 0.1
@@ -46,7 +45,7 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionConfig(BaseConfig):
-    """Directions of the residual stream, and where they act.
+    """Directions of the residual stream, and where they act: on what writes to it, fused experts included.
 
     strength    λ, or its counterpart, before the kernels
     layer       whose directions: None each block's own; 18 those of block 18, everywhere; 18.5 between two blocks'. A
@@ -56,6 +55,7 @@ class DirectionConfig(BaseConfig):
     center, winsorize, projected    as in `contrast`
     """
 
+    target_roles: Sequence[str] = ("writer",)
     strength: float = 1.0
     layer: int | float | None = None
     kernels: Any = ()
@@ -63,6 +63,8 @@ class DirectionConfig(BaseConfig):
     winsorize: float | None = None
     projected: bool = False
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*BaseConfig.SAME_AT_ALL_LAYERS, "center", "winsorize", "projected")
+    FUSED_EXPERTS: ClassVar[bool] = True
+    BLOCKS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,10 +102,8 @@ def fit_subspace(model: nn.Module, targets: Mapping[str, Layer], cfg: SubspaceCo
     The data is {"positive": batches, "negative": batches}, or {"directions": given} as `given_rows` takes it. Raises
     ConfigError.
     """
-    given = given_directions(calibration_data)
-    if given is None:
-        contrasts = contrast_targets(model, targets, cfg, calibration_data, rank=cfg.rank)
-        given = {path: contrast.directions for path, contrast in contrasts.items()}
+    contrasts = contrast_targets(model, targets, cfg, calibration_data, rank=cfg.rank)
+    given = {path: contrast.directions for path, contrast in contrasts.items()} or calibration_data["directions"]
     for layer in targets.values():
         layer.lora_own.copy_(orthonormal(given_rows(layer, given, cfg.rank), layer.path))
 
@@ -114,86 +114,75 @@ def fit_vector(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibra
 
     The data is that of `fit_subspace`; cfg has `method` and `what`. Raises ConfigError.
     """
-    given, contrasts = given_directions(calibration_data), {}
-    if given is None:
-        contrasts = contrast_targets(model, targets, cfg, calibration_data, what=cfg.what, method=cfg.method)
-        given = {path: contrast.step for path, contrast in contrasts.items()}
+    contrasts = contrast_targets(model, targets, cfg, calibration_data, what=cfg.what, method=cfg.method)
+    given = {path: contrast.step for path, contrast in contrasts.items()} or calibration_data["directions"]
     for layer in targets.values():
         vector, contrast = given_rows(layer, given, 1).double(), of_layer(layer, contrasts)  # (1, o)
         layer.lora_own.copy_(orthonormal(vector, layer.path)[0] * vector.norm())
         layer.lora_norm.fill_(contrast.length if contrast else 0.0)
-    if contrasts and cfg.what == "residual":
-        layer = next(iter(targets.values()))  # one is enough: blocks are built alike
-        step = layer.lora_norm * F.normalize(layer.lora_own, dim=0)
-        warn_if_transformed(model, layer, step, next(iter(calibration_data["positive"])))
-
-
-def given_directions(calibration_data: Any) -> Any:
-    """The directions in {"directions": given}; None for two sides of prompts."""
-    if isinstance(calibration_data, Mapping) and set(calibration_data) == {"directions"}:
-        return calibration_data["directions"]
-    return None
+    if contrasts and cfg.what == "residual" and not cfg.on_blocks:
+        layer, batch = next(iter(targets.values())), next(iter(calibration_data["positive"]))
+        warn_if_transformed(model, layer, batch)  # one layer is enough: blocks are built alike
 
 
 def contrast_targets(
     model: nn.Module, targets: Mapping[str, Layer], cfg: DirectionConfig, data: Any, **options: Any
 ) -> dict[str, Contrast]:
     """The contrast of two sides of prompts, by the path of each target's block, or with what="output" of the target.
-    Raises as `contrast`."""
-    blocks = [f"{layer.block[0]}{layer.block[1]}" for layer in targets.values() if layer.block]
+    None at all for {"directions": given}. Raises as `contrast`."""
+    if isinstance(data, Mapping) and set(data) == {"directions"}:
+        return {}
+    blocks = filter(None, map(block_path, targets.values()))
     where = list(targets) if options.get("what") == "output" else list(dict.fromkeys(blocks))
     settings: dict[str, Any] = {"center": cfg.center, "winsorize": cfg.winsorize, "projected": cfg.projected}
     return contrast(model, data, where, **settings, **options)
 
 
-def of_layer(layer: Layer, values: Mapping[str, T]) -> T | None:
-    """The value for a layer, by its own path or that of its block."""
-    stack, block = layer.block or ("", None)
-    return values.get(layer.path, values.get(f"{stack}{block}"))
+def block_path(layer: Layer) -> str:
+    """The path of the block that a layer is in; "" outside of every block."""
+    return f"{layer.block[0]}{layer.block[1]}" if layer.block else ""
+
+
+def of_layer(layer: Layer, values: Mapping[str, Any]) -> Any:
+    """The value for a layer, by its own path or that of its block; None if there is none."""
+    return values.get(layer.path, values.get(block_path(layer)))
 
 
 def given_rows(layer: Layer, given: Any, rank: int) -> Float[Tensor, "k o"]:
     """The rows for a layer in what is given: a tensor (d,) or (k, d) for all layers, (n_blocks, k, d) by block, or
     {path of a layer or of its block: (d,) or (k, d)}. Raises ConfigError."""
     block = layer.block[1] if layer.block else None
-    rows: Any = given
     if isinstance(given, Mapping):
-        rows = of_layer(layer, given)
+        given = of_layer(layer, given)
     elif isinstance(given, Tensor) and given.ndim == 3:
-        rows = given[block] if block is not None and block < len(given) else None
-    got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        given = given[block] if block is not None and block < len(given) else None
+    got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
     if got != (rank, layer.out_features) and (rank > 1 or got != (layer.out_features,)):
         raise ConfigError(
             f"{layer.path}: wanted directions {(rank, layer.out_features)} for its block {block}, got {got}\n"
             f"  give a tensor (d,) or (k, d), one (n_blocks, k, d), or {{path: (k, d)}}"
         )
-    return rows.detach().reshape(rank, -1)
+    return given.detach().reshape(rank, -1)
 
 
-def warn_if_transformed(model: nn.Module, layer: Layer, step: Float[Tensor, "o"], batch: Any) -> None:
+def warn_if_transformed(model: nn.Module, layer: Layer, batch: Any) -> None:
     """Warn if a vector that is added to what a layer writes moves its block's output by another vector.
 
-    It does not where a block puts out the sum of its input and all that its layers write, but it does where a norm or a
-    factor comes after the layer.
+    It does so where a norm or a factor comes after the layer, before its block adds all up.
     """
-    if layer.block is None:
-        return
-    block = f"{layer.block[0]}{layer.block[1]}"
+    block, step = block_path(layer), layer.lora_norm * F.normalize(layer.lora_own, dim=0)  # step (o,)
 
     def mean_output() -> Float[Tensor, "d"]:
         return capture(model, [batch], [block], progress=False)[block].mean
 
     before = mean_output()
-    handle = model.get_submodule(layer.path).register_forward_hook(lambda module, args, y: y + step.to(y))
-    try:
+    with model.get_submodule(layer.path).register_forward_hook(lambda module, args, y: y + step.to(y)):
         moved = mean_output() - before
-    finally:
-        handle.remove()
     error = float((moved - step.to(moved)).norm() / step.norm())
     if error > TOLERANCE:
         logger.warning(
             f"{layer.path}: a vector added there moves the output of {block} by another one ({error:.0%} off)\n"
-            f"  a norm or a factor follows it: the effect is not that of adding the vector at the block's output"
+            f"  a norm or a factor follows it: kinds=('block',) adds it at the block's output itself"
         )
 
 
@@ -203,24 +192,32 @@ def interpolate(a: Float[Tensor, "k o"], b: Float[Tensor, "k o"], t: float) -> F
     return orthonormal((1 - t) * a + t * b, f"{t:g} of the way between two blocks")
 
 
-Interpolation = Callable[[Tensor, Tensor, float], Tensor]
-
-
 def active_directions(
-    layers: Mapping[str, Layer], between: Interpolation = interpolate
+    layers: Mapping[str, Layer], between: Callable[[Tensor, Tensor, float], Tensor] = interpolate
 ) -> list[tuple[Layer, Float[Tensor, "*k o"], float]]:
     """Each layer with the directions that act on it, its own `lora_own` or another's, and their weight, by its config.
 
     `between(a, b, t)` is what lies between two blocks'. Raises ConfigError.
     """
     by_block = {layer.block: layer.lora_own for layer in layers.values()}
-    chosen: dict[tuple[str, float], Tensor] = {}  # one interpolation for each stack and depth, not one for each layer
+
+    @cache  # one interpolation for each stack and depth, not one for each layer
+    def at_depth(depth: int | float, stack: str) -> Float[Tensor, "*k o"]:
+        low, high = math.floor(depth), math.ceil(depth)
+        a, b = by_block.get((stack, low)), by_block.get((stack, high))
+        if a is None or b is None:
+            blocks = sorted(block[1] for block in by_block if block and block[0] == stack)
+            raise ConfigError(
+                f"layer={depth}: no direction is kept for it\n"
+                f"  blocks with one: {blocks or 'none'}; target that block too, a kernel can give it no weight"
+            )
+        return a if low == high else between(a, b, depth - low).to(a.dtype)
+
     active = []
     for layer in layers.values():
         rows, cfg = layer.lora_own, layer.cfg
         if cfg.layer is not None:
-            key = (layer.block[0] if layer.block else "", cfg.layer)
-            rows = chosen[key] = chosen[key] if key in chosen else _at_depth(cfg.layer, key[0], by_block, between)
+            rows = at_depth(cfg.layer, layer.block[0] if layer.block else "")
             if rows.shape != layer.lora_own.shape:
                 raise ConfigError(
                     f"layer={cfg.layer}: its directions are {tuple(rows.shape)}, and {layer.path} wants "
@@ -242,18 +239,3 @@ def _kernel_weight(layer: Layer) -> float:
             f"  every target wants exactly one, and to be in a block; leave others out with exclude_names"
         )
     return matching[0].at(layer.block[1])
-
-
-def _at_depth(
-    depth: int | float, stack: str, by_block: Mapping[tuple[str, int] | None, Tensor], between: Interpolation
-) -> Float[Tensor, "*k o"]:
-    """The directions of one block of a stack; at a depth between two blocks, those between theirs."""
-    low, high = math.floor(depth), math.ceil(depth)
-    a, b = by_block.get((stack, low)), by_block.get((stack, high))
-    if a is None or b is None:
-        blocks = sorted(key[1] for key in by_block if key is not None and key[0] == stack)
-        raise ConfigError(
-            f"layer={depth}: no direction is kept for it\n"
-            f"  blocks with one: {blocks or 'none'}; target that block too, a kernel can give it no weight"
-        )
-    return a if low == high else between(a, b, depth - low).to(a.dtype)

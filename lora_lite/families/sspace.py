@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -16,13 +15,12 @@ from ..core.layer import Layer
 from ..core.variant import ParamSpec, lookup
 from ..errors import ConfigError
 from ..measure.batches import check_batches, check_sides
-from ..measure.capture import Statistics, capture
+from ..measure.capture import capture
+from ..ops.svd import Svd, top_svd
 
 SELECT = ("top_s", "wanda", "act", "min_std")
 SVD_BYTES = 2 << 30
 """Bytes of singular vectors that are in memory at a time, while the calibration batches run."""
-
-Svd = tuple[Float[Tensor, "o k"], Float[Tensor, "k"], Float[Tensor, "k i"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +81,14 @@ def fit_basis(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig,
     sides = _sides(cfg.select, calibration_data)
     depths: dict[str, float] = {}
     for group in _groups(targets.values(), SVD_BYTES if sides else 0):
-        svds = {layer.path: _svd(layer) for layer in group}
+        svds = {layer.path: top_svd(layer.dense_weight(cfg.svd_of), len(layer.lora_chosen)) for layer in group}
         scores = _scores(model, svds, cfg.select, sides)
         for layer in group:
-            u, s, vt = svds.pop(layer.path)
+            u, s, v = svds.pop(layer.path)  # (o, k), (k,), (i, k)
             chosen = top(scores[layer.path], len(layer.lora_S))
             layer.lora_U.copy_(u[:, chosen])
             layer.lora_S.copy_(s[chosen])
-            layer.lora_V.copy_(vt[chosen].mT)
+            layer.lora_V.copy_(v[:, chosen])
             layer.lora_chosen.copy_(chosen)
             depths[layer.path] = tail_depth(chosen)
             logger.debug(
@@ -98,7 +96,7 @@ def fit_basis(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig,
                 f"tail depth {depths[layer.path]:.2f}"
             )
     if sides:
-        deepest = max(depths, key=lambda path: depths[path])
+        deepest = max(depths, key=depths.__getitem__)
         logger.info(
             f"directions by {cfg.select}: tail depth {sum(depths.values()) / len(depths):.2f} on average, "
             f"{depths[deepest]:.2f} in {deepest}, where 0 is the first of the spectrum and 1 the last"
@@ -114,11 +112,6 @@ def _is_trained(layer: Layer) -> bool:
     """Has a trainable tensor moved? All of them start at 0."""
     specs = lookup(layer.cfg.variant).param_specs(layer.in_features, layer.out_features, layer.cfg)
     return any(bool(getattr(layer, name).any()) for name, spec in specs.items() if spec.trainable)
-
-
-def _svd(layer: Layer) -> Svd:
-    u, s, vt = torch.linalg.svd(layer.dense_weight(layer.cfg.svd_of), full_matrices=False)
-    return u, s, vt
 
 
 def top(scores: Float[Tensor, "k"], r: int) -> Bool[Tensor, "k"]:
@@ -141,7 +134,7 @@ def _sides(select: str, data: Any) -> list[Sequence[Any]]:
     if isinstance(data, Mapping):
         check_sides(data)
         sides = [data["positive"], data["negative"]]
-        return sides if select == "min_std" else [list(chain(*sides))]
+        return sides if select == "min_std" else [[*sides[0], *sides[1]]]
     check_batches(data)
     if select == "min_std":
         raise ConfigError(
@@ -170,30 +163,23 @@ def _scores(
     model: nn.Module, svds: Mapping[str, Svd], select: str, sides: Sequence[Sequence[Any]]
 ) -> dict[str, Float[Tensor, "k"]]:
     """The score of every direction of a layer's weight, by the layer's path."""
-    project = _coordinates if select == "min_std" else _sizes
+    if select == "top_s":
+        return {path: s for path, (_, s, _) in svds.items()}
+
+    def project(x: Float[Tensor, "n i"], v: Float[Tensor, "i k"]) -> Float[Tensor, "n k"]:
+        coordinates = x.to(v) @ v
+        return coordinates if select == "min_std" else coordinates.abs()
+
+    transforms = {path: partial(project, v=v) for path, (_, _, v) in svds.items()}
     reduce = "std" if select == "min_std" else "mean"
-    transforms = {path: partial(project, vt=vt) for path, (_, _, vt) in svds.items()}
     statistics = [
         capture(model, batches, list(svds), what="input", positions="all", reduce=reduce, transform=transforms)
         for batches in sides
     ]
-    return {path: _score(select, s, [side[path] for side in statistics]) for path, (_, s, _) in svds.items()}
-
-
-def _score(select: str, s: Float[Tensor, "k"], sides: Sequence[Statistics]) -> Float[Tensor, "k"]:
-    """The scores by what `select` names, from a layer's singular values and its statistics on each side."""
-    if select == "top_s":
-        return s
-    if select != "min_std":
-        return sides[0].mean * s if select == "wanda" else sides[0].mean
-    if min(side.count for side in sides) < 2:
+    if select != "min_std":  # one side
+        means = {path: side.mean for path, side in statistics[0].items()}  # (k,) each
+        return {path: means[path] * s if select == "wanda" else means[path] for path, (_, s, _) in svds.items()}
+    if min(value.count for side in statistics for value in side.values()) < 2:
         raise ConfigError("select='min_std': one side has a single token, which has no spread\n  give it more")
-    return torch.stack([side.std for side in sides if side.std is not None]).amin(0)
-
-
-def _coordinates(x: Float[Tensor, "n i"], vt: Float[Tensor, "k i"]) -> Float[Tensor, "n k"]:
-    return x.to(vt) @ vt.mT
-
-
-def _sizes(x: Float[Tensor, "n i"], vt: Float[Tensor, "k i"]) -> Float[Tensor, "n k"]:
-    return _coordinates(x, vt).abs()
+    stds = {path: [std for side in statistics if (std := side[path].std) is not None] for path in svds}
+    return {path: torch.stack(values).amin(0) for path, values in stds.items()}

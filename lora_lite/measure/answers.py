@@ -9,12 +9,9 @@ from torch import Tensor
 from ..base.still import still
 from ..errors import ConfigError
 from .base_cache import remembered
-from .batches import as_inputs, with_progress
+from .batches import inputs_of
 from .evaluate import contiguous_into_head
 from .prompts import Prompt, prompt_batches
-
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Each of these has to be said: generate takes what is left open from the model's own config."""
 
 
 def marker_rate(
@@ -62,16 +59,20 @@ def greedy_answers(
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stop = model.generation_config.eos_token_id
-    options = GREEDY | {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": stop}
+    # each has to be said: generate takes what is left open from the model's own config
+    options = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": stop}
     batches = prompt_batches(tokenizer, prompts, batch_size, thinking=not skip_thinking)
     answers: list[str] = []
     with still(model), contiguous_into_head(model):
-        for batch in with_progress(batches, progress, "answers"):
-            inputs = as_inputs(batch, model)
+        for inputs in inputs_of(model, batches, progress, "answer"):
             run = partial(model.generate, **inputs, generation_config=GenerationConfig(**options))
             tokens = remembered(model, ("answers", inputs, options), run)  # (b, t + new)
-            for prompt, row in zip(inputs["input_ids"], tokens, strict=True):
-                answers.append(_answer(tokenizer, prompt, row[len(prompt) :], skip_thinking))
+            t = inputs["input_ids"].shape[1]
+            if skip_thinking:
+                answers += [_answer(tokenizer, row[:t], row[t:]) for row in tokens]
+            else:
+                answers += tokenizer.batch_decode(tokens[:, t:], skip_special_tokens=True)
     return answers
 
 
@@ -87,11 +88,10 @@ def without_thinking(answer: str, opened: bool = False) -> str:
     return answer
 
 
-def _answer(tokenizer: Any, prompt: Tensor, new: Tensor, skip_thinking: bool) -> str:
-    """The text of the new tokens, without special ones."""
-    text: str = tokenizer.decode(new, skip_special_tokens=not skip_thinking)
-    if skip_thinking:  # GPT-OSS marks its channels by special tokens, so they go last
-        text = without_thinking(text, opened=tokenizer.decode(prompt).rstrip().endswith("<think>"))
-        for special in tokenizer.all_special_tokens:
-            text = text.replace(special, "")
+def _answer(tokenizer: Any, prompt: Tensor, new: Tensor) -> str:
+    """The text of the new tokens after their thinking, without special ones."""
+    opened = tokenizer.decode(prompt).rstrip().endswith("<think>")
+    text = without_thinking(tokenizer.decode(new), opened)
+    for special in tokenizer.all_special_tokens:  # GPT-OSS marks its channels by special tokens, so they go last
+        text = text.replace(special, "")
     return text

@@ -4,8 +4,9 @@ print(ll.audit(model, batch))
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..base import probe, sharding
+from ..base.kinds import Conv1D, Linear
+from ..base.layer import BaseLayer, layer_of
 from ..base.stacks import starred
 from ..base.still import random_kept
-from ..core.ran import adapted, grouped, in_graphs, trained
-from ..core.state import check_unmerged, session_of, sites_of
+from ..core.ran import Layers, adapted, grouped, in_graphs, trained
+from ..core.state import check_unmerged, session_of, sites_at
 from ..errors import TargetError
-from .calls import Calls, reading, watching
+from .calls import Calls, watching
 
-WIDTH = 80
-"""Columns of the table."""
+WIDTH = 80  # columns of the table
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,8 @@ class Audited:
 
     path: str
     ran: bool
-    gradients: int
-    """How many of its adapters' parameters got a gradient, be it exactly 0, as that of A is while B = 0."""
-    parameters: int
-    """How many are to be trained: none of a method that is computed."""
+    gradients: int  # how many of its adapters' parameters got a gradient, be it exactly 0, as that of A is while B = 0
+    parameters: int  # how many are to be trained: none of a method that is computed
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,30 @@ class Audit:
 
     model: str
     layers: tuple[Audited, ...]
+    unadapted: tuple[str, ...] = ()
+    """The linear layers without an adapter that PEFT's `all-linear` would train one on: all but the output head."""
 
     def __str__(self) -> str:
         """One row for all layers that differ in the block index only."""
         groups: dict[str, list[Audited]] = {}
         for layer in self.layers:
             groups.setdefault(starred(layer.path), []).append(layer)
-        rows = [("layer", "n", "ran", "gradient"), *(_row(path, layers) for path, layers in groups.items())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-        lines = ["  ".join([_cut(row[0], widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        rows = [("layer", "n", "ran", "gradient")]
+        for path, layers in groups.items():
+            parameters = sum(layer.parameters for layer in layers)
+            gradient = f"{sum(layer.gradients for layer in layers)} of {parameters}" if parameters else "-"
+            rows.append((path, str(len(layers)), str(sum(layer.ran for layer in layers)), gradient))
+        longest, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        width = min(longest, WIDTH - sum(widths) - 2 * len(widths))
+        lines = []
+        for path, *cells in rows:
+            if len(path) > width:  # dots for its middle
+                path = f"{path[: width // 3]}...{path[width // 3 + 3 - width :]}"
+            lines.append("  ".join([path.ljust(width), *map(str.rjust, cells, widths)]))
         title = f"{self.model}: {sum(layer.ran for layer in self.layers)} of {len(self.layers)} adapted layers ran"
+        if self.unadapted:
+            text = f"PEFT's all-linear would adapt {len(self.unadapted)} more: {grouped(self.unadapted)}"
+            lines += wrap(text, WIDTH, subsequent_indent="  ", max_lines=3, placeholder=" ...", break_on_hyphens=False)
         return "\n".join([title, *lines])
 
 
@@ -73,14 +86,16 @@ def audit(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Audit:
         QuantizedWeightError: as attach, where training would get wrong gradients or none; and what the model raises.
     """
     root, layers = _working(model)
-    with _unchanged(root), watching(root, layers) as calls, reading(layers, calls):
+    with _unchanged(root), watching(root, layers) as calls:
         loss = _scalar(root(**batch) if isinstance(batch, Mapping) else root(batch))
         if loss.requires_grad:
             loss.backward()
-    problems = [*_bypassed(layers, calls), *_uncalled(layers, calls), *_without_gradient(layers, calls)]
-    if problems:
-        raise TargetError(_message(root, "not every adapter takes part in this forward", problems))
-    return Audit(type(root).__name__, tuple(_audited(path, layer, calls) for path, layer in layers.items()))
+    name = type(root).__name__
+    if problems := [*_faults(layers, calls), *_uncalled(layers, calls)]:
+        raise TargetError("\n".join([f"{name}: not every adapter takes part in this forward", *problems]))
+    counts = {path: len(trained({path: layer})) for path, layer in layers.items()}
+    audited = tuple(Audited(path, True, n, n) for path, n in counts.items())  # all others have raised
+    return Audit(name, audited, tuple(_unadapted(root)) if any(counts.values()) else ())
 
 
 @contextmanager
@@ -96,31 +111,29 @@ def watched_step(model: nn.Module) -> Iterator[None]:
     """
     root, layers = _working(model)
     compiled = in_graphs(model)
-    plain = {path: layer for path, layer in layers.items() if id(layer) not in compiled}
-    parameters = trained({path: layer for path, layer in layers.items() if id(layer) in compiled})
+    plain = {path: layer for path, layer in layers.items() if id(layer.module) not in compiled}
+    parameters = trained({path: layer for path, layer in layers.items() if id(layer.module) in compiled})
     fresh = [key for key, parameter in parameters.items() if parameter.grad is None]
-    with watching(root, plain) as calls, nullcontext() if compiled else reading(plain, calls):
+    with watching(root, plain, reads=not compiled) as calls:
         yield
-    problems = [*_bypassed(plain, calls), *_without_gradient(plain, calls)]
+    name, problems = type(root).__name__, list(_faults(plain, calls))
     if sharding.any_process(bool(problems), next(root.parameters()).device):
-        title = "not every adapter takes part in the first training step"
-        raise TargetError(_message(root, title, problems or ["  another process says which"]))
+        lines = problems or ["  another process says which"]
+        raise TargetError("\n".join([f"{name}: not every adapter takes part in the first training step", *lines]))
     doubts = list(_uncalled(plain, calls))  # another batch may call them
     if none := [key for key in fresh if parameters[key].grad is None]:
         doubts.append(f"  no gradient in compiled parts, after the first step: {grouped(none)}")
     if doubts:
-        logger.warning(_message(root, "not every adapter took part in the first training step", doubts))
+        logger.warning("\n".join([f"{name}: not every adapter took part in the first training step", *doubts]))
 
 
-def _working(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
+def _working(model: nn.Module) -> tuple[nn.Module, dict[str, BaseLayer]]:
     """The module that adapters were attached to, and each layer with an adapter that isn't off. Raises TargetError, and
     QuantizedWeightError for weights that adapters can't train on."""
     root, session = session_of(model)
     check_unmerged(session, "audit")
     every = adapted(root)
-    layers = {
-        path: layer for path, layer in every.items() if any(not s.state.is_idle for s in sites_of(layer).values())
-    }
+    layers = {path: layer for path, layer in every.items() if any(not s.state.is_idle for s in sites_at(layer))}
     if not layers:
         reason, cure = ("every adapter is at scale 0", "set a scale") if every else ("no adapter", "attach one")
         raise TargetError(f"nothing to audit on this {type(root).__name__}: {reason}\n  {cure} first")
@@ -129,18 +142,33 @@ def _working(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]]:
     return root, layers
 
 
-def _message(root: nn.Module, title: str, lines: list[str]) -> str:
-    return "\n".join([f"{type(root).__name__}: {title}", *lines])
+def _unadapted(root: nn.Module) -> list[str]:
+    """The linear layers without an adapter, as PEFT counts them: every one that is not the output head."""
+    find: Any = getattr(root, "get_output_embeddings", None)
+    layers, head = adapted(root), None if find is None else find()
+    others = ((path, layer_of(module, path)) for path, module in root.named_modules() if module is not head)
+    linear = {path for path, layer in others if layer and isinstance(layer.kind, Linear | Conv1D)}
+    # Another library's adapter, or a quantiser's wrapper, may have a linear layer inside.
+    within = {path for path in linear if any(path.startswith(f"{other}.") for other in layers)}
+    return [path for path, _ in root.named_modules() if path in linear - within - layers.keys()]
 
 
-def _bypassed(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[str]:
-    """Lines of a message on layers that were not called although their weight was read."""
+def _faults(layers: Layers, calls: Calls) -> Iterator[str]:
+    """Lines of a message on layers whose weight was read without a call, and on parameters of layers that were called
+    whose gradient is None."""
     if read := (layers.keys() - calls.called) & calls.read:
         yield f"  never called, while the model reads the weight itself: {grouped(read)}"
         yield "    no adapter on them can have an effect: leave them out with exclude_names"
+    ran = {path: layer for path, layer in layers.items() if path in calls.called}
+    if none := trained(ran).keys() - calls.gradients:
+        yield f"  no gradient, although the layer ran: {grouped(none)}"
+        yield (
+            "    the loss doesn't depend on them: are the inputs of a reentrant checkpoint without gradients "
+            "(model.enable_input_require_grads()), or does a part run under no_grad?"
+        )
 
 
-def _uncalled(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[str]:
+def _uncalled(layers: Layers, calls: Calls) -> Iterator[str]:
     """Lines on layers that were neither called nor read, first where the module around them was called."""
     uncalled = layers.keys() - calls.called - calls.read
     if unused := uncalled & calls.reached:
@@ -151,45 +179,13 @@ def _uncalled(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[str]:
         yield "    give a batch that takes every path (an image, another expert), or leave them out with exclude_names"
 
 
-def _without_gradient(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[str]:
-    """Lines on parameters of layers that were called, and whose gradient is None."""
-    ran = {path: layer for path, layer in layers.items() if path in calls.called}
-    if none := trained(ran).keys() - calls.gradients:
-        yield f"  no gradient, although the layer ran: {grouped(none)}"
-        yield (
-            "    the loss doesn't depend on them: are the inputs of a reentrant checkpoint without gradients "
-            "(model.enable_input_require_grads()), or does a part run under no_grad?"
-        )
-
-
-def _audited(path: str, layer: nn.Module, calls: Calls) -> Audited:
-    keys = trained({path: layer}).keys()
-    return Audited(path, path in calls.called, len(keys & calls.gradients), len(keys))
-
-
-def _row(path: str, layers: list[Audited]) -> tuple[str, str, str, str]:
-    parameters = sum(layer.parameters for layer in layers)
-    gradient = f"{sum(layer.gradients for layer in layers)} of {parameters}" if parameters else "-"
-    return path, str(len(layers)), str(sum(layer.ran for layer in layers)), gradient
-
-
-def _cut(path: str, width: int) -> str:
-    """The path in `width` columns, with dots for its middle where it is longer."""
-    if len(path) > width:
-        tail = width - 3 - width // 3
-        path = f"{path[: width // 3]}...{path[-tail:]}"
-    return path.ljust(width)
-
-
 def _scalar(output: Any) -> Tensor:
     """The loss, or a number that depends on every floating-point output."""
-    loss = getattr(output, "loss", None)
-    if loss is None and isinstance(output, Mapping):
-        loss = output.get("loss")
+    values = dict(output) if isinstance(output, Mapping) else output
+    loss = values.get("loss") if isinstance(values, dict) else getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss.mean()
-    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-    outputs = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+    outputs = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
     if not outputs:
         raise TargetError(f"the model gave {type(output).__name__}, without a floating-point tensor to differentiate")
     return torch.stack([t.float().square().mean() for t in outputs]).sum()

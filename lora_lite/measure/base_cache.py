@@ -1,18 +1,18 @@
 """remembered: results of the base, kept on the model by the content that they were computed from."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from ..base import sharding
 from ..core.adapter import adapters
 from ..core.state import session_of
 
-MEMO_BYTES = 1 << 30
-"""Limit of the results that a model with adapters keeps of its base; the oldest goes first."""
+MEMO_BYTES = 1 << 30  # limit of the results that a model with adapters keeps of its base; the oldest goes first
 
 
 def remembered(model: nn.Module, key: Sequence[Any], compute: Callable[[], Tensor]) -> Tensor:
@@ -24,10 +24,17 @@ def remembered(model: nn.Module, key: Sequence[Any], compute: Callable[[], Tenso
     # a base without adapters may be in training, and all processes of a sharded model must run the same forwards
     if not session.adapters or is_on or any(map(sharding.is_sharded, base)):
         return compute()
-    hasher = hashlib.sha256()
     autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    for part in (*key, autocast, *map(_version, base)):
-        _digest(hasher, part)
+    # the base's bytes would take long to hash: its versions tell that a tensor was cast, swapped or edited
+    versions = [(t.dtype, t.data_ptr(), 0 if t.is_inference() else t._version) for t in base]
+    leaves, structure = tree_flatten(key)
+    hasher: Any = hashlib.sha256(repr((autocast, versions, structure)).encode())
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            hasher.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            hasher.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            hasher.update(f"{leaf!r};".encode())
     digest = hasher.digest()
     if digest in session.memo:
         return session.memo[digest]
@@ -35,21 +42,3 @@ def remembered(model: nn.Module, key: Sequence[Any], compute: Callable[[], Tenso
     while sum(result.nbytes for result in session.memo.values()) > MEMO_BYTES:
         del session.memo[next(iter(session.memo))]  # a dict goes by insertion, so this is the oldest
     return value
-
-
-def _version(tensor: Tensor) -> tuple[Any, ...]:
-    """A value that changes when a tensor of the base is cast, swapped or edited. Its bytes would take long to hash."""
-    return str(tensor.dtype), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _digest(hasher: Any, part: Any) -> None:
-    """Feed a tensor's type, shape and bytes, or a structure of plain values, to a hash."""
-    if isinstance(part, Tensor):
-        hasher.update(f"{part.dtype}{tuple(part.shape)}".encode())
-        hasher.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(part, Mapping):
-        for key in sorted(part):
-            hasher.update(f"{key}:".encode())
-            _digest(hasher, part[key])
-    else:
-        hasher.update(f"{part!r};".encode())

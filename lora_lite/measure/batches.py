@@ -1,6 +1,6 @@
 """Batches of inputs, for all that runs a model over them: arguments from a batch, positions to look at, and checks."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,19 +10,37 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
-Batch = Mapping[str, Any]
-"""The keyword arguments of a model's forward."""
-Positions = str | Tensor | Callable[[Batch], Tensor]
-"""`"last"`, `"all"`, a mask (b, t), or a function of the batch that gives one."""
+Batch = Mapping[str, Any]  # the keyword arguments of a model's forward
+Positions = str | Tensor | Callable[[Batch], Tensor]  # "last", "all", a mask (b, t), or a function that gives one
 
 
-def as_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
+def inputs_of(
+    model: nn.Module, batches: Iterable[Any], progress: bool, purpose: str = "evaluate"
+) -> Iterator[dict[str, Any]]:
+    """The model's keyword arguments from each batch, with a progress bar if it is asked for and tqdm is installed.
+
+    Raises ConfigError for no batches, one in place of several, and what can be none.
+    """
+    check_several(batches)
+    inputs = None
+    if progress:
+        try:
+            from tqdm import tqdm  # optional: it comes with the extra hf
+
+            batches = tqdm(batches, desc=purpose, unit="batch", dynamic_ncols=True, leave=False)
+        except ModuleNotFoundError:
+            logger.debug(f"no progress bar while we {purpose}: tqdm is not installed")
+    for batch in batches:
+        inputs = _as_inputs(batch, model)
+        yield inputs
+    if inputs is None:
+        raise ConfigError(f"there are no batches to {purpose} on\n  a generator gives its batches only once")
+
+
+def _as_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
     """The model's keyword arguments, on its device. Raises ConfigError if the batch gives none, or for an encoder."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ConfigError(
-            f"{type(model).__name__} has an encoder and a decoder, each with tokens of its own\n"
-            f"  calibration and evaluation are for models with one sequence"
-        )
+        raise ConfigError(f"{type(model).__name__} has an encoder and a decoder\n  use a model with one sequence")
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     if not isinstance(inputs, Mapping) or not any(isinstance(value, Tensor) for value in inputs.values()):
         raise ConfigError(
@@ -42,9 +60,7 @@ def select(inputs: Batch, positions: Positions) -> Bool[Tensor, "b t"]:
     tokens = tokens.bool()  # (b, t), false at padding
     if isinstance(positions, str):
         if positions not in ("last", "all"):
-            raise ConfigError(
-                f"positions={positions!r}: wanted 'last', 'all', a mask (b, t), or a function that gives one"
-            )
+            raise ConfigError(f"positions={positions!r}: wanted 'last', 'all', a mask (b, t), or a function for one")
         if not tokens.any(1).all():
             raise ConfigError(f"a row of the batch {tuple(tokens.shape)} has no token: its attention_mask is all zero")
         if positions == "all":
@@ -72,26 +88,11 @@ def check_sides(data: Any) -> None:
 def check_batches(batches: Any, what: str = "calibration_data") -> None:
     """Raise ConfigError unless the batches can be gone through again."""
     check_several(batches, what)
-    if iter(batches) is batches:
-        raise ConfigError(
-            f"{what} is an iterator, which can be read once: what a call that fails has read of it would be lost\n"
-            f"  use list(...)"
-        )
+    if iter(batches) is batches:  # what a call that fails has read of it would be lost
+        raise ConfigError(f"{what} is an iterator, which can be read once\n  use list(...)")
 
 
 def check_several(batches: Any, what: str = "batches") -> None:
     """Raise ConfigError for a single batch, or anything else that isn't a collection of batches."""
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise ConfigError(f"{what} is a {type(batches).__name__}: wanted a list of batches")
-
-
-def with_progress(batches: Iterable[Any], progress: bool, task: str) -> Iterable[Any]:
-    """The batches, with a progress bar if it is asked for and tqdm is installed."""
-    if not progress:
-        return batches
-    try:
-        from tqdm import tqdm  # optional: it comes with the extra hf
-    except ModuleNotFoundError:
-        logger.debug(f"no progress bar for the {task}: tqdm is not installed")
-        return batches
-    return tqdm(batches, desc=task, unit="batch", dynamic_ncols=True, leave=False)

@@ -16,10 +16,8 @@ from .batches import Positions, check_several
 from .evaluate import ROUNDING, divergences
 
 STATISTICS = ("mean", "p95")
-FIRST = 1.0
-"""The first c that is tried, or the limit if that is nearer to 0."""
-FALL = 0.01
-"""A fall of the divergence by more than this fraction, as c grows, is no rounding."""
+FIRST = 1.0  # the first c that is tried, or the limit if that is nearer to 0
+FALL = 0.01  # a fall of the divergence by more than this fraction, as c grows, is no rounding
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def calibrate_scale(
     check_several(batches)
     batches = list(batches)
     base_side: dict[int, Tensor] = {}
-    names = list(adapters(model)) if name is None else [get_adapter(model, name).name]
+    chosen = adapters(model).values() if name is None else [get_adapter(model, name)]
 
     def divergence(c: float) -> float:
         with scaled(model, c, name):
@@ -96,8 +94,8 @@ def calibrate_scale(
     points = find_root(divergence, target_kl, limit, tolerance=tolerance, max_evaluations=max_evaluations)
     result = _result(points, target_kl, tolerance)
     if apply:
-        for adapter_name in names:
-            get_adapter(model, adapter_name).scale = result.c
+        for adapter in chosen:
+            adapter.scale = result.c
     _report(result, limit, statistic)
     return result
 

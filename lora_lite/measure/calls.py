@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..base.layer import called_around
 from ..base.still import still
-from ..core.ran import grouped, has_run, trained, uncalled
-from ..core.state import sites_of
+from ..core.ran import Layers, grouped, has_run, trained, uncalled
+from ..core.state import Site, sites_at
 from ..errors import ConfigError, TargetError, brief
-
-NEVER_RAN = ("raise", "merge")
 
 
 @dataclass
@@ -30,38 +29,60 @@ class Calls:
     """The adapted layers that took part in a forward, by path."""
 
     called: set[str] = field(default_factory=set)
-    reached: set[str] = field(default_factory=set)
-    """Layers whose parent was called."""
-    read: set[str] = field(default_factory=set)
-    """Layers whose weight went into an operation, inside of a call of the layer or outside."""
-    gradients: set[str] = field(default_factory=set)
-    """Parameters of adapters that got a gradient, be it exactly 0."""
+    reached: set[str] = field(default_factory=set)  # layers whose parent was called
+    read: set[str] = field(
+        default_factory=set
+    )  # whose weight went into an operation, in a call of the layer or outside
+    gradients: set[str] = field(default_factory=set)  # parameters of adapters that got a gradient, be it exactly 0
 
 
 @contextmanager
-def reading(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
-    """Within the block, `calls.read` gets the layers whose weights an operation of torch is given.
+def watching(root: nn.Module, layers: Layers, reads: bool = True) -> Iterator[Calls]:
+    """Within the block, notes which of these layers of the model are called, whose parents, and which parameters of
+    adapters get a gradient; with `reads`, also whose weights an operation of torch is given.
 
-    No gradient is needed, so it serves for the codes of quantised weights too. Compiled parts run uncompiled: in a
-    graph neither this nor a hook could note anything.
+    With `reads`, compiled parts run uncompiled: in a graph neither these nor a hook could be noted.
     """
+    calls, modules, parameters = Calls(), dict(root.named_modules()), trained(layers)
+    flags: list[tuple[Site, bool]] = []
+    paths = {id(module): path for path, module in modules.items()}  # a wrapper may have come in since attach
+    fresh = [key for key, parameter in parameters.items() if parameter.grad is None]
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and asking would import it, for a second
+        for path, layer in layers.items():
+            caller = layer.reader or modules[called_around(modules, paths[id(layer.module)].rpartition(".")[0])]
+            stack.enter_context(caller.register_forward_pre_hook(partial(_note, calls.reached, path)))
+            if layer.by_weight:  # its sites note that something has multiplied by the weight
+                flags += [(site, site.ran) for site in sites_at(layer)]
+            else:
+                stack.enter_context(layer.module.register_forward_pre_hook(partial(_note, calls.called, path)))
+        for site, _ in flags:
+            site.ran = False
+        for key, parameter in parameters.items():  # DeepSpeed empties .grad, FSDP2 exchanges what a hook is on
+            stack.enter_context(parameter.register_hook(partial(_note, calls.gradients, key)))
+        if reads and "torch._dynamo" in sys.modules:  # else nothing is compiled, and asking takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_Reads(layers, calls))
-        yield
+        if reads:
+            stack.enter_context(_Reads(layers, calls.read))
+        yield calls
+        calls.called.update(site.path for site, _ in flags if site.ran)
+        for site, ran in flags:
+            site.ran = site.ran or ran
+        calls.gradients.update(key for key in fresh if parameters[key].grad is not None)
 
 
 class _Reads(TorchDispatchMode):
-    """It sees what reaches the dispatcher, so that `.shape`, `.dtype` or `x.to(weight)` are no reads."""
+    """It sees what reaches the dispatcher, so that `.shape`, `.dtype` or `x.to(weight)` are no reads.
+
+    No gradient is needed, so it serves for the codes of quantised weights too.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self, layers: Mapping[str, nn.Module], calls: Calls) -> None:
+    def __init__(self, layers: Layers, read: set[str]) -> None:
         super().__init__()
-        weights = {path: next(iter(sites_of(layer).values())).base.stored for path, layer in layers.items()}
+        weights = {path: layer.stored for path, layer in layers.items()}
         self._paths = {id(weight): (path, weight) for path, weight in weights.items()}  # held, or an id may be reused
-        self._read = calls.read
+        self._read = read
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,46 +93,12 @@ class _Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def watching(root: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
-    """Within the block, notes which of these layers of the model are called, whose parents, and which parameters of
-    adapters get a gradient."""
-    calls, modules = Calls(), dict(root.named_modules())
-    paths = {id(module): path for path, module in modules.items()}  # a wrapper may have come in since attach
-    flags = [(site, site.ran) for layer in layers.values() for site in sites_of(layer).values()]
-    with ExitStack() as stack:
-        for path, layer in layers.items():
-            caller = modules[_caller(modules, paths[id(layer)])]
-            stack.callback(caller.register_forward_pre_hook(partial(_note, calls.reached, path)).remove)
-        for site, _ in flags:
-            site.ran = False
-        fresh = {key: p for key, p in trained(layers).items() if p.grad is None}
-        for key, parameter in trained(layers).items():  # DeepSpeed empties .grad, FSDP2 exchanges what a hook is on
-            stack.callback(parameter.register_hook(partial(_note, calls.gradients, key)).remove)
-        try:
-            yield calls
-        finally:
-            calls.gradients.update(key for key, p in fresh.items() if p.grad is not None)
-            calls.called.update(path for path, layer in layers.items() if has_run(layer))
-            for site, ran in flags:
-                site.ran = ran or site.ran
-
-
 def _note(noted: set[str], name: str, *_: Any) -> None:
     if not torch.compiler.is_compiling():
         noted.add(name)
 
 
-def _caller(modules: Mapping[str, nn.Module], path: str) -> str:
-    """The path of the nearest module around this one that has a forward: a ModuleList has none, and is never called."""
-    while path:
-        path = path.rpartition(".")[0]
-        if type(modules[path]).forward is not nn.Module.forward:
-            break
-    return path
-
-
-def check_called(root: nn.Module, layers: Mapping[str, nn.Module], never_ran: str) -> None:
+def check_called(root: nn.Module, layers: Layers, never_ran: str) -> None:
     """Check that forwards call these layers.
 
     Where a layer has not run yet, one forward of the model's own dummy inputs is looked at. Without any, a warning says
@@ -139,8 +126,8 @@ def check_called(root: nn.Module, layers: Mapping[str, nn.Module], never_ran: st
 
 def check_choice(never_ran: str) -> None:
     """ConfigError for anything but "raise" and "merge"."""
-    if never_ran not in NEVER_RAN:
-        raise ConfigError(f"never_ran={never_ran!r}: wanted one of {NEVER_RAN}")
+    if never_ran not in ("raise", "merge"):
+        raise ConfigError(f"never_ran={never_ran!r}: wanted one of ('raise', 'merge')")
 
 
 def refusal(paths: Iterable[str], of: int) -> str:
@@ -154,7 +141,7 @@ def refusal(paths: Iterable[str], of: int) -> str:
     )
 
 
-def _dummy_forward(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[Calls, str]:
+def _dummy_forward(root: nn.Module, layers: Layers) -> tuple[Calls, str]:
     """The calls of one forward of the model's own dummy inputs, and why it doesn't reach all of these, of which none
     has run yet. The model is as it was afterwards."""
     if not isinstance(inputs := getattr(root, "dummy_inputs", None), Mapping):
@@ -162,12 +149,12 @@ def _dummy_forward(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[Ca
     try:
         device = next(p.device for p in root.parameters() if not p.is_meta)
         on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        with still(root), watching(root, layers) as calls, reading(layers, calls):
+        with still(root), watching(root, layers) as calls:
             root(**on_device)
     except Exception as error:  # of someone else's forward, on inputs that may not suit it: said in the warning
         return Calls(), f"its dummy_inputs don't run ({type(error).__name__}: {brief(error)})"
     finally:
         for layer in layers.values():
-            for site in sites_of(layer).values():
+            for site in sites_at(layer):
                 site.ran = False
     return calls, "its dummy_inputs don't reach them"

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..base.stacks import find_stacks
 from ..base.still import still
 from ..core.config import BaseConfig
-from ..core.targets import find_targets
+from ..core.targets import select as select_targets
 from ..errors import BaseModelError, ConfigError, TargetError, brief
-from .batches import Positions, as_inputs, check_several, select, with_progress
+from .batches import Positions, inputs_of, select
 
 Transform = Callable[[Tensor], Tensor]
 
 REDUCTIONS = ("mean", "std", "second_moment", "samples")
 KINDS = ("input", "output", "residual")
-MAX_BYTES = 1 << 30
 
 
 @dataclass
@@ -71,7 +71,7 @@ def capture(
     positions: Positions = "last",
     reduce: str | Iterable[str] = ("mean",),
     transform: Transform | Mapping[str, Transform] | None = None,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int = 1 << 30,
     progress: bool = True,
 ) -> dict[str, Statistics]:
     """Run the batches through the model, and reduce the activations at some modules as they pass.
@@ -101,27 +101,29 @@ def capture(
         BaseModelError: for an activation that is NaN or infinite.
     """
     reductions = {reduce} if isinstance(reduce, str) else set(reduce)
-    for name, got, wanted in (("reduce", reductions, REDUCTIONS), ("what", {what}, KINDS)):
-        if not got or not got <= set(wanted):
-            raise ConfigError(f"{name}={sorted(got)}: wanted any of {wanted}")
+    for name, values, choices in (("reduce", reductions, REDUCTIONS), ("what", {what}, KINDS)):
+        if not values or not values <= set(choices):
+            raise ConfigError(f"{name}={sorted(values)}: wanted any of {choices}")
     hooked = _hooked_paths(model, where, what)
-    check_several(batches)
-    sums = {path: _Sums(path, reductions) for path in hooked.values()}  # layers of one block share its sums
-    transforms = transform if isinstance(transform, Mapping) else dict.fromkeys(sums, transform)
-    if transforms.keys() != sums.keys():
-        raise ConfigError(
-            f"transform: got some for {brief(sorted(transforms))}; wanted one for each of {brief(sorted(sums))}"
-        )
+    modules = set(hooked.values())  # layers of one block share its sums
+    transforms = transform if isinstance(transform, Mapping) else dict.fromkeys(modules, transform)
+    if transforms.keys() != modules:
+        got, wanted = brief(sorted(transforms)), brief(sorted(modules))
+        raise ConfigError(f"transform: got some for {got}; wanted one for each of {wanted}")
+    sums = {path: _Sums(path, reductions, function) for path, function in transforms.items()}
+    reader = _Reader(max_bytes)
     with still(model), ExitStack() as hooks:
-        reader = _Reader(sums, transforms, max_bytes)
-        modules = dict(model.named_modules())
-        for path in sums:
-            hooks.callback(reader.hook(modules[path], path, before=what == "input").remove)
-        for batch in with_progress(batches, progress, "calibration"):
-            inputs = as_inputs(batch, model)
+        for path in modules:
+            hooks.enter_context(reader.hook(model.get_submodule(path), sums[path], before=what == "input"))
+        for inputs in inputs_of(model, batches, progress, "calibrate"):
             reader.mask = select(inputs, positions)
             model(**inputs)
-            reader.check_all_seen()
+            if missed := modules - reader.seen:
+                raise TargetError(
+                    f"{min(missed)}: the model's forward never called it, so it has no activations\n"
+                    f"  leave it out of what is captured"
+                )
+            reader.seen.clear()  # each batch is checked by itself: a router may skip a module in one
     statistics = {path: running.statistics() for path, running in sums.items()}
     return {path: statistics[module_path] for path, module_path in hooked.items()}
 
@@ -129,80 +131,32 @@ def capture(
 def _hooked_paths(model: nn.Module, where: BaseConfig | Iterable[str] | None, what: str) -> dict[str, str]:
     """{path asked for: path of the module to hook}. Raises TargetError for an unknown path, or one outside blocks."""
     modules = dict(model.named_modules())
-    stack = find_stacks(modules).blocks(modules)
+    stacks = find_stacks(modules)
+    blocks = list(stacks.blocks(modules))
     if where is None:
-        paths = list(stack)
+        paths = blocks
     elif isinstance(where, BaseConfig):
-        paths = [target.path for target in find_targets(model, where)]
+        paths = [target.path for target in select_targets(model, where).targets]
     else:
         paths = [where] if isinstance(where, str) else list(where)
     unknown = sorted(set(paths) - modules.keys())
     if unknown or not paths:
         raise TargetError(
             f"nowhere to look in this {type(model).__name__}: {', '.join(unknown) or 'no block, no path'}\n"
-            f"  its blocks are {', '.join(list(stack)[:2]) or 'none'}...; any module's path will do"
+            f"  its blocks are {', '.join(blocks[:2]) or 'none'}...; any module's path will do"
         )
     if what != "residual":
         return {path: path for path in paths}
-    # the dot keeps layers.1 from being taken for the block of layers.10
-    blocks = {path: next((block for block in stack if f"{path}.".startswith(f"{block}.")), None) for path in paths}
-    outside = [path for path, block in blocks.items() if block is None]
-    if outside:
-        raise TargetError(
-            f"what='residual': {outside[0]} is in no block of this {type(model).__name__}\n"
-            f"  ask for its input or output, or for a block"
-        )
-    return {path: block for path, block in blocks.items() if block is not None}
-
-
-@dataclass
-class _Reader:
-    """The state that the hooks share: the positions of the running batch, and the modules that it has reached."""
-
-    sums: dict[str, "_Sums"]
-    transforms: Mapping[str, Transform | None]
-    max_bytes: int
-    sample_bytes: int = 0
-    mask: Tensor = field(default_factory=lambda: torch.ones(1, 1, dtype=torch.bool))
-    seen: set[str] = field(default_factory=set)
-
-    def hook(self, module: nn.Module, path: str, before: bool) -> Any:
-        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.read(path, args[0] if args else next(iter(kwargs.values())))
-
-        def on_output(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-            self.read(path, y if isinstance(y, Tensor) else y[0])  # a tuple: the activations come first
-
-        if before:
-            return module.register_forward_pre_hook(on_input, with_kwargs=True)
-        return module.register_forward_hook(on_output)
-
-    def read(self, path: str, x: Tensor) -> None:
-        b, t = self.mask.shape
-        if x.shape[:2] != (b, t) and x.shape[0] != b * t:  # (b, t, d), or (b t, d) as fused experts see it
+    hooked = {}
+    for path in paths:
+        stack, index = stacks.place(path)
+        hooked[path] = f"{stack}{index}"
+        if stack is None:
             raise TargetError(
-                f"{path}: it sees activations {tuple(x.shape)}, not one for each of the {b} x {t} tokens\n"
-                f"  capture its block, or the layer before a router"
+                f"what='residual': {path} is in no block of this {type(model).__name__}\n"
+                f"  ask for its input or output, or for a block"
             )
-        vectors = x.reshape(b, t, -1)[self.mask.to(x.device)].float()  # (n, d)
-        transform, sums = self.transforms[path], self.sums[path]
-        sums.add(vectors if transform is None else transform(vectors))
-        self.sample_bytes += sums.samples[-1].nbytes if sums.samples else 0
-        if self.sample_bytes > self.max_bytes:
-            raise ConfigError(
-                f"samples need more than max_bytes={self.max_bytes:,}\n"
-                f"  give fewer batches or places, another reduction, or a larger max_bytes"
-            )
-        self.seen.add(path)
-
-    def check_all_seen(self) -> None:
-        missed = self.sums.keys() - self.seen
-        if missed:
-            raise TargetError(
-                f"{sorted(missed)[0]}: the model's forward never called it, so it has no activations\n"
-                f"  leave it out of what is captured"
-            )
-        self.seen.clear()  # each batch is checked by itself: a router may skip a module in one
+    return hooked
 
 
 class _Sums:
@@ -212,36 +166,69 @@ class _Sums:
     M + δ n/(N + n), and the sums of squares add up, plus δ² N n/(N + n). Σx² - (Σx)²/n would lose digits.
     """
 
-    def __init__(self, path: str, reductions: set[str]) -> None:
-        self.path, self.reductions, self.count = path, reductions, 0
-        self.mean = self.squares = self.scatter = torch.zeros((), dtype=torch.float64)  # grow to (d,), (d,), (d, d)
+    def __init__(self, path: str, reductions: set[str], transform: Transform | None) -> None:
+        self.path, self.reductions, self.transform = path, reductions, transform
+        self.count = 0
+        self.mean: Any = 0.0  # grows to (d,), and so do the sums: (d,), (d, d)
+        self.squares: Any = 0.0
+        self.scatter: Any = 0.0
         self.samples: list[Tensor] = []
 
-    def add(self, vectors: Float[Tensor, "n d"]) -> None:
-        x = vectors.double()  # (n, d)
+    def add(self, vectors: Float[Tensor, "n i"]) -> int:
+        """Returns the bytes of the samples that are kept of these."""
+        vectors = vectors if self.transform is None else self.transform(vectors)  # (n, d)
+        x = vectors.double()
         if not x.isfinite().all():
             raise BaseModelError(f"{self.path}: an activation is NaN or infinite\n  try another dtype for the base")
-        n, mean = x.shape[0], x.mean(0)
-        delta, total = mean - self.mean.to(x.device), self.count + n  # (d,), N + n
+        n, mean = len(x), x.mean(0)
+        centred, delta, total = x - mean, mean - self.mean, self.count + n  # (n, d), (d,), N + n
         weight = self.count * n / total
         if "std" in self.reductions:
-            self.squares = self.squares.to(x.device) + (x - mean).square().sum(0) + weight * delta.square()
+            self.squares += centred.square().sum(0) + weight * delta.square()
         if "second_moment" in self.reductions:
-            centred = x - mean  # (n, d)
-            self.scatter = self.scatter.to(x.device) + centred.mT @ centred + weight * delta[:, None] * delta
-        if "samples" in self.reductions:
-            self.samples.append(vectors)
-        self.mean = self.mean.to(x.device) + delta * (n / total)
+            self.scatter += centred.mT @ centred + weight * delta[:, None] * delta
+        self.mean += delta * (n / total)
         self.count = total
+        if "samples" not in self.reductions:
+            return 0
+        self.samples.append(vectors)
+        return vectors.nbytes
 
     def statistics(self) -> Statistics:
-        if not self.count:
-            raise ConfigError("there are no batches to calibrate on\n  a generator gives its batches only once")
-        statistics = Statistics(self.count, self.mean)
-        if "std" in self.reductions:
-            statistics.std = (self.squares / self.count).sqrt()
-        if "second_moment" in self.reductions:
-            statistics.second_moment = self.scatter / self.count + self.mean[:, None] * self.mean
-        if "samples" in self.reductions:
-            statistics.samples = torch.cat(self.samples)
-        return statistics
+        mean, n = self.mean, self.count
+        std = (self.squares / n).sqrt() if "std" in self.reductions else None
+        second_moment = self.scatter / n + mean[:, None] * mean if "second_moment" in self.reductions else None
+        return Statistics(n, mean, std, second_moment, torch.cat(self.samples) if self.samples else None)
+
+
+@dataclass
+class _Reader:
+    """The state that the hooks share: the positions of the running batch, and the modules that it has reached."""
+
+    max_bytes: int
+    sample_bytes: int = 0
+    mask: Any = None  # (b, t)
+    seen: set[str] = field(default_factory=set)
+
+    def hook(self, module: nn.Module, sums: _Sums, before: bool) -> RemovableHandle:
+        """Read the module's first argument, whether it has a name or not, or its output, of a tuple the first."""
+        if before:
+            return module.register_forward_pre_hook(
+                lambda _, args, kwargs: self.read(sums, (*args, *kwargs.values())[0]), with_kwargs=True
+            )
+        return module.register_forward_hook(lambda _, args, y: self.read(sums, y if isinstance(y, Tensor) else y[0]))
+
+    def read(self, sums: _Sums, x: Tensor) -> None:
+        b, t = self.mask.shape
+        if x.shape[:2] != (b, t) and x.shape[0] != b * t:  # (b, t, d), or (b t, d) as fused experts see it
+            raise TargetError(
+                f"{sums.path}: it sees activations {tuple(x.shape)}, not one for each of the {b} x {t} tokens\n"
+                f"  capture its block, or the layer before a router"
+            )
+        self.sample_bytes += sums.add(x.reshape(b, t, -1)[self.mask.to(x.device)].float())
+        if self.sample_bytes > self.max_bytes:
+            raise ConfigError(
+                f"samples need more than max_bytes={self.max_bytes:,}\n"
+                f"  give fewer batches or places, another reduction, or a larger max_bytes"
+            )
+        self.seen.add(sums.path)

@@ -29,8 +29,7 @@ class Method(enum.StrEnum):
     DIFFERENCE, PCA, PROBE = "difference", "pca", "probe"
 
 
-ROUNDING = 1e-5
-"""A difference of two centres below this fraction of their size is float32's rounding."""
+ROUNDING = 1e-5  # a difference of two centres below this fraction of their size is float32's rounding
 WEISZFELD_STEPS, WEISZFELD_TOLERANCE = 200, 1e-10
 PROBE_STEPS = 1000
 
@@ -92,23 +91,20 @@ def contrast(
     check_sides(data)
     _check_options(rank, method, center, winsorize)
     options = {"where": where, "what": what, "positions": positions, "progress": progress}
-    options["reduce"] = "samples" if center == "median" or rank > 1 or method != "difference" else "std"
+    is_plain = center == "mean" and rank == 1 and method == "difference"  # so no vector has to be kept
+    options["reduce"] = "std" if is_plain else ("std", "samples")
     options["transform"] = None if winsorize is None else partial(_clamped, quantile=winsorize)
     positive_side, negative_side = _capture_sides(model, data, rank, method, options)
     contrasts = {}
     for path, positive in positive_side.items():
-        negative = negative_side[path]
-        sides = (positive, negative)
+        sides = (positive, negative_side[path])
         p, n = (side.mean if center == "mean" else geometric_median(side.kept_samples()) for side in sides)  # (d,)
         if (p - n).norm() <= ROUNDING * max(p.norm(), n.norm()):
             raise BaseModelError(f"{path}: both sides have the same centre, so no direction\n  give sides that differ")
-        directions = _first_direction(method, positive, negative, p - n)[None]  # (1, d)
-        if rank > 1:
-            directions = torch.cat([directions, _further_directions(positive, negative, directions[0], rank - 1)])
+        directions = _directions(method, rank, *sides, p - n)  # (k, d)
         if projected:
             directions = directions - (directions @ n)[:, None] * n / n.square().sum()
-        rows = orthonormal(directions, path).float()  # (k, d)
-        contrasts[path] = Contrast(rows, p, n, _root_mean_square(*sides))
+        contrasts[path] = Contrast(orthonormal(directions, path).float(), p, n, _root_mean_square(*sides))
     return contrasts
 
 
@@ -154,20 +150,18 @@ def _check_options(rank: int, method: str, center: str, winsorize: float | None)
 
 def _capture_sides(model: nn.Module, data: Any, rank: int, method: str, options: Any) -> list[dict[str, Statistics]]:
     """Each side by `capture(**options)`, the positive one first. Raises ConfigError for too few vectors or no pairs."""
-    sides, counts, fewest = [], {}, max(2, rank)
-    for name in ("positive", "negative"):
-        statistics = capture(model, data[name], **options)
-        counts[name] = next(iter(statistics.values())).count  # the same at all modules
-        if counts[name] < fewest:
+    sides = {name: capture(model, data[name], **options) for name in ("positive", "negative")}
+    counts = {name: next(iter(side.values())).count for name, side in sides.items()}  # the same at all modules
+    for name, count in counts.items():
+        if count < max(2, rank):
             raise ConfigError(
-                f"calibration_data[{name!r}] has {counts[name]} vectors: wanted {fewest} at least for rank {rank}\n"
+                f"calibration_data[{name!r}] has {count} vectors: wanted {max(2, rank)} at least for rank {rank}\n"
                 f"  one prompt gives one vector at positions='last'"
             )
-        sides.append(statistics)
     if (rank > 1 or method == "pca") and counts["positive"] != counts["negative"]:
         taken = "method 'pca'" if method == "pca" else f"rank {rank}"
         raise ConfigError(f"calibration_data has {counts} vectors: {taken} is taken of pairs, so wanted equal numbers")
-    return sides
+    return list(sides.values())
 
 
 def _clamped(vectors: Float[Tensor, "n d"], quantile: float) -> Float[Tensor, "n d"]:
@@ -175,27 +169,26 @@ def _clamped(vectors: Float[Tensor, "n d"], quantile: float) -> Float[Tensor, "n
     return vectors.clamp(-limits, limits)
 
 
-def _first_direction(
-    method: str, positive: Statistics, negative: Statistics, difference: Float[Tensor, "d"]
-) -> Float[Tensor, "d"]:
-    """The direction by a method, of any length, turned to the side of the difference of centres."""
-    if method == "difference":
-        return difference
-    if method == "pca":
-        direction = torch.linalg.svd(_pair_differences(positive, negative), full_matrices=False)[2][0]
-    else:
-        direction = _probe_normal(positive, negative)
-    return direction * (direction @ difference).sign()  # the sign of a principal direction means nothing
-
-
-def _further_directions(
-    positive: Statistics, negative: Statistics, first: Float[Tensor, "d"], count: int
+def _directions(
+    method: str, rank: int, positive: Statistics, negative: Statistics, difference: Float[Tensor, "d"]
 ) -> Float[Tensor, "k d"]:
-    """The leading principal directions of the pairs' differences, about their mean and orthogonal to the first."""
+    """The directions by a method, of any length, the first on the side of the difference of centres.
+
+    Further ones are the leading principal directions of the pairs' differences, about their mean and orthogonal to it.
+    """
+    if method == "probe":
+        first = _probe_normal(positive, negative)
+    elif method == "pca":
+        first = torch.linalg.svd(_pair_differences(positive, negative), full_matrices=False)[2][0]
+    else:
+        first = difference
+    first = first * (first @ difference).sign()  # the sign of a principal direction means nothing
+    if rank == 1:
+        return first[None]
     rest = _pair_differences(positive, negative)  # (n, d)
     rest = rest - rest.mean(0)
     rest = rest - (rest @ first)[:, None] * first / first.square().sum()
-    return torch.linalg.svd(rest, full_matrices=False)[2][:count]
+    return torch.cat([first[None], torch.linalg.svd(rest, full_matrices=False)[2][: rank - 1]])
 
 
 def _pair_differences(positive: Statistics, negative: Statistics) -> Float[Tensor, "n d"]:
@@ -217,11 +210,6 @@ def _probe_normal(positive: Statistics, negative: Statistics) -> Float[Tensor, "
 
 
 def _root_mean_square(*sides: Statistics) -> float:
-    """The length of the vectors of all sides together: the root of the mean of |x|²."""
-    squares = 0.0
-    for side in sides:
-        if side.std is None:
-            squares += float(side.kept_samples().double().square().sum())
-        else:  # Σ|x|² = n (Σ std² + |mean|²)
-            squares += side.count * float(side.std.square().sum() + side.mean.square().sum())
-    return math.sqrt(squares / sum(side.count for side in sides))
+    """The length of the vectors of all sides together: the root of the mean of |x|² = Σ std² + |mean|²."""
+    spreads = [side.count * (side.std.square() + side.mean.square()).sum() for side in sides if side.std is not None]
+    return math.sqrt(float(sum(spreads)) / sum(side.count for side in sides))

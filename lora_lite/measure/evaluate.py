@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,9 @@ from ..base.still import still
 from ..core.adapter import adapters, scaled
 from ..errors import BaseModelError, ConfigError, TargetError
 from .base_cache import MEMO_BYTES, remembered
-from .batches import Positions, as_inputs, check_several, select, with_progress
+from .batches import Positions, inputs_of, select
 
-ROUNDING = 1e-5
-"""Nats by which a divergence of float32 log-probabilities may fall below zero."""
+ROUNDING = 1e-5  # nats by which a divergence of float32 log-probabilities may fall below zero
 
 
 def kl_divergence(
@@ -97,8 +96,7 @@ def logit_gap(
         ConfigError: for a set that is empty or shares a token, no batches, or what `capture` refuses of them.
     """
     if not positive or not negative or set(positive) & set(negative):
-        sets = f"{list(positive)} and {list(negative)}"
-        raise ConfigError(f"logit_gap: token sets {sets}: wanted two, none empty, without a common token")
+        raise ConfigError(f"logit_gap({positive}, {negative}): wanted two, none empty, without a common token")
 
     def gap(logits: Callable[[], Tensor]) -> Tensor:
         values = logits()  # (n, v)
@@ -112,8 +110,7 @@ def logit_gap(
     return torch.cat(gaps)
 
 
-@contextmanager
-def contiguous_into_head(model: nn.Module) -> Iterator[None]:
+def contiguous_into_head(model: nn.Module) -> AbstractContextManager[Any]:
     """Within the block, the output head gets the last positions' hidden states as a copy, not as a view of all.
 
     torch multiplies such a view by a matrix that needs no gradient in a batch of products, with a copy of the matrix
@@ -121,26 +118,19 @@ def contiguous_into_head(model: nn.Module) -> Iterator[None]:
     """
     output_embeddings: Any = getattr(model, "get_output_embeddings", None)
     head = None if output_embeddings is None else output_embeddings()
-    with ExitStack() as hooks:
-        if head is not None:
-            hooks.callback(head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args)).remove)
-        yield
+    if head is None:
+        return nullcontext()
+    return head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args))
 
 
 def _forwards(
     model: nn.Module, batches: Iterable[Any], positions: Positions, progress: bool
 ) -> Iterator[tuple[dict[str, Any], Callable[[], Tensor]]]:
     """For each batch, its content and a function that runs the model and gives float32 logits at the positions."""
-    check_several(batches)
-    is_empty = True
     with still(model), contiguous_into_head(model):
-        for batch in with_progress(batches, progress, "evaluation"):
-            inputs = as_inputs(batch, model)
+        for inputs in inputs_of(model, batches, progress):
             mask = select(inputs, positions)
-            is_empty = False
             yield {**inputs, "positions": mask}, partial(_logits, model, inputs, mask)
-    if is_empty:
-        raise ConfigError("there are no batches to evaluate on\n  a generator gives its batches only once")
 
 
 def _log_probabilities(logits: Callable[[], Tensor]) -> Float[Tensor, "n v"]:
@@ -152,6 +142,5 @@ def _logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Float[Ten
     t = mask.shape[1]
     tail = t - int(mask.any(0).long().argmax())  # tokens from the first position looked at in any row
     can_skip = tail < t and "logits_to_keep" in inspect.signature(model.forward).parameters
-    keep = {"logits_to_keep": tail} if can_skip else {}
-    logits: Tensor = model(**inputs, **keep).logits  # (b, tail or t, v)
+    logits: Tensor = model(**inputs, **({"logits_to_keep": tail} if can_skip else {})).logits  # (b, tail or t, v)
     return logits[mask[:, -logits.shape[1] :].to(logits.device)].float()

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ConfigError
 
+# the words of the user, or a whole chat: [{"role": "system", "content": ...}, {"role": "user", "content": ...}]
 Prompt = str | Sequence[Mapping[str, str]]
-"""The words of the user, or a whole chat: [{"role": "system", "content": ...}, {"role": "user", "content": ...}]."""
 
 
 def prompt_batches(
@@ -27,9 +27,7 @@ def prompt_batches(
         ConfigError: for no prompts, chats without a template, or a chat that the template refuses.
     """
     if isinstance(prompts, str) or not prompts or batch_size < 1:
-        raise ConfigError(
-            f"prompts={prompts!r}, batch_size={batch_size}: wanted a list with some prompts, in batches of some"
-        )
+        raise ConfigError(f"prompts={prompts!r}, batch_size={batch_size}: wanted a list with some prompts, in batches")
     bare = tokenizer.chat_template is None  # a template writes the special tokens itself
     texts = [_text(tokenizer, prompt, thinking) for prompt in prompts]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # any id: it is masked

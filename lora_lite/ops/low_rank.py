@@ -53,27 +53,18 @@ def add_low_rank(
     """
     if gain is not None and gain.dtype != (wide := torch.promote_types(gain.dtype, x.dtype)):
         gain = gain.to(wide)
-    if (
-        is_dynamo_compiling()
-        or compiler._is_compiling_flag
-        or _innermost_transform() is not None
-        or forward_ad._current_level >= 0
-    ):
+    is_traced = is_dynamo_compiling() or compiler._is_compiling_flag
+    if is_traced or _innermost_transform() is not None or forward_ad._current_level >= 0:
         return _reference(y, x, a, b, s, dropout, gain, c, bias)
     if _is_autocast_on() and (off := _no_autocast(x)):
         with off:
             return add_low_rank(y, x, a, b, s, dropout, gain, c, bias)
     # written out, as are the casts below: of one token, a Python call is 1 % of the time
-    if torch.is_grad_enabled() and (
-        a.requires_grad
-        or b.requires_grad
-        or x.requires_grad
-        or y.requires_grad
-        or (gain is not None and gain.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    ):
-        out: Tensor = _AddLowRank.apply(y, x, a, b, float(s), gain, float(c), bias, dropout)
-        return out
+    if torch.is_grad_enabled():
+        needs_grad = a.requires_grad or b.requires_grad or x.requires_grad or y.requires_grad
+        if needs_grad or (gain is not None and gain.requires_grad) or (bias is not None and bias.requires_grad):
+            out: Tensor = _AddLowRank.apply(y, x, a, b, float(s), gain, float(c), bias, dropout)
+            return out
     if dropout:
         x = _dropped(x, dropout, _seed())
     elif x.numel() <= FEW * x.shape[-1]:

@@ -6,11 +6,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 OVERSAMPLE, DEPTH, SEED = 8, 10, 0
+LOW_RANK = 1e-9
+"""The share of a matrix's norm up to which what lies outside of some directions is float64's rounding."""
+
+Svd = tuple[Float[Tensor, "o r"], Float[Tensor, "r"], Float[Tensor, "i r"]]
 
 
-def leading_svd(
-    w: Float[Tensor, "o i"], r: int
-) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r"], Float[Tensor, "i r"]]:
+def top_svd(w: Float[Tensor, "o i"], r: int) -> Svd:
+    """U, S, V of the top r of W = U S Vᵀ, all of which is computed."""
+    u, s, vt = torch.linalg.svd(w, full_matrices=False)
+    return u[:, :r], s[:r], vt[:r].mT
+
+
+def leading_svd(w: Float[Tensor, "o i"], r: int) -> Svd:
     """U, S, V of the top r of W = U S Vᵀ: the best in a block Krylov space of 10 (r + 8) dimensions, seeded.
 
     Plain power iteration of the same cost keeps only the last block, and is fifty times further off where the singular
@@ -18,8 +26,7 @@ def leading_svd(
     """
     block = r + OVERSAMPLE
     if 2 * block * DEPTH > min(w.shape):
-        u, s, vt = torch.linalg.svd(w, full_matrices=False)
-        return u[:, :r], s[:r], vt[:r].mT
+        return top_svd(w, r)
     generator = torch.Generator().manual_seed(SEED)
     power = w @ torch.randn(w.shape[1], block, generator=generator).to(w)  # (o, block): W G, then W Wᵀ W G ...
     basis = w.new_empty(w.shape[0], block * DEPTH)
@@ -35,25 +42,16 @@ def leading_svd(
     return u, squares[-r:].flip(0).clamp_min(0).sqrt(), F.normalize(w.mT @ u, dim=0)
 
 
-LOW_RANK = 1e-9
-"""The share of a matrix's norm up to which what lies outside of some directions is float64's rounding."""
-
-
 def low_rank_factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
     """The A, B with the least ‖delta - B A‖: U S Vᵀ to this rank at most, A = √S Vᵀ, B = U √S."""
-    u, s, vt = _svd(delta, rank)
-    root = s[:rank].sqrt()
-    return root[:, None] * vt[:rank], u[:, :rank] * root
-
-
-def _svd(delta: Float[Tensor, "o i"], rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vᵀ within the range that products with a few random vectors span, if that is all of it; else in full."""
     q = min(rank + OVERSAMPLE, *delta.shape)
     probe = torch.randn(delta.shape[1], q, dtype=delta.dtype, generator=torch.Generator().manual_seed(SEED))
-    basis = torch.linalg.qr(delta @ probe.to(delta.device))[0]
+    basis = torch.linalg.qr(delta @ probe.to(delta.device))[0]  # (o, q): all of a range of up to q dimensions
     projected = basis.mT @ delta  # (q, i)
     if (delta - basis @ projected).norm() > LOW_RANK * delta.norm():
-        u, s, vt = torch.linalg.svd(delta, full_matrices=False)
-        return u, s, vt
-    u, s, vt = torch.linalg.svd(projected, full_matrices=False)
-    return basis @ u, s, vt
+        u, s, v = top_svd(delta, rank)
+    else:
+        u, s, v = top_svd(projected, rank)
+        u = basis @ u
+    root = s.sqrt()
+    return root[:, None] * v.mT, u * root

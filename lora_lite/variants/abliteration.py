@@ -15,9 +15,8 @@ Checked    against the weight forms above
 """
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -38,17 +37,21 @@ class Normalization(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class AbliterationConfig(SubspaceConfig):
-    """Targets all that writes to the residual stream, fused experts included; strength is λ before the kernels."""
+    """Targets all that writes to the residual stream; strength is λ before the kernels. With kinds="block", in the mode
+    NONE, the stream itself as each block puts it out: not the embedding's, and a later block may write it again."""
 
     variant: str = "abliteration"
-    target_roles: Sequence[str] = ("writer",)
     normalization: Normalization | str = Normalization.NONE
-    FUSED_EXPERTS: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.normalization == "none" or not self.on_blocks, "normalization", "'none' on blocks")
 
 
 @register
 class Abliteration:
     name = "abliteration"
+    reads_input = False
     config = AbliterationConfig
     has_identity_init, handles_scale, needs_calibration = False, True, True
     live = ("strength", "layer", "kernels")

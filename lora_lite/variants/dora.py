@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.variant import Layer, ParamSpec, register
+from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import BaseModelError
 from ..ops.low_rank import add_low_rank
-from .lora import LoRAConfig
+from .lora import LoRA, LoRAConfig
 
 __all__ = ["DoRA", "DoRAConfig"]
 
@@ -45,8 +45,7 @@ class DoRA:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:
         return {
-            "lora_A": ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True),
-            "lora_B": ParamSpec((d_out, cfg.r), init="zeros", keep_dtype=True),
+            **LoRA.param_specs(d_in, d_out, cfg),
             "lora_m": ParamSpec((d_out,), keep_dtype=True),
             "lora_n0": ParamSpec((d_out,), trainable=False, keep_dtype=True),
         }
@@ -63,13 +62,21 @@ class DoRA:
         layer.lora_m.copy_(layer.lora_n0)
 
     @staticmethod
+    def low_rank(layer: Layer) -> LowRank:
+        a, b, cfg = layer.lora_A, layer.lora_B, layer.cfg
+        return LowRank(a, b, cfg.scaling, cfg.dropout if layer.training else 0.0, _gain(layer, a, b), layer.scale)
+
+    @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        a, b, magnitude, cfg = layer.lora_A, layer.lora_B, layer.lora_m, layer.cfg
-        base_norm = layer.lora_n0.to(magnitude.dtype)  # a cast of parameters alone must not part n0 from m
-        weight_norm = layer.constant("n", partial(_weight_norm, layer), a, b, base_norm)  # no gradient: section 4.3
-        gain = magnitude.float() / weight_norm  # (o,)
+        a, b, cfg = layer.lora_A, layer.lora_B, layer.cfg
         dropout = cfg.dropout if layer.training else 0.0
-        return add_low_rank(y, x, a, b, cfg.scaling, dropout, gain, layer.scale, layer.bias)
+        return add_low_rank(y, x, a, b, cfg.scaling, dropout, _gain(layer, a, b), layer.scale, layer.bias)
+
+
+def _gain(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]) -> Float[Tensor, "o"]:
+    magnitude = layer.lora_m
+    base_norm = layer.lora_n0.to(magnitude.dtype)  # a cast of parameters alone must not part n0 from m
+    return magnitude.float() / layer.constant("n", partial(_weight_norm, layer), a, b, base_norm)  # no gradient: 4.3
 
 
 def _weight_norm(

@@ -24,10 +24,16 @@ __all__ = ["IA3", "IA3Config"]
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(BaseConfig):
-    """Targets the key and value projections by default."""
+    """Targets the key and value projections by default; of one that makes queries too, all of its output, as PEFT."""
 
     variant: str = "ia3"
-    target_names: Sequence[str] = (r"\.(k|v)(_proj)?$", r"\.(key|value)s?(_proj)?$")
+    target_names: Sequence[str] = (
+        r"\.(k|v)(_proj)?$",
+        r"\.(key|value)s?(_proj)?$",
+        r"\.((k|v)(_lin|_head|_proj\.linear)|(project|linear)_(k|v)|W(k|v))$",  # XLM, Funnel, Moshi, CPM-Ant, CTRL
+        r"\.kv(_b)?_proj$",  # DeepSeek, JetMoE
+        r"\.(query_key(_value)?|qkv(_proj)?|Wqkv|c_attn|att_proj|self\.in_proj)$",  # GPT-NeoX, Phi-3, MPT, GPT-2, Bark
+    )
 
 
 @register
@@ -35,6 +41,7 @@ class IA3:
     name = "ia3"
     config = IA3Config
     handles_scale = True
+    reads_input = False
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: IA3Config) -> dict[str, ParamSpec]:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import BaseConfig
+from ..core.targets import MLP, MLP_OUT
 from ..core.variant import Layer, ParamSpec, register
 
 __all__ = ["IA3FF", "IA3FFConfig"]
@@ -23,14 +24,17 @@ __all__ = ["IA3FF", "IA3FFConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class IA3FFConfig(BaseConfig):
-    """Targets the feed-forward's second layer by default, whose input is the inner activation."""
+    """Targets the feed-forward's second layer by default, whose input is the inner activation; of fused experts each
+    expert's."""
 
     variant: str = "ia3_ff"
     target_names: Sequence[str] = (
-        r"\.(down_proj|w2|fc2|DenseReluDense\.wo|dense_4h_to_h|fc_out)$",  # Llama, Mixtral, OPT, T5, GPT-NeoX, GPT-J
-        r"\.mlp\.c_proj$",  # GPT-2
-        r"\d\.output\.dense$",  # BERT, ViT
+        MLP + MLP_OUT,  # Llama, GPT-2, GPT-NeoX, ModernBERT, T5
+        r"\.(down_proj|w2|fc2|fc_out|lin2|DenseReluDense\.wo)$",  # OPT, XLM; Mixtral's experts
+        r"\d\.(output\.dense|ffn_output|ffn\.2|ff\.layer_2)$",  # BERT, ViT, ALBERT, CTRL, XLNet
+        r"\.mlp\.(output_linear\.weight|experts\.expert_\d+\.wo)$",  # JetMoE, Switch Transformers
     )
+    kinds: Sequence[str] = ("linear", "experts")
 
 
 @register

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.validate import is_number, positive_or_none
-from ..core.variant import Layer, ParamSpec, register
+from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..ops.low_rank import add_low_rank
 
 __all__ = ["LoRA", "LoRAConfig"]
@@ -59,8 +59,9 @@ class LoRA:
         }
 
     @staticmethod
-    def low_rank(layer: Layer) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"], float]:
-        return layer.lora_A, layer.lora_B, layer.scale * layer.cfg.scaling
+    def low_rank(layer: Layer) -> LowRank:
+        dropout = layer.cfg.dropout if layer.training else 0.0
+        return LowRank(layer.lora_A, layer.lora_B, layer.scale * layer.cfg.scaling, dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:

@@ -6,9 +6,8 @@
 
 Identity   ΔA = ΔB = 0, bit-exact
 Base       read once, at init: dense layers only, since the point of a residual is to be quantised afterwards
-Departs    the paper writes the residual W - s B0 A0 into the layer. Here the base is never written: A0 and B0 stay as
-           frozen buffers, and the differences are formed in their storage dtype, so nothing cancels in bfloat16 and a
-           load needs no SVD
+Departs    the paper writes the residual W - s B0 A0 into the layer. Here A0 and B0 stay as frozen buffers: a load needs
+           no SVD. The differences are formed in their storage dtype, so nothing cancels in bfloat16
 Checked    against PEFT LoraConfig(init_lora_weights="pissa"): outputs, gradients, three AdamW steps
 """
 
@@ -25,7 +24,7 @@ from ..core.validate import positive_or_none
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
 from ..ops.low_rank import add_low_rank
-from ..ops.svd import leading_svd
+from ..ops.svd import leading_svd, top_svd
 
 __all__ = ["PiSSA", "PiSSAConfig"]
 
@@ -39,7 +38,7 @@ class PiSSAConfig(AdapterConfig):
     alpha: float | None = None
     svd: str = "exact"
     svd_of: str = "base"
-    ADDED_LATER: ClassVar[tuple[str, ...]] = ("svd_of",)
+    ADDED_LATER: ClassVar[tuple[str, ...]] = (*AdapterConfig.ADDED_LATER, "svd_of")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +76,11 @@ class PiSSA:
 
     @staticmethod
     def init(layer: Layer, cfg: PiSSAConfig) -> None:
-        u, s, v = _top_svd(layer.dense_weight(cfg.svd_of), cfg, layer.path)
+        w = layer.dense_weight(cfg.svd_of)  # float32 (o, i)
+        u, s, v = leading_svd(w, cfg.r) if cfg.svd == "fast" else top_svd(w, cfg.r)
+        if cfg.svd == "fast":
+            error = float(max((w @ v - u * s).norm(), (w.mT @ u - v * s).norm()) / s.norm())  # 0 if they are true
+            logger.debug(f"{layer.path}: randomised SVD, max(‖WV - US‖, ‖WᵀU - VS‖)/‖S‖ = {error:.1e}")
         root = (s / cfg.scaling).sqrt()  # (r,)
         layer.lora_A0.copy_(root[:, None] * v.mT)
         layer.lora_B0.copy_(u * root)
@@ -97,16 +100,3 @@ class PiSSA:
         if torch.is_grad_enabled():  # the backward keeps them: no parameters, so they take memory of their own
             a, b = a.to(x.dtype), b.to(x.dtype)
         return add_low_rank(y, x, a, b, s)
-
-
-def _top_svd(
-    w: Float[Tensor, "o i"], cfg: PiSSAConfig, path: str
-) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r"], Float[Tensor, "i r"]]:
-    """The top r of W = U S Vᵀ, float32."""
-    if cfg.svd == "exact":
-        u, s, vt = torch.linalg.svd(w, full_matrices=False)
-        return u[:, : cfg.r], s[: cfg.r], vt[: cfg.r].mT
-    u, s, v = leading_svd(w, cfg.r)
-    error = float(max((w @ v - u * s).norm(), (w.mT @ u - v * s).norm()) / s.norm())  # 0 for true singular vectors
-    logger.debug(f"{path}: randomised SVD, max(‖WV - US‖, ‖WᵀU - VS‖)/‖S‖ = {error:.1e}")
-    return u, s, v
