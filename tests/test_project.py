@@ -10,8 +10,9 @@ import pytest
 import torch
 from contrasts import FITTED, NEUTRAL, chats
 from jaxtyping import TypeCheckError
-from models import IDS, OneLinear, config, perturb, tiny_llama
+from models import IDS, OneLinear, config, moe, perturb, tiny_llama
 from test_ecosystem import Tokens, arguments
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
@@ -20,8 +21,20 @@ from lora_lite.core.variant import weight_use
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-FIRST, EXAMPLE, OWN_VARIANT, ABLITERATION, STEERING, POLES, HISTORY, MERGING, TRAINER = BLOCKS
+FIRST, EXAMPLE, OWN_VARIANT, ABLITERATION, STEERING, POLES, HISTORY, MERGING, TRAINER, OTHER_KINDS = BLOCKS
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
+
+
+def test_the_readmes_other_kinds_of_layer() -> None:
+    experts, convolutions = OTHER_KINDS.strip().splitlines()
+    model = moe("mixtral")
+    exec(experts, {"ll": ll, "model": model})
+    assert any(".experts.gate_up_proj" in path for path in ll.adapters(model)["default"].targets)
+    model = nn.Sequential()
+    model.add_module("conv1", nn.Conv2d(3, 8, 3))
+    model.add_module("conv2", nn.Conv2d(8, 8, 3))
+    exec(convolutions, {"ll": ll, "model": model})
+    assert set(ll.adapters(model)["default"].targets) == {"conv2"}
 
 
 def test_the_readmes_first_screen_is_what_the_model_says(smollm2: str, capsys: pytest.CaptureFixture[str]) -> None:

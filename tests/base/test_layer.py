@@ -98,19 +98,19 @@ class Codes(nn.Linear):
         return x @ torch.ones(8, 8)
 
 
-def test_an_unknown_kind_is_never_guessed() -> None:
+def test_of_an_unknown_kind_the_numbers_are_measured_and_never_guessed() -> None:
     layer = Codes(torch.ones(8, 8, dtype=torch.int8))
     model = nn.ModuleDict({"proj": layer})
-    assert not layer_of(layer).storage.is_known
     assert layer_of(layer).describe() == "unknown (Parameter, int8)"
-    for variant in ("dora", "pissa"):
-        with pytest.raises(
-            ll.QuantizedWeightError, match=rf"proj: '{variant}' reads the weight, and this one is unknown \("
-        ):
-            ll.attach(model, config(variant, target_names="proj"))
-    with pytest.raises(ll.QuantizedWeightError, match="its values can't be read"):
-        layer_of(layer, "proj").dense_weight()
-    ll.attach(model, config("lora", target_names="proj"))  # reads nothing, so any kind will do
+    assert torch.equal(layer_of(layer, "proj").dense_weight(), torch.ones(8, 8))
+    with pytest.raises(ll.QuantizedWeightError, match=r"'pissa' needs a dense weight, and this one is unknown \("):
+        ll.attach(model, config("pissa", target_names="proj"))
+    for variant in ("dora", "lora"):
+        ll.attach(model, config(variant, target_names="proj"), variant)
+    stored = nn.Linear(8, 8)
+    stored.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ll.QuantizedWeightError, match="proj: its own forward can't be run on rows"):
+        layer_of(stored, "proj").dense_weight()
 
 
 def test_a_layer_of_an_unknown_kind_that_cannot_run_is_not_trained() -> None:
@@ -161,21 +161,21 @@ class Opaque(torch.Tensor):
 def test_of_an_unknown_kind_the_record_says_just_that(
     weight: torch.Tensor, kind: str, tmp_path: Path, log: list[str]
 ) -> None:
-    """Its elements may be no numbers, so none is taken; nothing tells two such weights apart."""
+    """Its elements may be no numbers, so those of the fingerprint are measured too."""
 
     def model(dense: bool = False) -> Any:
         return nn.ModuleDict({"proj": nn.Linear(8, 8) if dense else Codes(weight)})
 
     first = model()
     adapter = ll.attach(first, config("lora", target_names="proj"))
-    assert adapter.base["fingerprint"] == {"proj": [kind.rpartition(" ")[2].rstrip(")")]}
+    assert adapter.base["fingerprint"] == {"proj": [kind.rpartition(" ")[2].rstrip(")"), 1.0, 1.0, 1.0, 1.0]}
     assert adapter.base["quantization"] == {
         "method": "unknown",
         "quant_type": kind,
         "blocksize": None,
         "double_quant": False,
         "compute_dtype": None,
-        "weight_dtype": None,
+        "weight_dtype": "float32",
         "modules": ["proj"],
     }
     assert f"on ModuleDict ({kind})" in repr(adapter)
@@ -334,7 +334,9 @@ def test_a_base_with_the_same_codes_and_other_scales_is_another_base(
             ll.load(quantized(tiny, "nf4", double_quant=False), tmp_path / "a.safetensors")
 
 
-def test_a_weight_in_another_order_is_unknown() -> None:
+def test_a_weight_in_another_order_that_cannot_run_is_not_read() -> None:
     layer = nn.Linear(16, 24)
     layer.weight = nn.Parameter(layer.weight.detach().mT.contiguous())
-    assert not layer_of(layer).storage.is_known
+    assert not layer_of(layer).storage.is_dense
+    with pytest.raises(ll.QuantizedWeightError, match="its own forward can't be run on rows"):
+        layer_of(layer).dense_weight()

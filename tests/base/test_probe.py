@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lora_lite as ll
-from lora_lite.base import probe
+from lora_lite.base import affine, probe
 from lora_lite.base.layer import layer_of
 from lora_lite.base.own_forward import is_asked
 
@@ -116,7 +116,7 @@ def test_nor_is_its_weight_read_as_if_it_were_all(base: str, tmp_path: Path) -> 
         ll.QuantizedWeightError,
         match=r"up_proj: no matrix stands for this layer \(.*\): (f\(u \+ v\)|.* of small inputs)(?s:.*)merge_ch",
     ):
-        probe.check_affine(layer_of(layer, UP))
+        affine.check_affine(layer_of(layer, UP))
 
 
 def test_compressed_weights_before_the_first_forward_are_no_weights_yet(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_quantised_weights_alone_are_affine(base: str) -> None:
     model = EXACT[base]()
     layer = model.get_submodule(UP)
     assert is_asked(layer_of(layer))
-    probe.check_affine(layer_of(layer, UP))
+    affine.check_affine(layer_of(layer, UP))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
@@ -248,7 +248,7 @@ def test_what_no_matrix_stands_for_is_found(name: str, dtype: torch.dtype) -> No
     model = nn.ModuleDict({"proj": Own(change, dtype)})
     found = found if dtype != torch.bfloat16 else f"{found}|of small inputs is lost"
     with pytest.raises(ll.QuantizedWeightError, match=rf"proj: no matrix stands for this layer .*({found})"):
-        probe.check_affine(layer_of(model["proj"], "proj"))
+        affine.check_affine(layer_of(model["proj"], "proj"))
     if name in ("int8", "groups", "output"):  # a straight-through gradient is a right one, of the weight
         ll.attach(model, config("lora", target_names="proj"))
         with pytest.raises(ll.QuantizedWeightError, match="proj: no matrix stands for this layer"):
@@ -268,7 +268,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_one(d_in: int, dtype: torch
     probe.check_gradients(model, dict(model.named_children()))
     for path, each in model.named_children():
         assert is_asked(layer_of(each))
-        probe.check_affine(layer_of(each, path))
+        affine.check_affine(layer_of(each, path))
 
 
 def test_a_wrong_gradient_is_found() -> None:
@@ -296,7 +296,7 @@ def test_what_gives_no_rows_may_train_but_its_weight_is_not_read(change: Any, lo
         ll.QuantizedWeightError,
         match=r"proj: its own forward can't be run on rows, so it isn't known whether a matrix stands for.*\n  keep an",
     ):
-        probe.check_affine(layer_of(layer, "proj"))
+        affine.check_affine(layer_of(layer, "proj"))
     probe.check_gradients(nn.ModuleDict({"proj": layer}), {"proj": layer})
     assert "WARNING it isn't known whether gradients pass proj: its forward can't be run on rows" in log
 
@@ -364,7 +364,7 @@ def test_a_probe_leaves_nothing_behind() -> None:
     layer.register_forward_hook(lambda *_: calls.append(_))
     state, before = torch.random.get_rng_state(), set(vars(layer))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        probe.check_affine(layer_of(layer, ""))
+        affine.check_affine(layer_of(layer, ""))
         probe.check_gradients(layer, {"": layer})
     assert torch.equal(torch.random.get_rng_state(), state)
     assert layer.training

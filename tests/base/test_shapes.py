@@ -14,8 +14,8 @@ from transformers.models.ibert.quant_modules import QuantLinear
 
 import lora_lite as ll
 from lora_lite.base.layer import layer_of
-from lora_lite.base.shapes import not_linear, routers
-from lora_lite.base.stacks import layer_shapes
+from lora_lite.base.probe import not_linear
+from lora_lite.base.stacks import layer_shapes, routers
 
 
 class Scaled(nn.Linear):
@@ -230,7 +230,8 @@ def test_an_encoder_of_torch_takes_an_adapter_as_it_is() -> None:
         nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2, enable_nested_tensor=False
     )
     adapter = ll.attach(model, ll.LoRAConfig(r=2))
-    assert set(adapter.targets) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    parts = ("linear1", "linear2", "self_attn.in_proj_weight", "self_attn.out_proj")
+    assert set(adapter.targets) == {f"layers.{i}.{part}" for i in (0, 1) for part in parts}
     model(torch.randn(2, 3, 16)).square().sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
 
@@ -238,8 +239,10 @@ def test_an_encoder_of_torch_takes_an_adapter_as_it_is() -> None:
 def test_writers_asked_for_by_role_are_never_left_out_in_silence() -> None:
     model: Any = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2)
     model.config = transformers.PretrainedConfig(hidden_size=16)
-    with pytest.raises(ll.TargetError, match=r"layers.0.self_attn.out_proj: an adapter can't act on this"):
-        ll.plan(model, ll.LoRAConfig(r=2, target_roles="writer"))
+    plan = ll.plan(model, ll.LoRAConfig(r=2, target_roles="writer"))
+    assert {t.path for t in plan} == {
+        f"layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.out_proj", "linear2")
+    }
 
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0}
@@ -403,9 +406,9 @@ def test_a_router_that_gives_a_tuple_is_refused_by_name() -> None:
 
 def test_fused_experts_are_named_in_the_plan() -> None:
     plan = ll.plan(moe("mixtral"), ll.LoRAConfig(r=2))
-    reason = "fused experts: lora goes on linear layers"
+    reason = 'fused experts: kinds=("experts",) takes their matrices'
     assert [path for path, why in plan.left_out if why == reason] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
-    assert "left out: model.layers.*.mlp.experts x 2 (fused experts: lora goes on" in str(plan)
+    assert "left out: model.layers.*.mlp.experts x 2 (fused experts:" in str(plan)
     whole = ll.plan(moe("mixtral"), ll.AbliterationConfig())
     assert not any("experts" in path for path, _ in whole.left_out)
 
@@ -425,9 +428,7 @@ def test_no_matrices_of_a_block_are_omitted_in_silence() -> None:
         nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2, enable_nested_tensor=False
     )
     plan = ll.plan(encoder, ll.LoRAConfig(r=2))
-    assert [path for path, why in plan.left_out if why.startswith("q, k and v: nn.MultiheadAttention")] == [
-        f"layers.{i}.self_attn" for i in (0, 1)
-    ]
+    assert not plan.left_out  # nn.MultiheadAttention's projections are targets
     assert max(map(len, str(plan).splitlines())) <= 80
 
 

@@ -88,12 +88,15 @@ def test_the_class_is_short() -> None:
     assert len(inspect.getsource(RowInt8Storage).splitlines()) <= 40
 
 
-def test_without_the_class_only_methods_that_never_read_the_weight_go_on_it() -> None:
-    ll.attach(quantized(), ll.LoRAConfig(target_names="mlp"))
-    with pytest.raises(
-        ll.QuantizedWeightError, match=r"'dora' reads the weight, and this one is unknown \(Tensor, int8\)"
-    ):
-        ll.attach(quantized(), ll.DoRAConfig(target_names="mlp"))
+def test_without_the_class_its_numbers_are_measured() -> None:
+    model = quantized()
+    for path, module in model.named_modules():
+        if isinstance(module, RowInt8):
+            assert torch.equal(layer_of(module, path).dense_weight(), module.weight * module.scales)
+    adapter = ll.attach(model, ll.DoRAConfig(target_names="mlp"))
+    assert adapter.base["quantization"]["quant_type"] == "unknown (Tensor, int8)"
+    with pytest.raises(ll.QuantizedWeightError, match=r"unknown \(Tensor, int8\) weight can't be quantised again here"):
+        ll.merge(model, quantized="requantize")
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "ia3"])

@@ -425,7 +425,7 @@ def an_empty_folder(path: Path) -> None:
         (absurdly_wide, "would be 1073741824 -> 32; wanted 1 to 1048576 features"),
         (a_nan, "1 tensors hold NaN"),
         (one_tensor_less, "1 missing keys"),
-        (an_empty_folder, "holds no safetensors file"),
+        (an_empty_folder, "0 indexes and 0 safetensors files"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(spoil: Callable[[Path], None], reason: str, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_base_is_opened_in_its_recorded_dtype_whatever_is_fast_here(
     model = ll.load_base(tiny, dtype)
     attach(model, config("lora", r=4))
     ll.save(model, tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "peft", tiny)
+    convert(tmp_path / "a.safetensors", tmp_path / "peft", Path(tiny))
     assert (tmp_path / "peft").is_dir()
 
 

@@ -674,6 +674,6 @@ def test_what_a_file_says_of_rounds_is_checked(fields: dict[str, Any], match: st
 def test_a_files_regexes_are_not_compiled_where_fields_differ_by_layer() -> None:
     kept = KEPT | {"config": LORA | {"target_names": ["("]}}
     cfg = ll.HistoryConfig.from_dict(ll.HistoryConfig().to_dict() | {"rounds": [kept], "here": {"a": {"r": 3}}})
-    assert cfg.own_methods[0].config.r == 3
-    assert cfg.own_methods[0].config.target_names == ("(",)
+    assert cfg.own_methods[0].cfg.r == 3
+    assert cfg.own_methods[0].cfg.target_names == ("(",)
     assert ll.HistoryConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import OneLinear, config, tiny_llama
+from models import IDS, OneLinear, config, moe, tiny_llama
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.core.targets import Target
 
 SMALL: dict[str, Any] = {"vocab_size": 64}
 FAMILIES = {
@@ -168,15 +169,76 @@ def test_plan_prints_one_row_for_a_kind_of_layer() -> None:
     ]
 
 
+def left_out(plan: ll.Plan) -> list[str]:
+    lines = str(plan).splitlines()
+    return [line for line in lines if line.startswith(("left out:", " "))]
+
+
 def test_plan_says_what_the_defaults_leave_out() -> None:
     model = tiny_llama()
     plan = ll.plan(model, ll.LoRAConfig(r=4))
     assert plan.left_out == (("lm_head", "the output head"),)
-    assert str(plan).splitlines()[-1] == "left out: lm_head (the output head)"
-    for fields in ({"exclude_names": "lm_head"}, {"target_names": "up_proj"}):
-        chosen = ll.plan(model, ll.LoRAConfig(r=4, **fields))
-        assert chosen.left_out == ()
-        assert "left out" not in str(chosen)
+    # 96 x 64 of 86,336 parameters each; five norms of 64.
+    assert left_out(plan) == [
+        "left out: model.embed_tokens (embedding, 7 % of the parameters)",
+        "left out: lm_head (the output head, 7 %)",
+        "left out: norms and other vectors x 5 (0.4 %)",
+    ]
+    tied = left_out(ll.plan(tiny_llama(tie_word_embeddings=True), ll.LoRAConfig(r=4)))
+    assert tied[-1] == "left out: lm_head (the output head, tied)"
+    excluded = ll.plan(model, ll.LoRAConfig(r=4, exclude_names=("lm_head", "norm")))
+    assert excluded.left_out == ()
+    assert [entry.paths for entry in excluded.unadapted] == ["model.embed_tokens"]
+    named = ll.plan(model, ll.LoRAConfig(r=4, target_names="up_proj"))
+    assert named.left_out == named.unadapted == ()
+    assert "left out" not in str(named)
+    shallow = ll.plan(model, ll.LoRAConfig(r=4, layers=(0,)))  # the filter says so, not the defaults
+    assert shallow.unadapted == plan.unadapted
+
+
+def test_the_shares_and_what_is_adapted_make_the_model() -> None:
+    """Of each kind of layer, with a weight in two places."""
+    model = moe("mixtral", tie_word_embeddings=True)
+    model.model.conv = nn.Conv1d(8, 8, 3)
+    model.model.weighted = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3))
+    model.model.table = nn.Parameter(torch.zeros(5, 7))
+    model.model.token = nn.Parameter(torch.zeros(1, 1, 64))
+    plan = ll.plan(model, ll.LoRAConfig(r=2))
+    reasons = {entry.paths: entry.reason for entry in plan.unadapted}
+    assert reasons == {
+        "model.layers.*.mlp.experts": 'fused experts: kinds=("experts",) takes their matrices',
+        "model.embed_tokens": "embedding",
+        "lm_head": "the output head",
+        "model.layers.*.mlp.gate.weight": "a router of experts",
+        "norms and other vectors": "",
+        "model.conv": "convolution",
+        "model.weighted.parametrizations.weight.original1": "a bare parameter",
+        "model.table": "a bare parameter",
+    }
+    total = sum(p.numel() for p in model.parameters())  # a tied one once
+    adapted = sum(model.get_submodule(target.path).weight.numel() for target in plan)
+    assert sum(entry.share for entry in plan.unadapted) == pytest.approx(1 - adapted / total)
+    lines = left_out(plan)
+    assert lines[:2] == [
+        'left out: model.layers.*.mlp.experts x 2 (fused experts: kinds=("experts",)',
+        "          takes their matrices, 70 % of the parameters)",
+    ]
+    experts = ll.plan(model, ll.LoRAConfig(r=2, kinds=("linear", "experts", "conv", "embedding", "matrix")))
+    assert not any("experts" in entry.paths or entry.reason == "embedding" for entry in experts.unadapted)
+    only = ll.plan(model, ll.LoRAConfig(r=2, kinds=("experts",)))
+    assert sum(entry.share for entry in only.unadapted if entry.reason == "linear layer") == pytest.approx(
+        adapted / total
+    )
+
+
+def test_packed_codes_count_as_the_numbers_that_they_are() -> None:
+    model, packed = tiny_llama(), tiny_llama()
+    head = packed.lm_head
+    head.weight = nn.Parameter(torch.zeros(96 * 64 // 2, 1, dtype=torch.uint8), requires_grad=False)  # 4 bits each
+    shares = [
+        {entry.paths: entry.share for entry in ll.plan(each, ll.LoRAConfig(r=2)).unadapted} for each in (model, packed)
+    ]
+    assert shares[0] == shares[1]
 
 
 def test_plan_says_it_in_few_lines_of_80_columns() -> None:
@@ -186,15 +248,217 @@ def test_plan_says_it_in_few_lines_of_80_columns() -> None:
     for i in range(8):
         setattr(model.model, f"head_{chr(97 + i)}", nn.Linear(8, 8))
     plan = ll.plan(model, ll.LoRAConfig(r=4))
-    lines = [line for line in str(plan).splitlines() if line.startswith(("left out:", " "))]
-    assert lines[0] == "left out: lm_head (the output head)"  # outside of the blocks comes last
-    assert lines[1:3] == [
-        "left out: model.a_projector_with_a_rather_long_name.* x 40 (in no stack of",
-        "          blocks)",
+    lines = left_out(plan)
+    assert lines[-3:-1] == [
+        "left out: model.a_projector_with_a_rather_long_name.* x 40, 9 more (in no stack",
+        "          of blocks, 4 %)",
     ]
-    assert lines[-1] == "left out: and 3 more kinds: Plan.left_out"
     assert max(map(len, lines)) <= 80
     assert len(plan.left_out) == 1 + 40 + 1 + 8
+    for i in range(12):  # each with a reason of its own
+        setattr(model.model, f"odd_{chr(97 + i)}", Refusing(f"reason {i} " + "is a long one " * 4))
+        model.model.layers[0].add_module(f"odd_{chr(97 + i)}", Refusing(f"reason {i} " + "is a long one " * 4))
+    lines = left_out(ll.plan(model, ll.LoRAConfig(r=4)))
+    assert len(lines) <= 8
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith("left out: for ")
+    assert lines[-1].endswith(" (Plan.unadapted)")
+
+
+class Refusing(nn.Linear):
+    """It takes no input."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(8, 8)
+        self.reason = reason
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(self.reason)
+
+
+ROLES = {
+    "reader": "attn.Wq attention.q_lin self_attn.k_proj.linear attention.receptance self.query_proj self.key_global "
+    "self.w2e_query temporal_block.linear_y self_attn.q_a_proj self_attn.kv_a_proj_with_mqa self_attn.linear_v "
+    "self_attn.output_gate cross_attn.value_proj cross_attn.attention_weights ffn.intermediate_dense mlp.Wi ffn.lin1",
+    "writer": "attn.Wo attention.out_lin self_attn.o_proj.linear attention.output self_attn.output "
+    "self_attn.linear_out "
+    "temporal_block.linear_out ffn.output_dense self_attn.projection attn.to_out.0 mlp.fc2 attention.output.dense "
+    "ffn.lin2 self_attn.post_proj",
+    None: "self_attn.mix layers.0.linear attention.self block.dense_of_some_kind",
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_square_layers_by_name(role: str | None) -> None:
+    names = ROLES[role].split()
+    assert {name: Target(f"model.layers.0.{name}", 8, 8, "float32").role(8) for name in names} == dict.fromkeys(
+        names, role
+    )
+    assert Target("model.layers.0.self_attn.mix", 8, 9, "float32").role(8) == "reader"  # where the shape tells
+
+
+DIMS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+MLA: dict[str, Any] = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+DEFAULTS: dict[str, tuple[Any, str, str, str]] = {  # class and config; targets of ia3, ia3_ff and steer
+    "GPT2LMHeadModel": (
+        lambda: transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, **SMALL),
+        "attn.c_attn",
+        "mlp.c_proj",
+        "mlp.c_proj",
+    ),
+    "GPTNeoXForCausalLM": (
+        lambda: transformers.GPTNeoXConfig(**DIMS, **SMALL),
+        "attention.query_key_value",
+        "mlp.dense_4h_to_h",
+        "mlp.dense_4h_to_h",
+    ),
+    "BloomForCausalLM": (
+        lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **SMALL),
+        "self_attention.query_key_value",
+        "mlp.dense_4h_to_h",
+        "mlp.dense_4h_to_h",
+    ),
+    "FalconForCausalLM": (
+        lambda: transformers.FalconConfig(**(DIMS | {"ffn_hidden_size": 40}), **SMALL),
+        "self_attention.query_key_value",
+        "mlp.dense_4h_to_h",
+        "mlp.dense_4h_to_h",
+    ),
+    "MptForCausalLM": (
+        lambda: transformers.MptConfig(n_layers=2, d_model=32, n_heads=4, **SMALL),
+        "attn.Wqkv",
+        "ffn.down_proj",
+        "ffn.down_proj",
+    ),
+    "DeepseekV3ForCausalLM": (
+        lambda: transformers.DeepseekV3Config(**DIMS, **MLA, **SMALL),
+        "self_attn.kv_b_proj",
+        "mlp.down_proj mlp.experts.down_proj shared_experts.down_proj",
+        "mlp.down_proj mlp.experts",
+    ),
+    "MixtralForCausalLM": (
+        lambda: transformers.MixtralConfig(num_local_experts=4, num_key_value_heads=2, **DIMS, **SMALL),
+        "self_attn.k_proj self_attn.v_proj",
+        "experts.down_proj",
+        "mlp.experts",
+    ),
+    "GraniteMoeSharedForCausalLM": (
+        lambda: transformers.GraniteMoeSharedConfig(
+            num_local_experts=4, num_key_value_heads=2, shared_intermediate_size=24, **DIMS, **SMALL
+        ),
+        "self_attn.k_proj self_attn.v_proj",
+        "experts.down_proj shared_mlp.output_linear",
+        "block_sparse_moe.experts",  # not the shared part too: the block's output would get the vector twice
+    ),
+    "BertForMaskedLM": (
+        lambda: transformers.BertConfig(**DIMS, **SMALL),
+        "self.key self.value",
+        "output.dense",
+        "output.dense",
+    ),
+    "ModernBertForMaskedLM": (
+        lambda: transformers.ModernBertConfig(**DIMS, pad_token_id=0, **SMALL),
+        "attn.Wqkv",
+        "mlp.Wo",
+        "mlp.Wo",
+    ),
+    "DistilBertForMaskedLM": (
+        lambda: transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=40, **SMALL),
+        "attention.k_lin attention.v_lin",
+        "ffn.lin2",
+        "ffn.lin2",
+    ),
+    "T5ForConditionalGeneration": (
+        lambda: transformers.T5Config(num_layers=2, d_model=32, d_kv=8, num_heads=4, d_ff=40, **SMALL),
+        "EncDecAttention.k EncDecAttention.v SelfAttention.k SelfAttention.v",
+        "DenseReluDense.wo",
+        "DenseReluDense.wo",
+    ),
+    "MambaForCausalLM": (
+        lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, **SMALL),
+        "",
+        "",
+        "mixer.out_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_of_ia3_and_steer_know_the_families(name: str) -> None:
+    make, *wanted = DEFAULTS[name]
+    with torch.device("meta"):
+        model = getattr(transformers, name)(make())
+    configs: list[Any] = [ll.IA3Config(), ll.IA3FFConfig(), ll.SteerConfig()]
+    for cfg, names in zip(configs, wanted, strict=True):
+        if not names:
+            with pytest.raises(ll.TargetError, match="no layer matched"):
+                ll.plan(model, cfg)
+            continue
+        plan = ll.plan(model, cfg)
+        assert {".".join(t.path.split(".")[-len(n.split(".")) :]) for t in plan for n in names.split()} >= set(
+            names.split()
+        )
+        assert all(any(t.path.endswith(f".{n}") for n in names.split()) for t in plan)
+        assert {t.block for t in plan} == {0, 1}
+
+
+def test_ia3_ff_scales_what_each_expert_reads() -> None:
+    """W_e (l_e ⊙ x), against a model whose matrices hold the scales."""
+    model, other = moe("mixtral", torch.float64), moe("mixtral", torch.float64)
+    for each in (model, other):
+        each.set_experts_implementation("eager")  # grouped products have no float64
+    before = model(input_ids=IDS).logits
+    adapter = ll.attach(model, ll.IA3FFConfig(dtype=torch.float64))
+    assert {target.path for target in adapter.layers} == {f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)}
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    with torch.no_grad():
+        for key, tensor in adapter.named_tensors():
+            tensor.add_(torch.randn_like(tensor), alpha=0.3)  # (experts, d_in)
+            other.get_parameter(key.removesuffix(".lora_l")).mul_(tensor[:, None])  # (experts, d_out, d_in)
+    torch.testing.assert_close(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
+    model(input_ids=IDS).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+
+
+def test_the_tensors_of_an_adapter_are_no_targets() -> None:
+    """Those of fused experts stand beside the matrices, as bare parameters."""
+    model, cfg = moe("mixtral"), ll.LoRAConfig(r=2, kinds=("linear", "experts", "matrix", "embedding"))
+    before = ll.plan(model, cfg)
+    assert ll.attach(model, cfg).targets.keys() == {target.path for target in before}
+    assert str(ll.plan(model, cfg)) == str(before)
+    assert ll.attach(model, cfg, "second").targets == {t.path: (t.d_in, t.d_out) for t in before}
+
+
+def test_parametrised_convolutions_and_embeddings_are_in_no_ones_way() -> None:
+    """A weight that is computed is no parameter; wav2vec2's positions are such a convolution."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3))
+        layer.words = nn.utils.parametrizations.weight_norm(nn.Embedding(8, 8))
+    for kinds in (("linear",), ("linear", "conv", "embedding")):
+        targets = {target.path for target in ll.plan(model, ll.LoRAConfig(r=2, kinds=kinds))}
+        assert not any("conv" in path or "words" in path for path in targets)
+
+
+def test_a_vector_of_three_dimensions_writes_nothing() -> None:
+    """RWKV keeps (1, 1, d) beside its layers."""
+    with torch.device("meta"):
+        model = transformers.RwkvForCausalLM(transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, **SMALL))
+    names = {".".join(t.path.split(".")[-2:]) for t in ll.plan(model, ll.AbliterationConfig())}
+    assert names == {"attention.output", "feed_forward.value"}
 
 
 def test_the_head_of_a_model_without_blocks_is_left_out() -> None:

@@ -14,7 +14,7 @@ from models import IDS, attach, config, moe, perturb, tiny_llama
 from safetensors.torch import load_file
 
 import lora_lite as ll
-from lora_lite.io.peft.conversion import moved_keys, named_like_experts
+from lora_lite.io.peft.conversion import moved_keys, named_like_experts, old_keys
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -172,24 +172,67 @@ def test_peft_itself_loses_such_layers(tmp_path: Path) -> None:
     assert float((logits(other) - logits(model)).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_keys_that_peft_would_rename_are_refused(variant: str, tmp_path: Path) -> None:
+SHARED = "model.layers.1.mlp.shared_experts"
+
+
+@unmatched
+@pytest.mark.parametrize("rank", [None, 8])
+def test_keys_that_peft_would_rename_are_those_of_an_old_checkpoint(rank: int | None, tmp_path: Path) -> None:
+    """transformers takes `shared_experts` for the `shared_expert.` of old ones, and adds a dot."""
     model = made("Laguna")
-    perturb(ll.attach(model, config(variant)), 0.1)
+    base = logits(model)
+    fields = {"r": 4, "alpha": 6.0, "per_layer": {"shared_experts.*down_proj": {"r": 2, "alpha": 5.0}}}
+    adapter = ll.attach(model, config("lora", **fields))
+    perturb(adapter, 0.1)
+    wanted = logits(model)
+    ll.save_peft(model, tmp_path, rank=rank)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    old = [key for key in keys if ".mlp.shared_expert." in key]
+    assert (len(old), any("shared_experts" in key for key in keys)) == (6, False)
+    assert float((wanted - base).abs().max()) > 1e-2
+    torch.testing.assert_close(logits(opened(tmp_path, made("Laguna"))), wanted, rtol=1e-4, atol=1e-5)
+    direct = made("Laguna")
+    info = direct.load_adapter(str(tmp_path))
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+    torch.testing.assert_close(logits(direct), wanted, rtol=1e-4, atol=1e-5)
+    twin = made("Laguna")
+    assert ll.load_peft(twin, tmp_path).targets == adapter.targets
+    torch.testing.assert_close(logits(twin), wanted, rtol=1e-4, atol=1e-5)
+    if rank is None:
+        assert torch.equal(logits(twin), wanted)
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_keys_that_no_old_name_leads_to_are_refused(
+    rank: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lora_lite.io.peft.save.old_keys", lambda root, moved: {})
+    model = made("Laguna")
+    perturb(ll.attach(model, config("lora")), 0.1)
     message = (
         r"PEFT would lose 3 of these \d+ layers .* onto this LagunaForCausalLM\n"
         r"  model.layers.1.mlp.shared_experts.gate_proj, model.layers.1.mlp.shared_experts.up_proj, .*\n"
         r"  it reads their keys as an old checkpoint's: the first would go to .*.mlp.shared_experts\.\.gate_proj\n"
         r"  keep it as our file \(lora_lite.save\), merge it, leave these layers out \(exclude_names\)$"
     )
-    for rank in (None, 8):
-        with pytest.raises(ll.CheckpointError, match=message):
-            ll.save_peft(model, tmp_path / "a", rank=rank)
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.save_peft(model, tmp_path / "a", rank=rank)
     assert not (tmp_path / "a").exists()
     ll.detach(model)
-    perturb(ll.attach(model, config(variant, exclude_names="shared_experts")), 0.1)
+    perturb(ll.attach(model, config("lora", exclude_names="shared_experts")), 0.1)
     ll.save_peft(model, tmp_path / "a")
     torch.testing.assert_close(logits(opened(tmp_path / "a", made("Laguna"))), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_is_read_and_not_called_is_refused(tmp_path: Path) -> None:
+    """PEFT adapts a layer's call, which there never comes: its own folder would do nothing."""
+    fields = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**fields))
+    ll.attach(model, config("lora", target_names=r"(dt|in)_proj$"))
+    message = r"0\.mixer\.dt_proj: PEFT adapts the call of a layer, and here the model reads its weight without"
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.save_peft(model, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3", "llama"])
@@ -238,8 +281,9 @@ def test_without_peft_the_names_are_a_sign_by_themselves(monkeypatch: pytest.Mon
 def test_a_key_that_loses_its_start_is_no_moved_one() -> None:
     assert moved_keys(tiny_llama(), ["model.layers.0.mlp.up_proj"]) == {}
     assert moved_keys(torch.nn.Linear(2, 2), [""]) == {}
-    path = "model.layers.1.mlp.shared_experts.up_proj"
-    assert moved_keys(made("Laguna"), [path]) == {path: "model.layers.1.mlp.shared_experts..up_proj"}
+    path = f"{SHARED}.up_proj"
+    assert moved_keys(made("Laguna"), [path]) == {path: f"{SHARED}..up_proj"}
+    assert old_keys(made("Laguna"), [path]) == {path: "model.layers.1.mlp.shared_expert.up_proj"}
     assert moved_keys(made("Glm4Moe"), [path]) == {}
 
 
@@ -248,7 +292,6 @@ def test_a_key_that_loses_its_start_is_no_moved_one() -> None:
     [
         ["model.layers.1.mlp.experts.gate_up_proj"],
         ["model.layers.7.mlp.up_proj.weight"],
-        ["up_proj.weight"],
         "up_proj.weight",
         [["model.layers.0.mlp.up_proj.weight"]],
         [None],

@@ -134,7 +134,8 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
         ("base_model.model.model.norm.weight", "model.norm.weight"),
         ("model.layers.0.q_proj.lora_A", "model.layers.0.q_proj.lora_A"),
         ("model.norm.weight", "model.norm.weight"),
-        ("embed.lora_embedding_A.default", "embed.lora_embedding_A.default"),
+        ("embed.lora_embedding_A.default", "embed.lora_A"),
+        ("embed.lora_embedding_B", "embed.lora_B"),
         ("k.lora_B.default.bias", "k.lora_B.default.bias"),
     ],
 )
@@ -504,7 +505,10 @@ def test_no_field_of_peft_passes_unseen(cls: Any, field: str, tmp_path: Path) ->
     ("edit", "message"),
     [
         (lambda held: {**held, "base_model.model.lm_head.weight": torch.ones(2)}, r"1 of its 13 tensors have no place"),
-        (lambda held: {**held, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)}, "embedding_A"),
+        (
+            lambda held: {**held, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)},
+            "embed_tokens.lora_B",
+        ),
         (lambda held: {**held, f"base_model.model.{DOWN}.lora_B.bias": torch.ones(64)}, r"lora_B.bias"),
         (lambda held: {**held, f"base_model.model.{DOWN}.lora_magnitude_vector": torch.ones(64)}, r"unexpected keys"),
         (lambda held: {**held, f"{DOWN}.lora_A.weight": torch.ones(4, 128)}, r"1 of its 13 tensors"),
@@ -540,20 +544,11 @@ def test_an_ia3_vector_that_could_be_either(tmp_path: Path) -> None:
     refused(tmp_path, r"proj.ia3_l is \(1, 1\), so it could scale input or output", model=OneLinear(1, 1))
 
 
-def test_layers_that_are_no_linear_ones(tmp_path: Path) -> None:
-    class Conv(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.out = nn.Conv1d(4, 4, 1), nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(self.conv(x))
-
-    theirs(tmp_path / "a", peft.LoraConfig(target_modules=["conv"]), model=Conv())
-    refused(tmp_path / "a", "conv is no linear layer of this Conv but Conv1d", model=Conv())
+def test_an_embedding_among_the_targets_and_whole_modules_beside(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="save_embedding_layers"):
         theirs(tmp_path / "b", lora(target_modules=["embed_tokens", "q_proj"]))
-    refused(tmp_path / "b", "embed_tokens")
+    # PEFT adds the embedding's own weight, which is compared with this model's.
+    assert "model.embed_tokens" in ll.load_peft(tiny_llama(bias=True), tmp_path / "b").targets
     theirs(tmp_path / "c", lora(modules_to_save=["lm_head"]))
     refused(tmp_path / "c", r"modules_to_save=\[\"lm_head\"\]")
 

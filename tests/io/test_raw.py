@@ -230,7 +230,7 @@ def not_a_number(tensors: Tensors) -> None:
         (put(f"{UP}.lora_C", 2), r"1 unexpected keys; 29 tensors where 28.*\n  such as .*1.mlp.up_proj.lora_C"),
         (put(f"{UP}.lora_B", 128, 3), r"1 wrong shapes.*\n  such as .*up_proj.lora_B \(128, 3\), wanted \(128, 8\)"),
         (put(f"{UP}.lora_B", 0), r"1 adapter tensors are empty, such as .*lora_B, as ZeRO-3 leaves them outside of a"),
-        (put("model.norm.lora_A", 2), r"model.norm has adapter tensors \(lora_A\), and .* no linear layer but Llama"),
+        (put("model.norm.lora_A", 2), r"model.norm is no linear layer of this LlamaForCausalLM but LlamaRMSNorm"),
         (put("model.layers.1.extra", 2), r"1 of its 50 keys are neither an adapter's nor this model's\n.*1.extra"),
         (
             put("module.model.norm.weight", 64),

@@ -89,6 +89,12 @@ def bypassed(kind: str) -> tuple[Any, dict[str, torch.Tensor], str]:
     return make().eval(), batch, name
 
 
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the code of these models didn't show that it reads weights: by way of a list, or in another function."""
+    monkeypatch.setattr("lora_lite.base.layer.readers", lambda modules: {})
+
+
 EVERYTHING = ll.LoRAConfig(r=4, target_names=r".", exclude_names="lm_head|embed")
 
 
@@ -103,8 +109,12 @@ def test_a_table_of_at_most_eighty_columns() -> None:
         "LlamaForCausalLM: 4 of 4 adapted layers ran\n"
         "layer                            n  ran  gradient\n"
         "model.layers.*.self_attn.q_proj  2    2    4 of 4\n"
-        "model.layers.*.mlp.down_proj     2    2    4 of 4"
+        "model.layers.*.mlp.down_proj     2    2    4 of 4\n"
+        "PEFT's all-linear would adapt 10 more: model.layers.*.mlp.gate_proj (2),\n"
+        "  model.layers.*.mlp.up_proj (2), model.layers.*.self_attn.k_proj (2),\n"
+        "  model.layers.*.self_attn.o_proj (2), model.layers.*.self_attn.v_proj (2)"
     )
+    assert len(audit.unadapted) == 10
     assert [layer.path for layer in audit.layers][:2] == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.mlp.down_proj",
@@ -116,6 +126,22 @@ def test_a_table_of_at_most_eighty_columns() -> None:
     table = str(ll.audit(deep, torch.randn(2, 16))).splitlines()
     assert max(map(len, table)) == 80
     assert "..." in table[2]
+
+
+def test_what_peft_would_adapt_is_every_linear_layer_but_the_head() -> None:
+    """PEFT's own choice on the same model, less what has an adapter."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules="all-linear"))
+    theirs = {path for path, module in wrapped.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    model = tiny_llama()
+    ll.attach(model, config("lora", target_names=r"\.0\..*_proj"))
+    audit = ll.audit(model, {"input_ids": IDS, "labels": IDS})
+    assert set(audit.unadapted) == {path for path in theirs if ".1." in path}
+    whole = tiny_llama()
+    ll.attach(whole, config("lora"))
+    audit = ll.audit(whole, {"input_ids": IDS, "labels": IDS})
+    assert audit.unadapted == ()
+    assert "PEFT" not in str(audit)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -141,6 +167,7 @@ def test_every_variant_passes_and_the_model_is_as_it_was(variant: str) -> None:
         assert str(audit).endswith(" -")
 
 
+@pytest.mark.usefixtures("unseen")
 @per_bypassed
 def test_audit_names_layers_whose_weights_are_read_without_a_call(kind: str) -> None:
     model, batch, name = bypassed(kind)
@@ -152,6 +179,23 @@ def test_audit_names_layers_whose_weights_are_read_without_a_call(kind: str) -> 
     ll.detach(model)
     ll.attach(model, ll.LoRAConfig(r=4, target_names=".", exclude_names=("lm_head|embed", BYPASSED[kind][2])))
     ll.audit(model, batch)
+
+
+@per_bypassed
+def test_a_weight_that_is_read_has_its_adapter_all_the_same(kind: str) -> None:
+    """Every target takes part, has a gradient and an effect, and a merge makes of it what it was attached."""
+    model, batch, _ = bypassed(kind)
+    read = ll.LoRAConfig(r=4, target_names=BYPASSED[kind][2])
+    base = model(**batch)[0].detach()
+    adapter = ll.attach(model, read)
+    perturb(adapter, size=1.0)
+    audit = ll.audit(model, batch)
+    assert len(audit.layers) == len(adapter.targets)
+    with torch.no_grad():
+        attached = model(**batch)[0]
+        assert not torch.allclose(attached, base, rtol=1e-7, atol=1e-9)
+        ll.merge(model)
+        torch.testing.assert_close(model(**batch)[0], attached, rtol=1e-4, atol=1e-5)
 
 
 def test_audit_finds_a_bypassed_weight_of_a_quantised_layer(tiny: str) -> None:
@@ -327,6 +371,7 @@ def ran(model: nn.Module) -> dict[str, bool]:
     return {site.path: site.ran for module in model.modules() for site in sites_of(module).values()}
 
 
+@pytest.mark.usefixtures("unseen")
 @per_bypassed
 def test_a_merge_refuses_what_never_ran_while_others_did(kind: str, tmp_path: Path) -> None:
     model, batch, name = bypassed(kind)
@@ -356,6 +401,7 @@ def test_a_merge_refuses_what_never_ran_while_others_did(kind: str, tmp_path: Pa
         assert not torch.allclose(model(**batch)[0], attached, rtol=1e-7, atol=1e-9)  # the fault that is refused
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba", "longcat"])
 def test_a_merge_after_a_load_finds_out_by_itself(kind: str, tmp_path: Path, log: list[str]) -> None:
     model, _, name = bypassed(kind)
@@ -376,6 +422,7 @@ def test_a_merge_after_a_load_finds_out_by_itself(kind: str, tmp_path: Path, log
     assert not any("WARNING" in line for line in log)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_what_a_file_says_never_ran_is_known_after_a_load(tmp_path: Path, log: list[str]) -> None:
     """WavLM's own dummy inputs don't suit it, so that a merge could find nothing out by itself."""
     model, batch, _ = bypassed("wavlm")
@@ -482,6 +529,7 @@ def test_a_round_that_is_kept_keeps_what_is_known_of_its_layers(log: list[str]) 
 # ---- the file -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_merge_on_disk_refuses_what_the_file_says_never_ran(tmp_path: Path) -> None:
     model = MambaForCausalLM(MambaConfig(**SMALL, state_size=8)).eval()
     model.save_pretrained(tmp_path / "base")

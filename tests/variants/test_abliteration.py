@@ -43,7 +43,7 @@ def edited(model: Any, adapter: ll.Adapter, mode: str) -> Any:
         for path in adapter.targets:
             layer = twin.get_submodule(path)
             v, s = tensors[f"{path}.lora_v"], tensors[f"{path}.lora_strength"]
-            matrices = EXPERTS.oriented(layer, layer.down_proj) if EXPERTS.size(layer) else None
+            matrices = layer_of(layer).oriented(layer.down_proj) if EXPERTS.size(layer) else None
             if matrices is None:
                 layer.weight.copy_(weight_form(layer.weight, v, s, mode))
                 continue
@@ -569,11 +569,13 @@ def test_packed_weights_without_a_layers_weight_are_not_left_out_in_silence() ->
             super().__init__()
             self.register_buffer("blocks", torch.zeros(4, 64, 24, dtype=torch.uint8))
 
-    for name, part in (("down_proj", Packed()), ("experts", PackedExperts())):
-        model = tiny_llama()
-        setattr(model.model.layers[1].mlp, name, part)
-        with pytest.raises(ll.TargetError, match=rf"layers.1.mlp.{name}: this Packed\w* may write to the residual"):
-            ll.attach(model, ll.AbliterationConfig(), calibration_data=directions())
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj = Packed()  # a layer of a quantiser: the plain ablation acts on its output
+    assert "model.layers.1.mlp.down_proj" in [target.path for target in ll.plan(model, ll.AbliterationConfig())]
+    model = tiny_llama()
+    model.model.layers[1].mlp.experts = PackedExperts()
+    with pytest.raises(ll.TargetError, match=r"layers.1.mlp.experts: this PackedExperts may write to the residual"):
+        ll.attach(model, ll.AbliterationConfig(), calibration_data=directions())
 
 
 def test_a_block_that_is_packed_whole_and_what_stands_beside_an_exclusion_are_not_left_out_either() -> None:

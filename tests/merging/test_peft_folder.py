@@ -1,0 +1,214 @@
+"""PEFT folders merged on disk: the numbers of PEFT's own merge_and_unload, tensor by tensor, or a refusal."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import config, moe, quantized, tiny_llama
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+import lora_lite as ll
+from lora_lite.cli.commands import app
+
+# PEFT says that it puts the head's weight into the folder, where the head is a target.
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+ALL = ["q_proj", "k_proj", "down_proj"]
+TARGETS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ALL}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft.LoraConfig(**TARGETS),
+    "rslora": lambda: peft.LoraConfig(**TARGETS, use_rslora=True, lora_dropout=0.1),
+    "patterns": lambda: peft.LoraConfig(**TARGETS, rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3}),
+    "dora": lambda: peft.LoraConfig(**TARGETS, use_dora=True),
+    "pissa": lambda: peft.LoraConfig(**TARGETS, init_lora_weights="pissa"),
+    "olora": lambda: peft.LoraConfig(**TARGETS, init_lora_weights="olora"),
+    "ia3": lambda: peft.IA3Config(target_modules=ALL, feedforward_modules=["down_proj"]),
+    "head": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"]),  # PEFT puts the head's own weight beside it
+}
+
+
+def folders(path: Path, cfg: Any, base: Any) -> Any:
+    """A folder "base" of several shards, a folder "peft" of an adapter with values of its own, and PEFT's merge."""
+    base.save_pretrained(path / "base", max_shard_size="60KB")
+    wrapped = peft.get_peft_model(type(base).from_pretrained(path / "base"), cfg)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(path / "peft")
+    return wrapped.eval().merge_and_unload()
+
+
+def close(folder: Path, merged: Any, tolerance: float = 1e-6) -> None:
+    ours, theirs = type(merged).from_pretrained(folder).state_dict(), merged.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype
+        torch.testing.assert_close(ours[key], tensor, rtol=tolerance, atol=tolerance)
+
+
+def merge(path: Path, **options: Any) -> ll.Merged:
+    return ll.merge_checkpoint(path / "base", path / "peft", path / "out", **options)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_peft_folder_merges_as_peft_merges_it(name: str, tmp_path: Path) -> None:
+    merged = folders(tmp_path, CONFIGS[name](), tiny_llama(bias=name == "ia3"))
+    done = merge(tmp_path)
+    close(tmp_path / "out", merged, 1e-5 if name in ("pissa", "olora") else 1e-6)
+    assert done.layers == (1 if name == "head" else 6)
+    assert done.tensors == (12 if name == "ia3" else done.layers)  # biases are scaled with the outputs
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    moved = [key for key, tensor in merged.state_dict().items() if not torch.equal(tensor, base[key])]
+    assert len(moved) == (10 if name == "ia3" else done.layers)  # not those of scaled inputs
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+def test_in_bfloat16_it_is_one_rounding(name: str, tmp_path: Path) -> None:
+    folders(tmp_path, CONFIGS[name](), tiny_llama(torch.bfloat16))
+    merge(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ll.load_peft(model, tmp_path / "peft")
+    ll.merge(model, keep=False)
+    close(tmp_path / "out", model, 0)
+
+
+def test_a_conv1d_of_transformers(tmp_path: Path) -> None:
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64))
+    cfg = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    close_to = folders(tmp_path, cfg, base)
+    merge(tmp_path)
+    close(tmp_path / "out", close_to)
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("Glm4Moe", r"layers\.0\.mlp"), ("Glm4Moe", "shared_experts"), ("Laguna", "shared_experts")],
+)
+def test_folders_as_save_peft_writes_them_for_experts(name: str, names: str, tmp_path: Path) -> None:
+    """By their weight where PEFT takes dense layers for experts, by an old name where it renames their keys."""
+    from test_peft_conversion import made
+
+    base = made(name)
+    base.save_pretrained(tmp_path / "base")
+    adapter = ll.attach(base, config("lora", target_names=names))
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    ll.save_peft(base, tmp_path / "peft")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert ("target_parameters" in settings) == (name == "Glm4Moe")
+    ll.merge(base, keep=False)
+    merge(tmp_path)
+    close(tmp_path / "out", base)
+
+
+def test_a_base_that_is_4_bit_on_disk(tiny: str, tmp_path: Path) -> None:
+    quantized(tiny, "nf4").save_pretrained(tmp_path / "base")
+    model = ll.load_base(str(tmp_path / "base"), torch.bfloat16)
+    adapter = ll.attach(model, config("lora", target_names="up_proj"))
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    ll.save_peft(model, tmp_path / "peft")
+    ll.merge(model, quantized="dequantize")
+    merge(tmp_path)
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for path in adapter.targets:
+        assert torch.equal(out.get_submodule(path).weight, model.get_submodule(path).weight)
+
+
+def test_a_run_goes_on_and_another_folder_starts_over(tmp_path: Path, log: list[str]) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stopped(done: int, total: int) -> None:
+        if done > total / 2:
+            raise Stop
+
+    merged = folders(tmp_path, CONFIGS["lora"](), tiny_llama())
+    for change in (False, True):
+        with pytest.raises(Stop):
+            merge(tmp_path, progress=stopped)
+        if change:  # of the settings alone
+            edited(tmp_path, lora_alpha=12)
+        done = merge(tmp_path)
+        assert (done.resumed > 0, any("starting over" in line for line in log)) == (not change, change)
+        if not change:
+            close(tmp_path / "out", merged)
+
+
+def edited(path: Path, **settings: Any) -> None:
+    file = path / "peft" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def of_another_base(path: Path) -> None:
+    tensors = load_file(path / "peft" / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.base_layer.weight"] = torch.ones(96, 64)
+    save_file(tensors, path / "peft" / "adapter_model.safetensors")
+
+
+def narrower(path: Path) -> None:
+    tiny_llama(intermediate_size=112).save_pretrained(path / "base")
+    for file in (path / "base").glob("model-*"):
+        file.unlink()
+    (path / "base" / "model.safetensors.index.json").unlink(missing_ok=True)
+
+
+def of_experts(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path / "base")
+    moe("mixtral").save_pretrained(path / "base")
+    tensors = {"lora_A": torch.ones(2, 64), "lora_B": torch.ones(64, 2)}
+    start = "base_model.model.model.layers.0.mlp.experts"
+    save_file({f"{start}.{n}.weight": t for n, t in tensors.items()}, path / "peft" / "adapter_model.safetensors")
+    edited(path, r=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("head", of_another_base, r"base_layer\.weight is not lm_head\.weight of .*base\n  the adapter belongs"),
+        ("lora", narrower, r"wrong shapes; .*\n  such as model\.layers\.0\.mlp\.down_proj\.lora_A \(4, 128\), wanted"),
+        ("lora", of_experts, r"layers\.0\.mlp\.experts of .*base are fused experts; PEFT's format has no place"),
+        ("lora", lambda p: edited(p, bias="x", lora_bias=True), r"bias=\"x\", lora_bias=true can't be kept here"),
+        ("lora", lambda p: edited(p, peft_type="LOHA"), r"peft_type 'LOHA' isn't supported"),
+        (
+            "lora",
+            lambda p: (p / "peft" / "adapter_config.json").unlink(),
+            r"is no adapter folder of PEFT: wanted adapter_model\.safetensors and adapter_config\.json in it",
+        ),
+    ],
+)
+def test_what_would_be_lost_raises_before_the_first_byte(name: str, damage: Any, message: str, tmp_path: Path) -> None:
+    folders(tmp_path, CONFIGS[name](), tiny_llama())
+    damage(tmp_path)
+    with pytest.raises(ll.CheckpointError, match=message):
+        merge(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "peft"}
+
+
+def test_as_trained_is_not_known_of_a_peft_folder(tmp_path: Path) -> None:
+    folders(tmp_path, CONFIGS["lora"](), tiny_llama())
+    message = r"PEFT's format does not say how the base was quantised in training\n  use base_weights=\"original\""
+    with pytest.raises(ll.CheckpointError, match=message):
+        merge(tmp_path, base_weights="as_trained")
+
+
+def test_the_command_takes_a_peft_folder(tmp_path: Path) -> None:
+    merged = folders(tmp_path, CONFIGS["lora"](), tiny_llama())
+    done = CliRunner().invoke(app, ["merge", *(str(tmp_path / name) for name in ("base", "peft", "out"))])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"merged 6 layers \(6 tensors\) into", done.output)
+    close(tmp_path / "out", merged)
+    # Not the command's own: a folder that is no adapter's.
+    done = CliRunner().invoke(app, ["merge", *(str(tmp_path / name) for name in ("base", "base", "other"))])
+    assert (done.exit_code, "is no adapter folder of PEFT" in done.output) == (2, True)
