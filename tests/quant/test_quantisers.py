@@ -20,6 +20,7 @@ UP = "model.layers.0.mlp.up_proj"
 MODES = ("none", "pre", "full", "column")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.quant,
     pytest.mark.parametrize("name", QUANTISERS),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Using naive"),
 ]
