@@ -51,9 +51,8 @@ class AbliterationConfig(SubspaceConfig):
 @register
 class Abliteration:
     name = "abliteration"
-    reads_input = False
     config = AbliterationConfig
-    has_identity_init, handles_scale, needs_calibration = False, True, True
+    has_identity_init, handles_scale, needs_calibration, reads_input = False, True, True, False
     live = ("strength", "layer", "kernels")
     group_init = staticmethod(fit_subspace)
 
