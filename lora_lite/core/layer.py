@@ -176,7 +176,8 @@ class Layer:
         """One of several methods that share this adapter, as if it were attached by itself with this config, at
         `factor` times the adapter's scale. It is always out of training, so nothing is dropped."""
         scale, shown = self._scale or self._site.state.scale_of_call(), {**self._instead, "training": False}
-        scale = Scale(scale.value * factor, scale.is_zero or factor == 0, scale.is_one and factor == 1)
+        # In this order: a graph that has asked whether the scale is 1 is made again when it changes.
+        scale = Scale(scale.value * factor, factor == 0 or scale.is_zero, factor == 1 and scale.is_one)
         return Layer(self._module, self._site, self._dtype, self._expert, shown, scale, prefix, cfg)
 
     def _base(self, reads: str) -> BaseLayer:
