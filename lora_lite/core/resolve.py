@@ -183,7 +183,8 @@ def check_weights_present(sites: Iterable[Site]) -> None:
         elif weight.is_meta:
             problem = "is on the meta device\n  load it before attach, with a device_map that offloads no target"
         elif sharding.is_dtensor(weight):
-            problem = "is a DTensor already\n  attach first, then fully_shard; of a tensor-parallel model, load it without tp_plan"
+            problem = "is a DTensor already\n  attach first, then fully_shard; "
+            problem += "of a tensor-parallel model, load it without tp_plan"
         else:
             continue
         raise TargetError(f"{site.path}: its weight {problem}")
