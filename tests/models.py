@@ -69,7 +69,7 @@ def moe(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
                 **SIZES, head_dim=16, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, **overrides
             )
         ),
-        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **few, **overrides)),
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES | few | overrides)),
         "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES, **few, head_dim=16, **overrides)),
     }
     model = makers[name]()

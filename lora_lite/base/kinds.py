@@ -43,13 +43,6 @@ class Kind:
         """Is its forward known to be x Wᵀ + b, by its class?"""
         return False
 
-    def replace(self, module: nn.Module, matrices: Tensor) -> None:
-        """Until `restore`, the module computes with these, stored as its weight is. For kinds with no layer to hook."""
-        raise NotImplementedError
-
-    def restore(self, module: nn.Module) -> None:
-        """The module computes with its own weight, as every other kind always does."""
-
     def bias_of(self, module: Any) -> Tensor | None:
         """The bias (d_out,), or (experts, d_out); None for a module without one."""
         bias = getattr(module, self.bias, None)
@@ -112,10 +105,13 @@ class FusedExperts(Kind):
     """The down-projections of a mixture-of-experts block as one bare parameter (experts, ...), with no layer to hook.
 
     A method that is linear in the block's output and reads no weight goes on that output, a weighted sum of what the
-    experts write. Any other goes on each expert's matrix, which is replaced for the time of a forward.
+    experts write. Any other goes on each expert's matrix, through the weight.
     """
 
     weight, bias = "down_proj", "down_proj_bias"
+
+    def stored(self, module: Any) -> Tensor:
+        return held(module, self.weight)
 
     def size(self, module: Any) -> Size | None:
         # Not getattr, which is slow where there is no such attribute: in nearly every module of a model.
@@ -134,13 +130,6 @@ class FusedExperts(Kind):
         if transposed is None:
             return None
         return Size(a, b, n, transposed=True) if transposed else Size(b, a, n)
-
-    def replace(self, module: nn.Module, matrices: Tensor) -> None:
-        # The parameter is untouched: Python finds an instance's attribute before nn.Module.__getattr__ is asked for it.
-        module.__dict__[self.weight] = matrices
-
-    def restore(self, module: nn.Module) -> None:
-        module.__dict__.pop(self.weight, None)
 
 
 class Block(Kind):
@@ -162,6 +151,15 @@ class Block(Kind):
 
 LINEAR, EXPERTS, BLOCK = Linear(), FusedExperts(), Block()
 KINDS: list[Kind] = [EXPERTS, Conv1D(), LINEAR, Packed()]  # the first that knows a module's size is its kind
+
+
+def held(module: nn.Module, name: str) -> Tensor:
+    """A weight that the module holds itself, and not what a running call has put in its place."""
+    parameter = module._parameters.get(name)
+    if parameter is None:  # in a replica of DataParallel
+        parameter = getattr(module, name)
+        parameter = getattr(parameter, "plain", parameter)
+    return parameter
 
 
 def size_of(module: nn.Module) -> Size | None:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..dtypes import fits
 from ..errors import BaseModelError, QuantizedWeightError
 from . import bitsandbytes, measured  # noqa: F401  these imports register their ways of storing
-from .kinds import BLOCK, KINDS, LINEAR, Kind, Size
+from .kinds import BLOCK, KINDS, LINEAR, Kind, Size, held
 from .matrices import kinds_by_weight
 from .readers import readers
 from .stacks import Modules
@@ -42,11 +42,7 @@ class BaseLayer:
     def stored(self) -> Tensor:
         """The tensor that holds the weight, as it lies on the module: codes where it is quantised."""
         # By weight, not what a running call has put in the parameter's place.
-        return (self.kind.stored if self.reader is None else self._parameter)(self.module)
-
-    def _parameter(self, module: nn.Module) -> Any:
-        parameter = module._parameters.get(self.kind.weight)
-        return self.kind.stored(module) if parameter is None else parameter  # None in a replica of DataParallel
+        return self.kind.stored(self.module) if self.reader is None else held(self.module, self.kind.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -125,13 +121,6 @@ class BaseLayer:
     def linear(self, t: Float[Tensor, "*b i"], expert: int | None = None) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, differentiable in t: no bias, no hooks. Quantised layers use their own kernel."""
         return self.storage.linear(self, t, expert)
-
-    def restore(self) -> None:
-        """The module has its own weight again, where a running call has put another one in its place."""
-        if self.by_weight:
-            self.module.__dict__.pop(self.kind.weight, None)
-        else:
-            self.kind.restore(self.module)
 
     def as_it_is_now(self) -> "BaseLayer":
         """The module found anew: a quantiser may have been at work since (bitsandbytes', on the move to a device)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .kinds import EXPERTS, Kind, Size
+from .kinds import EXPERTS, Kind, Size, held
 from .sharding import shape_of
 from .stacks import NORMS
 
@@ -23,11 +23,7 @@ class ByWeight(Kind):
     category = "matrix"  # what a config's `kinds` calls it
 
     def stored(self, module: Any) -> Tensor:
-        parameter = module._parameters.get(self.weight)  # not what a running call has put in its place
-        if parameter is None:  # in a replica of DataParallel
-            parameter = getattr(module, self.weight)
-            parameter = getattr(parameter, "plain", parameter)
-        return parameter
+        return held(module, self.weight)
 
     def computes_its_product(self, module: Any) -> bool:
         return True

@@ -13,12 +13,11 @@ projections, a convolution's kernel by patches, a layer whose weight the model r
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_map
@@ -31,7 +30,36 @@ from .state import Site
 from .variant import LowRank, Variant, lookup
 
 COLUMNS = 512  # unit vectors that go through the hooks at a time
-Product = Callable[[Tensor], Tensor]
+
+
+_OPERANDS = ("input", "mat_a", "weight", "other", "mat2", "mat_b", "bias", "dim0", "dim1")
+_ANSWERS: dict[Any, Callable[..., Any]] = {}
+_QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "data_ptr", "element_size"}
+_QUESTIONS |= {"storage_offset", "__len__", "__hash__", "is_floating_point", "is_complex", "get_device"}
+
+
+def answers(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: what an AdaptedWeight makes of these functions of torch; None where W' is to be taken."""
+
+    def register(answer: Callable[..., Any]) -> Callable[..., Any]:
+        _ANSWERS.update(dict.fromkeys(functions, answer))
+        return answer
+
+    return register
+
+
+def _getter(name: str) -> Any:
+    """The function by which torch names the reading of a tensor's attribute."""
+    return getattr(Tensor, name).__get__
+
+
+_NUMBERS = tuple(map(_getter, ("data", "real", "H", "mH")))
+
+
+def _is_question(function: Any) -> bool:
+    """Does it ask for shape, dtype, device, ..., and not for numbers?"""
+    name = getattr(function, "__name__", "")
+    return (name == "__get__" and function not in _NUMBERS) or name in _QUESTIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +91,11 @@ class Use:
     def variant(self) -> Any:
         return lookup(self.site.cfg.variant)
 
+    def factors(self, view: Layer) -> LowRank | None:
+        """The method as a low-rank update, if it is one."""
+        factors = None if self.variant.low_rank is Variant.low_rank else self.variant.low_rank(view)
+        return None if factors is None else LowRank(*factors)
+
 
 class AdaptedWeight(Tensor):
     """A frozen weight, or a view of a part of it, with adapters in the order attached."""
@@ -86,17 +119,16 @@ class AdaptedWeight(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        options = dict(kwargs or {})
+        # Operands may come by keyword; in each function they are in this order, before its options.
+        operands = [*args, *(options.pop(name) for name in _OPERANDS if name in options)]
         with torch._C.DisableTorchFunctionSubclass():
-            answer = _ANSWERS.get(function)
-            if answer is None and "grouped_mm" in _name(function):  # torch's, and transformers' where torch has none
-                answer = partial(_grouped, function)
-            result = None if answer is None else answer(*args, **kwargs)
-            if result is not None:
+            answer = None if "out" in options else _ANSWERS.get(function)
+            if answer is not None and (result := answer(*operands, **options)) is not None:
                 return result
             if _is_question(function):
-                return function(*args, **kwargs)
-            return function(*tree_map(_as_dense, args), **tree_map(_as_dense, kwargs))
+                return function(*args, **(kwargs or {}))
+            return function(*tree_map(_as_dense, args), **tree_map(_as_dense, kwargs or {}))
 
     @property
     def is_stack(self) -> bool:
@@ -116,188 +148,32 @@ class AdaptedWeight(Tensor):
         return self.viewed(self.plain[index], experts=int(self.experts[index]))
 
 
-# ---- rows: what a hook on a linear layer would do -----------------------------------------------
-
-
-def _rows(weight: AdaptedWeight, x: Float[Tensor, "*b i"], product: Product, bias: Tensor | None = None) -> Tensor:
-    """The adapters' output for x, with the layer's own product given."""
-    expert = weight.experts
-    for use in weight.uses:
-        x = adapt_input(use.view(x.dtype, expert), x)
-    y = product(x)  # (*b, d_out); by the very operation that the module asked for, so that a fresh adapter is bit-exact
-    x = x.to(y.dtype)
-    for use in weight.uses:
-        y = adapt_output(use.view(y.dtype, expert, bias), x, y)
-    return y
-
-
-def _by_expert(
-    weight: AdaptedWeight, ids: Int[Tensor, "n"], x: Float[Tensor, "n *b i"], product: Product
-) -> Float[Tensor, "n *b o"]:
-    """As `_rows`, with an expert for each row of the first axis. The product is one; adapters run on their rows."""
-    if not len(ids):
-        return product(x)
-    order = ids.argsort(stable=True)  # (n,)
-    experts, counts = torch.unique_consecutive(ids[order], return_counts=True)
-    sizes, back = counts.tolist(), order.argsort()
-
-    def each(adapt: Callable[[int, Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        parts = zip(experts.tolist(), x[order].split(sizes), y[order].split(sizes), strict=True)
-        return torch.cat([adapt(expert, *rows) for expert, *rows in parts])[back]
-
-    def new_input(view: Callable[[int], Layer], expert: int, x: Tensor, _: Tensor) -> Tensor:
-        return adapt_input(view(expert), x)
-
-    def new_output(view: Callable[[int], Layer], expert: int, x: Tensor, y: Tensor) -> Tensor:
-        return adapt_output(view(expert), x.to(y.dtype), y)
-
-    for use in weight.uses:
-        if use.variant.forward_input is not None:
-            x = each(partial(new_input, use.of_experts(x.dtype)), x, x)
-    y = product(x)
-    for use in weight.uses:
-        if use.variant.forward is not None:
-            y = each(partial(new_output, use.of_experts(y.dtype)), x, y)
-    return y
-
-
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
-    if not isinstance(weight, AdaptedWeight) or weight.is_flipped or weight.is_stack or weight.plain.ndim != 2:
-        return None
-    plain = weight.plain
-    if bias is None or all(_factors(use, use.view(x.dtype, weight.experts)) for use in weight.uses):
-        return _rows(weight, x, lambda x: F.linear(x, plain, bias), bias)
-    # Elsewhere the model may add this bias by itself, so no method may see it: their change of the bare product.
-    change = _rows(weight, x, lambda x: F.linear(x, plain)) - F.linear(x, plain)
-    return F.linear(x, plain, bias) + change
-
-
-def _matmul(a: Any, b: Any) -> Tensor | None:
-    if isinstance(b, AdaptedWeight) and not isinstance(a, AdaptedWeight):
-        if b.is_stack:
-            fits = b.is_flipped and a.ndim == 3 and len(a) == len(b.plain)
-            return _by_expert(b, b.experts, a, lambda x: x @ b.plain) if fits else None
-        return _rows(b, a, lambda x: x @ b.plain) if b.is_flipped and b.plain.ndim == 2 else None
-    if not isinstance(a, AdaptedWeight) or isinstance(b, AdaptedWeight) or a.is_flipped:
-        return None
-    if a.is_stack:  # (s, o, i) @ (s, i, n)
-        fits = b.ndim == 3 and len(b) == len(a.plain)
-        return _by_expert(a, a.experts, b.mT, lambda x: (a.plain @ x.mT).mT).mT if fits else None
-    if a.plain.ndim != 2:
-        return None
-    return _rows(a, b, lambda x: a.plain @ x) if b.ndim == 1 else _rows(a, b.mT, lambda x: (a.plain @ x.mT).mT).mT
-
-
-def _grouped(function: Any, x: Any, weight: Any, *args: Any, offs: Tensor | None = None, **kwargs: Any) -> Any:
-    """x (n, i) in groups of rows, one for each expert, that end at offs (experts,)."""
-    if not isinstance(weight, AdaptedWeight) or not (weight.is_stack and weight.is_flipped) or x.ndim != 2:
-        return None
-    if offs is None or args:
-        return None
-    ends = offs.long()
-    ids = weight.experts.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))  # (m,)
-    rest = len(x) - len(ids)  # rows after the last group belong to no expert of this process
-
-    def product(rows: Tensor) -> Tensor:
-        whole = torch.cat([rows, x[len(ids) :]]) if rest else rows
-        return function(whole, weight.plain, offs=offs, **kwargs)
-
-    if not rest:
-        return _by_expert(weight, ids, x, product)
-    y = function(x, weight.plain, offs=offs, **kwargs)
-    return torch.cat([_by_expert(weight, ids, x[: len(ids)], lambda rows: product(rows)[: len(ids)]), y[len(ids) :]])
-
-
-# ---- convolutions and embeddings ----------------------------------------------------------------
-
-
-def _factors(use: Use, view: Layer) -> LowRank | None:
-    """The method as a low-rank update, if it is one."""
-    if use.variant.low_rank is Variant.low_rank:
-        return None
-    factors = use.variant.low_rank(view)
-    return None if factors is None else LowRank(*factors)
-
-
-def _acts_on_y(use: Use) -> bool:
-    return use.variant.forward_input is None and not use.variant.reads_input
-
-
-def _channelwise(weight: AdaptedWeight, y: Tensor, bias: Tensor | None, branch: Callable[[LowRank], Tensor]) -> Any:
-    """y (*b, o) with the adapters' changes, or None if a method has no such form. `branch` makes B (s ⊙ A x)."""
-    views = [use.view(y.dtype, None, bias) for use in weight.uses]
-    forms = [_factors(use, view) for use, view in zip(weight.uses, views, strict=True)]
-    if not all(form or _acts_on_y(use) for form, use in zip(forms, weight.uses, strict=True)):
-        return None
-    for view, factors in zip(views, forms, strict=True):
-        if factors is None:
-            y = adapt_output(view, y, y)
-        elif not view.is_off:
-            y = factors.added(y, branch(factors), view.bias)
-    return y
-
-
-def _convolution(function: Any, x: Tensor, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Patches are never formed: A is a kernel of r channels, B one of size 1."""
-    if not isinstance(weight, AdaptedWeight):
-        return None
-    stride, padding, dilation, groups = _bound(args, kwargs, stride=1, padding=0, dilation=1, groups=1)
-    spatial = weight.plain.ndim - 2
-    ones = (1,) * spatial
-
-    def branch(factors: LowRank) -> Tensor:
-        rows = x if x.ndim == spatial + 2 else x[None]  # (n, i, *l)
-        rows = F.dropout(rows, factors.dropout)
-        a = factors.a.to(x.dtype).unflatten(1, weight.plain.shape[1:])  # (r, i / groups, *k)
-        b = factors.b.to(x.dtype).reshape(*factors.b.shape, *ones)  # (o, r, *1)
-        # Every group of channels goes through the same A; the outputs of a group see their own r channels.
-        parts = rows.reshape(-1, rows.shape[1] // groups, *rows.shape[2:])  # (n g, i / g, *l)
-        h = function(parts, a, None, stride, padding, dilation)  # (n g, r, *l')
-        s = factors.s.view(-1, *ones) if isinstance(factors.s, Tensor) and factors.s.ndim else factors.s
-        h = (h * s).reshape(len(rows), -1, *h.shape[2:])  # (n, g r, *l')
-        out = function(h, b, None, 1, 0, 1, groups)  # (n, o, *l')
-        return (out if x.ndim == spatial + 2 else out[0]).movedim(-1 - spatial, -1)
-
-    y = function(x, weight.plain, bias, stride, padding, dilation, groups)  # (n, o, *l')
-    channels_last = _channelwise(weight, y.movedim(-1 - spatial, -1), bias, branch)
-    return None if channels_last is None else channels_last.movedim(-1, -1 - spatial)
-
-
-def _lookup(ids: Tensor, weight: Any, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Any:
-    """One-hot vectors are never formed for a method that has another form: A x is a lookup in Aᵀ."""
-    if not isinstance(weight, AdaptedWeight) or not weight.is_flipped:
-        return None
-
-    def branch(factors: LowRank) -> Tensor:
-        h = F.embedding(ids, factors.a.mT, padding_idx)  # (*b, r); the padding's column of A gets no gradient
-        return (h * factors.s) @ factors.b.mT  # (*b, d)
-
-    y = F.embedding(ids, weight.plain, padding_idx, *args, **kwargs)  # (*b, d)
-    result = _channelwise(weight, y, None, branch)
-    if result is not None:
-        return result
-    used, places = ids.unique(return_inverse=True)
-    one_hot = torch.zeros(len(used), len(weight.plain), dtype=y.dtype, device=y.device)  # (u, V), of tokens that occur
-    one_hot.scatter_(1, used[:, None], 1)
-    return _rows(weight, one_hot, lambda x: x @ weight.plain)[places]
-
-
-def _bound(args: tuple[Any, ...], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
-    """Arguments in the order of the defaults' names."""
-    given = dict(zip(defaults, args, strict=False)) | kwargs
-    return [given.get(name, default) for name, default in defaults.items()]
+def take_back(module: nn.Module, name: str) -> None:
+    """Where a weight of the module has an AdaptedWeight in its place, its own is there again."""
+    weight = module.__dict__.get(name)
+    if name in module._parameters:  # Python finds an attribute of the instance before nn.Module.__getattr__ is asked
+        module.__dict__.pop(name, None)
+    elif isinstance(weight, AdaptedWeight):
+        module.__dict__[name] = weight.plain
 
 
 # ---- views of the weight ------------------------------------------------------------------------
 
 
+@answers(Tensor.t, torch.t, _getter("T"), _getter("mT"))
+def _last_two(weight: Any) -> Any:
+    return _transposed(weight, -1, -2)
+
+
+@answers(Tensor.transpose, torch.transpose, Tensor.swapaxes)
 def _transposed(weight: Any, *axes: Any) -> Any:
-    axes = tuple(axis % weight.plain.ndim for axis in axes) or (0, 1)
+    axes = tuple(axis % weight.plain.ndim for axis in axes)
     if sorted(axes) != [weight.plain.ndim - 2, weight.plain.ndim - 1]:
         return None
     return weight.viewed(weight.plain.mT, not weight.is_flipped)
 
 
+@answers(Tensor.__getitem__)
 def _item(weight: Any, index: Any) -> Any:
     if not isinstance(weight, AdaptedWeight) or not weight.is_stack:
         return None
@@ -308,18 +184,26 @@ def _item(weight: Any, index: Any) -> Any:
     return weight.of_expert(index) if isinstance(index, int) else None
 
 
+@answers(Tensor.unbind, torch.unbind)
 def _unbound(weight: Any, dim: int = 0) -> Any:
     return None if dim or not weight.is_stack else tuple(map(weight.of_expert, range(len(weight.plain))))
 
 
+@answers(Tensor.to)
 def _cast(weight: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(weight, AdaptedWeight):
         return None  # x.to(weight): a question of dtype and device
     return weight.viewed(weight.plain.to(*args, **kwargs))
 
 
-def _same(weight: Any, *_: Any) -> Any:
+@answers(Tensor.contiguous)
+def _contiguous(weight: Any, *_: Any, **__: Any) -> Any:
     return weight if weight.plain.is_contiguous() else None
+
+
+@answers(Tensor.detach)
+def _detached(weight: Any) -> Any:
+    return weight
 
 
 # ---- W' itself ----------------------------------------------------------------------------------
@@ -343,7 +227,7 @@ def dense(weight: AdaptedWeight) -> Tensor:
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # rounded once, at the end
     for use in weight.uses:
         view = use.view(matrix.dtype, weight.experts)
-        factors = _factors(use, view)
+        factors = use.factors(view)
         if factors is None:
             matrix = _of_unit_vectors(view, matrix)
         elif not view.is_off:
@@ -375,57 +259,3 @@ def _of_unit_vectors(layer: Layer, matrix: Float[Tensor, "o i"]) -> Float[Tensor
             f"  leave this layer out with exclude_names: its weight is read in a way that shows no output"
         )
     return torch.cat(blocks).mT
-
-
-# ---- which function is what ---------------------------------------------------------------------
-
-
-def _getter(name: str) -> Any:
-    """The function by which torch names the reading of a tensor's attribute."""
-    return getattr(Tensor, name).__get__
-
-
-_ANSWERS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    F.embedding: _lookup,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _matmul),
-    **dict.fromkeys((Tensor.t, torch.t, _getter("T"), _getter("mT")), lambda weight: _transposed(weight, -1, -2)),
-    **dict.fromkeys((Tensor.transpose, torch.transpose, Tensor.swapaxes), _transposed),
-    Tensor.__getitem__: _item,
-    Tensor.unbind: _unbound,
-    Tensor.to: _cast,
-    Tensor.contiguous: _same,
-    Tensor.detach: lambda weight: weight if isinstance(weight, AdaptedWeight) else None,
-    **{function: partial(_convolution, function) for function in (F.conv1d, F.conv2d, F.conv3d)},
-}
-_QUESTIONS = frozenset(
-    [
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "is_contiguous",
-        "data_ptr",
-        "element_size",
-        "storage_offset",
-        "__len__",
-        "__hash__",
-        "is_floating_point",
-        "is_complex",
-        "get_device",
-    ]
-)
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", "")
-
-
-def _is_question(function: Any) -> bool:
-    """Does it ask for shape, dtype, device, ..., and not for numbers?"""
-    return (_name(function) == "__get__" and function not in _NUMBERS) or _name(function) in _QUESTIONS
-
-
-_NUMBERS = tuple(map(_getter, ("data", "real", "H", "mH")))

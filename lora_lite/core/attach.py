@@ -12,6 +12,7 @@ from ..base.bitsandbytes import repackable
 from ..base.fingerprint import base_record
 from ..base.probe import check_gradients
 from ..errors import ConfigError, TargetError
+from .adapted_weight import take_back
 from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
@@ -154,7 +155,8 @@ def uninstall(module: nn.Module, slot: str) -> None:
     site.drop()
     for handle in site.handles:
         handle.remove()
-    site.base.restore()  # a forward that was interrupted may have left changed matrices
+    if site.through_weight:
+        take_back(site.module, site.base.kind.weight)  # a forward that was interrupted may have left one of ours
     _drop_tensors(site)
 
 

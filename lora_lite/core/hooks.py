@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, compiler, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..base.kinds import BLOCK, Kind
+from ..base.kinds import BLOCK
 from ..errors import TargetError
+from . import weight_products  # noqa: F401  the import registers its answers
 from .adapt import adapt_input, adapt_output
-from .adapted_weight import AdaptedWeight, Use, dense
+from .adapted_weight import AdaptedWeight, Use, dense, take_back
 from .layer import Layer
 from .names import SITES
 from .scale import Scale
@@ -32,14 +32,10 @@ def register_hooks(site: Site) -> None:
     called = site.base.reader or site.module
     before = partial(called.register_forward_pre_hook, prepend=site.is_first)
     after = partial(called.register_forward_hook, prepend=site.is_first)
-    if site.base.by_weight:
+    if site.through_weight:
         handles.append(before(partial(_weight_hook, name, site.base.within)))
+        # An Exception in the forward must not leave another weight.
         handles.append(after(partial(_weight_done, site.base.kind.weight, site.base.within), always_call=True))
-        return
-    if site.stacked:
-        handles.append(before(partial(_experts_hook, name)))
-        # An Exception in the forward must not leave changed matrices.
-        handles.append(after(partial(_experts_done, site.base.kind), always_call=True))
         return
     if site.base.kind is BLOCK:
         handles.append(after(partial(_stream_hook, name)))
@@ -107,42 +103,16 @@ def _stream_hook(name: str, block: nn.Module, args: tuple[Any, ...], y: Any) -> 
     return type(y)([new, *y[1:]]) if type(y) in (tuple, list) else y._replace(**{y._fields[0]: new})
 
 
-def _experts_hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Fused experts, each with tensors of its own: for this forward, their matrices with the adapter worked in."""
-    site, scale = _called(module, name)
-    kind = site.base.kind
-    if site is next(other for other in sites_of(module).values() if other.stacked and not other.base.by_weight):
-        kind.restore(module)  # what an interrupt may have left: hooks that clear up run after an Exception only
-    if scale is None:
-        return
-    stored: Any = kind.stored(module)  # (experts, ...), with what earlier adapters change
-    matrices = site.base.oriented(dense(stored) if isinstance(stored, AdaptedWeight) else stored)  # (experts, o, i)
-    stacked = {tensor: getattr(module, site.attribute(tensor)) for tensor in site.specs}  # each (experts, ...)
-
-    def one(tensors: dict[str, Tensor], matrix: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-        layer = Layer(module, site, matrix.dtype, instead=tensors)
-        unit = torch.eye(layer.in_features, dtype=matrix.dtype, device=matrix.device)  # (i, i), a row for each vector
-        x = adapt_input(layer, unit)  # the same object where the method leaves inputs alone: no product then
-        return adapt_output(layer, x, matrix.mT if x is unit else x @ matrix.mT).mT
-
-    changed = torch.func.vmap(one)(stacked, matrices)  # (experts, o, i): all experts in one pass
-    kind.replace(module, site.base.oriented(changed))
-
-
-def _experts_done(kind: Kind, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-    kind.restore(module)
-
-
 def _weight_hook(slot: str, within: str, reader: nn.Module, args: tuple[Any, ...]) -> None:
     """A weight that the called module reads: for this call, one that knows its adapters stands in its place."""
     module = reader.get_submodule(within)
-    ran = (site := module.__dict__[SITES][slot]).ran
-    site, scale = _called(module, slot)
-    name = site.base.kind.weight
+    site: Site = module.__dict__[SITES][slot]
+    ran, scale, name = site.ran, _called(module, slot)[1], site.base.kind.weight
     if not is_dynamo_compiling():
         site.ran = ran  # the weight notes it, once something multiplies by it
-    if site is next(other for other in sites_of(module).values() if other.base.kind.weight == name):
-        _weight_back(module, name)  # an interrupt may have left one of ours
+    at_weight = (other for other in sites_of(module).values() if other.through_weight)
+    if site is next(other for other in at_weight if other.base.kind.weight == name):
+        take_back(module, name)  # an interrupt may have left one: hooks that clear up run after an Exception only
     if scale is None:
         return
     use, weight = Use(module, site, scale), module.__dict__.get(name)
@@ -150,7 +120,7 @@ def _weight_hook(slot: str, within: str, reader: nn.Module, args: tuple[Any, ...
         weight = weight.used_by(use)
     else:
         # A replica of DataParallel has plain tensors in the places of parameters.
-        plain: Any = module._parameters[name] if weight is None else weight
+        plain: Any = module._parameters.get(name) if weight is None else weight
         experts = torch.arange(site.target.experts, device=plain.device) if site.target.experts else None
         weight = AdaptedWeight.of(plain, [use], site.base.transposed, experts)
     # A graph of torch.compile knows no such tensor, but its maths.
@@ -158,12 +128,4 @@ def _weight_hook(slot: str, within: str, reader: nn.Module, args: tuple[Any, ...
 
 
 def _weight_done(name: str, within: str, reader: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-    _weight_back(reader.get_submodule(within), name)
-
-
-def _weight_back(module: nn.Module, name: str) -> None:
-    weight = module.__dict__.get(name)
-    if name in module._parameters:
-        module.__dict__.pop(name, None)
-    elif isinstance(weight, AdaptedWeight):
-        module.__dict__[name] = weight.plain
+    take_back(reader.get_submodule(within), name)

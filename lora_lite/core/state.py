@@ -115,6 +115,11 @@ class Site:
         return self.state.is_first
 
     @property
+    def through_weight(self) -> bool:
+        """Is it reached through its weight: by its kind, or as a matrix of fused experts?"""
+        return self.stacked or self.base.by_weight
+
+    @property
     def slot(self) -> str:
         """Its key among the sites of its module: the adapter's name, with that of a bare parameter after a dot."""
         return f"{self.state.name}.{self.prefix}" if self.prefix else self.state.name

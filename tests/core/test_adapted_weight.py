@@ -3,11 +3,13 @@ embeddings. Each against the dense formula W' = W + s B A in float64, gradients 
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from models import moe, perturb
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -16,14 +18,10 @@ import lora_lite as ll
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "pad_token_id": 0}
 MOE = {
-    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SMALL, num_local_experts=4)),
-    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
-        tf.Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
-    ),
+    "mixtral": lambda: moe("mixtral"),
+    "qwen3_moe": lambda: moe("qwen3"),
+    "gpt_oss": lambda: moe("gpt_oss"),
     "olmoe": lambda: tf.OlmoeForCausalLM(tf.OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2)),
-    "gpt_oss": lambda: tf.GptOssForCausalLM(
-        tf.GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
-    ),
     "llama4": lambda: tf.Llama4ForCausalLM(
         tf.Llama4TextConfig(**SMALL, num_local_experts=4, head_dim=8, intermediate_size_mlp=24)
     ),
@@ -78,11 +76,7 @@ def _one_path():
     torch.backends.mha.set_fastpath_enabled(True)
 
 
-def randomize(adapter: ll.Adapter) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for tensor in adapter.parameters():
-            tensor.add_(torch.randn_like(tensor) * 0.3)
+randomize = partial(perturb, size=0.3)
 
 
 def built(make) -> nn.Module:
@@ -166,8 +160,6 @@ def test_every_implementation_of_experts(kind: str, implementation: str) -> None
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
     model.to(dtype)
     atol = 1e-4 if implementation == "grouped_mm" else 1e-9
-    if dtype == torch.float32:
-        pytest.skip("covered by test_grouped") if not hasattr(F, "grouped_mm") else None
     check_against_oracle(model, ll.LoRAConfig(r=2, kinds=["experts"], dtype=dtype), input_ids=IDS, atol=atol)
 
 
@@ -242,10 +234,13 @@ class Functional(nn.Module):
             "einsum": lambda: torch.einsum("...i,oi->...o", x, w),
             "chunk": lambda: torch.cat([F.linear(x, part) for part in w.chunk(2)], -1),
             "cast": lambda: F.linear(x, w.to(x.dtype)),
+            "by keyword": lambda: F.linear(weight=w, input=x, bias=torch.ones(6).to(x)),
+            "matmul by keyword": lambda: torch.matmul(other=w.transpose(dim0=0, dim1=1), input=x),
         }[self.use]()
 
 
 USES = ["linear", "x @ w.T", "x @ w.mT", "matmul", "transpose", "w @ x", "w @ vector", "einsum", "chunk", "cast"]
+USES += ["by keyword", "matmul by keyword"]
 
 
 @pytest.mark.parametrize("use", USES)

@@ -2,11 +2,12 @@
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
+from models import moe, perturb
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,19 +18,12 @@ EXPERTS = ll.LoRAConfig(r=2, kinds=["experts"])
 
 
 def mixtral(**fields) -> nn.Module:
-    torch.manual_seed(0)
-    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
-    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    model = tf.MixtralForCausalLM(tf.MixtralConfig(**small | fields)).eval().requires_grad_(False)
+    model = moe("mixtral", **fields).requires_grad_(False)
     model.set_experts_implementation("eager")
     return model
 
 
-def spread(adapter: ll.Adapter) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for tensor in adapter.parameters():
-            tensor.add_(torch.randn_like(tensor) * 0.2)
+spread = partial(perturb, size=0.2)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -119,7 +113,7 @@ def test_the_update_costs_what_its_routed_tokens_cost() -> None:
     without = flops()
     spread(ll.attach(model, EXPERTS))
     added = flops() - without
-    r, h, f = 2, 32, 24
+    r, h, f = 2, model.config.hidden_size, model.config.intermediate_size
     every = 2 * 64 * r * (2 * f * h + h * f)  # B A of both projections, for all experts
     routed = 2 * 4 * r * ((h + 2 * f) + (f + h))
     assert 0 < added <= 1.1 * 4 / 64 * every

@@ -77,7 +77,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     parts = parts_of(source, targets, {path: layers[target] for path, target in targets.items()})
     stored, loaded = _tensors(source, targets, layers), []
     with ExitStack() as stack:
-        for part, part_name in zip(parts, (name, name + SECOND), strict=False):
+        for part, part_name in zip(parts, (name, name + SECOND)[: len(parts)], strict=True):
             sites = make_sites({target: layers[target] for target in part.targets.values()}, part.cfg, part.overrides)
             specs = {site.key(tensor): spec for site in sites for tensor, spec in site.specs.items()}
             zeros = {key: torch.zeros(spec.shape, dtype=part.cfg.dtype) for key, spec in specs.items()}
