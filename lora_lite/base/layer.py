@@ -155,7 +155,9 @@ def find_layers(modules: Modules) -> dict[str, BaseLayer]:
             continue
         layer = layer_of(module, path)
         if layer is not None:
-            if (reader := reads.get(f"{path}.weight")) is not None and layer.is_held:
+            # Code that calls it in one branch and reads its weight alone in another (Bloom) means a layer with a hook.
+            is_called = f"{path}()" in reads and f"{path}.bias" not in reads
+            if (reader := reads.get(f"{path}.weight")) is not None and layer.is_held and not is_called:
                 layer = replace(layer, reader=modules[reader], within=_below(reader, path), is_plain=True)
             layers[path], within = layer, f"{path}." if path else ""
         # A block of fused experts is a layer whose matrices are others.

@@ -2,8 +2,8 @@
 
 `self.dt_proj.weight @ x` (Mamba), `F.multi_head_attention_forward(..., self.out_proj.weight)` (torch, WavLM),
 `self.mlp.w1.view(...)` (DBRX): a hook on the layer's call would never run, or not for this product. Bytecode says so
-without running anything. A layer that is named here and is called as well costs some time and no correctness; one that
-isn't found (a weight that is read by way of a list, or by another function) is told by `lora_lite.audit`.
+without running anything. A layer that is called as well, in another branch (Bloom), keeps its hook. One that isn't
+found (a weight that is read by way of a list, or by another function) is told by `lora_lite.audit`.
 """
 
 import dis
@@ -23,7 +23,8 @@ _QUESTIONS = {"dtype", "device", "shape", "ndim", "requires_grad", "size", "dim"
 def readers(modules: Modules) -> dict[str, str]:
     """Path of what the code of a module names, `layers.0.mlp.w1`, `attn.out_proj.weight` -> path of that module.
 
-    Where several do, it is the outermost, within whose call the others are.
+    Where several do, it is the outermost, within whose call the others are. What is loaded for itself, as a layer is to
+    be called, is named `layers.0.mlp.fc()`.
     """
     inner_first: list[tuple[str, Any]] = [*modules.items()][::-1]
     named = ((path, chain) for path, module in inner_first for chain in _read_by(module.__class__))
@@ -65,7 +66,7 @@ def _codes(function: Any) -> Iterator[types.CodeType]:
 
 
 def _reads(code: types.CodeType) -> Iterator[str]:
-    """`a.b` and `a.b.weight` for `self.a.b.weight`: what is loaded one of the other, and not merely asked for."""
+    """`a.b`, `a.b.weight` and `a.b.weight()` for `self.a.b.weight`: what is loaded one of the other, and the last."""
     chain: list[str] | None = None
     last, first = None, code.co_varnames[0] if code.co_argcount else "self"  # a function inside of one has the other's
     for step in dis.get_instructions(code):
@@ -76,6 +77,8 @@ def _reads(code: types.CodeType) -> Iterator[str]:
             chain = chain or []
             asked = next((i for i, name in enumerate(chain) if name in _QUESTIONS), len(chain) + 1)
             yield from (".".join(chain[:n]) for n in range(2, len(chain) + 1) if n != asked)
+            if chain:
+                yield f"{'.'.join(chain)}()"
             # From 3.13 on, one step may load two names, or store one and load another.
             starts = "LOAD_FAST" in step.opname or step.opname == "LOAD_DEREF"
             loaded = step.argval[-1] if starts and isinstance(step.argval, tuple) else step.argval

@@ -225,7 +225,16 @@ class Questions(nn.Module):
         return self.proj(x) if isinstance(self.proj.weight, torch.Tensor) and self.proj.weight.dtype else x
 
 
-@pytest.mark.parametrize(("cls", "read"), [(Reads, True), (ByAnother, True), (ByMethod, True), (Questions, False)])
+class CallsToo(Questions):
+    """As Bloom's dense layers: one branch calls, another reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x) if x.ndim < 3 else x @ self.proj.weight.T
+
+
+@pytest.mark.parametrize(
+    ("cls", "read"), [(Reads, True), (ByAnother, True), (ByMethod, True), (Questions, False), (CallsToo, False)]
+)
 def test_readers_are_found_in_code(cls, read: bool) -> None:
     model = nn.Sequential(cls()).eval()
     x = torch.randn(2, 4)
