@@ -166,6 +166,11 @@ class Trial:
 
     def effect(self) -> None:
         if apart(self.perturbed, self.base) == 0:
+            ll.merge(self.model)
+            merged = self.outputs(self.model)
+            ll.unmerge(self.model)
+            if apart(merged, self.base) == 0:
+                raise Verdict(SKIPPED, "nor have the merged weights: the outputs don't see such a change")
             raise Verdict(WRONG, "a perturbation has no effect")
 
     def load(self) -> None:

@@ -15,9 +15,10 @@ from .core.targets import Target
 from .core.variant import REGISTRY, ParamSpec, Variant, config_for, register
 from .errors import *
 from .families.directions import Kernel
-from .measure.audit import Audit, Audited, audit
+from .measure.audit import Audit, Audited
 from .measure.capture import Statistics, capture
 from .measure.contrast import Center, Contrast, Method, contrast
+from .merging.audit import audit
 from .merging.in_memory import merge, unmerge
 from .variants import *
 from .version import __version__

@@ -26,7 +26,7 @@ KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"
 
 
 def test_the_readmes_other_kinds_of_layer() -> None:
-    experts, convolutions = OTHER_KINDS.strip().splitlines()
+    experts, convolutions, embeddings, norms = OTHER_KINDS.strip().splitlines()
     model = moe("mixtral")
     exec(experts, {"ll": ll, "model": model})
     assert any(".experts.gate_up_proj" in path for path in ll.adapters(model)["default"].targets)
@@ -35,6 +35,13 @@ def test_the_readmes_other_kinds_of_layer() -> None:
     model.add_module("conv2", nn.Conv2d(8, 8, 3))
     exec(convolutions, {"ll": ll, "model": model})
     assert set(ll.adapters(model)["default"].targets) == {"conv2"}
+    model = tiny_llama(tie_word_embeddings=True)
+    exec(embeddings, {"ll": ll, "model": model})
+    perturb(ll.adapters(model)["default"], 0.3)
+    assert (ll.audit(model, {"input_ids": IDS}, merged=True).merged or 1) < 1e-4
+    model = moe("mixtral")
+    exec(norms, {"ll": ll, "model": model})
+    assert len(ll.adapters(model)["default"].targets) == 4
 
 
 def test_the_readmes_first_screen_is_what_the_model_says(smollm2: str, capsys: pytest.CaptureFixture[str]) -> None:

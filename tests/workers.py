@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
-from models import IDS, OneLinear, attach, config, is_trained, keep, perturb, tiny_llama
+from models import IDS, OneLinear, attach, config, is_trained, keep, loss_of, moe, perturb, tiny_llama
 from models import trained as moved
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -282,6 +282,30 @@ def parts_that_run(folder: Path) -> None:
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
 
 
+def experts_in_4_bits() -> None:
+    """In a graph W' stands in the place of what bitsandbytes' parametrisation gives."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    model = moe("mixtral", intermediate_size=64, num_hidden_layers=1)
+    for layer in model.model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            replace_parameter_4bit(layer.mlp.experts, name)
+    model.set_experts_implementation("batched_mm")
+    adapter = ll.attach(model, ll.LoRAConfig(r=2, kinds=["experts"]))
+    perturb(adapter, 0.2)
+    fast = torch.compile(model, backend="aot_eager")
+    for scale in (1.0, 0.0):
+        adapter.scale = scale
+        torch.testing.assert_close(fast(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+    adapter.scale = 1.0
+    both = []
+    for either in (model, fast):
+        model.zero_grad()
+        loss_of(either).backward()
+        both.append(gradients(adapter))
+    torch.testing.assert_close(both[1], both[0], rtol=1e-3, atol=1e-5)
+
+
 # ---- two processes ------------------------------------------------------------------------------
 
 
@@ -536,6 +560,7 @@ if __name__ == "__main__":
         vanishing()
         rounds_of_many_methods(Path(folder))
         parts_that_run(Path(folder))
+        experts_in_4_bits()
     elif name == "killed":
         killed(Path(folder))
     else:

@@ -2,6 +2,8 @@
 
 - A Linear8bitLt keeps int8 codes and per-row scales on `weight.CB/SCB` until its first forward, on `state.CB/SCB`
   after it.
+- A bare parameter, such as fused experts', is kept in 4 bits by a parametrisation: each reading of it dequantises,
+  unless torch's `parametrize.cached` has it. bitsandbytes caches so within each call of the module.
 - On a CPU with AVX512-BF16, an eval forward without gradients repacks a Linear4bit weight in place. From then on
   dequantising gives garbage (relative error 1.4), and in train mode no gradient reaches the layer's input.
   `support_avx512bf16_for_cpu = False` keeps the layout.
@@ -15,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..dtypes import dtype_name
 from ..errors import QuantizedWeightError
-from .kinds import Kind, is_instance
+from .kinds import Kind, is_instance, packed_in
 from .storage import Bias, Quantization, Storage, filled, linear_by_rows, register_storage, spread
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ class Bnb4bit(Storage):
         return _is_4bit(module) and _quant_state(module) is not None
 
     def describe(self, layer: "BaseLayer") -> str:
-        return f"{_quant_state(layer.module).quant_type}, 4-bit bitsandbytes"
+        return f"{_state(layer).quant_type}, 4-bit bitsandbytes"
 
     def dense(self, layer: "BaseLayer", expert: int | None) -> Float[Tensor, "o i"]:
         raise_if_repacked(layer.module, layer.path)
@@ -50,15 +53,15 @@ class Bnb4bit(Storage):
 
     def samples(self, layer: "BaseLayer") -> list[float]:
         codes = layer.stored.view(torch.uint8)  # FSDP wants them stored as floats: the same bytes in another dtype
-        return samples_4bit(codes, _quant_state(layer.module))
+        return samples_4bit(codes, _state(layer))
 
     def record(self, layer: "BaseLayer") -> Quantization:
-        state, compute = _quant_state(layer.module), layer.module.compute_dtype
+        state, compute = _state(layer), getattr(layer.module, "compute_dtype", None)
         dtypes = None if compute is None else dtype_name(compute), dtype_name(state.dtype)
         return Quantization("bitsandbytes-4bit", state.quant_type, state.blocksize, bool(state.nested), *dtypes)
 
     def compute_dtype(self, layer: "BaseLayer") -> torch.dtype:
-        return layer.module.compute_dtype or _quant_state(layer.module).dtype
+        return getattr(layer.module, "compute_dtype", None) or _state(layer).dtype
 
     def requantized(self, layer: "BaseLayer", weight: Float[Tensor, "o i"], bias: Bias) -> nn.Module:
         from bitsandbytes.nn import Linear4bit, Params4bit
@@ -77,6 +80,32 @@ class Bnb4bit(Storage):
         values = weight.to("cpu", state.dtype)  # the move to a device is what quantises, so it starts on the CPU
         codes = params(values, blocksize=state.blocksize, module=new, **options).to(weight.device)
         return filled(new, codes, bias, old)
+
+
+@register_storage
+class Bnb4bitParameter(Bnb4bit):
+    """A bare parameter in the same form, one matrix or a stack of them, which a parametrisation decodes."""
+
+    def holds(self, module: Any, kind: Kind) -> bool:
+        return kind.weight in packed_in(module)
+
+    def dense(self, layer: "BaseLayer", expert: int | None) -> Float[Tensor, "o i"]:
+        decoded = _decoded(layer.stored.data, _state(layer), expert)
+        return layer.kind.matrices(decoded, layer.transposed).float()  # (d_out, d_in)
+
+    def linear(self, layer: "BaseLayer", t: Float[Tensor, "*b i"], expert: int | None) -> Float[Tensor, "*b o"]:
+        return Storage.linear(self, layer, t, expert)
+
+    def requantized(self, layer: "BaseLayer", weight: Float[Tensor, "*e o i"], bias: Bias) -> nn.Module:
+        """The parametrisation of this weight, which lies as the parameter does."""
+        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.nn.parametrize import Bnb4bitParametrization
+
+        state = _state(layer)
+        options = {"quant_type": state.quant_type, "compress_statistics": state.nested}
+        codes, new = quantize_4bit(weight.to(state.dtype), blocksize=state.blocksize, **options)
+        parameter = nn.Parameter(codes, requires_grad=False)
+        return ParametrizationList([Bnb4bitParametrization(new)], parameter, unsafe=True)
 
 
 @register_storage
@@ -183,6 +212,28 @@ def _layers_4bit(model: nn.Module) -> dict[str, Any]:
 
 _is_4bit = partial(is_instance, module="bitsandbytes.nn", name="Linear4bit")
 _is_8bit = partial(is_instance, module="bitsandbytes.nn", name="Linear8bitLt")
+
+
+def _decoded(codes: Tensor, state: Any, index: int | None) -> Tensor:
+    """The numbers of a 4-bit tensor in the shape of its QuantState; with an index, of that matrix of a stack alone."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+    size = state.shape[1:].numel()
+    # A block of numbers with one scale must not reach over two matrices. Nor over two rows: bitsandbytes 0.50 on a CPU
+    # misreads those, each shape otherwise, and what the layer computes with is what it reads.
+    if index is None or state.shape[-1] % state.blocksize:
+        whole: Tensor = dequantize_4bit(codes, state)
+        return whole if index is None else whole[index]
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    scales = scales.view(-1, size // state.blocksize)[index].contiguous()  # (blocks of one matrix,)
+    codes = codes.view(torch.uint8).view(-1, size // 2, 1)[index]  # (size / 2, 1): two codes in a byte
+    options = {"blocksize": state.blocksize, "quant_type": state.quant_type, "dtype": state.dtype}
+    return dequantize_4bit(codes, QuantState(scales, shape=state.shape[1:], code=state.code, **options))
+
+
+def _state(layer: "BaseLayer") -> Any:
+    """The QuantState of a layer's weight."""
+    return _quant_state(layer.module) if layer.packed is None else layer.packed[0].quant_state
 
 
 def _quant_state(module: Any) -> Any:

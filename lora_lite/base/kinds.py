@@ -3,6 +3,7 @@
 import sys
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -17,15 +18,23 @@ class Size(NamedTuple):
 
 
 class Kind:
-    """A kind of layer. It has no state: each question is about the module that is given. A new one goes into KINDS."""
+    """A kind of layer. It has no state: each question is about the module that is given. A new one has a name, and
+    goes into KINDS."""
 
     weight, bias = "weight", "bias"  # the names of its parameters on the module
     prefix = ""  # of the names of an adapter's tensors there: a module may hold several weights
     shows_bias = True  # of a kind that is reached through its weight: does the product come with the bias?
     category = "linear"  # what a config's `kinds` calls it
+    has_matrix = True  # if not, only methods go on it that act on x alone or on y alone, and say so (core/config.py)
+    no_weight = ""  # why no weight holds an adapter on it, and what to do; empty where one does
 
     def __deepcopy__(self, memo: Any) -> "Kind":
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By name, where its module has one for it: kinds are told apart by identity, after pickling too."""
+        name = next((name for name, kind in vars(sys.modules[type(self).__module__]).items() if kind is self), None)
+        return name or super().__reduce_ex__(protocol)
 
     def size(self, module: Any) -> Size | None:
         """The size of a module of this kind; None for any other."""
@@ -114,11 +123,9 @@ class FusedExperts(Kind):
         return held(module, self.weight)
 
     def size(self, module: Any) -> Size | None:
-        # Not getattr, which is slow where there is no such attribute: in nearly every module of a model.
-        matrices = vars(module).get(self.weight, module._parameters.get(self.weight))
-        if not isinstance(matrices, Tensor) or matrices.ndim != 3:
+        if not isinstance(matrices := _bare(module, self.weight), Tensor) or matrices.ndim != 3:
             return None
-        up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
+        up = _bare(module, "gate_up_proj" if _bare(module, "gate_up_proj") is not None else "up_proj")
         if not isinstance(up, Tensor) or up.ndim != 3:
             return None
         n, a, b = matrices.shape  # (experts, d_out, d_in), or (experts, d_in, d_out) as in GPT-OSS and Llama 4
@@ -138,7 +145,11 @@ class Block(Kind):
     It is none of KINDS: a module doesn't say that it is a block, the model's stacks do (core/targets.block_layers).
     """
 
-    category = "block"
+    category, has_matrix = "block", False
+    no_weight = (
+        "the adapter is on the residual stream at a block's output, and no weight holds that\n"
+        "  keep it attached, or attach one to the layers that write to the stream: without kinds=('block',)"
+    )
 
     def size(self, module: Any) -> Size | None:
         return None
@@ -149,17 +160,41 @@ class Block(Kind):
         return min(base, key=lambda p: (not p.is_floating_point(), p.ndim))  # of equals the first
 
 
-LINEAR, EXPERTS, BLOCK = Linear(), FusedExperts(), Block()
-KINDS: list[Kind] = [EXPERTS, Conv1D(), LINEAR, Packed()]  # the first that knows a module's size is its kind
+_PARAMETRIZATION = "bitsandbytes.nn.parametrize", "Bnb4bitParametrization"
+LINEAR, PACKED, CONV1D, EXPERTS, BLOCK = Linear(), Packed(), Conv1D(), FusedExperts(), Block()
+KINDS: list[Kind] = [EXPERTS, CONV1D, LINEAR, PACKED]  # the first that knows a module's size is its kind
 
 
 def held(module: nn.Module, name: str) -> Tensor:
     """A weight that the module holds itself, and not what a running call has put in its place."""
     parameter = module._parameters.get(name)
+    if parameter is None and name in (packed := packed_in(module)):
+        codes: Tensor = packed[name].original
+        return codes
     if parameter is None:  # in a replica of DataParallel
         parameter = getattr(module, name)
         parameter = getattr(parameter, "plain", parameter)
     return parameter
+
+
+def packed_in(module: nn.Module) -> dict[str, Any]:
+    """The bare parameters that bitsandbytes keeps in 4 bits, by name: for each the parametrisation that decodes it."""
+    lists = module._modules.get("parametrizations")
+    known: Any = lists.items() if isinstance(lists, nn.ModuleDict) else ()
+    return {name: given for name, given in known if len(given) == 1 and is_instance(given[0], *_PARAMETRIZATION)}
+
+
+def bare_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters right in a module, by name; for one in bitsandbytes' 4 bits, a meta tensor that is like it."""
+    states = {name: packed[0].quant_state for name, packed in packed_in(module).items()}
+    like = {name: torch.empty(state.shape, dtype=state.dtype, device="meta") for name, state in states.items()}
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None} | like
+
+
+def _bare(module: nn.Module, name: str) -> Any:
+    # Not getattr, which is slow where there is no such attribute (in nearly every module), and would dequantise.
+    tensor = vars(module).get(name, module._parameters.get(name))
+    return bare_parameters(module).get(name) if tensor is None and "parametrizations" in module._modules else tensor
 
 
 def size_of(module: nn.Module) -> Size | None:

@@ -12,11 +12,13 @@ from torch.nn.parameter import is_lazy
 from ..dtypes import fits
 from ..errors import BaseModelError, QuantizedWeightError
 from . import bitsandbytes, measured  # noqa: F401  these imports register their ways of storing
-from .kinds import BLOCK, KINDS, LINEAR, Kind, Size, held
-from .matrices import kinds_by_weight
+from .kinds import BLOCK, KINDS, LINEAR, Kind, Size, held, packed_in
+from .matrices import ALL_CHANNELS, NORM, kinds_by_weight
 from .readers import readers
 from .stacks import Modules
 from .storage import DENSE, STORAGES, Quantization, Storage, filled, holds_numbers
+
+_CALLED = (*KINDS, NORM)  # the kinds of module whose call a hook sees
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +39,19 @@ class BaseLayer:
     is_plain: bool = False  # known to compute x Wᵀ + b, by its class and storage; others are run on some rows to see
     reader: nn.Module | None = None  # the module whose forward reads the weight, where no call of a layer shows it
     within: str = ""  # the path of `module` in the reader
+    # Modules that hold the weight as well and are adapted with it, its name there, and whose call multiplies by it.
+    ties: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
 
     @property
     def stored(self) -> Tensor:
         """The tensor that holds the weight, as it lies on the module: codes where it is quantised."""
         # By weight, not what a running call has put in the parameter's place.
         return self.kind.stored(self.module) if self.reader is None else held(self.module, self.kind.weight)
+
+    @property
+    def packed(self) -> Any:
+        """The parametrisation that gives a bare parameter in bitsandbytes' 4 bits; None for any other weight."""
+        return packed_in(self.module).get(self.kind.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -64,7 +73,7 @@ class BaseLayer:
     @property
     def is_held(self) -> bool:
         """Are its numbers a parameter of the module, whose place another tensor can take?"""
-        return self.storage.is_dense and self.kind.weight in self.module._parameters
+        return self.storage.is_dense and self.kind.has_matrix and self.kind.weight in self.module._parameters
 
     def describe(self) -> str:
         """How its weight is stored, for a person."""
@@ -126,7 +135,11 @@ class BaseLayer:
         """The module found anew: a quantiser may have been at work since (bitsandbytes', on the move to a device)."""
         now = _layer(self.path, self.module, self.kind)
         if self.by_weight:
-            return self if now is None else replace(now, reader=self.reader, within=self.within, is_plain=True)
+            return (
+                self
+                if now is None
+                else replace(now, reader=self.reader, within=self.within, ties=self.ties, is_plain=True)
+            )
         return now or layer_of(self.module, self.path) or self  # codes become a weight
 
     def dense_module(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None) -> nn.Linear:
@@ -139,7 +152,8 @@ class BaseLayer:
 
 def layer_of(module: nn.Module, path: str = "") -> BaseLayer | None:
     """The module as a layer that is called; None if it is none."""
-    layers = (_layer(path, module, kind) for kind in KINDS)
+    # Most modules have no parameters of their own, and so are no norm.
+    layers = (_layer(path, module, kind) for kind in (_CALLED if module._parameters else KINDS))
     return next((layer for layer in layers if layer is not None), None)
 
 
@@ -161,10 +175,10 @@ def find_layers(modules: Modules) -> dict[str, BaseLayer]:
                 layer = replace(layer, reader=modules[reader], within=_below(reader, path), is_plain=True)
             layers[path], within = layer, f"{path}." if path else ""
         # A block of fused experts is a layer whose matrices are others.
-        has_others = module._parameters and (layer is None or layer.experts)
+        has_others = (module._parameters or "parametrizations" in module._modules) and (layer is None or layer.experts)
         for kind in kinds_by_weight(module) if has_others else ():
             name = ".".join(filter(None, (path, kind.prefix)))
-            if (weight := _layer(name, module, kind)) is not None and weight.storage.is_dense:
+            if (weight := _layer(name, module, kind)) is not None and weight.storage.decodes:
                 reader = reads.get(name if kind.prefix else f"{path}.weight", called_around(modules, path))
                 layers[name] = replace(weight, reader=modules[reader], within=_below(reader, path))
     return layers
@@ -203,9 +217,26 @@ def stream_of(block: nn.Module, path: str, width: int) -> BaseLayer:
     return BaseLayer(path, block, BLOCK, DENSE, width, width, is_plain=True)
 
 
+def on_all_channels(layer: BaseLayer) -> BaseLayer | None:
+    """A convolution with groups as PEFT's LoRA takes it; None for any other layer."""
+    size = ALL_CHANNELS.size(layer.module)
+    return None if size is None else replace(layer, kind=ALL_CHANNELS, **size._asdict())
+
+
 def stand_in(path: str, module: nn.Module, size: Size) -> BaseLayer:
     """A module with a plain `weight` (d_out, d_in) as a layer. The weight isn't looked at: it may be still on disk."""
     return BaseLayer(path, module, LINEAR, DENSE, *size)
+
+
+def _right_in(module: nn.Module, path: str) -> list[BaseLayer | None]:
+    """The module as a layer, or its bare parameters where bitsandbytes keeps some in 4 bits."""
+    return _packed(module, path) if "parametrizations" in module._modules else [layer_of(module, path)]
+
+
+def _packed(module: nn.Module, path: str) -> list[BaseLayer | None]:
+    kinds = [kind for kind in kinds_by_weight(module) if kind.weight in packed_in(module)]
+    packed = [_layer(f"{path}.{kind.prefix}".lstrip("."), module, kind) for kind in kinds]
+    return packed or [layer_of(module, path)]
 
 
 def quantization_of(model: nn.Module) -> Quantization | None:
@@ -213,8 +244,8 @@ def quantization_of(model: nn.Module) -> Quantization | None:
 
     The method is that of the first layer of a known one; "unknown" if all layers that aren't dense are of no known way.
     """
-    layers = [layer for path, module in model.named_modules() if (layer := layer_of(module, path)) is not None]
-    quantized = [layer for layer in layers if not (layer.storage.is_dense or layer.is_lazy)]
+    layers = [layer for path, module in model.named_modules() for layer in _right_in(module, path)]
+    quantized = [layer for layer in layers if layer is not None and not (layer.storage.is_dense or layer.is_lazy)]
     if not quantized:
         return None
     first = next((layer for layer in quantized if layer.storage.is_known), quantized[0])

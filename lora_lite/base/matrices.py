@@ -1,4 +1,5 @@
-"""Kinds of layer that are reached through their weight: no call of a linear layer shows the product.
+"""Kinds of layer beside linear ones: norms, and those that are reached through their weight, as no call of a linear
+layer shows the product.
 
 A module that multiplies by such a weight runs with another one in its place (core/adapted_weight.py). Beside these, so
 is a linear layer whose weight the model reads without calling it.
@@ -8,12 +9,35 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .kinds import EXPERTS, Kind, Size, held
+from .kinds import EXPERTS, Kind, Size, bare_parameters, held
 from .sharding import shape_of
 from .stacks import NORMS
+from .storage import holds_numbers
+
+
+class Norm(Kind):
+    """A norm of the last axis with a weight (d,): y = (w + c) ⊙ n(x) + b, where c is 0, or 1 of Gemma's.
+
+    The parameters of a module tell that it may be one, a run at attach that it normalises (probe.py).
+    """
+
+    category, has_matrix = "norm", False
+
+    def size(self, module: Any) -> Size | None:
+        weight = module._parameters.get("weight")
+        # torch's others have their channels on the second axis (GroupNorm, BatchNorm), or are no norms.
+        others = (_ConvNd, _NormBase, nn.GroupNorm, nn.PReLU)
+        if weight is None or module._modules or isinstance(module, others) or not holds_numbers(weight):
+            return None
+        shape = shape_of(weight)
+        return Size(*shape, *shape) if len(shape) == 1 else None
+
+    def computes_its_product(self, module: Any) -> bool:
+        return type(module) in (nn.LayerNorm, nn.RMSNorm)
 
 
 class ByWeight(Kind):
@@ -45,6 +69,22 @@ class Convolution(ByWeight):
         return stored.flatten(1)
 
 
+class AllChannels(Convolution):
+    """A convolution with groups as PEFT's LoRA takes it, which only its folders ask for: a group of outputs has factors
+    of its own, as an expert has, and their A sees the channels of all groups."""
+
+    has_matrix = False
+    no_weight = (
+        "PEFT's LoRA on a convolution with groups sees the channels of all groups, and no kernel with groups does\n"
+        "  keep the adapter attached, outside of torch.compile"
+    )
+
+    def size(self, module: Any) -> Size | None:
+        if (size := super().size(module)) is None or module.groups == 1:
+            return None
+        return Size(size.d_in * module.groups, size.d_out // module.groups, module.groups)
+
+
 class Embedding(ByWeight):
     """nn.Embedding: row t of the weight (d_in = tokens, d_out) is what a one-hot vector gives."""
 
@@ -65,7 +105,7 @@ class Parameter(ByWeight):
         self.category = category or self.category
 
     def size(self, module: Any) -> Size | None:
-        shape = tuple(shape_of(self.stored(module)))
+        shape = tuple(shape_of(bare_parameters(module).get(self.weight, self.stored(module))))
         if len(shape) == 2:
             return Size(shape[1], shape[0])
         # As the module's down-projections lie, so lie the others.
@@ -75,7 +115,7 @@ class Parameter(ByWeight):
         return Size(a, b, n, transposed=True) if transposed else Size(b, a, n)
 
 
-CONVOLUTION, EMBEDDING = Convolution(), Embedding()
+CONVOLUTION, ALL_CHANNELS, EMBEDDING, NORM = Convolution(), AllChannels(), Embedding(), Norm()
 KINDS_BY_WEIGHT = ("conv", "embedding", "experts", "matrix")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -87,8 +127,8 @@ def kinds_by_weight(module: nn.Module) -> Iterator[Kind]:
             yield kind
     if isinstance(module, (_ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList, *NORMS)):
         return
-    for name, parameter in module._parameters.items():
-        if parameter is None or not parameter.is_floating_point():
+    for name, parameter in bare_parameters(module).items():
+        if not parameter.is_floating_point():
             continue
         shape = shape_of(parameter)
         if isinstance(module, nn.MultiheadAttention):

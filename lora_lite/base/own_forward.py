@@ -34,7 +34,7 @@ class NoAnswerError(NotRunError):
 
 def is_asked(layer: "BaseLayer") -> bool:
     """False where the class says what is computed, or nothing can be run: bitsandbytes, meta, shards, experts."""
-    return not layer.is_plain and not layer.experts and can_run(layer.module, layer.stored)
+    return not layer.is_plain and not layer.experts and layer.kind.has_matrix and can_run(layer.module, layer.stored)
 
 
 def can_run(module: nn.Module, weight: Tensor) -> bool:

@@ -3,22 +3,26 @@
 Three questions. Does it compute W x + b with the weight that it holds, or has it the shape of a linear layer and is
 none? Is it x -> W x + b for any W, so that a matrix stands for it? Does its backward give Wᵀu, so that what lies below
 it can be trained? A layer that rounds its activations too (torchao's dynamic int8, compressed-tensors' FP8_DYNAMIC)
-answers no to the last two: a step of rounding has the gradient 0 or none.
+answers no to the last two: a step of rounding has the gradient 0 or none. Norms are asked two others: does it
+normalise its rows, and how does its weight enter?
 
 The forward that runs is the module's own (`own_forward`).
 """
 
+import copy
 from collections.abc import Container, Iterable
+from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import QuantizedWeightError, brief
+from ..errors import QuantizedWeightError, TargetError, brief
 from .affine import input_dtype
 from .kinds import is_bypassed, size_of
 from .layer import BaseLayer, layer_of
-from .own_forward import NoAnswerError, NotRunError, Run, is_asked, own_forward, unbiased
+from .own_forward import NoAnswerError, NotRunError, Run, can_run, is_asked, own_forward, unbiased
 from .stacks import starred
 
 # How far from W x + b, in parts of its largest number, an output is no rounding of it any more.
@@ -30,7 +34,8 @@ ROWS = 8  # random rows whose gradients are compared
 
 
 def not_linear(layers: Iterable[BaseLayer]) -> dict[str, str]:
-    """Why layers don't compute y = W x + b, by path; those that do, or can't be asked, are left out."""
+    """Why layers don't compute y = W x + b, and norms don't normalise, by path; those that do, or can't be asked, are
+    left out."""
     reasons = {layer.path: _not_its_product(layer) for layer in layers if not layer.is_plain}
     return {path: reason for path, reason in reasons.items() if reason is not None}
 
@@ -77,6 +82,8 @@ def _listed(paths: Iterable[str]) -> str:
 
 def _not_its_product(layer: BaseLayer) -> str | None:
     """Why the layer doesn't compute with the weight that it holds; None where it does, or nothing tells."""
+    if not layer.kind.has_matrix:
+        return _not_a_norm(layer)
     if is_bypassed(layer.module):
         return "nn.MultiheadAttention reads its weight without calling it"
     wraps = any(size_of(inner) for inner in layer.module.modules() if inner is not layer.module)
@@ -94,6 +101,51 @@ def _not_its_product(layer: BaseLayer) -> str | None:
     except NotRunError as problem:
         return str(problem)
     return "its forward is not W x + b" if far else None
+
+
+def _not_a_norm(layer: BaseLayer) -> str | None:
+    """Why the layer is no norm of the last axis; None where it is, or nothing tells."""
+    if not can_run(layer.module, layer.stored):
+        return None
+    x = torch.randn(3, layer.d_in, generator=torch.Generator().manual_seed(0)).to(layer.stored)  # (3, d)
+    try:
+        with own_forward(layer) as run:
+            y, of_larger = run(x), run(8 * x)  # (3, d), equal but for the norm's eps
+    except NoAnswerError:
+        return None
+    except NotRunError as problem:
+        return str(problem)
+    return "it doesn't normalise its input" if (of_larger - y).abs().max() > FAR * y.abs().max() else None
+
+
+@torch.no_grad()
+def norm_offset(layer: BaseLayer) -> float:
+    """c of a norm y = (w + c) ⊙ n(x) + b, as its own forward shows it: 0, or 1 of Gemma's.
+
+    Raises:
+        TargetError: for a norm that computes anything else.
+    """
+    module = copy.copy(layer.module)  # shallow: a call of the norm in another thread keeps its weight
+    x, w = torch.randn(2, 3, layer.d_in, generator=torch.Generator().manual_seed(0)).to(layer.stored.device)  # (3, d)
+
+    def scaled(weight: Float[Tensor, "d"]) -> Float[Tensor, "n d"]:
+        """y - b with this weight, in float32."""
+        zeros, live = nn.Parameter(torch.zeros_like(weight), requires_grad=False), layer.module._parameters
+        parameters = {name: None if parameter is None else zeros for name, parameter in live.items()}
+        module.__dict__["_parameters"] = parameters | {layer.kind.weight: nn.Parameter(weight, requires_grad=False)}
+        with own_forward(replace(layer, module=module)) as run:
+            return run(x)
+
+    try:
+        zero, one, other = (scaled(weight) for weight in (0 * w[0], 0 * w[0] + 1, w[0]))  # (3, d)
+        n, problem = one - zero, "its own forward isn't (w + c) ⊙ n(x) + b, with c = 0 or 1"
+        for c in (0.0, 1.0):
+            errors = (zero - c * n, other - (w[0] + c) * n)
+            if all(error.abs().max() <= 1e-4 * other.abs().max() for error in errors):
+                return c
+    except NotRunError as error:
+        problem = f"its own forward can't be run on rows: {error}"
+    raise TargetError(f"{layer.path}: nothing can be merged into this norm: {problem}\n  keep the adapter attached")
 
 
 def _gradient(run: Run, layer: BaseLayer) -> str | None:

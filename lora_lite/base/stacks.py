@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
-from .kinds import size_of
+from .kinds import bare_parameters, size_of
 
 Modules = Mapping[str, nn.Module]  # all modules of a model by path, in order, as `named_modules` gives them
 Shapes = Mapping[str, tuple[int, int]]  # path -> (d_in, d_out) of linear layers, in order
@@ -160,7 +161,8 @@ def _are_experts(module: nn.Module, d_in: int, n: int) -> bool:
         return listed and any(size_of(inner) for child in children for inner in child.modules())
     # One matrix must be d_in wide with a first axis that n divides: Dbrx keeps the rows of all experts in one matrix.
     # One is enough, for not every expert has each matrix: LongCat's n counts experts that return their input.
-    matrices = list(module.parameters())
+    modules = [inner for inner in module.modules() if not isinstance(inner, ParametrizationList)]
+    matrices = [parameter for inner in modules for parameter in bare_parameters(inner).values()]
     if any(p.ndim < 2 for p in matrices) or not any(d_in in p.shape[-2:] and p.shape[0] % n == 0 for p in matrices):
         return False
     return not any(_is_layer(inner) for inner in module.modules())

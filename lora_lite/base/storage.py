@@ -109,7 +109,7 @@ class Dense(Storage):
             return False
         shape = sharding.shape_of(weight)  # packed codes have another one
         if len(shape) < 2:
-            return False
+            return not kind.has_matrix
         ends = (shape[0], shape[1:].numel()) if len(shape) > 2 and not size.experts else shape[-2:]
         return tuple(ends) == ((size.d_in, size.d_out) if size.transposed else (size.d_out, size.d_in))
 

@@ -20,6 +20,7 @@ from ..core.resolve import is_stacked, make_stand_in, specs_at
 from ..core.state import Site
 from ..core.targets import Target
 from ..errors import CheckpointError, QuantizedWeightError
+from ..merging.adapter_source import reason_for_no_weight
 from ..merging.base_folder import BaseFolder
 from ..merging.bnb_files import unpack
 from .stored import StoredLayer
@@ -39,6 +40,8 @@ class Weights:
             experts = target.experts if is_stacked(target, layers[path].cfg) else 0
             sizes = ((layer.d_in, target.d_in), (layer.d_out, target.d_out))
             if experts != layer.experts or any(a not in (0, b) for a, b in sizes):  # 0: no tensor of PEFT's tells it
+                if problem := reason_for_no_weight(location, (layer.d_in, layer.d_out)):
+                    raise CheckpointError(f"{folder}: {target.path}: {problem}")
                 raise CheckpointError(
                     f"{folder}: {target.path} is {_size(target)}, and the adapter's {path} is {_size(layer)}\n"
                     f"  this is another base model"
@@ -52,11 +55,15 @@ class Weights:
     def matrices(self, path: str) -> Iterator[Float[Tensor, "o i"]]:
         """A layer's weight, or those of its experts one by one, each as it is stored; a packed one dequantised."""
         location = self._locations[path]
-        if location.weight[0].positions is not None:
-            yield self._base.assembled(location.weight)
+        if location.offset is not None:
+            yield (self._base.read(location.weight[0].key) + location.offset).diag()  # a norm's factors
             return
-        for ref in location.weight:
-            for index in _experts(location.target) if ref.expert is None else [None]:  # fused, or one of many
+        by_expert = {ref.expert: ref for ref in location.weight}
+        for expert, ref in by_expert.items():
+            for index in _experts(location.target) if expert is None else [None]:  # fused, or one of many
+                if ref.positions is not None:
+                    yield self._base.assembled(location.weight, expert, index)
+                    continue
                 packed = self._base.packed.get(ref.key)
                 yield self._base.matrix(ref, index) if packed is None else unpack(self._base.headers, packed)[0]
 
@@ -124,7 +131,8 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
     if weight is None:
         weight = torch.empty(target.d_out, target.d_in, dtype=torch.int8, device="meta")  # codes of no known quantiser
     module = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
-    module.weight = nn.Parameter(weight, requires_grad=False)
+    stack = (target.experts,) if target.experts else ()  # a view asks for an expert's matrix, and gets this one
+    module.weight = nn.Parameter(weight.expand(*stack, *weight.shape), requires_grad=False)
     return make_stand_in(target, cfg, module, layer.tensors, layer.scale)
 
 

@@ -104,5 +104,6 @@ def _target(file: AdapterFile, path: str, cfg: BaseConfig) -> Target:
     name, spec = next(iter(specs_at(target, cfg).items()))
     entry = file.header.entries.get(file_key(path, name))
     shape = () if entry is None else entry.shape
-    stacked = weight_use(cfg) != "unused" and len(shape) == len(spec.shape) + 1
-    return replace(target, experts=shape[0]) if stacked else target
+    if len(shape) != len(spec.shape) + 1:
+        return target
+    return replace(target, experts=shape[0], by_weight=weight_use(cfg) == "unused")  # then it is on the matrices

@@ -33,6 +33,7 @@ from ..io.safetensors import check_numbers
 from .rounds import LONGEST_LABEL, HistoryConfig, RoundEntry
 
 PAIR = ("lora_A", "lora_B", "lora_s")
+_PLACES = {"block": "the residual stream at a block's output", "norm": "a norm", "conv": "all groups of a convolution"}
 SAME = 1e-9  # a smaller part of what adapters make of a vector in float64 is rounding
 
 
@@ -112,6 +113,12 @@ def freeze_into(
     if isinstance(adapter.config, HistoryConfig):
         raise TargetError(f"adapter {name!r} is a history itself\n  keep its rounds as they are, or drop_round some")
     _check_whole(adapter)
+    if bases := [site.base for site in adapter.sites() if not site.base.kind.has_matrix]:
+        where = _PLACES[bases[0].kind.category]
+        raise TargetError(
+            f"{bases[0].path}: a history is of layers, and this adapter is on {where}\n"
+            f"  keep it beside the history, or attach one to linear layers"
+        )
     base = _common_base(root, adapter, known)
     entry = RoundEntry(_label(label, name, [entry.label for entry, _ in old]), float(c), adapter.config)
     # Factors at scale 1, as c multiplies them from now on; compared with the forward at the scale to be kept.
@@ -220,8 +227,13 @@ def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
             names = [other.state.name for other in order]
             start = names.index(into) + 1 if into in names else sum(other.state.is_first for other in order)
             for other in order[start : order.index(site)]:
+                passed = other.state.name
+                if (other.target.d_in, other.target.d_out) != (site.target.d_in, site.target.d_out):
+                    place = _PLACES[other.base.kind.category]
+                    problem = f"{passed!r} came before {adapter.name!r}, and is on {place}: they can't be compared"
+                    cure = f"a history comes first: keep {adapter.name!r} beside {passed!r}, or detach that"
+                    raise TargetError(f"{site.path}: {problem}\n  {cure}")
                 if not _alike(_outcome([other, site]), _outcome([site, other])):
-                    passed = other.state.name
                     problem = f"{passed!r} came before {adapter.name!r}, and would act differently after it"
                     cure = f"a history comes first: keep {passed!r} before, or detach it"
                     raise TargetError(f"{site.path}: {problem}\n  {cure}")
@@ -301,10 +313,10 @@ def _join_rounds(
 ) -> tuple[HistoryConfig, str, list[Site], dict[str, Tensor]]:
     """The config, name, sites and tensors of a history of these rounds, for `installed`. Raises TargetError."""
     known = {path: part.site for _, layers in rounds for path, part in layers.items()}
-    if blocks := [site.path for site in known.values() if site.base.is_block]:
+    if tied := [site.path for site in known.values() if site.base.ties]:
         raise TargetError(
-            f"{blocks[0]}: a history is of layers, and this adapter is on the residual stream at a block's output\n"
-            f"  keep it beside the history, or attach one to the layers that write to it: without kinds=('block',)"
+            f'{tied[0]}: with tied_weights="together" it acts on other modules too, and a history does not\n'
+            f"  keep it beside the history, or merge it"
         )
     paths = [path for path in find_layers(dict(root.named_modules())) if path in known]  # in module order
     # Path -> {label: rank, or fields} of the rounds that are there.

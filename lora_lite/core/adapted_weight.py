@@ -13,6 +13,8 @@ projections, a convolution's kernel by patches, a layer whose weight the model r
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
@@ -20,8 +22,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
+from ..base.kinds import packed_in
 from ..errors import TargetError, VariantError
 from .adapt import adapt_input, adapt_output
 from .layer import Layer
@@ -104,6 +108,7 @@ class AdaptedWeight(Tensor):
     uses: tuple[Use, ...]
     is_flipped: bool  # its last two axes are (d_in, d_out)
     experts: Any  # which it is of: an index, a tensor of them for a stack (s, ...), None for a layer of one
+    threads: set[int]  # those that run the module which has it in a parameter's place
 
     @staticmethod
     def of(
@@ -113,6 +118,7 @@ class AdaptedWeight(Tensor):
         # An alias of the parameter's memory: shape, dtype, device and layout are its own, and nothing is copied.
         weight: AdaptedWeight = Tensor._make_subclass(AdaptedWeight, plain.detach())
         weight.plain, weight.uses, weight.is_flipped, weight.experts = plain, tuple(uses), is_flipped, experts
+        weight.threads = set()
         return weight
 
     @classmethod
@@ -136,7 +142,23 @@ class AdaptedWeight(Tensor):
 
     def used_by(self, use: Use) -> "AdaptedWeight":
         """The same with one more adapter."""
-        return AdaptedWeight.of(self.plain, (*self.uses, use), self.is_flipped, self.experts)
+        weight = AdaptedWeight.of(self.plain, (*self.uses, use), self.is_flipped, self.experts)
+        weight.threads = self.threads
+        return weight
+
+    def serves(self, site: Site, scale: Scale | None) -> bool:
+        """Is this adapter among its own, as another thread has put it there?
+
+        Raises:
+            TargetError: at another scale than in that thread.
+        """
+        use = next((use for use in self.uses if use.site is site), None)
+        if use is not None and use.scale != scale:
+            scale_there = f"another thread runs this model with {site.state.name!r} at scale {use.scale.value:g}"
+            cure = "change scales where no forward is running, or give each thread a copy of the model; of a forward "
+            cure += "that was interrupted there, run the model once more in that thread"
+            raise TargetError(f"{site.path}: {scale_there}\n  {cure}")
+        return use is not None
 
     def viewed(self, plain: Tensor, is_flipped: bool | None = None, experts: Any = "same") -> "AdaptedWeight":
         """A view of the weight, with the same adapters on it."""
@@ -148,10 +170,21 @@ class AdaptedWeight(Tensor):
         return self.viewed(self.plain[index], experts=int(self.experts[index]))
 
 
+def put(module: nn.Module, name: str, weight: Tensor) -> None:
+    """A weight of the module has this one in its place."""
+    # Python finds an attribute of the instance before nn.Module.__getattr__ is asked, but a property before both.
+    module.__dict__[name] = weight
+    if (packed := packed_in(module).get(name)) is not None:
+        packed.__dict__["forward"] = partial(getitem, module.__dict__, name)
+
+
 def take_back(module: nn.Module, name: str) -> None:
     """Where a weight of the module has an AdaptedWeight in its place, its own is there again."""
-    weight = module.__dict__.get(name)
-    if name in module._parameters:  # Python finds an attribute of the instance before nn.Module.__getattr__ is asked
+    weight, packed = module.__dict__.get(name), packed_in(module).get(name)
+    if packed is not None:
+        packed.__dict__.pop("forward", None)
+        parametrize._cache.clear()  # what `parametrize.cached` has would be given in the next one's place
+    if packed is not None or name in module._parameters:
         module.__dict__.pop(name, None)
     elif isinstance(weight, AdaptedWeight):
         module.__dict__[name] = weight.plain
@@ -217,7 +250,7 @@ def dense(weight: AdaptedWeight) -> Tensor:
     """W' in the shape and dtype of the weight, differentiable in the adapters' tensors.
 
     Raises:
-        TargetError: in training, for a method that drops inputs: a matrix has none.
+        TargetError: in training, for a method that drops inputs: a matrix has none; where no weight holds the adapter.
         VariantError: for a method that adds a constant, which no weight holds.
     """
     if weight.is_stack:
@@ -227,6 +260,8 @@ def dense(weight: AdaptedWeight) -> Tensor:
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # rounded once, at the end
     for use in weight.uses:
         view = use.view(matrix.dtype, weight.experts)
+        if problem := use.site.base.kind.no_weight:
+            raise TargetError(f"{view.path}: {problem}")
         factors = use.factors(view)
         if factors is None:
             matrix = _of_unit_vectors(view, matrix)

@@ -16,9 +16,11 @@ from .adapted_weight import take_back
 from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
+from .names import TIES
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_config, resolve
 from .state import AdapterState, BaseChange, Session, Site, Tensors, check_unmerged, session_at, session_of, sites_of
 from .targets import select
+from .ties import tie
 from .variant import Variant, check_takes_data, lookup, needs_data
 
 
@@ -54,8 +56,7 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
             sites[0].state.changes = None  # no graph of a new adapter can be pending
         variant.refresh(views, cfg)
     logger.info(f"attached {adapter}: {adapter.counts()}")
-    for path, (d_in, d_out) in adapter.targets.items():
-        logger.trace(f"attached {name!r} at {path} ({d_in} -> {d_out})")
+    logger.trace("attached {!r} at {}", name, adapter.targets)
     return adapter
 
 
@@ -95,6 +96,8 @@ def installed(
     """
     session = session_at(root)
     check_weights_present(sites)
+    if cfg.tied_weights != "apart":
+        tie(root, cfg, sites)
     state = _state(root, cfg, name, sites, scale)
     check_name(name, session, type(root).__name__)
     check_free(sites)
@@ -125,6 +128,8 @@ def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], 
     session = session_at(root)
     before = session.adapters[name]
     check_weights_present(sites)
+    if cfg.tied_weights != "apart":
+        tie(root, cfg, sites)
     state = _state(root, cfg, name, sites, before.scale)
     check_unmerged(session, f"change {name!r}")
     check_free(sites, exchanged=before)
@@ -157,6 +162,10 @@ def uninstall(module: nn.Module, slot: str) -> None:
         handle.remove()
     if site.through_weight:
         take_back(site.module, site.base.kind.weight)  # a forward that was interrupted may have left one of ours
+        for holder, weight, _ in site.base.ties:
+            take_back(holder, weight)
+            if holder.__dict__.get(TIES, {}).pop(slot, None) and not holder.__dict__[TIES]:
+                del holder.__dict__[TIES]
     _drop_tensors(site)
 
 
@@ -194,9 +203,8 @@ def _value(site: Site, name: str, tensors: Tensors | None) -> Tensor:
 
 
 def _hold(site: Site, name: str, value: Tensor) -> None:
-    module = site.module
-    register = module.register_parameter if isinstance(value, nn.Parameter) else module.register_buffer
-    register(site.attribute(name), value)
+    is_parameter = isinstance(value, nn.Parameter)
+    (site.module.register_parameter if is_parameter else site.module.register_buffer)(site.attribute(name), value)
 
 
 def _exchange(site: Site, values: Tensors) -> None:

@@ -12,9 +12,10 @@ from ..errors import ConfigError
 from .validate import compiles, is_number
 
 ROLES = ("reader", "writer", "inner")
-KINDS = ("linear", "conv", "embedding", "experts", "matrix", "block")
+KINDS = ("linear", "conv", "embedding", "experts", "matrix", "norm", "block")
+TIED_WEIGHTS = ("apart", "together", "refuse")
 # Files leave these out, so those of one config for all layers, all of them linear, are the same to every version.
-UNSAID: Mapping[str, Any] = {"per_layer": {}, "kinds": ["linear"]}
+UNSAID: Mapping[str, Any] = {"per_layer": {}, "kinds": ["linear"], "tied_weights": "apart"}
 
 Config = TypeVar("Config", bound="BaseConfig")
 
@@ -36,7 +37,12 @@ class BaseConfig:
     kinds           of layer: any of "linear", "conv" (Conv1d, 2d, 3d), "embedding", "experts" (the fused matrices of a
                     mixture of experts, `...experts.gate_up_proj`) and "matrix" (other bare parameters). "linear" are
                     layers of that shape and the projections of nn.MultiheadAttention (`...in_proj_weight`).
-                    "block", by itself, is the residual stream at the outputs of blocks (steer, plain abliteration)
+                    "norm" are norms of the last axis (ia3, ia3_ff, steer, plain abliteration). "block", by itself, is
+                    the residual stream at the outputs of blocks (steer, plain abliteration). For these two alone, a
+                    method's default names and roles don't count: they are of linear layers
+    tied_weights    of a target whose weight another module holds too, as an embedding's the head: "apart" adapts the
+                    target alone (its weight can't be merged while it is tied), "together" has all that hold an
+                    embedding's weight multiply by the adapted one (low-rank methods), "refuse" raises
     layers          block indices, negative ones from the end
     layer_range     depth fractions: (0.2, 0.8) keeps the middle 60 % of the blocks
     dtype           in which parameters are stored. float32 by default: bfloat16 masters lose
@@ -54,6 +60,7 @@ class BaseConfig:
     exclude_names: Sequence[str] = ()
     target_roles: Sequence[str] = ()
     kinds: Sequence[str] = ("linear",)
+    tied_weights: str = "apart"
     layers: Sequence[int] | None = None
     layer_range: Sequence[float] | None = None
     dtype: torch.dtype = torch.float32
@@ -64,12 +71,10 @@ class BaseConfig:
         *("target_names", "exclude_names", "target_roles", "kinds", "layers", "layer_range"),
     )
     REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
-    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", *FILTERS)
-    ADDED_LATER: ClassVar[tuple[str, ...]] = (
-        "kinds",
-    )  # fields that files of earlier versions lack: they have the default
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", "tied_weights", *FILTERS)
+    ADDED_LATER: ClassVar[tuple[str, ...]] = ()  # fields that files of earlier versions lack: they have the default
     FUSED_EXPERTS: ClassVar[bool] = False  # can it go on the fused experts of a mixture-of-experts block?
-    BLOCKS: ClassVar[bool] = False  # can it go on the residual stream, as a change of y alone that reads no weight?
+    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ()  # "norm", "block": as a change of x or of y alone, without a weight
 
     def __post_init__(self) -> None:
         for name in self.FILTERS:
@@ -89,9 +94,9 @@ class BaseConfig:
         self.require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
         self.require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
         self.require(bool(self.kinds) and all(kind in KINDS for kind in self.kinds), "kinds", f"any of {KINDS}")
-        if "block" in self.kinds:
-            wanted = "'block' by itself" if self.BLOCKS else "no 'block': it reads or changes a layer"
-            self.require(self.BLOCKS and self.kinds == ("block",), "kinds", wanted)
+        self.require(self.tied_weights in TIED_WEIGHTS, "tied_weights", f"one of {TIED_WEIGHTS}")
+        if not {"norm", "block"}.isdisjoint(self.kinds):
+            self._check_without_matrix()
         if self.layers is not None:
             ok = bool(self.layers) and all(type(i) is int for i in self.layers)  # a bool is an int to isinstance
             self.require(ok, "layers", "one or more block indices")
@@ -101,6 +106,16 @@ class BaseConfig:
             self.require(ok, "layer_range", "two fractions, 0 <= low < high <= 1")
         self._check_per_layer()
         self.check_regexes()
+
+    def _check_without_matrix(self) -> None:
+        """ConfigError where the method can't go on these kinds; defaults that name linear layers don't count here."""
+        for kind, why in (("norm", "its method needs a matrix"), ("block", "it reads or changes a layer")):
+            self.require(kind not in self.kinds or kind in self.WITHOUT_MATRIX, "kinds", f"no {kind!r}: {why}")
+        self.require("block" not in self.kinds or self.kinds == ("block",), "kinds", "'block' by itself")
+        if set(self.kinds) <= {"norm", "block"}:
+            for name in ("target_names", "target_roles"):
+                value = getattr(self, name)
+                object.__setattr__(self, name, () if value == getattr(type(self), name) else value)
 
     def _check_per_layer(self) -> None:
         entries = self.per_layer

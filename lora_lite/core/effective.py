@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..base.still import full_precision
-from ..errors import VariantError
+from ..errors import TargetError, VariantError
 from .adapt import adapt_input, adapt_output
 from .layer import Layer
 from .state import Site
@@ -88,6 +88,17 @@ class Affine:
         return None if bias is None and not new.any() else new
 
     @torch.no_grad()
+    def gain(self, gain: Float[Tensor, "d"]) -> Float[Tensor, "d"] | None:
+        """g' of a norm y = g ⊙ n(x) + b; None where an adapter changes the norm's input, or mixes its channels."""
+        (r,) = random_rows((1, self.d_in), device=self.device)
+        r = r.to(self.dtype)
+        y = torch.cat([0 * gain[None], gain[None], gain * r])  # (3, d), for n = 0, 1 and r
+        zero, one, mixed = _outputs(self._no_bias, y, y)  # (d,) each
+        new = one - zero
+        is_diagonal = (mixed - zero - new * r).abs().max() <= 1e-9 * mixed.abs().max()
+        return new if is_diagonal and _inputs(self._views, r) is r else None
+
+    @torch.no_grad()
     def prepare(self) -> None:
         """Let the adapters compute what they remember of the weight."""
         x = self._unit(0, 1).zero_()
@@ -157,6 +168,9 @@ def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Ten
 
     W is what the layer computes with, dequantised if it is quantised.
     """
+    for site in sites:
+        if problem := site.base.kind.no_weight:
+            raise TargetError(f"{site.path}: {problem}")
     layer = sites[0].base.as_it_is_now()
     with full_precision(layer.module):
         weight, bias = layer.dense_weight().double(), layer.bias

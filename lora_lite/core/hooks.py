@@ -6,22 +6,25 @@ and functional_call need nothing of their own here.
 
 from collections.abc import Mapping
 from functools import partial
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, compiler, nn
 from torch.compiler import is_dynamo_compiling
 
-from ..base.kinds import BLOCK
+from ..base.kinds import BLOCK, packed_in
 from ..errors import TargetError
 from . import weight_products  # noqa: F401  the import registers its answers
 from .adapt import adapt_input, adapt_output
-from .adapted_weight import AdaptedWeight, Use, dense, take_back
+from .adapted_weight import AdaptedWeight, Use, dense, put, take_back
 from .layer import Layer
-from .names import SITES
+from .names import SITES, TIES
 from .scale import Scale
 from .state import Site, sites_of
 from .variant import lookup
+
+_LOCK = RLock()  # for the moments in which a weight is put in a parameter's place, or taken back: threads share modules
 
 
 def register_hooks(site: Site) -> None:
@@ -36,6 +39,11 @@ def register_hooks(site: Site) -> None:
         handles.append(before(partial(_weight_hook, name, site.base.within)))
         # An Exception in the forward must not leave another weight.
         handles.append(after(partial(_weight_done, site.base.kind.weight, site.base.within), always_call=True))
+        for holder, weight, called in site.base.ties:
+            holder.__dict__.setdefault(TIES, {})[name] = site.module
+            within = next(path for path, module in called.named_modules() if module is holder)
+            handles.append(called.register_forward_pre_hook(partial(_tied_hook, name, weight, within)))
+            handles.append(called.register_forward_hook(partial(_weight_done, weight, within), always_call=True))
         return
     if site.base.kind is BLOCK:
         handles.append(after(partial(_stream_hook, name)))
@@ -106,26 +114,67 @@ def _stream_hook(name: str, block: nn.Module, args: tuple[Any, ...], y: Any) -> 
 def _weight_hook(slot: str, within: str, reader: nn.Module, args: tuple[Any, ...]) -> None:
     """A weight that the called module reads: for this call, one that knows its adapters stands in its place."""
     module = reader.get_submodule(within)
+    weight = module.__dict__[SITES][slot].base.kind.weight
+    _put_weight(slot, module, module, weight)
+
+
+def _tied_hook(slot: str, name: str, within: str, reader: nn.Module, args: tuple[Any, ...]) -> None:
+    """A module multiplies by a weight that is another one's, whose adapter it shares."""
+    holder = reader.get_submodule(within)
+    _put_weight(slot, holder.__dict__[TIES][slot], holder, name)
+
+
+def _put_weight(slot: str, module: nn.Module, holder: nn.Module, name: str) -> None:
+    """The holder's weight of this name gets one more adapter, which is at the module."""
     site: Site = module.__dict__[SITES][slot]
-    ran, scale, name = site.ran, _called(module, slot)[1], site.base.kind.weight
-    if not is_dynamo_compiling():
-        site.ran = ran  # the weight notes it, once something multiplies by it
-    at_weight = (other for other in sites_of(module).values() if other.through_weight)
-    if site is next(other for other in at_weight if other.base.kind.weight == name):
-        take_back(module, name)  # an interrupt may have left one: hooks that clear up run after an Exception only
-    if scale is None:
+    ran, scale, is_tied = site.ran, _called(module, slot)[1], holder is not module
+    at_weight = (s for s in sites_of(module).values() if s.through_weight and bool(s.base.ties) >= is_tied)
+    is_first = site is next(other for other in at_weight if other.base.kind.weight == site.base.kind.weight)
+    if is_dynamo_compiling():
+        if is_first:
+            take_back(holder, name)
+        if scale is not None:  # a graph of torch.compile knows no such tensor, but its maths
+            put(holder, name, dense(_adapted(holder, name, Use(module, site, scale))))
         return
-    use, weight = Use(module, site, scale), module.__dict__.get(name)
+    site.ran = ran  # the weight notes it, once something multiplies by it
+    with _LOCK:
+        weight, this = holder.__dict__.get(name), get_ident()
+        # After the first adapter's hook the weight is this call's, too, whoever put it there and has left since.
+        if isinstance(weight, AdaptedWeight) and (not is_first or weight.threads - {this}):
+            if weight.serves(site, scale):
+                weight.threads.add(this)
+                return
+        elif is_first:
+            take_back(holder, name)  # an interrupt may have left one: hooks that clear up run after an Exception only
+        if scale is not None:
+            weight = _adapted(holder, name, Use(module, site, scale))
+            weight.threads.add(this)
+            put(holder, name, weight)
+
+
+def _adapted(holder: nn.Module, name: str, use: Use) -> AdaptedWeight:
+    """The weight in the holder's parameter's place, or the parameter, with one more adapter."""
+    weight, target = holder.__dict__.get(name), use.site.target
     if isinstance(weight, AdaptedWeight):
-        weight = weight.used_by(use)
-    else:
-        # A replica of DataParallel has plain tensors in the places of parameters.
-        plain: Any = module._parameters.get(name) if weight is None else weight
-        experts = torch.arange(site.target.experts, device=plain.device) if site.target.experts else None
-        weight = AdaptedWeight.of(plain, [use], site.base.transposed, experts)
-    # A graph of torch.compile knows no such tensor, but its maths.
-    module.__dict__[name] = dense(weight) if is_dynamo_compiling() else weight
+        return weight.used_by(use)
+    plain: Any = weight  # a replica of DataParallel has plain tensors in the places of parameters
+    if weight is None:
+        packed = packed_in(holder)
+        plain = packed[name]() if name in packed else holder._parameters.get(name)
+    is_stack = target.experts and use.site.base.kind.has_matrix  # one kernel has factors by group
+    experts = torch.arange(target.experts, device=plain.device) if is_stack else None
+    return AdaptedWeight.of(plain, [use], use.site.base.transposed, experts)
 
 
 def _weight_done(name: str, within: str, reader: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-    take_back(reader.get_submodule(within), name)
+    module = reader.get_submodule(within)
+    if is_dynamo_compiling():
+        take_back(module, name)
+        return
+    with _LOCK:
+        weight = module.__dict__.get(name)
+        if isinstance(weight, AdaptedWeight):
+            weight.threads.discard(get_ident())
+            if weight.threads:
+                return
+        take_back(module, name)

@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 from ..errors import CheckpointError, brief
 
 SITES = "_lora_lite"  # the attribute of a module that holds what is attached to it
+# The attribute of a module whose weight is adapted by the sites of another: {slot: that module}.
+TIES = "_lora_lite_ties"
 
 
 def file_key(path: str, tensor: str) -> str:

@@ -17,6 +17,7 @@ from ..base.probe import not_linear
 from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .config import BaseConfig
 from .layer import Layer
+from .names import TIES
 from .state import SESSION, AdapterState, Session, Site, Tensors, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
@@ -194,6 +195,9 @@ def _check_storage(site: Site) -> None:
     storage, variant, kind = site.base.storage, site.cfg.variant, site.target.kind
     if site.base_weight == "unused":
         return
+    if TIES in site.module.__dict__:
+        problem = f'{variant!r} reads the weight, which an adapter with tied_weights="together" changes for each call'
+        raise TargetError(f"{site.path}: {problem}\n  leave it out with exclude_names, or detach that adapter")
     if not storage.is_known:
         raise QuantizedWeightError(
             f"{site.path}: {variant!r} reads the weight, and this one is {kind}\n"

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..base.kinds import bare_parameters
 from ..base.layer import BaseLayer, find_layers, shapes_of, stream_of
 from ..base.matrices import kinds_by_weight
 from ..base.probe import not_linear
@@ -65,6 +66,10 @@ class Target:
         """A layer of a model with these stacks of blocks; without them, its place is that of the path alone."""
         stack, block = place(layer.path) if stacks is None else stacks.place(layer.path)
         return cls(layer.path, layer.d_in, layer.d_out, layer.describe(), stack, block, layer.experts, layer.by_weight)
+
+    def on(self, layer: BaseLayer) -> "Target":
+        """The target of the same module as a layer of another kind."""
+        return replace(self, d_in=layer.d_in, d_out=layer.d_out, experts=layer.experts)
 
     @property
     def place(self) -> Place:
@@ -206,7 +211,7 @@ def _has_matrices(module: nn.Module) -> bool:
     """Are there matrices right in this module, which is no norm, embedding, convolution or parametrisation of one?"""
     if isinstance(module, (_ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList, *NORMS)):
         return False
-    tensors = [p for p in module._parameters.values() if p is not None and p.is_floating_point()]
+    tensors = [p for p in bare_parameters(module).values() if p.is_floating_point()]
     return any(len(shape_of(p)) > 1 and min(shape_of(p)) > 1 for p in tensors)
 
 
@@ -318,10 +323,10 @@ def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) ->
     dimensions first; a packed layer counts as three."""
     out = []
     for holder, module in block.named_modules(prefix=path):
-        if holder in linear or isinstance(module, _ConvNd | nn.Embedding):
+        if holder in linear or isinstance(module, _ConvNd | nn.Embedding | ParametrizationList):
             continue
         part, kind = ".".join(holder.split(".")[: path.count(".") + 2]), type(module).__name__  # the block's child
-        for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        for t in (*bare_parameters(module).values(), *module.buffers(recurse=False)):
             packed = t.dtype in _PACKED and 1 < t.ndim < 4  # older masks are bytes (1, 1, n, n)
             is_matrix = sum(n > 1 for n in t.shape) > 1  # RWKV's `time_mix_key` (1, 1, d) is a vector
             if packed or (is_matrix and t.is_floating_point() and d_model in t.shape[-2:]):
@@ -337,7 +342,8 @@ def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target], 
         del filters["kinds"]
     given = ", ".join(f"{name}={value!r}" for name, value in filters.items()) or f"the defaults of {cfg.variant!r}"
     unasked = "".join(f"  left out by default: {path} ({reason})\n" for path, reason in left_out[:3])
-    noun, nearest = "blocks" if cfg.on_blocks else "linear layers", ", ".join(_nearest(cfg, everything)) or "none"
+    noun = "norms" if tuple(cfg.kinds) == ("norm",) else "blocks" if cfg.on_blocks else "linear layers"
+    nearest = ", ".join(_nearest(cfg, everything)) or "none"
     return (
         f"no layer matched {given} in {type(model).__name__}\n"
         f"  {len(everything)} {noun} searched; nearest: {nearest}\n"

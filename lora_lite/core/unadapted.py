@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from ..base.kinds import bare_parameters, packed_in
 from ..base.layer import BaseLayer, find_layers
 from ..base.sharding import shape_of
 from ..base.stacks import routers
@@ -26,6 +27,7 @@ REASONS = {
     "embedding": "embedding",
     "experts": "stacked matrices",
     "matrix": "a bare parameter",
+    "norm": "",
 }
 """By what a config's `kinds` calls a layer."""
 
@@ -64,8 +66,8 @@ class _Why:
         if layer is not None:
             if layer.path in self.routers:
                 return layer.path, "a router of experts"
-            category = layer.kind.category
-            return None if category in self.cfg.kinds else (layer.path, REASONS[category])
+            category, name = layer.kind.category, layer.path if layer.kind.has_matrix else VECTORS
+            return None if category in self.cfg.kinds else (name, REASONS[category])
         if sum(n > 1 for n in shape) < 2:
             return VECTORS, ""
         if isinstance(module, _ConvNd | nn.EmbeddingBag):
@@ -79,21 +81,24 @@ def unadapted(
     """All that is no target, the largest share first; `left_out` says why of layers, by path."""
     modules = dict(model.named_modules())
     layers = find_layers(modules)
-    shapes = {path: (layer.d_in, layer.d_out) for path, layer in layers.items() if not layer.experts}
+    linear = (layer for layer in layers.values() if not layer.experts and layer.kind.has_matrix)
+    shapes = {layer.path: (layer.d_in, layer.d_out) for layer in linear}
     why = _Why(cfg, layers, targets, left_out, routers(modules, shapes))
     entries: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # (paths, reason) -> numbers by path
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # with the tensors, or an address could be that of two
     total = 0
     for path, module in modules.items():
         ours = {site.attribute(name) for site in sites_of(module).values() for name in site.specs}
-        for name, parameter in module._parameters.items():
-            if parameter is None or is_lazy(parameter) or name in ours:
+        packed = packed_in(modules[path.rpartition(".parametrizations.")[0]])  # counted as what they stand for
+        for name, parameter in () if module in packed.values() else bare_parameters(module).items():
+            if is_lazy(parameter) or name in ours:
                 continue
             layer, shape = layers.get(path), tuple(shape_of(parameter))
-            if layer is not None and layer.stored is parameter:  # packed codes are fewer than the numbers
+            # Packed codes are fewer than the numbers.
+            if layer is not None and layer.kind.has_matrix and layer.stored is parameter:
                 shape = (max(layer.experts, 1), layer.d_out, layer.d_in)
             size = 0 if id(parameter) in seen else math.prod(shape)
-            seen.add(id(parameter))
+            seen[id(parameter)] = parameter
             total += size
             if (entry := why(path, name, module, shape)) is not None:
                 paths = re.sub(r"(?<![^.])\d+(?![^.])", "*", entry[0])

@@ -63,6 +63,11 @@ class LowRank(NamedTuple):
     gain: Tensor | None = None
     c: float | Tensor = 1.0
 
+    @property
+    def mT(self) -> "LowRank | None":  # noqa: N802  as torch calls it
+        """The change of x W', where W' is the transpose; a gain is of outputs, which are the inputs then: None."""
+        return None if self.gain is not None else LowRank(self.b.mT, self.a.mT, self.s, self.dropout)
+
     def added(self, y: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
         """The new output, for branch = B (s ⊙ A drop(x)) of the shape of y (*b, d_out)."""
         branch = branch.to(y.dtype)  # factors may be wider than the activations

@@ -64,18 +64,18 @@ def _by_expert(
 
 @answers(F.linear)
 def _linear(inputs: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
-    if not isinstance(weight, AdaptedWeight) or weight.is_flipped or weight.is_stack or weight.plain.ndim != 2:
+    if not isinstance(weight, AdaptedWeight) or weight.is_stack or weight.plain.ndim != 2:
         return None
     plain = weight.plain
-    if bias is None:
+    if bias is None and not weight.is_flipped:
         return _rows(weight, inputs, lambda x: F.linear(x, plain))
 
     def branch(factors: LowRank) -> Tensor:
         x = F.dropout(inputs, factors.dropout)
         return F.linear(F.linear(x, factors.a.to(x.dtype)) * factors.s, factors.b.to(x.dtype))
 
-    result = _channelwise(weight, F.linear(inputs, plain, bias), bias, branch, shows_bias=False)
-    if result is not None:
+    result = _channelwise(weight, F.linear(inputs, plain, bias), bias, branch, False, weight.is_flipped)
+    if result is not None or weight.is_flipped:  # flipped: a head that is tied to an adapted embedding
         return result
     # Elsewhere the model may add this bias by itself, so no method may see it: their change of the bare product.
     bare = F.linear(inputs, plain)
@@ -101,11 +101,11 @@ def _matmul(a: Any, b: Any) -> Tensor | None:
     return _rows(a, b, lambda x: a.plain @ x) if b.ndim == 1 else _rows(a, b.mT, lambda x: (a.plain @ x.mT).mT).mT
 
 
-def _grouped(function: Any, x: Any, weight: Any, *args: Any, offs: Tensor | None = None, **kwargs: Any) -> Any:
+def _grouped(function: Any, x: Any, weight: Any, bias: Any = None, offs: Tensor | None = None, **kwargs: Any) -> Any:
     """x (n, i) in groups of rows, one for each expert, that end at offs (experts,)."""
     if not isinstance(weight, AdaptedWeight) or not (weight.is_stack and weight.is_flipped) or x.ndim != 2:
         return None
-    if offs is None or args:
+    if offs is None or bias is not None:  # F.grouped_mm hands bias=None on
         return None
     ends = offs.long()
     ids = weight.experts.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))  # (m,)
@@ -131,13 +131,17 @@ def _channelwise(
     bias: Tensor | None,
     branch: Callable[[LowRank], Tensor],
     shows_bias: bool = True,
+    is_mirrored: bool = False,
 ) -> Float[Tensor, "*b o"] | None:
     """y with the adapters' changes, or None if a method has no such form. `branch` makes B (s ⊙ A x).
 
-    A method that acts on y alone has one only where it may see the bias in it.
+    A method that acts on y alone has one only where it may see the bias in it. `is_mirrored`: the product is one with
+    the transpose of the matrix that the methods know, as in a head that shares an embedding's weight.
     """
     views = [use.view(y.dtype, weight.experts, bias) for use in weight.uses]
     forms = [use.factors(view) for use, view in zip(weight.uses, views, strict=True)]
+    if is_mirrored:
+        forms, shows_bias = [form and form.mT for form in forms], False
     if not all(form or (shows_bias and _acts_on_y(use)) for form, use in zip(forms, weight.uses, strict=True)):
         return None
     for view, factors in zip(views, forms, strict=True):
@@ -159,10 +163,12 @@ def _convolution(function: Any, x: Tensor, weight: Any, bias: Any = None, *args:
     def branch(factors: LowRank) -> Tensor:
         rows = x if x.ndim == spatial + 2 else x[None]  # (n, i, *l)
         rows = F.dropout(rows, factors.dropout)
-        a = factors.a.to(x.dtype).unflatten(1, weight.plain.shape[1:])  # (r, i / groups, *k)
-        b = factors.b.to(x.dtype).reshape(*factors.b.shape, *ones)  # (o, r, *1)
+        by_group = factors.a.ndim == 3  # PEFT's: (g, r, i k) and (g, o / g, r)
+        a, b = (factor.to(x.dtype).flatten(0, factor.ndim - 2) for factor in (factors.a, factors.b))
+        a = a.unflatten(1, (-1, *weight.plain.shape[2:]))  # (r, i / g, *k), or (g r, i, *k)
+        b = b.reshape(*b.shape, *ones)  # (o, r, *1)
         # Every group of channels goes through the same A; the outputs of a group see their own r channels.
-        parts = rows.reshape(-1, rows.shape[1] // groups, *rows.shape[2:])  # (n g, i / g, *l)
+        parts = rows if by_group else rows.reshape(-1, rows.shape[1] // groups, *rows.shape[2:])  # (n g, i / g, *l)
         h = function(parts, a, None, stride, padding, dilation)  # (n g, r, *l')
         s = factors.s.view(-1, *ones) if isinstance(factors.s, Tensor) and factors.s.ndim else factors.s
         h = (h * s).reshape(len(rows), -1, *h.shape[2:])  # (n, g r, *l')

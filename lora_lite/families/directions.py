@@ -64,7 +64,7 @@ class DirectionConfig(BaseConfig):
     projected: bool = False
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*BaseConfig.SAME_AT_ALL_LAYERS, "center", "winsorize", "projected")
     FUSED_EXPERTS: ClassVar[bool] = True
-    BLOCKS: ClassVar[bool] = True
+    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("norm", "block")
 
     def __post_init__(self) -> None:
         super().__post_init__()

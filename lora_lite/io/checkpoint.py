@@ -14,6 +14,7 @@ from torch import nn
 
 from ..base import sharding
 from ..base.fingerprint import other_base, same_base, tell_other_base
+from ..base.layer import on_all_channels
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import installed
 from ..core.config import BaseConfig, to_json
@@ -221,14 +222,18 @@ def _first_process(path: Path, together: bool) -> Iterator[bool]:
 
 def _sites(root: nn.Module, file: AdapterFile) -> dict[str, Site]:
     """A site for each path of the file; CheckpointError unless all keys and shapes fit the model."""
-    targets, layers = layers_of(root, file.path, file.targets, file.cfg.on_blocks)
+    targets, layers = layers_of(root, file.path, file.targets, file.cfg.kinds)
     for in_file, target in targets.items():
         size, live_size = file.targets[in_file], (target.d_in, target.d_out)
         if live_size != size:
-            raise CheckpointError(
-                f"{file.path}: {in_file} was saved from a layer with (d_in, d_out) = {size}, and {target.path} of "
-                f"this {type(root).__name__} has {live_size}\n  this is another base model"
-            )
+            whole = on_all_channels(layers[target]) if file.cfg.variant == "lora" else None
+            if whole is None or (whole.d_in, whole.d_out) != size:
+                raise CheckpointError(
+                    f"{file.path}: {in_file} was saved from a layer with (d_in, d_out) = {size}, and {target.path} of "
+                    f"this {type(root).__name__} has {live_size}\n  this is another base model"
+                )
+            targets[in_file] = target.on(whole)
+            layers = {targets[in_file] if t is target else t: whole if t is target else v for t, v in layers.items()}
     overrides = {targets[path].path: fields for path, fields in file.per_layer.items()}
     sites = dict(zip(targets, make_sites(layers, file.cfg, overrides), strict=True))
     specs = {file_key(path, name): spec for path, site in sites.items() for name, spec in site.specs.items()}

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -65,22 +65,22 @@ def resolve(
 
 
 def layers_of(
-    root: nn.Module, file: Path, in_file: Iterable[str], on_blocks: bool = False
+    root: nn.Module, file: Path, in_file: Iterable[str], kinds: Sequence[str] = ()
 ) -> tuple[dict[str, Target], dict[Target, BaseLayer]]:
     """The model's layer for each path of a file: its target by the path in the file, and the layer by its target.
 
-    `on_blocks` says that the paths are those of blocks.
+    `kinds` are those of the adapter's config: the paths are of blocks, or of norms too, only where these say so.
 
     Raises:
         CheckpointError: as `resolve`, and for a path that leads to no linear layer.
     """
     modules, model = dict(root.named_modules()), type(root).__name__
-    known, targets, layers = find_layers(modules), {}, {}
+    known, targets, layers, on_blocks = find_layers(modules), {}, {}, "block" in kinds
     stacks = find_stacks(modules, shapes_of(known.values()))
     known = block_layers(root, modules, stacks) if on_blocks else known
     for name, path in resolve(file, in_file, {*modules, *known}, model).items():
         layer = known.get(path) or (None if on_blocks else layer_of(modules[path], path))
-        if layer is None:
+        if layer is None or not (layer.kind.has_matrix or layer.kind.category in kinds):
             kind, noun = type(modules[path]).__name__, "block" if on_blocks else "linear layer"
             raise CheckpointError(f"{file}: {name} is no {noun} of this {model} but {kind}\n  load it on its own model")
         targets[name] = target = Target.of(layer, stacks)

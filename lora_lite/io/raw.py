@@ -66,7 +66,7 @@ def load_raw(
     raw = _sorted_keys(path, {key: header for header in headers for key in header.entries}, live)
     chosen = _chosen(raw, name)
     keys = raw.layers.pop(chosen)
-    targets, layers = layers_of(root, path, keys, cfg is not None and cfg.on_blocks)
+    targets, layers = layers_of(root, path, keys, () if cfg is None else cfg.kinds)
     if cfg is None:
         raise CheckpointError(_description(raw, keys, targets))
     overrides = overrides_at(checked_config(cfg), [target.path for target in layers])

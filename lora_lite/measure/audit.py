@@ -1,7 +1,4 @@
-"""An audit tells if adapters would train: which layers ran in one forward, and which parameters got a gradient.
-
-print(ll.audit(model, batch))
-"""
+"""Which adapted layers run in one forward, and which parameters get a gradient: an audit, without its merge."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +21,7 @@ from ..core.state import check_unmerged, session_of, sites_at
 from ..errors import TargetError
 from .calls import Calls, watching
 
+Batch = Mapping[str, Any] | Tensor
 WIDTH = 80  # columns of the table
 
 
@@ -45,6 +43,8 @@ class Audit:
     layers: tuple[Audited, ...]
     unadapted: tuple[str, ...] = ()
     """The linear layers without an adapter that PEFT's `all-linear` would train one on: all but the output head."""
+    merged: float | None = None
+    """By how much the outputs differ once merged, as a share of what the adapters change; None if it wasn't asked."""
 
     def __str__(self) -> str:
         """One row for all layers that differ in the block index only."""
@@ -67,27 +67,16 @@ class Audit:
         if self.unadapted:
             text = f"PEFT's all-linear would adapt {len(self.unadapted)} more: {grouped(self.unadapted)}"
             lines += wrap(text, WIDTH, subsequent_indent="  ", max_lines=3, placeholder=" ...", break_on_hyphens=False)
+        if self.merged is not None:
+            lines.append(f"merged, the outputs differ by {self.merged:.1g} of what the adapters change")
         return "\n".join([title, *lines])
 
 
-def audit(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> Audit:
-    """Run one forward and backward on a batch, and see that every adapter takes part in it.
-
-    The batch goes in as `model(**batch)`, a tensor as `model(batch)`. What is differentiated is the output's `loss`,
-    or, without one, the mean square of each floating-point output. The model runs in the mode that it is in: call
-    `model.train()` first to see what training does. Gradients, statistics of normalisations and random states are
-    afterwards as they were. Of a model inside DistributedDataParallel or torch.compile the inner one runs.
-
-    Raises:
-        TargetError: naming them, for layers that were never called, so that their adapters have no effect (the model
-            reads the weight without calling the layer, or doesn't use it, or nothing in this batch reaches that part of
-            it), and for adapter parameters without a gradient. Also where there is nothing to audit: no adapter, a
-            merged one, or all at scale 0.
-        QuantizedWeightError: as attach, where training would get wrong gradients or none; and what the model raises.
-    """
+def parts_taken(model: nn.Module, batch: Batch) -> Audit:
+    """`lora_lite.audit` without the merge."""
     root, layers = _working(model)
-    with _unchanged(root), watching(root, layers) as calls:
-        loss = _scalar(root(**batch) if isinstance(batch, Mapping) else root(batch))
+    with unchanged(root), watching(root, layers) as calls:
+        loss = _scalar(outputs(root, batch))
         if loss.requires_grad:
             loss.backward()
     name = type(root).__name__
@@ -179,20 +168,31 @@ def _uncalled(layers: Layers, calls: Calls) -> Iterator[str]:
         yield "    give a batch that takes every path (an image, another expert), or leave them out with exclude_names"
 
 
+def outputs(model: nn.Module, batch: Batch) -> Any:
+    """A mapping goes in as keywords, a tensor as it is."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
 def _scalar(output: Any) -> Tensor:
     """The loss, or a number that depends on every floating-point output."""
     values = dict(output) if isinstance(output, Mapping) else output
     loss = values.get("loss") if isinstance(values, dict) else getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss.mean()
-    outputs = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
-    if not outputs:
+    tensors = numbers_in(values)
+    if not tensors:
         raise TargetError(f"the model gave {type(output).__name__}, without a floating-point tensor to differentiate")
-    return torch.stack([t.float().square().mean() for t in outputs]).sum()
+    return torch.stack([t.float().square().mean() for t in tensors]).sum()
+
+
+def numbers_in(output: Any) -> list[Tensor]:
+    """Every floating-point tensor of a model's output."""
+    values = dict(output) if isinstance(output, Mapping) else output
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Within the block autograd is on; gradients, buffers and random states are afterwards as they were."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [

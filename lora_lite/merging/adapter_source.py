@@ -8,20 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from ..base.fingerprint import BaseRecord
+from ..base.kinds import BLOCK
+from ..base.layer import find_layers, on_all_channels
 from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
 from ..core.resolve import specs_at
 from ..core.state import Site
-from ..core.targets import Target
 from ..core.variant import ParamSpec
 from ..errors import CheckpointError
 from ..io.adapter_file import AdapterFile, read_file
+from ..io.peft import forms
 from ..io.peft.conversion import led_to_model
 from ..io.peft.folder import CONFIG, PeftFolder, read_folder
 from ..io.peft.load import parts_of, stored_tensors, tensors_at
+from ..io.peft.ties import without_heads
 from ..io.safetensors import Header
-from .in_memory import NO_WEIGHT
+from .base_folder import LayerLocation
 
+Locations = Mapping[str, LayerLocation]
 TensorsAt = Callable[[str, Site], dict[str, Tensor]]
 """The adapter's tensors by name, at the layer of this path in the file, for a site that stands for it: some of PEFT's
 are relative to the layer's weight."""
@@ -40,10 +44,10 @@ class AdapterSource:
     base: BaseRecord | None  # a PEFT folder has none
     copies: Mapping[str, str]  # `<path>.weight` of a base tensor that the file holds too -> its key there
 
-    configs: Callable[[Mapping[str, Target], Path], dict[str, BaseConfig]]
+    configs: Callable[[Locations, Path], dict[str, BaseConfig]]
     """The config at each layer of a base's folder; CheckpointError unless each has its size and its tensors."""
 
-    read: Callable[[], TensorsAt]
+    read: Callable[[Locations], TensorsAt]
     """Read all tensors. CheckpointError for a NaN or an infinity."""
 
 
@@ -55,30 +59,39 @@ def open_adapter(path: Path, model: Any) -> AdapterSource:
         VariantError: for a method that isn't registered.
     """
     if not path.is_dir():
-        return _of_file(read_file(path))
-    folder = read_folder(path)
-    return _of_folder(path, folder if model is None else led_to_model(model, folder, dict(model.named_modules())))
+        file = read_file(path)
+        if model is None and "embedding" in file.cfg.kinds:  # by its shape alone it is taken for a linear layer
+            raise CheckpointError(f"{path}: an adapter on an embedding needs the config.json of the base model")
+        return _of_file(file)
+    modules = {} if model is None else dict(model.named_modules())
+    folder = read_folder(path, modules)
+    if modules:
+        folder, layers = forms.placed(model, led_to_model(model, folder, modules)), find_layers(modules)
+        folder = without_heads(model, folder, {path: layers[path] for path in folder.paths if path in layers})
+    return _of_folder(path, folder)
 
 
 def _of_file(file: AdapterFile) -> AdapterSource:
     if file.cfg.on_blocks:
-        raise CheckpointError(f"{file.path}: {NO_WEIGHT}")
+        raise CheckpointError(f"{file.path}: {BLOCK.no_weight}")
 
-    def read() -> TensorsAt:
+    def read(locations: Locations) -> TensorsAt:
         tensors = file.tensors()
         return lambda path, site: {name: tensors[file_key(path, name)] for name in site.specs}
 
-    def configs(targets: Mapping[str, Target], base: Path) -> dict[str, BaseConfig]:
+    def configs(locations: Locations, base: Path) -> dict[str, BaseConfig]:
         cfgs: dict[str, BaseConfig] = {}
         specs: dict[str, ParamSpec] = {}
-        for path, target in targets.items():
-            sizes = file.targets[path]
+        for path, location in locations.items():
+            target, sizes = location.target, file.targets[path]
             if sizes != (target.d_in, target.d_out):
+                if problem := reason_for_no_weight(location, sizes):
+                    raise CheckpointError(f"{file.path}: {path}: {problem}")
                 saved = f"{path} was saved from a layer with (d_in, d_out) = {sizes}"
                 present = f"{target.path} of {base} has {target.d_in, target.d_out}"
                 raise CheckpointError(f"{file.path}: {saved}, and {present}\n  this is another base model")
             cfg = cfgs[path] = file.cfg.with_overrides(file.per_layer.get(path, {}))
-            if target.experts and not cfg.FUSED_EXPERTS:
+            if target.experts and not (target.by_weight or cfg.FUSED_EXPERTS):
                 raise CheckpointError(f"{path}: no {cfg.variant!r} on fused experts\n  this is another base model")
             specs |= {file_key(path, name): spec for name, spec in specs_at(target, cfg).items()}
         check_shapes(file.header.entries, specs, str(file.path))
@@ -88,20 +101,33 @@ def _of_file(file: AdapterFile) -> AdapterSource:
     return AdapterSource(path, [path], header, file.targets, file.scale, file.never_ran, file.base, {}, configs, read)
 
 
+def reason_for_no_weight(location: LayerLocation, sizes: tuple[int, int]) -> str:
+    """Why no weight there holds an adapter of this (d_in, d_out), which aren't the layer's own; "" of another layer."""
+    whole = on_all_channels(location.layer)
+    return "" if whole is None or (whole.d_in, whole.d_out) != sizes else whole.kind.no_weight
+
+
 def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
-    def read() -> TensorsAt:
+    def read(locations: Locations) -> TensorsAt:
         stored = stored_tensors(folder)
+        layers = {path: location.layer for path, location in locations.items()}
         return lambda path, site: {
-            name: tensor.to(site.cfg.dtype) for name, tensor in tensors_at(folder, stored, path, site.base).items()
+            name: tensor.to(site.cfg.dtype)
+            for name, tensor in tensors_at(folder, stored, path, layers[path], site.base).items()
         }
 
-    def configs(targets: Mapping[str, Target], base: Path) -> dict[str, BaseConfig]:
-        if fused := [target.path for target in targets.values() if target.experts]:
+    def configs(locations: Locations, base: Path) -> dict[str, BaseConfig]:
+        targets = {path: location.target for path, location in locations.items()}
+        layers = {path: location.layer for path, location in locations.items()}
+        if fused := [target.path for target in targets.values() if target.experts and not target.by_weight]:
             problem = f"{fused[0]} of {base} are fused experts"
             raise CheckpointError(f"{path}: {problem}; PEFT's format has no place for them")
+        for in_file, layer in layers.items():
+            if problem := forms.as_peft_takes(folder, in_file, layer).kind.no_weight:
+                raise CheckpointError(f"{path}: {in_file}: {problem}")
         return {
             in_file: part.cfg.with_overrides(part.overrides.get(target.path, {}))
-            for part in parts_of(folder, dict(targets), {})
+            for part in parts_of(folder, targets, layers)
             for in_file, target in part.targets.items()
         }
 

@@ -1,16 +1,15 @@
 """A base model as a folder on disk: which of its tensors is which layer's weight, read one tensor at a time.
 
 A layer's path is not always its key: transformers renames and regroups as it loads (its conversion mapping), fuses the
-experts of a block, splits a fused tensor by rows, and leaves out a head that is tied to the embedding. What the
+experts of a block, splits and joins tensors by rows, and leaves out a head that is tied to the embedding. What the
 folder's config describes is built on the meta device, without memory, and the keys are led to it as `from_pretrained`
 would.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.layer import BaseLayer, find_layers, layer_of
+from ..base.probe import norm_offset
 from ..base.storage import spread_places
 from ..core.names import file_key
 from ..core.targets import Target
@@ -28,8 +28,8 @@ from ..io.safetensors import DTYPES, INDEX, PICKLES, Header, read_json, read_sha
 from .bnb_files import Packed, find_packed
 from .skeleton import skeleton
 
-# Conversions of transformers that, along the first dimension, move rows and change no number.
-_MOVE_ROWS = ("Chunk", "Split", "Concatenate", "Interleave")
+# Conversions of transformers that move whole rows and change no number.
+_MOVE_ROWS = ("Chunk", "Split", "Concatenate", "Interleave", "MergeModulelist", "ErnieFuseAndSplitTextVisionExperts")
 COPY = 8 << 20  # bytes that are copied at a time
 
 
@@ -38,7 +38,7 @@ class TensorRef:
     """A weight or a bias of a layer on disk, or a part: a tensor of the layer, of one of its experts, or some rows."""
 
     key: str
-    expert: int | None = None
+    expert: int | None = None  # None where the tensor stacks all of them, too: then the rows are those of each
     transposed: bool = False  # each matrix lies as (d_in, d_out)
     rows: range | None = None  # of the tensor, those that are this layer's: it may hold several layers
     positions: range | None = None  # the rows of the layer's weight that they are, where it lies in several tensors
@@ -49,10 +49,12 @@ class LayerLocation:
     """The tensors of a layer on disk: several if its experts are stored one by one, or its rows in parts."""
 
     target: Target
+    layer: BaseLayer  # on the meta device
     weight: list[TensorRef]
     bias: list[TensorRef]
     module_key: str  # the module key of the weight
     tied_to: list[str]  # the module keys of what shares the weight, such as the embedding
+    offset: float | None = None  # c of a norm y = (w + c) ⊙ n(x) + b; None of a layer with a matrix
 
 
 class BaseFolder:
@@ -82,6 +84,9 @@ class BaseFolder:
         self.model = None if self.config is None else skeleton(path, self.config, len(self.headers))
         self._name = path.name if self.model is None else type(self.model).__name__
         self._conversions()
+        self._grouped: dict[
+            str, list[tuple[str, str]]
+        ] = {}  # module key -> (pattern, key) of what its conversion takes
         self._by_key = self._module_keys()
         self._owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)  # several of a tied parameter
         for module_path, module in [] if self.model is None else self.model.named_modules():
@@ -114,17 +119,29 @@ class BaseFolder:
     def matrix(self, ref: TensorRef, index: int | None = None) -> Tensor:
         """A floating weight (d_out, d_in) or bias (d_out,), those of its rows that `ref` has, or one of its experts."""
         tensor = self.read(ref.key, index)
+        tensor = tensor.flatten(1) if tensor.ndim > 2 else tensor  # a kernel (o, i, *k)
         tensor = tensor if ref.rows is None else tensor[as_slice(ref.rows)]
         return tensor.mT if ref.transposed else tensor
 
-    def assembled(self, refs: Sequence[TensorRef]) -> Tensor:
-        """A weight or a bias that lies in several tensors, as one."""
-        order = torch.tensor([row for ref in refs for row in ref.positions or ()])
-        return torch.cat([self.matrix(ref) for ref in refs])[order.argsort()]
+    def assembled(self, refs: Sequence[TensorRef], expert: int | None = None, index: int | None = None) -> Tensor:
+        """A weight or a bias that lies in several tensors, as one; that of an expert, or at an index of its stacks."""
+        parts = [ref for ref in refs if ref.expert == expert]
+        order = torch.tensor([row for ref in parts for row in ref.positions or ()])
+        return torch.cat([self.matrix(ref, index) for ref in parts])[order.argsort()]
 
     def is_stored(self, key: str) -> bool:
         """True if the folder has the tensor of this module key, under whatever name."""
-        return key in self._by_key
+        return bool(self._stored(key))
+
+    def keys_of(self, key: str) -> list[str]:
+        """The folder's keys of a module key."""
+        return [ref.key for ref in self._stored(key)]
+
+    def _stored(self, key: str) -> list[TensorRef]:
+        """The tensors of a module key; none for a parameter that is computed from several tensors."""
+        if key in self._grouped:
+            self._by_key |= self._converted(key, self._grouped.pop(key))
+        return self._by_key.get(key, [])
 
     def is_read_as(self, key: str) -> bool:
         """True if from_pretrained takes a tensor of this name for the module's of the same name."""
@@ -145,38 +162,35 @@ class BaseFolder:
                     raise CheckpointError(f"{path} became shorter while it was read")
                 yield chunk
 
-    def samples(self, weight: Sequence[TensorRef]) -> list[Any]:
+    def samples(self, location: LayerLocation) -> list[Any]:
         """The fingerprint of an unquantised weight, as `base_record` takes it from a live layer: dtype, elements."""
-        first = self.headers[weight[0].key].entries[weight[0].key]
-        dtype, width = DTYPES.get(first.dtype, torch.uint8), first.shape[-1]
-        in_rows = weight[0].rows is not None
-        numel = torch.Size(first.shape).numel()  # of one expert where they are stored one by one
-        total = sum(len(ref.rows or ()) for ref in weight) * width if in_rows else numel * len(weight)
+        shape, weight = tuple(location.layer.stored.shape), location.weight
+        numel = torch.Size(shape).numel()
+        size = numel // (location.target.experts or 1)  # elements of a matrix
+        dtype = DTYPES.get(self.headers[weight[0].key].entries[weight[0].key].dtype, torch.uint8)
         values = []
-        for place in spread_places(total):  # experts that are stored one by one count as stacked
-            if in_rows:
-                row, column = divmod(place, width)
-                ref = next(ref for ref in weight if ref.positions is None or row in ref.positions)
-                assert ref.rows is not None
-                offset = ref.rows[row if ref.positions is None else ref.positions.index(row)] * width + column
-            else:
-                ref, offset = weight[place // numel], place % numel
+        for place in spread_places(numel):
+            expert, (row, column) = place // size, divmod(place % size, shape[-1])
+            ref = next(r for r in weight if r.expert in (None, expert) and (r.positions is None or row in r.positions))
+            if ref.rows is not None:
+                row = ref.rows[row if ref.positions is None else ref.positions.index(row)]
+            if ref.transposed != location.layer.transposed:  # not as the layer's own tensor lies
+                row, column = column, row
             header = self.headers[ref.key]
+            entry = header.entries[ref.key]
+            stacked = 0 if ref.expert is not None else expert * torch.Size(entry.shape[-2:]).numel()
             with header.path.open("rb", buffering=0) as file:
-                file.seek(header.entries[ref.key].start + offset * dtype.itemsize)
+                file.seek(entry.start + (stacked + row * entry.shape[-1] + column) * dtype.itemsize)
                 values.append(float(torch.frombuffer(bytearray(file.read(dtype.itemsize)), dtype=dtype)))
         return [dtype_name(dtype), *values]
 
     def find(self, file: Path, paths: Iterable[str]) -> dict[str, LayerLocation]:
         """The location of each of these paths in the file. Raises CheckpointError unless the folder has all."""
-        modules, paths = self._modules(), list(paths)
-        bare: dict[str, BaseLayer] = {}  # matrices that are parameters of another module, as nn.MultiheadAttention's
-        if not set(paths) <= modules.keys():
-            bare = {path: layer for path, layer in find_layers(modules).items() if layer.kind.prefix}
-        mapping = resolve(file, paths, {*modules, *bare}, self._name)
+        modules = self._modules()
+        layers = {} if self.model is None else find_layers(modules)
         return {
-            file_path: self._locate(path, bare.get(path) or layer_of(modules[path], path), modules.get(path))
-            for file_path, path in mapping.items()
+            file_path: self._locate(path, layers.get(path) or layer_of(modules[path], path), modules.get(path))
+            for file_path, path in resolve(file, paths, {*modules, *layers}, self._name).items()
         }
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -194,42 +208,43 @@ class BaseFolder:
     def _locate(self, path: str, layer: BaseLayer | None, module: nn.Module | None) -> LayerLocation:
         if layer is None:
             raise CheckpointError(f"{path} of {self._name} is no linear layer, and no experts: {type(module).__name__}")
-        if layer.kind.prefix and layer.experts:
-            raise CheckpointError(
-                f"{path} of {self._name} are experts' matrices: merge in memory, with lora_lite.merge"
-            )
         key = path if layer.kind.prefix else file_key(path, layer.kind.weight)
         tied = [other for owner, other in self._owners.get(id(layer.stored), []) if owner is not layer.module]
         stored = next(filter(self.is_stored, (key, *tied)), key)  # of tensors that are shared, a file holds one
         bias = [] if layer.bias is None else self._refs(file_key(path, layer.kind.bias))
-        return LayerLocation(Target.of(layer), self._weight_refs(stored, layer), bias, key, tied)
+        # A norm is so small that its own forward can be run: its numbers don't matter here.
+        run = None if layer.kind.has_matrix else layer_of(deepcopy(layer.module).to_empty(device="cpu"), path)
+        offset = None if run is None else norm_offset(run)
+        return LayerLocation(Target.of(layer), layer, self._weight_refs(stored, layer), bias, key, tied, offset)
 
     def _refs(self, key: str) -> list[TensorRef]:
-        if key not in self._by_key:
+        if not (refs := self._stored(key)):
             problem = f"{self.path} has no tensor for {key} of {self._name} by itself"
             raise CheckpointError(f"{problem}\n  its own keys are like {', '.join(list(self.headers)[:3])}")
-        return self._by_key[key]
+        return refs
 
     def _weight_refs(self, key: str, layer: BaseLayer) -> list[TensorRef]:
         """The tensors of a weight, in the shapes that the layer has."""
-        refs = self._refs(key)
-        if refs[0].rows is not None:
-            d_out, widths = sum(len(ref.rows or ()) for ref in refs), {self.shape(ref.key)[1:] for ref in refs}
-            if layer.experts or layer.transposed or (d_out, widths) != (layer.d_out, {(layer.d_in,)}):
-                names = ", ".join(ref.key for ref in refs)
-                problem = f"{key} is {d_out} rows of {names} {' '.join(map(str, widths))}"
+        refs, wanted = self._refs(key), tuple(layer.stored.shape)
+        experts = list(dict.fromkeys(ref.expert for ref in refs))
+        if experts not in ([None], list(range(layer.experts))):
+            raise CheckpointError(f"{self.path}: {key} has {len(experts)} experts there; wanted {layer.experts}")
+        is_stack = bool(layer.experts) and refs[0].expert is None
+        wanted = wanted[1:] if layer.experts and not is_stack else wanted
+        for expert in experts if refs[0].rows is not None else []:
+            parts = [ref for ref in refs if ref.expert == expert]
+            d_out, shapes = sum(len(ref.rows or ()) for ref in parts), {self.shape(ref.key) for ref in parts}
+            fits = {(*shape[:-2], d_out, *shape[-1:]) for shape in shapes} == {wanted}
+            if layer.transposed or not fits:
+                names, widths = ", ".join(ref.key for ref in parts), " ".join(str(shape[1:]) for shape in shapes)
+                problem = f"{key} is {d_out} rows of {names} {widths}"
                 raise CheckpointError(f"{self.path}: {problem}; wanted {(layer.d_out, layer.d_in)}")
-            return refs
-        if [ref.expert for ref in refs] not in ([None], list(range(layer.experts))):
-            raise CheckpointError(f"{self.path}: {key} has {len(refs)} experts there; wanted {layer.experts}")
-        is_single = refs[0].expert is None  # experts that are stored one by one always lie as (d_out, d_in)
-        transposed = layer.transposed and is_single
-        stack = (layer.experts,) if layer.experts and is_single else ()
-        wanted = (*stack, layer.d_in, layer.d_out) if transposed else (*stack, layer.d_out, layer.d_in)
-        for ref in refs:
-            if self.shape(ref.key) != wanted:
-                raise CheckpointError(f"{self.path}: {ref.key} is {self.shape(ref.key)}; wanted {wanted}")
-        return [TensorRef(ref.key, ref.expert, transposed) for ref in refs]
+        for ref in refs if refs[0].rows is None else []:
+            shape = (*wanted[:-2], *reversed(wanted[-2:])) if ref.transposed else wanted
+            shape = (layer.d_out, layer.d_in) if ref.key in self.packed else shape
+            if self.shape(ref.key) != shape:
+                raise CheckpointError(f"{self.path}: {ref.key} is {self.shape(ref.key)}; wanted {shape}")
+        return [replace(ref, transposed=layer.transposed != ref.transposed) for ref in refs]
 
     def _conversions(self) -> None:
         """The renamings and conversions of transformers as it loads such a model, and the model's own tensors."""
@@ -244,31 +259,27 @@ class BaseFolder:
         self._state = self.model.state_dict()
 
     def _module_keys(self) -> dict[str, list[TensorRef]]:
-        """Module key -> its tensors on disk; no entry for a parameter that is computed from several tensors."""
+        """Module key -> its tensors on disk, but for those that a conversion groups: it runs when one is asked for."""
         if self.model is None:
             return {key: [TensorRef(key)] for key in self.headers}
         from transformers.core_model_loading import dot_natural_key
 
-        # Experts that are stacked leave each file's tensor a matrix that can be merged.
-        stacking = {
-            c.source_patterns[0]
-            for c in self._converters
-            if len(c.source_patterns) == len(c.target_patterns) == 1
-            and [(type(op).__name__, getattr(op, "dim", None)) for op in c.operations] == [("MergeModulelist", 0)]
-        }
         refs: dict[str, list[TensorRef]] = defaultdict(list)
         sources: dict[str, list[tuple[str, str]]] = defaultdict(list)  # of a conversion's first target: (pattern, key)
         for key in sorted(self.headers, key=dot_natural_key):
             name, pattern = self._rename(key)
             if pattern is None:
                 refs[name].append(TensorRef(key))
-            elif pattern in stacking:  # the last number in a key is the expert's, earlier ones are blocks'
-                refs[name].append(TensorRef(key, int(re.findall(r"\.(\d+)(?=\.)", key)[-1])))
             elif name in self._state:
                 sources[name].append((pattern, key))
+        several = [c for c in self._converters if len(c.target_patterns) > 1 or "*" in c.target_patterns[0]]
+        patterns = {pattern for conversion in several for pattern in conversion.source_patterns}
         for name, keys in sources.items():
-            refs.update(self._by_rows(name, keys))
-        return {name: sorted(experts, key=lambda ref: ref.expert or 0) for name, experts in refs.items()}
+            if keys[0][0] in patterns:  # the names of its other targets are its own to tell
+                refs |= self._converted(name, keys)
+            else:  # as of experts, which may be many
+                self._grouped[name] = keys
+        return dict(refs)
 
     def _rename(self, key: str) -> tuple[str, str | None]:
         """The module key of a file's key, as from_pretrained has it, and the pattern of its conversion, if any."""
@@ -281,46 +292,70 @@ class BaseFolder:
             name, pattern = rename_source_key(key, [], [], prefix, state)
         return name, pattern
 
-    def _by_rows(self, name: str, sources: Sequence[tuple[str, str]]) -> dict[str, list[TensorRef]]:
-        """Module key -> the rows of the file's tensors that it is made of; nothing unless a conversion only moves rows.
+    def _converted(self, name: str, sources: Sequence[tuple[str, str]]) -> dict[str, list[TensorRef]]:
+        """Module key -> the file's tensors that it is made of; nothing where a conversion computes new numbers.
 
         transformers' own conversion is run, on the rows' numbers in place of the rows.
         """
-        conversion = {pattern: c for c in self._converters for pattern in c.source_patterns}[sources[0][0]]
-        moves_rows = all(
-            type(op).__name__ in _MOVE_ROWS and getattr(op, "dim", None) == 0 for op in conversion.operations
-        )
-        shapes = [self.shape(key) for _, key in sources]
-        plain = all(len(shape) in (1, 2) and 0 not in shape for shape in shapes)  # 0 columns: any number of rows
-        if not (moves_rows and plain) or any(key in self.packed for _, key in sources):
+        conversion: Any = {pattern: c for c in self._converters for pattern in c.source_patterns}[sources[0][0]]
+        shapes = {key: self.shape(key) for _, key in sources}
+        if [type(op).__name__ for op in conversion.operations] == ["Transpose"]:
+            (op,), ((key, shape), *others) = conversion.operations, shapes.items()
+            if others or {op.dim0, op.dim1} != {len(shape) - 2, len(shape) - 1}:
+                return {}
+            return {name: [TensorRef(key, transposed=not (op.check_dims and shape == self._state[name].shape))]}
+        moves_rows = all(type(op).__name__ in _MOVE_ROWS and getattr(op, "dim", 0) >= 0 for op in conversion.operations)
+        # 0 columns: any number of rows. Of more dimensions, the rows are no matrices'.
+        if not (moves_rows and all(0 < len(shape) < 4 and 0 not in shape for shape in shapes.values())):
             return {}
         model: Any = self.model
         converter: Any = deepcopy(conversion)
-        starts, numbered = {}, 0
+        numbered = 0
         for pattern, key in sources:
-            starts[key] = numbered
-            converter.add_tensor(name, key, pattern, torch.arange(numbered, numbered := numbered + self.shape(key)[0]))
+            rows = torch.Size(shapes[key][:-1] or shapes[key])  # (*experts, n)
+            numbers = torch.arange(numbered, numbered := numbered + rows.numel())
+            converter.add_tensor(name, key, pattern, numbers.view(rows))
         try:
             moved = converter.convert(name, model=model, config=model.config)
         except Exception:  # of any kind: the file's tensors may be other ones than the conversion's
             return {}
-        numbers = {target: (rows[0] if isinstance(rows, list) else rows) for target, rows in moved.items()}
-        every = torch.cat(list(numbers.values()))
+        targets = {target: (rows[0] if isinstance(rows, list) else rows) for target, rows in moved.items()}
+        targets = {target: numbers for target, numbers in targets.items() if numbers.numel()}
+        every = torch.cat([numbers.flatten() for numbers in targets.values()])
         if len(every.unique()) < len(every):  # a row of two layers can't be merged into
             return {}
-        refs: dict[str, list[TensorRef]] = {}
-        for target, rows in numbers.items():
-            parts = []
-            for key, start in starts.items():
-                places = ((rows >= start) & (rows < start + self.shape(key)[0])).nonzero().flatten()
-                if len(places):
-                    parts.append((key, _as_range(rows[places] - start), _as_range(places), len(places) == len(rows)))
-            if all(of and places for _, of, places, _ in parts):
-                refs[target] = [
-                    TensorRef(key, rows=of, positions=None if is_whole else places)
-                    for key, of, places, is_whole in parts
-                ]
-        return refs
+        refs = {target: self._parts(numbers, shapes) for target, numbers in targets.items()}
+        return {target: parts for target, parts in refs.items() if parts}
+
+    def _parts(self, numbers: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> list[TensorRef]:
+        """The file's tensors that have these rows (*experts, n), expert by expert; none if they lie at no equal steps.
+
+        numbers     of the rows of all these tensors, one tensor after the other
+        """
+        d_out, flat, keys = numbers.shape[-1], numbers.flatten(), list(shapes)
+        starts = torch.tensor([0, *(torch.Size(shape[:-1] or shape).numel() for shape in shapes.values())]).cumsum(0)
+        tensor = torch.bucketize(flat, starts, right=True) - 1  # (experts n,), the index of each row's own
+        group = torch.arange(len(flat)) // d_out * len(keys) + tensor
+        groups, counts = group.sort().values.unique_consecutive(return_counts=True)
+        refs: dict[TensorRef, None] = {}
+        for label, places in zip(groups.tolist(), group.argsort(stable=True).split(counts.tolist()), strict=True):
+            expert, i = divmod(label, len(keys))
+            *stack, height = shapes[keys[i]][:-1] or shapes[keys[i]]
+            if stack not in ([], [len(numbers)]):  # of another number of experts
+                return []
+            lines = torch.stack([flat[places] - starts[i] - (expert * height if stack else 0), places - expert * d_out])
+            steps = lines.diff()  # (2, n - 1), of rows and of positions: each run of equal ones is a part
+            for run in lines.tensor_split((steps != steps[:, :1]).any(0).nonzero().flatten() + 1, dim=1):
+                rows, positions = map(_as_range, run)
+                if not (rows and positions and rows.start >= 0 and rows.stop <= height):
+                    return []
+                is_whole = len(positions) == d_out
+                alone = None if stack or numbers.ndim == 1 else expert
+                some = None if is_whole and len(rows) == height else rows
+                refs[TensorRef(keys[i], alone, rows=some, positions=None if is_whole else positions)] = None
+        if any(ref.key in self.packed and ref.rows for ref in refs):  # rows of what is quantised as a whole
+            return []
+        return list(refs)
 
 
 def as_slice(rows: range) -> slice:
@@ -333,4 +368,4 @@ def _as_range(numbers: Tensor) -> range | None:
     first, last = int(numbers[0]), int(numbers[-1])
     step = int(numbers[1]) - first if len(numbers) > 1 else 1
     rows = range(first, last + 1, step) if step > 0 else range(0)
-    return rows if numbers.tolist() == list(rows) else None
+    return rows if len(rows) == len(numbers) and bool((numbers.diff() == step).all()) else None

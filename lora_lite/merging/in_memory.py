@@ -4,31 +4,30 @@ No variant has code for it: a merged weight is what the adapter's hooks make of 
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from loguru import logger
 from torch import Tensor, nn
 
 from ..base import sharding
 from ..base.affine import check_affine
+from ..base.kinds import bare_parameters
 from ..base.layer import BaseLayer, layer_of
+from ..base.probe import norm_offset
 from ..base.still import full_precision
 from ..base.storage import Storage
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import detach, uninstall
 from ..core.effective import Affine, in_order, random_rows
-from ..core.state import Session, Site, Swap, check_unmerged, session_of, sites_at, sites_of
+from ..core.state import Session, Site, Swap, Unparametrized, check_unmerged, session_of, sites_at, sites_of
 from ..dtypes import STORAGE_DTYPES, dtype_name, fits
 from ..errors import BaseModelError, ConfigError, QuantizedWeightError, TargetError
 from ..measure.calls import check_called, check_choice
 
-NO_WEIGHT = (
-    "the adapter is on the residual stream at a block's output, and no weight holds that\n"
-    "  keep it attached, or attach one to the layers that write to the stream: without kinds=('block',)"
-)
 CHOICES = (None, "dequantize", "requantize")
 Changes = list[tuple[Swap, Tensor | nn.Module]]
 
@@ -41,6 +40,7 @@ class _Layer:
     sites: list[Site]
     stay: list[Site]
     quantized: str | None  # the choice for a quantised layer, as `merge` was told
+    shares_bias: bool  # does another module hold its bias?
     error: tuple[float, float] | None = None  # of quantising again, over the norms of the weight and of its change
 
 
@@ -135,12 +135,31 @@ def unmerge(model: nn.Module) -> None:
     if not session.merged:
         cure = "after merge(..., keep=False) the original weights are gone: load the base again"
         raise TargetError(f"nothing is merged into this {type(root).__name__}\n  {cure}")
+    _undo(session)
+    logger.info(f"unmerged {', '.join(session.adapters)}")
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within the block all adapters are in the weights, as by `merge(quantized="dequantize")`, with all that it raises.
+    Nothing is logged."""
+    root, session = session_of(model)
+    check_unmerged(session, "merge")
+    chosen = list(adapters(root).values())
+    with full_precision(root):
+        _merge_reversibly(root, session, chosen, _layers(root, chosen, quantized="dequantize"))
+    try:
+        yield
+    finally:
+        _undo(session)
+
+
+def _undo(session: Session) -> None:
     for swap in reversed(session.merged):
         swap.undo()
     session.merged = []
     for state in session.adapters.values():
         state.merged = False
-    logger.info(f"unmerged {', '.join(session.adapters)}")
 
 
 # ---- what may be merged -------------------------------------------------------------------------
@@ -157,25 +176,36 @@ def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -
         sites = in_order(sites_at(known))
         base = known.as_it_is_now()  # it may have been quantised since attach
         goes = [site for site in sites if site.state.name in names]
-        layers.append(_Layer(base, goes, [site for site in sites if site not in goes], quantized))
-        _check_layer(layers[-1], is_shared=holders[id(base.stored)] > 1)
+        shares_bias = base.bias is not None and holders[id(base.bias)] > 1
+        layers.append(_Layer(base, goes, [site for site in sites if site not in goes], quantized, shares_bias))
+        _check_layer(layers[-1], is_shared=holders[id(base.stored)] > 1 + _together(base, sites))
     return layers
+
+
+def _together(base: BaseLayer, sites: Sequence[Site]) -> int:
+    """How many other modules hold the weight for which every adapter there acts. Raises TargetError if that changed."""
+    for holder, name, _ in (tie for site in sites for tie in site.base.ties):
+        if holder._parameters.get(name) is not base.stored:
+            problem = f"its adapter is also at {type(holder).__name__}, which holds another weight by now"
+            raise TargetError(f"{base.path}: {problem}\n  tie them again, or save, detach and load the adapter")
+    return min(len(site.base.ties) for site in sites)
 
 
 def _check_layer(layer: _Layer, is_shared: bool) -> None:
     """Raises TargetError or QuantizedWeightError unless this layer's weight can be replaced by a merged one."""
     base, path, module, weight = layer.base, layer.base.path, layer.base.module, layer.base.stored
-    if base.is_block:
-        raise TargetError(f"{path}: {NO_WEIGHT}")
+    holder = module if base.packed is None else base.packed
+    if problem := next(filter(None, (site.base.kind.no_weight for site in (*layer.sites, *layer.stay))), ""):
+        raise TargetError(f"{path}: {problem}")
     ours = {handle.id for site in sites_of(module).values() for handle in site.handles}
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     is_hooked = "forward" in vars(module) or any(ids.keys() - ours for ids in hooks)
     problem = cure = ""
     # A new weight would be lost where the weight is made at each forward.
-    if not any(weight is tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+    if not any(weight is tensor for tensor in (*holder.parameters(recurse=False), *holder.buffers(recurse=False))):
         problem = "its weight is computed from others at each forward (a parametrisation, weight_norm)"
         cure = "fold those in first, with torch.nn.utils.parametrize.remove_parametrizations or the like"
-    elif is_hooked and not base.storage.is_dense:
+    elif is_hooked and not base.storage.is_dense and holder is module:
         problem = f"something else has hooks on this {type(module).__name__}, and another layer will stand in its place"
         cure = "take them off first, and put them on again afterwards"
     elif sharding.is_sharded(weight) or weight.is_meta:
@@ -183,7 +213,7 @@ def _check_layer(layer: _Layer, is_shared: bool) -> None:
         cure = "save the adapter, and merge on a whole model or with lora_lite.merge_checkpoint"
     elif is_shared:
         problem = "another module shares its weight, as an embedding does with a tied head: it would change as well"
-        cure = "untie them, or leave the layer out with exclude_names"
+        cure = 'adapt it with tied_weights="together", untie them, or leave the layer out with exclude_names'
     if problem:
         raise TargetError(f"{path}: {problem}\n  {cure}")
     problem = f"{path}: the weight is {base.describe()}"
@@ -204,22 +234,29 @@ def _check_layer(layer: _Layer, is_shared: bool) -> None:
 
 def _changes(root: nn.Module, layer: _Layer) -> Changes:
     """The merged weight and bias of one layer, computed, and where they go; nothing is changed yet."""
-    if not layer.base.storage.is_dense:
-        return _replacements(root, layer)
     base, module, bias = layer.base, layer.base.module, layer.base.bias
-    new = torch.empty_like(base.stored)
-    weight, out = base.weight(), base.oriented(new)  # (d_out, d_in), or (experts, d_out, d_in)
-    if base.experts:
-        new_bias = None if base.by_weight else _bias_of_experts(layer)  # (experts, d_out)
-        for i in range(base.experts):
-            if _fold(layer, weight[i], out[i], None, i) is not None and base.by_weight:
+    if not base.storage.is_dense and base.packed is None:
+        return _replacements(root, layer)
+    new = torch.empty_like(base.stored) if base.packed is None else _unpacked(layer)
+    numbers = base.weight if base.packed is None else base.dense_weight
+    if not base.kind.has_matrix:
+        new_bias = _fold_norm(layer, new)  # (d,)
+    elif base.experts:
+        out = base.oriented(new)  # (experts, d_out, d_in)
+        new_bias = None if base.by_weight else _bias_of_experts(layer, new.dtype)  # (experts, d_out)
+        for i in range(base.experts):  # each matrix (d_out, d_in)
+            if _fold(layer, numbers(i), out[i], None, i) is not None and base.by_weight:
                 raise TargetError(
                     f"{base.path}: an adapter adds a constant, and an expert's matrix has no place for it"
                 )
     else:
-        new_bias = _fold(layer, weight, out, bias)  # (d_out,)
-    changes: Changes = [(Swap(module, base.kind.weight, base.stored.data), new)]
+        new_bias = _fold(layer, numbers(), base.oriented(new), bias)  # (d_out,)
+    swap = Swap(module, base.kind.weight, base.stored.data)
+    changes: Changes = [(swap, new) if base.packed is None else _parameter_for(layer, new)]
     if new_bias is not None and bias is not None:
+        if layer.shares_bias and not torch.equal(new_bias, bias):
+            problem = "an adapter changes its bias, which another module holds as well"
+            raise TargetError(f"{base.path}: {problem}\n  untie them, or keep the adapter attached")
         changes.append((Swap(module, base.kind.bias, bias.data), new_bias))
     elif new_bias is not None and not base.shows_bias:
         raise TargetError(
@@ -231,13 +268,58 @@ def _changes(root: nn.Module, layer: _Layer) -> Changes:
     return changes
 
 
-def _bias_of_experts(layer: _Layer) -> Tensor | None:
+def _fold_norm(layer: _Layer, out: Tensor) -> Tensor | None:
+    """Write w' (d,) of a norm y = (w + c) ⊙ n(x) + b to `out`, and return b' (d,), None if there is none."""
+    base, offset = layer.base, norm_offset(layer.base)
+    gain, has_bias = base.stored.double() + offset, base.kind.bias in base.module._parameters  # (d,)
+    new, new_bias = fold_norm(layer.sites, gain, base.bias, has_bias)  # (d,), (d,)
+    if layer.stay:
+        _check_commute(layer, gain.diag(), base.bias, None)
+    check_fits(base.path, out.copy_(new - offset))
+    bias_dtype = (out if base.bias is None else base.bias).dtype
+    return None if new_bias is None else check_fits(base.path, new_bias.to(bias_dtype))
+
+
+def fold_norm(
+    sites: Sequence[Site], gain: Float[Tensor, "d"], bias: Float[Tensor, "d"] | None, has_bias: bool
+) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"] | None]:
+    """(g', b') in float64 of a norm y = g ⊙ n(x) + b with these adapters. Raises TargetError if it can't hold them."""
+    affine, new_bias = Affine(sites, torch.float64, gain.device), None
+    new, problem = affine.gain(gain), "an adapter changes the norm's input, or mixes its channels"
+    if new is not None:
+        new_bias = affine.bias(bias, lambda: gain)  # no input is changed, so the weight isn't read
+        problem = "" if new_bias is None or has_bias else "an adapter adds a constant, and this norm has no bias"
+    if new is None or problem:
+        raise TargetError(f"{sites[0].path}: {problem}\n  keep the adapter attached")
+    return new, new_bias
+
+
+def _unpacked(layer: _Layer) -> Tensor:
+    """Room for the numbers of a bare parameter in 4 bits: in float32 where they are quantised again."""
+    shape, again = bare_parameters(layer.base.module)[layer.base.kind.weight], layer.quantized == "requantize"
+    dtype = torch.float32 if again else layer.base.storage.compute_dtype(layer.base)
+    return torch.empty(shape.shape, dtype=dtype, device=layer.base.stored.device)
+
+
+def _parameter_for(layer: _Layer, new: Tensor) -> tuple[Swap, Tensor | nn.Module]:
+    """The change of a bare parameter in 4 bits: a dense one in its place, or another parametrisation."""
+    base, module = layer.base, layer.base.module
+    if layer.quantized == "dequantize":
+        return Unparametrized(module, base.kind.weight, None), new
+    replacement = base.storage.requantized(base, new, None)
+    error = (replacement() - new).norm()
+    layer.error = float(error / new.norm()), float(error / (new - base.packed()).norm())
+    return Swap(module.parametrizations, base.kind.weight, base.packed), replacement
+
+
+def _bias_of_experts(layer: _Layer, dtype: torch.dtype) -> Tensor | None:
     """The new biases where an adapter acts on the whole block's output; None where none does, or without a bias."""
     base, outer = layer.base, [site for site in layer.sites if not site.stacked]
     if not outer:
         return None
-    zero = base.stored.new_zeros(base.d_out, base.d_in)  # the map of an output alone: no weight comes before it
-    dtype = zero.dtype if base.bias is None else base.bias.dtype
+    # The map of an output alone: no weight comes before it.
+    zero = torch.zeros(base.d_out, base.d_in, dtype=dtype, device=base.stored.device)
+    dtype = dtype if base.bias is None else base.bias.dtype
     affine = Affine(outer, torch.promote_types(dtype, torch.float32), zero.device)
     if affine.bias(None, lambda: zero) is not None:
         problem = f"{' or '.join(site.state.name for site in outer)} adds a constant"

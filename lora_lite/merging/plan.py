@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..io.safetensors import DTYPES, INDEX, write_json
 from .adapter_source import AdapterSource, TensorsAt
 from .base_folder import BaseFolder, TensorRef, as_slice
 from .bnb_files import as_trained, unpack
-from .in_memory import check_fits
+from .in_memory import check_fits, fold_norm
 
 
 @dataclass
@@ -81,8 +82,8 @@ class _StandIn(nn.Module):
         return self._load()
 
 
-Rows = tuple[TensorRef, Callable[[Tensor], Tensor]]
-"""Some rows of a tensor, and what becomes of them."""
+Rows = tuple[TensorRef, Callable[[Tensor, int | None], Tensor]]
+"""Some rows of a tensor, and what becomes of them; of a stack, of the matrix at an index."""
 
 
 class MergePlan:
@@ -92,10 +93,15 @@ class MergePlan:
         self._file, self._base, self._verify, self._warned = file, base, verify, False
         self._tensors_at: TensorsAt | None = None
         self._planned: dict[str, OutputTensor] = {}
+        self._whole: dict[tuple[str, int | None], Tensor] = {}  # W' of the last layer or expert that lies in parts
         self._rows: dict[str, list[Rows]] = {}  # key of a tensor that holds rows of several layers -> those that change
         # The order is that of the errors, and of the cost: first what headers tell of the file, then of the base.
         self.locations = base.find(file.path, file.targets)
-        self._configs = file.configs({path: loc.target for path, loc in self.locations.items()}, base.path)
+        self._configs = file.configs(self.locations, base.path)
+        together = [path for path in self.locations if self._is_together(path)]
+        if together and not any(self.locations[path].tied_to for path in together):
+            problem = f"its adapter acts on all that share the weight of {together[0]}: in {base.path} nothing does"
+            raise TargetError(f"{file.path}: {problem}\n  merge it into a base whose embedding and head are tied")
         self._untied = self._untied_keys(untie)
         self._reads = any(self._site(path).base_weight != "unused" for path in self.locations)
         # A few bytes of each weight: a wrong base is told before the first large tensor is read.
@@ -112,7 +118,10 @@ class MergePlan:
         for path, location in self.locations.items():
             for ref in location.weight:
                 key = location.module_key if location.module_key in self._untied.get(ref.key, ()) else ref.key
-                self._plan(key, ref, partial(self._merged, path, ref), partial(self._merged_rows, path, ref))
+                # What shares the adapter has the same tensor; a file may hold that twice.
+                alike = [base.keys_of(other) for other in location.tied_to] if self._is_together(path) else []
+                for name in dict.fromkeys((key, *chain(*alike))):
+                    self._plan(name, ref, partial(self._merged, path, ref), partial(self._merged_rows, path, ref))
             # An adapter on each expert's matrix leaves the biases, which come after the product, as they are.
             for ref in () if self._site(path).stacked else location.bias:
                 self._plan(ref.key, ref, partial(self._merged_bias, path, ref), partial(self._bias_rows, path, ref))
@@ -128,7 +137,7 @@ class MergePlan:
             self._plan(key, TensorRef(key), partial(self._composed, key, parts))
         self.shards = self._make_shards()
         # Last, as it reads the whole file; until here the sites have no tensors.
-        self._tensors_at = file.read()
+        self._tensors_at = file.read(self.locations)
 
     def _site(self, path: str, load: Callable[[], Tensor] = torch.Tensor) -> Site:
         """The adapter at one layer, on a stand-in that asks `load` for the weight."""
@@ -139,14 +148,17 @@ class MergePlan:
             return site
         return make_stand_in(target, cfg, module, self._tensors_at(path, site), scale)
 
+    def _is_together(self, path: str) -> bool:
+        return bool(self._configs[path].tied_weights == "together")
+
     def _untied_keys(self, untie: bool) -> dict[str, list[str]]:
         """Key of a tensor that several modules share -> the keys under which it is written for the others, too.
 
         Raises TargetError if it is to stay tied, or can't be untied.
         """
         untied: dict[str, list[str]] = {}
-        for location in self.locations.values():
-            if not location.tied_to:
+        for in_file, location in self.locations.items():
+            if not location.tied_to or self._is_together(in_file):
                 continue
             path, base = location.target.path, self._base
             problem = f"{path}: its weight is also {brief(', '.join(location.tied_to))}, which would change with it"
@@ -168,16 +180,18 @@ class MergePlan:
             return
         dense = {path: loc for path, loc in self.locations.items() if loc.weight[0].key not in base.packed}
         for path, location in dense.items():
-            if path not in quantized and not same_weight(base.samples(location.weight), file.base.fingerprint[path]):
+            if path not in quantized and not same_weight(base.samples(location), file.base.fingerprint[path]):
                 self._tell_other_base(path)
-        comparable = {path for path in dense.keys() & quantized if dense[path].weight[0].positions is None}
-        if base_weights == "as_trained" or not comparable:
+        trained_on = {path for path in dense.keys() & quantized if dense[path].weight[0].positions is None}
+        if base_weights == "as_trained" or not trained_on:
             return
+        # Experts are quantised as a stack, and may lie one by one.
+        comparable = sorted(path for path in trained_on if not dense[path].target.experts)
         if self._reads:
-            self._tell_other_base(min(comparable))  # the original weights are not those that the method has seen
-        elif self._quantization.method != "unknown":
+            self._tell_other_base(min(trained_on))  # the original weights are not those that the method has seen
+        elif self._quantization.method != "unknown" and comparable:
             # Quantising takes time, so one layer stands for all: the smallest.
-            path = min(sorted(comparable), key=lambda path: dense[path].target.d_in * dense[path].target.d_out)
+            path = min(comparable, key=lambda path: dense[path].target.d_in * dense[path].target.d_out)
             self._read(dense[path].weight[0], None, path, quantize=True)
 
     def _check_copies(self) -> None:
@@ -210,7 +224,7 @@ class MergePlan:
         key: str,
         ref: TensorRef,
         matrices: Callable[[], Iterator[Tensor]],
-        rows: Callable[[Tensor], Tensor] | None = None,
+        rows: Callable[[Tensor, int | None], Tensor] | None = None,
     ) -> None:
         if ref.rows is not None and rows is not None:
             self._rows.setdefault(key, []).append((ref, rows))
@@ -235,41 +249,56 @@ class MergePlan:
                 entry, chunks = header.entries[key], partial(base.chunks, key)
                 shard.tensors.append(OutputTensor(key, entry.dtype, entry.shape, entry.stop - entry.start, chunks))
             shard.tensors += [self._planned[name] for name in self._untied.get(key, ())]
+        written = {tensor.key for shard in shards.values() for tensor in shard.tensors}
+        assert self._planned.keys() <= written, "a merged tensor is in no shard"
         return list(shards.values())
 
     # ---- what is computed
 
     def _merged(self, path: str, ref: TensorRef) -> Iterator[Tensor]:
         """W' of a layer, or of each of its experts, as it lies on disk."""
+        if (offset := self.locations[path].offset) is not None:
+            weight, site = self._read(ref, None, path), self._site(path)
+            new, _ = fold_norm([site], weight.double() + offset, None, has_bias=bool(self.locations[path].bias))  # (d,)
+            yield check_fits(path, (new - offset).to(weight.dtype))
+            return
         experts = self.locations[path].target.experts if ref.expert is None else 0  # those that the tensor stacks
         for i in range(experts) if experts else [None]:  # one matrix in memory at a time, whatever their number
             yield self._fold(path, ref, self._read(ref, i, path), ref.expert if i is None else i)
 
     def _composed(self, key: str, parts: list[Rows]) -> Iterator[Tensor]:
         """A tensor that holds rows of several layers, each computed by itself."""
-        tensor = self._base.read(key)
-        for ref, compute in parts:
-            assert ref.rows is not None
-            rows = tensor[as_slice(ref.rows)]
-            rows.copy_(compute(rows))
-        yield tensor
+        shape = self._base.shape(key)
+        for index in range(shape[0]) if len(shape) == 3 else [None]:
+            tensor = self._base.read(key, index)
+            for ref, compute in parts:
+                assert ref.rows is not None
+                rows = tensor[as_slice(ref.rows)]
+                rows.copy_(compute(rows, index))
+            yield tensor
 
-    def _merged_rows(self, path: str, ref: TensorRef, rows: Tensor) -> Tensor:
+    def _merged_rows(self, path: str, ref: TensorRef, rows: Tensor, index: int | None) -> Tensor:
         """W' of a layer whose W are these rows; of one that lies in several tensors, the part that goes here."""
+        expert = ref.expert if index is None else index
         if ref.positions is None:
-            return self._fold(path, ref, self._read(ref, None, path, rows=rows), None)
-        whole = self._fold(path, ref, self._base.assembled(self.locations[path].weight), None)
-        return whole[as_slice(ref.positions)]
+            return self._fold(path, ref, self._read(ref, None, path, rows=rows), expert)
+        if (part := (path, expert)) not in self._whole:
+            self._whole.clear()  # one at a time; an expert's gate and up mostly follow each other in the file
+            whole = self._base.assembled(self.locations[path].weight, ref.expert, index)
+            self._whole[part] = self._fold(path, ref, whole, expert)
+        return self._whole[part][as_slice(ref.positions)]
 
-    def _bias_rows(self, path: str, ref: TensorRef, rows: Tensor) -> Tensor:
+    def _bias_rows(self, path: str, ref: TensorRef, rows: Tensor, index: int | None) -> Tensor:
         new = next(self._merged_bias(path, ref))
         return new if ref.positions is None else new[as_slice(ref.positions)]
 
-    def _unadapted_rows(self, ref: TensorRef, rows: Tensor) -> Tensor:
+    def _unadapted_rows(self, ref: TensorRef, rows: Tensor, index: int | None) -> Tensor:
         return self._read(ref, None, None, rows=rows)
 
     def _fold(self, path: str, ref: TensorRef, weight: Float[Tensor, "o i"], expert: int | None) -> Tensor:
-        location, site = self.locations[path], self._site(path, lambda: weight)
+        location = self.locations[path]
+        # A view asks for its expert's matrix: whichever that is, it gets this one.
+        site = self._site(path, lambda: weight if expert is None else weight.expand(expert + 1, *weight.shape))
         affine = Affine([site], torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
         fused = location.target.experts
         if (fused or not location.bias) and affine.bias(None, lambda: weight) is not None:

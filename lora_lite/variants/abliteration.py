@@ -45,13 +45,13 @@ class AbliterationConfig(SubspaceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.normalization == "none" or not self.on_blocks, "normalization", "'none' on blocks")
+        reads = self.normalization != "none" and not {*self.WITHOUT_MATRIX}.isdisjoint(self.kinds)
+        self.require(not reads, "normalization", "'none' on blocks and on norms")
 
 
 @register
 class Abliteration:
-    name = "abliteration"
-    config = AbliterationConfig
+    name, config = "abliteration", AbliterationConfig
     has_identity_init, handles_scale, needs_calibration, reads_input = False, True, True, False
     live = ("strength", "layer", "kernels")
     group_init = staticmethod(fit_subspace)

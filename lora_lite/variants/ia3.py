@@ -11,6 +11,7 @@ Checked    against PEFT IA3Config: outputs, gradients, three AdamW steps
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -34,6 +35,7 @@ class IA3Config(BaseConfig):
         r"\.kv(_b)?_proj$",  # DeepSeek, JetMoE
         r"\.(query_key(_value)?|qkv(_proj)?|Wqkv|c_attn|att_proj|self\.in_proj)$",  # GPT-NeoX, Phi-3, MPT, GPT-2, Bark
     )
+    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("norm",)
 
 
 @register

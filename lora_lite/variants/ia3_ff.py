@@ -10,6 +10,7 @@ Checked    against PEFT IA3Config(feedforward_modules=...): outputs, gradients, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,7 @@ class IA3FFConfig(BaseConfig):
         r"\.mlp\.(output_linear\.weight|experts\.expert_\d+\.wo)$",  # JetMoE, Switch Transformers
     )
     kinds: Sequence[str] = ("linear", "experts")
+    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("norm",)
 
 
 @register

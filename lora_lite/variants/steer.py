@@ -63,8 +63,6 @@ class SteerConfig(DirectionConfig):
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*DirectionConfig.SAME_AT_ALL_LAYERS, "method", "what")
 
     def __post_init__(self) -> None:
-        if "block" in self.kinds and self.target_names == type(self).target_names:
-            object.__setattr__(self, "target_names", ())  # the default names layers
         super().__post_init__()
         self.require(self.what in ("residual", "output"), "what", '"residual" or "output"')
         self.require(self.what == "residual" or self.layer is None, "layer", "None with what='output'")

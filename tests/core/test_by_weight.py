@@ -100,9 +100,11 @@ def test_gradients_are_the_same_under_checkpointing(reentrant: bool) -> None:
         torch.testing.assert_close(gradients[1][key], gradient)
 
 
-def test_the_update_costs_what_its_routed_tokens_cost() -> None:
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_the_update_costs_what_its_routed_tokens_cost(implementation: str) -> None:
     """64 experts, 4 for the one token: at most 1.1 · 4/64 of the multiplications of a delta for every expert."""
     model = mixtral(num_local_experts=64, num_experts_per_tok=4, num_hidden_layers=1)
+    model.set_experts_implementation(implementation)
     one = torch.tensor([[5]])
 
     def flops() -> int:

@@ -38,8 +38,10 @@ from typer.testing import CliRunner
 import lora_lite as ll
 from lora_lite.base.still import random_kept
 from lora_lite.cli.commands import app
+from lora_lite.core.effective import Affine
 from lora_lite.core.state import sites_of
 from lora_lite.io.adapter_file import read_file
+from lora_lite.merging.audit import difference
 
 TEXT = {"input_ids": IDS}
 SOUND = {"input_values": torch.randn(1, 800, generator=torch.Generator().manual_seed(0))}
@@ -334,6 +336,60 @@ def test_a_model_inside_of_wrappers_is_audited() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa", "ia3_ff"])
+def test_merged_against_attached(variant: str, log: list[str]) -> None:
+    model = tiny_llama().train()
+    perturb(ll.attach(model, ll.config_for(variant)()), 0.3)
+    before, batch = model(input_ids=IDS).logits, {"input_ids": IDS}
+    log.clear()
+    audit = ll.audit(model, batch, merged=True)
+    assert audit.merged is not None
+    assert 0 < audit.merged < 1e-4  # float32's rounding
+    assert str(audit).splitlines()[-1].startswith("merged, the outputs differ by ")
+    assert not log
+    assert model.training
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    assert ll.audit(model, batch).merged is None
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig())
+    assert ll.audit(model, batch, merged=True).merged == 0  # a fresh one changes nothing
+
+
+def test_a_merge_that_is_off_is_seen_beside_infinities(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.proj(x)
+            return y.masked_fill(torch.arange(8) > 4, -torch.inf), y.mean()
+
+    model, x = Masked(), torch.randn(3, 8)
+    perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names="proj")), 0.3)
+    assert difference(model, x) < 1e-5
+    write = Affine.write
+    monkeypatch.setattr(Affine, "write", lambda self, weight, out: write(self, weight, out).mul_(1.5))
+    assert difference(model, x) > 0.1
+
+
+def test_a_quantised_base_is_compared_with_its_dense_numbers(tiny: str) -> None:
+    model = ll.load_base(tiny, quantization="nf4", dtype="float32")
+    perturb(ll.attach(model, ll.LoRAConfig(r=2)), 0.1)
+    before = model(input_ids=IDS).logits
+    assert 0 < (ll.audit(model, {"input_ids": IDS}, merged=True).merged or 0) < 1e-2
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_what_can_not_be_merged_raises_in_the_audit_that_asks() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    ll.attach(model, ll.LoRAConfig(target_names=["lm_head"]))
+    ll.audit(model, {"input_ids": IDS})
+    with pytest.raises(ll.TargetError, match="shares its weight"):
+        ll.audit(model, {"input_ids": IDS}, merged=True)
+    ll.audit(model, {"input_ids": IDS})  # the adapter is as it was
+
+
 def test_audit_stays_a_function_whatever_is_imported_first() -> None:
     code = "import lora_lite.trainer as t, lora_lite as ll; assert callable(ll.audit) and ll.audit.__name__ == 'audit'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

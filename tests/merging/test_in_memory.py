@@ -351,6 +351,20 @@ def test_a_method_that_is_not_affine_raises_and_changes_nothing(bend: Any, keep:
     assert torch.equal(logits(model), attached)
 
 
+def test_a_bias_that_is_shared_raises_where_it_would_change() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    for cfg in (ll.IA3Config(target_names="0"), ll.LoRAConfig(r=2, target_names="0")):
+        perturb(ll.attach(model, cfg), 0.3)
+        if isinstance(cfg, ll.IA3Config):
+            with pytest.raises(ll.TargetError, match="changes its bias, which another module holds as well"):
+                ll.merge(model)
+        else:
+            ll.merge(model)
+            ll.unmerge(model)
+        ll.detach(model)
+
+
 def test_a_tied_head_raises() -> None:
     model = tiny_llama(tie_word_embeddings=True)
     adapted(model, {"variant": "lora"}, target_names="lm_head")

@@ -1,5 +1,6 @@
 """PEFT folders merged on disk: the numbers of PEFT's own merge_and_unload, tensor by tensor, or a refusal."""
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as installed
 from models import config, moe, quantized, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -16,7 +18,9 @@ from typer.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite.cli.commands import app
+from lora_lite.cli.report import inspect
 
+transformers: Any = installed  # its classes take more than their signatures say
 # PEFT says that it puts the head's weight into the folder, where the head is a target.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 ALL = ["q_proj", "k_proj", "down_proj"]
@@ -194,6 +198,104 @@ def test_what_would_be_lost_raises_before_the_first_byte(name: str, damage: Any,
     with pytest.raises(ll.CheckpointError, match=message):
         merge(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "peft"}
+
+
+# ---- on layers that aren't linear ones ------------------------------------------------------------
+
+
+def convolutional() -> Any:
+    fields = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+    return transformers.ConvNextModel(transformers.ConvNextConfig(**fields))
+
+
+def pooled() -> Any:
+    """With an nn.MultiheadAttention in its head."""
+    fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**fields, image_size=8, patch_size=4))
+
+
+def parameters(*names: str, **more: Any) -> Any:
+    return peft.LoraConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=list(names), **more)
+
+
+PATCHES = ["downsampling_layer.1", "patch_embeddings"]  # with kernels of 2 x 2 and 4 x 4
+OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "mixtral": (lambda: moe("mixtral"), lambda: parameters("gate_up_proj", "down_proj")),
+    "mixtral_down": (
+        lambda: moe("mixtral"),
+        lambda: parameters("down_proj", "gate.weight"),
+    ),
+    "gpt_oss": (lambda: moe("gpt_oss"), lambda: parameters("gate_up_proj", "down_proj", use_rslora=True)),
+    "convolution": (convolutional, lambda: peft.LoraConfig(r=2, target_modules=PATCHES)),
+    "dora_convolution": (convolutional, lambda: peft.LoraConfig(r=2, target_modules=PATCHES, use_dora=True)),
+    "ia3_convolution": (convolutional, lambda: peft.IA3Config(target_modules=PATCHES, feedforward_modules=PATCHES[:1])),
+    "embedding": (tiny_llama, lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])),
+    "dora_embedding": (tiny_llama, lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True)),
+    "attention": (pooled, lambda: peft.LoraConfig(r=2, target_modules=["head.attention", "fc1"])),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_merge_as_they_load(name: str, tmp_path: Path) -> None:
+    make, cfg = OTHERS[name]
+    base = make()
+    merged = folders(tmp_path, cfg(), base)
+    merge(tmp_path)
+    model = type(base).from_pretrained(tmp_path / "base").eval()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    names = list(ll.load_peft(model, tmp_path / "peft").targets)
+    ll.merge(model, keep=False)
+    close(tmp_path / "out", model)
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert names
+    if name != "attention":  # PEFT adds an out_proj's update twice in each forward, and merges it once
+        close(tmp_path / "out", merged, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_weight_holds_it_on_a_convolution_with_groups(tmp_path: Path) -> None:
+    convolutional().save_pretrained(tmp_path / "base")
+    model = transformers.ConvNextModel.from_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=16, target_modules=["dwconv"]))
+    wrapped.save_pretrained(tmp_path / "peft")
+    ll.load_peft(model, tmp_path / "peft")
+    ll.save(model, tmp_path / "a.safetensors")
+    said = r"dwconv: PEFT's LoRA on a convolution with groups sees the channels of all groups, .*\n  keep the adapter"
+    for file in (tmp_path / "peft", tmp_path / "a.safetensors"):
+        with pytest.raises(ll.CheckpointError, match=said):
+            ll.merge_checkpoint(tmp_path / "base", file, tmp_path / "out")
+    with pytest.raises(ll.CheckpointError, match=said):
+        inspect(tmp_path / "a.safetensors", tmp_path / "base")
+    fields = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
+    transformers.ConvNextModel(transformers.ConvNextConfig(**fields)).save_pretrained(tmp_path / "other")
+    for use in (
+        lambda: ll.merge_checkpoint(tmp_path / "other", tmp_path / "a.safetensors", tmp_path / "out"),
+        lambda: inspect(tmp_path / "a.safetensors", tmp_path / "other"),
+    ):
+        with pytest.raises(ll.CheckpointError, match="this is another base model"):
+            use()
+
+
+def test_the_command_takes_target_parameters(tmp_path: Path) -> None:
+    merged = folders(tmp_path, parameters("gate_up_proj", "down_proj"), moe("mixtral"))
+    done = CliRunner().invoke(app, ["merge", *(str(tmp_path / name) for name in ("base", "peft", "out"))])
+    assert done.exit_code == 0, done.output
+    assert "merged 4 layers (24 tensors) into" in done.output
+    close(tmp_path / "out", merged)
+
+
+def test_dora_on_experts_is_no_adapter_of_pefts(tmp_path: Path) -> None:
+    base = moe("mixtral")
+    folders(tmp_path, parameters("down_proj"), base)
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    vectors = {key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(64) for key in tensors if "_A" in key}
+    save_file(tensors | vectors, tmp_path / "peft" / "adapter_model.safetensors")
+    edited(tmp_path, use_dora=True)
+    message = r"use_dora=true on experts, model\.layers\.0.* isn't supported: PEFT has no such adapter"
+    for use in (lambda: merge(tmp_path), lambda: ll.load_peft(base, tmp_path / "peft")):
+        with pytest.raises(ll.CheckpointError, match=message):
+            use()
 
 
 def test_as_trained_is_not_known_of_a_peft_folder(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ _CHARACTER = re.compile(r"\\.|.", re.DOTALL)
 LONGEST_PATTERN, MOST_PATTERNS = 1000, 10_000  # each is compared with each layer's path
 MOST_COMPONENTS = 8  # models of a pipeline in one file
 _READ = {  # the settings that are read, by peft_type
-    "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"},
+    "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"}
+    | {"ensure_weight_tying"},
     "IA3": set[str](),
 }
 # Settings that say nothing which the tensors don't, or matter beside another one alone. All others must be neutral.
@@ -206,13 +207,7 @@ def check_rank(source: PeftFolder, path: str, r: int) -> None:
 
 def alphas_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
     """Each layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path."""
-    patterns, default = _literal_patterns(source), source.settings.get("lora_alpha", 8)
-    alphas, unsure, weights = {}, [], source.weights
-    for path in paths:
-        name = f"{path}.weight" if path in weights else path
-        values = [value for start, text, value in patterns if _ends(name, start, text)] or [default]
-        unsure += [path] if any(value != values[0] for value in values) else []
-        alphas[path] = number_of(source, "lora_alpha", values[0])
+    alphas, unsure = _by_pattern(source, paths, "alpha_pattern", "lora_alpha")
     if unsure:
         logger.warning(
             f"{source.where}: several entries of alpha_pattern find {', '.join(unsure[:3])}; "
@@ -221,16 +216,38 @@ def alphas_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
     return alphas
 
 
-def _literal_patterns(source: PeftFolder) -> list[tuple[str, list[str], Any]]:
-    """("^" or nothing, text by character, value) of each entry of alpha_pattern; "" is any character."""
-    patterns = source.settings.get("alpha_pattern") or {}
+def ranks_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
+    """Each layer's r as PEFT takes it from the settings, whatever the rank of its tensors."""
+    ranks, _ = _by_pattern(source, paths, "rank_pattern", "r")
+    if wrong := [path for path, r in ranks.items() if r < 1]:
+        raise source.error(f"{wrong[0]} has r={ranks[wrong[0]]:g}: wanted at least 1")
+    return ranks
+
+
+def _by_pattern(
+    source: PeftFolder, paths: Iterable[str], patterns: str, field: str
+) -> tuple[dict[str, float], list[str]]:
+    """A setting at each layer, and the layers that several entries of its patterns find, with other values."""
+    entries, default, weights = _literal_patterns(source, patterns), source.settings.get(field, 8), source.weights
+    result, unsure = {}, []
+    for path in paths:
+        name = f"{path}.weight" if path in weights else path
+        values = [value for start, text, value in entries if _ends(name, start, text)] or [default]
+        unsure += [path] if any(value != values[0] for value in values) else []
+        result[path] = number_of(source, field, values[0])
+    return result, unsure
+
+
+def _literal_patterns(source: PeftFolder, field: str) -> list[tuple[str, list[str], Any]]:
+    """("^" or nothing, text by character, value) of each entry of such a setting; "" is any character."""
+    patterns = source.settings.get(field) or {}
     if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
-        raise source.error(f"alpha_pattern is no object of at most {MOST_PATTERNS} entries")
+        raise source.error(f"{field} is no object of at most {MOST_PATTERNS} entries")
     matches = {regex: _LITERAL.fullmatch(regex) if len(regex) <= LONGEST_PATTERN else None for regex in patterns}
     refused = [repr(brief(regex, 80)) for regex, match in matches.items() if match is None]
     if refused:
         names = ", ".join(refused[:3])
-        raise source.error(f"alpha_pattern has {names}, and no regex of a file is run\n  write paths, or their ends")
+        raise source.error(f"{field} has {names}, and no regex of a file is run\n  write paths, or their ends")
     return [
         (match[1], ["" if sign == "." else sign[-1] for sign in _CHARACTER.findall(match[2])], patterns[regex])
         for regex, match in matches.items()

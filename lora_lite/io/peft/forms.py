@@ -1,10 +1,12 @@
 """Where PEFT keeps an adapter's tensors on layers that aren't linear ones, and in which shapes.
 
     convolution      A (r, channels, *k), B (o, r, 1, ...), magnitude (1, o, 1, ...), ia3_l (1, channels, 1, ...)
+    with g groups    A sees all channels, and B (o, r / g, 1, ...) the r / g of its group: here g pairs of rank r / g
     embedding        lora_embedding_A (r, tokens), lora_embedding_B (d, r), with no `.weight`
     attention        nn.MultiheadAttention's own key is in_proj_weight's; `base_layer.out_proj` its output projection
     parameter        target_parameters: the key is the module's, without the parameter's name. Several on one module
-                     nest in the order of its parameters, the first innermost: `base_layer.lora_A` is before `lora_A`
+                     nest in the order of its parameters (by name where bitsandbytes keeps them in 4 bits), the first
+                     innermost: `base_layer.lora_A` is before `lora_A`
     experts          A (r experts, d_in), expert by expert; B (d_out, r experts), where the experts alternate
 
 In the files of this library each has the shapes of a linear layer, with an axis for experts in front.
@@ -19,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base.layer import BaseLayer
+from ...base.kinds import bare_parameters, packed_in
+from ...base.layer import BaseLayer, on_all_channels
+from ...base.matrices import ALL_CHANNELS
 from ...core.state import Site
 from ...errors import brief
 from ..keys import PREFIX, THEIRS
@@ -70,8 +74,7 @@ def _parameter(module: Any, path: str, depth: int, source: PeftFolder) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return f"{path}.in_proj_weight"
     names = set(source.settings.get("target_parameters") or ())
-    parameters = [] if module is None else [name for name, p in module._parameters.items() if p is not None]
-    adapted = [name for name in parameters if names & _ends(f"{path}.{name}")]
+    adapted = [name for name in ([] if module is None else nested(module)) if names & _ends(f"{path}.{name}")]
     if depth >= max(len(adapted), 1):
         raise source.error(f"target_parameters doesn't tell which weight of {path} the tensors at depth {depth} are of")
     parameter = adapted[len(adapted) - 1 - depth] if adapted else "weight"
@@ -79,21 +82,45 @@ def _parameter(module: Any, path: str, depth: int, source: PeftFolder) -> str:
     return path if not adapted or is_layer else f"{path}.{parameter}"
 
 
-def check_groups(source: PeftFolder, layers: Mapping[str, BaseLayer]) -> None:
-    """CheckpointError for a convolution with groups."""
-    for path, layer in layers.items():
-        if layer.kind.category == "conv" and layer.module.groups > 1:
-            raise source.error(
-                f"{path} is a convolution with {layer.module.groups} groups: PEFT's A sees all of its channels there, "
-                f"which no kernel of these groups does\n  such an adapter works with PEFT only"
-            )
+def nested(module: nn.Module) -> list[str]:
+    """The parameters of a module in the order in which PEFT nests adapters on them, the innermost first."""
+    names = list(bare_parameters(module))
+    return sorted(names) if packed_in(module) else names
+
+
+def as_peft_takes(source: PeftFolder, path: str, layer: BaseLayer) -> BaseLayer:
+    """The layer, a convolution with groups as PEFT's LoRA takes it. Raises CheckpointError for one that only PEFT can.
+
+    Its A is a convolution of its own, with the stride and the padding of the layer's, and nothing else of it.
+    """
+    if layer.kind.category != "conv":
+        return layer
+    has_groups, is_lora = layer.module.groups > 1, source.settings["peft_type"] == "LORA"
+    problem = _own_convolution(layer) if is_lora else ""
+    if has_groups and is_lora and source.settings.get("use_dora"):
+        problem = "PEFT's DoRA divides by the norm of another matrix there than the one that it computes with"
+    elif has_groups and not is_lora and ia3_on(source, path) == "ia3_ff":
+        problem = "PEFT scales all of its channels, and a patch has those of a group"
+    if problem:
+        raise source.error(f"{path}: {problem}\n  such an adapter works with PEFT only")
+    return (on_all_channels(layer) if is_lora else None) or layer
+
+
+def _own_convolution(layer: BaseLayer) -> str:
+    """How PEFT's A, without dilation and padded with zeros, sees other numbers than the layer's kernel; "" if not."""
+    conv = layer.module
+    if any(d > 1 and k > 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        return "PEFT's A has no dilation, and this convolution has"
+    if conv.padding_mode == "zeros" or conv.padding in ("valid", (0,) * len(conv.kernel_size)):
+        return ""
+    return f"PEFT's A is padded with zeros, and this convolution by padding_mode={conv.padding_mode!r}"
 
 
 def ours(layer: BaseLayer, name: str, tensor: Tensor) -> Tensor:
     """A tensor of PEFT's as this library shapes it; one that has no such form is left as it is."""
     if name == "lora_l" and tensor.ndim <= 2:
         return tensor
-    if layer.experts and tensor.ndim == 2 and tensor.numel():
+    if layer.experts and layer.kind is not ALL_CHANNELS and tensor.ndim == 2 and tensor.numel():
         rows = name == "lora_A"
         if tensor.shape[0 if rows else 1] % layer.experts == 0:
             if rows:
@@ -107,14 +134,17 @@ def ours(layer: BaseLayer, name: str, tensor: Tensor) -> Tensor:
         if name == "lora_l":
             return tensor.flatten()  # (1, channels, 1, ...) -> (channels,)
         if name in ("lora_A", "lora_B"):
-            return tensor.flatten(1)
+            groups, tensor = layer.experts, tensor.flatten(1)
+            return tensor.unflatten(0, (groups, -1)) if groups and len(tensor) % groups == 0 else tensor
     return tensor
 
 
 def theirs(site: Site, name: str, tensor: Tensor) -> Tensor:
     """The inverse of `ours`."""
     layer = site.base
-    if layer.experts:
+    if layer.kind is ALL_CHANNELS:
+        tensor = tensor.flatten(0, 1)  # (g r, i k), (o, r)
+    elif layer.experts:
         return tensor.flatten(0, 1) if name == "lora_A" else tensor.permute(1, 2, 0).flatten(1)
     if layer.kind.category != "conv":
         return tensor / _times(layer, name) if _times(layer, name) > 1 else tensor
@@ -122,7 +152,7 @@ def theirs(site: Site, name: str, tensor: Tensor) -> Tensor:
     if name == "lora_l":
         return tensor.reshape(1, -1, *ones)
     if name == "lora_A":
-        return tensor.unflatten(1, layer.stored.shape[1:])  # (r, i k) -> (r, i, *k)
+        return tensor.unflatten(1, (-1, *layer.stored.shape[2:]))  # (r, i k) -> (r, i, *k)
     return tensor.reshape(1, -1, *ones) if name == "lora_m" else tensor.reshape(*tensor.shape, *ones)
 
 
@@ -179,10 +209,14 @@ def lacks(site: Site) -> str | None:
     if layer.is_block:
         return "it acts on the residual stream at a block's output, and PEFT's format holds adapters of layers"
     category = layer.kind.category
+    if category == "norm":
+        return "PEFT has no such method on a norm"
     if category == "linear" and layer.by_weight and not site.prefix and not _in_attention(site):
         return "PEFT adapts the call of a layer, and here the model reads its weight without calling it"
-    if category == "conv" and layer.module.groups > 1:
+    if category == "conv" and layer.module.groups > 1 and layer.kind is not ALL_CHANNELS and variant != "ia3":
         return "PEFT's A sees all channels of a convolution with groups, and this one those of a group"
+    if category == "conv" and variant not in ("ia3", "ia3_ff") and (problem := _own_convolution(layer)):
+        return problem
     if (site.prefix or category == "embedding") and variant in ("ia3", "ia3_ff"):
         return "PEFT has no IA3 on it"
     if category == "conv" and variant == "ia3_ff" and layer.stored[0, 0].numel() > 1:
@@ -208,11 +242,10 @@ def ia3_shape(source: PeftFolder, path: str, layer: BaseLayer) -> tuple[int, ...
     return (1, channels, *(1,) * (layer.stored.ndim - 2))
 
 
-def spread_over_patches(sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def over_patches(source: PeftFolder, path: str, layer: BaseLayer, factors: Tensor) -> Tensor:
     """IA3's factors of a convolution's input channels as factors of a patch: (channels,) -> (channels · k,)."""
-    convolutions = [site for site in sites if site.base.kind.category == "conv"]
-    sizes = {site.key("lora_l"): math.prod(site.base.stored.shape[2:]) for site in convolutions}
-    return {key: tensors[key].repeat_interleave(size) for key, size in sizes.items()}
+    on_inputs = layer.kind.category == "conv" and ia3_on(source, path) == "ia3_ff"
+    return factors.repeat_interleave(math.prod(layer.stored.shape[2:])) if on_inputs else factors
 
 
 def shapes(source: PeftFolder, layers: Mapping[str, BaseLayer]) -> dict[str, tuple[int, ...]]:

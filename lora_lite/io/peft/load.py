@@ -16,6 +16,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from ...base.layer import BaseLayer
+from ...base.matrices import ALL_CHANNELS
 from ...base.stacks import place
 from ...core.adapter import Adapter
 from ...core.attach import installed
@@ -32,6 +33,7 @@ from ..safetensors import DTYPES, check_numbers
 from . import forms
 from .conversion import led_to_model
 from .folder import PeftFolder, alphas_of, check_rank, flag_of, number_of, read_folder
+from .ties import without_heads
 
 # Starts of an init_lora_weights that writes the base, so that A and B belong to another one.
 _REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -69,9 +71,13 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     modules = dict(root.named_modules())
     source = forms.placed(root, led_to_model(root, read_folder(Path(folder), modules), modules))
     targets, layers = layers_of(root, source.header.path, source.paths)
+    source = without_heads(root, source, {path: layers[target] for path, target in targets.items()})
+    targets = {path: targets[path] for path in source.paths}
     if blocks := [path for path, target in targets.items() if target.experts and not target.by_weight]:
         raise source.error(f"target_parameters doesn't tell which experts of {blocks[0]} its tensors are of")
-    forms.check_groups(source, {path: layers[target] for path, target in targets.items()})
+    taken = {path: forms.as_peft_takes(source, path, layers[target]) for path, target in targets.items()}
+    targets = {path: targets[path].on(layer) for path, layer in taken.items()}
+    layers = {targets[path]: layer for path, layer in taken.items()}
     _check_base(root, source, targets, layers)
     # Every shape and dtype is found right before a tensor is read.
     parts = parts_of(source, targets, {path: layers[target] for path, target in targets.items()})
@@ -85,8 +91,6 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
             with torch.no_grad():
                 for view in adapter.views().values():  # n0, A0 and B0 are the base's; the file's numbers come next
                     lookup(part.cfg.variant).init(view, view.cfg)
-            if part.cfg.variant == "ia3_ff":
-                stored |= forms.spread_over_patches(sites, stored)
             adapter.load_state_dict({key: stored.get(key, tensor) for key, tensor in adapter.state_dict().items()})
             loaded.append(adapter)
     for adapter in loaded:
@@ -174,6 +178,9 @@ def _lora_part(source: PeftFolder, targets: dict[str, Target], layers: Mapping[s
     if init in ("pissa", "olora") and dropout:
         problem = f"lora_dropout={dropout} with init_lora_weights={init!r} can't be kept here"
         raise source.error(f"{problem}\n  dropout acts in training only: set it to 0 in the file if you don't train on")
+    if (stacks := [path for path, t in targets.items() if t.experts]) and (init or variant == "dora"):
+        setting = f"init_lora_weights={init!r}" if init else "use_dora=true"
+        raise source.error(f"{setting} on experts, {stacks[0]}, isn't supported: PEFT has no such adapter")
     shapes, alphas = forms.shapes(source, layers), alphas_of(source, targets)
     specs: dict[str, tuple[int, ...]] = {}
     ranks: dict[str, int] = {}
@@ -182,10 +189,13 @@ def _lora_part(source: PeftFolder, targets: dict[str, Target], layers: Mapping[s
         alpha, experts = alphas[path], (target.experts,) if target.experts else ()
         # A tensor that isn't there, or without dimensions, fails check_shapes.
         r = (*shapes.get(file_key(path, "lora_A"), ()), 1, 1)[len(experts)]
+        # PEFT's r is of all groups of a convolution together.
+        parts = target.experts if path in layers and layers[path].kind is ALL_CHANNELS else 1
         specs |= {file_key(path, "lora_A"): (*experts, r, target.d_in)}
         specs |= {file_key(path, "lora_B"): (*experts, target.d_out, r)}
         specs |= {file_key(path, "lora_m"): (target.d_out,)} if variant == "dora" else {}
-        ranks[path] = r
+        ranks[path] = r * parts
+        alpha /= math.sqrt(parts) if rslora else parts  # the same s
         if init == "olora":
             r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)  # [B, -B0] [A; A0] at the same s
         elif init == "pissa" and rslora:
@@ -197,7 +207,8 @@ def _lora_part(source: PeftFolder, targets: dict[str, Target], layers: Mapping[s
     # The most frequent rank and alpha are the config's, the others its per_layer.
     ((most, _),) = Counter(settings.values()).most_common(1)
     overrides = {path: {"r": r, "alpha": alpha} for path, (r, alpha) in settings.items() if (r, alpha) != most}
-    extra = {} if variant == "pissa" else {"rslora": rslora, "dropout": dropout}
+    extra: dict[str, Any] = {} if variant == "pissa" else {"rslora": rslora, "dropout": dropout}
+    extra |= {"tied_weights": "together"} if flag_of(source, "ensure_weight_tying") else {}
     reads = init == "olora" or lookup(variant).base_weight != "unused"
     cfg = _config(source, variant, targets, layers, overrides, reads, r=most[0], alpha=most[1], **extra)
     return Part(cfg, targets, overrides)
@@ -289,21 +300,26 @@ def _tensors(
     return {
         file_key(target.path, name): tensor
         for path, target in targets.items()
-        for name, tensor in tensors_at(source, stored, path, layers[target]).items()
+        for name, tensor in tensors_at(source, stored, path, layers[target], layers[target]).items()
     }
 
 
-def tensors_at(source: PeftFolder, stored: Mapping[str, Tensor], path: str, layer: BaseLayer) -> dict[str, Tensor]:
-    """The tensors of one layer by name, of those that `stored_tensors` gave; those of OLoRA are relative to its weight.
+def tensors_at(
+    source: PeftFolder, stored: Mapping[str, Tensor], path: str, layer: BaseLayer, base: BaseLayer
+) -> dict[str, Tensor]:
+    """The tensors of one layer by name, of those that `stored_tensors` gave; those of OLoRA are relative to the weight
+    of `base`, which is the layer itself or stands for it.
 
     Raises:
         QuantizedWeightError: for OLoRA on a weight that isn't dense.
     """
     keys = {name: key for name in THEIRS if (key := file_key(path, name)) in stored}
     tensors = {name: forms.ours(layer, name, stored[key]) for name, key in keys.items()}
+    if "lora_l" in tensors:
+        tensors["lora_l"] = forms.over_patches(source, path, layer, tensors["lora_l"])
     if source.settings["peft_type"] == "LORA" and _method(source)[1] == "olora":
         a, b = tensors["lora_A"], tensors["lora_B"]
-        b0, a0 = _removed_by_olora(layer, r=len(a))  # (o, r), (r, i)
+        b0, a0 = _removed_by_olora(base, r=len(a))  # (o, r), (r, i)
         tensors["lora_A"] = torch.cat([a.to(a0), a0])  # (2r, i)
         tensors["lora_B"] = torch.cat([b.to(b0), -b0], dim=1)  # (o, 2r)
     return tensors

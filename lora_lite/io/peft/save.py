@@ -15,6 +15,7 @@ from loguru import logger
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from ...base.matrices import ALL_CHANNELS
 from ...core.adapter import Adapter, adapters, get_adapter
 from ...core.effective import delta_weight
 from ...core.names import check_shapes
@@ -27,6 +28,7 @@ from ..safetensors import check_numbers, replacing
 from . import forms
 from .conversion import moved_keys, named_like_experts, old_keys
 from .folder import CONFIG, WEIGHTS
+from .ties import mirrored, tied_paths
 
 Layers = dict[str, list[Site]]  # path -> the sites of the chosen adapters there, in the order attached
 Written = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by PEFT's key, settings
@@ -106,7 +108,7 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
             layers.setdefault(site.path, []).append(site)
     for path, (site, *_) in layers.items():
         if lack := forms.lacks(site):
-            cure = "keep it as our file (lora_lite.save)" + ", or merge it" * (not site.base.is_block)
+            cure = "keep it as our file (lora_lite.save)" + ", or merge it" * (not site.base.kind.no_weight)
             raise CheckpointError(f"{path or 'the model itself'}: {lack}\n  {cure}")
     return layers
 
@@ -138,10 +140,12 @@ def _native_lora(root: nn.Module, layers: Layers, is_dora: bool) -> Written:
     tensors: dict[str, Tensor] = {}
     ranks = {}
     for path, (site,) in layers.items():
-        ranks[path] = (site.cfg.r, float(site.cfg.r if site.cfg.alpha is None else site.cfg.alpha))
+        parts = site.target.experts if site.base.kind is ALL_CHANNELS else 1  # PEFT's r is of all groups
+        alpha = float(site.cfg.r if site.cfg.alpha is None else site.cfg.alpha)
+        ranks[path] = (site.cfg.r * parts, alpha * (math.sqrt(parts) if site.cfg.rslora else parts))
         values = {name: site.tensor(name).detach() for name in ("lora_A", "lora_B")}
         values |= {"lora_m": _magnitude(site)} if is_dora else {}  # (o,)
-        tensors |= _theirs(layers, site, values)
+        tensors |= _theirs(root, layers, site, values)
     ((rslora, dropout),) = common
     return tensors, _lora_settings(root, layers, ranks, use_rslora=rslora, lora_dropout=dropout, use_dora=is_dora)
 
@@ -165,7 +169,7 @@ def _native_ia3(root: nn.Module, layers: Layers) -> Written:
     for path, (site,) in layers.items():
         scales, on_input = site.tensor("lora_l").detach(), site.cfg.variant == "ia3_ff"
         scales = scales[None] if on_input else scales[:, None]  # (1, i) or (o, 1)
-        tensors |= _theirs(layers, site, {"lora_l": scales})
+        tensors |= _theirs(root, layers, site, {"lora_l": scales})
         inner += [path] if on_input else []
     targets, feedforward = _modules(root, list(layers), inner)
     return tensors, {
@@ -193,7 +197,7 @@ def _low_rank(
         a, b = (factor.to(dtype) for factor in low_rank_factors(delta, rank))  # (r, i), (o, r)
         # From the factors as they are written: rounding counts as error, too.
         norms[path] = float((delta - b.double() @ a.double()).norm()), float(delta.norm())
-        tensors |= _theirs(layers, sites[0], {"lora_A": a, "lora_B": b})
+        tensors |= _theirs(root, layers, sites[0], {"lora_A": a, "lora_B": b})
         ranks[path] = (len(a), float(len(a)))  # alpha = r: a scaling of 1
     errors = {path: rest / size if size else 0.0 for path, (rest, size) in norms.items()}
     worst = max(errors, key=lambda path: errors[path])
@@ -226,20 +230,27 @@ def _lora_settings(
     lacks = "DoRA" if fields["use_dora"] else "dropout" if fields["lora_dropout"] else None
     if bare and lacks:
         raise CheckpointError(f"{bare[0]}: PEFT has no {lacks} on a bare parameter\n  keep it as our file")
+    # PEFT 0.21.2 caches what the inner ones decode to before their adapters are on it.
+    packed = [path for path in bare if layers[path][0].base.packed is not None]
+    if len({path.rpartition(".")[0] for path in packed}) < len(packed):
+        problem = "of several parameters in bitsandbytes' 4 bits on one module, PEFT applies one adapter"
+        raise CheckpointError(f"{packed[0]}: {problem}\n  keep it as our file, or adapt one of them (target_names)")
     modules = [forms.module_path(layers[path][0]) for path in called if path not in weights]
     targets, _ = _modules(root, list(dict.fromkeys(modules)), []) if modules else ([], [])
     weights |= {path: path for path in bare}
-    patterns = {
-        path: f"^{re.escape(forms.pattern_path(layers[path][0], weights.get(path, path)))}" for path in ranks
-    }  # PEFT adds $; without ^, ends match
+    by_name = {forms.pattern_path(layers[path][0], weights.get(path, path)): pair for path, pair in ranks.items()}
+    # PEFT takes those of a head from its own path, and its factors from the embedding.
+    by_name |= {head: pair for path, pair in ranks.items() for head in tied_paths(root, layers[path][0])}
+    by_pattern = {f"^{re.escape(name)}": pair for name, pair in by_name.items()}  # PEFT adds $; without ^, ends match
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": _whole(alpha),
-        "rank_pattern": {patterns[path]: other for path, (other, _) in ranks.items() if other != r},
-        "alpha_pattern": {patterns[path]: _whole(other) for path, (_, other) in ranks.items() if other != alpha},
+        "rank_pattern": {name: other for name, (other, _) in by_pattern.items() if other != r},
+        "alpha_pattern": {name: _whole(other) for name, (_, other) in by_pattern.items() if other != alpha},
         "target_modules": targets,
         **({"target_parameters": sorted(weights.values())} if weights else {}),
+        **({"ensure_weight_tying": True} if any(site.base.ties for site, *_ in layers.values()) else {}),
         "bias": "none",
         "fan_in_fan_out": any(site.base.transposed and not site.base.by_weight for site, *_ in layers.values()),
         "init_lora_weights": True,
@@ -297,12 +308,13 @@ def _modules(root: nn.Module, layers: Sequence[str], inner: Sequence[str]) -> tu
     return "|".join(map(re.escape, layers)), "|".join(map(re.escape, inner)) if inner else []
 
 
-def _theirs(layers: Layers, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _theirs(root: nn.Module, layers: Layers, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one layer by PEFT's keys, in its shapes."""
-    names = list(site.module._parameters)
+    names = forms.nested(site.module)
     others = [sites[0] for sites in layers.values() if sites[0].module is site.module and sites[0].prefix]
     on_module = sorted(others, key=lambda other: names.index(other.prefix))
-    return {forms.key_of(site, name, on_module): forms.theirs(site, name, tensor) for name, tensor in tensors.items()}
+    result = {forms.key_of(site, name, on_module): forms.theirs(site, name, tensor) for name, tensor in tensors.items()}
+    return result | mirrored(root, site, tensors)
 
 
 def _as_peft_reads(root: nn.Module, tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:

@@ -1,0 +1,202 @@
+"""An embedding and a head that are one weight: adapted apart, together, or refused."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import perturb, tiny_llama
+
+import lora_lite as ll
+
+IDS = torch.arange(1, 13).reshape(2, 6)
+EMBEDDING = {"kinds": ["embedding"], "target_names": ["embed_tokens"], "tied_weights": "together"}
+
+
+def tied(dtype: torch.dtype = torch.float64) -> Any:
+    model = tiny_llama(dtype, tie_word_embeddings=True)
+    with torch.no_grad():
+        model.lm_head.weight[0].fill_(0.1)  # the padding's row is zero, which DoRA refuses on a head
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def of_sum(model: Any, delta: torch.Tensor) -> torch.Tensor:
+    """Logits of the base with delta (V, d) added to the one weight."""
+    weight = {"model.embed_tokens.weight": tied().model.embed_tokens.weight.detach() + delta}
+    return torch.func.functional_call(tied(), weight, (IDS,), tie_weights=True).logits
+
+
+def test_together_both_multiply_by_the_sum() -> None:
+    model = tied()
+    adapter = ll.attach(model, ll.LoRAConfig(r=3, alpha=6.0, dtype=torch.float64, **EMBEDDING))
+    assert torch.equal(logits(model), logits(tied()))
+    perturb(adapter, 0.3)
+    a, b = adapter.parameters()
+    expected = of_sum(model, (2.0 * b @ a).mT)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
+    gradients = torch.autograd.grad(logits(model).square().sum(), [a, b])
+    for got, wanted in zip(gradients, torch.autograd.grad(expected.square().sum(), [a, b]), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig, ll.DoRAConfig, ll.PiSSAConfig])
+def test_a_merge_of_both_is_what_was_attached(cfg: Any) -> None:
+    model = tied()
+    perturb(ll.attach(model, cfg(dtype=torch.float64, **EMBEDDING)), 0.3)
+    attached, bound = logits(model), 1e-9 if cfg is ll.LoRAConfig else 1e-5  # norms and singular vectors are float32
+    ll.merge(model)
+    torch.testing.assert_close(logits(model), attached, rtol=bound, atol=bound)
+    ll.unmerge(model)
+    assert torch.equal(logits(model), attached)
+    ll.merge(model, keep=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model), attached, rtol=bound, atol=bound)
+
+
+def test_files_copies_scales_and_detach(tmp_path: Path) -> None:
+    model, base = tied(), logits(tied())
+    cfg = ll.LoRAConfig(r=3, **EMBEDDING)
+    perturb(ll.attach(model, cfg), 0.3)
+    attached = logits(model)
+    ll.save(model, tmp_path / "a.safetensors")
+    fresh = tied()
+    ll.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(logits(fresh), attached)
+    ll.restore(fresh, tmp_path / "a.safetensors")
+    with ll.scaled(model, 0.0):
+        assert torch.equal(logits(model), base)
+    perturb(ll.attach(model, ll.LoRAConfig(r=2, **EMBEDDING), "second"), 0.1)
+    both = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), both)
+        perturb(ll.adapters(other)["second"], 0.1)
+        assert not torch.equal(logits(other), both)
+        assert torch.equal(logits(model), both)
+        ll.detach(other)
+        assert torch.equal(logits(other), base)
+        assert not any("lora" in key for module in other.modules() for key in vars(module))
+    ll.detach(model, "second")
+    assert torch.equal(logits(model), attached)
+    ll.detach(model)
+    assert torch.equal(logits(model), base)
+    assert not any("lora" in key for module in model.modules() for key in vars(module))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_apart_is_the_embedding_alone_and_no_merge() -> None:
+    model = tied()
+    cfg = ll.LoRAConfig(r=3, kinds=["embedding"], target_names=["embed_tokens"])
+    assert cfg.tied_weights == "apart"
+    assert "tied_weights" not in cfg.to_dict()
+    perturb(ll.attach(model, cfg), 0.3)
+    hidden = model.model(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(logits(model), hidden @ model.model.embed_tokens.weight.T, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ll.TargetError, match="shares its weight"):
+        ll.merge(model)
+
+
+def test_an_adapter_apart_beside_one_together() -> None:
+    model = tied()
+    perturb(ll.attach(model, ll.LoRAConfig(r=3, kinds=["embedding"], target_names=["embed_tokens"]), "apart"), 0.3)
+    perturb(ll.attach(model, ll.LoRAConfig(r=3, alpha=6.0, **EMBEDDING)), 0.3)
+    hidden = model.model(input_ids=IDS).last_hidden_state
+    a, b = (p.double() for p in ll.adapters(model)["default"].parameters())
+    weight = model.model.embed_tokens.weight + (b @ a).mT * 2
+    torch.testing.assert_close(logits(model), hidden @ weight.T, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ll.TargetError, match="shares its weight"):
+        ll.merge(model)
+
+
+def test_a_history_of_it_is_refused() -> None:
+    model = tied()
+    perturb(ll.attach(model, ll.LoRAConfig(r=3, **EMBEDDING)))
+    attached = logits(model)
+    with pytest.raises(ll.TargetError, match="a history does not"):
+        ll.freeze_into(model)
+    assert torch.equal(logits(model), attached)
+
+
+class Fused(torch.nn.Module):
+    """A loss that reads the head's weight, and doesn't call the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(13, 4), torch.nn.Linear(4, 13, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(self.embedding(ids), self.head.weight)
+
+
+def test_a_holder_whose_weight_is_read_sees_it_too() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Fused()).requires_grad_(False)
+    cfg = ll.LoRAConfig(r=2, kinds="embedding", target_names="embedding", tied_weights="together")
+    perturb(ll.attach(model, cfg), 0.5)
+    attached = model(IDS[:, :3])
+    ll.merge(model)
+    torch.testing.assert_close(model(IDS[:, :3]), attached)
+
+
+def test_a_merge_sees_that_the_weights_were_parted() -> None:
+    model = tied()
+    perturb(ll.attach(model, ll.LoRAConfig(r=3, **EMBEDDING)), 0.3)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    with pytest.raises(ll.TargetError, match="holds another weight by now"):
+        ll.merge(model)
+
+
+def test_adapters_of_the_head_that_read_its_weight_are_refused_in_any_order() -> None:
+    head = ll.DoRAConfig(r=2, target_names=["lm_head"])
+    model = tied()
+    ll.attach(model, ll.LoRAConfig(r=3, **EMBEDDING))
+    with pytest.raises(ll.TargetError, match="'dora' reads the weight, which an adapter with tied_weights"):
+        ll.attach(model, head, "head")
+    model = tied()
+    ll.attach(model, head, "head")
+    with pytest.raises(ll.TargetError, match="where an adapter reads the weight"):
+        ll.attach(model, ll.LoRAConfig(r=3, **EMBEDDING))
+    assert list(ll.adapters(model)) == ["head"]
+
+
+def test_a_lora_of_the_heads_own_stays_beside_it() -> None:
+    model = tied()
+    perturb(ll.attach(model, ll.LoRAConfig(r=3, **EMBEDDING)), 0.3)
+    perturb(ll.attach(model, ll.LoRAConfig(r=2, alpha=2.0, target_names=["lm_head"]), "head"), 0.3)
+    wanted = logits(model)
+    ll.merge(model, "default", keep=False)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({**EMBEDDING, "tied_weights": "refuse"}, 'lm_head holds its weight as well\n  use tied_weights="apart"'),
+        (
+            {**EMBEDDING, "kinds": ["embedding", "linear"], "target_names": ["embed_tokens", "lm_head"]},
+            "name the embedding alone",
+        ),
+        ({"target_names": ["lm_head"], "tied_weights": "together"}, "name the embedding alone"),
+    ],
+)
+def test_what_is_refused(fields: dict, words: str) -> None:
+    model = tied()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ll.TargetError, match=words):
+        ll.attach(model, ll.LoRAConfig(r=3, **fields))
+    assert model.state_dict().keys() == before.keys()
+    ll.attach(tiny_llama(), ll.LoRAConfig(r=3, **EMBEDDING | {"tied_weights": "refuse"}))  # not tied: nothing to refuse
+    with pytest.raises(ll.ConfigError, match="tied_weights='no'"):
+        ll.LoRAConfig(tied_weights="no")
+    with pytest.raises(ll.TargetError, match=r"no other module holds the weight of model\.embed_tokens"):
+        ll.attach(tiny_llama(), ll.LoRAConfig(r=3, **EMBEDDING))
+    with pytest.raises(ll.TargetError, match="'ia3' is no low-rank update"):
+        ll.attach(tied(), ll.IA3Config(**EMBEDDING))
+    sides = {"positive": [{"input_ids": IDS}], "negative": [{"input_ids": IDS + 20}]}
+    ll.attach(tied(), ll.SteerConfig(kinds="block", tied_weights="refuse"), calibration_data=sides)
