@@ -76,7 +76,7 @@ class AdapterCheckpoints:
         folder = Path(output_dir or trainer.args.output_dir)
         for name, adapter in adapters(trainer.model).items():
             if trainer.args.should_save or adapter.is_sharded:
-                save(trainer.model, folder / f"{name}.safetensors", name)
+                save(trainer.model, folder / f"{name}.safetensors", name, resume=True)
         if trainer.args.should_save:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)

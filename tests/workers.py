@@ -61,7 +61,8 @@ def compiled(variant: str, folder: Path) -> None:
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         base = fast(input_ids=IDS).logits
-    fields = ll.config_for(variant).__dataclass_fields__
+    cls = ll.config_for(variant)
+    fields = cls.__dataclass_fields__.keys() - set(cls.SAME_AT_ALL_LAYERS)
     differ = {field: value for field, value in {"r": 3, "alpha": 2.0, "strength": 0.5}.items() if field in fields}
     adapter = attach(fast, config(variant, per_layer={r"down_proj$": differ} if differ else {}))
     perturb(adapter)

@@ -133,7 +133,7 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
     module = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
     stack = (target.experts,) if target.experts else ()  # a view asks for an expert's matrix, and gets this one
     module.weight = nn.Parameter(weight.expand(*stack, *weight.shape), requires_grad=False)
-    return make_stand_in(target, cfg, module, layer.tensors, layer.scale)
+    return make_stand_in(target, cfg, module, layer.tensors, layer.scale, shared=layer.shared)
 
 
 def _size(target: Target) -> str:

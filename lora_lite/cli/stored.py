@@ -6,9 +6,11 @@ from typing import Any
 
 from ..base.fingerprint import BaseRecord
 from ..base.stacks import place
+from ..core.attach import shared_of
 from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
 from ..core.resolve import specs_at
+from ..core.shared import PLACE
 from ..core.targets import Target
 from ..core.variant import ParamSpec, weight_use
 from ..errors import CheckpointError, brief
@@ -77,10 +79,14 @@ def _ours(file: AdapterFile) -> StoredAdapter:
         target = _target(file, path, cfg)
         layers[path] = StoredLayer(target, cfg, {}, file.scale)
         specs |= {file_key(path, name): spec for name, spec in specs_at(target, cfg).items()}
+    specs = file.specs([layer.target for layer in layers.values()], specs)
     check_shapes(file.header.entries, specs, str(file.path))  # before a tensor is read: the file may be anyone's
-    for key, tensor in file.tensors().items():
+    tensors = file.tensors(specs)
+    shared = shared_of(file.cfg, [layer.target for layer in layers.values()], tensors)
+    for key in specs.keys() - {file_key(PLACE, name) for name in (shared.specs if shared else ())}:
         path, _, name = key.rpartition(".")
-        layers[path].tensors[name] = tensor
+        layers[path].tensors[name] = tensors[key]
+    layers = {path: replace(layer, shared=shared) for path, layer in layers.items()}
     base = {name: value for name, value in file.base.to_json().items() if name != "fingerprint"}
     return StoredAdapter(file.path, OURS, file.path.stat().st_size, file.cfg, file.scale, layers, base, file.base)
 

@@ -112,6 +112,9 @@ def freeze_into(
     old = [] if known is None else _split_rounds(known)
     if isinstance(adapter.config, HistoryConfig):
         raise TargetError(f"adapter {name!r} is a history itself\n  keep its rounds as they are, or drop_round some")
+    if session.adapters[name].shared is not None:
+        problem = f"{adapter.variant!r} has tensors that all its layers share, and a history keeps each layer's own"
+        raise TargetError(f"{problem}\n  keep it beside the history, or merge it")
     _check_whole(adapter)
     if bases := [site.base for site in adapter.sites() if not site.base.kind.has_matrix]:
         where = _PLACES[bases[0].kind.category]

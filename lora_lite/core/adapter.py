@@ -5,10 +5,11 @@ adapter, and the model that `attach` was given keeps a `Session`. The handle hol
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
 from .names import check_shapes
+from .shared import Shared
 from .state import AdapterState, Site, check_unmerged, session_at, session_of, sites_of
 from .targets import Target
 from .validate import is_number
@@ -49,9 +51,7 @@ class Adapter:
 
     @property
     def base_record(self) -> BaseRecord:
-        base = self._state.base
-        assert base is not None
-        return base
+        return cast(BaseRecord, self._state.base)
 
     @property
     def per_layer(self) -> dict[str, dict[str, Any]]:
@@ -124,15 +124,17 @@ class Adapter:
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""
-        return ((site.key(name), tensor) for site in self.sites() for name, tensor in site.tensors())
+        return ((p.key(name), t) for p in self._places(self.sites()) for name, t in p.tensors())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable tensors, for an optimiser."""
         return (tensor for _, tensor in self.named_tensors() if isinstance(tensor, nn.Parameter))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by its key in a file, detached; a sharded one stays sharded."""
-        return {key: tensor.detach() for key, tensor in self.named_tensors()}
+    def state_dict(self, resume: bool = True) -> dict[str, Tensor]:
+        """Every tensor that is saved by its key in a file, detached; a sharded one stays sharded. Without `resume`, not
+        what only a training needs that goes on."""
+        specs = self.specs(resume)
+        return {key: tensor.detach() for key, tensor in self.named_tensors() if key in specs}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -144,7 +146,8 @@ class Adapter:
             TargetError: while it is merged.
         """
         self._check_unmerged("load values")
-        mine = dict(self.named_tensors())
+        specs = self.specs()
+        mine = {key: tensor for key, tensor in self.named_tensors() if key in specs}
         if any(map(sharding.has_master, mine.values())):
             raise CheckpointError(
                 f"adapter {self.name!r}: ZeRO-3's optimizer has copies of its values, and its next step starts there\n"
@@ -167,12 +170,17 @@ class Adapter:
         return (site for site in self._state.sites if id(site.module) in present and site.slot in sites_of(site.module))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor as it is now, by its key in a file; of a sharded one, the whole."""
-        return {key: tuple(sharding.shape_of(tensor)) for key, tensor in self.named_tensors()}
+        """The shape of each tensor that is saved, as it is now, by its key in a file; of a sharded one, the whole."""
+        return {key: tuple(sharding.shape_of(tensor)) for key, tensor in self.state_dict().items()}
 
-    def specs(self) -> dict[str, Any]:
-        """The ParamSpec of each tensor that it was attached with, by its key in a file."""
-        return {site.key(tensor): spec for site in self._state.sites for tensor, spec in site.specs.items()}
+    def specs(self, resume: bool = True) -> dict[str, Any]:
+        """The ParamSpec of each tensor that is saved, by its key in a file."""
+        places, saved = self._places(self._state.sites), ("always", "resume")[: 1 + resume]
+        return {p.key(name): spec for p in places for name, spec in p.specs.items() if spec.saved in saved}
+
+    def _places(self, sites: Iterable[Site]) -> Iterator[Site | Shared]:
+        """Where its tensors lie: at these sites, and what it has once."""
+        return chain(sites, [] if self._state.shared is None else [self._state.shared])
 
     def views(self) -> dict[str, Layer]:
         """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""

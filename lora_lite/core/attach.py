@@ -1,6 +1,6 @@
 """Attach and detach: the transaction that puts an adapter's tensors and hooks on the layers of a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -18,10 +18,11 @@ from .config import BaseConfig
 from .hooks import register_hooks
 from .names import TIES
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_config, resolve
+from .shared import PLACE, Shared
 from .state import AdapterState, BaseChange, Session, Site, Tensors, check_unmerged, session_at, session_of, sites_of
-from .targets import select
+from .targets import Target, select
 from .ties import tie
-from .variant import Variant, check_takes_data, lookup, needs_data
+from .variant import ParamSpec, Variant, check_takes_data, lookup, needs_data
 
 
 def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration_data: Any = None) -> Adapter:
@@ -117,6 +118,8 @@ def installed(
         for site in sites:
             undo.callback(uninstall, site.module, site.slot)
             _install(site, tensors)
+        if specs := lookup(cfg.variant).shared_specs([site.target for site in sites], cfg):
+            _install_shared(root, state, specs, tensors)
         yield Adapter(root, name)
         undo.pop_all()
 
@@ -144,7 +147,9 @@ def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], 
                 _install(site, tensors)
             else:
                 undo.callback(_exchange, old, dict(old.tensors()))  # the same objects: an optimiser may know them
-                _exchange(site, {tensor: _value(site, tensor, tensors) for tensor in site.specs})
+                device = site.base.stored.device
+                values = {t: _value(s, site.key(t), site.cfg, device, tensors) for t, s in site.specs.items()}
+                _exchange(site, values)
                 state.sites.append(site)
         yield Adapter(root, name)
         undo.pop_all()
@@ -181,24 +186,55 @@ def _state(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], scale
 def _install(site: Site, tensors: Tensors | None) -> None:
     site.add()
     site.state.sites.append(site)
-    for name in site.specs:
-        _hold(site, name, _value(site, name, tensors))
+    for name, spec in site.specs.items():
+        _hold(site, name, _value(spec, site.key(name), site.cfg, site.base.stored.device, tensors, site.stacked))
     # Hooks run in the order of registering, so one that is first moves those that were first before it along.
-    first = [other for other in sites_of(site.module).values() if other.is_first]
-    for other in reversed(first) if site.is_first else [site]:
+    for other in [s for s in sites_of(site.module).values() if s.is_first][::-1] if site.is_first else [site]:
         register_hooks(other)
 
 
-def _value(site: Site, name: str, tensors: Tensors | None) -> Tensor:
+def _install_shared(
+    root: nn.Module, state: AdapterState, specs: Mapping[str, ParamSpec], tensors: Tensors | None
+) -> None:
+    """The tensors that the adapter has once become those of a child module of the model."""
+    if hasattr(root, place := PLACE + state.suffix):
+        raise TargetError(f"this {type(root).__name__} has an attribute {place!r}\n  attach under another name")
+    state.shared = make_shared(specs, state.cfg, tensors, state.sites[0].base.stored.device)
+    root.add_module(place, state.shared)
+
+
+def make_shared(
+    specs: Mapping[str, ParamSpec], cfg: BaseConfig, tensors: Tensors | None, device: torch.device | str = "cpu"
+) -> Shared:
+    """The tensors that an adapter has once, from a file's or as their ParamSpecs say."""
+    shared = Shared(specs)
+    for name, spec in specs.items():
+        shared.hold(name, _value(spec, shared.key(name), cfg, device, tensors))
+    return shared
+
+
+def shared_of(cfg: BaseConfig, targets: Sequence[Target], tensors: Tensors) -> Shared | None:
+    """The tensors that an adapter of a file has once, for its layers in the file's order; None if there are none."""
+    specs = lookup(cfg.variant).shared_specs(targets, cfg)
+    return make_shared(specs, cfg, tensors) if specs else None
+
+
+def _value(
+    spec: ParamSpec,
+    key: str,
+    cfg: BaseConfig,
+    device: torch.device | str,
+    tensors: Tensors | None,
+    stacked: bool = False,
+) -> Tensor:
     """The first value of a tensor: from a file, or as its ParamSpec says."""
-    spec, device = site.specs[name], site.base.stored.device
-    if tensors is None:
-        value = torch.empty(spec.shape, dtype=site.cfg.dtype, device=device)
-        for part in value if site.stacked else [value]:  # each expert's by itself: its size is what the bounds are of
+    if tensors is None or (spec.saved != "always" and key not in tensors):
+        value = torch.empty(spec.shape, dtype=spec.dtype or cfg.dtype, device=device)
+        for part in value if stacked else [value]:  # each expert's by itself: its size is what the bounds are of
             spec.fill(part)
     else:
         # A copy, made out of inference mode: a tensor that was made within it could never be trained.
-        value = tensors[site.key(name)].to(device, copy=True)
+        value = tensors[key].to(device, copy=True)
     return nn.Parameter(value) if spec.trainable else value
 
 
@@ -229,5 +265,6 @@ def _undo(session: Session, change: BaseChange) -> None:
 
 
 def _forget(root: nn.Module, session: Session, name: str) -> None:
-    del session.adapters[name]
+    if (state := session.adapters.pop(name)).shared is not None:
+        root._modules.pop(PLACE + state.suffix, None)
     session.keep_at(root)

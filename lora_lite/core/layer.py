@@ -71,7 +71,7 @@ class Layer:
         if spec is None:
             if name == "cfg":  # of a view that was made for no single call
                 return site.cfg
-            raise AttributeError(f"{site.path}: this adapter has no {name!r}, only {', '.join(site.specs)}")
+            return self._shared(name)
         tensor = self._instead.get(name)  # under vmap over experts, the tensors of one
         if tensor is None:
             module, attribute = self._module, site.attribute(name) if site.prefix else name + site.state.suffix
@@ -79,6 +79,17 @@ class Layer:
             tensor = getattr(module, attribute) if tensor is None else tensor  # a buffer, or DataParallel's replica
             tensor = tensor if self._expert is None else tensor[self._expert]  # (experts, ...) -> (...)
         return tensor if spec.keep_dtype or self._dtype is None else tensor.to(self._dtype)
+
+    def _shared(self, name: str) -> Tensor:
+        site, plain = self._site, name.removeprefix("lora_")
+        shared = site.state.shared
+        known = {} if shared is None else shared.specs
+        if name == plain or plain not in known or shared is None:
+            names = ", ".join([*site.specs, *(f"lora_{each}" for each in known)])
+            raise AttributeError(f"{site.path}: this adapter has no {name!r}, only {names}")
+        tensor = self._instead.get(name)
+        tensor = shared.tensor(plain) if tensor is None else tensor
+        return tensor if known[plain].keep_dtype or self._dtype is None else tensor.to(self._dtype)
 
     @property
     def scale(self) -> Any:

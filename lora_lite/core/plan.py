@@ -12,6 +12,7 @@ from .config import BaseConfig
 from .resolve import attachable, checked_config, resolve
 from .targets import LeftOut, Target, model_width, select
 from .unadapted import Unadapted, lines, unadapted
+from .variant import lookup
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     root = attachable(model)
     selection = select(root, checked_config(cfg))
     sites = resolve(selection, cfg)
-    parameters = sum(math.prod(spec.shape) for site in sites for spec in site.specs.values() if spec.trainable)
+    shared = lookup(cfg.variant).shared_specs([site.target for site in sites], cfg)
+    specs = [spec for known in (shared, *(site.specs for site in sites)) for spec in known.values()]
+    parameters = sum(math.prod(spec.shape) for spec in specs if spec.trainable)
     if parameters and not selection.all_plain:
         check_gradients(root, {site.path for site in sites})  # as attach: what a plan shows can be attached
     targets, left_out = tuple(site.target for site in sites), tuple(selection.left_out)

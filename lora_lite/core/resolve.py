@@ -18,6 +18,7 @@ from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantErro
 from .config import BaseConfig
 from .layer import Layer
 from .names import TIES
+from .shared import Shared
 from .state import SESSION, AdapterState, Session, Site, Tensors, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
@@ -48,10 +49,10 @@ def checked_config(cfg: Any) -> BaseConfig:
     """The config itself, if it is one of a variant that is known, and its regexes compile."""
     if not isinstance(cfg, BaseConfig):
         raise ConfigError(f"{cfg!r} is not a config\n  use one such as lora_lite.LoRAConfig(r=16)")
-    wanted = lookup(cfg.variant).config
-    if type(cfg) is not wanted:
+    if type(cfg) is not lookup(cfg.variant).config:
+        wanted = lookup(cfg.variant).config.__name__
         raise ConfigError(
-            f"variant {cfg.variant!r} is configured by {wanted.__name__}, got {type(cfg).__name__}\n"
+            f"variant {cfg.variant!r} is configured by {wanted}, got {type(cfg).__name__}\n"
             f"  use lora_lite.config_for({cfg.variant!r})(...)"
         )
     cfg.check_regexes()  # those of a file weren't compiled as it was read, and attach is about to run them
@@ -106,13 +107,19 @@ def make_site(target: Target, layer: BaseLayer, cfg: BaseConfig, overrides: Mapp
 
 
 def make_stand_in(
-    target: Target, cfg: BaseConfig, module: nn.Module, tensors: Tensors, scale: float, overrides: Any = None
+    target: Target,
+    cfg: BaseConfig,
+    module: nn.Module,
+    tensors: Tensors,
+    scale: float,
+    overrides: Any = None,
+    shared: Shared | None = None,
 ) -> Site:
     """A site on a module that stands for a layer which isn't here; it has the layer's `weight`, if any, and gets these
     tensors. Of some but not all, the others are the base's (DoRA's norms, in PEFT's folders), and come of `init`."""
     layer = stand_in(target.path, module, Size(target.d_in, target.d_out, target.experts))
     site = make_site(target, layer, cfg, overrides or {})
-    site.state = AdapterState("default", site.cfg, None, scale, sites=[site])  # no suffix, as in files
+    site.state = AdapterState("default", site.cfg, None, scale, sites=[site], shared=shared)  # no suffix, as in files
     if tensors and tensors.keys() != site.specs.keys():
         for name, spec in site.specs.items():
             setattr(module, name, torch.zeros(spec.shape, dtype=site.cfg.dtype))

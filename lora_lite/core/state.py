@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..base.layer import BaseLayer
 from ..errors import TargetError
 from .names import SITES, file_key
 from .scale import Scale, ScaleChanges
+from .shared import Shared
 from .targets import Target
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ class AdapterState:
     is_first: bool = False  # its hooks come before those of adapters that aren't first, whenever it was attached
     merged: bool = False  # its effect is in the weights, so its hooks do nothing
     sites: list["Site"] = field(default_factory=list)  # every layer that it adapts, in module order
+    shared: Shared | None = None  # the tensors that it has once, on the model
     changes: ScaleChanges | None = None  # None while c is the one that it came with: then a call asks nothing
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
     plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer
@@ -136,8 +138,7 @@ class Site:
 
     def tensor(self, name: str) -> Tensor:
         """One of its tensors, as it lies on the layer."""
-        tensor: Tensor = getattr(self.module, self.attribute(name))
-        return tensor
+        return cast(Tensor, getattr(self.module, self.attribute(name)))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.tensor(name)) for name in self.specs)
@@ -301,8 +302,7 @@ def session_of(model: nn.Module) -> tuple[nn.Module, Session]:
 
 def session_at(root: nn.Module) -> Session:
     """The record on the module itself, a root that `session_of` or `attachable` gave; a new one if there is none."""
-    session: Session = root.__dict__.get(SESSION, Session())
-    return session
+    return cast(Session, root.__dict__.get(SESSION) or Session())
 
 
 def check_unmerged(session: Session, action: str) -> None:

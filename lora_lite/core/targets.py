@@ -20,6 +20,7 @@ from ..base.stacks import NORMS, Modules, Place, Stacks, find_stacks, place, rou
 from ..errors import TargetError
 from .config import BaseConfig
 from .names import SITES
+from .shared import Shared
 
 _READS = re.compile(
     r"(?:^|\.)(?:"
@@ -164,6 +165,8 @@ def _is_wanted(layer: BaseLayer, cfg: BaseConfig) -> bool:
     if not layer.by_weight:
         return layer.experts > 0 or layer.kind.category in cfg.kinds
     # A module's bare parameters may be an adapter's: one attached before must not become a target.
+    if isinstance(layer.module, Shared):
+        return False
     sites = layer.module.__dict__.get(SITES, {}).values()
     is_adapters = any(layer.kind.weight == site.attribute(name) for site in sites for name in site.specs)
     return layer.kind.category in cfg.kinds and not is_adapters

@@ -17,6 +17,7 @@ from ..base.layer import BaseLayer, find_layers
 from ..base.sharding import shape_of
 from ..base.stacks import routers
 from .config import BaseConfig
+from .shared import Shared
 from .state import sites_of
 
 COLUMNS, LINES = 80, 8  # how wide they are printed, and in how many lines at most
@@ -88,6 +89,8 @@ def unadapted(
     seen: dict[int, Tensor] = {}  # with the tensors, or an address could be that of two
     total = 0
     for path, module in modules.items():
+        if isinstance(module, Shared):
+            continue
         ours = {site.attribute(name) for site in sites_of(module).values() for name in site.specs}
         packed = packed_in(modules[path.rpartition(".parametrizations.")[0]])  # counted as what they stand for
         for name, parameter in () if module in packed.values() else bare_parameters(module).items():

@@ -1,7 +1,7 @@
 """The contract between the runtime and an adapter method, and the registry of methods."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError, VariantError, brief
 from .config import AdapterConfig, BaseConfig
 from .layer import Layer
+from .targets import Target
 
-__all__ = ["REGISTRY", "Layer", "ParamSpec", "Variant", "config_for", "lookup", "register"]
+__all__ = ["REGISTRY", "Layer", "ParamSpec", "Variant", "config_for", "lookup", "register", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,34 @@ class ParamSpec:
     trainable   a Parameter if true, else a buffer; either way it is saved
     keep_dtype  in `forward` the view hands tensors out in the compute dtype; with keep_dtype this
                 one comes as stored, for a difference or a norm that must be formed in float32
+    dtype       None: the config's. An integer dtype makes it a table: it is never trained, cast or searched for NaN
+    saved       "always"; "resume": in what a training needs to go on, and not in the adapter's file, such as the
+                state of a schedule; "never": made again by `init` at load, which must give the same bits on every
+                machine (`seeded`)
     """
 
     shape: tuple[int, ...]
     init: str | Callable[[Tensor], Any] = "zeros"
     trainable: bool = True
     keep_dtype: bool = False
+    dtype: torch.dtype | None = None
+    saved: Literal["always", "resume", "never"] = "always"
 
     def __post_init__(self) -> None:
+        if self.dtype is not None or self.saved != "always":
+            self._check_table_or_remade()
         if isinstance(self.init, str) and self.init not in _FILL:
             raise VariantError(f"ParamSpec(init={self.init!r}): wanted {sorted(_FILL)} or a callable")
+
+    def _check_table_or_remade(self) -> None:
+        if self.dtype is not None and self.dtype not in TABLES:
+            raise VariantError(f"ParamSpec(dtype={self.dtype}): wanted one of {', '.join(map(str, TABLES))}, or None")
+        if self.dtype is not None:
+            object.__setattr__(self, "trainable", False)
+            object.__setattr__(self, "keep_dtype", True)
+        if self.saved not in ("always", "resume", "never") or (self.saved == "never" and self.trainable):
+            wanted = "'always', 'resume', or 'never' of what isn't trained"
+            raise VariantError(f"ParamSpec(saved={self.saved!r}, trainable={self.trainable}): wanted {wanted}")
 
     @torch.no_grad()
     def fill(self, tensor: Tensor) -> None:
@@ -42,6 +61,25 @@ class ParamSpec:
         result = (_FILL[self.init] if isinstance(self.init, str) else self.init)(tensor)
         if isinstance(result, Tensor) and result is not tensor:  # torch.randn_like for normal_, say
             raise VariantError(f"{self}: init made a new tensor, which would be lost\n  fill the one given, in place")
+
+
+TABLES = torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8
+"""The dtypes of integer tables."""
+
+
+def seeded(fill: Callable[[Tensor, torch.Generator], Any], seed: int) -> Callable[[Tensor], None]:
+    """An `init` that gives the same bits wherever it runs: in float32 on the CPU, from a generator of its own.
+
+    fill    `(tensor, generator)` fills the tensor in place, such as `lambda t, g: t.normal_(generator=g)`
+    """
+
+    def init(tensor: Tensor) -> None:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        drawn = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        fill(drawn, torch.Generator("cpu").manual_seed(seed))
+        tensor.copy_(drawn)
+
+    return init
 
 
 _FILL: dict[str, Callable[[Tensor], Any]] = {
@@ -115,6 +153,12 @@ class Variant:
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
         """The tensors at a layer (d_out, d_in), by a name that starts with `lora_`."""
         raise NotImplementedError
+
+    @staticmethod
+    def shared_specs(targets: Sequence[Target], cfg: Any) -> dict[str, ParamSpec]:
+        """The tensors that the adapter has once, by name: `layer.lora_A` of a view is the one called "A". `targets`
+        are all its layers (`path`, `d_in`, `d_out`) in module order; in a file the key is `lora_shared.A`."""
+        return {}
 
     @staticmethod
     def init(layer: Layer, cfg: Any) -> None:

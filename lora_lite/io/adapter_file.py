@@ -14,7 +14,7 @@ attach resolved it: a load runs no regex of a file.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from torch import Tensor
 
 from ..base.fingerprint import BaseRecord
 from ..core.config import BaseConfig
+from ..core.names import file_key
+from ..core.shared import PLACE
+from ..core.targets import Target
 from ..core.validate import is_number
-from ..core.variant import lookup
+from ..core.variant import ParamSpec, lookup
 from ..errors import CheckpointError, LoraLiteError, brief
 from ..version import __version__
 from .safetensors import Header, check_names, check_numbers, parse_json, read_header
@@ -51,10 +54,26 @@ class AdapterFile:
     def path(self) -> Path:
         return self.header.path
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, once their shapes have been found right. Raises CheckpointError for a NaN or an infinity."""
+    def specs(self, targets: Sequence[Target], at_layers: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
+        """The ParamSpec of each tensor that the file should have, by its key: those at layers, which are given, and
+        those that the adapter has once. What only a resume needs may be missing.
+
+        targets     all its layers, in the file's order
+        """
+        shared = {file_key(PLACE, t): s for t, s in lookup(self.cfg.variant).shared_specs(targets, self.cfg).items()}
+        file, specs = self.header.entries, {**at_layers, **shared}
+        return {k: s for k, s in specs.items() if s.saved == "always" or (s.saved == "resume" and k in file)}
+
+    def tensors(self, specs: Mapping[str, ParamSpec]) -> dict[str, Tensor]:
+        """All tensors, once their shapes have been found right.
+
+        specs   the `ParamSpec` of each, by its key
+
+        Raises:
+            CheckpointError: for a NaN, an infinity, or a table of another dtype than its spec's.
+        """
         tensors = self.header.read()
-        check_numbers(tensors, str(self.path), "save the adapter again")
+        check_numbers(tensors, str(self.path), "save the adapter again", specs)
         return tensors
 
 

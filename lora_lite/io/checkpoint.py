@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..core.names import check_shapes, file_key
 from ..core.ran import uncalled
 from ..core.resolve import attachable, make_sites
 from ..core.state import Site
-from ..core.variant import lookup
+from ..core.variant import ParamSpec, lookup
 from ..errors import CheckpointError, ConfigError, brief
 from ..version import __version__
 from .adapter_file import DIGEST, FORMAT, METADATA, AdapterFile, checked, read_file
@@ -32,9 +32,13 @@ from .peft.load import load_peft
 from .raw import load_raw
 from .safetensors import check_names, check_numbers, read_any, write_tensors
 
+_GO_BACK = "nothing was written; go back to an earlier file, with a lower learning rate"
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", resume: bool = False) -> None:
     """Write one adapter to a safetensors file, with the scale that it has now.
+
+    resume      with what only a training needs that goes on from here, such as the state of a schedule
 
     A crash leaves the old file or the new one, never a part. Under FSDP2 and ZeRO-3 every process must call this:
     shards are gathered, and the first process writes.
@@ -48,18 +52,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
-    adapter = get_adapter(model, name)
-    is_sharded, memory = adapter.is_sharded, f"adapter {name!r} in memory"
+    adapter, memory = get_adapter(model, name), f"adapter {name!r} in memory"
     # The digests read the tensors of the adapters that come first, so all are gathered at once, not this one alone.
     with sharding.gathered(tensor for other in adapters(model).values() for _, tensor in other.named_tensors()):
         # A clone each: views of one storage would be written as the whole of it.
-        tensors = {key: sharding.whole(value).cpu().clone().contiguous() for key, value in adapter.state_dict().items()}
+        specs, live = adapter.specs(resume), adapter.state_dict(resume)
+        tensors = {key: sharding.whole(value).cpu().clone().contiguous() for key, value in live.items()}
         digests = _digests_of_first(model, name)
-    check_shapes(tensors, adapter.specs(), memory)
-    check_numbers(tensors, memory, "nothing was written; go back to an earlier file, with a lower learning rate")
+    check_shapes(tensors, specs, memory)
+    check_numbers(tensors, memory, _GO_BACK, specs)
     check_names(tensors, memory)
     metadata = {"format": "pt", METADATA: json.dumps(_metadata(model, adapter, digests))}
-    with _first_process(path, is_sharded) as is_first:
+    with _first_process(path, adapter.is_sharded) as is_first:
         if is_first:
             write_tensors(path, tensors, metadata)
             logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -88,29 +92,29 @@ def load(
 
     It raises what attach raises, too; the model is then as it was.
     """
-    headers, root = read_any(path), attachable(model)
-    header = headers[0]
-    if cfg is None and len(headers) == 1 and DIFFUSERS_SETTINGS in header.metadata:
+    (header, *others), root = read_any(path), attachable(model)
+    if cfg is None and not others and DIFFUSERS_SETTINGS in header.metadata:
         return load_peft(model, header.path, name)
-    if len(headers) > 1 or METADATA not in header.metadata:
-        return load_raw(root, Path(path), headers, cfg, name, verify_base)
+    if others or METADATA not in header.metadata:
+        return load_raw(root, Path(path), [header, *others], cfg, name, verify_base)
     if cfg is not None:
         raise ConfigError(f"{header.path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
 
     file = checked(header)
-    sites = _sites(root, file)  # with all keys and shapes found right: no tensor has been read so far
-    stored = file.tensors()
-    tensors = {site.key(t): stored[file_key(in_file, t)] for in_file, site in sites.items() for t in site.specs}
+    sites = _sites(root, file)
+    specs, names = _specs(file, sites)
+    check_shapes(file.header.entries, specs, str(file.path))  # no tensor has been read so far
+    tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
     with installed(root, file.cfg, name, list(sites.values()), tensors, file.scale) as adapter:
-        reads = any(site.base_weight != "unused" for site in sites.values())
         recorded = file.base.renamed({in_file: site.path for in_file, site in sites.items()})
         if not same_base(recorded, adapter.base_record):
+            reads = any(site.base_weight != "unused" for site in sites.values())
             message = other_base(str(file.path), recorded, adapter.base_record)
             tell_other_base(message, adapter.variant, reads, verify_base)
             if reads:  # the values belong to the recorded base, so a later save must name that
                 adapter.set_base_record(recorded)
-        for in_file, site in sites.items():
-            site.never_ran = in_file in file.never_ran
+        for in_file in file.never_ran:
+            sites[in_file].never_ran = True
     if file.on != _digests_of_first(root, name):
         logger.warning(_other_histories(file))
     logger.info(f"loaded {adapter} from {path}")
@@ -151,10 +155,11 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     if file.on != _digests_of_first(model, name):
         raise CheckpointError(_other_histories(file))
     sites = {site.path: site for site in adapter.sites()}
-    keys = {file_key(old, t): sites[new].key(t) for old, new in mapping.items() for t in sites[new].specs}
+    specs, keys = _specs(file, {old: sites[new] for old, new in mapping.items()})
     shapes = adapter.shapes()
-    check_shapes(file.header.entries, {in_file: shapes[key] for in_file, key in keys.items()}, str(file.path))
-    adapter.load_state_dict({keys[key]: tensor for key, tensor in file.tensors().items()})
+    check_shapes(file.header.entries, {in_file: shapes[keys[in_file]] for in_file in specs}, str(file.path))
+    live = adapter.state_dict()  # what the file leaves to a resume stays as it is
+    adapter.load_state_dict(live | {keys[key]: tensor for key, tensor in file.tensors(specs).items()})
     adapter.scale = file.scale
     logger.info(f"restored {adapter} from {path}")
     return adapter
@@ -162,9 +167,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
 
 def _metadata(model: nn.Module, adapter: Adapter, digests: list[str]) -> dict[str, Any]:
     """The JSON of an adapter's file, in the format of adapter_file.py; what is empty is left out."""
-    all_ran = all(site.ran for site in adapter.sites())
-    never_ran = [] if all_ran else sorted(uncalled(model) & adapter.targets.keys())
-    optional = {"per_layer": to_json(adapter.per_layer), "on": digests, "never_ran": never_ran}
+    never = set() if all(site.ran for site in adapter.sites()) else uncalled(model) & adapter.targets.keys()
+    optional = {"per_layer": to_json(adapter.per_layer), "on": digests, "never_ran": sorted(never)}
     return {
         "format": FORMAT,
         "variant": adapter.variant,
@@ -221,11 +225,11 @@ def _first_process(path: Path, together: bool) -> Iterator[bool]:
 
 
 def _sites(root: nn.Module, file: AdapterFile) -> dict[str, Site]:
-    """A site for each path of the file; CheckpointError unless all keys and shapes fit the model."""
+    """A site for each path of the file; CheckpointError unless their sizes fit the model's."""
     targets, layers = layers_of(root, file.path, file.targets, file.cfg.kinds)
     for in_file, target in targets.items():
-        size, live_size = file.targets[in_file], (target.d_in, target.d_out)
-        if live_size != size:
+        if file.targets[in_file] != (target.d_in, target.d_out):
+            size, live_size = file.targets[in_file], (target.d_in, target.d_out)
             whole = on_all_channels(layers[target]) if file.cfg.variant == "lora" else None
             if whole is None or (whole.d_in, whole.d_out) != size:
                 raise CheckpointError(
@@ -235,7 +239,15 @@ def _sites(root: nn.Module, file: AdapterFile) -> dict[str, Site]:
             targets[in_file] = target.on(whole)
             layers = {targets[in_file] if t is target else t: whole if t is target else v for t, v in layers.items()}
     overrides = {targets[path].path: fields for path, fields in file.per_layer.items()}
-    sites = dict(zip(targets, make_sites(layers, file.cfg, overrides), strict=True))
-    specs = {file_key(path, name): spec for path, site in sites.items() for name, spec in site.specs.items()}
-    check_shapes(file.header.entries, specs, str(file.path))
-    return sites
+    return dict(zip(targets, make_sites(layers, file.cfg, overrides), strict=True))
+
+
+def _specs(file: AdapterFile, sites: Mapping[str, Site]) -> tuple[dict[str, ParamSpec], dict[str, str]]:
+    """The ParamSpec of each tensor that the file should have, and its key in the model, by its key in the file.
+
+    sites   by their paths in the file, in its order
+    """
+    names = {file_key(path, name): site.key(name) for path, site in sites.items() for name in site.specs}
+    at_layers = {file_key(path, name): spec for path, site in sites.items() for name, spec in site.specs.items()}
+    specs = file.specs([site.target for site in sites.values()], at_layers)
+    return specs, {key: names.get(key, key) for key in specs}

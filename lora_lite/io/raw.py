@@ -28,9 +28,10 @@ from ..core.attach import installed
 from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
 from ..core.resolve import checked_config, make_sites, overrides_at, specs_at
+from ..core.shared import PLACE, Shared
 from ..core.state import Site
 from ..core.targets import Target
-from ..core.variant import REGISTRY, config_for
+from ..core.variant import REGISTRY, ParamSpec, config_for, lookup
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, LoraLiteError, brief
 from .keys import core, layers_of, plain_key, resolve
@@ -66,18 +67,21 @@ def load_raw(
     raw = _sorted_keys(path, {key: header for header in headers for key in header.entries}, live)
     chosen = _chosen(raw, name)
     keys = raw.layers.pop(chosen)
+    shared = keys.pop(PLACE, {})
     targets, layers = layers_of(root, path, keys, () if cfg is None else cfg.kinds)
     if cfg is None:
         raise CheckpointError(_description(raw, keys, targets))
     overrides = overrides_at(checked_config(cfg), [target.path for target in layers])
-    sites = dict(zip(targets, make_sites(layers, cfg, overrides), strict=True))
-    _check_complete(raw, keys, sites)
-    mapping = resolve(path, raw.base, set(live), type(root).__name__, "base tensors")
-    stored = {key: raw.read(key) for at_layer in keys.values() for key in at_layer.values()}
-    check_numbers(stored, str(path), "save the adapter again")
-    tensors = {site.key(tensor): stored[key] for p, site in sites.items() for tensor, key in keys[p].items()}
     order = {module: i for i, module in enumerate(root.modules())}  # attach's: files are sorted by key, 10 before 2
-    with installed(root, cfg, name, sorted(sites.values(), key=lambda site: order[site.module]), tensors) as adapter:
+    pairs = zip(targets, make_sites(layers, cfg, overrides), strict=True)
+    sites = dict(sorted(pairs, key=lambda item: order[item[1].module]))
+    specs = _check_complete(raw, {**keys, PLACE: shared}, sites, cfg)
+    mapping = resolve(path, raw.base, set(live), type(root).__name__, "base tensors")
+    stored = {key: raw.read(key) for at_layer in (*keys.values(), shared) for key in at_layer.values()}
+    check_numbers(stored, str(path), "save the adapter again", specs)
+    tensors = {site.key(tensor): stored[key] for p, site in sites.items() for tensor, key in keys[p].items()}
+    tensors |= {file_key(PLACE, tensor): stored[key] for tensor, key in shared.items()}
+    with installed(root, cfg, name, list(sites.values()), tensors) as adapter:
         comparison = _compared(root, raw, {mapping[plain]: key for plain, key in raw.base.items()}, live)
         _check_base(raw, adapter, comparison, verify_base)
     others = [f"adapter {other!r} ({sum(map(len, rest.values()))})" for other, rest in raw.layers.items()]
@@ -98,8 +102,13 @@ def _base_tensors(root: nn.Module) -> dict[str, Tensor]:
         for site in adapter.sites()
         for tensor in site.specs
     }
+    shared = tuple(f"{path}." for path, module in root.named_modules() if isinstance(module, Shared))
     # A module's get_extra_state may put anything there.
-    return {key: t for key, t in root.state_dict().items() if isinstance(t, Tensor) and key not in ours}
+    return {
+        key: t
+        for key, t in root.state_dict().items()
+        if isinstance(t, Tensor) and key not in ours and not key.startswith(shared)
+    }
 
 
 def _sorted_keys(path: Path, headers: dict[str, Header], live: Mapping[str, Tensor]) -> _Raw:
@@ -113,6 +122,8 @@ def _sorted_keys(path: Path, headers: dict[str, Header], live: Mapping[str, Tens
             place, slot = raw.base, plain
         elif leaf.startswith("lora_"):
             place, slot = raw.layers[adapter or "default"][layer], tensor
+        elif (parent := layer.rpartition(".")[2]).partition("__")[0] == PLACE:
+            place, slot = raw.layers[parent.partition("__")[2] or "default"][PLACE], leaf
         else:
             unknown.append(key)
             continue
@@ -147,10 +158,14 @@ def _chosen(raw: _Raw, name: str) -> str:
     return chosen
 
 
-def _check_complete(raw: _Raw, layers: Layers, sites: Mapping[str, Site]) -> None:
-    """CheckpointError unless each layer has exactly the variant's tensors, each of its shape."""
+def _check_complete(raw: _Raw, layers: Layers, sites: Mapping[str, Site], cfg: BaseConfig) -> dict[str, ParamSpec]:
+    """The ParamSpec of each tensor by its key in the file. CheckpointError unless each layer has exactly the variant's
+    tensors, each of its shape, and so has the model."""
     entries = {file_key(path, tensor): raw.entry(key) for path, keys in layers.items() for tensor, key in keys.items()}
     specs = {file_key(path, tensor): spec for path, site in sites.items() for tensor, spec in site.specs.items()}
+    shared = lookup(cfg.variant).shared_specs([site.target for site in sites.values()], cfg)
+    specs |= {file_key(PLACE, name): spec for name, spec in shared.items()}
+    specs = {key: spec for key, spec in specs.items() if spec.saved == "always" or key in entries}
     # PEFT computes what is a buffer here, such as DoRA's norms n0, anew in each forward, so its files lack it.
     missing = [key for key in specs if key not in entries]
     if missing and not any(specs[key].trainable for key in missing):
@@ -165,6 +180,7 @@ def _check_complete(raw: _Raw, layers: Layers, sites: Mapping[str, Site]) -> Non
             f"a gather\n  consolidate the checkpoint again (stage3_gather_16bit_weights_on_model_save, zero_to_fp32)"
         )
     check_shapes(entries, specs, str(raw.path))
+    return {key: specs[file_key(path, tensor)] for path, keys in layers.items() for tensor, key in keys.items()}
 
 
 def _description(raw: _Raw, layers: Layers, targets: Mapping[str, Target]) -> str:

@@ -29,6 +29,7 @@ LONGEST_JSON = 16_000_000  # bytes of a config or an index beside the tensors
 LONGEST_NAME = 400  # characters of a key: a path in a model, with all that wrappers add
 DEEPEST = 16  # levels of lists and objects in JSON; an adapter's metadata has 5
 
+NO_SPECS: Mapping[str, Any] = {}
 DTYPES = {  # the dtypes that are read into tensors here, by their names in a header
     "F64": torch.float64,
     "F32": torch.float32,
@@ -156,14 +157,18 @@ def check_names(names: Iterable[Any], where: str) -> None:
             )
 
 
-def check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
-    """CheckpointError unless all are finite floating numbers."""
-    wrong = [key for key, tensor in tensors.items() if tensor.dtype not in STORAGE_DTYPES or not fits(tensor)]
+def check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str, specs: Mapping[str, Any] = NO_SPECS) -> None:
+    """CheckpointError unless all are finite floating numbers, or tables of the dtype that their `ParamSpec` names."""
+    wrong = [key for key, tensor in tensors.items() if not _is_sound(tensor, getattr(specs.get(key), "dtype", None))]
     if wrong:
         raise CheckpointError(
             f"{where}: {len(wrong)} tensors hold NaN, infinities or no floating numbers, such as {wrong[0]} "
             f"({tensors[wrong[0]].dtype})\n  {cure}"
         )
+
+
+def _is_sound(tensor: Tensor, table: torch.dtype | None) -> bool:
+    return tensor.dtype == table if table is not None else tensor.dtype in STORAGE_DTYPES and fits(tensor)
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..base.fingerprint import BaseRecord
 from ..base.kinds import BLOCK
 from ..base.layer import find_layers, on_all_channels
+from ..core.attach import shared_of
 from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
 from ..core.resolve import specs_at
+from ..core.shared import Shared
 from ..core.state import Site
 from ..core.variant import ParamSpec
 from ..errors import CheckpointError
@@ -26,9 +28,15 @@ from ..io.safetensors import Header
 from .base_folder import LayerLocation
 
 Locations = Mapping[str, LayerLocation]
-TensorsAt = Callable[[str, Site], dict[str, Tensor]]
-"""The adapter's tensors by name, at the layer of this path in the file, for a site that stands for it: some of PEFT's
-are relative to the layer's weight."""
+
+
+class AdapterTensors(NamedTuple):
+    """An adapter's tensors, read."""
+
+    at: Callable[[str, Site], dict[str, Tensor]]
+    """By name, at the layer of this path in the file, for a site that stands for it: some of PEFT's are relative to the
+    layer's weight."""
+    shared: Shared | None = None  # those that the adapter has once
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class AdapterSource:
     configs: Callable[[Locations, Path], dict[str, BaseConfig]]
     """The config at each layer of a base's folder; CheckpointError unless each has its size and its tensors."""
 
-    read: Callable[[Locations], TensorsAt]
+    read: Callable[[Locations], AdapterTensors]
     """Read all tensors. CheckpointError for a NaN or an infinity."""
 
 
@@ -75,13 +83,16 @@ def _of_file(file: AdapterFile) -> AdapterSource:
     if file.cfg.on_blocks:
         raise CheckpointError(f"{file.path}: {BLOCK.no_weight}")
 
-    def read(locations: Locations) -> TensorsAt:
-        tensors = file.tensors()
-        return lambda path, site: {name: tensors[file_key(path, name)] for name in site.specs}
+    def read(locations: Locations) -> AdapterTensors:
+        tensors = file.tensors(specs)
+        shared = shared_of(file.cfg, [location.target for location in locations.values()], tensors)
+        return AdapterTensors(lambda path, site: {t: tensors[file_key(path, t)] for t in site.specs}, shared)
+
+    specs: dict[str, ParamSpec] = {}
 
     def configs(locations: Locations, base: Path) -> dict[str, BaseConfig]:
         cfgs: dict[str, BaseConfig] = {}
-        specs: dict[str, ParamSpec] = {}
+        at_layers: dict[str, ParamSpec] = {}
         for path, location in locations.items():
             target, sizes = location.target, file.targets[path]
             if sizes != (target.d_in, target.d_out):
@@ -93,7 +104,8 @@ def _of_file(file: AdapterFile) -> AdapterSource:
             cfg = cfgs[path] = file.cfg.with_overrides(file.per_layer.get(path, {}))
             if target.experts and not (target.by_weight or cfg.FUSED_EXPERTS):
                 raise CheckpointError(f"{path}: no {cfg.variant!r} on fused experts\n  this is another base model")
-            specs |= {file_key(path, name): spec for name, spec in specs_at(target, cfg).items()}
+            at_layers |= {file_key(path, name): spec for name, spec in specs_at(target, cfg).items()}
+        specs.update(file.specs([location.target for location in locations.values()], at_layers))
         check_shapes(file.header.entries, specs, str(file.path))
         return cfgs
 
@@ -108,13 +120,15 @@ def reason_for_no_weight(location: LayerLocation, sizes: tuple[int, int]) -> str
 
 
 def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
-    def read(locations: Locations) -> TensorsAt:
+    def read(locations: Locations) -> AdapterTensors:
         stored = stored_tensors(folder)
         layers = {path: location.layer for path, location in locations.items()}
-        return lambda path, site: {
-            name: tensor.to(site.cfg.dtype)
-            for name, tensor in tensors_at(folder, stored, path, layers[path], site.base).items()
-        }
+        return AdapterTensors(
+            lambda path, site: {
+                name: tensor.to(site.cfg.dtype)
+                for name, tensor in tensors_at(folder, stored, path, layers[path], site.base).items()
+            }
+        )
 
     def configs(locations: Locations, base: Path) -> dict[str, BaseConfig]:
         targets = {path: location.target for path, location in locations.items()}

@@ -22,7 +22,7 @@ from ..core.state import Site
 from ..errors import CheckpointError, TargetError, brief
 from ..io.raw import same_tensor
 from ..io.safetensors import DTYPES, INDEX, write_json
-from .adapter_source import AdapterSource, TensorsAt
+from .adapter_source import AdapterSource, AdapterTensors
 from .base_folder import BaseFolder, TensorRef, as_slice
 from .bnb_files import as_trained, unpack
 from .in_memory import check_fits, fold_norm
@@ -91,7 +91,7 @@ class MergePlan:
 
     def __init__(self, file: AdapterSource, base: BaseFolder, base_weights: str, untie: bool, verify: bool) -> None:
         self._file, self._base, self._verify, self._warned = file, base, verify, False
-        self._tensors_at: TensorsAt | None = None
+        self._tensors: AdapterTensors | None = None
         self._planned: dict[str, OutputTensor] = {}
         self._whole: dict[tuple[str, int | None], Tensor] = {}  # W' of the last layer or expert that lies in parts
         self._rows: dict[str, list[Rows]] = {}  # key of a tensor that holds rows of several layers -> those that change
@@ -137,16 +137,16 @@ class MergePlan:
             self._plan(key, TensorRef(key), partial(self._composed, key, parts))
         self.shards = self._make_shards()
         # Last, as it reads the whole file; until here the sites have no tensors.
-        self._tensors_at = file.read(self.locations)
+        self._tensors = file.read(self.locations)
 
     def _site(self, path: str, load: Callable[[], Tensor] = torch.Tensor) -> Site:
         """The adapter at one layer, on a stand-in that asks `load` for the weight."""
         target, cfg, scale = self.locations[path].target, self._configs[path], self._file.scale
         module = _StandIn(target.d_in, target.d_out, load)
         site = make_stand_in(target, cfg, module, {}, scale)
-        if self._tensors_at is None:
+        if self._tensors is None:
             return site
-        return make_stand_in(target, cfg, module, self._tensors_at(path, site), scale)
+        return make_stand_in(target, cfg, module, self._tensors.at(path, site), scale, shared=self._tensors.shared)
 
     def _is_together(self, path: str) -> bool:
         return bool(self._configs[path].tied_weights == "together")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .pissa import *
     from .ssteer import *
     from .steer import *
+    from .vera import *
 
 __all__: list[str] = []
 for _file in iter_modules(__path__):

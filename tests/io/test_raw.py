@@ -123,7 +123,7 @@ def test_pefts_own_names(use_dora: bool, tmp_path: Path) -> None:
     fresh = tiny_llama()
     if use_dora:
         before = snapshot(fresh)
-        message = r"4 of its buffers are missing, such as .*up_proj.lora_n0\n.*lora_lite.load_peft\(model, folder\)"
+        message = r"4 of its buffers are missing, such as .*q_proj.lora_n0\n.*lora_lite.load_peft\(model, folder\)"
         with pytest.raises(ll.CheckpointError, match=message):
             ll.load(fresh, path, cfg=ll.DoRAConfig(r=4, alpha=8.0))
         assert same_snapshot(before, snapshot(fresh))

@@ -86,6 +86,12 @@ def skew(theta: Tensor, b: int, r: int) -> Tensor:
     return A
 
 
+def vera(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    o, i = W.shape
+    A, B = t["lora_shared.A"][:, :i], t["lora_shared.B"][:o]
+    return x @ (W + t["lora_b"].diag() @ B @ t["lora_d"].diag() @ A).T + b
+
+
 def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
     return x @ (W + t["lora_B"] @ (t["lora_s"] * torch.tensor(cfg.coefficients).to(W)).diag() @ t["lora_A"]).T + b
 
@@ -100,6 +106,7 @@ ORACLES: dict[str, Oracle] = {
     "steer": steer,
     "ssteer": ssteer,
     "antipasto": antipasto,
+    "vera": vera,
     "history": history,
 }
 

@@ -23,6 +23,7 @@ from ...core.attach import installed
 from ...core.config import BaseConfig
 from ...core.names import check_shapes, file_key
 from ...core.resolve import Overrides, attachable, make_sites
+from ...core.shared import Shared
 from ...core.targets import Target
 from ...core.variant import config_for, lookup
 from ...dtypes import STORAGE_DTYPES
@@ -106,6 +107,7 @@ class StoredLayer:
     cfg: BaseConfig
     tensors: dict[str, Tensor]  # with a leading axis over experts where `target.experts` isn't 0
     scale: float = 1.0
+    shared: Shared | None = None  # the tensors that the adapter has once
 
 
 def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:

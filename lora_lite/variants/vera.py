@@ -1,0 +1,98 @@
+"""VeRA: two trained vectors around random matrices that all layers share (Kopiczko et al. 2023, arXiv:2310.11454, 3.2).
+
+    y = W x + b + λ_b ⊙ B_o (λ_d ⊙ A_i drop(x))      A (r, max i), B (max o, r) once, frozen
+    A_i, B_o  their first i columns, and o rows;  λ_d (r,), λ_b (o,) at each layer, trained
+
+Identity   λ_b = 0, bit-exact
+Base       never read: any layer kind
+Departs    A and B are uniform with PEFT's bounds and generator, so one seed gives PEFT's. Their sizes are those of the
+           largest target, so another choice of layers draws others. They are drawn again at load, from the seed; with
+           save_projection=True they are in the file
+Checked    against PEFT VeraConfig: A and B bit for bit, outputs, gradients, three AdamW steps
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.config import AdapterConfig
+from ..core.targets import Target
+from ..core.validate import is_number
+from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
+
+__all__ = ["VeRA", "VeRAConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRAConfig(AdapterConfig):
+    """d_initial: what λ_d starts at. seed: of A and B. dropout: of the branch."""
+
+    variant: str = "vera"
+    r: int = 256
+    d_initial: float = 0.1
+    seed: int = 0
+    save_projection: bool = False
+    dropout: float = 0.0
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
+        *AdapterConfig.SAME_AT_ALL_LAYERS,
+        *("r", "seed", "save_projection"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(is_number(self.d_initial) and self.d_initial != 0, "d_initial", "a number other than 0")
+        self.require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "a seed of a torch.Generator")
+        self.require(isinstance(self.save_projection, bool), "save_projection", "True or False")
+        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
+
+
+@register
+class VeRA:
+    name = "vera"
+    config = VeRAConfig
+    handles_scale = True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: VeRAConfig) -> dict[str, ParamSpec]:
+        return {
+            "lora_d": ParamSpec((cfg.r,), lambda t: t.fill_(cfg.d_initial), keep_dtype=True),
+            "lora_b": ParamSpec((d_out,), keep_dtype=True),
+        }
+
+    @staticmethod
+    def shared_specs(targets: Sequence[Target], cfg: VeRAConfig) -> dict[str, ParamSpec]:
+        a, b = (cfg.r, max(t.d_in for t in targets)), (max(t.d_out for t in targets), cfg.r)
+
+        def second(tensor: Tensor, generator: torch.Generator) -> None:
+            _uniform(torch.empty(a), generator)  # B is what the generator gives after A
+            _uniform(tensor, generator)
+
+        saved: Any = "always" if cfg.save_projection else "never"
+        return {
+            "A": ParamSpec(a, seeded(_uniform, cfg.seed), trainable=False, saved=saved),
+            "B": ParamSpec(b, seeded(second, cfg.seed), trainable=False, saved=saved),
+        }
+
+    @staticmethod
+    def low_rank(layer: Layer) -> LowRank:
+        a, b = layer.lora_A[:, : layer.in_features], layer.lora_B[: layer.out_features]
+        dropout = layer.cfg.dropout if layer.training else 0.0
+        return LowRank(a, layer.lora_b[:, None].to(b.dtype) * b, layer.scale * layer.lora_d, dropout)
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        a, b = layer.lora_A[:, : layer.in_features], layer.lora_B[: layer.out_features]  # (r, i), (o, r)
+        x = torch.nn.functional.dropout(x, layer.cfg.dropout, layer.training)
+        h = (x @ a.mT) * layer.lora_d  # (*b, r), in the wider dtype of the two
+        return y + ((h.to(x.dtype) @ b.mT) * (layer.scale * layer.lora_b)).to(y.dtype)
+
+
+def _uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    """Kaiming's bound √3 (√2 / √n), n columns."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(tensor.shape[1]))
+    tensor.uniform_(-bound, bound, generator=generator)
