@@ -201,6 +201,14 @@ def experts_in_4_bits(kind: str) -> tuple[nn.Module, list[str]]:
     return model, [f"{path}.{name}" for path in experts for name in ("gate_up_proj", "down_proj")]
 
 
+def test_dora_on_attention_is_not_written(tmp_path: Path) -> None:
+    model = built(MODELS["attention"][0])
+    ll.attach(model, ll.DoRAConfig(r=2, target_names="attn"))
+    with pytest.raises(ll.CheckpointError, match=r"PEFT has no DoRA on nn\.MultiheadAttention"):
+        ll.save_peft(model, tmp_path / "folder")
+    ll.save_peft(model, tmp_path / "folder", rank=4)
+
+
 # ---- convolutions with groups: PEFT's A sees the channels of all groups -----------------------------
 
 

@@ -180,10 +180,11 @@ def is_parameter(site: Site) -> bool:
 
 def module_path(site: Site) -> str:
     """The path of the module that target_modules names for it."""
-    return site.path.rpartition(".")[0] if _in_attention(site) else site.path
+    return site.path.rpartition(".")[0] if in_attention(site) else site.path
 
 
-def _in_attention(site: Site) -> bool:
+def in_attention(site: Site) -> bool:
+    """Is it on a projection of nn.MultiheadAttention?"""
     return any(isinstance(module, nn.MultiheadAttention) for module in (site.module, site.base.reader))
 
 
@@ -211,7 +212,7 @@ def lacks(site: Site) -> str | None:
     category = layer.kind.category
     if category == "norm":
         return "PEFT has no such method on a norm"
-    if category == "linear" and layer.by_weight and not site.prefix and not _in_attention(site):
+    if category == "linear" and layer.by_weight and not site.prefix and not in_attention(site):
         return "PEFT adapts the call of a layer, and here the model reads its weight without calling it"
     if category == "conv" and layer.module.groups > 1 and layer.kind is not ALL_CHANNELS and variant != "ia3":
         return "PEFT's A sees all channels of a convolution with groups, and this one those of a group"

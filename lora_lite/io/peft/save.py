@@ -228,8 +228,12 @@ def _lora_settings(
     if uneven := [path for path, settings in pairs.items() if len(settings) > 1]:
         raise CheckpointError(f"{uneven[0]}: PEFT has one r and alpha for both projections of an attention")
     lacks = "DoRA" if fields["use_dora"] else "dropout" if fields["lora_dropout"] else None
+    attention = [path for path in called if forms.in_attention(layers[path][0])]
     if bare and lacks:
         raise CheckpointError(f"{bare[0]}: PEFT has no {lacks} on a bare parameter\n  keep it as our file")
+    if attention and fields["use_dora"]:
+        cure = "keep it as our file, or give rank= to write a plain LoRA"
+        raise CheckpointError(f"{attention[0]}: PEFT has no DoRA on nn.MultiheadAttention\n  {cure}")
     # PEFT 0.21.2 caches what the inner ones decode to before their adapters are on it.
     packed = [path for path in bare if layers[path][0].base.packed is not None]
     if len({path.rpartition(".")[0] for path in packed}) < len(packed):
