@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .base.still import still
@@ -57,6 +57,7 @@ class AdapterCheckpoints:
         _check_saved(model)
         with _trainable(model):
             super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        cast(Any, self).add_callback(_Schedules(model))
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; the first one is watched."""
@@ -68,6 +69,25 @@ class AdapterCheckpoints:
             loss = step.training_step(model, *args, **kwargs)
         self._is_audited = True
         return loss
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, and in training the adapters' penalties."""
+        trainer: Any = super()
+        result = trainer.compute_loss(model, *args, **kwargs)
+        penalties = [p for adapter in adapters(cast(Any, self).model).values() if (p := adapter.penalty()) is not None]
+        if not (penalties and model.training):
+            return result
+        penalty = torch.stack(penalties).sum() / self._parts_of_a_step(kwargs.get("num_items_in_batch"))
+        return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
+
+    def _parts_of_a_step(self, num_items_in_batch: Any) -> int:
+        """By what a penalty is divided, as it is added to each batch of a step: 1 where the trainer does it itself."""
+        trainer: Any = self
+        is_scaled = trainer.loss_is_scaled_for_ga  # by the number of tokens in all batches of a step
+        if is_scaled is None:
+            is_scaled = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = is_scaled or trainer.compute_loss_func is not None
+        return int(trainer.current_gradient_accumulation_steps) if is_scaled else 1
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write every adapter, the processing class and the arguments to a folder."""
@@ -87,6 +107,17 @@ class AdapterCheckpoints:
 
     def _load_best_model(self) -> None:
         _restore_all(cast(Any, self).model, cast(Any, self).state.best_model_checkpoint)
+
+
+class _Schedules(TrainerCallback):
+    """The adapters' schedules take a step with the optimizer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for adapter in adapters(self._model).values():
+            adapter.step()
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):

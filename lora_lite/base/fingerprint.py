@@ -34,8 +34,7 @@ class BaseRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record in a file's metadata."""
-        values = asdict(self)
-        return {"class": values.pop("class_name"), **values}
+        return {"class": self.class_name, **{k: v for k, v in asdict(self).items() if k != "class_name"}}
 
     @classmethod
     def from_json(cls, value: Any, targets: Iterable[str]) -> "BaseRecord | None":

@@ -24,7 +24,7 @@ from .shared import Shared
 from .state import AdapterState, Site, check_unmerged, session_at, session_of, sites_of
 from .targets import Target
 from .validate import is_number
-from .variant import check_takes_data, lookup
+from .variant import Variant, check_takes_data, lookup
 
 
 class Adapter:
@@ -115,6 +115,33 @@ class Adapter:
                 else:
                     variant.refresh(self.views(), old)
                 raise
+
+    def step(self) -> None:
+        """Let the method's schedule take a step: after `optimizer.step()`, before `zero_grad()`. AdapterTrainer does.
+
+        Raises:
+            TargetError: while it is merged.
+        """
+        self._check_unmerged("take a step")
+        state, variant = self._state, lookup(self.variant)
+        state.steps += 1
+        if variant.on_step is not Variant.on_step:
+            with torch.no_grad():
+                variant.on_step(self.views(), state.cfg, state.steps)
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the loss, a number with its gradient; None if it adds nothing. AdapterTrainer adds
+        it to each loss in training."""
+        return lookup(self.variant).penalty(self.views(), self.config)
+
+    @property
+    def steps(self) -> int:
+        """How many steps `step` has counted; a file that was saved with resume=True holds it."""
+        return self._state.steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._state.steps = steps
 
     @property
     def is_sharded(self) -> bool:

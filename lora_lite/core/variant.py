@@ -173,6 +173,16 @@ class Variant:
         """Bring the tensors in line with the config: after `group_init`, and whenever its `live` fields change."""
 
     @staticmethod
+    def on_step(targets: Mapping[str, Layer], cfg: Any, step: int) -> None:
+        """A schedule: `Adapter.step` calls it after each step of the optimizer, the first with step = 1, while the
+        gradients are there. What it has to remember between steps are buffers with saved="resume"."""
+
+    @staticmethod
+    def penalty(targets: Mapping[str, Layer], cfg: Any) -> Tensor | None:
+        """What training adds to the loss, over all layers: `Adapter.penalty` gives it. None for nothing."""
+        return None
+
+    @staticmethod
     def low_rank(layer: Layer) -> "LowRank | tuple[Tensor, Tensor, float | Tensor] | None":
         """(A (r, d_in), B (d_out, r), s), exact, if all it does at `layer.scale` is to add B (s ⊙ A x), whatever y is:
         then the rounds that a history keeps are one pair of products, and a convolution, an embedding or experts take

@@ -10,7 +10,7 @@ any name. Metadata key `lora_lite`, JSON:
 "scale" is the adapter's coefficient c; a file without it has 1. "never_ran" lists the targets that no forward had
 called when it was saved, although one had called others: a merge on disk refuses them. "on" holds a digest of each
 history that it was trained on top of. "per_layer", where the config differs by layer, holds {path: {field: value}} as
-attach resolved it: a load runs no regex of a file.
+attach resolved it: a load runs no regex of a file. "steps", in a file for a resume, counts those of `Adapter.step`.
 """
 
 import os
@@ -49,6 +49,7 @@ class AdapterFile:
     base: BaseRecord
     on: list[str]  # digests of the histories that it was on top of when it was saved
     never_ran: list[str]  # targets whose layers no forward had called then, although one had called others
+    steps: int = 0  # of the training that it was saved in, for a resume
 
     @property
     def path(self) -> Path:
@@ -72,9 +73,7 @@ class AdapterFile:
         Raises:
             CheckpointError: for a NaN, an infinity, or a table of another dtype than its spec's.
         """
-        tensors = self.header.read()
-        check_numbers(tensors, str(self.path), "save the adapter again", specs)
-        return tensors
+        return check_numbers(self.header.read(), str(self.path), "save the adapter again", specs)
 
 
 def read_file(path: str | os.PathLike[str]) -> AdapterFile:
@@ -92,9 +91,10 @@ def checked(header: Header) -> AdapterFile:
     path, meta = header.path, _metadata(header)
     if not isinstance(meta["variant"], str):
         raise CheckpointError(f"{path}: its metadata names the variant {brief(meta['variant'])}; wanted a string")
-    scale = meta.get("scale", 1.0)
-    if not is_number(scale):
-        raise CheckpointError(f"{path}: its metadata names the scale {brief(scale)}; wanted a finite number")
+    scale, steps = meta.get("scale", 1.0), meta.get("steps", 0)
+    if not is_number(scale) or type(steps) is not int or steps < 0:
+        problem = f"the scale {brief(scale)} and {brief(steps)} steps; wanted a finite number, and a count"
+        raise CheckpointError(f"{path}: its metadata names {problem}")
     variant = lookup(meta["variant"])
     try:
         cfg = variant.config.from_dict(meta["config"])
@@ -112,7 +112,7 @@ def checked(header: Header) -> AdapterFile:
         raise CheckpointError(f'{path}: its metadata has "on": {brief(on)}; wanted digests of histories')
     if not (isinstance(never_ran, list) and all(isinstance(target, str) and target in targets for target in never_ran)):
         raise CheckpointError(f'{path}: its metadata has "never_ran": {brief(never_ran)}; wanted some of its targets')
-    return AdapterFile(header, cfg, float(scale), targets, per_layer, base, on, never_ran)
+    return AdapterFile(header, cfg, float(scale), targets, per_layer, base, on, never_ran, steps)
 
 
 def _metadata(header: Header) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     check_shapes(tensors, specs, memory)
     check_numbers(tensors, memory, _GO_BACK, specs)
     check_names(tensors, memory)
-    metadata = {"format": "pt", METADATA: json.dumps(_metadata(model, adapter, digests))}
+    metadata = {"format": "pt", METADATA: json.dumps(_metadata(model, adapter, digests, resume))}
     with _first_process(path, adapter.is_sharded) as is_first:
         if is_first:
             write_tensors(path, tensors, metadata)
@@ -113,6 +113,8 @@ def load(
             tell_other_base(message, adapter.variant, reads, verify_base)
             if reads:  # the values belong to the recorded base, so a later save must name that
                 adapter.set_base_record(recorded)
+        if file.steps:
+            adapter.steps = file.steps
         for in_file in file.never_ran:
             sites[in_file].never_ran = True
     if file.on != _digests_of_first(root, name):
@@ -160,15 +162,17 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     check_shapes(file.header.entries, {in_file: shapes[keys[in_file]] for in_file in specs}, str(file.path))
     live = adapter.state_dict()  # what the file leaves to a resume stays as it is
     adapter.load_state_dict(live | {keys[key]: tensor for key, tensor in file.tensors(specs).items()})
-    adapter.scale = file.scale
+    adapter.scale, adapter.steps = file.scale, file.steps
     logger.info(f"restored {adapter} from {path}")
     return adapter
 
 
-def _metadata(model: nn.Module, adapter: Adapter, digests: list[str]) -> dict[str, Any]:
+def _metadata(model: nn.Module, adapter: Adapter, digests: list[str], resume: bool) -> dict[str, Any]:
     """The JSON of an adapter's file, in the format of adapter_file.py; what is empty is left out."""
     never = set() if all(site.ran for site in adapter.sites()) else uncalled(model) & adapter.targets.keys()
-    optional = {"per_layer": to_json(adapter.per_layer), "on": digests, "never_ran": sorted(never)}
+    optional: dict[str, Any] = {"per_layer": to_json(adapter.per_layer), "on": digests, "never_ran": sorted(never)}
+    if resume:
+        optional["steps"] = adapter.steps
     return {
         "format": FORMAT,
         "variant": adapter.variant,

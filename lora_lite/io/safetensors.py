@@ -157,14 +157,18 @@ def check_names(names: Iterable[Any], where: str) -> None:
             )
 
 
-def check_numbers(tensors: Mapping[str, Tensor], where: str, cure: str, specs: Mapping[str, Any] = NO_SPECS) -> None:
-    """CheckpointError unless all are finite floating numbers, or tables of the dtype that their `ParamSpec` names."""
+def check_numbers(
+    tensors: dict[str, Tensor], where: str, cure: str, specs: Mapping[str, Any] = NO_SPECS
+) -> dict[str, Tensor]:
+    """The tensors. CheckpointError unless all are finite floating numbers, or tables of the dtype that their
+    `ParamSpec` names."""
     wrong = [key for key, tensor in tensors.items() if not _is_sound(tensor, getattr(specs.get(key), "dtype", None))]
     if wrong:
         raise CheckpointError(
             f"{where}: {len(wrong)} tensors hold NaN, infinities or no floating numbers, such as {wrong[0]} "
             f"({tensors[wrong[0]].dtype})\n  {cure}"
         )
+    return tensors
 
 
 def _is_sound(tensor: Tensor, table: torch.dtype | None) -> bool:

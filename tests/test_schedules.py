@@ -1,0 +1,126 @@
+"""What a method does between steps, and what it adds to the loss: by hand, by AdapterTrainer, and after a resume."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import IDS, perturb, tiny_llama
+from safetensors import safe_open
+from test_ecosystem import Tokens, arguments
+
+import lora_lite as ll
+from lora_lite.core.variant import ParamSpec, Variant, register
+from lora_lite.trainer import AdapterTrainer
+
+
+@register
+class Shrinking(Variant):
+    """A LoRA whose columns of B are switched off one by one, those with the least remembered gradient first."""
+
+    name, config, handles_scale = "shrinking_toy", ll.AdapterConfig, True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
+        return {
+            "lora_a": ParamSpec((cfg.r, d_in), "kaiming"),
+            "lora_b": ParamSpec((d_out, cfg.r)),
+            "lora_on": ParamSpec((cfg.r,), "ones", trainable=False),
+            "lora_seen": ParamSpec((cfg.r,), trainable=False, saved="resume"),
+        }
+
+    @staticmethod
+    def forward(layer: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + layer.scale * ((x @ layer.lora_a.mT) * layer.lora_on) @ layer.lora_b.mT
+
+    @staticmethod
+    def on_step(targets: Any, cfg: Any, step: int) -> None:
+        for layer in targets.values():
+            layer.lora_seen.mul_(0.9).add_(layer.lora_b.grad.norm(dim=0) + 1)
+            if step % 2 == 0:
+                layer.lora_on[torch.where(layer.lora_on > 0, layer.lora_seen, torch.inf).argmin()] = 0
+
+    @staticmethod
+    def penalty(targets: Any, cfg: Any) -> torch.Tensor:
+        return 0.1 * torch.stack([layer.lora_b.square().sum() for layer in targets.values()]).sum()
+
+
+CONFIG = ll.AdapterConfig(variant="shrinking_toy", r=4)
+
+
+def attached() -> Any:
+    torch.manual_seed(0)
+    model = tiny_llama()
+    perturb(ll.attach(model, CONFIG), 0.1)
+    return model
+
+
+def test_a_step_and_a_penalty_by_hand(tmp_path: Path) -> None:
+    model = attached()
+    adapter = ll.adapters(model)["default"]
+    penalty = adapter.penalty()
+    assert penalty is not None
+    wanted = 0.1 * sum(p.square().sum() for key, p in adapter.named_tensors() if key.endswith("lora_b"))
+    torch.testing.assert_close(penalty, wanted)
+    (model(input_ids=IDS, labels=IDS).loss + penalty).backward()
+    for _ in range(2):
+        adapter.step()
+    assert adapter.steps == 2
+    on = [t for key, t in adapter.named_tensors() if key.endswith("lora_on")]
+    assert all(t.sum() == 3 for t in on)
+    ll.save(model, tmp_path / "final.safetensors")
+    ll.save(model, tmp_path / "resume.safetensors", resume=True)
+    with safe_open(tmp_path / "final.safetensors", "pt") as file:
+        assert not any(key.endswith("lora_seen") for key in file.keys())  # noqa: SIM118
+    for name, steps in (("final", 0), ("resume", 2)):
+        fresh = tiny_llama()
+        assert ll.load(fresh, tmp_path / f"{name}.safetensors").steps == steps
+        assert torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    plain = ll.attach(tiny_llama(), ll.LoRAConfig())
+    plain.step()
+    assert plain.penalty() is None
+    ll.merge(model)
+    with pytest.raises(ll.TargetError, match="can't take a step"):
+        adapter.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_a_resumed_training_ends_as_one_that_went_through(tmp_path: Path) -> None:
+    model = attached()
+    AdapterTrainer(model, arguments(tmp_path), train_dataset=Tokens()).train()
+    adapter = ll.adapters(model)["default"]
+    assert adapter.steps == 6
+    assert all(t.sum() == 1 for key, t in adapter.named_tensors() if key.endswith("lora_on"))
+    again = attached()
+    resumed = AdapterTrainer(again, arguments(tmp_path), train_dataset=Tokens())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    a, b = (ll.adapters(each)["default"] for each in (model, again))
+    assert a.steps == b.steps
+    assert all(
+        torch.equal(one, other) for one, other in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_trainer_adds_the_penalty_once_a_step(parts: int, tmp_path: Path) -> None:
+    """However many batches the step is made of: with plain SGD it takes 2 lr 0.1 B off B."""
+    model, other = attached(), attached()
+    own_penalty, gradients = Shrinking.penalty, []
+    fields = {"max_steps": 1, "gradient_accumulation_steps": parts, "per_device_train_batch_size": 2 // parts}
+    for each, penalty in ((model, own_penalty), (other, lambda targets, cfg: None)):
+        registered: Any = ll.REGISTRY["shrinking_toy"]
+        registered.penalty = staticmethod(penalty)
+        try:
+            args = arguments(
+                tmp_path, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant", **fields
+            )
+            AdapterTrainer(each, args, train_dataset=Tokens()).train()
+        finally:
+            registered.penalty = staticmethod(own_penalty)
+        gradients.append(
+            {k: t.clone() for k, t in ll.adapters(each)["default"].named_tensors() if k.endswith("lora_b")}
+        )
+    start = dict(ll.adapters(attached())["default"].named_tensors())
+    for key, with_penalty in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key] - with_penalty, 0.2 * start[key], rtol=1e-3, atol=1e-5)
