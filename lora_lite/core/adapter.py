@@ -130,7 +130,7 @@ class Adapter:
                 variant.on_step(self.views(), state.cfg, state.steps)
 
     def penalty(self) -> Tensor | None:
-        """What the method adds to the loss, a number with its gradient; None if it adds nothing. AdapterTrainer adds
+        """The number that the method adds to the loss, with its gradient; None if it adds nothing. AdapterTrainer adds
         it to each loss in training."""
         return lookup(self.variant).penalty(self.views(), self.config)
 

@@ -179,7 +179,7 @@ class Variant:
 
     @staticmethod
     def penalty(targets: Mapping[str, Layer], cfg: Any) -> Tensor | None:
-        """What training adds to the loss, over all layers: `Adapter.penalty` gives it. None for nothing."""
+        """A number that training adds to the loss, over all layers, as `Adapter.penalty` gives it; None for nothing."""
         return None
 
     @staticmethod
