@@ -132,7 +132,8 @@ class Adapter:
     def penalty(self) -> Tensor | None:
         """The number that the method adds to the loss, with its gradient; None if it adds nothing. AdapterTrainer adds
         it to each loss in training."""
-        return lookup(self.variant).penalty(self.views(), self.config)
+        variant = lookup(self.variant)
+        return None if variant.penalty is Variant.penalty else variant.penalty(self.views(), self.config)
 
     @property
     def steps(self) -> int:
