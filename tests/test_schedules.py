@@ -10,11 +10,10 @@ from safetensors import safe_open
 from test_ecosystem import Tokens, arguments
 
 import lora_lite as ll
-from lora_lite.core.variant import ParamSpec, Variant, register
+from lora_lite.core.variant import ParamSpec, Variant
 from lora_lite.trainer import AdapterTrainer
 
 
-@register
 class Shrinking(Variant):
     """A LoRA whose columns of B are switched off one by one, those with the least remembered gradient first."""
 
@@ -46,6 +45,12 @@ class Shrinking(Variant):
 
 
 CONFIG = ll.AdapterConfig(variant="shrinking_toy", r=4)
+
+
+@pytest.fixture(autouse=True)
+def in_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the time of a test: others ask for every method that there is."""
+    monkeypatch.setitem(ll.REGISTRY, Shrinking.name, Shrinking)
 
 
 def attached() -> Any:

@@ -199,7 +199,8 @@ class Adapter:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor that is saved, as it is now, by its key in a file; of a sharded one, the whole."""
-        return {key: tuple(sharding.shape_of(tensor)) for key, tensor in self.state_dict().items()}
+        specs = self.specs()  # of the tensors themselves: a detached one forgets what ZeRO-3 took out of it
+        return {key: tuple(sharding.shape_of(tensor)) for key, tensor in self.named_tensors() if key in specs}
 
     def specs(self, resume: bool = True) -> dict[str, Any]:
         """The ParamSpec of each tensor that is saved, by its key in a file."""
