@@ -19,6 +19,10 @@ class Shared(nn.Module):
         super().__init__()
         self.specs = dict(specs)  # the `ParamSpec` of each, by its name without `lora_`
 
+    def forward(self, x: Any) -> Any:
+        """The input itself: an nn.Sequential runs all of its children, and so this one last."""
+        return x
+
     def hold(self, name: str, value: Tensor) -> None:
         register: Any = self.register_parameter if isinstance(value, nn.Parameter) else self.register_buffer
         register(name, value)

@@ -191,6 +191,19 @@ def test_merge_in_memory_and_plan() -> None:
     assert torch.equal(logits(model), wanted)
 
 
+def test_a_model_that_runs_its_children_in_a_row() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    x = torch.randn(2, 6)
+    base = model(x)
+    adapter = ll.attach(model, SharedConfig(r=4, target_names=["."]))
+    assert torch.equal(model(x), base)
+    perturb(adapter, 0.3)
+    assert not torch.equal(model(x), base)
+    ll.detach(model)
+    assert torch.equal(model(x), base)
+    assert len(model) == 3
+
+
 def test_a_place_that_is_taken_and_a_failure_leave_nothing() -> None:
     model = tiny_llama()
     model.lora_shared = torch.nn.Identity()
