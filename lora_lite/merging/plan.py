@@ -25,7 +25,7 @@ from ..io.safetensors import DTYPES, INDEX, write_json
 from .adapter_source import AdapterSource, AdapterTensors
 from .base_folder import BaseFolder, TensorRef, as_slice
 from .bnb_files import as_trained, unpack
-from .in_memory import check_fits, fold_norm
+from .merged_weights import check_fits, fold_norm
 
 
 @dataclass
