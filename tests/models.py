@@ -192,6 +192,18 @@ def perturb(adapter: ll.Adapter, size: float = 0.05, seed: int = 1) -> None:
         parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
+def gradients_of(model: Any, cfg: Any, ids: torch.Tensor, reentrant: bool | None = None) -> dict[str, Any]:
+    """Those of a perturbed adapter in training, by key; with gradient checkpointing of this kind, unless it is None."""
+    adapter = ll.attach(model, cfg)
+    perturb(adapter, 0.2)
+    model.train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {key: tensor.grad for key, tensor in adapter.named_tensors()}
+
+
 def train(model: Any, adapter: ll.Adapter, steps: int = 2) -> None:
     """AdamW steps on fixed tokens. Of a method that is computed, nothing is trainable, and only the forward runs."""
     parameters = list(adapter.parameters())

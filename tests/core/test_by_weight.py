@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import moe, perturb
+from models import gradients_of, moe, perturb
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,17 +85,7 @@ def test_a_forward_that_fails_leaves_the_parameter_in_its_place() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_are_the_same_under_checkpointing(reentrant: bool) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = mixtral()
-        adapter = ll.attach(model, EXPERTS)
-        spread(adapter)
-        model.train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append({key: tensor.grad for key, tensor in adapter.named_tensors()})
+    gradients = [gradients_of(mixtral(), EXPERTS, IDS, each) for each in (None, reentrant)]
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient)
 

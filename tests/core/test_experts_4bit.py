@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import moe, perturb
+from models import gradients_of, moe, perturb
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -112,16 +112,8 @@ def test_the_plan_is_that_of_the_dense_model() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_are_the_same_under_checkpointing(reentrant: bool) -> None:
     gradients = []
-    for checkpointing in (False, True):
-        model = packed()
-        adapter = ll.attach(model, EXPERTS)
-        spread(adapter)
-        model.train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append({key: tensor.grad for key, tensor in adapter.named_tensors()})
+    for each in (None, reentrant):
+        gradients.append(gradients_of(packed(), EXPERTS, IDS, each))
         assert not parametrize._cache_enabled
         assert not parametrize._cache
     for key, gradient in gradients[0].items():

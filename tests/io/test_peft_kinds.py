@@ -131,6 +131,17 @@ def test_a_folder_that_is_written_here_is_read_by_peft(kind: str, method: str, t
     torch.testing.assert_close(theirs(x), wanted, atol=2e-5, rtol=1e-5)
 
 
+def goes_both_ways(model: nn.Module, config: Any, folder: Path) -> None:
+    """PEFT's adapter on a language model is loaded here, and written so that PEFT reads it, with equal outputs."""
+    base, x = copy.deepcopy(model), {"input_ids": IDS}
+    wanted = made_by_peft(model, config, folder / "theirs", x)
+    ll.load_peft(model, folder / "theirs")
+    torch.testing.assert_close(model(**x).logits, wanted, atol=2e-5, rtol=1e-4)
+    ll.save_peft(model, folder / "ours")
+    theirs = peft.PeftModel.from_pretrained(base, folder / "ours").eval()
+    torch.testing.assert_close(theirs(**x).logits, wanted, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"], ["gate_up_proj", "gate.weight"]])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_target_parameters_go_both_ways(kind: str, parameters: list[str], tmp_path: Path) -> None:
@@ -139,29 +150,17 @@ def test_target_parameters_go_both_ways(kind: str, parameters: list[str], tmp_pa
         model = built(lambda: tf.GptOssForCausalLM(tf.GptOssConfig(**SMALL, head_dim=8)))
     else:
         model = built(lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SMALL)))
-    base, x = copy.deepcopy(model), {"input_ids": IDS}
     config = peft.LoraConfig(r=3, target_modules=[], target_parameters=parameters, init_lora_weights=False)
-    wanted = made_by_peft(model, config, tmp_path / "theirs", x)
-    ll.load_peft(model, tmp_path / "theirs")
-    torch.testing.assert_close(model(**x).logits, wanted, atol=2e-5, rtol=1e-4)
-    ll.save_peft(model, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(**x).logits, wanted, atol=2e-5, rtol=1e-4)
+    goes_both_ways(model, config, tmp_path)
 
 
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_parameters_in_4_bits_go_both_ways_one_on_each_module(kind: str, parameter: str, tmp_path: Path) -> None:
     model, paths = experts_in_4_bits(kind)
-    base, x = copy.deepcopy(model), {"input_ids": IDS}
     paths = [path for path in paths if path.endswith(parameter)]
     config = peft.LoraConfig(r=3, target_modules=[], target_parameters=paths, init_lora_weights=False)
-    wanted = made_by_peft(model, config, tmp_path / "theirs", x)
-    ll.load_peft(model, tmp_path / "theirs")
-    torch.testing.assert_close(model(**x).logits, wanted, atol=2e-5, rtol=1e-4)
-    ll.save_peft(model, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(**x).logits, wanted, atol=2e-5, rtol=1e-4)
+    goes_both_ways(model, config, tmp_path)
 
 
 def test_of_two_parameters_in_4_bits_on_a_module_peft_trains_one(tmp_path: Path) -> None:

@@ -323,23 +323,28 @@ def test_a_tied_embedding_is_written_untied_or_refused(names: str, tmp_path: Pat
         torch.testing.assert_close(out(input_ids=IDS).logits, attached, rtol=0, atol=1e-5)
 
 
+def merged_as_attached(cls: Any, folder: Path) -> Any:
+    """The base in this folder with one adapter for its embedding and its head, merged on disk and compared."""
+    model = cls.from_pretrained(folder / "base").eval()
+    perturb(ll.attach(model, config("lora", r=2, tied_weights="together", **EMBEDDING)))
+    ll.save(model, folder / "a.safetensors")
+    merge(folder)
+    out = cls.from_pretrained(folder / "out").eval()
+    with torch.no_grad():
+        logits, attached = (each(input_ids=IDS).logits for each in (out, model))
+    torch.testing.assert_close(logits, attached, rtol=0, atol=1e-5)
+    return out
+
+
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice in the file"])
 def test_what_shares_an_adapter_stays_tied(twice: bool, tmp_path: Path) -> None:
     folder_of(tiny_llama(tie_word_embeddings=True), tmp_path / "base")
     if twice:
         tensors = load_file(file := tmp_path / "base" / "model.safetensors")
         save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
-    perturb(ll.attach(model, config("lora", r=2, tied_weights="together", **EMBEDDING)))
-    ll.save(model, tmp_path / "a.safetensors")
-    with torch.no_grad():
-        attached = model(input_ids=IDS).logits
-    merge(tmp_path)
-    out = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    out = merged_as_attached(transformers.LlamaForCausalLM, tmp_path)
     if not twice:
         assert out.lm_head.weight is out.model.embed_tokens.weight
-    with torch.no_grad():
-        torch.testing.assert_close(out(input_ids=IDS).logits, attached, rtol=0, atol=1e-5)
 
 
 def test_what_shares_an_adapter_is_found_by_the_files_keys(tmp_path: Path) -> None:
@@ -352,15 +357,7 @@ def test_what_shares_an_adapter_is_found_by_the_files_keys(tmp_path: Path) -> No
     tensors = load_file(file := tmp_path / "base" / "model.safetensors")
     embedding = next(key for key in tensors if key.endswith("embed_tokens.weight"))
     save_file({**tensors, "language_model.lm_head.weight": tensors[embedding].clone()}, file, {"format": "pt"})
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
-    perturb(ll.attach(model, config("lora", r=2, tied_weights="together", **EMBEDDING)))
-    ll.save(model, tmp_path / "a.safetensors")
-    with torch.no_grad():
-        attached = model(input_ids=IDS).logits
-    merge(tmp_path)
-    out = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(out(input_ids=IDS).logits, attached, rtol=0, atol=1e-5)
+    merged_as_attached(transformers.LlavaForConditionalGeneration, tmp_path)
 
 
 def test_what_shares_an_adapter_wants_a_base_that_is_tied(tmp_path: Path) -> None:
