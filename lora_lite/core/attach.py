@@ -1,5 +1,6 @@
 """Attach and detach: the transaction that puts an adapter's tensors and hooks on the layers of a model."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..base.bitsandbytes import repackable
 from ..base.fingerprint import base_record
 from ..base.probe import check_gradients
-from ..errors import ConfigError, TargetError
+from ..errors import CheckpointError, ConfigError, TargetError
 from .adapted_weight import take_back
 from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
@@ -23,6 +24,8 @@ from .state import AdapterState, BaseChange, Session, Site, Tensors, check_unmer
 from .targets import Target, select
 from .ties import tie
 from .variant import ParamSpec, Variant, check_takes_data, lookup, needs_data
+
+MOST_REMADE = 1 << 28  # numbers of a tensor that a file leaves out: 1 GiB, where VeRA of rank 1024 takes 0.1
 
 
 def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration_data: Any = None) -> Adapter:
@@ -206,9 +209,18 @@ def _install_shared(
 def make_shared(
     specs: Mapping[str, ParamSpec], cfg: BaseConfig, tensors: Tensors | None, device: torch.device | str = "cpu"
 ) -> Shared:
-    """The tensors that an adapter has once, from a file's or as their ParamSpecs say."""
+    """The tensors that an adapter has once, from a file's or as their ParamSpecs say.
+
+    Raises:
+        CheckpointError: where a file's metadata would take more memory than an adapter's tensors can need.
+    """
     shared = Shared(specs)
     for name, spec in specs.items():
+        if tensors is not None and shared.key(name) not in tensors and math.prod(spec.shape) > MOST_REMADE:
+            raise CheckpointError(
+                f"{shared.key(name)} isn't in the file and would be made again, of shape {spec.shape}\n"
+                f"  wanted at most {MOST_REMADE:,} numbers: the file may be damaged, or made to take memory"
+            )
         shared.hold(name, _value(spec, shared.key(name), cfg, device, tensors))
     return shared
 

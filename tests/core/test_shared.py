@@ -1,6 +1,7 @@
 """Tensors that an adapter has once: one place on the model, one key in the file, one gradient."""
 
 import copy
+import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from models import perturb, tiny_llama
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_lite as ll
+from lora_lite.cli.stored import read_stored
 from lora_lite.core.variant import ParamSpec, Variant, seeded
 
 IDS = torch.arange(1, 13).reshape(2, 6)
@@ -229,6 +231,21 @@ def test_merge_on_disk_is_merge_in_memory(saved: str, tmp_path: Path) -> None:
     ll.merge(model, keep=False)
     merged = type(model).from_pretrained(tmp_path / "merged").state_dict()
     assert all(torch.equal(merged[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_a_small_file_takes_no_large_memory(tmp_path: Path) -> None:
+    """Its metadata alone says how large A is: 80 kB would have taken 84 GB."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    ll.attach(model, ll.VeRAConfig(r=2, target_names="0"))
+    ll.save(model, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    ours, tensors = json.loads(metadata["lora_lite"]), load_file(tmp_path / "a.safetensors")
+    ours["targets"], ours["config"]["r"] = {"0": [1 << 20, 8]}, 20_000
+    tensors["0.lora_d"] = torch.full((20_000,), 0.1)
+    save_file(tensors, tmp_path / "b.safetensors", metadata | {"lora_lite": json.dumps(ours)})
+    with pytest.raises(ll.CheckpointError, match=r"lora_shared\.A isn't in the file .* \(20000, 1048576\)"):
+        read_stored(tmp_path / "b.safetensors")
 
 
 def test_a_history_of_it_is_refused() -> None:
