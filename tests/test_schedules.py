@@ -81,6 +81,11 @@ def test_a_step_and_a_penalty_by_hand(tmp_path: Path) -> None:
         fresh = tiny_llama()
         assert ll.load(fresh, tmp_path / f"{name}.safetensors").steps == steps
         assert torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert ll.restore(model, tmp_path / "final.safetensors").steps == 2
+    tiny_llama().save_pretrained(tmp_path / "base")
+    ll.merge_checkpoint(tmp_path / "base", tmp_path / "final.safetensors", tmp_path / "out", base_weights="original")
+    merged = type(model).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
     plain = ll.attach(tiny_llama(), ll.LoRAConfig())
     plain.step()
     assert plain.penalty() is None
@@ -107,8 +112,9 @@ def test_a_resumed_training_ends_as_one_that_went_through(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+@pytest.mark.parametrize("is_scaled", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_the_trainer_adds_the_penalty_once_a_step(parts: int, tmp_path: Path) -> None:
+def test_the_trainer_adds_the_penalty_once_a_step(parts: int, is_scaled: bool, tmp_path: Path) -> None:
     """However many batches the step is made of: with plain SGD it takes 2 lr 0.1 B off B."""
     model, other = attached(), attached()
     own_penalty, gradients = Shrinking.penalty, []
@@ -120,7 +126,9 @@ def test_the_trainer_adds_the_penalty_once_a_step(parts: int, tmp_path: Path) ->
             args = arguments(
                 tmp_path, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant", **fields
             )
-            AdapterTrainer(each, args, train_dataset=Tokens()).train()
+            trainer: Any = AdapterTrainer(each, args, train_dataset=Tokens())
+            trainer.loss_is_scaled_for_ga = None if is_scaled else False  # Llama's own loss is
+            trainer.train()
         finally:
             registered.penalty = staticmethod(own_penalty)
         gradients.append(

@@ -67,6 +67,8 @@ def inspect(path: Path, base: Path | None = None, track: Track = iter) -> Report
         return _loose(path, stored)
     weights = None if base is None else Weights(base, stored.layers)
     tensors = [tensor for layer in stored.layers.values() for tensor in layer.tensors.values()]
+    if (shared := next(iter(stored.layers.values())).shared) is not None:
+        tensors += [tensor for name, tensor in shared.tensors() if shared.specs[name].saved == "always"]
     return Report(
         path=stored.path,
         format=stored.format,

@@ -24,7 +24,7 @@ from .shared import Shared
 from .state import AdapterState, Site, check_unmerged, session_at, session_of, sites_of
 from .targets import Target
 from .validate import is_number
-from .variant import Variant, check_takes_data, lookup
+from .variant import ParamSpec, Variant, check_takes_data, lookup
 
 
 class Adapter:
@@ -204,8 +204,10 @@ class Adapter:
 
     def specs(self, resume: bool = True) -> dict[str, Any]:
         """The ParamSpec of each tensor that is saved, by its key in a file."""
-        places, saved = self._places(self._state.sites), ("always", "resume")[: 1 + resume]
-        return {p.key(name): spec for p in places for name, spec in p.specs.items() if spec.saved in saved}
+        places = self._places(self._state.sites)
+        return {
+            p.key(n): s for p in places for n, s in p.specs.items() if s.saved == "always" or _goes(p, n, s, resume)
+        }
 
     def _places(self, sites: Iterable[Site]) -> Iterator[Site | Shared]:
         """Where its tensors lie: at these sites, and what it has once."""
@@ -301,6 +303,19 @@ def scaled(model: nn.Module, c: float | int, name: str | None = None) -> Iterato
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Within the block, the model is its base, bit for bit."""
     return scaled(model, 0.0)
+
+
+@torch.no_grad()
+def _goes(place: Site | Shared, name: str, spec: ParamSpec, resume: bool) -> bool:
+    """Is a tensor saved that need not be? One that is made again at load is, where it isn't what would be made: a cast
+    has rounded it, or it came from elsewhere."""
+    if spec.saved == "resume":
+        return resume
+    tensor = place.tensor(name)
+    again = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    for part in again if isinstance(place, Site) and place.stacked else [again]:
+        spec.fill(part)
+    return not torch.equal(tensor, again)
 
 
 def _finite(c: float | int) -> float:

@@ -1,6 +1,7 @@
 """Attach and detach: the transaction that puts an adapter's tensors and hooks on the layers of a model."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..base.bitsandbytes import repackable
 from ..base.fingerprint import base_record
 from ..base.probe import check_gradients
-from ..errors import CheckpointError, ConfigError, TargetError
+from ..errors import CheckpointError, ConfigError, TargetError, VariantError
 from .adapted_weight import take_back
 from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
@@ -200,10 +201,26 @@ def _install_shared(
     root: nn.Module, state: AdapterState, specs: Mapping[str, ParamSpec], tensors: Tensors | None
 ) -> None:
     """The tensors that the adapter has once become those of a child module of the model."""
+    devices = {site.base.stored.device for site in state.sites}
+    if len(devices) > 1:
+        problem = (
+            f"{state.cfg.variant!r} has tensors that all its layers share, and these lie on {len(devices)} devices"
+        )
+        raise TargetError(f"{problem}\n  load the model onto one, or choose layers on one (target_names, layers)")
+    if wrong := [name for name in specs if not _is_free(name, state.sites)]:
+        raise VariantError(
+            f"variant {state.cfg.variant!r}: shared_specs gave {wrong[0]!r}; wanted a name like A, of no layer's"
+        )
     if hasattr(root, place := PLACE + state.suffix):
         raise TargetError(f"this {type(root).__name__} has an attribute {place!r}\n  attach under another name")
     state.shared = make_shared(specs, state.cfg, tensors, state.sites[0].base.stored.device)
     root.add_module(place, state.shared)
+
+
+def _is_free(name: str, sites: Sequence[Site]) -> bool:
+    """Can a shared tensor have this name: `A`, which no layer's `lora_A` hides, and no attribute of a module?"""
+    fits = re.fullmatch(r"[A-Za-z0-9]+(_[A-Za-z0-9]+)*", name) is not None and not name.startswith("lora_")
+    return fits and not hasattr(Shared({}), name) and not any(f"lora_{name}" in site.specs for site in sites)
 
 
 def make_shared(

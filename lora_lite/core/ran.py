@@ -12,6 +12,7 @@ from ..base.layer import BaseLayer
 from ..base.stacks import starred
 from ..errors import brief
 from .adapter import adapters
+from .shared import PLACE
 from .state import sites_at
 
 LONGEST = 600  # characters of paths in a message
@@ -26,12 +27,15 @@ def adapted(root: nn.Module) -> dict[str, BaseLayer]:
 
 
 def trained(layers: Layers) -> dict[str, nn.Parameter]:
-    """The parameters of adapters on these layers that are to be trained, by path: none of an adapter at scale 0."""
+    """The parameters of adapters on these layers that are to be trained, by path, shared ones too: none of an adapter
+    at scale 0."""
     working = [site for layer in layers.values() for site in sites_at(layer) if not site.state.is_idle]
+    at_layers = [(f"{s.path}.{s.attribute(name)}", tensor) for s in working for name, tensor in s.tensors()]
+    states = {id(site.state): site.state for site in working}.values()
+    shared = [(f"{PLACE}{s.suffix}.{name}", tensor) for s in states if s.shared for name, tensor in s.shared.tensors()]
     return {
-        f"{site.path}.{site.attribute(name)}": tensor
-        for site in working
-        for name, tensor in site.tensors()
+        path: tensor
+        for path, tensor in (*at_layers, *shared)
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad
     }
 

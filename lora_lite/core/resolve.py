@@ -116,14 +116,17 @@ def make_stand_in(
     shared: Shared | None = None,
 ) -> Site:
     """A site on a module that stands for a layer which isn't here; it has the layer's `weight`, if any, and gets these
-    tensors. Of some but not all, the others are the base's (DoRA's norms, in PEFT's folders), and come of `init`."""
+    tensors. Of some but not all, the others are made as their ParamSpecs say, or they are the base's (DoRA's norms, in
+    PEFT's folders) and come of `init`."""
     layer = stand_in(target.path, module, Size(target.d_in, target.d_out, target.experts))
     site = make_site(target, layer, cfg, overrides or {})
     site.state = AdapterState("default", site.cfg, None, scale, sites=[site], shared=shared)  # no suffix, as in files
     if tensors and tensors.keys() != site.specs.keys():
         for name, spec in site.specs.items():
-            setattr(module, name, torch.zeros(spec.shape, dtype=site.cfg.dtype))
-        with torch.no_grad():
+            setattr(module, name, tensor := torch.zeros(spec.shape, dtype=spec.dtype or site.cfg.dtype))
+            for part in tensor if site.stacked else [tensor]:
+                spec.fill(part)
+        if any(spec.saved == "always" for name, spec in site.specs.items() if name not in tensors):
             lookup(site.cfg.variant).init(Layer(module, site), site.cfg)  # writes into all, so the adapter's come after
     for name, tensor in tensors.items():
         setattr(module, name, tensor)

@@ -49,7 +49,7 @@ class AdapterFile:
     base: BaseRecord
     on: list[str]  # digests of the histories that it was on top of when it was saved
     never_ran: list[str]  # targets whose layers no forward had called then, although one had called others
-    steps: int = 0  # of the training that it was saved in, for a resume
+    steps: int | None = None  # of the training that it was saved in, if that was for a resume
 
     @property
     def path(self) -> Path:
@@ -57,13 +57,12 @@ class AdapterFile:
 
     def specs(self, targets: Sequence[Target], at_layers: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
         """The ParamSpec of each tensor that the file should have, by its key: those at layers, which are given, and
-        those that the adapter has once. What only a resume needs may be missing.
+        those that the adapter has once. What only a resume needs may be missing, and what is made again.
 
         targets     all its layers, in the file's order
         """
         shared = {file_key(PLACE, t): s for t, s in lookup(self.cfg.variant).shared_specs(targets, self.cfg).items()}
-        file, specs = self.header.entries, {**at_layers, **shared}
-        return {k: s for k, s in specs.items() if s.saved == "always" or (s.saved == "resume" and k in file)}
+        return {k: s for k, s in {**at_layers, **shared}.items() if s.saved == "always" or k in self.header.entries}
 
     def tensors(self, specs: Mapping[str, ParamSpec]) -> dict[str, Tensor]:
         """All tensors, once their shapes have been found right.
@@ -91,8 +90,8 @@ def checked(header: Header) -> AdapterFile:
     path, meta = header.path, _metadata(header)
     if not isinstance(meta["variant"], str):
         raise CheckpointError(f"{path}: its metadata names the variant {brief(meta['variant'])}; wanted a string")
-    scale, steps = meta.get("scale", 1.0), meta.get("steps", 0)
-    if not is_number(scale) or type(steps) is not int or steps < 0:
+    scale, steps = meta.get("scale", 1.0), meta.get("steps")
+    if not is_number(scale) or not (steps is None or (type(steps) is int and steps >= 0)):
         problem = f"the scale {brief(scale)} and {brief(steps)} steps; wanted a finite number, and a count"
         raise CheckpointError(f"{path}: its metadata names {problem}")
     variant = lookup(meta["variant"])

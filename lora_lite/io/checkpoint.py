@@ -162,7 +162,9 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     check_shapes(file.header.entries, {in_file: shapes[keys[in_file]] for in_file in specs}, str(file.path))
     live = adapter.state_dict()  # what the file leaves to a resume stays as it is
     adapter.load_state_dict(live | {keys[key]: tensor for key, tensor in file.tensors(specs).items()})
-    adapter.scale, adapter.steps = file.scale, file.steps
+    adapter.scale = file.scale
+    if file.steps is not None:
+        adapter.steps = file.steps
     logger.info(f"restored {adapter} from {path}")
     return adapter
 
@@ -181,7 +183,7 @@ def _metadata(model: nn.Module, adapter: Adapter, digests: list[str], resume: bo
         "targets": adapter.targets,
         "base": adapter.base,
         "library": __version__,
-    } | {key: value for key, value in optional.items() if value}
+    } | {key: value for key, value in optional.items() if value or key == "steps"}
 
 
 def _digests_of_first(model: nn.Module, name: str) -> list[str]:

@@ -86,7 +86,9 @@ def _of_file(file: AdapterFile) -> AdapterSource:
     def read(locations: Locations) -> AdapterTensors:
         tensors = file.tensors(specs)
         shared = shared_of(file.cfg, [location.target for location in locations.values()], tensors)
-        return AdapterTensors(lambda path, site: {t: tensors[file_key(path, t)] for t in site.specs}, shared)
+        return AdapterTensors(
+            lambda path, site: {t: tensors[key] for t in site.specs if (key := file_key(path, t)) in tensors}, shared
+        )
 
     specs: dict[str, ParamSpec] = {}
 

@@ -69,7 +69,7 @@ class VeRA:
         a, b = (cfg.r, max(t.d_in for t in targets)), (max(t.d_out for t in targets), cfg.r)
 
         def second(tensor: Tensor, generator: torch.Generator) -> None:
-            _uniform(torch.empty(a), generator)  # B is what the generator gives after A
+            _uniform(tensor.new_empty(a), generator)  # B is what the generator gives after A
             _uniform(tensor, generator)
 
         saved: Any = "always" if cfg.save_projection else "never"

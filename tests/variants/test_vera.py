@@ -40,6 +40,17 @@ def test_one_seed_gives_pefts_projections() -> None:
     assert torch.equal(ours.lora_shared.B, theirs.base_model.vera_B["default"])
 
 
+def test_a_seed_is_the_same_under_another_default_dtype() -> None:
+    wanted = both()[0].lora_shared
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = both()[0].lora_shared
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again.A, wanted.A)
+    assert torch.equal(again.B, wanted.B)
+
+
 def test_outputs_gradients_and_steps_are_those_of_peft() -> None:
     ours, theirs = both()
     parameters = [list(ll.adapters(ours)["default"].parameters()), []]
