@@ -198,7 +198,8 @@ def test_start_works_where_experts_are_fused() -> None:
     steered(model, ["model.layers.0", "model.layers.1"], start=3)
     with torch.no_grad():
         got, base = model(IDS).logits, plain(IDS).logits
-    assert torch.equal(got[:, :3], base[:, :3])
+    # Not to the bit: steered tokens choose other experts, whose products then have other numbers of rows.
+    torch.testing.assert_close(got[:, :3], base[:, :3], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(got[:, 3:], base[:, 3:], atol=1e-3)
 
 
