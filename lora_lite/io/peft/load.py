@@ -24,6 +24,7 @@ from ...core.config import BaseConfig
 from ...core.names import check_shapes, file_key
 from ...core.resolve import Overrides, attachable, make_sites
 from ...core.shared import Shared
+from ...core.state import Method
 from ...core.targets import Target
 from ...core.variant import config_for, lookup
 from ...dtypes import STORAGE_DTYPES
@@ -88,7 +89,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
             sites = make_sites({target: layers[target] for target in part.targets.values()}, part.cfg, part.overrides)
             specs = {site.key(tensor): spec for site in sites for tensor, spec in site.specs.items()}
             zeros = {key: torch.zeros(spec.shape, dtype=part.cfg.dtype) for key, spec in specs.items()}
-            adapter = stack.enter_context(installed(root, part.cfg, part_name, sites, zeros))
+            adapter = stack.enter_context(installed(root, [Method(part.cfg, sites)], part_name, zeros))
             with torch.no_grad():
                 for view in adapter.views().values():  # n0, A0 and B0 are the base's; the file's numbers come next
                     lookup(part.cfg.variant).init(view, view.cfg)
