@@ -131,8 +131,9 @@ def _check_saved(model: nn.Module) -> None:
     if lost:
         problem = f"{len(lost)} parameters would be trained and are in no adapter, so no checkpoint would hold them"
         raise TargetError(
-            f"{problem}: {grouped(lost)}\n  freeze them (requires_grad_(False)), put an adapter on their layer "
-            f"(target_names), or take a Trainer without AdapterCheckpoints, which saves the whole model"
+            f"{problem}: {grouped(lost)}\n  put them into the adapter: attach(model, [cfg, "
+            f"ll.FullConfig(target_names={lost[0].rpartition('.')[0].rpartition('.')[2]!r})]); or freeze them "
+            f"(requires_grad_(False))"
         )
 
 

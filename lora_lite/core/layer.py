@@ -172,6 +172,14 @@ class Layer:
         """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""
         return self._base("linear()").linear(t, self._expert)
 
+    def generator(self, x: Tensor) -> torch.Generator | None:
+        """A generator for the random numbers of this forward, on x's device: one that gradient checkpointing runs again
+        draws them again. In a graph of torch.compile None, which stands for torch's own."""
+        if is_compiling():
+            return None
+        seed = int(torch.randint(2**62, (), device="cpu"))  # of the generator whose state a checkpoint sets back
+        return torch.Generator(x.device).manual_seed(seed)
+
     def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """compute(*inputs) as a constant, without gradient, tangent or autocast; remembered by name for equal inputs.
 

@@ -163,9 +163,9 @@ def other_layer(path: Path) -> None:
         (not_json, ll.CheckpointError, "lora_lite metadata is not JSON"),
         (no_file, ll.CheckpointError, "is not a file\n  an adapter is one file"),
         (
-            edit_meta(format=2, library="9.9"),
+            edit_meta(format=3, library="9.9"),
             ll.CheckpointError,
-            r"format 2.*\n  read it with the version that wrote it: 9.9",
+            r"format 3.*\n  read it with the version that wrote it: 9.9",
         ),
         (edit_meta(variant="lorra"), ll.VariantError, "no variant is registered as 'lorra'"),
         (edit_config(beta=1), ll.CheckpointError, r"(?s)bad config or targets: .*unknown: \['beta'\]"),
@@ -368,7 +368,10 @@ def test_restore_keeps_the_parameters_that_an_optimiser_holds(saved: Path) -> No
 
 @pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
 def test_restore_refuses_another_base_for_every_method(variant: str, tmp_path: Path) -> None:
-    first, other = tiny_llama(), tiny_llama(seed=1)
+    first, other = tiny_llama(bias=True), tiny_llama(seed=1, bias=True)
+    for module in other.modules():
+        if "Norm" in type(module).__name__:
+            nn.init.normal_(module.weight)
     perturb(attach(first, config(variant)))
     ll.save(first, tmp_path / "a.safetensors")
     adapter = attach(other, config(variant))
