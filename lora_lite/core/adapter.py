@@ -124,10 +124,10 @@ class Adapter:
         """
         self._check_unmerged("take a step")
         state, variant = self._state, lookup(self.variant)
-        state.steps += 1
         if variant.on_step is not Variant.on_step:
             with torch.no_grad():
-                variant.on_step(self.views(), state.cfg, state.steps)
+                variant.on_step(self.views(), state.cfg, self.steps + 1)
+        state.steps = self.steps + 1
 
     def penalty(self) -> Tensor | None:
         """The number that the method adds to the loss, with its gradient; None if it adds nothing. AdapterTrainer adds
@@ -138,11 +138,16 @@ class Adapter:
     @property
     def steps(self) -> int:
         """How many steps `step` has counted; a file that was saved with resume=True holds it."""
-        return self._state.steps
+        return self._state.steps or 0
 
     @steps.setter
     def steps(self, steps: int) -> None:
         self._state.steps = steps
+
+    @property
+    def never_stepped(self) -> bool:
+        """Is `steps` 0, and known to be? A file without a count may be of a training that has ended."""
+        return self._state.steps == 0
 
     @property
     def is_sharded(self) -> bool:

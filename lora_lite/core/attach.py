@@ -92,18 +92,25 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 @contextmanager
 def installed(
-    root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], tensors: Tensors | None = None, scale: float = 1.0
+    root: nn.Module,
+    cfg: BaseConfig,
+    name: str,
+    sites: list[Site],
+    tensors: Tensors | None = None,
+    scale: float = 1.0,
+    steps: int | None = None,
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
     root        what `attachable` gave
     tensors     the values by their keys in a file; without them, each starts as its ParamSpec says
+    steps       of the training that the tensors come from, None if the file doesn't say
     """
     session = session_at(root)
     check_weights_present(sites)
     if cfg.tied_weights != "apart":
         tie(root, cfg, sites)
-    state = _state(root, cfg, name, sites, scale)
+    state = _state(root, cfg, name, sites, scale, steps=0 if tensors is None else steps)
     check_name(name, session, type(root).__name__)
     check_free(sites)
     check_unmerged(session, "attach another adapter")
@@ -178,10 +185,12 @@ def uninstall(module: nn.Module, slot: str) -> None:
     _drop_tensors(site)
 
 
-def _state(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], scale: float) -> AdapterState:
+def _state(
+    root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], scale: float, steps: int | None = None
+) -> AdapterState:
     """The state that new sites share."""
     base = base_record(root, [site.base for site in sites])  # at attach: a later edit or shard can't falsify it
-    state = AdapterState(name, cfg, base, scale, is_first=lookup(cfg.variant).leads)
+    state = AdapterState(name, cfg, base, scale, is_first=lookup(cfg.variant).leads, steps=steps)
     for site in sites:
         site.state = state
     return state

@@ -40,7 +40,7 @@ class AdapterState:
     is_first: bool = False  # its hooks come before those of adapters that aren't first, whenever it was attached
     merged: bool = False  # its effect is in the weights, so its hooks do nothing
     sites: list["Site"] = field(default_factory=list)  # every layer that it adapts, in module order
-    steps: int = 0  # that `Adapter.step` has counted
+    steps: int | None = 0  # that `Adapter.step` has counted; None of a file that doesn't say
     shared: Shared | None = None  # the tensors that it has once, on the model
     changes: ScaleChanges | None = None  # None while c is the one that it came with: then a call asks nothing
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr

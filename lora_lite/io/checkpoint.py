@@ -22,7 +22,7 @@ from ..core.names import check_shapes, file_key
 from ..core.ran import uncalled
 from ..core.resolve import attachable, make_sites
 from ..core.state import Site
-from ..core.variant import ParamSpec, lookup
+from ..core.variant import ParamSpec, Variant, lookup
 from ..errors import CheckpointError, ConfigError, brief
 from ..version import __version__
 from .adapter_file import DIGEST, FORMAT, METADATA, AdapterFile, checked, read_file
@@ -67,6 +67,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         if is_first:
             write_tensors(path, tensors, metadata)
             logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+            if lookup(adapter.variant).on_step is not Variant.on_step and adapter.never_stepped:
+                problem = f"{path}: {adapter.variant!r} has a schedule, and no step of it was taken"
+                logger.warning(f"{problem}\n  call adapter.step() after optimizer.step(), or train by AdapterTrainer")
 
 
 def load(
@@ -105,7 +108,7 @@ def load(
     specs, names = _specs(file, sites)
     check_shapes(file.header.entries, specs, str(file.path))  # no tensor has been read so far
     tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
-    with installed(root, file.cfg, name, list(sites.values()), tensors, file.scale) as adapter:
+    with installed(root, file.cfg, name, list(sites.values()), tensors, file.scale, file.steps) as adapter:
         recorded = file.base.renamed({in_file: site.path for in_file, site in sites.items()})
         if not same_base(recorded, adapter.base_record):
             reads = any(site.base_weight != "unused" for site in sites.values())
@@ -113,8 +116,6 @@ def load(
             tell_other_base(message, adapter.variant, reads, verify_base)
             if reads:  # the values belong to the recorded base, so a later save must name that
                 adapter.set_base_record(recorded)
-        if file.steps:
-            adapter.steps = file.steps
         for in_file in file.never_ran:
             sites[in_file].never_ran = True
     if file.on != _digests_of_first(root, name):

@@ -92,6 +92,11 @@ def vera(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Ten
     return x @ (W + t["lora_b"].diag() @ B @ t["lora_d"].diag() @ A).T + b
 
 
+def adalora(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    s = cfg.alpha / (cfg.init_r + 1e-5)
+    return x @ (W + s * t["lora_B"] @ t["lora_E"][:, 0].diag() @ t["lora_A"]).T + b
+
+
 def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
     return x @ (W + t["lora_B"] @ (t["lora_s"] * torch.tensor(cfg.coefficients).to(W)).diag() @ t["lora_A"]).T + b
 
@@ -107,6 +112,7 @@ ORACLES: dict[str, Oracle] = {
     "ssteer": ssteer,
     "antipasto": antipasto,
     "vera": vera,
+    "adalora": adalora,
     "history": history,
 }
 
