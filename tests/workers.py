@@ -358,6 +358,26 @@ def ddp(variant: str, folder: Path) -> None:
         fresh = tiny_llama()
         ll.load(fresh, file)
         assert torch.equal(fresh(input_ids=BATCH).logits, out)
+    if variant == "adalora":
+        same_ranks_as_alone()
+
+
+def same_ranks_as_alone() -> None:
+    """A schedule goes by the gradients of all processes."""
+    ranks = []
+    for batch in (BATCH, BATCH.chunk(WORLD)[dist.get_rank()]):
+        model = tiny_llama()
+        adapter = ll.attach(model, ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=STEPS))
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2, eps=1e-4)
+        wrapped = model if batch is BATCH else torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            (wrapped(input_ids=batch, labels=batch).loss + adapter.penalty()).backward()
+            optimizer.step()
+            adapter.step()
+        ranks.append([key for key, t in adapter.named_tensors() if key.endswith("lora_E") for on in t if on != 0])
+    assert ranks[0] == ranks[1]
+    assert len(ranks[0]) == 2 * len(adapter.targets)
 
 
 def fsdp(variant: str, folder: Path) -> None:

@@ -147,13 +147,13 @@ class Adapter:
             TargetError: while it is merged.
         """
         self._check_unmerged("take a step")
-        state = self._state
-        state.steps += 1
+        state, step = self._state, self.steps + 1
         for method in state.methods:
             variant = lookup(method.cfg.variant)
             if variant.on_step is not Variant.on_step:
                 with torch.no_grad():
-                    variant.on_step(self.views(method), method.cfg, state.steps)
+                    variant.on_step(self.views(method), method.cfg, step)
+        state.steps = step
 
     def penalty(self) -> Tensor | None:
         """The number that its methods add to the loss, with its gradient; None if they add nothing. AdapterTrainer adds
@@ -166,11 +166,16 @@ class Adapter:
     @property
     def steps(self) -> int:
         """How many steps `step` has counted; a file that was saved with resume=True holds it."""
-        return self._state.steps
+        return self._state.steps or 0
 
     @steps.setter
     def steps(self, steps: int) -> None:
         self._state.steps = steps
+
+    @property
+    def never_stepped(self) -> bool:
+        """Is `steps` 0, and known to be? A file without a count may be of a training that has ended."""
+        return self._state.steps == 0
 
     @property
     def is_sharded(self) -> bool:

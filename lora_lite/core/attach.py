@@ -124,14 +124,20 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 @contextmanager
 def installed(
-    root: nn.Module, methods: list[Method], name: str, tensors: Tensors | None = None, scale: float = 1.0
+    root: nn.Module,
+    methods: list[Method],
+    name: str,
+    tensors: Tensors | None = None,
+    scale: float = 1.0,
+    steps: int | None = None,
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
     root        what `attachable` gave
     tensors     the values by their keys in a file; without them, each starts as its ParamSpec says
+    steps       of the training that the tensors come from, None if the file doesn't say
     """
-    session, state = session_at(root), _state(root, methods, name, scale)
+    session, state = session_at(root), _state(root, methods, name, scale, 0 if tensors is None else steps)
     check_name(name, session, type(root).__name__)
     check_free(state.sites)
     check_unmerged(session, "attach another adapter")
@@ -203,7 +209,7 @@ def uninstall(module: nn.Module, slot: str) -> None:
     _drop_tensors(site)
 
 
-def _state(root: nn.Module, methods: list[Method], name: str, scale: float) -> AdapterState:
+def _state(root: nn.Module, methods: list[Method], name: str, scale: float, steps: int | None = None) -> AdapterState:
     """The state that new sites share. Raises TargetError for a weight that is not on this machine, or tied."""
     check_weights_present(site for method in methods for site in method.sites)
     for method in methods:
@@ -211,7 +217,7 @@ def _state(root: nn.Module, methods: list[Method], name: str, scale: float) -> A
             tie(root, method.cfg, method.sites)
     # At attach: a later edit or shard can't falsify it.
     base = base_record(root, [site.base for method in methods for site in method.sites])
-    state = AdapterState(name, methods, base, scale, is_first=lookup(methods[0].cfg.variant).leads)
+    state = AdapterState(name, methods, base, scale, is_first=lookup(methods[0].cfg.variant).leads, steps=steps)
     for method in methods:
         for site in method.sites:
             site.state, site.method = state, method

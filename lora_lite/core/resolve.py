@@ -63,9 +63,7 @@ def checked_configs(cfg: Any) -> list[BaseConfig]:
     """One config, or several of one adapter, each found right."""
     configs = [checked_config(one) for one in (cfg if isinstance(cfg, list | tuple) else [cfg])]
     if not configs:
-        raise ConfigError(
-            "an empty list of configs\n  wanted one, or several such as [LoRAConfig(r=16), ...]"
-        )
+        raise ConfigError("an empty list of configs\n  wanted one, or several such as [LoRAConfig(r=16), ...]")
     if len(configs) > 1 and (first := [one for one in configs if lookup(one.variant).leads]):
         problem = f"{first[0].variant!r} comes before all other adapters, so it is an adapter of its own"
         raise ConfigError(f"{problem}\n  attach it by itself")

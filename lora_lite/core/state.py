@@ -49,7 +49,7 @@ class AdapterState:
     scale: float = 1.0  # as it was set; a call goes by `scale_of_call`
     is_first: bool = False  # its hooks come before those of adapters that aren't first, whenever it was attached
     merged: bool = False  # its effect is in the weights, so its hooks do nothing
-    steps: int = 0  # that `Adapter.step` has counted
+    steps: int | None = 0  # that `Adapter.step` has counted; None of a file that doesn't say
     changes: ScaleChanges | None = None  # None while c is the one that it came with: then a call asks nothing
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
     plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer

@@ -67,6 +67,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         if is_first:
             write_tensors(path, tensors, metadata)
             logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+            schedules = [v for v in adapter.variant.split(" + ") if lookup(v).on_step is not Variant.on_step]
+            if schedules and adapter.never_stepped:
+                problem = f"{path}: {schedules[0]!r} has a schedule, and no step of it was taken"
+                logger.warning(f"{problem}\n  call adapter.step() after optimizer.step(), or train by AdapterTrainer")
 
 
 def load(
@@ -108,7 +112,7 @@ def load(
     check_shapes(file.header.entries, specs, str(file.path))  # no tensor has been read so far
     tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
     places = {in_file: site.path for sites in by_path for in_file, site in sites.items()}
-    with installed(root, methods, name, tensors, file.scale) as adapter:
+    with installed(root, methods, name, tensors, file.scale, file.steps) as adapter:
         recorded = file.base.renamed(places)
         if not same_base(recorded, adapter.base_record):
             reads = any(site.base_weight != "unused" for site in adapter.sites())
@@ -116,8 +120,6 @@ def load(
             tell_other_base(message, adapter.variant, reads, verify_base)
             if reads:  # the values belong to the recorded base, so a later save must name that
                 adapter.set_base_record(recorded)
-        if file.steps:
-            adapter.steps = file.steps
         for site in [site for sites in by_path for in_file, site in sites.items() if in_file in file.never_ran]:
             site.never_ran = True
     if file.on != _digests_of_first(root, name):

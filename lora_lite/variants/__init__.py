@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .abliteration import *
+    from .adalora import *
     from .antipasto import *
     from .dora import *
     from .ia3 import *

@@ -118,7 +118,7 @@ def test_inspect_shows_what_an_adapter_is(tmp_path: Path) -> None:
 def test_the_norms_are_those_of_the_model(variant: str, scale: float, base: Path, tmp_path: Path) -> None:
     model = tiny_llama(bias=True)
     model.save_pretrained(tmp_path / "base")
-    perturb(attach(model, config(variant)))
+    perturb(attach(model, config(variant)), 0.1)
     ll.adapters(model)["default"].scale = scale
     ll.save(model, tmp_path / "a.safetensors")
     report = json.loads(shown("inspect", tmp_path / "a.safetensors", "--base", tmp_path / "base", "--json"))

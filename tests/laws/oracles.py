@@ -111,6 +111,11 @@ def tokens(E: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> T
     return rows[x]
 
 
+def adalora(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    s = cfg.alpha / (cfg.init_r + 1e-5)
+    return x @ (W + s * t["lora_B"] @ t["lora_E"][:, 0].diag() @ t["lora_A"]).T + b
+
+
 def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
     return x @ (W + t["lora_B"] @ (t["lora_s"] * torch.tensor(cfg.coefficients).to(W)).diag() @ t["lora_A"]).T + b
 
@@ -130,6 +135,7 @@ ORACLES: dict[str, Oracle] = {
     "bias": bias,
     "norm": norm,
     "tokens": tokens,
+    "adalora": adalora,
     "history": history,
 }
 
