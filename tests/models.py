@@ -103,12 +103,15 @@ class OneLinear(nn.Module):
 
 
 def config(variant: str, **overrides: Any) -> Any:
-    """A registered variant's own config, on every linear layer of the blocks.
+    """A registered variant's own config, on every linear layer of the blocks; of one that acts at the ends of a prompt,
+    at all of its tokens.
 
     A default rank that is too large for the smallest layer of the tests becomes 5, which divides no width of theirs.
     """
     everywhere = {"variant": variant, "target_names": (r"_proj$",), "target_roles": ()}
     cls: Any = ll.config_for(variant)
+    if variant == "reft":
+        everywhere |= {"kinds": "linear", "first": 1 << 20}
     cfg = cls(**(everywhere | overrides))
     if "r" in cls.__dataclass_fields__ and "r" not in overrides:
         try:

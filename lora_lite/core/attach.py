@@ -19,6 +19,7 @@ from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
 from .names import TIES
+from .positions import watch
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_config, resolve
 from .shared import PLACE, Shared
 from .state import AdapterState, BaseChange, Session, Site, Tensors, check_unmerged, session_at, session_of, sites_of
@@ -124,6 +125,8 @@ def installed(
             _install(site, tensors)
         if specs := lookup(cfg.variant).shared_specs([site.target for site in sites], cfg):
             _install_shared(root, state, specs, tensors)
+        if lookup(cfg.variant).positions(cfg) is not None:
+            watch(root, sites)
         yield Adapter(root, name)
         undo.pop_all()
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..base.probe import check_gradients
 from .config import BaseConfig
+from .positions import check_can_act
 from .resolve import attachable, checked_config, resolve
 from .targets import LeftOut, Target, model_width, select
 from .unadapted import Unadapted, lines, unadapted
@@ -58,6 +59,8 @@ def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
     root = attachable(model)
     selection = select(root, checked_config(cfg))
     sites = resolve(selection, cfg)
+    if lookup(cfg.variant).positions(cfg) is not None:
+        check_can_act(root, sites)
     shared = lookup(cfg.variant).shared_specs([site.target for site in sites], cfg)
     specs = [spec for known in (shared, *(site.specs for site in sites)) for spec in known.values()]
     parameters = sum(math.prod(spec.shape) for spec in specs if spec.trainable)

@@ -13,10 +13,11 @@ from ..base.layer import find_layers, on_all_channels
 from ..core.attach import shared_of
 from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
+from ..core.positions import Positions
 from ..core.resolve import specs_at
 from ..core.shared import Shared
 from ..core.state import Site
-from ..core.variant import ParamSpec
+from ..core.variant import ParamSpec, lookup
 from ..errors import CheckpointError
 from ..io.adapter_file import AdapterFile, read_file
 from ..io.peft import forms
@@ -82,6 +83,8 @@ def open_adapter(path: Path, model: Any) -> AdapterSource:
 def _of_file(file: AdapterFile) -> AdapterSource:
     if file.cfg.on_blocks:
         raise CheckpointError(f"{file.path}: {BLOCK.no_weight}")
+    if lookup(file.cfg.variant).positions(file.cfg) is not None:
+        raise CheckpointError(f"{file.path}: {Positions.NO_WEIGHT}")
 
     def read(locations: Locations) -> AdapterTensors:
         tensors = file.tensors(specs)

@@ -330,10 +330,11 @@ def test_functional_call_uses_the_given_tensors(variant: str) -> None:
 
 @per_variant
 def test_layers_may_be_called_by_keyword(variant: str) -> None:
-    model = OneLinear()
-    perturb(attach(model, config(variant, target_names="proj")))
-    x = torch.randn(5, 16)
-    assert torch.equal(model.proj(input=x), model.proj(x))
+    layer = nn.Linear(16, 24)  # as the whole model: what acts at positions wants its calls
+    base = layer(input=(x := torch.randn(5, 16)))
+    perturb(attach(layer, config(variant, target_names="^$")), 0.3)
+    assert torch.equal(layer(input=x), layer(x))
+    assert not torch.equal(layer(x), base)
 
 
 @per_variant
