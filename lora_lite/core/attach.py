@@ -75,12 +75,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     root, session = session_of(model)
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
-    for adapter in leaving:  # before anything changes
-        if adapter.is_sharded:
-            raise TargetError(
-                f"adapter {adapter.name!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
-                f"  use lora_lite.disabled(model), or load the base again"
-            )
+    if sharded := [adapter.name for adapter in leaving if adapter.is_sharded]:  # before anything changes
+        raise TargetError(
+            f"adapter {sharded[0]!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
+            f"  use lora_lite.disabled(model), or load the base again"
+        )
     for site in [site for adapter in leaving for site in adapter.sites()]:
         uninstall(site.module, site.slot)
     if len(leaving) == len(session.adapters):  # the base is read-only until the last one goes

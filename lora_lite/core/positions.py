@@ -125,8 +125,11 @@ def watch(root: nn.Module, sites: Sequence[Site]) -> None:
     """
     check_can_act(root, sites)
     positions, name = Positions(), sites[0].state.name
+    is_watched = any(site.positions is not None for site in sites[0].state.sites)  # another config's are asked for, too
     for site in sites:
         site.positions = positions
+    if is_watched:
+        return
     # The first site keeps them: they come off with its own.
     sites[0].handles += [
         root.register_forward_pre_hook(partial(_enter, name), with_kwargs=True, prepend=True),

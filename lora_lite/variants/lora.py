@@ -58,8 +58,7 @@ class LoRAConfig(AdapterConfig):
     @property
     def scaling(self) -> float:
         """The factor s."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return (self.alpha or self.r) / (math.sqrt(self.r) if self.rslora else self.r)
 
 
 @register
@@ -98,7 +97,9 @@ def from_invocation(tokens: Sequence[int], prompt: Prompt) -> Bool[Tensor, "b t1
     starts = columns.new_full(ids.shape, -1)  # (b, t): the column, where the tokens start there
     if n <= ids.shape[1]:
         # PEFT looks at padding too; what a row doesn't attend to is no part of it.
-        is_start = (ids.unfold(1, n, 1) == ids.new_tensor(tokens)) & prompt.attended.unfold(1, n, 1)  # (b, t - n + 1, n)
+        is_start = (ids.unfold(1, n, 1) == ids.new_tensor(tokens)) & prompt.attended.unfold(
+            1, n, 1
+        )  # (b, t - n + 1, n)
         starts[:, : is_start.shape[1]] = torch.where(is_start.all(2), columns[: is_start.shape[1]], -1)
     start = starts.amax(1, keepdim=True)  # (b, 1), -1 in a row without them
     return (columns >= start) & (start >= 0)
