@@ -117,7 +117,8 @@ def one_layer(
 
 
 def config(variant: str, **overrides: Any) -> Any:
-    """A registered variant's own config, on every linear layer of the blocks.
+    """A registered variant's own config, on every linear layer of the blocks; of one that acts at the ends of a prompt,
+    at all of its tokens.
 
     A default rank that is too large for the smallest layer of the tests becomes 5, which divides no width of theirs.
     """
@@ -125,6 +126,8 @@ def config(variant: str, **overrides: Any) -> Any:
     everywhere = {"variant": variant, "target_names": (names,), "target_roles": ()}
     everywhere |= {"token_ids": (1, 3, 5, 7, 13)} if variant == "tokens" else {}
     cls: Any = ll.config_for(variant)
+    if variant == "reft":
+        everywhere |= {"kinds": "linear", "first": 1 << 20}
     cfg = cls(**(everywhere | overrides))
     if "r" in cls.__dataclass_fields__ and "r" not in overrides:
         try:

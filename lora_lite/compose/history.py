@@ -115,6 +115,9 @@ def freeze_into(
     if any(method.shared is not None for method in adapter.methods):
         problem = f"{adapter.variant!r} has tensors that all its layers share, and a history keeps each layer's own"
         raise TargetError(f"{problem}\n  keep it beside the history, or merge it")
+    if any(site.positions for site in adapter.sites()):
+        problem = f"adapter {name!r} acts at some positions of a sequence, and a history at all"
+        raise TargetError(f"{problem}\n  keep it beside the history")
     _check_whole(adapter)
     if bases := [site.base for site in adapter.sites() if not site.base.kind.has_matrix]:
         where = _PLACES[bases[0].kind.category]

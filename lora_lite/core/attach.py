@@ -19,6 +19,7 @@ from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
 from .names import TIES
+from .positions import watch
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_configs, resolve
 from .shared import Shared
 from .state import (
@@ -106,12 +107,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     root, session = session_of(model)
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
-    for adapter in leaving:  # before anything changes
-        if adapter.is_sharded:
-            raise TargetError(
-                f"adapter {adapter.name!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
-                f"  use lora_lite.disabled(model), or load the base again"
-            )
+    if sharded := [adapter.name for adapter in leaving if adapter.is_sharded]:  # before anything changes
+        raise TargetError(
+            f"adapter {sharded[0]!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
+            f"  use lora_lite.disabled(model), or load the base again"
+        )
     for site in [site for adapter in leaving for site in adapter.sites()]:
         uninstall(site.module, site.slot)
     if len(leaving) == len(session.adapters):  # the base is read-only until the last one goes
@@ -159,6 +159,8 @@ def installed(
         for method in methods:
             if specs := lookup(method.cfg.variant).shared_specs([site.target for site in method.sites], method.cfg):
                 _install_shared(root, state, method, specs, tensors)
+            if lookup(method.cfg.variant).positions(method.cfg) is not None:
+                watch(root, method.sites)
         yield Adapter(root, name)
         undo.pop_all()
 

@@ -201,8 +201,9 @@ class BaseConfig:
         config._check_per_layer()
         for name, patterns in regexes.items():
             object.__setattr__(config, name, tuple(patterns) if isinstance(patterns, list) else patterns)
-            ok = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
-            config.require(ok, name, "a list of regexes")
+            config.require(
+                isinstance(patterns, list) and all(type(p) is str for p in patterns), name, "a list of regexes"
+            )
         return config
 
 

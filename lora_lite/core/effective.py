@@ -169,7 +169,7 @@ def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Ten
     W is what the layer computes with, dequantised if it is quantised.
     """
     for site in sites:
-        if problem := site.base.kind.no_weight:
+        if problem := site.no_weight:
             raise TargetError(f"{site.path}: {problem}")
     layer = sites[0].base.as_it_is_now()
     with full_precision(layer.module):

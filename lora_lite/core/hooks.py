@@ -80,7 +80,8 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
         )
     if x.dtype != y.dtype:  # x is never cast up: the layer's output says in which dtype it computes
         x = x.to(y.dtype)
-    return adapt_output(Layer(module, site, y.dtype, scale=scale), x, y)
+    new = adapt_output(Layer(module, site, y.dtype, scale=scale), x, y)
+    return new if site.positions is None else site.positions.choose(site.path, new, y)
 
 
 def _norm_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Any:
@@ -98,6 +99,7 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
         return None
     x = args[0] if args else next(iter(kwargs.values()))  # (*b, d_in)
     new = adapt_input(Layer(module, site, x.dtype, scale=scale), x)
+    new = new if site.positions is None else site.positions.choose(site.path, new, x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
 
@@ -116,6 +118,7 @@ def _stream_hook(name: str, block: nn.Module, args: tuple[Any, ...], y: Any) -> 
         )
     # The block's attributes are its own affair: one that is called `bias` is no layer's bias.
     new = adapt_output(Layer(block, site, stream.dtype, instead={"bias": None}, scale=scale), stream, stream)
+    new = new if site.positions is None else site.positions.choose(site.path, new, stream)
     if stream is y:
         return new
     if is_mapping:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..base.probe import check_gradients
 from .config import BaseConfig
+from .positions import check_can_act
 from .resolve import attachable, checked_configs, resolve
 from .targets import LeftOut, Target, model_width, select
 from .unadapted import Unadapted, lines, unadapted
@@ -62,6 +63,8 @@ def plan(model: nn.Module, cfg: BaseConfig | Sequence[BaseConfig]) -> Plan:
     for config, selection in zip(configs, selections, strict=True):
         sites = resolve(selection, config)
         targets += [site.target for site in sites]
+        if lookup(config.variant).positions(config) is not None:
+            check_can_act(root, sites)
         shared = lookup(config.variant).shared_specs([site.target for site in sites], config)
         specs = [spec for known in (shared, *(site.specs for site in sites)) for spec in known.values()]
         parameters += sum(math.prod(spec.shape) for spec in specs if spec.trainable)

@@ -216,9 +216,9 @@ def check_weights_present(sites: Iterable[Site]) -> None:
 
 
 def _check_storage(site: Site) -> None:
-    storage, variant, kind = site.base.storage, site.cfg.variant, site.target.kind
     if site.base_weight == "unused":
         return
+    storage, variant, kind = site.base.storage, site.cfg.variant, site.target.kind
     if TIES in site.module.__dict__:
         problem = f'{variant!r} reads the weight, which an adapter with tied_weights="together" changes for each call'
         raise TargetError(f"{site.path}: {problem}\n  leave it out with exclude_names, or detach that adapter")

@@ -20,7 +20,7 @@ from ..base.fingerprint import BaseRecord
 from ..base.layer import BaseLayer
 from ..errors import TargetError
 from .names import SITES, file_key, numbered
-from .scale import Scale, ScaleChanges
+from .scale import Changes, Scale
 from .shared import Shared
 from .targets import Target
 
@@ -50,7 +50,7 @@ class AdapterState:
     is_first: bool = False  # its hooks come before those of adapters that aren't first, whenever it was attached
     merged: bool = False  # its effect is in the weights, so its hooks do nothing
     steps: int | None = 0  # that `Adapter.step` has counted; None of a file that doesn't say
-    changes: ScaleChanges | None = None  # None while c is the one that it came with: then a call asks nothing
+    changes: Changes[float] | None = None  # None while c is the one that it came with: then a call asks nothing
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
     plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer
     traced: Scale = field(init=False)  # for a graph of torch.compile: an input of it, which may change
@@ -65,7 +65,7 @@ class AdapterState:
         if is_compiling():
             self.changes = None  # there is no clock in a graph: what is pending goes by the scale as it is
         else:
-            self.changes = self.changes or ScaleChanges(self.scale)
+            self.changes = self.changes or Changes(self.scale)
             self.changes.change(scale, set_in)
         self.scale = scale
         self._show()
@@ -117,6 +117,7 @@ class Site:
     number: int = 1  # of the methods of its adapter at this weight: two on one layer act in the config's order
     handles: list[RemovableHandle] = field(default_factory=list)
     memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)  # of `Layer.constant`
+    positions: Any = None  # the `Positions` at which its method acts, one for all sites of a config; None: at all
     ran: bool = False  # a forward outside of torch.compile has called the layer, at any scale, since its first adapter
     never_ran: bool = False  # none had when the adapter's file was written, although one had called other layers
 
@@ -142,6 +143,11 @@ class Site:
         """Its key among the sites of its module: the adapter's name, with that of a bare parameter after a dot."""
         slot = f"{self.state.name}.{self.prefix}" if self.prefix else self.state.name
         return slot if self.number == 1 else f"{slot} {self.number}"
+
+    @property
+    def no_weight(self) -> str:
+        """Why no weight holds the adapter, and what to do; empty where one does."""
+        return self.base.kind.no_weight or (self.positions.NO_WEIGHT if self.positions else "")
 
     def key(self, tensor: str) -> str:
         """The key of one of its tensors in a file: `<path>.lora_A`, whatever the adapter's name."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from ..errors import ConfigError, VariantError, brief
 from .config import AdapterConfig, BaseConfig
 from .layer import Layer
 from .targets import Target
+
+if TYPE_CHECKING:
+    from .positions import Prompt
 
 __all__ = ["REGISTRY", "Layer", "ParamSpec", "Variant", "config_for", "lookup", "register", "seeded"]
 
@@ -213,6 +216,13 @@ class Variant:
     @staticmethod
     def penalty(targets: Mapping[str, Layer], cfg: Any) -> Tensor | None:
         """A number that training adds to the loss, over all layers, as `Adapter.penalty` gives it; None for nothing."""
+        return None
+
+    @staticmethod
+    def positions(cfg: Any) -> "Callable[[Prompt], Tensor] | None":
+        """Where in a sequence it acts: None for everywhere, or a function of the prompt of b rows and t columns that
+        gives (b, t + 1) booleans, the last of a row for all that comes after its prompt. Elsewhere the runtime keeps
+        what was there, bit for bit. One config has one mask: what it depends on is the same at all layers."""
         return None
 
     @staticmethod

@@ -12,11 +12,12 @@ from ..base.kinds import BLOCK
 from ..base.layer import find_layers, on_all_channels
 from ..core.config import BaseConfig
 from ..core.names import check_shapes
+from ..core.positions import Positions
 from ..core.resolve import specs_at
 from ..core.shared import Shared
 from ..core.state import Site
 from ..core.targets import Target
-from ..core.variant import ParamSpec
+from ..core.variant import ParamSpec, lookup
 from ..errors import CheckpointError
 from ..io.adapter_file import AdapterFile, read_file
 from ..io.peft import forms
@@ -85,6 +86,8 @@ def open_adapter(path: Path, model: Any) -> AdapterSource:
 def _of_file(file: AdapterFile) -> AdapterSource:
     if any(method.cfg.on_blocks for method in file.methods):
         raise CheckpointError(f"{file.path}: {BLOCK.no_weight}")
+    if any(lookup(method.cfg.variant).positions(method.cfg) is not None for method in file.methods):
+        raise CheckpointError(f"{file.path}: {Positions.NO_WEIGHT}")
     layers: list[dict[str, tuple[Target, Mapping[str, ParamSpec]]]] = []
 
     def read(locations: Locations) -> AdapterTensors:

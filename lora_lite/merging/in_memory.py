@@ -179,7 +179,9 @@ def _check_layer(layer: MergedLayer, is_shared: bool) -> None:
     """Raises TargetError or QuantizedWeightError unless this layer's weight can be replaced by a merged one."""
     base, path, module, weight = layer.base, layer.base.path, layer.base.module, layer.base.stored
     holder = module if base.packed is None else base.packed
-    if problem := next(filter(None, (site.base.kind.no_weight for site in (*layer.sites, *layer.stay))), ""):
+    if problem := next(
+        filter(None, [*(s.no_weight for s in layer.sites), *(s.base.kind.no_weight for s in layer.stay)]), ""
+    ):
         raise TargetError(f"{path}: {problem}")
     ours = {handle.id for site in sites_of(module).values() for handle in site.handles}
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

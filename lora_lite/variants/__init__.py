@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .ia3_ff import *
     from .lora import *
     from .pissa import *
+    from .reft import *
     from .ssteer import *
     from .steer import *
     from .vera import *

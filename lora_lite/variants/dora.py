@@ -41,6 +41,7 @@ class DoRA:
     config = DoRAConfig
     base_weight = "read"
     handles_scale = True
+    positions = LoRA.positions
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:

@@ -5,17 +5,23 @@
 Identity   B = 0, bit-exact
 Base       never read: any layer kind
 Departs    A is uniform in ±1/√i, as in PEFT; the paper draws a normal. α defaults to r, so that s = 1 at every rank
-           (at PEFT's own default rank 8 that is PEFT's default too). rslora: Kalajdzievski 2023, arXiv:2312.03732
-Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps
+           (at PEFT's own default rank 8 that is PEFT's default too). rslora: Kalajdzievski 2023, arXiv:2312.03732.
+           invocation_tokens, activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): from where they start on
+Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps; aLoRA's tokens one by one
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.config import AdapterConfig
+from ..core.positions import Prompt
 from ..core.validate import is_number, positive_or_none
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..ops.low_rank import add_low_rank
@@ -25,24 +31,34 @@ __all__ = ["LoRA", "LoRAConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(AdapterConfig):
-    """alpha: None means r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: of the branch."""
+    """alpha: None means r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: of the branch.
+
+    invocation_tokens   act from the start of their last occurrence in a row on, in what is generated after it too; never
+                        in a row without them. None: everywhere. What the model itself generates doesn't start it
+    """
 
     variant: str = "lora"
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
+    invocation_tokens: Sequence[int] | None = None
+    ADDED_LATER: ClassVar[tuple[str, ...]] = (*AdapterConfig.ADDED_LATER, "invocation_tokens")
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "invocation_tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
         self.require(isinstance(self.rslora, bool), "rslora", "True or False")
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
+        if (tokens := self.invocation_tokens) is not None:
+            valid = isinstance(tokens, list | tuple) and tokens and all(type(t) is int and t >= 0 for t in tokens)
+            self.require(bool(valid), "invocation_tokens", "one or more ids of tokens, or None")
+            object.__setattr__(self, "invocation_tokens", tuple(tokens))  # the config is frozen
 
     @property
     def scaling(self) -> float:
         """The factor s."""
-        alpha = self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return (self.alpha or self.r) / (math.sqrt(self.r) if self.rslora else self.r)
 
 
 @register
@@ -59,6 +75,10 @@ class LoRA:
         }
 
     @staticmethod
+    def positions(cfg: LoRAConfig) -> Callable[[Prompt], Tensor] | None:
+        return None if cfg.invocation_tokens is None else partial(from_invocation, cfg.invocation_tokens)
+
+    @staticmethod
     def low_rank(layer: Layer) -> LowRank:
         dropout = layer.cfg.dropout if layer.training else 0.0
         return LowRank(layer.lora_A, layer.lora_B, layer.scale * layer.cfg.scaling, dropout)
@@ -68,3 +88,18 @@ class LoRA:
         cfg = layer.cfg  # the factors are read here, not through low_rank: of one token the calls are what takes time
         dropout = cfg.dropout if cfg.dropout and layer.training else 0.0
         return add_low_rank(y, x, layer.lora_A, layer.lora_B, layer.scale * cfg.scaling, dropout)
+
+
+def from_invocation(tokens: Sequence[int], prompt: Prompt) -> Bool[Tensor, "b t1"]:
+    """aLoRA's positions: from the start of the last occurrence of these tokens on."""
+    ids, n = prompt.tokens, len(tokens)  # (b, t)
+    columns = torch.arange(ids.shape[1] + 1, device=ids.device)  # (t + 1,)
+    starts = columns.new_full(ids.shape, -1)  # (b, t): the column, where the tokens start there
+    if n <= ids.shape[1]:
+        # PEFT looks at padding too; what a row doesn't attend to is no part of it.
+        is_start = (ids.unfold(1, n, 1) == ids.new_tensor(tokens)) & prompt.attended.unfold(
+            1, n, 1
+        )  # (b, t - n + 1, n)
+        starts[:, : is_start.shape[1]] = torch.where(is_start.all(2), columns[: is_start.shape[1]], -1)
+    start = starts.amax(1, keepdim=True)  # (b, 1), -1 in a row without them
+    return (columns >= start) & (start >= 0)

@@ -116,6 +116,15 @@ def adalora(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> 
     return x @ (W + s * t["lora_B"] @ t["lora_E"][:, 0].diag() @ t["lora_A"]).T + b
 
 
+def reft(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    h, rows = x @ W.T + b, []
+    for row in t["lora_R"]:  # Gram-Schmidt
+        row = row - sum((row @ other) * other for other in rows)
+        rows.append(row / row.norm())
+    R = torch.stack(rows)
+    return h + (h @ t["lora_W"].T + t["lora_b"] - h @ R.T) @ R
+
+
 def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
     return x @ (W + t["lora_B"] @ (t["lora_s"] * torch.tensor(cfg.coefficients).to(W)).diag() @ t["lora_A"]).T + b
 
@@ -136,6 +145,7 @@ ORACLES: dict[str, Oracle] = {
     "norm": norm,
     "tokens": tokens,
     "adalora": adalora,
+    "reft": reft,
     "history": history,
 }
 

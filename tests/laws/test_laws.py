@@ -338,8 +338,11 @@ def test_functional_call_uses_the_given_tensors(variant: str) -> None:
 @per_variant
 def test_layers_may_be_called_by_keyword(variant: str) -> None:
     model, x = one_layer(variant)
-    perturb(attach(model, config(variant, target_names="proj")))
-    assert torch.equal(model.proj(input=x), model.proj(x))
+    layer = model.proj  # as the whole model: what acts at positions wants its calls
+    base = layer(x)
+    perturb(attach(layer, config(variant, target_names="^$")), 0.3)
+    assert torch.equal(layer(input=x), layer(x))
+    assert not torch.equal(layer(x), base)
 
 
 @per_variant

@@ -209,6 +209,8 @@ def lacks(site: Site) -> str | None:
         return "PEFT's format holds adapters of named linear layers; fused experts have no place"
     if layer.is_block:
         return "it acts on the residual stream at a block's output, and PEFT's format holds adapters of layers"
+    if site.positions is not None:
+        return "it acts at some positions of a sequence, which PEFT's format doesn't say of it"
     category = layer.kind.category
     if category == "norm":
         return "PEFT has no such method on a norm"

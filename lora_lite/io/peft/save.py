@@ -108,7 +108,7 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
             layers.setdefault(site.path, []).append(site)
     for path, (site, *_) in layers.items():
         if lack := forms.lacks(site):
-            cure = "keep it as our file (lora_lite.save)" + ", or merge it" * (not site.base.kind.no_weight)
+            cure = "keep it as our file (lora_lite.save)" + ", or merge it" * (not site.no_weight)
             raise CheckpointError(f"{path or 'the model itself'}: {lack}\n  {cure}")
     return layers
 

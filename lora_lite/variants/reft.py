@@ -1,0 +1,106 @@
+"""LoReFT: a low-rank edit of the residual stream at some tokens of the prompt (Wu et al. 2024, arXiv:2404.03592, 3.2).
+
+    h + Rᵀ (W h + b − R h)      R (r, d) with orthonormal rows, W (r, d), b (r,)
+    at the first f and the last l tokens of the prompt, at the outputs of blocks
+
+Identity   never: W, b and R start at random, as pyreft's do
+Base       never read: any block, or another output
+Departs    R is what Gram-Schmidt makes of the rows of a trained matrix; pyreft's is a product of Householder reflections.
+           One edit serves the first and the last tokens (pyreft's share_weights); a prompt of fewer than f + l tokens
+           is edited whole, where pyreft leaves out the middle
+Checked    against the formula above, and pyreft's LoreftIntervention written anew: outputs and gradients
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ..core.config import AdapterConfig
+from ..core.positions import Prompt
+from ..core.validate import is_number
+from ..core.variant import Layer, ParamSpec, register
+from ..errors import ConfigError
+from ..ops.low_rank import is_transformed
+
+__all__ = ["ReFT", "ReFTConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReFTConfig(AdapterConfig):
+    """first, last: how many tokens of the prompt at each end, f and l. In training the prompt ends before the first label
+    that counts (not -100); without labels, or where all count, it is the whole row. dropout: of the edited stream."""
+
+    variant: str = "reft"
+    kinds: Sequence[str] = ("block",)
+    first: int = 7
+    last: int = 7
+    dropout: float = 0.0
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "first", "last")
+    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("norm", "block")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("first", "last"):
+            value = getattr(self, name)
+            self.require(type(value) is int and value >= 0, name, "a number of tokens, 0 or more")
+        self.require(self.first + self.last > 0, "first", "a token or more at one of the ends")
+        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
+
+
+@register
+class ReFT:
+    name = "reft"
+    config = ReFTConfig
+    reads_input = False
+    has_identity_init = False
+    handles_scale = True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: ReFTConfig) -> dict[str, ParamSpec]:
+        if cfg.r > d_out:
+            raise ConfigError(f"ReFTConfig(r={cfg.r}): {d_out} channels have no more orthonormal rows\n  lower r")
+        uniform = partial(nn.init.uniform_, a=-(d_out**-0.5), b=d_out**-0.5)  # as nn.Linear draws both
+        return {
+            "lora_R": ParamSpec((cfg.r, d_out), nn.init.orthogonal_, keep_dtype=True),
+            "lora_W": ParamSpec((cfg.r, d_out), uniform, keep_dtype=True),
+            "lora_b": ParamSpec((cfg.r,), uniform, keep_dtype=True),
+        }
+
+    @staticmethod
+    def positions(cfg: ReFTConfig) -> Callable[[Prompt], Tensor]:
+        return partial(at_the_ends, cfg.first, cfg.last)
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        cfg = layer.cfg
+        has_tangents = torch.is_grad_enabled() or is_transformed()  # a constant has none
+        R = orthonormal(layer.lora_R) if has_tangents else layer.constant("R", orthonormal, layer.lora_R)
+        change = (layer.lora_W - R).to(y.dtype)  # (r, o): R h is never rounded by itself
+        edit = (F.linear(y, change) + layer.lora_b.to(y.dtype)) @ R.to(y.dtype)  # (*b, o)
+        if cfg.dropout and layer.training:  # pyreft drops out channels of the stream itself
+            edit = F.dropout(y + edit, cfg.dropout) - y
+        return y + layer.scale * edit
+
+
+def orthonormal(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+    """Gram-Schmidt of the rows, in float32 at least: their own span, whatever an optimizer makes of them."""
+    q, r = torch.linalg.qr(rows.to(torch.promote_types(rows.dtype, torch.float32)).mT)  # (d, r), (r, r)
+    return (q * r.diagonal().sign()).mT
+
+
+def at_the_ends(first: int, last: int, prompt: Prompt) -> Bool[Tensor, "b t1"]:
+    """The first and the last tokens of each prompt; nothing that comes after it."""
+    if prompt.offset:
+        raise ConfigError(
+            f"{prompt.offset} tokens are in a cache that was made without the adapter, which acts at the prompt's ends\n"
+            f"  run the whole prompt with it"
+        )
+    number = prompt.is_prompt.cumsum(1)  # (b, t), 1 for a prompt's first token
+    is_end = (number <= first) | (number > number[:, -1:] - last)
+    return F.pad(prompt.is_prompt & is_end, (0, 1))
