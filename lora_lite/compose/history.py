@@ -291,7 +291,7 @@ def _at_layer(site: Site, factors: tuple[Tensor, Tensor, Any] | None) -> RoundAt
 def _factors(site: Site) -> Any:
     """The method at a layer as a pair of products alone, if it is one."""
     factors = None if site.target.experts else lookup(site.cfg.variant).low_rank(Layer(site.module, site))
-    return None if factors is None or LowRank(*factors).gain is not None else tuple(factors[:3])
+    return None if factors is None or LowRank(*factors).mT is None else tuple(factors[:3])
 
 
 def _split_rounds(history: Adapter) -> list[RoundParts]:

@@ -271,6 +271,8 @@ def dense(weight: AdaptedWeight) -> Tensor:
                     f"{view.path}: dropout acts on a layer's input, and this module multiplies by its weight where "
                     f"the input can't be seen\n  use dropout=0 there (per_layer)"
                 )
+            if factors.shift is not None:
+                raise _constant(view)
             delta = (factors.b * factors.s).to(matrix.dtype) @ factors.a.to(matrix.dtype)  # (o, i)
             matrix = factors.added(matrix.mT, delta.mT, None).mT
     matrix = matrix.to(plain.dtype).reshape(plain.shape)
@@ -289,8 +291,12 @@ def _of_unit_vectors(layer: Layer, matrix: Float[Tensor, "o i"]) -> Float[Tensor
     zero = matrix.new_zeros(1, layer.in_features)
     x = adapt_input(layer, zero)
     if adapt_output(layer, x, x @ matrix.mT).any():
-        raise VariantError(
-            f"{layer.path}: {layer.cfg.variant!r} adds a constant, and no weight holds one\n"
-            f"  leave this layer out with exclude_names: its weight is read in a way that shows no output"
-        )
+        raise _constant(layer)
     return torch.cat(blocks).mT
+
+
+def _constant(layer: Layer) -> VariantError:
+    return VariantError(
+        f"{layer.path}: {layer.cfg.variant!r} adds a constant, and no weight holds one\n"
+        f"  leave this layer out with exclude_names: its weight is read in a way that shows no output"
+    )

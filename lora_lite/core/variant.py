@@ -91,8 +91,8 @@ _FILL: dict[str, Callable[[Tensor], Any]] = {
 
 
 class LowRank(NamedTuple):
-    """A change of the output y by factors A (r, d_in), B (d_out, r), s: y + B (s ⊙ A drop(x)); with a gain g (d_out,)
-    on y without its bias, y + c [(g - 1) ⊙ (y - b) + g ⊙ B (s ⊙ A drop(x))]."""
+    """A change of the output y by factors A (r, d_in), B (d_out, r), s: y + B (s ⊙ A drop(x)) + shift; with a gain g
+    (d_out,) on y without its bias, y + c [(g - 1) ⊙ (y - b) + g ⊙ (B (s ⊙ A drop(x)) + shift)]."""
 
     a: Tensor
     b: Tensor
@@ -100,15 +100,17 @@ class LowRank(NamedTuple):
     dropout: float = 0.0  # on x; 0 outside of training
     gain: Tensor | None = None
     c: float | Tensor = 1.0
+    shift: Tensor | None = None  # (d_out,), at the scale; a constant, which no weight holds
 
     @property
     def mT(self) -> "LowRank | None":  # noqa: N802  as torch calls it
-        """The change of x W', where W' is the transpose; a gain is of outputs, which are the inputs then: None."""
-        return None if self.gain is not None else LowRank(self.b.mT, self.a.mT, self.s, self.dropout)
+        """The change of x W', where W' is the transpose; a gain or a shift is of outputs, the inputs then: None."""
+        is_pair = self.gain is None and self.shift is None
+        return LowRank(self.b.mT, self.a.mT, self.s, self.dropout) if is_pair else None
 
     def added(self, y: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
         """The new output, for branch = B (s ⊙ A drop(x)) of the shape of y (*b, d_out)."""
-        branch = branch.to(y.dtype)  # factors may be wider than the activations
+        branch = (branch if self.shift is None else branch + self.shift).to(y.dtype)  # factors may be wider than y
         if self.gain is None:
             return y + branch
         wx = y if bias is None else y - bias

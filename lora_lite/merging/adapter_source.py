@@ -125,11 +125,14 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
     def read(locations: Locations) -> AdapterTensors:
         stored = stored_tensors(folder)
         layers = {path: location.layer for path, location in locations.items()}
+        targets = {path: location.target for path, location in locations.items()}
+        (part, *_), live = parts_of(folder, targets, layers), [locations[path].target for path in folder.paths]
         return AdapterTensors(
             lambda path, site: {
                 name: tensor.to(site.cfg.dtype)
                 for name, tensor in tensors_at(folder, stored, path, layers[path], site.base).items()
-            }
+            },
+            shared_of(part.cfg, live, {key: stored[key].to(part.cfg.dtype) for key in folder.shared}),
         )
 
     def configs(locations: Locations, base: Path) -> dict[str, BaseConfig]:

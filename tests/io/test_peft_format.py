@@ -136,7 +136,12 @@ def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
         ("model.norm.weight", "model.norm.weight"),
         ("embed.lora_embedding_A.default", "embed.lora_A"),
         ("embed.lora_embedding_B", "embed.lora_B"),
-        ("k.lora_B.default.bias", "k.lora_B.default.bias"),
+        ("k.lora_B.default.bias", "k.lora_bias"),
+        ("k.lora_B.fr.bias", "k.lora_bias__fr"),
+        ("k.lora_A.default.bias", "k.lora_A.default.bias"),
+        ("k.vera_lambda_d.default", "k.lora_d"),
+        ("base_model.vera_A", "lora_shared.A"),
+        ("base_model.vera_B.fr", "lora_shared__fr.B"),
     ],
 )
 def test_plain_key(key: str, plain: str) -> None:
