@@ -5,9 +5,11 @@ A module that multiplies by such a weight runs with another one in its place (co
 is a linear layer whose weight the model reads without calling it.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -38,6 +40,23 @@ class Norm(Kind):
 
     def computes_its_product(self, module: Any) -> bool:
         return type(module) in (nn.LayerNorm, nn.RMSNorm)
+
+
+def normalized(module: Any, x: Tensor) -> Tensor:
+    """n(x) of a norm y = (w + c) ⊙ n(x) + b, (*b, d), by its own forward, whatever w, b and c are."""
+    weight: Tensor = module.weight
+    bare = copy.copy(module)  # shallow: a call of the norm in another thread keeps its parameters
+
+    def scaled(vector: Tensor) -> Tensor:
+        zeros = torch.zeros_like(weight)
+        live: Any = {name: None if p is None else zeros for name, p in module._parameters.items()}
+        bare.__dict__["_parameters"] = live | {"weight": vector}
+        y: Tensor = bare.forward(x)
+        return y
+
+    ones = scaled(torch.ones_like(weight))
+    # The forward of torch's own has c = 0; of any other that is asked.
+    return ones if type(module) in (nn.LayerNorm, nn.RMSNorm) else ones - scaled(torch.zeros_like(weight))
 
 
 class ByWeight(Kind):

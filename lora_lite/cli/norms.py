@@ -34,10 +34,11 @@ class Weights:
 
     def __init__(self, folder: Path, layers: Mapping[str, StoredLayer]) -> None:
         self._base = BaseFolder(folder)
-        self._locations = self._base.find(folder, layers)
-        for path, location in self._locations.items():
-            layer, target = layers[path].target, location.target
-            experts = target.experts if is_stacked(target, layers[path].cfg) else 0
+        self._locations = self._base.find(folder, list(dict.fromkeys(layer.target.path for layer in layers.values())))
+        for stored in layers.values():
+            path = stored.target.path
+            layer, location, target = stored.target, self._locations[path], self._locations[path].target
+            experts = target.experts if is_stacked(target, stored.cfg) else 0
             sizes = ((layer.d_in, target.d_in), (layer.d_out, target.d_out))
             if experts != layer.experts or any(a not in (0, b) for a, b in sizes):  # 0: no tensor of PEFT's tells it
                 if problem := reason_for_no_weight(location, (layer.d_in, layer.d_out)):
@@ -50,7 +51,9 @@ class Weights:
     def sized(self, layer: StoredLayer) -> StoredLayer:
         """The layer with the sizes and experts that it has in the checkpoint."""
         path = layer.target.path
-        return replace(layer, target=replace(self._locations[path].target, path=path))
+        facts = layer.target.has_bias, layer.target.is_diagonal
+        target = replace(self._locations[path].target, path=path, has_bias=facts[0], is_diagonal=facts[1])
+        return replace(layer, target=target)
 
     def matrices(self, path: str) -> Iterator[Float[Tensor, "o i"]]:
         """A layer's weight, or those of its experts one by one, each as it is stored; a packed one dequantised."""

@@ -67,7 +67,7 @@ def inspect(path: Path, base: Path | None = None, track: Track = iter) -> Report
         return _loose(path, stored)
     weights = None if base is None else Weights(base, stored.layers)
     tensors = [tensor for layer in stored.layers.values() for tensor in layer.tensors.values()]
-    if (shared := next(iter(stored.layers.values())).shared) is not None:
+    for shared in {id(layer.shared): layer.shared for layer in stored.layers.values() if layer.shared}.values():
         tensors += [tensor for name, tensor in shared.tensors() if shared.specs[name].saved == "always"]
     return Report(
         path=stored.path,
@@ -102,6 +102,9 @@ def _loose(path: Path, headers: list[Header]) -> Report:
 
 def _config(stored: StoredAdapter) -> dict[str, Any]:
     """The fields that differ from their defaults; of a PEFT folder, what differs by layer under the layers' paths."""
+    if len(stored.configs) > 1:
+        changes = [(cfg.variant, _differing(cfg, type(cfg)(variant=cfg.variant))) for cfg in stored.configs]
+        return {f"{number} {variant}": fields for number, (variant, fields) in enumerate(changes, 1)}
     changed = _differing(stored.cfg, type(stored.cfg)(variant=stored.cfg.variant))
     if stored.format != PEFT:
         return changed

@@ -6,15 +6,13 @@ from typing import Any
 
 from ..base.fingerprint import BaseRecord
 from ..base.stacks import place
-from ..core.attach import shared_of
 from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
 from ..core.resolve import specs_at
-from ..core.shared import PLACE
 from ..core.targets import Target
-from ..core.variant import ParamSpec, weight_use
+from ..core.variant import weight_use
 from ..errors import CheckpointError, brief
-from ..io.adapter_file import METADATA, AdapterFile, checked
+from ..io.adapter_file import METADATA, AdapterFile, FileMethod, checked
 from ..io.peft.folder import CONFIG, WEIGHTS
 from ..io.peft.load import StoredLayer, read_layers
 from ..io.safetensors import Header, read_any
@@ -30,11 +28,16 @@ class StoredAdapter:
     path: Path
     format: str  # OURS or PEFT
     bytes: int
-    cfg: BaseConfig  # the one that most layers have
+    configs: list[BaseConfig]  # of each method; of a PEFT folder the one that most layers have
     scale: float
     layers: dict[str, StoredLayer]
     base: dict[str, Any]  # all that is recorded of the base but the fingerprint, as JSON values
     record: BaseRecord | None = None  # a PEFT folder has none, and says no more of its base than a name
+
+    @property
+    def cfg(self) -> BaseConfig:
+        """The config of its first method."""
+        return self.configs[0]
 
 
 def read_stored(path: Path) -> StoredAdapter | list[Header]:
@@ -72,23 +75,26 @@ def read_adapter(path: Path) -> StoredAdapter:
 
 
 def _ours(file: AdapterFile) -> StoredAdapter:
-    layers: dict[str, StoredLayer] = {}
-    specs: dict[str, ParamSpec] = {}
-    for path in file.targets:
-        cfg = file.cfg.with_overrides(file.per_layer.get(path, {}))
-        target = _target(file, path, cfg)
-        layers[path] = StoredLayer(target, cfg, {}, file.scale)
-        specs |= {file_key(path, name): spec for name, spec in specs_at(target, cfg).items()}
-    specs = file.specs([layer.target for layer in layers.values()], specs)
+    by_method = [{path: _target(file, method, path) for path in method.targets} for method in file.methods]
+    layers = [
+        {path: (target, specs_at(target, method.cfg_at(path))) for path, target in targets.items()}
+        for method, targets in zip(file.methods, by_method, strict=True)
+    ]
+    specs = file.specs(layers)
     check_shapes(file.header.entries, specs, str(file.path))  # before a tensor is read: the file may be anyone's
     tensors = file.tensors(specs)
-    shared = shared_of(file.cfg, [layer.target for layer in layers.values()], tensors)
-    for key in specs.keys() - {file_key(PLACE, name) for name in (shared.specs if shared else ())}:
-        path, _, name = key.rpartition(".")
-        layers[path].tensors[name] = tensors[key]
-    layers = {path: replace(layer, shared=shared) for path, layer in layers.items()}
+    stored: dict[str, StoredLayer] = {}
+    for method, known, keys, shared in zip(
+        file.methods, layers, file.keys(layers), file.shared(layers, tensors), strict=True
+    ):
+        for path, (target, names) in known.items():
+            values = {name: tensors[key] for name in names if (key := keys[path, name]) in tensors}
+            number = 1 + sum(layer.target.path == path for layer in stored.values()) if path in stored else 1
+            key = path if number == 1 else f"{path} ({number})"
+            stored[key] = StoredLayer(target, method.cfg_at(path), values, file.scale, shared)
     base = {name: value for name, value in file.base.to_json().items() if name != "fingerprint"}
-    return StoredAdapter(file.path, OURS, file.path.stat().st_size, file.cfg, file.scale, layers, base, file.base)
+    configs = [method.cfg for method in file.methods]
+    return StoredAdapter(file.path, OURS, file.path.stat().st_size, configs, file.scale, stored, base, file.base)
 
 
 def _peft(folder: Path) -> StoredAdapter:
@@ -98,15 +104,15 @@ def _peft(folder: Path) -> StoredAdapter:
     name = settings.get("base_model_name_or_path")
     base = {"name_or_path": brief(name)} if name else {}  # any JSON value, and it goes to a terminal
     by_path = {layer.target.path: layer for layer in layers}
-    return StoredAdapter(folder, PEFT, size, max(configs, key=configs.count), 1.0, by_path, base)
+    return StoredAdapter(folder, PEFT, size, [max(configs, key=configs.count)], 1.0, by_path, base)
 
 
-def _target(file: AdapterFile, path: str, cfg: BaseConfig) -> Target:
+def _target(file: AdapterFile, method: FileMethod, path: str) -> Target:
     """The layer as its tensors tell: with a leading axis over experts if they have one more than their spec."""
-    d_in, d_out = file.targets[path]
+    (d_in, d_out), cfg = method.targets[path], method.cfg_at(path)
     if max(d_in, d_out) > WIDEST:
         raise CheckpointError(f"{file.path}: {path} would be {d_in} -> {d_out}; wanted 1 to {WIDEST} features")
-    target = Target(path, d_in, d_out, "?", *place(path))
+    target = method.as_in_file(Target(path, d_in, d_out, "?", *place(path)))
     name, spec = next(iter(specs_at(target, cfg).items()))
     entry = file.header.entries.get(file_key(path, name))
     shape = () if entry is None else entry.shape

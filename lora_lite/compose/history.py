@@ -25,7 +25,7 @@ from ..core.effective import Affine, in_order, random_rows
 from ..core.layer import WEIGHTS, Layer
 from ..core.names import file_key
 from ..core.resolve import attachable, make_sites
-from ..core.state import Site, check_unmerged, session_of, sites_at
+from ..core.state import Method, Site, check_unmerged, session_of, sites_at
 from ..core.validate import is_name, is_number
 from ..core.variant import LowRank, lookup
 from ..errors import BaseModelError, ConfigError, TargetError, VariantError
@@ -110,9 +110,9 @@ def freeze_into(
     if known is not None and _history(known).scale != 1:
         raise ConfigError(f"{into!r} is at scale {known.scale:g}, which multiplies what it keeps\n  set it to 1 first")
     old = [] if known is None else _split_rounds(known)
-    if isinstance(adapter.config, HistoryConfig):
+    if isinstance(adapter.configs[0], HistoryConfig):
         raise TargetError(f"adapter {name!r} is a history itself\n  keep its rounds as they are, or drop_round some")
-    if session.adapters[name].shared is not None:
+    if any(method.shared is not None for method in adapter.methods):
         problem = f"{adapter.variant!r} has tensors that all its layers share, and a history keeps each layer's own"
         raise TargetError(f"{problem}\n  keep it beside the history, or merge it")
     _check_whole(adapter)
@@ -123,14 +123,16 @@ def freeze_into(
             f"  keep it beside the history, or attach one to linear layers"
         )
     base = _common_base(root, adapter, known)
-    entry = RoundEntry(_label(label, name, [entry.label for entry, _ in old]), float(c), adapter.config)
-    # Factors at scale 1, as c multiplies them from now on; compared with the forward at the scale to be kept.
-    with torch.no_grad(), scaled(root, 1.0, name):
-        factors = {site.path: _factors(site) for site in adapter.sites()}
-    with torch.no_grad(), scaled(root, c, name):
-        layers = {site.path: _at_layer(site, factors[site.path]) for site in adapter.sites()}
+    rounds = list(old)  # none of the old ones is computed again
+    for method in adapter.methods:
+        entry = RoundEntry(_label(label, name, [entry.label for entry, _ in rounds]), float(c), method.cfg)
+        label = None if label is None or len(adapter.methods) == 1 else _label(None, label, [entry.label])
+        # Factors at scale 1, as c multiplies them from now on; compared with the forward at the scale to be kept.
+        with torch.no_grad(), scaled(root, 1.0, name):
+            factors = {site.path: _factors(site) for site in method.sites}
+        with torch.no_grad(), scaled(root, c, name):
+            rounds.append((entry, {site.path: _at_layer(site, factors[site.path]) for site in method.sites}))
     _check_order(model, adapter, into)
-    rounds = [*old, (entry, layers)]  # none of the old ones is computed again
     install = installed if known is None else reinstalled  # both undo all of it if the block raises
     with install(root, *_join_rounds(root, into, rounds)) as adapter:
         adapter.set_base_record(base)
@@ -181,7 +183,7 @@ def drop_round(model: nn.Module, label: str, name: str = "history") -> None:
 
 
 def _history(adapter: Adapter) -> Adapter:
-    if not isinstance(adapter.config, HistoryConfig):
+    if not isinstance(adapter.configs[0], HistoryConfig):
         problem = f"adapter {adapter.name!r} is no history: its method is {adapter.variant!r}"
         raise TargetError(f"{problem}\n  lora_lite.freeze_into makes one, under a name that is free")
     return adapter
@@ -231,6 +233,8 @@ def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:
             start = names.index(into) + 1 if into in names else sum(other.state.is_first for other in order)
             for other in order[start : order.index(site)]:
                 passed = other.state.name
+                if passed == adapter.name:  # another of its own methods, which is kept before this one
+                    continue
                 if (other.target.d_in, other.target.d_out) != (site.target.d_in, site.target.d_out):
                     place = _PLACES[other.base.kind.category]
                     problem = f"{passed!r} came before {adapter.name!r}, and is on {place}: they can't be compared"
@@ -291,7 +295,9 @@ def _at_layer(site: Site, factors: tuple[Tensor, Tensor, Any] | None) -> RoundAt
 def _factors(site: Site) -> Any:
     """The method at a layer as a pair of products alone, if it is one."""
     factors = None if site.target.experts else lookup(site.cfg.variant).low_rank(Layer(site.module, site))
-    return None if factors is None or LowRank(*factors).mT is None else tuple(factors[:3])
+    factors = None if factors is None else LowRank(*factors)
+    is_pair = factors is not None and factors.is_dense and factors.gain is None and factors.shift is None
+    return tuple(factors[:3]) if factors is not None and is_pair else None
 
 
 def _split_rounds(history: Adapter) -> list[RoundParts]:
@@ -313,8 +319,8 @@ def _split_rounds(history: Adapter) -> list[RoundParts]:
 
 def _join_rounds(
     root: nn.Module, name: str, rounds: Sequence[RoundParts]
-) -> tuple[HistoryConfig, str, list[Site], dict[str, Tensor]]:
-    """The config, name, sites and tensors of a history of these rounds, for `installed`. Raises TargetError."""
+) -> tuple[list[Method], str, dict[str, Tensor]]:
+    """The method, name and tensors of a history of these rounds, for `installed`. Raises TargetError."""
     known = {path: part.site for _, layers in rounds for path, part in layers.items()}
     if tied := [site.path for site in known.values() if site.base.ties]:
         raise TargetError(
@@ -340,7 +346,7 @@ def _join_rounds(
             prefix = "" if isinstance(part.rank_or_fields, int) else f"{number}_"
             for tensor, value in part.tensors.items():
                 tensors[file_key(path, f"lora_{prefix}{tensor.removeprefix('lora_')}")].append(value.detach())
-    return cfg, name, sites, {key: _joined(key, values, cfg.dtype) for key, values in tensors.items()}
+    return [Method(cfg, sites)], name, {key: _joined(key, values, cfg.dtype) for key, values in tensors.items()}
 
 
 def _joined(key: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -36,6 +36,10 @@ from .variant import LowRank, Variant, lookup
 COLUMNS = 512  # unit vectors that go through the hooks at a time
 
 
+_ADDS = (
+    "{}: {!r} adds a constant, and no weight holds one\n"
+    "  leave this layer out with exclude_names: its weight is read in a way that shows no output"
+)
 _OPERANDS = ("input", "mat_a", "weight", "other", "mat2", "mat_b", "bias", "dim0", "dim1")
 _ANSWERS: dict[Any, Callable[..., Any]] = {}
 _QUESTIONS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "data_ptr", "element_size"}
@@ -271,9 +275,9 @@ def dense(weight: AdaptedWeight) -> Tensor:
                     f"{view.path}: dropout acts on a layer's input, and this module multiplies by its weight where "
                     f"the input can't be seen\n  use dropout=0 there (per_layer)"
                 )
-            if factors.shift is not None:
-                raise _constant(view)
-            delta = (factors.b * factors.s).to(matrix.dtype) @ factors.a.to(matrix.dtype)  # (o, i)
+            if factors.shift is not None and factors.shift.any():
+                raise VariantError(_ADDS.format(view.path, view.cfg.variant))
+            delta = factors.delta(view.in_features, matrix.dtype)  # (o, i)
             matrix = factors.added(matrix.mT, delta.mT, None).mT
     matrix = matrix.to(plain.dtype).reshape(plain.shape)
     # In memory as the weight lies: a product of another layout would round otherwise.
@@ -291,12 +295,5 @@ def _of_unit_vectors(layer: Layer, matrix: Float[Tensor, "o i"]) -> Float[Tensor
     zero = matrix.new_zeros(1, layer.in_features)
     x = adapt_input(layer, zero)
     if adapt_output(layer, x, x @ matrix.mT).any():
-        raise _constant(layer)
+        raise VariantError(_ADDS.format(layer.path, layer.cfg.variant))
     return torch.cat(blocks).mT
-
-
-def _constant(layer: Layer) -> VariantError:
-    return VariantError(
-        f"{layer.path}: {layer.cfg.variant!r} adds a constant, and no weight holds one\n"
-        f"  leave this layer out with exclude_names: its weight is read in a way that shows no output"
-    )

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
 from .names import check_shapes
 from .shared import Shared
-from .state import AdapterState, Site, check_unmerged, session_at, session_of, sites_of
+from .state import AdapterState, Method, Site, check_unmerged, session_at, session_of, sites_of
 from .targets import Target
 from .validate import is_number
 from .variant import ParamSpec, Variant, check_takes_data, lookup
@@ -36,13 +36,28 @@ class Adapter:
 
     @property
     def config(self) -> Any:
-        """The config it was attached with."""
-        return self._state.cfg
+        """The config it was attached with; a tuple of them, where it was given several."""
+        return self.configs[0] if len(self.configs) == 1 else self.configs
+
+    @property
+    def configs(self) -> tuple[Any, ...]:
+        """The config of each of its methods."""
+        return tuple(method.cfg for method in self._state.methods)
+
+    @property
+    def methods(self) -> list[Method]:
+        """Its methods: of each the config and the layers."""
+        return self._state.methods
 
     @property
     def variant(self) -> str:
-        """The name of its method in REGISTRY."""
-        return self.config.variant
+        """The name of its method in REGISTRY; of several, "lora + full"."""
+        return " + ".join(method.cfg.variant for method in self._state.methods)
+
+    @property
+    def leads(self) -> bool:
+        """Does it come before adapters that don't, whenever it was attached?"""
+        return self._state.is_first
 
     @property
     def base(self) -> dict[str, Any]:
@@ -88,18 +103,27 @@ class Adapter:
             After these, and after what the variant's own code raises, the adapter is as it was.
         """
         self._check_unmerged("configure")
-        state, variant = self._state, lookup(self.variant)
-        fixed = sorted(changes.keys() - set(variant.live))
-        if fixed:
+        methods = self._state.methods
+        fixed = {name for method in methods for name in changes.keys() - set(lookup(method.cfg.variant).live)}
+        following = [method for method in methods if changes.keys() <= set(lookup(method.cfg.variant).live)]
+        if not following:
+            live = sorted({name for method in methods for name in lookup(method.cfg.variant).live})
             raise ConfigError(
-                f"adapter {self.name!r}: {', '.join(fixed)} can't change while it is attached\n"
-                f"  {self.variant!r} can follow {', '.join(variant.live) or 'no field'}; for others detach and attach"
+                f"adapter {self.name!r}: {', '.join(sorted(fixed))} can't change while it is attached\n"
+                f"  {self.variant!r} can follow {', '.join(live) or 'no field'}; for others detach and attach"
             )
+        if len(following) > 1:
+            problem = f"adapter {self.name!r}: several of its methods, {self.variant}, can follow this"
+            raise ConfigError(f"{problem}\n  attach them as adapters of their own")
+        self._configure(following[0], calibration_data, changes)
+
+    def _configure(self, method: Method, calibration_data: Any, changes: Mapping[str, Any]) -> None:
+        variant, old = lookup(method.cfg.variant), method.cfg
         if calibration_data is not None:
-            check_takes_data(state.cfg)
-        old, new = state.cfg, replace(state.cfg, **changes)
-        self._use(new)
-        views = self.views()
+            check_takes_data(old)
+        new = replace(old, **changes)
+        _use(method, new)
+        views = self.views(method)
         # New data fills tensors that a failure must put back; a changed field alone can be undone by a refresh.
         before = {} if calibration_data is None else {key: t.clone() for key, t in self.state_dict().items()}
         with torch.no_grad():
@@ -109,31 +133,35 @@ class Adapter:
                         variant.group_init(self._model, views, new, calibration_data)
                 variant.refresh(views, new)
             except BaseException:  # Ctrl-C in a long calibration, too
-                self._use(old)
+                _use(method, old)
                 if before:
                     self.load_state_dict(before)
                 else:
-                    variant.refresh(self.views(), old)
+                    variant.refresh(self.views(method), old)
                 raise
 
     def step(self) -> None:
-        """Let the method's schedule take a step: after `optimizer.step()`, before `zero_grad()`. AdapterTrainer does.
+        """Let the methods' schedules take a step: after `optimizer.step()`, before `zero_grad()`. AdapterTrainer does.
 
         Raises:
             TargetError: while it is merged.
         """
         self._check_unmerged("take a step")
-        state, variant = self._state, lookup(self.variant)
+        state = self._state
         state.steps += 1
-        if variant.on_step is not Variant.on_step:
-            with torch.no_grad():
-                variant.on_step(self.views(), state.cfg, state.steps)
+        for method in state.methods:
+            variant = lookup(method.cfg.variant)
+            if variant.on_step is not Variant.on_step:
+                with torch.no_grad():
+                    variant.on_step(self.views(method), method.cfg, state.steps)
 
     def penalty(self) -> Tensor | None:
-        """The number that the method adds to the loss, with its gradient; None if it adds nothing. AdapterTrainer adds
+        """The number that its methods add to the loss, with its gradient; None if they add nothing. AdapterTrainer adds
         it to each loss in training."""
-        variant = lookup(self.variant)
-        return None if variant.penalty is Variant.penalty else variant.penalty(self.views(), self.config)
+        methods = [(lookup(method.cfg.variant), method) for method in self._state.methods]
+        penalties = [v.penalty(self.views(m), m.cfg) for v, m in methods if v.penalty is not Variant.penalty]
+        terms = [term for term in penalties if term is not None]
+        return torch.stack(terms).sum() if len(terms) > 1 else next(iter(terms), None)
 
     @property
     def steps(self) -> int:
@@ -211,12 +239,16 @@ class Adapter:
 
     def _places(self, sites: Iterable[Site]) -> Iterator[Site | Shared]:
         """Where its tensors lie: at these sites, and what it has once."""
-        return chain(sites, [] if self._state.shared is None else [self._state.shared])
+        return chain(sites, (m.shared for m in self._state.methods if m.shared is not None))
 
-    def views(self) -> dict[str, Layer]:
-        """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`."""
+    def views(self, method: Method | None = None) -> dict[str, Layer]:
+        """Each adapted layer as the variant sees it, by path; experts with tensors of their own as `path[i]`.
+
+        method      of its methods, the one whose layers are wanted; None: of an adapter of one method
+        """
+        method = self._state.methods[0] if method is None else method
         views: dict[str, Layer] = {}
-        for site in self._state.sites:  # no walk over the model: a search changes the config at every trial
+        for site in method.sites:  # no walk over the model: a search changes the config at every trial
             for expert in range(site.target.experts) if site.stacked else [None]:
                 path = site.path if expert is None else f"{site.path}[{expert}]"
                 views[path] = Layer(site.module, site, expert=expert)
@@ -224,21 +256,13 @@ class Adapter:
 
     def counts(self) -> str:
         """How many layers of each kind, for messages: "30 o_proj, 30 down_proj"."""
-        kinds = Counter(site.path.rpartition(".")[2] for site in self.sites())
+        kinds = Counter(path.rpartition(".")[2] for path in dict.fromkeys(site.path for site in self.sites()))
         fused = {site.path.rpartition(".")[2] for site in self.sites() if site.target.experts}
         return ", ".join(f"{n} {'blocks of fused ' if kind in fused else ''}{kind}" for kind, n in kinds.items())
 
     def _check_unmerged(self, what: str) -> None:
         if self._state.merged:
             check_unmerged(session_at(self._model), what)
-
-    def _use(self, cfg: Any) -> None:
-        """Make this the config, and at each layer the one with the fields that differ there. Raises ConfigError."""
-        state = self._state
-        configs = [cfg.with_overrides(site.overrides) for site in state.sites]  # all, before one is set
-        state.cfg = cfg
-        for site, at_layer in zip(state.sites, configs, strict=True):
-            site.cfg = at_layer
 
     @property
     def _state(self) -> AdapterState:
@@ -251,9 +275,10 @@ class Adapter:
         count = sum(p.numel() for p in self.parameters())
         base = self.base_record
         kind = base.quantization.in_words() if base.quantization else base.dtype
+        dtypes = " and ".join(dict.fromkeys(dtype_name(cfg.dtype) for cfg in self.configs))
         return (
             f"{self.variant} {self.name!r}: {len(self.targets)} layers, {count:,} trainable parameters in "
-            f"{dtype_name(self.config.dtype)}, on {base.class_name} ({kind})"
+            f"{dtypes}, on {base.class_name} ({kind})"
             f"{'' if self.scale == 1 else f', scale {self.scale:g}'}"
         )
 
@@ -303,6 +328,14 @@ def scaled(model: nn.Module, c: float | int, name: str | None = None) -> Iterato
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Within the block, the model is its base, bit for bit."""
     return scaled(model, 0.0)
+
+
+def _use(method: Method, cfg: Any) -> None:
+    """Make this the config, and at each layer the one with the fields that differ there. Raises ConfigError."""
+    configs = [cfg.with_overrides(site.overrides) for site in method.sites]  # all, before one is set
+    method.cfg = cfg
+    for site, at_layer in zip(method.sites, configs, strict=True):
+        site.cfg = at_layer
 
 
 @torch.no_grad()

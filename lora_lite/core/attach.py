@@ -19,17 +19,31 @@ from .adapter import Adapter, adapters, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
 from .names import TIES
-from .resolve import attachable, check_free, check_name, check_weights_present, checked_config, resolve
-from .shared import PLACE, Shared
-from .state import AdapterState, BaseChange, Session, Site, Tensors, check_unmerged, session_at, session_of, sites_of
-from .targets import Target, select
+from .resolve import attachable, check_free, check_name, check_weights_present, checked_configs, resolve
+from .shared import Shared
+from .state import (
+    AdapterState,
+    BaseChange,
+    Method,
+    Session,
+    Site,
+    Tensors,
+    check_unmerged,
+    number_sites,
+    session_at,
+    session_of,
+    sites_of,
+)
+from .targets import select
 from .ties import tie
 from .variant import ParamSpec, Variant, check_takes_data, lookup, needs_data
 
 MOST_REMADE = 1 << 28  # numbers of a tensor that a file leaves out: 1 GiB, where VeRA of rank 1024 takes 0.1
 
 
-def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration_data: Any = None) -> Adapter:
+def attach(
+    model: nn.Module, cfg: BaseConfig | Sequence[BaseConfig], name: str = "default", calibration_data: Any = None
+) -> Adapter:
     """Put a fresh adapter on the model's target layers, in place, and freeze the base.
 
     The adapter's tensors become parameters and buffers of the layers, named `lora_*`, or `lora_*__<name>` for a
@@ -37,32 +51,50 @@ def attach(model: nn.Module, cfg: BaseConfig, name: str = "default", calibration
     sees the x that the layer itself saw. `calibration_data` goes to the variant's `group_init`. Give the whole model:
     4-bit layers outside the part that is given stay free to repack (lora_lite/base/bitsandbytes.py).
 
+    cfg     a config, or a list of them: one adapter of several methods, with one name, file and scale. Each config has
+            its own targets; two on one layer act in the list's order
+
     Raises:
         ConfigError, VariantError: for a config, name or data that the method can't take.
         TargetError, QuantizedWeightError, BaseModelError: for a model or a layer that can't carry the adapter.
         After these, and after whatever a variant's own code raises, the model is exactly as it was.
     """
-    variant, root = lookup(checked_config(cfg).variant), attachable(model)
-    if needs_data(cfg) and calibration_data is None:
-        raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
-    if calibration_data is not None:
-        check_takes_data(cfg)
-    selection = select(root, cfg)
-    sites = resolve(selection, cfg)
-    with installed(root, cfg, name, sites) as adapter, torch.no_grad():
-        if not selection.all_plain and next(adapter.parameters(), None) is not None:
+    configs, root = checked_configs(cfg), attachable(model)
+    _check_data(configs, calibration_data)
+    selections = [select(root, config) for config in configs]
+    methods = [
+        Method(config, resolve(selection, config)) for selection, config in zip(selections, configs, strict=True)
+    ]
+    with installed(root, methods, name) as adapter, torch.no_grad():
+        if not all(selection.all_plain for selection in selections) and next(adapter.parameters(), None) is not None:
             check_gradients(root, adapter.targets)  # a layer that rounds may pass none, or wrong ones
-        views = adapter.views()
-        for view in views.values():
-            variant.init(view, view.cfg)  # all layers have theirs before group_init, which sees them together
-        if variant.group_init is not Variant.group_init:
-            with scaled(root, 0.0, name):  # the model runs without the adapter
-                variant.group_init(root, views, cfg, calibration_data)
-            sites[0].state.changes = None  # no graph of a new adapter can be pending
-        variant.refresh(views, cfg)
+        for method in methods:
+            _fill(root, adapter, method, calibration_data)
     logger.info(f"attached {adapter}: {adapter.counts()}")
     logger.trace("attached {!r} at {}", name, adapter.targets)
     return adapter
+
+
+def _check_data(configs: Sequence[BaseConfig], calibration_data: Any) -> None:
+    """ConfigError for data that is missing, or that no method would look at."""
+    for cfg in configs if calibration_data is None else ():
+        if needs_data(cfg):
+            raise ConfigError(f"variant {cfg.variant!r} is computed from data: use attach(..., calibration_data=...)")
+    if calibration_data is not None and not any(map(needs_data, configs)):
+        for cfg in configs:
+            check_takes_data(cfg)
+
+
+def _fill(root: nn.Module, adapter: Adapter, method: Method, calibration_data: Any) -> None:
+    """The values that a method's tensors start at, where its ParamSpecs don't say them."""
+    variant, views = lookup(method.cfg.variant), adapter.views(method)
+    for view in views.values():
+        variant.init(view, view.cfg)  # all layers have theirs before group_init, which sees them together
+    if variant.group_init is not Variant.group_init:
+        with scaled(root, 0.0, adapter.name):  # the model runs without the adapter
+            variant.group_init(root, views, method.cfg, calibration_data)
+        method.sites[0].state.changes = None  # no graph of a new adapter can be pending
+    variant.refresh(views, method.cfg)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -92,20 +124,16 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 @contextmanager
 def installed(
-    root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], tensors: Tensors | None = None, scale: float = 1.0
+    root: nn.Module, methods: list[Method], name: str, tensors: Tensors | None = None, scale: float = 1.0
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
     root        what `attachable` gave
     tensors     the values by their keys in a file; without them, each starts as its ParamSpec says
     """
-    session = session_at(root)
-    check_weights_present(sites)
-    if cfg.tied_weights != "apart":
-        tie(root, cfg, sites)
-    state = _state(root, cfg, name, sites, scale)
+    session, state = session_at(root), _state(root, methods, name, scale)
     check_name(name, session, type(root).__name__)
-    check_free(sites)
+    check_free(state.sites)
     check_unmerged(session, "attach another adapter")
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}  # they stay trainable
     trainable = (p for p in root.parameters() if p.requires_grad and id(p) not in adapted)
@@ -119,32 +147,30 @@ def installed(
         undo.callback(_undo, session, change)
         change.make()
         # Each undo is noted before its step, so that a failure within the step is undone as well.
-        for site in sites:
+        for site in state.sites:
             undo.callback(uninstall, site.module, site.slot)
             _install(site, tensors)
-        if specs := lookup(cfg.variant).shared_specs([site.target for site in sites], cfg):
-            _install_shared(root, state, specs, tensors)
+        for method in methods:
+            if specs := lookup(method.cfg.variant).shared_specs([site.target for site in method.sites], method.cfg):
+                _install_shared(root, state, method, specs, tensors)
         yield Adapter(root, name)
         undo.pop_all()
 
 
 @contextmanager
-def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], tensors: Tensors) -> Iterator[Adapter]:
-    """The transaction that gives an attached adapter this config, these sites and new tensors; it keeps its scale and
-    its place in the order. `root` is what `attachable` gave."""
+def reinstalled(root: nn.Module, methods: list[Method], name: str, tensors: Tensors) -> Iterator[Adapter]:
+    """The transaction that gives an attached adapter these methods, layers and new tensors; it keeps its scale and its
+    place in the order. `root` is what `attachable` gave."""
     session = session_at(root)
     before = session.adapters[name]
-    check_weights_present(sites)
-    if cfg.tied_weights != "apart":
-        tie(root, cfg, sites)
-    state = _state(root, cfg, name, sites, before.scale)
+    state = _state(root, methods, name, before.scale)
     check_unmerged(session, f"change {name!r}")
-    check_free(sites, exchanged=before)
+    check_free(state.sites, exchanged=before)
 
     with torch.inference_mode(False), ExitStack() as undo:
         undo.callback(session.add, before)
         session.add(state)
-        for site in sites:
+        for site in state.sites:
             old = sites_of(site.module).get(site.slot)
             if old is None:
                 undo.callback(uninstall, site.module, site.slot)
@@ -154,10 +180,9 @@ def reinstalled(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], 
                 device = site.base.stored.device
                 values = {t: _value(s, site.key(t), site.cfg, device, tensors) for t, s in site.specs.items()}
                 _exchange(site, values)
-                state.sites.append(site)
         yield Adapter(root, name)
         undo.pop_all()
-    for place in {(site.module, site.slot) for site in before.sites} - {(site.module, site.slot) for site in sites}:
+    for place in {(site.module, site.slot) for site in before.sites} - {(s.module, s.slot) for s in state.sites}:
         uninstall(*place)  # only now: nothing after it can fail, so nothing has to put it back
 
 
@@ -178,18 +203,24 @@ def uninstall(module: nn.Module, slot: str) -> None:
     _drop_tensors(site)
 
 
-def _state(root: nn.Module, cfg: BaseConfig, name: str, sites: list[Site], scale: float) -> AdapterState:
-    """The state that new sites share."""
-    base = base_record(root, [site.base for site in sites])  # at attach: a later edit or shard can't falsify it
-    state = AdapterState(name, cfg, base, scale, is_first=lookup(cfg.variant).leads)
-    for site in sites:
-        site.state = state
+def _state(root: nn.Module, methods: list[Method], name: str, scale: float) -> AdapterState:
+    """The state that new sites share. Raises TargetError for a weight that is not on this machine, or tied."""
+    check_weights_present(site for method in methods for site in method.sites)
+    for method in methods:
+        if method.cfg.tied_weights != "apart":
+            tie(root, method.cfg, method.sites)
+    # At attach: a later edit or shard can't falsify it.
+    base = base_record(root, [site.base for method in methods for site in method.sites])
+    state = AdapterState(name, methods, base, scale, is_first=lookup(methods[0].cfg.variant).leads)
+    for method in methods:
+        for site in method.sites:
+            site.state, site.method = state, method
+    number_sites(methods)
     return state
 
 
 def _install(site: Site, tensors: Tensors | None) -> None:
     site.add()
-    site.state.sites.append(site)
     for name, spec in site.specs.items():
         _hold(site, name, _value(spec, site.key(name), site.cfg, site.base.stored.device, tensors, site.stacked))
     # Hooks run in the order of registering, so one that is first moves those that were first before it along.
@@ -198,23 +229,21 @@ def _install(site: Site, tensors: Tensors | None) -> None:
 
 
 def _install_shared(
-    root: nn.Module, state: AdapterState, specs: Mapping[str, ParamSpec], tensors: Tensors | None
+    root: nn.Module, state: AdapterState, method: Method, specs: Mapping[str, ParamSpec], tensors: Tensors | None
 ) -> None:
-    """The tensors that the adapter has once become those of a child module of the model."""
-    devices = {site.base.stored.device for site in state.sites}
+    """The tensors that a method has once become those of a child module of the model."""
+    devices, variant = {site.base.stored.device for site in method.sites}, method.cfg.variant
     if len(devices) > 1:
-        problem = (
-            f"{state.cfg.variant!r} has tensors that all its layers share, and these lie on {len(devices)} devices"
-        )
+        problem = f"{variant!r} has tensors that all its layers share, and these lie on {len(devices)} devices"
         raise TargetError(f"{problem}\n  load the model onto one, or choose layers on one (target_names, layers)")
-    if wrong := [name for name in specs if not _is_free(name, state.sites)]:
-        raise VariantError(
-            f"variant {state.cfg.variant!r}: shared_specs gave {wrong[0]!r}; wanted a name like A, of no layer's"
-        )
-    if hasattr(root, place := PLACE + state.suffix):
+    if wrong := [name for name in specs if not _is_free(name, method.sites)]:
+        raise VariantError(f"variant {variant!r}: shared_specs gave {wrong[0]!r}; wanted a name like A, of no layer's")
+    number = 1 + sum(other.shared is not None for other in state.methods)
+    shared = make_shared(specs, method.cfg, tensors, method.sites[0].base.stored.device, number)
+    if hasattr(root, place := shared.place + state.suffix):
         raise TargetError(f"this {type(root).__name__} has an attribute {place!r}\n  attach under another name")
-    state.shared = make_shared(specs, state.cfg, tensors, state.sites[0].base.stored.device)
-    root.add_module(place, state.shared)
+    method.shared = shared
+    root.add_module(place, shared)
 
 
 def _is_free(name: str, sites: Sequence[Site]) -> bool:
@@ -224,14 +253,18 @@ def _is_free(name: str, sites: Sequence[Site]) -> bool:
 
 
 def make_shared(
-    specs: Mapping[str, ParamSpec], cfg: BaseConfig, tensors: Tensors | None, device: torch.device | str = "cpu"
+    specs: Mapping[str, ParamSpec],
+    cfg: BaseConfig,
+    tensors: Tensors | None,
+    device: torch.device | str = "cpu",
+    number: int = 1,
 ) -> Shared:
     """The tensors that an adapter has once, from a file's or as their ParamSpecs say.
 
     Raises:
         CheckpointError: where a file's metadata would take more memory than an adapter's tensors can need.
     """
-    shared = Shared(specs)
+    shared = Shared(specs, number)
     for name, spec in specs.items():
         if tensors is not None and shared.key(name) not in tensors and math.prod(spec.shape) > MOST_REMADE:
             raise CheckpointError(
@@ -240,12 +273,6 @@ def make_shared(
             )
         shared.hold(name, _value(spec, shared.key(name), cfg, device, tensors))
     return shared
-
-
-def shared_of(cfg: BaseConfig, targets: Sequence[Target], tensors: Tensors) -> Shared | None:
-    """The tensors that an adapter of a file has once, for its layers in the file's order; None if there are none."""
-    specs = lookup(cfg.variant).shared_specs(targets, cfg)
-    return make_shared(specs, cfg, tensors) if specs else None
 
 
 def _value(
@@ -294,6 +321,7 @@ def _undo(session: Session, change: BaseChange) -> None:
 
 
 def _forget(root: nn.Module, session: Session, name: str) -> None:
-    if (state := session.adapters.pop(name)).shared is not None:
-        root._modules.pop(PLACE + state.suffix, None)
+    state = session.adapters.pop(name)
+    for shared in (method.shared for method in state.methods if method.shared is not None):
+        root._modules.pop(shared.place + state.suffix, None)
     session.keep_at(root)

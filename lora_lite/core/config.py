@@ -13,7 +13,7 @@ from .validate import compiles, is_number
 
 ROLES = ("reader", "writer", "inner")
 KINDS = ("linear", "conv", "embedding", "experts", "matrix", "norm", "block")
-TIED_WEIGHTS = ("apart", "together", "refuse")
+TIED_WEIGHTS = ("apart", "together", "as_base", "refuse")
 # Files leave these out, so those of one config for all layers, all of them linear, are the same to every version; one
 # of a version that didn't know a field is read as with this value.
 UNSAID: Mapping[str, Any] = {"per_layer": {}, "kinds": ["linear"], "tied_weights": "apart", "bias": False}
@@ -43,7 +43,8 @@ class BaseConfig:
                     method's default names and roles don't count: they are of linear layers
     tied_weights    of a target whose weight another module holds too, as an embedding's the head: "apart" adapts the
                     target alone (its weight can't be merged while it is tied), "together" has all that hold an
-                    embedding's weight multiply by the adapted one (low-rank methods), "refuse" raises
+                    embedding's weight multiply by the adapted one (low-rank methods), "as_base" is together where the
+                    base ties them and apart where it doesn't, "refuse" raises
     layers          block indices, negative ones from the end
     layer_range     depth fractions: (0.2, 0.8) keeps the middle 60 % of the blocks
     dtype           in which parameters are stored. float32 by default: bfloat16 masters lose
@@ -75,6 +76,7 @@ class BaseConfig:
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", "tied_weights", *FILTERS)
     ADDED_LATER: ClassVar[tuple[str, ...]] = ()  # fields that files of earlier versions lack: they have the default
     FUSED_EXPERTS: ClassVar[bool] = False  # can it go on the fused experts of a mixture-of-experts block?
+    NEEDS_BIAS: ClassVar[bool] = False  # does it go on layers with a bias alone?
     WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ()  # "norm", "block": as a change of x or of y alone, without a weight
 
     def __post_init__(self) -> None:
@@ -113,7 +115,7 @@ class BaseConfig:
         for kind, why in (("norm", "its method needs a matrix"), ("block", "it reads or changes a layer")):
             self.require(kind not in self.kinds or kind in self.WITHOUT_MATRIX, "kinds", f"no {kind!r}: {why}")
         self.require("block" not in self.kinds or self.kinds == ("block",), "kinds", "'block' by itself")
-        if set(self.kinds) <= {"norm", "block"}:
+        if set(self.kinds) <= {"norm", "block"} and self.kinds != type(self).kinds:
             for name in ("target_names", "target_roles"):
                 value = getattr(self, name)
                 object.__setattr__(self, name, () if value == getattr(type(self), name) else value)

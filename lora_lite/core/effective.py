@@ -92,8 +92,8 @@ class Affine:
         """g' of a norm y = g ⊙ n(x) + b; None where an adapter changes the norm's input, or mixes its channels."""
         (r,) = random_rows((1, self.d_in), device=self.device)
         r = r.to(self.dtype)
-        y = torch.cat([0 * gain[None], gain[None], gain * r])  # (3, d), for n = 0, 1 and r
-        zero, one, mixed = _outputs(self._no_bias, y, y)  # (d,) each
+        n = torch.cat([0 * r, 0 * r + 1, r])  # (3, d)
+        zero, one, mixed = _outputs(self._no_bias, n, gain * n)  # (d,) each
         new = one - zero
         is_diagonal = (mixed - zero - new * r).abs().max() <= 1e-9 * mixed.abs().max()
         return new if is_diagonal and _inputs(self._views, r) is r else None

@@ -14,6 +14,7 @@ from torch import Tensor, compiler, nn
 from torch.compiler import is_dynamo_compiling
 
 from ..base.kinds import BLOCK, packed_in
+from ..base.matrices import normalized
 from ..errors import TargetError
 from . import weight_products  # noqa: F401  the import registers its answers
 from .adapt import adapt_input, adapt_output
@@ -50,7 +51,9 @@ def register_hooks(site: Site) -> None:
         return
     if variant.forward_input is not None:
         handles.append(before(partial(_input_hook, name), with_kwargs=True))  # x may come by keyword
-    if variant.forward is not None:
+    if site.target.is_diagonal and variant.reads_input:
+        handles.append(after(partial(_norm_hook, name), with_kwargs=True))
+    elif variant.forward is not None:
         handles.append(after(partial(_output_hook, name), with_kwargs=True))
 
 
@@ -78,6 +81,15 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
     if x.dtype != y.dtype:  # x is never cast up: the layer's output says in which dtype it computes
         x = x.to(y.dtype)
     return adapt_output(Layer(module, site, y.dtype, scale=scale), x, y)
+
+
+def _norm_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Any:
+    """A norm is a linear map of the normalised input, with the matrix diag(w)."""
+    site, scale = _called(module, name)
+    if scale is None:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))  # (*b, d)
+    return adapt_output(Layer(module, site, y.dtype, scale=scale), normalized(module, x).to(y.dtype), y)
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

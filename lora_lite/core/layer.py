@@ -30,6 +30,7 @@ class Layer:
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
     layer.experts          how many experts it fuses; 0 for a linear layer
+    layer.has_bias, .is_diagonal    has the layer a bias; is it a norm
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
     there: tensors by their name, `bias`, `training`. `scale` is that of the whole call; without it, the adapter's at
@@ -74,7 +75,7 @@ class Layer:
             return self._shared(name)
         tensor = self._instead.get(name)  # under vmap over experts, the tensors of one
         if tensor is None:
-            module, attribute = self._module, site.attribute(name) if site.prefix else name + site.state.suffix
+            module, attribute = self._module, site.attribute(name) if site.is_named else name + site.state.suffix
             tensor = module._parameters.get(attribute)  # getattr finds it too, and takes three times as long
             tensor = getattr(module, attribute) if tensor is None else tensor  # a buffer, or DataParallel's replica
             tensor = tensor if self._expert is None else tensor[self._expert]  # (experts, ...) -> (...)
@@ -82,7 +83,7 @@ class Layer:
 
     def _shared(self, name: str) -> Tensor:
         site, plain = self._site, name.removeprefix("lora_")
-        shared = site.state.shared
+        shared = site.method.shared
         known = {} if shared is None else shared.specs
         if name == plain or plain not in known or shared is None:
             names = ", ".join([*site.specs, *(f"lora_{each}" for each in known)])
@@ -124,6 +125,16 @@ class Layer:
     @property
     def out_features(self) -> int:
         return self._site.target.d_out
+
+    @property
+    def has_bias(self) -> bool:
+        """Did the layer have a bias when the adapter was attached?"""
+        return self._site.target.has_bias
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Is it a norm, whose matrix is a diagonal, and whose x is the normalised input?"""
+        return self._site.target.is_diagonal
 
     @property
     def training(self) -> bool:

@@ -15,6 +15,11 @@ def file_key(path: str, tensor: str) -> str:
     return f"{path}.{tensor}" if path else tensor
 
 
+def numbered(tensor: str, number: int) -> str:
+    """The name of a tensor of the `number`-th method of one adapter at one weight: `lora_A`, then `lora_2_A`."""
+    return tensor if number == 1 else f"lora_{number}_{tensor.removeprefix('lora_')}"
+
+
 @runtime_checkable
 class HasShape(Protocol):
     """A tensor, a ParamSpec, an entry of a file's header."""

@@ -2,14 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..base.probe import check_gradients
 from .config import BaseConfig
-from .resolve import attachable, checked_config, resolve
+from .resolve import attachable, checked_configs, resolve
 from .targets import LeftOut, Target, model_width, select
 from .unadapted import Unadapted, lines, unadapted
 from .variant import lookup
@@ -49,21 +49,28 @@ class Plan:
         return "\n".join([title, *table, *lines(self.unadapted)])
 
 
-def plan(model: nn.Module, cfg: BaseConfig) -> Plan:
+def plan(model: nn.Module, cfg: BaseConfig | Sequence[BaseConfig]) -> Plan:
     """The layers that `attach(model, cfg)` would adapt; the model may be on the meta device.
 
     Raises:
         The errors of `attach` for the config, the model and its layers.
     """
-    root = attachable(model)
-    selection = select(root, checked_config(cfg))
-    sites = resolve(selection, cfg)
-    shared = lookup(cfg.variant).shared_specs([site.target for site in sites], cfg)
-    specs = [spec for known in (shared, *(site.specs for site in sites)) for spec in known.values()]
-    parameters = sum(math.prod(spec.shape) for spec in specs if spec.trainable)
-    if parameters and not selection.all_plain:
-        check_gradients(root, {site.path for site in sites})  # as attach: what a plan shows can be attached
-    targets, left_out = tuple(site.target for site in sites), tuple(selection.left_out)
+    configs, root = checked_configs(cfg), attachable(model)
+    selections = [select(root, config) for config in configs]
+    targets: list[Target] = []
+    parameters = 0
+    for config, selection in zip(configs, selections, strict=True):
+        sites = resolve(selection, config)
+        targets += [site.target for site in sites]
+        shared = lookup(config.variant).shared_specs([site.target for site in sites], config)
+        specs = [spec for known in (shared, *(site.specs for site in sites)) for spec in known.values()]
+        parameters += sum(math.prod(spec.shape) for spec in specs if spec.trainable)
     paths = {target.path for target in targets}
-    beside = () if cfg.target_names else unadapted(root, cfg, paths, dict(left_out))
-    return Plan(type(root).__name__, cfg.variant, targets, parameters, model_width(root), left_out, beside)
+    if parameters and not all(selection.all_plain for selection in selections):
+        check_gradients(root, paths)  # as attach: what a plan shows can be attached
+    left_out = tuple(one for one in selections[0].left_out if one.path not in paths)
+    beside = (
+        () if any(config.target_names for config in configs) else unadapted(root, configs[0], paths, dict(left_out))
+    )
+    variants = " + ".join(config.variant for config in configs)
+    return Plan(type(root).__name__, variants, tuple(targets), parameters, model_width(root), left_out, beside)

@@ -12,7 +12,6 @@ from ..base.layer import BaseLayer
 from ..base.stacks import starred
 from ..errors import brief
 from .adapter import adapters
-from .shared import PLACE
 from .state import sites_at
 
 LONGEST = 600  # characters of paths in a message
@@ -32,7 +31,8 @@ def trained(layers: Layers) -> dict[str, nn.Parameter]:
     working = [site for layer in layers.values() for site in sites_at(layer) if not site.state.is_idle]
     at_layers = [(f"{s.path}.{s.attribute(name)}", tensor) for s in working for name, tensor in s.tensors()]
     states = {id(site.state): site.state for site in working}.values()
-    shared = [(f"{PLACE}{s.suffix}.{name}", tensor) for s in states if s.shared for name, tensor in s.shared.tensors()]
+    once = [(state.suffix, method.shared) for state in states for method in state.methods if method.shared is not None]
+    shared = [(f"{each.place}{suffix}.{name}", tensor) for suffix, each in once for name, tensor in each.tensors()]
     return {
         path: tensor
         for path, tensor in (*at_layers, *shared)

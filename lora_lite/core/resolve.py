@@ -19,7 +19,7 @@ from .config import BaseConfig
 from .layer import Layer
 from .names import TIES
 from .shared import Shared
-from .state import SESSION, AdapterState, Session, Site, Tensors, session_of, sites_of
+from .state import SESSION, AdapterState, Method, Session, Site, Tensors, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
 from .variant import ParamSpec, lookup, weight_use
@@ -57,6 +57,19 @@ def checked_config(cfg: Any) -> BaseConfig:
         )
     cfg.check_regexes()  # those of a file weren't compiled as it was read, and attach is about to run them
     return cfg
+
+
+def checked_configs(cfg: Any) -> list[BaseConfig]:
+    """One config, or several of one adapter, each found right."""
+    configs = [checked_config(one) for one in (cfg if isinstance(cfg, list | tuple) else [cfg])]
+    if not configs:
+        raise ConfigError(
+            "attach was given an empty list\n  wanted a config, or several such as [LoRAConfig(r=16), ...]"
+        )
+    if len(configs) > 1 and (first := [one for one in configs if lookup(one.variant).leads]):
+        problem = f"{first[0].variant!r} comes before all other adapters, so it is an adapter of its own"
+        raise ConfigError(f"{problem}\n  attach it by itself")
+    return configs
 
 
 def resolve(selection: Selection, cfg: BaseConfig) -> list[Site]:
@@ -114,22 +127,25 @@ def make_stand_in(
     scale: float,
     overrides: Any = None,
     shared: Shared | None = None,
+    number: int = 1,
 ) -> Site:
     """A site on a module that stands for a layer which isn't here; it has the layer's `weight`, if any, and gets these
     tensors. Of some but not all, the others are made as their ParamSpecs say, or they are the base's (DoRA's norms, in
     PEFT's folders) and come of `init`."""
     layer = stand_in(target.path, module, Size(target.d_in, target.d_out, target.experts))
     site = make_site(target, layer, cfg, overrides or {})
-    site.state = AdapterState("default", site.cfg, None, scale, sites=[site], shared=shared)  # no suffix, as in files
+    site.set_number(number)
+    site.method = Method(site.cfg, [site], shared)
+    site.state = AdapterState("default", [site.method], None, scale)  # no suffix, as in files
     if tensors and tensors.keys() != site.specs.keys():
         for name, spec in site.specs.items():
-            setattr(module, name, tensor := torch.zeros(spec.shape, dtype=spec.dtype or site.cfg.dtype))
+            setattr(module, site.attribute(name), tensor := torch.zeros(spec.shape, dtype=spec.dtype or site.cfg.dtype))
             for part in tensor if site.stacked else [tensor]:
                 spec.fill(part)
         if any(spec.saved == "always" for name, spec in site.specs.items() if name not in tensors):
             lookup(site.cfg.variant).init(Layer(module, site), site.cfg)  # writes into all, so the adapter's come after
     for name, tensor in tensors.items():
-        setattr(module, name, tensor)
+        setattr(module, site.attribute(name), tensor)
     return site
 
 
@@ -143,7 +159,7 @@ def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
     """The variant's tensors at a layer."""
     variant, path = lookup(cfg.variant), target.path
     try:
-        specs = variant.param_specs(target.d_in, target.d_out, cfg)
+        specs = variant.layer_specs(target, cfg)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     # "__" starts the adapter's name in `lora_A__fr`, so no tensor's name may have it.

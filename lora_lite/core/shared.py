@@ -15,9 +15,11 @@ class Shared(nn.Module):
     """The shared tensors of one adapter. It is a child of the model, so whatever moves, copies or shards that sees each
     tensor once; the layers' views read it."""
 
-    def __init__(self, specs: Mapping[str, Any]) -> None:
+    def __init__(self, specs: Mapping[str, Any], number: int = 1) -> None:
         super().__init__()
         self.specs = dict(specs)  # the `ParamSpec` of each, by its name without `lora_`
+        # Of several methods in one adapter that have such tensors, each has a child of its own.
+        self.number, self.place = number, PLACE if number == 1 else f"{PLACE}_{number}"
 
     def forward(self, x: Any) -> Any:
         """The input itself: an nn.Sequential runs all of its children, and so this one last."""
@@ -29,7 +31,7 @@ class Shared(nn.Module):
 
     def key(self, name: str) -> str:
         """The key of one of them in a file, whatever the adapter's name."""
-        return file_key(PLACE, name)
+        return file_key(self.place, name)
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = getattr(self, name)

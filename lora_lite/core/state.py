@@ -4,6 +4,7 @@ Sites lie in the layer's own `__dict__`, under one key, and so go where the modu
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from ..base.bitsandbytes import keep_layout
 from ..base.fingerprint import BaseRecord
 from ..base.layer import BaseLayer
 from ..errors import TargetError
-from .names import SITES, file_key
+from .names import SITES, file_key, numbered
 from .scale import Scale, ScaleChanges
 from .shared import Shared
 from .targets import Target
@@ -30,18 +31,25 @@ SESSION = "_lora_lite_session"
 
 
 @dataclass(eq=False)
+class Method:
+    """One method of an adapter: a config, the layers that it chose, and the tensors that it has once."""
+
+    cfg: Any
+    sites: list["Site"] = field(default_factory=list)  # in module order
+    shared: Shared | None = None
+
+
+@dataclass(eq=False)
 class AdapterState:
     """The state that all sites of one adapter share. Its tensors lie on the layers."""
 
     name: str
-    cfg: Any
+    methods: list[Method]
     base: BaseRecord | None  # None only of a stand-in, which is no model's
     scale: float = 1.0  # as it was set; a call goes by `scale_of_call`
     is_first: bool = False  # its hooks come before those of adapters that aren't first, whenever it was attached
     merged: bool = False  # its effect is in the weights, so its hooks do nothing
-    sites: list["Site"] = field(default_factory=list)  # every layer that it adapts, in module order
     steps: int = 0  # that `Adapter.step` has counted
-    shared: Shared | None = None  # the tensors that it has once, on the model
     changes: ScaleChanges | None = None  # None while c is the one that it came with: then a call asks nothing
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
     plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer
@@ -80,6 +88,11 @@ class AdapterState:
         return self.plain if scale == self.scale else Scale(scale, scale == 0, scale == 1)
 
     @property
+    def sites(self) -> list["Site"]:
+        """Every layer that it adapts, method by method."""
+        return [site for method in self.methods for site in method.sites]
+
+    @property
     def is_idle(self) -> bool:
         """Do its hooks leave everything as it is?"""
         return self.merged or self.scale_of_call().is_zero
@@ -100,6 +113,8 @@ class Site:
     stacked: bool  # each tensor is (experts, ...), over the experts that the layer fuses
     specs: dict[str, Any]  # the `ParamSpec` of each tensor
     state: AdapterState = field(init=False)  # set by the transaction: sites are checked before an adapter exists
+    method: Method = field(init=False)  # as is this
+    number: int = 1  # of the methods of its adapter at this weight: two on one layer act in the config's order
     handles: list[RemovableHandle] = field(default_factory=list)
     memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)  # of `Layer.constant`
     ran: bool = False  # a forward outside of torch.compile has called the layer, at any scale, since its first adapter
@@ -125,17 +140,18 @@ class Site:
     @property
     def slot(self) -> str:
         """Its key among the sites of its module: the adapter's name, with that of a bare parameter after a dot."""
-        return f"{self.state.name}.{self.prefix}" if self.prefix else self.state.name
+        slot = f"{self.state.name}.{self.prefix}" if self.prefix else self.state.name
+        return slot if self.number == 1 else f"{slot} {self.number}"
 
     def key(self, tensor: str) -> str:
         """The key of one of its tensors in a file: `<path>.lora_A`, whatever the adapter's name."""
-        return file_key(self.path, tensor)
+        return file_key(self.path, numbered(tensor, self.number))
 
     def attribute(self, tensor: str) -> str:
         """The name of a tensor on the layer: `lora_A`, or `lora_A__fr` of adapter fr."""
         if self.prefix:  # `lora_gate_up_proj_A` of a bare parameter: a module may have several
             tensor = f"lora_{self.prefix}_{tensor.removeprefix('lora_')}"
-        return tensor + self.state.suffix
+        return numbered(tensor, self.number) + self.state.suffix
 
     def tensor(self, name: str) -> Tensor:
         """One of its tensors, as it lies on the layer."""
@@ -158,6 +174,11 @@ class Site:
 
     def __post_init__(self) -> None:
         self.prefix = self.base.kind.prefix  # a field: a call asks for it
+        self.set_number(self.number)
+
+    def set_number(self, number: int) -> None:
+        self.number = number
+        self.is_named = bool(self.prefix) or number > 1  # have its tensors other names on the layer than their own?
 
     def __getstate__(self) -> dict[str, Any]:
         specs = {name: replace(spec, init="zeros") for name, spec in self.specs.items()}  # functions may not pickle
@@ -260,6 +281,14 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"memo": {}}  # a copy's base may change
+
+
+def number_sites(methods: Iterable[Method]) -> None:
+    """Tell the sites of one adapter which of its methods they are of at their weight: the first there, the second."""
+    counts: Counter[tuple[int, str]] = Counter()
+    for site in (site for method in methods for site in method.sites):
+        counts[id(site.module), site.prefix] += 1
+        site.set_number(counts[id(site.module), site.prefix])
 
 
 def sites_of(module: nn.Module) -> dict[str, Site]:

@@ -61,12 +61,15 @@ class Target:
     block: int | None = None  # 3 in model.layers.3
     experts: int = 0
     by_weight: bool = False  # reached through its weight: a bare parameter, or a layer that is read and not called
+    has_bias: bool = False  # does its output hold a bias?
+    is_diagonal: bool = False  # a norm, whose weight is a vector: its matrix is diag(w), its x the normalised input
 
     @classmethod
     def of(cls, layer: BaseLayer, stacks: Stacks | None = None) -> "Target":
         """A layer of a model with these stacks of blocks; without them, its place is that of the path alone."""
         stack, block = place(layer.path) if stacks is None else stacks.place(layer.path)
-        return cls(layer.path, layer.d_in, layer.d_out, layer.describe(), stack, block, layer.experts, layer.by_weight)
+        sizes = layer.d_in, layer.d_out, layer.describe(), stack, block, layer.experts, layer.by_weight
+        return cls(layer.path, *sizes, not layer.is_block and layer.bias is not None, layer.kind.category == "norm")
 
     def on(self, layer: BaseLayer) -> "Target":
         """The target of the same module as a layer of another kind."""
@@ -162,6 +165,8 @@ def block_layers(model: nn.Module, modules: Modules, stacks: Stacks) -> dict[str
 
 def _is_wanted(layer: BaseLayer, cfg: BaseConfig) -> bool:
     """Is it of a kind that the config asks for, or the block of experts, whose output is adapted?"""
+    if cfg.NEEDS_BIAS and layer.bias is None:
+        return False
     if not layer.by_weight:
         return layer.experts > 0 or layer.kind.category in cfg.kinds
     # A module's bare parameters may be an adapter's: one attached before must not become a target.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, VariantError, brief
@@ -91,28 +92,52 @@ _FILL: dict[str, Callable[[Tensor], Any]] = {
 
 
 class LowRank(NamedTuple):
-    """A change of the output y by factors A (r, d_in), B (d_out, r), s: y + B (s ⊙ A drop(x)) + shift; with a gain g
-    (d_out,) on y without its bias, y + c [(g - 1) ⊙ (y - b) + g ⊙ (B (s ⊙ A drop(x)) + shift)]."""
+    """A change of the output y by factors A (r, d_in), B (d_out, r), s: y + B (s ⊙ A drop(x)); with a gain g (d_out,)
+    on y without its bias, y + c [(g - 1) ⊙ (y - b) + g ⊙ B (s ⊙ A drop(x))].
 
-    a: Tensor
+    For A, None stands for the identity, so that B is ΔW itself; a table (r,) of indices, in order, for the rows of the
+    identity at these: a change at some input channels alone, such as some tokens of an embedding.
+    """
+
+    a: Tensor | None
     b: Tensor
     s: float | Tensor
     dropout: float = 0.0  # on x; 0 outside of training
     gain: Tensor | None = None
     c: float | Tensor = 1.0
-    shift: Tensor | None = None  # (d_out,), at the scale; a constant, which no weight holds
+    shift: Tensor | None = None  # (d_out,), or (groups, d_out per group), added to the output whatever x is
 
     @property
-    def mT(self) -> "LowRank | None":  # noqa: N802  as torch calls it
-        """The change of x W', where W' is the transpose; a gain or a shift is of outputs, the inputs then: None."""
-        is_pair = self.gain is None and self.shift is None
-        return LowRank(self.b.mT, self.a.mT, self.s, self.dropout) if is_pair else None
+    def is_dense(self) -> bool:
+        """Are both factors matrices of numbers?"""
+        return self.a is not None and self.a.is_floating_point()
+
+    def branch(self, x: Tensor) -> Tensor:
+        """B (s ⊙ A drop(x)), (*b, d_out)."""
+        h, a = F.dropout(x, self.dropout), self.a
+        if a is not None:
+            h = F.linear(h, a.to(x.dtype)) if self.is_dense else h.index_select(-1, a)  # (*b, r)
+        return F.linear(h * self.s, self.b.to(x.dtype))
+
+    def of_rows(self, y: Tensor, d_in: int) -> Tensor:
+        """Aᵀ (s ⊙ Bᵀ drop(y)), (*b, d_in): the change of a product with the transpose."""
+        h, a = (F.dropout(y, self.dropout) @ self.b.to(y.dtype)) * self.s, self.a  # (*b, r)
+        if a is None:
+            return h
+        return h @ a.to(h.dtype) if self.is_dense else h.new_zeros(*h.shape[:-1], d_in).index_add(-1, a, h)
+
+    def delta(self, d_in: int, dtype: torch.dtype) -> Tensor:
+        """B (s ⊙ A), (d_out, d_in)."""
+        b, a = (self.b * self.s).to(dtype), self.a  # (d_out, r)
+        if a is None:
+            return b
+        return b @ a.to(dtype) if self.is_dense else b.new_zeros(len(b), d_in).index_add(1, a, b)
 
     def added(self, y: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
         """The new output, for branch = B (s ⊙ A drop(x)) of the shape of y (*b, d_out)."""
-        branch = (branch if self.shift is None else branch + self.shift).to(y.dtype)  # factors may be wider than y
+        branch = branch.to(y.dtype)  # factors may be wider than the activations
         if self.gain is None:
-            return y + branch
+            return y + branch if self.shift is None else y + branch + self.shift.flatten().to(y.dtype)
         wx = y if bias is None else y - bias
         return y + self.c * ((self.gain - 1).to(y.dtype) * wx + self.gain.to(y.dtype) * branch)
 
@@ -155,6 +180,12 @@ class Variant:
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
         """The tensors at a layer (d_out, d_in), by a name that starts with `lora_`."""
         raise NotImplementedError
+
+    @classmethod
+    def layer_specs(cls, target: Target, cfg: Any) -> dict[str, ParamSpec]:
+        """As `param_specs`, of a layer of which more is known than its size: `target.has_bias`, and
+        `target.is_diagonal` of a norm, whose weight is a vector. A method declares one of the two."""
+        return cls.param_specs(target.d_in, target.d_out, cfg)
 
     @staticmethod
     def shared_specs(targets: Sequence[Target], cfg: Any) -> dict[str, ParamSpec]:
@@ -202,6 +233,7 @@ class Variant:
 REGISTRY: dict[str, type[Variant]] = {}  # every registered variant, by name
 
 _USES = ("unused", "read", "dense")
+_SPECS = ("param_specs", "layer_specs")
 V = TypeVar("V", bound=type[Any])
 
 
@@ -211,7 +243,9 @@ def register(cls: V) -> V:
     Raises:
         VariantError: for a class that lacks a part of the contract, or a name that is taken.
     """
-    missing = [part for part in ("name", "param_specs") if getattr(cls, part, None) in (None, Variant.param_specs)]
+    missing = [] if getattr(cls, "name", None) else ["name"]
+    if not any(part in vars(base) for base in cls.__mro__ if base is not Variant for part in _SPECS):
+        missing.append("param_specs")
     if not (getattr(cls, "forward", None) or getattr(cls, "forward_input", None)):
         missing.append("forward or forward_input")
     if missing:

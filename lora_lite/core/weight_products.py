@@ -71,8 +71,7 @@ def _linear(inputs: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor |
         return _rows(weight, inputs, lambda x: F.linear(x, plain))
 
     def branch(factors: LowRank) -> Tensor:
-        x = F.dropout(inputs, factors.dropout)
-        return F.linear(F.linear(x, factors.a.to(x.dtype)) * factors.s, factors.b.to(x.dtype))
+        return factors.of_rows(inputs, len(plain)) if weight.is_flipped else factors.branch(inputs)
 
     result = _channelwise(weight, F.linear(inputs, plain, bias), bias, branch, False, weight.is_flipped)
     if result is not None or weight.is_flipped:  # flipped: a head that is tied to an adapted embedding
@@ -140,8 +139,8 @@ def _channelwise(
     """
     views = [use.view(y.dtype, weight.experts, bias) for use in weight.uses]
     forms = [use.factors(view) for use, view in zip(weight.uses, views, strict=True)]
-    if is_mirrored:
-        forms, shows_bias = [form and form.mT for form in forms], False
+    if is_mirrored:  # a gain or a shift is of outputs, which are the inputs then
+        forms, shows_bias = [f if f and f.gain is None and f.shift is None else None for f in forms], False
     if not all(form or (shows_bias and _acts_on_y(use)) for form, use in zip(forms, weight.uses, strict=True)):
         return None
     for view, factors in zip(views, forms, strict=True):
@@ -163,6 +162,10 @@ def _convolution(function: Any, x: Tensor, weight: Any, bias: Any = None, *args:
     def branch(factors: LowRank) -> Tensor:
         rows = x if x.ndim == spatial + 2 else x[None]  # (n, i, *l)
         rows = F.dropout(rows, factors.dropout)
+        if factors.a is None:  # B is ΔW
+            kernel = (factors.b * factors.s).to(x.dtype).reshape(weight.plain.shape)
+            out = function(rows, kernel, None, stride, padding, dilation, groups)
+            return (out if x.ndim == spatial + 2 else out[0]).movedim(-1 - spatial, -1)
         by_group = factors.a.ndim == 3  # PEFT's: (g, r, i k) and (g, o / g, r)
         a, b = (factor.to(x.dtype).flatten(0, factor.ndim - 2) for factor in (factors.a, factors.b))
         a = a.unflatten(1, (-1, *weight.plain.shape[2:]))  # (r, i / g, *k), or (g r, i, *k)
@@ -187,6 +190,12 @@ def _lookup(ids: Tensor, weight: Any, padding_idx: int | None = None, *args: Any
         return None
 
     def branch(factors: LowRank) -> Tensor:
+        if factors.a is None:  # B is ΔW
+            return F.embedding(ids, factors.b.mT, padding_idx) * factors.s
+        if not factors.is_dense:
+            places = torch.searchsorted(factors.a, ids).clamp(max=len(factors.a) - 1)  # (*b)
+            has_change = (factors.a[places] == ids)[..., None]
+            return F.embedding(places, factors.b.mT) * has_change * factors.s
         h = F.embedding(ids, factors.a.mT, padding_idx)  # (*b, r); the padding's column of A gets no gradient
         return (h * factors.s) @ factors.b.mT  # (*b, d)
 

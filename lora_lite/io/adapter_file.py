@@ -7,6 +7,10 @@ any name. Metadata key `lora_lite`, JSON:
      quantization: null | {method, quant_type, blocksize, double_quant, compute_dtype, weight_dtype, modules},
      fingerprint}, "library": version}
 
+Of an adapter of several methods the format is 2, and "methods" is a list of objects with "variant", "config", "targets"
+and "per_layer", in the place of these fields. Where a path is in several, the second's tensors are `<path>.lora_2_A`.
+"biased" and "diagonal" list the targets with a bias, and the norms, for methods whose tensors depend on that.
+
 "scale" is the adapter's coefficient c; a file without it has 1. "never_ran" lists the targets that no forward had
 called when it was saved, although one had called others: a merge on disk refuses them. "on" holds a digest of each
 history that it was trained on top of. "per_layer", where the config differs by layer, holds {path: {field: value}} as
@@ -14,17 +18,20 @@ attach resolved it: a load runs no regex of a file. "steps", in a file for a res
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..base.fingerprint import BaseRecord
+from ..core.attach import make_shared
 from ..core.config import BaseConfig
-from ..core.names import file_key
-from ..core.shared import PLACE
+from ..core.names import file_key, numbered
+from ..core.shared import Shared
+from ..core.state import Tensors
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import ParamSpec, lookup
@@ -33,8 +40,33 @@ from ..version import __version__
 from .safetensors import Header, check_names, check_numbers, parse_json, read_header
 
 FORMAT = 1
+SEVERAL = 2  # the format of an adapter of several methods
 METADATA = "lora_lite"
 DIGEST = 16  # characters
+MOST_METHODS = 64
+
+LayerSpecs = Mapping[str, tuple[Target, Mapping[str, ParamSpec]]]
+"""The layers of a method by their paths in a file, in its order, with the ParamSpecs there by the tensors' names."""
+
+
+@dataclass(frozen=True)
+class FileMethod:
+    """One method of an adapter in a file."""
+
+    cfg: BaseConfig
+    targets: dict[str, tuple[int, int]]  # path -> (d_in, d_out)
+    per_layer: dict[str, dict[str, Any]]  # path -> the config fields that differ there
+    biased: frozenset[str] = frozenset()  # those with a bias, and
+    diagonal: frozenset[str] = frozenset()  # the norms, where the method's tensors depend on it
+
+    def cfg_at(self, path: str) -> BaseConfig:
+        """The config at a layer."""
+        return self.cfg.with_overrides(self.per_layer.get(path, {}))
+
+    def as_in_file(self, target: Target) -> Target:
+        """The target with what the file says of it, where no model does."""
+        has_bias, is_diagonal = target.path in self.biased, target.path in self.diagonal
+        return replace(target, has_bias=has_bias or target.has_bias, is_diagonal=is_diagonal or target.is_diagonal)
 
 
 @dataclass(frozen=True)
@@ -42,10 +74,8 @@ class AdapterFile:
     """A validated adapter file: nothing in it has been matched to a model yet, and no tensor read."""
 
     header: Header
-    cfg: BaseConfig
+    methods: list[FileMethod]
     scale: float
-    targets: dict[str, tuple[int, int]]  # path -> (d_in, d_out)
-    per_layer: dict[str, dict[str, Any]]  # path -> the config fields that differ there
     base: BaseRecord
     on: list[str]  # digests of the histories that it was on top of when it was saved
     never_ran: list[str]  # targets whose layers no forward had called then, although one had called others
@@ -55,14 +85,44 @@ class AdapterFile:
     def path(self) -> Path:
         return self.header.path
 
-    def specs(self, targets: Sequence[Target], at_layers: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
-        """The ParamSpec of each tensor that the file should have, by its key: those at layers, which are given, and
-        those that the adapter has once. What only a resume needs may be missing, and what is made again.
+    @property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of each layer that a method is on."""
+        return {path: sizes for method in self.methods for path, sizes in method.targets.items()}
 
-        targets     all its layers, in the file's order
+    def specs(self, layers: Sequence[LayerSpecs]) -> dict[str, ParamSpec]:
+        """The ParamSpec of each tensor that the file should have, by its key, for the layers of each method.
+
+        What only a resume needs may be missing, and what is made again.
         """
-        shared = {file_key(PLACE, t): s for t, s in lookup(self.cfg.variant).shared_specs(targets, self.cfg).items()}
-        return {k: s for k, s in {**at_layers, **shared}.items() if s.saved == "always" or k in self.header.entries}
+        specs: dict[str, ParamSpec] = {}
+        for keys, at_layers in zip(self.keys(layers), layers, strict=True):
+            specs |= {keys[path, name]: spec for path, (_, known) in at_layers.items() for name, spec in known.items()}
+        for shared in self.shared(layers):
+            specs |= {shared.key(name): spec for name, spec in shared.specs.items()} if shared is not None else {}
+        return {key: s for key, s in specs.items() if s.saved == "always" or key in self.header.entries}
+
+    def keys(self, layers: Sequence[LayerSpecs]) -> list[dict[tuple[str, str], str]]:
+        """For each method the key of its tensors at layers, by the layer's path and the tensor's name."""
+        counts: Counter[str] = Counter()
+        result = []
+        for at_layers in layers:
+            counts.update(at_layers.keys())
+            named = ((path, name) for path, (_, known) in at_layers.items() for name in known)
+            result.append({(path, name): file_key(path, numbered(name, counts[path])) for path, name in named})
+        return result
+
+    def shared(self, layers: Sequence[LayerSpecs], tensors: Tensors | None = None) -> list[Shared | None]:
+        """For each method the tensors that it has once, with the file's values if they are given; None where it has
+        none."""
+        result: list[Shared | None] = []
+        for method, at_layers in zip(self.methods, layers, strict=True):
+            specs = lookup(method.cfg.variant).shared_specs([target for target, _ in at_layers.values()], method.cfg)
+            shared = Shared(specs, 1 + sum(other is not None for other in result)) if specs else None
+            if shared is not None and tensors is not None:
+                shared = make_shared(specs, method.cfg, tensors, number=shared.number)
+            result.append(shared)
+        return result
 
     def tensors(self, specs: Mapping[str, ParamSpec]) -> dict[str, Tensor]:
         """All tensors, once their shapes have been found right.
@@ -88,30 +148,47 @@ def read_file(path: str | os.PathLike[str]) -> AdapterFile:
 def checked(header: Header) -> AdapterFile:
     """The file with this header, its metadata found to be of the format. Raises as `read_file`."""
     path, meta = header.path, _metadata(header)
-    if not isinstance(meta["variant"], str):
-        raise CheckpointError(f"{path}: its metadata names the variant {brief(meta['variant'])}; wanted a string")
     scale, steps = meta.get("scale", 1.0), meta.get("steps")
     if not is_number(scale) or not (steps is None or (type(steps) is int and steps >= 0)):
         problem = f"the scale {brief(scale)} and {brief(steps)} steps; wanted a finite number, and a count"
         raise CheckpointError(f"{path}: its metadata names {problem}")
-    variant = lookup(meta["variant"])
-    try:
-        cfg = variant.config.from_dict(meta["config"])
-        if cfg.variant != meta["variant"]:
-            raise CheckpointError(f"a config of {brief(cfg.variant)!r}, and the variant {meta['variant']!r}")
-        targets = _targets(meta["targets"])
-        per_layer = _per_layer(meta.get("per_layer", {}), cfg, targets)
-    except (LoraLiteError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its metadata has a bad config or targets: {brief(error, 600)}") from error
+    methods = [_method(path, entry) for entry in (meta["methods"] if meta["format"] == SEVERAL else [meta])]
+    targets = {path for method in methods for path in method.targets}
     base = BaseRecord.from_json(meta["base"], targets)
-    if not targets or base is None:
+    if base is None:
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
     on, never_ran = meta.get("on", []), meta.get("never_ran", [])
     if not (isinstance(on, list) and all(isinstance(digest, str) and len(digest) == DIGEST for digest in on)):
         raise CheckpointError(f'{path}: its metadata has "on": {brief(on)}; wanted digests of histories')
-    if not (isinstance(never_ran, list) and all(isinstance(target, str) and target in targets for target in never_ran)):
+    if not _are_targets(never_ran, targets):
         raise CheckpointError(f'{path}: its metadata has "never_ran": {brief(never_ran)}; wanted some of its targets')
-    return AdapterFile(header, cfg, float(scale), targets, per_layer, base, on, never_ran, steps)
+    return AdapterFile(header, methods, float(scale), base, on, never_ran, steps)
+
+
+def _method(path: Path, entry: Mapping[str, Any]) -> FileMethod:
+    """Raises as `read_file`."""
+    if not isinstance(entry["variant"], str):
+        raise CheckpointError(f"{path}: its metadata names the variant {brief(entry['variant'])}; wanted a string")
+    variant = lookup(entry["variant"])
+    try:
+        cfg = variant.config.from_dict(entry["config"])
+        if cfg.variant != entry["variant"]:
+            raise CheckpointError(f"a config of {brief(cfg.variant)!r}, and the variant {entry['variant']!r}")
+        targets = _targets(entry["targets"])
+        per_layer = _per_layer(entry.get("per_layer", {}), cfg, targets)
+    except (LoraLiteError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata has a bad config or targets: {brief(error, 600)}") from error
+    if not targets:
+        raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
+    biased, diagonal = (entry.get(field, []) for field in ("biased", "diagonal"))
+    for field in (biased, diagonal):
+        if not _are_targets(field, targets):
+            raise CheckpointError(f"{path}: its metadata names {brief(field)}; wanted some of its targets")
+    return FileMethod(cfg, targets, per_layer, frozenset(biased), frozenset(diagonal))
+
+
+def _are_targets(paths: Any, targets: Container[str]) -> bool:
+    return isinstance(paths, list) and all(isinstance(path, str) and path in targets for path in paths)
 
 
 def _metadata(header: Header) -> dict[str, Any]:
@@ -124,13 +201,17 @@ def _metadata(header: Header) -> dict[str, Any]:
         )
     meta = parse_json(metadata[METADATA], f"{path}: its lora_lite metadata")
     number = meta.get("format")
-    if type(number) is not int or number != FORMAT:  # in JSON, true and 1.0 would equal 1
+    if type(number) is not int or number not in (FORMAT, SEVERAL):  # in JSON, true and 1.0 would equal 1
         raise CheckpointError(
-            f"{path} has format {brief(repr(number))}, and lora_lite {__version__} reads format {FORMAT}\n"
+            f"{path} has format {brief(repr(number))}, and lora_lite {__version__} reads {FORMAT} and {SEVERAL}\n"
             f"  read it with the version that wrote it: {brief(meta.get('library'))}"
         )
-    missing = {"variant", "config", "targets", "base"} - meta.keys()
-    if missing:
+    entries: Any = meta.get("methods") if number == SEVERAL else [meta]
+    are_objects = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    if not (are_objects and 0 < len(entries) <= MOST_METHODS):
+        raise CheckpointError(f'{path}: its metadata has "methods": {brief(entries)}; wanted a list of objects')
+    missing = {key for entry in entries for key in {"variant", "config", "targets"} - entry.keys()}
+    if missing := missing | ({"base"} - meta.keys()):
         raise CheckpointError(f"{path}: its lora_lite metadata lacks {sorted(missing)}")
     return meta
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from ..base.layer import on_all_channels
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import installed
 from ..core.config import BaseConfig, to_json
-from ..core.names import check_shapes, file_key
+from ..core.names import check_shapes
 from ..core.ran import uncalled
 from ..core.resolve import attachable, make_sites
-from ..core.state import Site
-from ..core.variant import ParamSpec, lookup
+from ..core.state import Method, Site, number_sites
+from ..core.variant import ParamSpec, Variant, lookup
 from ..errors import CheckpointError, ConfigError, brief
 from ..version import __version__
-from .adapter_file import DIGEST, FORMAT, METADATA, AdapterFile, checked, read_file
+from .adapter_file import DIGEST, FORMAT, METADATA, SEVERAL, AdapterFile, FileMethod, checked, read_file
 from .keys import layers_of, resolve
 from .peft.folder import DIFFUSERS_SETTINGS
 from .peft.load import load_peft
@@ -101,22 +101,25 @@ def load(
         raise ConfigError(f"{header.path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
 
     file = checked(header)
-    sites = _sites(root, file)
-    specs, names = _specs(file, sites)
+    by_path = [_sites(root, file, method) for method in file.methods]
+    methods = [Method(m.cfg, list(sites.values())) for m, sites in zip(file.methods, by_path, strict=True)]
+    number_sites(methods)
+    specs, names = _specs(file, by_path)
     check_shapes(file.header.entries, specs, str(file.path))  # no tensor has been read so far
     tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
-    with installed(root, file.cfg, name, list(sites.values()), tensors, file.scale) as adapter:
-        recorded = file.base.renamed({in_file: site.path for in_file, site in sites.items()})
+    places = {in_file: site.path for sites in by_path for in_file, site in sites.items()}
+    with installed(root, methods, name, tensors, file.scale) as adapter:
+        recorded = file.base.renamed(places)
         if not same_base(recorded, adapter.base_record):
-            reads = any(site.base_weight != "unused" for site in sites.values())
+            reads = any(site.base_weight != "unused" for site in adapter.sites())
             message = other_base(str(file.path), recorded, adapter.base_record)
             tell_other_base(message, adapter.variant, reads, verify_base)
             if reads:  # the values belong to the recorded base, so a later save must name that
                 adapter.set_base_record(recorded)
         if file.steps:
             adapter.steps = file.steps
-        for in_file in file.never_ran:
-            sites[in_file].never_ran = True
+        for site in [site for sites in by_path for in_file, site in sites.items() if in_file in file.never_ran]:
+            site.never_ran = True
     if file.on != _digests_of_first(root, name):
         logger.warning(_other_histories(file))
     logger.info(f"loaded {adapter} from {path}")
@@ -135,14 +138,12 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     """
     file, adapter = read_file(path), get_adapter(model, name)
     mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
-    stored, live = file.cfg.to_dict(), adapter.config.to_dict()
-    # The filters have done their work, and values are cast to the live dtype. per_layer counts as it was resolved.
-    for field in (*file.cfg.FILTERS, "dtype", "per_layer"):
-        stored.pop(field, None)
-    differ = {field: (value, live.get(field)) for field, value in stored.items() if value != live.get(field)}
-    per_layer = {mapping[in_file]: overrides for in_file, overrides in file.per_layer.items()}
-    if per_layer != adapter.per_layer:
-        differ["per_layer"] = per_layer, adapter.per_layer
+    differ: dict[str, Any] = {}
+    methods = list(zip(file.methods, adapter.methods, strict=len(file.methods) == len(adapter.methods)))
+    if len(file.methods) != len(adapter.methods):
+        differ["methods"] = [method.cfg.variant for method in file.methods], adapter.variant.split(" + ")
+    for in_file, live in methods:
+        differ |= _differing(in_file, live, mapping)
     if differ:
         raise CheckpointError(
             f"{file.path} and adapter {name!r} are not of one config\n  (file, adapter): {brief(differ, 600)}\n"
@@ -156,12 +157,15 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
         )
     if file.on != _digests_of_first(model, name):
         raise CheckpointError(_other_histories(file))
-    sites = {site.path: site for site in adapter.sites()}
-    specs, keys = _specs(file, {old: sites[new] for old, new in mapping.items()})
+    by_path = [{site.path: site for site in live.sites} for _, live in methods]
+    if any({mapping[path] for path in m.targets} != at.keys() for (m, _), at in zip(methods, by_path, strict=True)):
+        raise CheckpointError(f"{file.path} and adapter {name!r} are not on the same layers\n  use lora_lite.load")
+    in_file_order = [{p: at[mapping[p]] for p in m.targets} for (m, _), at in zip(methods, by_path, strict=True)]
+    specs, keys = _specs(file, in_file_order)
     shapes = adapter.shapes()
     check_shapes(file.header.entries, {in_file: shapes[keys[in_file]] for in_file in specs}, str(file.path))
-    live = adapter.state_dict()  # what the file leaves to a resume stays as it is
-    adapter.load_state_dict(live | {keys[key]: tensor for key, tensor in file.tensors(specs).items()})
+    state = adapter.state_dict()  # what the file leaves to a resume stays as it is
+    adapter.load_state_dict(state | {keys[key]: tensor for key, tensor in file.tensors(specs).items()})
     adapter.scale = file.scale
     if file.steps is not None:
         adapter.steps = file.steps
@@ -169,29 +173,53 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     return adapter
 
 
+def _differing(in_file: FileMethod, live: Method, mapping: Mapping[str, str]) -> dict[str, Any]:
+    """The settings in which a file's method isn't the attached one, with both values."""
+    stored, attached = in_file.cfg.to_dict(), live.cfg.to_dict()
+    # The filters have done their work, and values are cast to the live dtype. per_layer counts as it was resolved.
+    for field in (*in_file.cfg.FILTERS, "dtype", "per_layer"):
+        stored.pop(field, None)
+    differ = {field: (value, attached.get(field)) for field, value in stored.items() if value != attached.get(field)}
+    per_layer = {mapping[path]: overrides for path, overrides in in_file.per_layer.items()}
+    overrides = {site.path: dict(site.overrides) for site in live.sites if site.overrides}
+    return differ if per_layer == overrides else differ | {"per_layer": (per_layer, overrides)}
+
+
 def _metadata(model: nn.Module, adapter: Adapter, digests: list[str], resume: bool) -> dict[str, Any]:
     """The JSON of an adapter's file, in the format of adapter_file.py; what is empty is left out."""
     never = set() if all(site.ran for site in adapter.sites()) else uncalled(model) & adapter.targets.keys()
-    optional: dict[str, Any] = {"per_layer": to_json(adapter.per_layer), "on": digests, "never_ran": sorted(never)}
+    optional: dict[str, Any] = {"on": digests, "never_ran": sorted(never)}
+    methods = [_method_metadata(method) for method in adapter.methods]
     if resume:
         optional["steps"] = adapter.steps
     return {
-        "format": FORMAT,
-        "variant": adapter.variant,
-        "config": adapter.config.to_dict(),
+        "format": FORMAT if len(methods) == 1 else SEVERAL,
+        **(methods[0] if len(methods) == 1 else {"methods": methods}),
         "scale": adapter.scale,
-        "targets": adapter.targets,
         "base": adapter.base,
         "library": __version__,
     } | {key: value for key, value in optional.items() if value or key == "steps"}
 
 
+def _method_metadata(method: Method) -> dict[str, Any]:
+    variant, targets = lookup(method.cfg.variant), [site.target for site in method.sites]
+    optional: dict[str, Any] = {"per_layer": {s.path: to_json(s.overrides) for s in method.sites if s.overrides}}
+    if variant.layer_specs is not Variant.layer_specs:
+        optional["biased"] = [target.path for target in targets if target.has_bias]
+        optional["diagonal"] = [target.path for target in targets if target.is_diagonal]
+    return {
+        "variant": method.cfg.variant,
+        "config": method.cfg.to_dict(),
+        "targets": {target.path: (target.d_in, target.d_out) for target in targets},
+    } | {key: value for key, value in optional.items() if value}
+
+
 def _digests_of_first(model: nn.Module, name: str) -> list[str]:
     """A digest of each adapter that comes before all others, other than this one: its config, scale and tensors."""
-    if lookup(get_adapter(model, name).variant).leads:
+    if get_adapter(model, name).leads:
         return []
     digests = []
-    for adapter in (other for other in adapters(model).values() if lookup(other.variant).leads):
+    for adapter in (other for other in adapters(model).values() if other.leads):
         settings = [adapter.config.to_dict(), to_json(adapter.per_layer), adapter.scale]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for key, tensor in adapter.state_dict().items():
@@ -230,13 +258,13 @@ def _first_process(path: Path, together: bool) -> Iterator[bool]:
         raise CheckpointError(f"{path} was not written: {outcome[0]}\n  the first process writes for all") from error
 
 
-def _sites(root: nn.Module, file: AdapterFile) -> dict[str, Site]:
-    """A site for each path of the file; CheckpointError unless their sizes fit the model's."""
-    targets, layers = layers_of(root, file.path, file.targets, file.cfg.kinds)
+def _sites(root: nn.Module, file: AdapterFile, method: FileMethod) -> dict[str, Site]:
+    """A site for each path of a file's method; CheckpointError unless their sizes fit the model's."""
+    targets, layers = layers_of(root, file.path, method.targets, method.cfg.kinds)
     for in_file, target in targets.items():
-        if file.targets[in_file] != (target.d_in, target.d_out):
-            size, live_size = file.targets[in_file], (target.d_in, target.d_out)
-            whole = on_all_channels(layers[target]) if file.cfg.variant == "lora" else None
+        if method.targets[in_file] != (target.d_in, target.d_out):
+            size, live_size = method.targets[in_file], (target.d_in, target.d_out)
+            whole = on_all_channels(layers[target]) if method.cfg.variant == "lora" else None
             if whole is None or (whole.d_in, whole.d_out) != size:
                 raise CheckpointError(
                     f"{file.path}: {in_file} was saved from a layer with (d_in, d_out) = {size}, and {target.path} of "
@@ -244,16 +272,18 @@ def _sites(root: nn.Module, file: AdapterFile) -> dict[str, Site]:
                 )
             targets[in_file] = target.on(whole)
             layers = {targets[in_file] if t is target else t: whole if t is target else v for t, v in layers.items()}
-    overrides = {targets[path].path: fields for path, fields in file.per_layer.items()}
-    return dict(zip(targets, make_sites(layers, file.cfg, overrides), strict=True))
+    overrides = {targets[path].path: fields for path, fields in method.per_layer.items()}
+    return dict(zip(targets, make_sites(layers, method.cfg, overrides), strict=True))
 
 
-def _specs(file: AdapterFile, sites: Mapping[str, Site]) -> tuple[dict[str, ParamSpec], dict[str, str]]:
+def _specs(file: AdapterFile, by_path: Sequence[Mapping[str, Site]]) -> tuple[dict[str, ParamSpec], dict[str, str]]:
     """The ParamSpec of each tensor that the file should have, and its key in the model, by its key in the file.
 
-    sites   by their paths in the file, in its order
+    by_path     for each method its sites, by their paths in the file, in its order
     """
-    names = {file_key(path, name): site.key(name) for path, site in sites.items() for name in site.specs}
-    at_layers = {file_key(path, name): spec for path, site in sites.items() for name, spec in site.specs.items()}
-    specs = file.specs([site.target for site in sites.values()], at_layers)
+    layers = [{path: (site.target, site.specs) for path, site in sites.items()} for sites in by_path]
+    names: dict[str, str] = {}
+    for keys, sites in zip(file.keys(layers), by_path, strict=True):
+        names |= {keys[path, tensor]: site.key(tensor) for path, site in sites.items() for tensor in site.specs}
+    specs = file.specs(layers)
     return specs, {key: names.get(key, key) for key in specs}

@@ -29,7 +29,7 @@ from ..core.config import BaseConfig
 from ..core.names import check_shapes, file_key
 from ..core.resolve import checked_config, make_sites, overrides_at, specs_at
 from ..core.shared import PLACE, Shared
-from ..core.state import Site
+from ..core.state import Method, Site
 from ..core.targets import Target
 from ..core.variant import REGISTRY, ParamSpec, config_for, lookup
 from ..dtypes import dtype_name
@@ -81,7 +81,7 @@ def load_raw(
     check_numbers(stored, str(path), "save the adapter again", specs)
     tensors = {site.key(tensor): stored[key] for p, site in sites.items() for tensor, key in keys[p].items()}
     tensors |= {file_key(PLACE, tensor): stored[key] for tensor, key in shared.items()}
-    with installed(root, cfg, name, list(sites.values()), tensors) as adapter:
+    with installed(root, [Method(cfg, list(sites.values()))], name, tensors) as adapter:
         comparison = _compared(root, raw, {mapping[plain]: key for plain, key in raw.base.items()}, live)
         _check_base(raw, adapter, comparison, verify_base)
     others = [f"adapter {other!r} ({sum(map(len, rest.values()))})" for other, rest in raw.layers.items()]

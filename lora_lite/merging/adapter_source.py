@@ -1,6 +1,6 @@
 """An adapter on disk as a merge reads it, layer by layer: a file of this library, or a folder of PEFT."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +10,14 @@ from torch import Tensor
 from ..base.fingerprint import BaseRecord
 from ..base.kinds import BLOCK
 from ..base.layer import find_layers, on_all_channels
-from ..core.attach import shared_of
+from ..core.attach import make_shared
 from ..core.config import BaseConfig
-from ..core.names import check_shapes, file_key
+from ..core.names import check_shapes
 from ..core.resolve import specs_at
 from ..core.shared import Shared
 from ..core.state import Site
-from ..core.variant import ParamSpec
+from ..core.targets import Target
+from ..core.variant import ParamSpec, lookup
 from ..errors import CheckpointError
 from ..io.adapter_file import AdapterFile, read_file
 from ..io.peft import forms
@@ -36,7 +37,8 @@ class AdapterTensors(NamedTuple):
     at: Callable[[str, Site], dict[str, Tensor]]
     """By name, at the layer of this path in the file, for a site that stands for it: some of PEFT's are relative to the
     layer's weight."""
-    shared: Shared | None = None  # those that the adapter has once
+    shared: Callable[[str, int], Shared | None] = lambda path, number: None
+    """Those that the method has once which is the `number`-th at this path."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class AdapterSource:
     base: BaseRecord | None  # a PEFT folder has none
     copies: Mapping[str, str]  # `<path>.weight` of a base tensor that the file holds too -> its key there
 
-    configs: Callable[[Locations, Path], dict[str, BaseConfig]]
-    """The config at each layer of a base's folder; CheckpointError unless each has its size and its tensors."""
+    configs: Callable[[Locations, Path], dict[str, list[BaseConfig]]]
+    """The config of each method at each layer of a base's folder; CheckpointError unless the layer has its size and its
+    tensors."""
 
     read: Callable[[Locations], AdapterTensors]
     """Read all tensors. CheckpointError for a NaN or an infinity."""
@@ -68,7 +71,8 @@ def open_adapter(path: Path, model: Any) -> AdapterSource:
     """
     if not path.is_dir():
         file = read_file(path)
-        if model is None and "embedding" in file.cfg.kinds:  # by its shape alone it is taken for a linear layer
+        # By its shape alone it is taken for a linear layer.
+        if model is None and any("embedding" in method.cfg.kinds for method in file.methods):
             raise CheckpointError(f"{path}: an adapter on an embedding needs the config.json of the base model")
         return _of_file(file)
     modules = {} if model is None else dict(model.named_modules())
@@ -80,39 +84,58 @@ def open_adapter(path: Path, model: Any) -> AdapterSource:
 
 
 def _of_file(file: AdapterFile) -> AdapterSource:
-    if file.cfg.on_blocks:
+    if any(method.cfg.on_blocks for method in file.methods):
         raise CheckpointError(f"{file.path}: {BLOCK.no_weight}")
+    layers: list[dict[str, tuple[Target, Mapping[str, ParamSpec]]]] = []
 
     def read(locations: Locations) -> AdapterTensors:
-        tensors = file.tensors(specs)
-        shared = shared_of(file.cfg, [location.target for location in locations.values()], tensors)
-        return AdapterTensors(
-            lambda path, site: {t: tensors[key] for t in site.specs if (key := file_key(path, t)) in tensors}, shared
-        )
+        tensors = file.tensors(file.specs(layers))
+        keys, places = file.keys(layers), _methods_at(layers)
+        once = file.shared(layers, tensors)
 
-    specs: dict[str, ParamSpec] = {}
+        def at(path: str, site: Site) -> dict[str, Tensor]:
+            names = keys[places[path][site.number - 1]]
+            return {name: tensors[key] for name in site.specs if (key := names[path, name]) in tensors}
 
-    def configs(locations: Locations, base: Path) -> dict[str, BaseConfig]:
-        cfgs: dict[str, BaseConfig] = {}
-        at_layers: dict[str, ParamSpec] = {}
-        for path, location in locations.items():
-            target, sizes = location.target, file.targets[path]
-            if sizes != (target.d_in, target.d_out):
-                if problem := reason_for_no_weight(location, sizes):
-                    raise CheckpointError(f"{file.path}: {path}: {problem}")
-                saved = f"{path} was saved from a layer with (d_in, d_out) = {sizes}"
-                present = f"{target.path} of {base} has {target.d_in, target.d_out}"
-                raise CheckpointError(f"{file.path}: {saved}, and {present}\n  this is another base model")
-            cfg = cfgs[path] = file.cfg.with_overrides(file.per_layer.get(path, {}))
-            if target.experts and not (target.by_weight or cfg.FUSED_EXPERTS):
-                raise CheckpointError(f"{path}: no {cfg.variant!r} on fused experts\n  this is another base model")
-            at_layers |= {file_key(path, name): spec for name, spec in specs_at(target, cfg).items()}
-        specs.update(file.specs([location.target for location in locations.values()], at_layers))
-        check_shapes(file.header.entries, specs, str(file.path))
+        return AdapterTensors(at, lambda path, number: once[places[path][number - 1]])
+
+    def configs(locations: Locations, base: Path) -> dict[str, list[BaseConfig]]:
+        cfgs: dict[str, list[BaseConfig]] = {path: [] for path in locations}
+        for method in file.methods:
+            layers.append({})
+            for path in method.targets:
+                cfg, target = method.cfg_at(path), locations[path].target
+                _check_size(file, method.targets[path], path, locations[path], base)
+                if target.experts and not (target.by_weight or cfg.FUSED_EXPERTS):
+                    raise CheckpointError(f"{path}: no {cfg.variant!r} on fused experts\n  this is another base model")
+                cfgs[path].append(cfg)
+                layers[-1][path] = target, specs_at(target, cfg)
+        check_shapes(file.header.entries, file.specs(layers), str(file.path))
         return cfgs
 
     path, header = file.path, file.header
     return AdapterSource(path, [path], header, file.targets, file.scale, file.never_ran, file.base, {}, configs, read)
+
+
+def _methods_at(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Path -> the methods that are there, by their places in the file."""
+    places: dict[str, list[int]] = {}
+    for i, at_layers in enumerate(layers):
+        for path in at_layers:
+            places.setdefault(path, []).append(i)
+    return places
+
+
+def _check_size(file: AdapterFile, sizes: tuple[int, int], path: str, location: LayerLocation, base: Path) -> None:
+    """CheckpointError for a layer of another size than the file's."""
+    target = location.target
+    if sizes == (target.d_in, target.d_out):
+        return
+    if problem := reason_for_no_weight(location, sizes):
+        raise CheckpointError(f"{file.path}: {path}: {problem}")
+    saved = f"{path} was saved from a layer with (d_in, d_out) = {sizes}"
+    present = f"{target.path} of {base} has {target.d_in, target.d_out}"
+    raise CheckpointError(f"{file.path}: {saved}, and {present}\n  this is another base model")
 
 
 def reason_for_no_weight(location: LayerLocation, sizes: tuple[int, int]) -> str:
@@ -126,16 +149,19 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
         stored = stored_tensors(folder)
         layers = {path: location.layer for path, location in locations.items()}
         targets = {path: location.target for path, location in locations.items()}
-        (part, *_), live = parts_of(folder, targets, layers), [locations[path].target for path in folder.paths]
+        (part, *_) = parts_of(folder, targets, layers)
+        specs = lookup(part.cfg.variant).shared_specs(list(targets.values()), part.cfg)
+        once = {key: stored[key].to(part.cfg.dtype) for key in folder.shared}
+        shared = make_shared(specs, part.cfg, once) if specs else None
         return AdapterTensors(
             lambda path, site: {
                 name: tensor.to(site.cfg.dtype)
                 for name, tensor in tensors_at(folder, stored, path, layers[path], site.base).items()
             },
-            shared_of(part.cfg, live, {key: stored[key].to(part.cfg.dtype) for key in folder.shared}),
+            lambda path, number: shared,
         )
 
-    def configs(locations: Locations, base: Path) -> dict[str, BaseConfig]:
+    def configs(locations: Locations, base: Path) -> dict[str, list[BaseConfig]]:
         targets = {path: location.target for path, location in locations.items()}
         layers = {path: location.layer for path, location in locations.items()}
         if fused := [target.path for target in targets.values() if target.experts and not target.by_weight]:
@@ -145,7 +171,7 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
             if problem := forms.as_peft_takes(folder, in_file, layer).kind.no_weight:
                 raise CheckpointError(f"{path}: {in_file}: {problem}")
         return {
-            in_file: part.cfg.with_overrides(part.overrides.get(target.path, {}))
+            in_file: [part.cfg.with_overrides(part.overrides.get(target.path, {}))]
             for part in parts_of(folder, targets, layers)
             for in_file, target in part.targets.items()
         }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..base.fingerprint import same_weight, tell_other_base
 from ..base.storage import DENSE, Quantization
-from ..core.effective import Affine
+from ..core.effective import Affine, in_order
 from ..core.names import file_key
 from ..core.resolve import make_stand_in
 from ..core.state import Site
@@ -103,7 +103,7 @@ class MergePlan:
             problem = f"its adapter acts on all that share the weight of {together[0]}: in {base.path} nothing does"
             raise TargetError(f"{file.path}: {problem}\n  merge it into a base whose embedding and head are tied")
         self._untied = self._untied_keys(untie)
-        self._reads = any(self._site(path).base_weight != "unused" for path in self.locations)
+        self._reads = any(s.base_weight != "unused" for path in self.locations for s in self._sites(path))
         # A few bytes of each weight: a wrong base is told before the first large tensor is read.
         self._quantization = (file.base and file.base.quantization) or Quantization("unknown", "")
         self._check_base(base_weights)
@@ -123,7 +123,7 @@ class MergePlan:
                 for name in dict.fromkeys((key, *chain(*alike))):
                     self._plan(name, ref, partial(self._merged, path, ref), partial(self._merged_rows, path, ref))
             # An adapter on each expert's matrix leaves the biases, which come after the product, as they are.
-            for ref in () if self._site(path).stacked else location.bias:
+            for ref in () if all(site.stacked for site in self._sites(path)) else location.bias:
                 self._plan(ref.key, ref, partial(self._merged_bias, path, ref), partial(self._bias_rows, path, ref))
         self.merged = len(self._planned) + len(self._rows)
         for ref in (*quantized, *map(TensorRef, base.packed)):
@@ -139,17 +139,23 @@ class MergePlan:
         # Last, as it reads the whole file; until here the sites have no tensors.
         self._tensors = file.read(self.locations)
 
-    def _site(self, path: str, load: Callable[[], Tensor] = torch.Tensor) -> Site:
-        """The adapter at one layer, on a stand-in that asks `load` for the weight."""
-        target, cfg, scale = self.locations[path].target, self._configs[path], self._file.scale
-        module = _StandIn(target.d_in, target.d_out, load)
-        site = make_stand_in(target, cfg, module, {}, scale)
-        if self._tensors is None:
-            return site
-        return make_stand_in(target, cfg, module, self._tensors.at(path, site), scale, shared=self._tensors.shared)
+    def _sites(self, path: str, load: Callable[[], Tensor] = torch.Tensor) -> list[Site]:
+        """The adapter at one layer, a site for each method, on a stand-in that asks `load` for the weight."""
+        target, scale, tensors = self.locations[path].target, self._file.scale, self._tensors
+        module, sites = _StandIn(target.d_in, target.d_out, load), []
+        for number, cfg in enumerate(self._configs[path], 1):
+            site = make_stand_in(target, cfg, module, {}, scale, number=number)
+            if tensors is not None:
+                values, shared = tensors.at(path, site), tensors.shared(path, number)
+                site = make_stand_in(target, cfg, module, values, scale, shared=shared, number=number)
+            sites.append(site)
+        return in_order(sites)
 
     def _is_together(self, path: str) -> bool:
-        return bool(self._configs[path].tied_weights == "together")
+        choices = {cfg.tied_weights for cfg in self._configs[path]}
+        if choices <= {"together", "as_base"} and "as_base" in choices:
+            return bool(self.locations[path].tied_to)
+        return choices == {"together"}
 
     def _untied_keys(self, untie: bool) -> dict[str, list[str]]:
         """Key of a tensor that several modules share -> the keys under which it is written for the others, too.
@@ -217,7 +223,8 @@ class MergePlan:
             message = f"{path} of {file.path} was trained on another weight than that in {self._base.path}"
             cure = 'use base_weights="as_trained", the folder it was trained on, or verify_base=False'
             message += f"\n  file: {file.base}"
-            tell_other_base(message, self._configs[path].variant, self._reads, self._verify, cure)
+            variants = " + ".join(cfg.variant for cfg in self._configs[path])
+            tell_other_base(message, variants, self._reads, self._verify, cure)
 
     def _plan(
         self,
@@ -258,8 +265,9 @@ class MergePlan:
     def _merged(self, path: str, ref: TensorRef) -> Iterator[Tensor]:
         """W' of a layer, or of each of its experts, as it lies on disk."""
         if (offset := self.locations[path].offset) is not None:
-            weight, site = self._read(ref, None, path), self._site(path)
-            new, _ = fold_norm([site], weight.double() + offset, None, has_bias=bool(self.locations[path].bias))  # (d,)
+            weight = self._read(ref, None, path)
+            has_bias = bool(self.locations[path].bias)
+            new, _ = fold_norm(self._sites(path), weight.double() + offset, None, has_bias)  # (d,)
             yield check_fits(path, (new - offset).to(weight.dtype))
             return
         experts = self.locations[path].target.experts if ref.expert is None else 0  # those that the tensor stacks
@@ -298,21 +306,22 @@ class MergePlan:
     def _fold(self, path: str, ref: TensorRef, weight: Float[Tensor, "o i"], expert: int | None) -> Tensor:
         location = self.locations[path]
         # A view asks for its expert's matrix: whichever that is, it gets this one.
-        site = self._site(path, lambda: weight if expert is None else weight.expand(expert + 1, *weight.shape))
-        affine = Affine([site], torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
+        sites = self._sites(path, lambda: weight if expert is None else weight.expand(expert + 1, *weight.shape))
+        module = sites[0].module
+        affine = Affine(sites, torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
         fused = location.target.experts
         if (fused or not location.bias) and affine.bias(None, lambda: weight) is not None:
-            problem = f"{location.target.path}: {site.cfg.variant!r} adds a constant there"
+            problem = f"{location.target.path}: {' + '.join(s.cfg.variant for s in sites)} adds a constant there"
             why, cure = "this model has no bias to hold it", "keep the adapter, or merge in memory"
             if fused:  # elsewhere from_pretrained would drop a new bias in silence
                 why, cure = "an expert's bias would be weighted as its output is", "keep the adapter"
             raise CheckpointError(f"{problem}, and {why}\n  {cure}")
-        reads = site.module.reads
+        reads = module.reads
         affine.prepare()
         dtype = DTYPES[self._base.dtype(ref.key)]
         # Where a column of W' needs that column of W alone, and nobody reads W again, the result takes W's own memory.
-        in_place = affine.is_columnwise() and site.module.reads == reads and weight.dtype == dtype
-        site.module.sealed = in_place
+        in_place = affine.is_columnwise() and module.reads == reads and weight.dtype == dtype
+        module.sealed = in_place
         out = weight if in_place else torch.empty_like(weight, dtype=dtype)  # (d_out, d_in)
         check_fits(location.target.path, affine.write(weight, out))
         return out.mT.contiguous() if ref.transposed else out
@@ -328,11 +337,12 @@ class MergePlan:
                 return self._base.assembled(location.weight)
             return self._read(weight_ref, 0 if fused else None, path)
 
-        site = self._site(path, weight)
+        sites = [site for site in self._sites(path, weight) if not site.stacked]
+        module = sites[0].module
         for row in bias if bias.ndim == 2 else [bias]:
-            site.module.bias = None if fused else row  # experts' are outside of what a variant sees
-            affine = Affine([site], torch.promote_types(row.dtype, torch.float32), row.device)
-            new = affine.bias(row, lambda: site.module.weight)
+            module.bias = None if fused else row  # experts' are outside of what a variant sees
+            affine = Affine(sites, torch.promote_types(row.dtype, torch.float32), row.device)
+            new = affine.bias(row, lambda: module.weight)
             assert new is not None
             yield check_fits(location.target.path, new.to(bias.dtype))
 

@@ -19,6 +19,7 @@ from ...core.config import BaseConfig
 from ...core.names import file_key
 from ...core.resolve import attachable, make_sites
 from ...core.shared import Shared
+from ...core.state import Method
 from ...core.targets import Target
 from ...core.variant import ParamSpec, lookup
 from ...errors import CheckpointError
@@ -76,7 +77,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
             specs = {site.key(tensor): spec for site in sites for tensor, spec in site.specs.items()}
             first = {key: torch.zeros(spec.shape, dtype=part.cfg.dtype) for key, spec in specs.items()}
             first |= {key: stored[key].to(part.cfg.dtype) for key in source.shared}
-            adapter = stack.enter_context(installed(root, part.cfg, part_name, sites, first))
+            adapter = stack.enter_context(installed(root, [Method(part.cfg, sites)], part_name, first))
             with torch.no_grad():
                 for view in adapter.views().values():  # n0, A0 and B0 are the base's; the file's numbers come next
                     lookup(part.cfg.variant).init(view, view.cfg)

@@ -51,7 +51,7 @@ def written(root: nn.Module, layers: Layers) -> Written:
     for (site,) in layers.values():
         values = {name: site.tensor(name).detach() for name in site.specs}
         tensors |= written_at(root, layers, site, values)
-    (site, *_), shared = next(iter(layers.values())), site.state.shared
+    (site, *_), shared = next(iter(layers.values())), site.method.shared
     (dropout,), cfg = same_everywhere(layers, "dropout"), site.cfg
     is_saved = cfg.save_projection or torch.promote_types(cfg.dtype, torch.float32) != cfg.dtype
     tensors |= {key: shared.tensor(name) for name, key in _THEIRS.items()} if is_saved and shared else {}

@@ -1,0 +1,71 @@
+"""Tokens: some rows of an embedding, trained, such as those of new tokens (PEFT's trainable tokens).
+
+    E'[t] = E[t] + Δ[:, k]          for the k-th token id t that is trained, Δ (d, n); other rows are E's
+
+Identity   Δ = 0, bit-exact
+Base       never read
+Departs    what is trained is the difference, so weight decay pulls to the base's rows; PEFT trains the rows themselves.
+           A head that shares the embedding's weight multiplies by the new rows, too
+Checked    against PEFT TrainableTokensConfig: outputs, gradients, three SGD steps, with a tied head
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.config import BaseConfig
+from ..core.targets import Target
+from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..errors import ConfigError
+
+__all__ = ["Tokens", "TokensConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig(BaseConfig):
+    """token_ids: the rows. Targets the input embedding by default, and a head that is tied to it."""
+
+    variant: str = "tokens"
+    token_ids: Sequence[int] = ()
+    kinds: Sequence[str] = ("embedding",)
+    tied_weights: str = "as_base"
+    target_names: Sequence[str] = (r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|embed)$",)
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*BaseConfig.SAME_AT_ALL_LAYERS, "token_ids")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ids = self.token_ids
+        ok = isinstance(ids, Sequence) and not isinstance(ids, str) and all(type(i) is int and i >= 0 for i in ids)
+        self.require(ok and len(set(ids)) == len(ids) > 0, "token_ids", "one or more token ids, each once")
+        object.__setattr__(self, "token_ids", tuple(sorted(ids)))
+
+
+@register
+class Tokens:
+    name = "tokens"
+    config = TokensConfig
+    handles_scale = True
+
+    @staticmethod
+    def layer_specs(target: Target, cfg: TokensConfig) -> dict[str, ParamSpec]:
+        if cfg.token_ids[-1] >= target.d_in:
+            raise ConfigError(
+                f"token_ids has {cfg.token_ids[-1]}, and this embedding {target.d_in} tokens\n"
+                f"  give new tokens a row first: model.resize_token_embeddings(len(tokenizer))"
+            )
+        ids = ParamSpec(
+            (len(cfg.token_ids),), lambda t: t.copy_(torch.tensor(cfg.token_ids)), dtype=torch.int64, saved="never"
+        )
+        return {"lora_delta": ParamSpec((target.d_out, len(cfg.token_ids))), "lora_ids": ids}
+
+    @staticmethod
+    def low_rank(layer: Layer) -> LowRank:
+        return LowRank(layer.lora_ids, layer.lora_delta, layer.scale)
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        return y + Tokens.low_rank(layer).branch(x)
