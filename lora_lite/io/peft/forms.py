@@ -248,7 +248,7 @@ def shapes(source: PeftFolder, layers: Mapping[str, BaseLayer]) -> dict[str, tup
     for key, entry in source.entries.items():
         path, _, name = key.rpartition(".")
         shape = tuple(entry.shape)
-        if path in layers and 1 < len(shape) <= 5:  # a folder is anyone's
+        if path in layers and 0 < len(shape) <= 5:  # a folder is anyone's
             shape = tuple(ours(layers[path], name, torch.empty(shape, device="meta")).shape)
         result[key] = shape
     return result
