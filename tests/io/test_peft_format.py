@@ -516,7 +516,10 @@ def test_no_field_of_peft_passes_unseen(cls: Any, field: str, tmp_path: Path) ->
             lambda held: {**held, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)},
             "embed_tokens.lora_B",
         ),
-        (lambda held: {**held, f"base_model.model.{DOWN}.lora_B.bias": torch.ones(64)}, r"unexpected keys.*\n.*lora_bias"),
+        (
+            lambda held: {**held, f"base_model.model.{DOWN}.lora_B.bias": torch.ones(64)},
+            r"unexpected keys.*\n.*lora_bias",
+        ),
         (lambda held: {**held, f"base_model.model.{DOWN}.lora_magnitude_vector": torch.ones(64)}, r"unexpected keys"),
         (lambda held: {**held, f"{DOWN}.lora_A.weight": torch.ones(4, 128)}, r"1 of its 13 tensors"),
         (lambda held: dict(list(held.items())[1:]), r"1 missing keys; 11 tensors where 12 are wanted"),

@@ -200,6 +200,14 @@ def flag_of(source: PeftFolder, field: str, default: bool = False) -> bool:
     return value
 
 
+def whole_of(source: PeftFolder, field: str, default: int) -> int:
+    """A setting that is an integer of at least 0. Raises CheckpointError."""
+    value = source.settings.get(field, default)
+    if type(value) is not int or value < 0:  # a bool is an int to isinstance
+        raise source.error(f"{field}={brief(repr(value), 60)}: wanted an integer of at least 0")
+    return value
+
+
 def number_of(source: PeftFolder, field: str, value: Any) -> float:
     """A setting that is a finite number. Raises CheckpointError."""
     if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float64).max:  # NaN fails it, too

@@ -14,7 +14,7 @@ from ...core.names import check_shapes, file_key
 from ...core.shared import PLACE
 from ...core.targets import Target
 from . import forms
-from .folder import PeftFolder, flag_of, number_of
+from .folder import PeftFolder, flag_of, number_of, whole_of
 from .parts import Layers, Part, Written, config_of, names_of, same_everywhere, written_at
 
 _THEIRS = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
@@ -24,7 +24,7 @@ def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, B
     """One part. Without a model the shared tensors' sizes are as the file has them: no tensor tells a layer's input."""
     if others := [path for path, layer in layers.items() if not forms.is_plain_linear(layer)]:
         raise source.error(f"{others[0]}: PEFT has no VeRA on it")
-    r, is_saved = source.settings.get("r", 256), flag_of(source, "save_projection", default=True)
+    r, is_saved = whole_of(source, "r", 256), flag_of(source, "save_projection", default=True)
     specs: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
         specs |= {file_key(path, "lora_d"): (r,), file_key(path, "lora_b"): (target.d_out,)}
@@ -36,7 +36,7 @@ def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, B
     check_shapes(source.entries, specs, str(source.header.path))
     fields = {
         "r": r,
-        "seed": source.settings.get("projection_prng_key", 0),
+        "seed": whole_of(source, "projection_prng_key", 0),
         "save_projection": is_saved,
         "d_initial": number_of(source, "d_initial", source.settings.get("d_initial", 0.1)),
         "dropout": number_of(source, "vera_dropout", source.settings.get("vera_dropout", 0)),
