@@ -1,8 +1,28 @@
 """PEFT's adapter folders as they lie on disk, and PEFT's names, which no other file knows.
 
     adapter_model.safetensors   base_model.model.<path>. with lora_A.weight (r, i), lora_B.weight (o, r),
-                                lora_magnitude_vector[.weight] (o,) of DoRA, ia3_l (o, 1), or (1, i) on an input
+                                lora_B.bias (o,), lora_magnitude_vector[.weight] (o,) of DoRA, ia3_l (o, 1), or (1, i)
+                                on an input, vera_lambda_d (r,), vera_lambda_b (o,); once: base_model.vera_A, vera_B
     adapter_config.json         the settings
+    <name>/                     such a folder of each adapter but the one called default
+
+What is trained beside an adapter is in the file too, as PEFT 0.21.2 writes it, and is none that this library takes yet:
+
+    modules_to_save             the module's state under its own keys, buffers and inner modules too: <path>.weight. A
+                                target that is saved has no adapter. With task_type, the names classifier and score are
+                                added, of which a model has one
+    bias="<x>_only"             <path>.base_layer.bias of targets
+    bias="all"                  that, and every other bias of the model: <path>.bias. Of a saved module there are also
+                                <path>.original_module.bias and <path>.modules_to_save.bias, which is <path>.bias again
+    trainable_token_indices     <path>.token_adapter.trainable_tokens_delta (n, d): new rows, not differences, in the
+                                order of the setting: a list, of the input embedding, or lists by module. A tied head is
+                                in the file only where its list differs
+    resized embeddings          where the base's config.json has another vocabulary: whole weights of both embeddings,
+                                under <path>.weight, or what wraps them: .base_layer, .token_adapter.base_layer,
+                                .original_module and .modules_to_save; then tied heads and their tokens, too
+    TRAINABLE_TOKENS            <path>.trainable_tokens_delta, of a tied head as well
+    LN_TUNING                   <path>.ln_tuning_layers. and the names of the norm's parameters
+    ADALORA                     lora_A, lora_B without .weight, lora_E (r, 1)
 
 diffusers writes one file, pytorch_lora_weights.safetensors, with the same settings as JSON in its metadata. A model's
 save_lora_adapter gives keys like <path>.lora_A.weight; in a pipeline's file, keys and settings begin with the name of
