@@ -111,7 +111,14 @@ def bert(kind: Any) -> Any:
 
 
 def gpt2(kind: Any = tf.GPT2LMHeadModel, **fields: Any) -> Any:
-    sizes = {"vocab_size": 40, "n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+    sizes: dict[str, Any] = {
+        "vocab_size": 40,
+        "n_positions": 24,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "pad_token_id": 0,
+    }
     return kind(tf.GPT2Config(**sizes | fields))
 
 
@@ -120,12 +127,12 @@ def opt() -> Any:
 
 
 def t5() -> Any:
-    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0))
+    sizes: dict[str, Any] = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes | {"decoder_start_token_id": 0}))
 
 
 def mixtral() -> Any:
-    few = {"num_local_experts": 3, "num_key_value_heads": 2, "intermediate_size": 12}
+    few: dict[str, Any] = {"num_local_experts": 3, "num_key_value_heads": 2, "intermediate_size": 12}
     return tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, **WIDTHS, **few))
 
 

@@ -27,7 +27,7 @@ def made_by_peft(case: Case, folder: Path) -> nn.Module:
         for tensor in theirs.parameters():
             if tensor.requires_grad:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-    theirs.save_pretrained(folder)
+    theirs.save_pretrained(str(folder))
     return theirs
 
 

@@ -30,7 +30,7 @@ def folder_of(path: Path, **fields: Any) -> Any:
         for tensor in theirs.parameters():
             if tensor.requires_grad:
                 tensor.add_(torch.randn_like(tensor) * 0.3)
-    theirs.save_pretrained(path)
+    theirs.save_pretrained(str(path))
     return theirs
 
 
@@ -179,7 +179,7 @@ def test_where_peft_has_none(tmp_path: Path) -> None:
     with pytest.raises(ll.CheckpointError, match="0: PEFT has no VeRA on it"):
         ll.save_peft(model, tmp_path / "ours")
     linear = nn.Sequential(nn.Linear(12, 6), nn.ReLU())
-    peft.get_peft_model(linear, peft.VeraConfig(r=3, target_modules=["0"])).save_pretrained(tmp_path / "theirs")
+    peft.get_peft_model(linear, peft.VeraConfig(r=3, target_modules=["0"])).save_pretrained(str(tmp_path / "theirs"))
     with pytest.raises(ll.CheckpointError, match="0: PEFT has no VeRA on it"):
         ll.load_peft(nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU()), tmp_path / "theirs")
 

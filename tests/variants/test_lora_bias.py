@@ -77,7 +77,7 @@ def test_on_other_layers_it_is_added_once_to_each_output() -> None:
     before, values = model(ids), {path: torch.randn(view.out_features) for path, view in adapter.views().items()}
     with torch.no_grad():
         for path, value in values.items():
-            model.get_submodule(path).lora_bias.copy_(value)
+            model.get_parameter(f"{path}.lora_bias").copy_(value)
     base = Others()
     base.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" not in k})
     h = base.conv1d(base.emb(ids) + 1.5 * values["emb"]) + 1.5 * values["conv1d"]

@@ -146,7 +146,9 @@ def written(root: nn.Module, layers: Layers) -> Written:
         values = {name: site.tensor(name).detach() for name in site.specs if name not in ("lora_m", "lora_n0")}
         values |= {"lora_m": _magnitude(site)} if is_dora else {}  # (o,)
         tensors |= written_at(root, layers, site, values)
-    fields = {"use_rslora": rslora, "lora_dropout": dropout, "use_dora": is_dora, "lora_bias": bias}
+    fields = {"use_rslora": rslora, "lora_dropout": dropout, "use_dora": is_dora} | (
+        {"lora_bias": True} if bias else {}
+    )
     return tensors, settings_of(root, layers, ranks, **fields)
 
 
