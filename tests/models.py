@@ -80,9 +80,9 @@ def moe(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     return model.to(dtype).eval()
 
 
-def tiny_folder(folder: Path, dtype: torch.dtype = torch.bfloat16) -> str:
+def tiny_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> str:
     """The tiny Llama as a folder for from_pretrained."""
-    tiny_llama(dtype, hidden_size=128, intermediate_size=256).save_pretrained(folder)
+    tiny_llama(dtype, hidden_size=128, intermediate_size=256, bias=bias).save_pretrained(folder)
     return str(folder)
 
 
@@ -102,17 +102,33 @@ class OneLinear(nn.Module):
         return self.proj(x)
 
 
+def one_layer(
+    variant: str, bias: bool = True, dtype: torch.dtype = torch.float32, rows: int = 5
+) -> tuple[Any, torch.Tensor]:
+    """A model of one layer of the kind that a method is for, called proj, and an input of some rows, or token ids."""
+    model: Any = OneLinear(bias=bias)
+    x = torch.randn(rows, 16, dtype=dtype)
+    if variant == "norm":
+        model.proj = nn.LayerNorm(16, bias=bias)
+        nn.init.normal_(model.proj.weight)
+    if variant == "tokens":
+        model.proj, x = nn.Embedding(16, 24), torch.arange(3, rows + 3) % 16
+    return model.to(dtype), x
+
+
 def config(variant: str, **overrides: Any) -> Any:
     """A registered variant's own config, on every linear layer of the blocks.
 
     A default rank that is too large for the smallest layer of the tests becomes 5, which divides no width of theirs.
     """
-    everywhere = {"variant": variant, "target_names": (r"_proj$",), "target_roles": ()}
+    names = {"norm": r"norm$", "tokens": r"embed_tokens$"}.get(variant, r"_proj$")
+    everywhere = {"variant": variant, "target_names": (names,), "target_roles": ()}
+    everywhere |= {"token_ids": (1, 3, 5, 7, 13)} if variant == "tokens" else {}
     cls: Any = ll.config_for(variant)
     cfg = cls(**(everywhere | overrides))
     if "r" in cls.__dataclass_fields__ and "r" not in overrides:
         try:
-            ll.REGISTRY[variant].param_specs(16, 24, cfg)
+            ll.REGISTRY[variant].layer_specs(ll.Target("layer", 16, 24, "float32"), cfg)
         except ll.ConfigError:
             cfg = cls(**(everywhere | overrides | {"r": 5}))
     return cfg
@@ -120,7 +136,7 @@ def config(variant: str, **overrides: Any) -> Any:
 
 def is_trained(variant: str) -> bool:
     """Does the method have parameters to train, or is it computed?"""
-    specs = ll.REGISTRY[variant].param_specs(64, 64, config(variant))
+    specs = ll.REGISTRY[variant].layer_specs(ll.Target("layer", 64, 64, "float32"), config(variant))
     return any(spec.trainable for spec in specs.values())
 
 

@@ -158,10 +158,11 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     if file.on != _digests_of_first(model, name):
         raise CheckpointError(_other_histories(file))
     by_path = [{site.path: site for site in live.sites} for _, live in methods]
-    if any({mapping[path] for path in m.targets} != at.keys() for (m, _), at in zip(methods, by_path, strict=True)):
+    wanted = [{path: mapping[path] for path in in_file.targets} for in_file, _ in methods]
+    if any({*paths.values()} != sites.keys() for paths, sites in zip(wanted, by_path, strict=True)):
         raise CheckpointError(f"{file.path} and adapter {name!r} are not on the same layers\n  use lora_lite.load")
-    in_file_order = [{p: at[mapping[p]] for p in m.targets} for (m, _), at in zip(methods, by_path, strict=True)]
-    specs, keys = _specs(file, in_file_order)
+    pairs = zip(wanted, by_path, strict=True)
+    specs, keys = _specs(file, [{p: sites[path] for p, path in paths.items()} for paths, sites in pairs])
     shapes = adapter.shapes()
     check_shapes(file.header.entries, {in_file: shapes[keys[in_file]] for in_file in specs}, str(file.path))
     state = adapter.state_dict()  # what the file leaves to a resume stays as it is

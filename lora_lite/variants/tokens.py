@@ -40,7 +40,7 @@ class TokensConfig(BaseConfig):
         super().__post_init__()
         ids = self.token_ids
         ok = isinstance(ids, Sequence) and not isinstance(ids, str) and all(type(i) is int and i >= 0 for i in ids)
-        self.require(ok and len(set(ids)) == len(ids) > 0, "token_ids", "one or more token ids, each once")
+        self.require(ok and len(set(ids)) == len(ids), "token_ids", "token ids, each once")
         object.__setattr__(self, "token_ids", tuple(sorted(ids)))
 
 
@@ -52,11 +52,12 @@ class Tokens:
 
     @staticmethod
     def layer_specs(target: Target, cfg: TokensConfig) -> dict[str, ParamSpec]:
+        if not cfg.token_ids:
+            raise ConfigError("no token_ids: wanted one or more, such as those of tokens that were added")
         if cfg.token_ids[-1] >= target.d_in:
-            raise ConfigError(
-                f"token_ids has {cfg.token_ids[-1]}, and this embedding {target.d_in} tokens\n"
-                f"  give new tokens a row first: model.resize_token_embeddings(len(tokenizer))"
-            )
+            problem = f"token_ids has {cfg.token_ids[-1]}, and this embedding {target.d_in} tokens"
+            cure = "give new tokens a row first: model.resize_token_embeddings(len(tokenizer))"
+            raise ConfigError(f"{problem}\n  {cure}")
         ids = ParamSpec(
             (len(cfg.token_ids),), lambda t: t.copy_(torch.tensor(cfg.token_ids)), dtype=torch.int64, saved="never"
         )

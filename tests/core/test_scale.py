@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, OneLinear, attach, config, loss_of, perturb, tiny_llama
+from models import IDS, OneLinear, attach, config, loss_of, one_layer, perturb, tiny_llama
 from oracles import AT_SCALE
 from test_ecosystem import gradients, per_trained, per_variant
 from test_laws import attached, logits
@@ -36,8 +36,7 @@ def test_zero_is_the_base_bit_for_bit_in_any_dtype(variant: str, dtype: torch.dt
 @pytest.mark.parametrize("variant", sorted(ll.REGISTRY.keys() - AT_SCALE.keys()))
 def test_the_sign_of_c_is_that_of_the_delta(variant: str) -> None:
     """At each layer what c adds is linear in c. A method whose c turns a rotation has an oracle that knows c."""
-    model = OneLinear(dtype=torch.float64)
-    x = torch.randn(5, 16, dtype=torch.float64)
+    model, x = one_layer(variant, dtype=torch.float64)
     base = model(x)
     adapter = attach(model, config(variant, target_names="proj", dtype=torch.float64))
     perturb(adapter, 0.3)

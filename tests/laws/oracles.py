@@ -92,6 +92,25 @@ def vera(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Ten
     return x @ (W + t["lora_b"].diag() @ B @ t["lora_d"].diag() @ A).T + b
 
 
+def full(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ (W + t["lora_weight"]).T + b + t.get("lora_bias", 0 * b)
+
+
+def bias(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ W.T + (b + t["lora_bias"])
+
+
+def norm(w: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    n = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    return (w + t["lora_weight"]) * n + b + t.get("lora_bias", 0 * b)
+
+
+def tokens(E: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    rows = E.clone()
+    rows[list(cfg.token_ids)] += t["lora_delta"].T
+    return rows[x]
+
+
 def history(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
     return x @ (W + t["lora_B"] @ (t["lora_s"] * torch.tensor(cfg.coefficients).to(W)).diag() @ t["lora_A"]).T + b
 
@@ -107,6 +126,10 @@ ORACLES: dict[str, Oracle] = {
     "ssteer": ssteer,
     "antipasto": antipasto,
     "vera": vera,
+    "full": full,
+    "bias": bias,
+    "norm": norm,
+    "tokens": tokens,
     "history": history,
 }
 

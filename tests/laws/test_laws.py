@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, OneLinear, attach, config, perturb, quantized, tiny_llama, train
+from models import IDS, attach, config, one_layer, perturb, quantized, tiny_folder, tiny_llama, train
 from oracles import AT_SCALE, ORACLES
 from torch import nn
 from torch.autograd import forward_ad
@@ -85,17 +85,20 @@ def with_fields(*options: dict[str, Any]) -> list[Any]:
     [*with_fields({}, {"alpha": 3.0}, {"rslora": True}), ("lora", {"bias": True, "alpha": 3.0})],
 )
 def test_output_is_the_papers_formula(variant: str, bias: bool, overrides: dict[str, Any]) -> None:
-    model = OneLinear(bias=bias).double()
+    if variant == "bias" and not bias:
+        pytest.skip("it goes on layers with a bias alone")
+    model, x = one_layer(variant, bias, torch.float64)
+    base = model(x)
     cfg = config(variant, target_names="proj", dtype=torch.float64, **overrides)
     adapter = attach(model, cfg)
     perturb(adapter, 0.3)
-    x = torch.randn(5, 16, dtype=torch.float64)
     tensors = {key.removeprefix("proj."): value.detach() for key, value in adapter.named_tensors()}
-    b = model.proj.bias if bias else torch.zeros(24, dtype=torch.float64)
+    b = getattr(model.proj, "bias", None)
+    b = torch.zeros(24 if variant != "norm" else 16, dtype=torch.float64) if b is None else b
     wanted = ORACLES[variant](model.proj.weight, b, adapter.config, tensors, x)
     # DoRA's norm is formed in float32 whatever the dtype, so its last digits are float32's.
     torch.testing.assert_close(model(x), wanted, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(model(x), nn.functional.linear(x, model.proj.weight, b), atol=1e-3)
+    assert not torch.allclose(model(x), base, atol=1e-3)
 
 
 @per_identity
@@ -141,10 +144,11 @@ def test_detach_restores_everything(variant: str, trained: bool) -> None:
 def test_a_failure_in_the_middle_of_attach_changes_nothing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(bias=True)
     before, base, calls = snapshot(model), logits(model), []
+    last = min(5, len(ll.plan(model, config(variant))))
 
     def init(layer: ll.Layer, cfg: Any) -> None:
         calls.append(layer.path)
-        if len(calls) == 5:
+        if len(calls) == last:
             raise ZeroDivisionError("in the fifth layer")
 
     monkeypatch.setattr(ll.REGISTRY[variant], "init", staticmethod(init))
@@ -222,7 +226,7 @@ def test_low_precision_bases_keep_their_dtype_and_float32_masters(variant: str, 
     model = tiny_llama(torch.float32, bias=True).to(dtype)
     adapter = attach(model, config(variant))
     adapter.load_state_dict(exact_adapter.state_dict())
-    assert {tensor.dtype for _, tensor in adapter.named_tensors()} == {torch.float32}
+    assert {t.dtype for _, t in adapter.named_tensors() if t.is_floating_point()} == {torch.float32}
     assert logits(model).dtype == dtype
     with torch.no_grad():
         error = logits(model).float() - logits(exact)
@@ -236,7 +240,10 @@ def test_low_precision_bases_keep_their_dtype_and_float32_masters(variant: str, 
 def test_a_small_trained_change_survives_low_precision(variant: str, dtype: torch.dtype) -> None:
     """The change of the layer as a linear map, from 8192 rounded outputs: where the maths rounds before it subtracts,
     the error is the same for all of them and stays."""
-    layer, exact = OneLinear(dtype=dtype), OneLinear(dtype=torch.float64)
+    if variant == "tokens":
+        pytest.skip("a token's row is rounded alike each time")
+    layer, x = one_layer(variant, dtype=dtype, rows=8192)
+    exact, _ = one_layer(variant, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
     cfg = config(variant, target_names="proj")
     adapter, reference = attach(layer, cfg), attach(exact, cfg)
@@ -247,15 +254,15 @@ def test_a_small_trained_change_survives_low_precision(variant: str, dtype: torc
     adapter.load_state_dict(start)
     perturb(adapter, 3e-3 if factors else 5e-2)
     reference.load_state_dict(adapter.state_dict())
-    x = torch.randn(8192, 16).to(dtype)
 
     @torch.no_grad()
     def change(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         y = model(x).double()
+        rows = x.double()  # (8192, 16)
+        rows = nn.functional.layer_norm(rows, (16,))[:, :-1] if variant == "norm" else rows  # of 0 in all
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
         with ll.disabled(model):
-            return torch.linalg.lstsq(
-                torch.cat([x, torch.ones_like(x[:, :1])], 1).double(), y - model(x).double()
-            ).solution
+            return torch.linalg.lstsq(rows, y - model(x).double()).solution
 
     got, wanted = change(layer, x), change(exact, x.double())
     assert (got - wanted).norm() < (0.1 if factors else 0.02) * wanted.norm()
@@ -290,8 +297,7 @@ def test_scale_zero_is_the_base_and_one_the_method(variant: str) -> None:
 @pytest.mark.parametrize("c", [-1.0, 0.5, 2.0])
 def test_scale_c_blends_base_and_method_at_each_layer(variant: str, c: float) -> None:
     """Or is what the method's formula makes of c, which its oracle then knows."""
-    model = OneLinear()
-    x = torch.randn(5, 16)
+    model, x = one_layer(variant)
     base = model(x)
     adapter = attach(model, config(variant, target_names="proj"))
     perturb(adapter, 0.3)
@@ -333,21 +339,19 @@ def test_functional_call_uses_the_given_tensors(variant: str) -> None:
 
 @per_variant
 def test_layers_may_be_called_by_keyword(variant: str) -> None:
-    model = OneLinear()
+    model, x = one_layer(variant)
     perturb(attach(model, config(variant, target_names="proj")))
-    x = torch.randn(5, 16)
     assert torch.equal(model.proj(input=x), model.proj(x))
 
 
 @per_variant
 def test_a_bare_layer_can_be_the_model(variant: str, tmp_path: Path) -> None:
-    layer = nn.Linear(16, 24)
+    (model, x), twin = one_layer(variant), one_layer(variant)[0].proj
+    layer = model.proj
+    twin.load_state_dict(layer.state_dict())
     perturb(attach(layer, config(variant, target_names="^$")))
     ll.save(layer, tmp_path / "a.safetensors")
-    twin = nn.Linear(16, 24)
-    twin.load_state_dict({"weight": layer.weight, "bias": layer.bias})
     ll.load(twin, tmp_path / "a.safetensors")
-    x = torch.randn(3, 16)
     assert torch.equal(twin(x), layer(x))
 
 
@@ -372,6 +376,8 @@ def test_eval_outputs_follow_every_way_to_change_a_parameter(variant: str) -> No
 
     for change in (in_place, through_data, other_memory):
         for _, tensor in adapter.named_tensors():
+            if not tensor.is_floating_point():
+                continue
             change(tensor)
             now = logits(model)  # right after the logits before it, so with all that those have left
             assert torch.equal(now, uncached())
@@ -389,7 +395,7 @@ def test_function_transforms_and_inference_mode_mix_with_what_is_remembered(vari
     with torch.inference_mode():
         assert torch.equal(model(input_ids=IDS).logits, wanted)
     everything = itertools.chain(model.named_parameters(), model.named_buffers())
-    given = {path: tensor.detach() for path, tensor in everything if ".lora_" in path}
+    given = {p: tensor.detach() for p, tensor in everything if ".lora_" in p and tensor.is_floating_point()}
 
     def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         out = torch.func.functional_call(model, tensors, (), {"input_ids": IDS}).logits
@@ -421,7 +427,8 @@ def test_function_transforms_and_inference_mode_mix_with_what_is_remembered(vari
 
 @per_variant
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
-def test_quantised_bases_are_right_or_refused(variant: str, quantization: str, tiny: str, tmp_path: Path) -> None:
+def test_quantised_bases_are_right_or_refused(variant: str, quantization: str, tmp_path: Path) -> None:
+    tiny = tiny_folder(tmp_path / "base", bias=True)
     model = quantized(tiny, quantization)
     base = logits(model)
     if ll.REGISTRY[variant].base_weight == "dense":
