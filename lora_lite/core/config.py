@@ -14,8 +14,12 @@ from .validate import compiles, is_number
 ROLES = ("reader", "writer", "inner")
 KINDS = ("linear", "conv", "embedding", "experts", "matrix", "norm", "block")
 TIED_WEIGHTS = ("apart", "together", "as_base", "refuse")
-# Files leave these out, so those of one config for all layers, all of them linear, are the same to every version.
-UNSAID: Mapping[str, Any] = {"per_layer": {}, "kinds": ["linear"], "tied_weights": "apart"}
+# Files leave these out, so those of one config for all layers, all of them linear, are the same to every version; one
+# of a version that didn't know a field is read as with this value.
+UNSAID: Mapping[str, Any] = {
+    **{"per_layer": {}, "kinds": ["linear"], "tied_weights": "apart"},
+    **{"bias": False, "invocation_tokens": None},
+}
 
 Config = TypeVar("Config", bound="BaseConfig")
 
@@ -184,8 +188,8 @@ class BaseConfig:
             ConfigError: for a field that is unknown, missing or not valid.
         """
         later = {f.name: to_json(f.default) for f in fields(cls) if f.name in cls.ADDED_LATER}
-        values = {**later, **UNSAID, **values}
         known = {f.name for f in fields(cls)}
+        values = {**later, **{name: value for name, value in UNSAID.items() if name in known}, **values}
         if set(values) != known:
             raise ConfigError(
                 f"{cls.__name__}: the stored fields are not this version's\n"

@@ -108,7 +108,7 @@ class LowRank(NamedTuple):
     dropout: float = 0.0  # on x; 0 outside of training
     gain: Tensor | None = None
     c: float | Tensor = 1.0
-    shift: Tensor | None = None  # (d_out,), added to the output whatever x is
+    shift: Tensor | None = None  # (d_out,), or (groups, d_out per group), added to the output whatever x is
 
     @property
     def is_dense(self) -> bool:
@@ -140,7 +140,7 @@ class LowRank(NamedTuple):
         """The new output, for branch = B (s ⊙ A drop(x)) of the shape of y (*b, d_out)."""
         branch = branch.to(y.dtype)  # factors may be wider than the activations
         if self.gain is None:
-            return y + branch if self.shift is None else y + branch + self.shift.to(y.dtype)
+            return y + branch if self.shift is None else y + branch + self.shift.flatten().to(y.dtype)
         wx = y if bias is None else y - bias
         return y + self.c * ((self.gain - 1).to(y.dtype) * wx + self.gain.to(y.dtype) * branch)
 

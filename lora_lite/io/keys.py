@@ -9,6 +9,7 @@ from torch import nn
 
 from ..base.layer import BaseLayer, find_layers, layer_of, shapes_of
 from ..base.stacks import find_stacks
+from ..core.shared import PLACE
 from ..core.targets import Target, block_layers
 from ..errors import CheckpointError
 
@@ -17,20 +18,24 @@ INFIXES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  #
 PREFIX = "base_model.model."  # of PEFT's keys
 SECOND = "_ff"  # ends the name of an IA3's second half: PEFT's one adapter is two of ours, ia3 and ia3_ff
 
-_OURS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
-_OURS |= {"lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"}  # by PEFT's name
 THEIRS = {  # our name of a tensor -> PEFT's in a file
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
     "lora_m": "lora_magnitude_vector.weight",  # PEFT reads it without ".weight" too, but transformers 5.23 only so
     "lora_l": "ia3_l",
+    "lora_d": "vera_lambda_d",
+    "lora_b": "vera_lambda_b",
 }
-_KEY = re.compile(
-    r"(?P<path>.+)\.(?:(?P<ab>lora_[AB])(?:\.(?P<of>[^.]+))?\.weight"
-    r"|(?P<embedding>lora_embedding_[AB])(?:\.(?P<of_embedding>[^.]+))?"
-    r"|(?P<vector>lora_magnitude_vector|ia3_l)(?:\.(?!weight$)(?P<of_vector>[^.]+))?(?:\.weight)?"
+_OURS = {name: ours for ours, name in THEIRS.items()}  # by PEFT's name
+_OURS |= {"lora_magnitude_vector": "lora_m", "ia3_l.weight": "lora_l"}
+_OURS |= {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+_NAMES = "|".join(sorted({name.removesuffix(".weight").removesuffix(".bias") for name in _OURS}))
+_KEY = re.compile(  # between a name and its end PEFT has the adapter's in memory
+    rf"(?P<path>.+)\.(?:(?P<name>{_NAMES})(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?P<end>\.weight|\.bias)?"
     r"|base_layer\.(?P<base>[^.]+))"
 )
+_SHARED = re.compile(r"base_model\.vera_(?P<name>[AB])(?:\.(?P<adapter>[^.]+))?")
 
 
 def resolve(
@@ -101,14 +106,18 @@ def plain_key(key: str) -> str:
     """PEFT's key in the words of this library: `<path>.lora_A`, `<path>.weight`; any other key as it is.
 
     Known are `[base_model.model.]<path>.` with `lora_A[.<adapter>].weight`, `lora_B[...]`, `lora_magnitude_vector[...]`
-    (lora_m), `ia3_l[...]` (lora_l) and `base_layer.<tensor>`. Those of another adapter than "default" are suffixed as
-    ours are: `<path>.lora_A__fr`.
+    (lora_m), `ia3_l[...]` (lora_l), `vera_lambda_d[...]` and `base_layer.<tensor>`, and `base_model.vera_A[...]`. Those
+    of another adapter than "default" are suffixed as ours are: `<path>.lora_A__fr`, `lora_shared__fr.A`.
     """
     plain = key.removeprefix(PREFIX)
-    match = _KEY.fullmatch(plain)
+    match = _KEY.fullmatch(plain) or _SHARED.fullmatch(plain)
     if match is None:
         return plain
-    name = match["ab"] or match["embedding"] or match["vector"]
-    adapter = match["of"] or match["of_embedding"] or match["of_vector"] or "default"
-    suffix = "" if adapter == "default" else f"__{adapter}"
-    return f"{match['path']}.{_OURS[name] + suffix if name else match['base']}"
+    parts = match.groupdict()
+    suffix = "" if parts["adapter"] in (None, "default") else f"__{parts['adapter']}"
+    if "path" not in parts:
+        return f"{PLACE}{suffix}.{parts['name']}"
+    if parts["base"]:
+        return f"{parts['path']}.{parts['base']}"
+    name = _OURS.get(parts["name"] + (parts["end"] or ""))
+    return f"{parts['path']}.{name}{suffix}" if name else plain

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..base.fingerprint import BaseRecord
 from ..base.kinds import BLOCK
 from ..base.layer import find_layers, on_all_channels
+from ..core.attach import make_shared
 from ..core.config import BaseConfig
 from ..core.names import check_shapes
 from ..core.positions import Positions
@@ -150,11 +151,17 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
     def read(locations: Locations) -> AdapterTensors:
         stored = stored_tensors(folder)
         layers = {path: location.layer for path, location in locations.items()}
+        targets = {path: location.target for path, location in locations.items()}
+        (part, *_) = parts_of(folder, targets, layers)
+        specs = lookup(part.cfg.variant).shared_specs(list(targets.values()), part.cfg)
+        once = {key: stored[key].to(part.cfg.dtype) for key in folder.shared}
+        shared = make_shared(specs, part.cfg, once) if specs else None
         return AdapterTensors(
             lambda path, site: {
                 name: tensor.to(site.cfg.dtype)
                 for name, tensor in tensors_at(folder, stored, path, layers[path], site.base).items()
-            }
+            },
+            lambda path, number: shared,
         )
 
     def configs(locations: Locations, base: Path) -> dict[str, list[BaseConfig]]:

@@ -30,9 +30,13 @@ CANCELLED = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig(LoRAConfig):
-    """The fields are LoRA's."""
+    """The fields are LoRA's, but for a bias."""
 
     variant: str = "dora"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(not self.bias, "bias", "False: the paper's method has none")
 
 
 @register

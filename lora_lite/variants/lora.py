@@ -1,12 +1,14 @@
 """LoRA: low-rank additive update (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-    y = W x + b + s B A drop(x)         A (r, i)   B (o, r)   s = α/r, or α/√r with rslora
+    y = W x + b + s (B A drop(x) + β)       A (r, i)   B (o, r)   s = α/r, or α/√r with rslora
+                                            β (o,) with bias, else none
 
-Identity   B = 0, bit-exact
+Identity   B = 0 and β = 0, bit-exact
 Base       never read: any layer kind
 Departs    A is uniform in ±1/√i, as in PEFT; the paper draws a normal. α defaults to r, so that s = 1 at every rank
            (at PEFT's own default rank 8 that is PEFT's default too). rslora: Kalajdzievski 2023, arXiv:2312.03732.
-           invocation_tokens, activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): from where they start on
+           β is PEFT's lora_bias, which no paper has. invocation_tokens, activated LoRA (Greenewald et al. 2025,
+           arXiv:2504.12397): from where they start on
 Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps; aLoRA's tokens one by one
 """
 
@@ -32,23 +34,25 @@ __all__ = ["LoRA", "LoRAConfig"]
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(AdapterConfig):
     """alpha: None means r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: of the branch.
+    bias: train a constant β beside B, as PEFT's lora_bias.
 
-    invocation_tokens   act from the start of their last occurrence in a row on, in what is generated after it too; never
-                        in a row without them. None: everywhere. What the model itself generates doesn't start it
+    invocation_tokens   act from the start of their last occurrence in a row on, in what is generated after it too;
+                        never in a row without them. None: everywhere. What is generated itself doesn't start it
     """
 
     variant: str = "lora"
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
+    bias: bool = False
     invocation_tokens: Sequence[int] | None = None
-    ADDED_LATER: ClassVar[tuple[str, ...]] = (*AdapterConfig.ADDED_LATER, "invocation_tokens")
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "invocation_tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
         self.require(isinstance(self.rslora, bool), "rslora", "True or False")
+        self.require(isinstance(self.bias, bool), "bias", "True or False")
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         if (tokens := self.invocation_tokens) is not None:
             valid = isinstance(tokens, list | tuple) and tokens and all(type(t) is int and t >= 0 for t in tokens)
@@ -69,10 +73,9 @@ class LoRA:
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
-        return {
-            "lora_A": ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True),
-            "lora_B": ParamSpec((d_out, cfg.r), init="zeros", keep_dtype=True),
-        }
+        a = ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True)
+        b, beta = ParamSpec((d_out, cfg.r), keep_dtype=True), ParamSpec((d_out,), keep_dtype=True)
+        return {"lora_A": a, "lora_B": b} | ({"lora_bias": beta} if cfg.bias else {})
 
     @staticmethod
     def positions(cfg: LoRAConfig) -> Callable[[Prompt], Tensor] | None:
@@ -80,13 +83,14 @@ class LoRA:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        dropout = layer.cfg.dropout if layer.training else 0.0
-        return LowRank(layer.lora_A, layer.lora_B, layer.scale * layer.cfg.scaling, dropout)
+        dropout, s = layer.cfg.dropout if layer.training else 0.0, layer.scale * layer.cfg.scaling
+        return LowRank(layer.lora_A, layer.lora_B, s, dropout, shift=s * layer.lora_bias if layer.cfg.bias else None)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         cfg = layer.cfg  # the factors are read here, not through low_rank: of one token the calls are what takes time
         dropout = cfg.dropout if cfg.dropout and layer.training else 0.0
+        y = y + (layer.scale * cfg.scaling * layer.lora_bias).to(y.dtype) if cfg.bias else y
         return add_low_rank(y, x, layer.lora_A, layer.lora_B, layer.scale * cfg.scaling, dropout)
 
 

@@ -141,9 +141,9 @@ def test_what_the_settings_cannot_be_is_named_with_its_place(tmp_path: Path) -> 
     theirs(unet()).save_lora_adapter(tmp_path)
     with safe_open(tmp_path / FILE, "pt") as file:
         metadata = file.metadata()
-    described = json.loads(metadata["lora_adapter_metadata"]) | {"lora_bias": True}
+    described = json.loads(metadata["lora_adapter_metadata"]) | {"use_qalora": True}
     save_file(load_file(tmp_path / FILE), tmp_path / FILE, {"lora_adapter_metadata": json.dumps(described)})
-    message = rf"{FILE}: its lora_adapter_metadata: lora_bias=true can't be kept here"
+    message = rf"{FILE}: its lora_adapter_metadata: use_qalora=true can't be kept here"
     with pytest.raises(ll.CheckpointError, match=message):
         ll.load(unet(), tmp_path)
 

@@ -207,7 +207,7 @@ def test_keys_that_peft_would_rename_are_those_of_an_old_checkpoint(rank: int | 
 def test_keys_that_no_old_name_leads_to_are_refused(
     rank: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lora_lite.io.peft.save.old_keys", lambda root, moved: {})
+    monkeypatch.setattr("lora_lite.io.peft.lora.old_keys", lambda root, moved: {})
     model = made("Laguna")
     perturb(ll.attach(model, config("lora")), 0.1)
     message = (

@@ -22,6 +22,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], Any]]] = {
         {"r": R, "alpha": 6.0, "rslora": True},
         lambda: peft.LoraConfig(r=R, lora_alpha=6, use_rslora=True, target_modules=ALL),
     ),
+    "lora_bias": (
+        "lora",
+        {"r": R, "alpha": 6.0, "bias": True},
+        lambda: peft.LoraConfig(r=R, lora_alpha=6, lora_bias=True, target_modules=ALL),
+    ),
     "pissa": (
         "pissa",
         {"r": R, "alpha": 6.0},
@@ -46,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], Any]]] = {
 SUFFIX = {
     "lora_A": "lora_A.default.weight",
     "lora_B": "lora_B.default.weight",
+    "lora_bias": "lora_B.default.bias",
     "lora_m": "lora_magnitude_vector.default.weight",
     "lora_l": "ia3_l.default",
 }

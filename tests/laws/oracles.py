@@ -16,7 +16,7 @@ Oracle = Callable[[Tensor, Tensor, Any, dict[str, Tensor], Tensor], Tensor]
 def lora(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
     alpha = cfg.alpha or cfg.r
     s = alpha / cfg.r**0.5 if cfg.rslora else alpha / cfg.r
-    return x @ (W + s * t["lora_B"] @ t["lora_A"]).T + b
+    return x @ (W + s * t["lora_B"] @ t["lora_A"]).T + b + s * t.get("lora_bias", torch.zeros(()))
 
 
 def pissa(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -80,7 +80,10 @@ def with_fields(*options: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("variant", "overrides"), with_fields({}, {"alpha": 3.0}, {"rslora": True}))
+@pytest.mark.parametrize(
+    ("variant", "overrides"),
+    [*with_fields({}, {"alpha": 3.0}, {"rslora": True}), ("lora", {"bias": True, "alpha": 3.0})],
+)
 def test_output_is_the_papers_formula(variant: str, bias: bool, overrides: dict[str, Any]) -> None:
     if variant == "bias" and not bias:
         pytest.skip("it goes on layers with a bias alone")

@@ -22,7 +22,11 @@ from lora_lite.cli.report import inspect
 
 transformers: Any = installed  # its classes take more than their signatures say
 # PEFT says that it puts the head's weight into the folder, where the head is a target.
-pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+# It warns of lora_bias, whose tensors have one axis, and of projections that it doesn't save.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{words}:UserWarning")
+    for words in ("Setting `save_embedding_layers`", "Adapter 'default'. 6 LoRA tensor", "Specified to not save vera")
+]
 ALL = ["q_proj", "k_proj", "down_proj"]
 TARGETS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ALL}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -32,6 +36,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "dora": lambda: peft.LoraConfig(**TARGETS, use_dora=True),
     "pissa": lambda: peft.LoraConfig(**TARGETS, init_lora_weights="pissa"),
     "olora": lambda: peft.LoraConfig(**TARGETS, init_lora_weights="olora"),
+    "lora_bias": lambda: peft.LoraConfig(**TARGETS, lora_bias=True),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=ALL),
+    "vera_drawn": lambda: peft.VeraConfig(r=4, target_modules=ALL, save_projection=False),
     "ia3": lambda: peft.IA3Config(target_modules=ALL, feedforward_modules=["down_proj"]),
     "head": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"]),  # PEFT puts the head's own weight beside it
 }
@@ -43,8 +50,8 @@ def folders(path: Path, cfg: Any, base: Any) -> Any:
     wrapped = peft.get_peft_model(type(base).from_pretrained(path / "base"), cfg)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name or "ia3_" in name:
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     wrapped.save_pretrained(path / "peft")
     return wrapped.eval().merge_and_unload()
@@ -64,14 +71,15 @@ def merge(path: Path, **options: Any) -> ll.Merged:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_peft_folder_merges_as_peft_merges_it(name: str, tmp_path: Path) -> None:
-    merged = folders(tmp_path, CONFIGS[name](), tiny_llama(bias=name == "ia3"))
+    merged = folders(tmp_path, CONFIGS[name](), tiny_llama(bias=name in ("ia3", "lora_bias")))
     done = merge(tmp_path)
     close(tmp_path / "out", merged, 1e-5 if name in ("pissa", "olora") else 1e-6)
     assert done.layers == (1 if name == "head" else 6)
-    assert done.tensors == (12 if name == "ia3" else done.layers)  # biases are scaled with the outputs
+    # biases are scaled with the outputs, or trained
+    assert done.tensors == (12 if name in ("ia3", "lora_bias") else done.layers)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     moved = [key for key, tensor in merged.state_dict().items() if not torch.equal(tensor, base[key])]
-    assert len(moved) == (10 if name == "ia3" else done.layers)  # not those of scaled inputs
+    assert len(moved) == (10 if name == "ia3" else done.tensors)  # not those of scaled inputs
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -183,7 +191,7 @@ def of_experts(path: Path) -> None:
         ("head", of_another_base, r"base_layer\.weight is not lm_head\.weight of .*base\n  the adapter belongs"),
         ("lora", narrower, r"wrong shapes; .*\n  such as model\.layers\.0\.mlp\.down_proj\.lora_A \(4, 128\), wanted"),
         ("lora", of_experts, r"layers\.0\.mlp\.experts of .*base are fused experts; PEFT's format has no place"),
-        ("lora", lambda p: edited(p, bias="x", lora_bias=True), r"bias=\"x\", lora_bias=true can't be kept here"),
+        ("lora", lambda p: edited(p, bias="x", use_qalora=True), r"bias=\"x\", use_qalora=true can't be kept here"),
         ("lora", lambda p: edited(p, peft_type="LOHA"), r"peft_type 'LOHA' isn't supported"),
         (
             "lora",

@@ -1,8 +1,28 @@
 """PEFT's adapter folders as they lie on disk, and PEFT's names, which no other file knows.
 
     adapter_model.safetensors   base_model.model.<path>. with lora_A.weight (r, i), lora_B.weight (o, r),
-                                lora_magnitude_vector[.weight] (o,) of DoRA, ia3_l (o, 1), or (1, i) on an input
+                                lora_B.bias (o,), lora_magnitude_vector[.weight] (o,) of DoRA, ia3_l (o, 1), or (1, i)
+                                on an input, vera_lambda_d (r,), vera_lambda_b (o,); once: base_model.vera_A, vera_B
     adapter_config.json         the settings
+    <name>/                     such a folder of each adapter but the one called default
+
+What is trained beside an adapter is in the file too, as PEFT 0.21.2 writes it, and is none that this library takes yet:
+
+    modules_to_save             the module's state under its own keys, buffers and inner modules too: <path>.weight. A
+                                target that is saved has no adapter. With task_type, the names classifier and score are
+                                added, of which a model has one
+    bias="<x>_only"             <path>.base_layer.bias of targets
+    bias="all"                  that, and every other bias of the model: <path>.bias. Of a saved module there are also
+                                <path>.original_module.bias and <path>.modules_to_save.bias, which is <path>.bias again
+    trainable_token_indices     <path>.token_adapter.trainable_tokens_delta (n, d): new rows, not differences, in the
+                                order of the setting: a list, of the input embedding, or lists by module. A tied head is
+                                in the file only where its list differs
+    resized embeddings          where the base's config.json has another vocabulary: whole weights of both embeddings,
+                                under <path>.weight, or what wraps them: .base_layer, .token_adapter.base_layer,
+                                .original_module and .modules_to_save; then tied heads and their tokens, too
+    TRAINABLE_TOKENS            <path>.trainable_tokens_delta, of a tied head as well
+    LN_TUNING                   <path>.ln_tuning_layers. and the names of the norm's parameters
+    ADALORA                     lora_A, lora_B without .weight, lora_E (r, 1)
 
 diffusers writes one file, pytorch_lora_weights.safetensors, with the same settings as JSON in its metadata. A model's
 save_lora_adapter gives keys like <path>.lora_A.weight; in a pipeline's file, keys and settings begin with the name of
@@ -14,13 +34,14 @@ Both are untrusted: no pickle is opened, and no regex of the settings is run. Th
 import json
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
 
+from ...core.shared import PLACE
 from ...errors import CheckpointError, brief
 from ..keys import THEIRS, plain_key
 from ..safetensors import Entry, Header, parse_json, read_header, read_json
@@ -34,18 +55,19 @@ LONGEST_PATTERN, MOST_PATTERNS = 1000, 10_000  # each is compared with each laye
 MOST_COMPONENTS = 8  # models of a pipeline in one file
 _READ = {  # the settings that are read, by peft_type
     "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"}
-    | {"ensure_weight_tying"},
+    | {"ensure_weight_tying", "lora_bias"},
     "IA3": set[str](),
+    "VERA": {"r", "projection_prng_key", "save_projection", "d_initial", "vera_dropout"},
 }
 # Settings that say nothing which the tensors don't, or matter beside another one alone. All others must be neutral.
 _FREE = (
-    {"peft_type", "init_lora_weights", "init_ia3_weights", "task_type", "auto_mapping", "peft_version"}
+    {"peft_type", "init_lora_weights", "init_ia3_weights", "init_weights", "task_type", "auto_mapping", "peft_version"}
     | {"base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core", "fan_in_fan_out"}
     | {"target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"}
     | {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
 )
 # Which biases were trained. Those would be tensors of the file, which have no place here; a base may have no bias.
-_BIASES = ("none", "all", "lora_only")
+_BIASES = ("none", "all", "lora_only", "vera_only")
 _NEUTRAL: tuple[Any, ...] = (None, "none", "", [], {})  # and False, but not 0, which equals it
 
 
@@ -58,6 +80,7 @@ class PeftFolder:
     settings: dict[str, Any]
     keys: dict[str, str]  # our key -> the file's
     base: dict[str, str]  # the same of base tensors of these layers: PEFT adds lm_head's weight
+    shared: dict[str, str] = field(default_factory=dict)  # the same of those that all layers share
 
     @property
     def paths(self) -> dict[str, None]:
@@ -70,9 +93,14 @@ class PeftFolder:
         return {name.removesuffix(".weight") for name in self.settings.get("target_parameters") or ()}
 
     @property
+    def in_file(self) -> dict[str, str]:
+        """The file's key of every tensor of the adapter, by ours."""
+        return self.keys | self.shared
+
+    @property
     def entries(self) -> dict[str, Entry]:
         """The place of every tensor in the file, by our key."""
-        return {ours: self.header.entries[key] for ours, key in self.keys.items()}
+        return {ours: self.header.entries[key] for ours, key in self.in_file.items()}
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {message}")
@@ -109,13 +137,15 @@ def _with_settings(
     header: Header, where: str, settings: dict[str, Any], names: Mapping[str, str], has_model: bool
 ) -> PeftFolder:
     """`names`: a key as PEFT writes it -> as it is in the file. Raises CheckpointError."""
-    keys = {plain_key(name): key for name, key in names.items() if plain_key(name).rpartition(".")[2] in THEIRS}
+    by_ours = {plain_key(name): key for name, key in names.items()}
+    keys = {ours: key for ours, key in by_ours.items() if ours.rpartition(".")[2] in THEIRS}
+    shared = {ours: key for ours, key in by_ours.items() if ours.startswith(f"{PLACE}.")}
     paths = {ours.rpartition(".")[0] for ours in keys}
     inner = {plain_key(name): key for name, key in names.items() if ".base_layer." in name}  # under PEFT's wrapper
     base = {ours: key for ours, key in inner.items() if ours.rpartition(".")[0] in paths and ours not in keys}
-    source = PeftFolder(header, where, settings, keys, base)
+    source = PeftFolder(header, where, settings, keys, base, shared)
     _check_settings(source, has_model)
-    unknown = sorted(header.entries.keys() - {*keys.values(), *base.values()})
+    unknown = sorted(header.entries.keys() - {*keys.values(), *base.values(), *shared.values()})
     if unknown or not keys:
         raise CheckpointError(
             f"{header.path}: {len(unknown)} of its {len(header.entries)} tensors have no place in an "
@@ -134,8 +164,8 @@ def _read_diffusers(file: Path, modules: Container[str]) -> tuple[Header, str, d
             f"  give a folder with {CONFIG}, or use lora_lite.load(model, path, cfg=...)"
         )
     components: dict[str, dict[str, Any]] = {}  # "unet." -> its settings; "" in the file of a model alone
-    for field, value in parse_json(header.metadata[DIFFUSERS_SETTINGS], where).items():
-        component, dot, name = field.partition(".") if "." in field else ("", "", field)
+    for setting, value in parse_json(header.metadata[DIFFUSERS_SETTINGS], where).items():
+        component, dot, name = setting.partition(".") if "." in setting else ("", "", setting)
         components.setdefault(component + dot, {})[name] = value
     prefixes = list(components)[:MOST_COMPONENTS]
     keys = {prefix: [key for key in header.entries if key.startswith(prefix)] for prefix in prefixes}
@@ -182,11 +212,19 @@ def _names_weights(source: PeftFolder, has_model: bool) -> bool:
     return has_model or all(name.endswith(".weight") and name.removesuffix(".weight") in paths for name in names)
 
 
-def flag_of(source: PeftFolder, field: str) -> bool:
+def flag_of(source: PeftFolder, field: str, default: bool = False) -> bool:
     """A setting that is true or false. Raises CheckpointError."""
-    value = source.settings.get(field, False)
+    value = source.settings.get(field, default)
     if not isinstance(value, bool):
         raise source.error(f"{field}={value!r}: wanted true or false")
+    return value
+
+
+def whole_of(source: PeftFolder, field: str, default: int) -> int:
+    """A setting that is an integer of at least 0. Raises CheckpointError."""
+    value = source.settings.get(field, default)
+    if type(value) is not int or value < 0:  # a bool is an int to isinstance
+        raise source.error(f"{field}={brief(repr(value), 60)}: wanted an integer of at least 0")
     return value
 
 
@@ -195,6 +233,18 @@ def number_of(source: PeftFolder, field: str, value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float64).max:  # NaN fails it, too
         raise source.error(f"{field} has {brief(value, 60)}: wanted a finite number")
     return float(value)
+
+
+def ia3_on(source: PeftFolder, path: str) -> str:
+    """ "ia3_ff" if feedforward_modules names the layer, so that its input is scaled, else "ia3"."""
+    names = source.settings.get("feedforward_modules") or []
+    if not isinstance(names, list | str):
+        raise source.error(f"feedforward_modules={brief(repr(names))}: wanted names")
+    if isinstance(names, str):  # a regex for full paths; only one that is a choice of them is understood
+        names = [re.sub(r"\\(.)", r"\1", name) for name in names.split("|")]
+        return "ia3_ff" if path in names else "ia3"
+    ends = tuple(f".{name}" for name in names if isinstance(name, str))
+    return "ia3_ff" if f".{path}".endswith(ends) else "ia3"
 
 
 def check_rank(source: PeftFolder, path: str, r: int) -> None:

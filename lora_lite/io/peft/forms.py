@@ -12,8 +12,6 @@
 In the files of this library each has the shapes of a linear layer, with an axis for experts in front.
 """
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +25,7 @@ from ...base.matrices import ALL_CHANNELS
 from ...core.state import Site
 from ...errors import brief
 from ..keys import PREFIX, THEIRS
-from .folder import PeftFolder
+from .folder import PeftFolder, ia3_on
 
 _INNER = ".base_layer"
 _EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "lora_m": THEIRS["lora_m"]}
@@ -128,6 +126,8 @@ def ours(layer: BaseLayer, name: str, tensor: Tensor) -> Tensor:
             return tensor.reshape(len(tensor), -1, layer.experts).permute(2, 0, 1)  # (o, r e) -> (e, o, r)
     if _times(layer, name) > 1:
         return tensor * _times(layer, name)
+    if name == "lora_bias" and layer.kind is ALL_CHANNELS and len(tensor) % layer.experts == 0:
+        return tensor.reshape(layer.experts, -1)  # (o,) -> (g, o / g)
     if layer.kind.category == "conv" and tensor.ndim > 2:
         if name == "lora_m":
             return tensor.flatten()  # (1, o, 1, ...) -> (o,)
@@ -142,6 +142,8 @@ def ours(layer: BaseLayer, name: str, tensor: Tensor) -> Tensor:
 def theirs(site: Site, name: str, tensor: Tensor) -> Tensor:
     """The inverse of `ours`."""
     layer = site.base
+    if name == "lora_bias":
+        return tensor.flatten()  # (o,), or (g, o / g)
     if layer.kind is ALL_CHANNELS:
         tensor = tensor.flatten(0, 1)  # (g r, i k), (o, r)
     elif layer.experts:
@@ -194,6 +196,16 @@ def _times(layer: BaseLayer, name: str) -> int:
     return 2 if name == "lora_B" and isinstance(layer.reader, nn.MultiheadAttention) and not layer.kind.prefix else 1
 
 
+def is_plain_linear(layer: BaseLayer) -> bool:
+    """Is it a linear layer that is called, and no projection of nn.MultiheadAttention?"""
+    is_bare = bool(layer.kind.prefix) or isinstance(layer.reader, nn.MultiheadAttention)
+    return layer.kind.category == "linear" and not is_bare and not layer.experts
+
+
+def is_conv(layer: BaseLayer) -> bool:
+    return layer.kind.category == "conv"
+
+
 def pattern_path(site: Site, path: str) -> str:
     """The name that PEFT compares with rank_pattern and alpha_pattern: an attention's two projections have one."""
     attention = site.module if site.prefix else site.base.reader
@@ -220,35 +232,16 @@ def lacks(site: Site) -> str | None:
         return "PEFT's A sees all channels of a convolution with groups, and this one those of a group"
     if category == "conv" and variant not in ("ia3", "ia3_ff") and (problem := _own_convolution(layer)):
         return problem
-    if (site.prefix or category == "embedding") and variant in ("ia3", "ia3_ff"):
+    on_plain_layer = category in ("linear", "conv") and not site.prefix
+    if not on_plain_layer and variant in ("ia3", "ia3_ff"):
         return "PEFT has no IA3 on it"
+    if variant == "vera" and not is_plain_linear(layer):
+        return "PEFT has no VeRA on it"
+    if variant == "lora" and site.cfg.bias and not (on_plain_layer and not in_attention(site)):
+        return "PEFT has no lora_bias on it"
     if category == "conv" and variant == "ia3_ff" and layer.stored[0, 0].numel() > 1:
         return "PEFT scales the channels of a convolution's input, and this one each element of a patch"
     return None
-
-
-def ia3_on(source: PeftFolder, path: str) -> str:
-    """ "ia3_ff" if feedforward_modules names the layer, so that its input is scaled, else "ia3"."""
-    names = source.settings.get("feedforward_modules") or []
-    if not isinstance(names, list | str):
-        raise source.error(f"feedforward_modules={brief(repr(names))}: wanted names")
-    if isinstance(names, str):  # a regex for full paths; only one that is a choice of them is understood
-        names = [re.sub(r"\\(.)", r"\1", name) for name in names.split("|")]
-        return "ia3_ff" if path in names else "ia3"
-    ends = tuple(f".{name}" for name in names if isinstance(name, str))
-    return "ia3_ff" if f".{path}".endswith(ends) else "ia3"
-
-
-def ia3_shape(source: PeftFolder, path: str, layer: BaseLayer) -> tuple[int, ...]:
-    """The shape of PEFT's ia3_l on a convolution."""
-    channels = layer.module.in_channels if ia3_on(source, path) == "ia3_ff" else layer.d_out
-    return (1, channels, *(1,) * (layer.stored.ndim - 2))
-
-
-def over_patches(source: PeftFolder, path: str, layer: BaseLayer, factors: Tensor) -> Tensor:
-    """IA3's factors of a convolution's input channels as factors of a patch: (channels,) -> (channels · k,)."""
-    on_inputs = layer.kind.category == "conv" and ia3_on(source, path) == "ia3_ff"
-    return factors.repeat_interleave(math.prod(layer.stored.shape[2:])) if on_inputs else factors
 
 
 def shapes(source: PeftFolder, layers: Mapping[str, BaseLayer]) -> dict[str, tuple[int, ...]]:
@@ -257,7 +250,7 @@ def shapes(source: PeftFolder, layers: Mapping[str, BaseLayer]) -> dict[str, tup
     for key, entry in source.entries.items():
         path, _, name = key.rpartition(".")
         shape = tuple(entry.shape)
-        if path in layers and 1 < len(shape) <= 5:  # a folder is anyone's
+        if path in layers and 0 < len(shape) <= 5:  # a folder is anyone's
             shape = tuple(ours(layers[path], name, torch.empty(shape, device="meta")).shape)
         result[key] = shape
     return result

@@ -1,13 +1,9 @@
 """PEFT's adapter folders attached as adapters of this library, or read by layer without a model."""
 
-import math
 import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +12,33 @@ from loguru import logger
 from torch import Tensor, nn
 
 from ...base.layer import BaseLayer
-from ...base.matrices import ALL_CHANNELS
 from ...base.stacks import place
 from ...core.adapter import Adapter
 from ...core.attach import installed
 from ...core.config import BaseConfig
-from ...core.names import check_shapes, file_key
-from ...core.resolve import Overrides, attachable, make_sites
+from ...core.names import file_key
+from ...core.resolve import attachable, make_sites
 from ...core.shared import Shared
 from ...core.state import Method
 from ...core.targets import Target
-from ...core.variant import config_for, lookup
-from ...dtypes import STORAGE_DTYPES
-from ...errors import CheckpointError, ConfigError, QuantizedWeightError, brief
+from ...core.variant import ParamSpec, lookup
+from ...errors import CheckpointError
 from ..keys import SECOND, THEIRS, layers_of
 from ..raw import same_tensor
-from ..safetensors import DTYPES, check_numbers
-from . import forms
+from ..safetensors import check_numbers
+from . import forms, ia3, lora, vera
 from .conversion import led_to_model
-from .folder import PeftFolder, alphas_of, check_rank, flag_of, number_of, read_folder
+from .folder import PeftFolder, read_folder
+from .parts import Part
 from .ties import without_heads
 
-# Starts of an init_lora_weights that writes the base, so that A and B belong to another one.
-_REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One adapter of ours in a folder."""
-
-    cfg: BaseConfig
-    targets: dict[str, Target]  # by the path in the file
-    overrides: Overrides  # by the path in the model
+Reader = Callable[[PeftFolder, dict[str, Target], Mapping[str, BaseLayer]], list[Part]]
+_READERS: dict[str, Reader] = {"LORA": lora.parts, "IA3": ia3.parts, "VERA": vera.parts}  # by peft_type
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Adapter:
-    """Attach the adapter of a PEFT folder, or of a file of diffusers: LoRA, rsLoRA, rank and alpha patterns, DoRA, IA3.
+    """Attach the adapter of a PEFT folder, or of a file of diffusers: LoRA, rsLoRA, rank and alpha patterns, DoRA, IA3,
+    VeRA.
 
     Tensors are bit-equal, in the file's dtype. Mixed dtypes are promoted to one that holds them all; so are 16-bit
     tensors of DoRA, PiSSA and OLoRA to float32, since their maths compares them with numbers of the live weight.
@@ -88,8 +75,9 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
         for part, part_name in zip(parts, (name, name + SECOND)[: len(parts)], strict=True):
             sites = make_sites({target: layers[target] for target in part.targets.values()}, part.cfg, part.overrides)
             specs = {site.key(tensor): spec for site in sites for tensor, spec in site.specs.items()}
-            zeros = {key: torch.zeros(spec.shape, dtype=part.cfg.dtype) for key, spec in specs.items()}
-            adapter = stack.enter_context(installed(root, [Method(part.cfg, sites)], part_name, zeros))
+            first = {key: torch.zeros(spec.shape, dtype=part.cfg.dtype) for key, spec in specs.items()}
+            first |= {key: stored[key].to(part.cfg.dtype) for key in source.shared}
+            adapter = stack.enter_context(installed(root, [Method(part.cfg, sites)], part_name, first))
             with torch.no_grad():
                 for view in adapter.views().values():  # n0, A0 and B0 are the base's; the file's numbers come next
                     lookup(part.cfg.variant).init(view, view.cfg)
@@ -115,20 +103,28 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
     """The layers that load_peft would attach to, and the folder's settings.
 
     Raises:
-        CheckpointError: as load_peft does, and for OLoRA, whose A and B are relative to the base weight.
+        CheckpointError: as load_peft does; for OLoRA, whose A and B are relative to the base weight, and for VeRA
+            without its projections, whose sizes no tensor tells.
     """
     source = read_folder(folder)
     targets = _targets_by_shapes(source)
-    if source.settings["peft_type"] != "IA3" and _method(source)[1] == "olora":
+    if source.settings["peft_type"] == "LORA" and lora.is_olora(source):
         raise source.error("init_lora_weights='olora' wrote the base: its A and B are half of the adapter")
-    stored = stored_tensors(source)
+    parts, stored = parts_of(source, targets, {}), stored_tensors(source)
+    if source.settings["peft_type"] == "VERA" and not source.shared:
+        cure = "load it on its model, and save it with save_projection=True"
+        raise source.error(f"save_projection=false: A and B are drawn in sizes that the model's layers have\n  {cure}")
+    shared = Shared({key.rpartition(".")[2]: ParamSpec(tuple(stored[key].shape)) for key in source.shared})
+    for key in source.shared:
+        shared.hold(key.rpartition(".")[2], stored[key])
     return [
         StoredLayer(
             target,
             part.cfg.with_overrides(part.overrides.get(path, {})),
             {name: stored[key] for name in THEIRS if (key := file_key(path, name)) in stored},
+            shared=shared if source.shared else None,
         )
-        for part in parts_of(source, targets, {})
+        for part in parts
         for path, target in part.targets.items()
     ], source.settings
 
@@ -137,9 +133,11 @@ def _targets_by_shapes(source: PeftFolder) -> dict[str, Target]:
     """The layers as their tensors tell; 0 stands for a side that they don't."""
     targets, shapes = {}, {key: entry.shape for key, entry in source.entries.items()}
     for path in source.paths:
-        a, b, scales = (shapes.get(file_key(path, name), ()) for name in ("lora_A", "lora_B", "lora_l"))
+        names = ("lora_A", "lora_B", "lora_l", "lora_b")
+        a, b, scales, outputs = (shapes.get(file_key(path, name), ()) for name in names)
         d_in = a[-1] if len(a) == 2 else scales[1] if len(scales) == 2 and scales[0] == 1 else 0
         d_out = b[0] if len(b) == 2 else scales[0] if len(scales) == 2 and scales[1] == 1 else 0
+        d_out = outputs[0] if len(outputs) == 1 else d_out
         targets[path] = Target(path, d_in, d_out, "?", *place(path))
     return targets
 
@@ -169,130 +167,7 @@ def parts_of(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str
     Raises:
         CheckpointError: for settings, keys or shapes that aren't such an adapter's. No tensor is read.
     """
-    if source.settings["peft_type"] == "IA3":
-        return _ia3_parts(source, targets, layers)
-    return [_lora_part(source, targets, layers)]
-
-
-def _lora_part(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> Part:
-    variant, init = _method(source)
-    rslora = flag_of(source, "use_rslora")
-    dropout = number_of(source, "lora_dropout", source.settings.get("lora_dropout", 0))
-    if init in ("pissa", "olora") and dropout:
-        problem = f"lora_dropout={dropout} with init_lora_weights={init!r} can't be kept here"
-        raise source.error(f"{problem}\n  dropout acts in training only: set it to 0 in the file if you don't train on")
-    if (stacks := [path for path, t in targets.items() if t.experts]) and (init or variant == "dora"):
-        setting = f"init_lora_weights={init!r}" if init else "use_dora=true"
-        raise source.error(f"{setting} on experts, {stacks[0]}, isn't supported: PEFT has no such adapter")
-    shapes, alphas = forms.shapes(source, layers), alphas_of(source, targets)
-    specs: dict[str, tuple[int, ...]] = {}
-    ranks: dict[str, int] = {}
-    settings: dict[str, tuple[int, float]] = {}  # path in the model -> (r, alpha)
-    for path, target in targets.items():
-        alpha, experts = alphas[path], (target.experts,) if target.experts else ()
-        # A tensor that isn't there, or without dimensions, fails check_shapes.
-        r = (*shapes.get(file_key(path, "lora_A"), ()), 1, 1)[len(experts)]
-        # PEFT's r is of all groups of a convolution together.
-        parts = target.experts if path in layers and layers[path].kind is ALL_CHANNELS else 1
-        specs |= {file_key(path, "lora_A"): (*experts, r, target.d_in)}
-        specs |= {file_key(path, "lora_B"): (*experts, target.d_out, r)}
-        specs |= {file_key(path, "lora_m"): (target.d_out,)} if variant == "dora" else {}
-        ranks[path] = r * parts
-        alpha /= math.sqrt(parts) if rslora else parts  # the same s
-        if init == "olora":
-            r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)  # [B, -B0] [A; A0] at the same s
-        elif init == "pissa" and rslora:
-            alpha *= math.sqrt(r)  # PiSSA's s is α/r
-        settings[target.path] = (r, alpha)
-    check_shapes(shapes, specs, str(source.header.path))
-    for path, r in ranks.items():
-        check_rank(source, path, r)
-    # The most frequent rank and alpha are the config's, the others its per_layer.
-    ((most, _),) = Counter(settings.values()).most_common(1)
-    overrides = {path: {"r": r, "alpha": alpha} for path, (r, alpha) in settings.items() if (r, alpha) != most}
-    extra: dict[str, Any] = {} if variant == "pissa" else {"rslora": rslora, "dropout": dropout}
-    extra |= {"tied_weights": "together"} if flag_of(source, "ensure_weight_tying") else {}
-    reads = init == "olora" or lookup(variant).base_weight != "unused"
-    cfg = _config(source, variant, targets, layers, overrides, reads, r=most[0], alpha=most[1], **extra)
-    return Part(cfg, targets, overrides)
-
-
-def _method(source: PeftFolder) -> tuple[str, Any]:
-    """Our variant, and the init where it is one that wrote the base in a way that is known here."""
-    dora, init = flag_of(source, "use_dora"), source.settings.get("init_lora_weights", True)
-    init = init.lower() if isinstance(init, str) else init
-    if init is None or isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal"):
-        return "dora" if dora else "lora", None
-    if init in ("pissa", "olora") and not dora:
-        return "pissa" if init == "pissa" else "lora", init
-    if not str(init).startswith(_REWRITES):
-        raise source.error(
-            f"init_lora_weights={brief(repr(init))} isn't supported: what it does to the base or to training is lost"
-        )
-    both = " with use_dora" if dora else ""
-    raise source.error(
-        f"init_lora_weights={init!r}{both} wrote the base: its A and B belong to another one\n"
-        f"  make a plain LoRA of it: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...);\n"
-        f"  or, if your model is the base that was written, set init_lora_weights to true in the file"
-    )
-
-
-def _ia3_parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
-    """One part or two, by the shapes: (o, 1) scales outputs, (1, i) inputs; a convolution's by feedforward_modules."""
-    entries, specs = source.entries, {}
-    halves: dict[str, dict[str, Target]] = {"ia3": {}, "ia3_ff": {}}
-    for path, target in targets.items():
-        key = file_key(path, "lora_l")
-        wanted: dict[str, tuple[int, ...]] = {"ia3": (target.d_out, 1), "ia3_ff": (1, target.d_in)}
-        if path in layers and layers[path].kind.category == "conv":
-            wanted = {forms.ia3_on(source, path): forms.ia3_shape(source, path, layers[path])}
-        fitting = [variant for variant, shape in wanted.items() if key in entries and entries[key].shape == shape]
-        if len(fitting) > 1:
-            raise CheckpointError(
-                f"{source.header.path}: {source.keys[key]} is (1, 1), so it could scale input or output"
-            )
-        variant = fitting[0] if fitting else next(iter(wanted))
-        halves[variant][path], specs[key] = target, wanted[variant]
-    check_shapes(entries, specs, str(source.header.path))
-    return [
-        Part(_config(source, variant, half, layers, {}, False), half, {}) for variant, half in halves.items() if half
-    ]
-
-
-def _config(
-    source: PeftFolder,
-    variant: str,
-    targets: Mapping[str, Target],
-    layers: Mapping[str, BaseLayer],
-    overrides: Overrides,
-    reads: bool,
-    **values: Any,
-) -> BaseConfig:
-    """Our config, with regexes of its own that find these layers exactly. `reads`: its maths reads the base weight."""
-    dtype = _dtype(source, targets, reads)
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for path, fields in overrides.items():
-        groups.setdefault(tuple(fields.items()), []).append(path)
-    per_layer = {_exactly(paths): dict(fields) for fields, paths in groups.items()}  # a regex for each pair of values
-    names = (_exactly(target.path for target in targets.values()),)
-    values |= {"kinds": tuple(dict.fromkeys(layers[path].kind.category for path in targets))} if layers else {}
-    try:
-        return config_for(variant)(variant=variant, target_names=names, dtype=dtype, per_layer=per_layer, **values)
-    except ConfigError as error:
-        raise source.error(str(error)) from error
-
-
-def _exactly(paths: Iterable[str]) -> str:
-    return f"^({'|'.join(map(re.escape, paths))})$"
-
-
-def _dtype(source: PeftFolder, targets: Mapping[str, Target], reads: bool) -> torch.dtype:
-    """One dtype that holds the numbers of all these layers' tensors. Raises CheckpointError."""
-    names = {entry.dtype: ours for ours, entry in source.entries.items() if ours.rpartition(".")[0] in targets}
-    for dtype, ours in names.items():
-        if DTYPES.get(dtype) not in STORAGE_DTYPES:
-            raise CheckpointError(f"{source.header.path}: {source.keys[ours]} is stored as {dtype}; wanted floats")
-    return reduce(torch.promote_types, [*([torch.float32] if reads else []), *(DTYPES[dtype] for dtype in names)])
+    return _READERS[source.settings["peft_type"]](source, targets, layers)
 
 
 def _tensors(
@@ -300,7 +175,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """The file's tensors by their key in the model, as this library shapes them."""
     stored = stored_tensors(source)
-    return {
+    return {key: stored[key] for key in source.shared} | {
         file_key(target.path, name): tensor
         for path, target in targets.items()
         for name, tensor in tensors_at(source, stored, path, layers[target], layers[target]).items()
@@ -318,31 +193,19 @@ def tensors_at(
     """
     keys = {name: key for name in THEIRS if (key := file_key(path, name)) in stored}
     tensors = {name: forms.ours(layer, name, stored[key]) for name, key in keys.items()}
-    if "lora_l" in tensors:
-        tensors["lora_l"] = forms.over_patches(source, path, layer, tensors["lora_l"])
-    if source.settings["peft_type"] == "LORA" and _method(source)[1] == "olora":
-        a, b = tensors["lora_A"], tensors["lora_B"]
-        b0, a0 = _removed_by_olora(base, r=len(a))  # (o, r), (r, i)
-        tensors["lora_A"] = torch.cat([a.to(a0), a0])  # (2r, i)
-        tensors["lora_B"] = torch.cat([b.to(b0), -b0], dim=1)  # (o, 2r)
-    return tensors
+    match source.settings["peft_type"]:
+        case "LORA":
+            return lora.tensors_of(source, base, tensors)
+        case "IA3":
+            return ia3.tensors_of(source, path, layer, tensors)
+        case _:
+            return tensors
 
 
 def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
     tensors = source.header.read()
     check_numbers(tensors, str(source.header.path), "save the adapter again")
-    by_ours = {ours: tensors[key] for ours, key in source.keys.items()}
+    by_ours = {ours: tensors[key] for ours, key in source.in_file.items()}
     is_scale = {ours: ours.endswith("lora_l") and tensor.ndim <= 2 for ours, tensor in by_ours.items()}
     return {ours: tensor.flatten() if is_scale[ours] else tensor for ours, tensor in by_ours.items()}
-
-
-def _removed_by_olora(layer: BaseLayer, r: int) -> tuple[Tensor, Tensor]:
-    """(B0, A0): the first r columns and rows of W = Q R."""
-    if not layer.storage.is_dense:
-        raise QuantizedWeightError(
-            f"{layer.path}: OLoRA took a part out of a dense weight, and this one is {layer.describe()}\n"
-            f"  load the base without quantization, or convert the folder (path_initial_model_for_weight_conversion)"
-        )
-    q, rest = torch.linalg.qr(layer.dense_weight())  # (o, k), (k, i) with k = min(o, i)
-    return q[:, :r].cpu(), rest[:r].cpu()
