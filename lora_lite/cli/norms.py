@@ -86,8 +86,8 @@ def delta(layer: StoredLayer, weights: Weights | None = None) -> Iterator[Float[
     """
     if is_free(layer):
         return _blocks(layer, [None] * len(_experts(layer.target)), torch.float32)  # nothing is subtracted, so enough
-    if weights is None:
-        return None
+    if weights is None or (layer.relative is not None and layer.target.is_diagonal):
+        return None  # of a norm's factors the folder here gives those with Gemma's 1, which no file holds
     return _blocks(weights.sized(layer), weights.matrices(layer.target.path), torch.float64)
 
 
@@ -136,7 +136,9 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
     module = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
     stack = (target.experts,) if target.experts else ()  # a view asks for an expert's matrix, and gets this one
     module.weight = nn.Parameter(weight.expand(*stack, *weight.shape), requires_grad=False)
-    return make_stand_in(target, cfg, module, layer.tensors, layer.scale, shared=layer.shared)
+    site = make_stand_in(target, cfg, module, {}, layer.scale)
+    tensors = layer.tensors if layer.relative is None else layer.relative(site.base)
+    return make_stand_in(target, cfg, module, tensors, layer.scale, shared=layer.shared)
 
 
 def _size(target: Target) -> str:

@@ -5,7 +5,7 @@ layer from the numbers that it computes with. The variants are full, bias where 
 LN_TUNING on a norm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,7 @@ def placed(root: nn.Module, source: PeftFolder) -> tuple[PeftFolder, dict[str, T
         if layer.bias is not None:
             holders.setdefault(file_key(module, layer.kind.bias), (layer, "bias"))
     keys = resolve(file, [*source.whole, *source.unused], set(live), type(root).__name__, "whole tensors")
+    _check_saved(root, source, set(keys.values()), live)
     source, whole = _without_tied(source, keys, live), {}
     for ours, key in source.whole.items():
         holder, tensor = holders.get(keys[ours]), live[keys[ours]]
@@ -75,6 +76,15 @@ def placed(root: nn.Module, source: PeftFolder) -> tuple[PeftFolder, dict[str, T
         {path: Target.of(known[path], stacks) for path in source.beside},
         {p: known[p] for p in source.beside},
     )
+
+
+def _check_saved(root: nn.Module, source: PeftFolder, keys: Container[str], live: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for a module of modules_to_save that isn't whole in the file."""
+    names = tuple(source.settings.get("modules_to_save") or ())
+    saved = [path for path, _ in root.named_modules() if names and path.endswith(names)]
+    lacking = [key for key in live for path in saved if key.startswith(f"{path}.") and key not in keys]
+    if lacking:
+        raise source.error(f"modules_to_save={brief(list(names), 80)}, and the file has no {lacking[0]}")
 
 
 def _is_trained(source: PeftFolder, ours: str) -> bool:

@@ -51,7 +51,7 @@ DIFFUSERS, DIFFUSERS_SETTINGS = "pytorch_lora_weights.safetensors", "lora_adapte
 MOST_COMPONENTS = 8  # models of a pipeline in one file
 _READ = {  # the settings that are read, by peft_type
     "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"}
-    | {"ensure_weight_tying", "lora_bias", "trainable_token_indices", "alora_invocation_tokens"},
+    | {"ensure_weight_tying", "lora_bias", "alora_invocation_tokens"},
     "IA3": set[str](),
     "VERA": {"r", "projection_prng_key", "save_projection", "d_initial", "vera_dropout"},
     "ADALORA": {"r", "lora_alpha", "lora_dropout", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"}
@@ -246,7 +246,9 @@ def _check_settings(source: PeftFolder, has_model: bool) -> None:
     kind = source.settings.get("peft_type")
     if not isinstance(kind, str) or kind not in _READ:
         raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_READ)}")
-    known = _READ[kind] | _FREE | {"modules_to_save"}
+    known = _READ[kind] | _FREE
+    known |= {"modules_to_save"} if any(map(source.is_saved, source.beside)) else set()
+    known |= {"trainable_token_indices"} if source.tokens and kind in ("LORA", "ADALORA") else set()
     known |= {"target_parameters"} if _names_weights(source, has_model) else set()
     known |= {"bias"} if source.settings.get("bias") in _BIASES else set()
     lost = {

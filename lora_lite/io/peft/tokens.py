@@ -46,7 +46,11 @@ def without_tied(root: nn.Module, source: PeftFolder, layers: Mapping[str, BaseL
         CheckpointError: for other rows there: here an embedding's rows are its tied head's, or the weight is untied.
     """
     embeddings = {id(layers[path].stored): path for path in _paths(source) if layers[path].kind.category == "embedding"}
-    rows = dict(source.tokens)
+    rows, lists = dict(source.tokens), source.settings.get("trainable_token_indices")
+    for name, ids in lists.items() if isinstance(lists, dict) else ():
+        # PEFT leaves a tied head out where its list is the embedding's.
+        if not any(path.endswith(name) or ids_of(source, path) == ids for path in _paths(source)):
+            raise source.error(f"trainable_token_indices has {brief(name, 80)}, and the file no rows of it")
     for path in _paths(source):
         other = embeddings.get(id(layers[path].stored), path)
         if other == path:

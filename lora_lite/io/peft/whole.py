@@ -43,10 +43,11 @@ def with_the_rest(
         if site not in rows:
             at_layers.setdefault(site.path, []).append(site)
     kind = settings.get("peft_type")
-    if rows and kind not in (None, "LORA"):
+    is_lora = kind in ("LORA", "ADALORA")
+    if rows and kind is not None and not is_lora:
         raise CheckpointError(f"{rows[0].path}: PEFT trains tokens beside a LoRA only, and this is {kind}\n  {_KEEP}")
     if rows:
-        more, fields = tokens.written(root, rows, is_lora=kind == "LORA")
+        more, fields = tokens.written(root, rows, is_lora)
         tensors, settings = tensors | more, settings | fields
     biases = {path: s for path, s in at_layers.items() if all(site.cfg.variant == "bias" for site in s)}
     modules = {path: s for path, s in at_layers.items() if path not in biases}
