@@ -152,7 +152,8 @@ def reason_for_no_weight(location: LayerLocation, sizes: tuple[int, int]) -> str
 def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
     def parts_at(locations: Locations) -> dict[str, list[Part]]:
         """The methods at each layer. Raises CheckpointError."""
-        targets, layers = ({p: getattr(at, name) for p, at in locations.items()} for name in ("target", "layer"))
+        targets = {in_file: location.target for in_file, location in locations.items()}
+        layers = {in_file: location.layer for in_file, location in locations.items()}
         sides = (folder.paths, folder.beside)
         of_own, of_others = ([{p: known[p] for p in side} for known in (targets, layers)] for side in sides)
         parts: dict[str, list[Part]] = {in_file: [] for in_file in locations}
@@ -177,16 +178,15 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
         return AdapterTensors(tensors_at, lambda in_file, number: shared if number == 1 else None)
 
     def configs(locations: Locations, base: Path) -> dict[str, list[BaseConfig]]:
-        fused = [(in_file, at.target) for in_file, at in locations.items() if at.target.experts]
-        for in_file, target in fused:
-            if not target.by_weight or in_file in folder.beside:
+        for in_file, target in ((in_file, location.target) for in_file, location in locations.items()):
+            if target.experts and (not target.by_weight or in_file in folder.beside):
                 problem = f"{target.path} of {base} are fused experts"
                 raise CheckpointError(f"{path}: {problem}; PEFT's format has no place for them")
         for in_file in folder.paths:
             if problem := forms.as_peft_takes(folder, in_file, locations[in_file].layer).kind.no_weight:
                 raise CheckpointError(f"{path}: {in_file}: {problem}")
         parts = parts_at(locations)
-        if any(lookup(p.cfg.variant).positions(p.cfg) is not None for at in parts.values() for p in at):
+        if any(lookup(p.cfg.variant).positions(p.cfg) is not None for methods in parts.values() for p in methods):
             raise CheckpointError(f"{path}: {Positions.NO_WEIGHT}")
         return {
             in_file: [p.cfg.with_overrides(p.overrides.get(locations[in_file].target.path, {})) for p in at_layer]

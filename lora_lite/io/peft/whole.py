@@ -1,4 +1,4 @@
-"""What full, norm, bias and tokens change, written as PEFT keeps it: the base's own tensors with their new values.
+"""The changes of full, norm, bias and tokens, written as PEFT keeps them: the base's own tensors with their new values.
 
 Beside a method of PEFT's they are modules_to_save, bias= and trainable_token_indices; alone, LN_TUNING or
 TRAINABLE_TOKENS. PEFT reads modules_to_save as ends of paths, and writes full paths as gladly.
