@@ -80,9 +80,9 @@ def open_adapter(path: Path, model: Any) -> AdapterSource:
     modules = {} if model is None else dict(model.named_modules())
     folder = read_folder(path, modules)
     if modules:
-        folder, layers = forms.placed(model, led_to_model(model, folder, modules)), find_layers(modules)
+        folder, *_ = beside.placed(model, forms.placed(model, led_to_model(model, folder, modules)))
+        layers = find_layers(modules)
         folder = without_heads(model, folder, {path: layers[path] for path in folder.paths if path in layers})
-        folder, *_ = beside.placed(model, folder)
     return _of_folder(path, folder)
 
 

@@ -5,7 +5,7 @@ layer from the numbers that it computes with. The variants are full, bias where 
 LN_TUNING on a norm.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,8 +46,10 @@ def placed(root: nn.Module, source: PeftFolder) -> tuple[PeftFolder, dict[str, T
         if layer.bias is not None:
             holders.setdefault(file_key(module, layer.kind.bias), (layer, "bias"))
     keys = resolve(file, [*source.whole, *source.unused], set(live), type(root).__name__, "whole tensors")
-    _check_saved(root, source, set(keys.values()), live)
-    source, whole = _without_tied(source, keys, live), {}
+    parameters = {key: id(p) for key, p in root.named_parameters(remove_duplicate=False) if key in live}
+    _check_saved(root, source, set(keys.values()), parameters)
+    embeddings = {key for key, (layer, _) in holders.items() if layer.kind.category == "embedding"}
+    source, whole = _without_tied(source, keys, parameters, embeddings), {}
     for ours, key in source.whole.items():
         holder, tensor = holders.get(keys[ours]), live[keys[ours]]
         is_trained = _is_trained(source, ours)
@@ -78,11 +80,11 @@ def placed(root: nn.Module, source: PeftFolder) -> tuple[PeftFolder, dict[str, T
     )
 
 
-def _check_saved(root: nn.Module, source: PeftFolder, keys: Container[str], live: Mapping[str, Tensor]) -> None:
+def _check_saved(root: nn.Module, source: PeftFolder, keys: Container[str], parameters: Iterable[str]) -> None:
     """Raises CheckpointError for a module of modules_to_save that isn't whole in the file."""
     names = tuple(source.settings.get("modules_to_save") or ())
     saved = [path for path, _ in root.named_modules() if names and path.endswith(names)]
-    lacking = [key for key in live for path in saved if key.startswith(f"{path}.") and key not in keys]
+    lacking = [key for key in parameters for path in saved if key.startswith(f"{path}.") and key not in keys]
     if lacking:
         raise source.error(f"modules_to_save={brief(list(names), 80)}, and the file has no {lacking[0]}")
 
@@ -94,18 +96,22 @@ def _is_trained(source: PeftFolder, ours: str) -> bool:
     return is_whole or source.is_saved(path) or (source.trains_biases and name == "bias")
 
 
-def _without_tied(source: PeftFolder, keys: Mapping[str, str], live: Mapping[str, Tensor]) -> PeftFolder:
-    """The folder without the second of two equal tensors of one weight: those of an embedding and its head, where PEFT
-    wrote both for a new vocabulary, or kept them tied."""
-    first: dict[int, str] = {}
+def _without_tied(
+    source: PeftFolder, keys: Mapping[str, str], parameters: Mapping[str, int], embeddings: Container[str]
+) -> PeftFolder:
+    """The folder without the weight of a head that is equal to the embedding's, where the model has one for both and
+    PEFT wrote both for a new vocabulary, or kept them tied.
+
+    keys            the model's key of each whole tensor
+    parameters      the parameter that each key of the model is of
+    """
     whole, is_tied = dict(source.whole), False
+    firsts = {parameters[keys[ours]]: ours for ours in whole if keys[ours] in embeddings and keys[ours] in parameters}
     for ours, key in source.whole.items():
-        other = first.setdefault(id(live[keys[ours]]), ours)
-        both_saved = _is_trained(source, ours) and not source.settings.get("ensure_weight_tying")
-        if other == ours or both_saved or not ours.endswith(".weight"):
+        embedding = firsts.get(parameters.get(keys[ours], 0), ours)
+        if embedding == ours or (_is_trained(source, ours) and not source.settings.get("ensure_weight_tying")):
             continue
-        tensors = source.header.read([key, source.whole[other]])
-        if torch.equal(*tensors.values()):
+        if torch.equal(*source.header.read([key, source.whole[embedding]]).values()):
             is_tied = True
             del whole[ours]
     return replace(source, whole=whole, is_tied=is_tied)
@@ -119,7 +125,7 @@ def parts(source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[str
     Raises:
         CheckpointError: for a tensor of another shape, or settings of other tokens. No tensor is read.
     """
-    chosen: dict[str, dict[str, Target]] = {"full": {}, "norm": {}, "bias": {}}
+    chosen: dict[str, dict[str, Target]] = {"norm": {}, "full": {}, "bias": {}}
     for ours, key in source.whole.items():
         path = ours.rpartition(".")[0]
         if path in layers:

@@ -65,6 +65,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     root = attachable(model)
     modules = dict(root.named_modules())
     source = forms.placed(root, led_to_model(root, read_folder(Path(folder), modules), modules))
+    source, more, layers_beside = beside.placed(root, source)
     targets, layers = layers_of(root, source.header.path, source.paths)
     source = without_heads(root, source, {path: layers[target] for path, target in targets.items()})
     targets = {path: targets[path] for path in source.paths}
@@ -73,7 +74,6 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     taken = {path: forms.as_peft_takes(source, path, layers[target]) for path, target in targets.items()}
     targets = {path: targets[path].on(layer) for path, layer in taken.items()}
     _check_base(root, source, targets, taken)
-    source, more, layers_beside = beside.placed(root, source)
     # Every shape and dtype is found right before a tensor is read, but for those that were compared with the model's.
     parts = parts_of(source, targets, taken) + beside.parts(source, more, layers_beside)
     if not parts:
@@ -215,7 +215,7 @@ def parts_of(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str
 
 def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
-    tensors = source.header.read()
+    tensors = source.header.read([*source.in_file.values(), *source.copies])
     check_numbers(tensors, str(source.header.path), "save the adapter again")
     for key, other in source.copies.items():
         if not torch.equal(tensors[key], tensors[other]):

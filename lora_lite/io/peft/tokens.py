@@ -108,19 +108,25 @@ def parts(source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[str
     return result
 
 
-def written(root: nn.Module, sites: list[Site], is_lora: bool) -> Written:
-    """The rows beside a LoRA, or by themselves. Raises CheckpointError for what PEFT doesn't tie alike."""
+def written(root: nn.Module, sites: list[Site], weights: Mapping[str, Tensor], is_lora: bool) -> Written:
+    """The rows beside a LoRA, or by themselves.
+
+    weights     the new ones, by path, of embeddings that are written whole, too
+
+    Raises:
+        CheckpointError: for what PEFT doesn't tie alike.
+    """
     tensors: dict[str, Tensor] = {}
     lists: dict[str, list[int]] = {}
     holders = Counter(id(p) for module in root.modules() for p in module._parameters.values())
     for site in sites:
-        is_embedding, tied = site.base.kind.category == "embedding", tied_paths(root, site)
+        tied = tied_paths(root, site)
         if holders[id(site.base.stored)] > 1 and not tied:
             problem = "PEFT gives the rows to all that share its weight, and this adapter to one"
             raise CheckpointError(f"{site.path}: {problem}\n  keep it as our file (lora_lite.save)")
         delta, ids = site.tensor("lora_delta").detach(), list(site.cfg.token_ids)  # (d, n)
-        weight = site.base.dense_weight()
-        rows = (weight.mT if is_embedding else weight)[ids].to(delta.device)  # (n, d)
+        weight = site.base.stored.detach() if site.base.storage.is_dense else site.base.dense_weight()
+        rows = weights.get(site.path, weight)[ids].to(delta.device)  # (n, d)
         rows = rows + delta.mT.to(torch.promote_types(delta.dtype, rows.dtype))
         lists[site.path] = ids
         name = "token_adapter.trainable_tokens_delta" if is_lora else "trainable_tokens_delta"

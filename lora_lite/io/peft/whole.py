@@ -42,12 +42,14 @@ def with_the_rest(
     for site in sites:
         if site not in rows:
             at_layers.setdefault(site.path, []).append(site)
+    with_rows = {path for site in rows for path in (site.path, *tied_paths(root, site))}
     kind = settings.get("peft_type")
     is_lora = kind in ("LORA", "ADALORA")
     if rows and kind is not None and not is_lora:
         raise CheckpointError(f"{rows[0].path}: PEFT trains tokens beside a LoRA only, and this is {kind}\n  {_KEEP}")
     if rows:
-        more, fields = tokens.written(root, rows, is_lora)
+        weights = {path: _weight(at_layers[path][0].base, at_layers[path]) for path in at_layers if path in with_rows}
+        more, fields = tokens.written(root, rows, weights, is_lora)
         tensors, settings = tensors | more, settings | fields
     biases = {path: s for path, s in at_layers.items() if all(site.cfg.variant == "bias" for site in s)}
     modules = {path: s for path, s in at_layers.items() if path not in biases}
@@ -56,8 +58,10 @@ def with_the_rest(
         more, fields = _biases(str(kind), main, biases)
         tensors, settings = tensors | more, settings | fields
     if modules:
-        more, fields = _modules(root, kind is None, modules, {site.path for site in rows})
+        more, fields = _modules(root, kind is None, modules, with_rows)
         tensors, settings = tensors | more, settings | fields
+        if kind == "LORA" and any(site.base.ties for s in modules.values() for site in s):
+            settings |= {"ensure_weight_tying": True}
     return tensors, settings
 
 
@@ -78,7 +82,7 @@ def _check(root: nn.Module, kind: Any, main: Layers, rows: list[Site], biases: L
     elif both := [p for p in modules if p in main]:
         path, problem = both[0], "PEFT trains a layer whole, or with an adapter on it, and this has both"
     else:
-        ends = tuple(_with_tied(root, modules))
+        ends = tuple(path for path in _with_tied(root, modules) if path not in {site.path for site in rows})
         others = [p for p, _ in root.named_modules(remove_duplicate=False) if p.endswith(ends) and p not in ends]
         if kind is None or not ends or not others:
             return
@@ -121,7 +125,7 @@ def _modules(root: nn.Module, is_alone: bool, modules: Layers, with_rows: set[st
     if is_alone:
         targets, _ = names_of(root, saved, [])
         return tensors, {"peft_type": "LN_TUNING", "target_modules": targets}
-    settings: dict[str, Any] = {"modules_to_save": saved}
+    settings: dict[str, Any] = {"modules_to_save": saved or None}
     # PEFT gives such a model's head to modules_to_save by itself, and then wants all of it.
     task = next((task for end, task in _TASKS.items() if type(root).__name__.endswith(end)), None)
     heads = [path for path, _ in root.named_modules() if path.endswith(_HEADS)]
