@@ -154,10 +154,10 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
         """The methods at each layer. Raises CheckpointError."""
         targets = {in_file: location.target for in_file, location in locations.items()}
         layers = {in_file: location.layer for in_file, location in locations.items()}
-        sides = (folder.paths, folder.beside)
-        of_own, of_others = ([{p: known[p] for p in side} for known in (targets, layers)] for side in sides)
         parts: dict[str, list[Part]] = {in_file: [] for in_file in locations}
-        for part in parts_of(folder, *of_own) + beside.parts(folder, *of_others):
+        own = parts_of(folder, {p: targets[p] for p in folder.paths}, {p: layers[p] for p in folder.paths})
+        others = beside.parts(folder, {p: targets[p] for p in folder.beside}, {p: layers[p] for p in folder.beside})
+        for part in own + others:
             for in_file in part.targets:
                 parts[in_file].append(part)
         return parts

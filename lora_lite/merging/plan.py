@@ -148,7 +148,8 @@ class MergePlan:
             if tensors is not None:
                 # An expert's is outside of what a variant sees; a difference from the base's is of this one.
                 biases = [] if target.experts else self.locations[path].bias
-                module.bias = self._bias(path, biases[0]) if biases else None
+                if biases:
+                    module.bias = self._bias(path, biases[0])
                 values, shared = tensors.at(path, site), tensors.shared(path, number)
                 site = make_stand_in(target, cfg, module, values, scale, shared=shared, number=number)
             sites.append(site)

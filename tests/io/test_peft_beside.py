@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers as installed
 from peft_space import IDS, MODELS, Chain, bert, built, llama, output
 from safetensors.torch import load_file, save_file
+from test_peft_conversion import made
 from torch import Tensor, nn
 
 import lora_lite as ll
@@ -514,6 +516,14 @@ def test_a_name_that_is_the_end_of_another_is_refused(tmp_path: Path) -> None:
     ll.attach(model, [ll.LoRAConfig(r=2, target_names="lin0"), ll.FullConfig(target_names="^head")])
     with pytest.raises(ll.CheckpointError, match=r"xhead: PEFT reads modules_to_save as ends of paths"):
         ll.save_peft(model, tmp_path)
+
+
+def test_a_module_whose_key_peft_renames_is_refused(tmp_path: Path) -> None:
+    model = made("Laguna")
+    up = "layers.1.mlp.shared_experts.up_proj"
+    ll.attach(model, [ll.LoRAConfig(r=2, target_names="q_proj"), ll.FullConfig(target_names=re.escape(up))])
+    with pytest.raises(ll.CheckpointError, match=f"{up}: PEFT reads its key as an old checkpoint's"):
+        ll.save_peft(model, tmp_path / "a")
 
 
 def test_rank_takes_the_changes_of_a_list(tmp_path: Path) -> None:

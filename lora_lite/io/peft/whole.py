@@ -16,6 +16,7 @@ from ...errors import CheckpointError
 from ..keys import PREFIX
 from ..raw import base_tensors
 from . import tokens
+from .conversion import moved_keys
 from .parts import Layers, Written, names_of
 from .ties import tied_paths
 
@@ -79,6 +80,11 @@ def _check(root: nn.Module, kind: Any, main: Layers, rows: list[Site], biases: L
         path, problem = bare[0], "PEFT saves modules, and this is a bare parameter"
     elif quantized:
         path, problem = quantized[0], f"PEFT would save the codes of this layer, {modules[quantized[0]][0].target.kind}"
+    elif moved := moved_keys(root, [*modules, *biases]) if kind == "LORA" else {}:
+        path, problem = (
+            next(iter(moved)),
+            "PEFT reads its key as an old checkpoint's, and has no other for a whole module",
+        )
     elif both := [p for p in modules if p in main]:
         path, problem = both[0], "PEFT trains a layer whole, or with an adapter on it, and this has both"
     else:
