@@ -40,6 +40,8 @@ class Weights:
             layer, location, target = stored.target, self._locations[path], self._locations[path].target
             experts = target.experts if is_stacked(target, stored.cfg) else 0
             sizes = ((layer.d_in, target.d_in), (layer.d_out, target.d_out))
+            if stored.relative is not None and location.layer.kind.category == "embedding":
+                sizes = ((layer.d_in, target.d_out), (layer.d_out, target.d_in))  # its weight lies the other way round
             if experts != layer.experts or any(a not in (0, b) for a, b in sizes):  # 0: no tensor of PEFT's tells it
                 if problem := reason_for_no_weight(location, (layer.d_in, layer.d_out)):
                     raise CheckpointError(f"{folder}: {target.path}: {problem}")
@@ -86,8 +88,10 @@ def delta(layer: StoredLayer, weights: Weights | None = None) -> Iterator[Float[
     """
     if is_free(layer):
         return _blocks(layer, [None] * len(_experts(layer.target)), torch.float32)  # nothing is subtracted, so enough
-    if weights is None or (layer.relative is not None and layer.target.is_diagonal):
-        return None  # of a norm's factors the folder here gives those with Gemma's 1, which no file holds
+    # Of a norm the base's folder gives its factors with Gemma's 1; rows and biases don't tell what they are of.
+    is_untold = layer.relative is not None and (layer.target.is_diagonal or layer.cfg.variant != "full")
+    if weights is None or is_untold:
+        return None
     return _blocks(weights.sized(layer), weights.matrices(layer.target.path), torch.float64)
 
 

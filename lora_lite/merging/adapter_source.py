@@ -155,9 +155,9 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
         targets = {in_file: location.target for in_file, location in locations.items()}
         layers = {in_file: location.layer for in_file, location in locations.items()}
         parts: dict[str, list[Part]] = {in_file: [] for in_file in locations}
-        own = parts_of(folder, {p: targets[p] for p in folder.paths}, {p: layers[p] for p in folder.paths})
+        of_folder = parts_of(folder, {p: targets[p] for p in folder.paths}, {p: layers[p] for p in folder.paths})
         others = beside.parts(folder, {p: targets[p] for p in folder.beside}, {p: layers[p] for p in folder.beside})
-        for part in own + others:
+        for part in of_folder + others:
             for in_file in part.targets:
                 parts[in_file].append(part)
         return parts

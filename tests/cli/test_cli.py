@@ -625,7 +625,8 @@ def test_ia3_on_both_sides_becomes_one_file(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_head_is_shown_without_a_wrong_number(base: Path, tmp_path: Path) -> None:
-    cfg = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], bias="none")
+    whole = ["lm_head", "norm", "embed_tokens"]
+    cfg = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole)
     folder, model = peft_folder(tmp_path / "a", cfg)
     report = inspect(folder)
     assert report.variant == "lora + full"
@@ -635,8 +636,13 @@ def test_a_folder_with_a_head_is_shown_without_a_wrong_number(base: Path, tmp_pa
     with_base = {layer.path: layer.norm for layer in inspect(folder, base).layers}
     assert with_base["lm_head"] == pytest.approx(float(model.lm_head.lora_weight.detach().norm()), rel=1e-5)
     assert with_base["model.norm"] is None
+    embedding: Any = model.model.embed_tokens
+    assert with_base["model.embed_tokens"] == pytest.approx(float(embedding.lora_weight.detach().norm()), rel=1e-5)
     assert with_base["model.layers.0.self_attn.q_proj"] == pytest.approx(alone["model.layers.0.self_attn.q_proj"])
-    assert "ΔW" not in shown("inspect", folder)
+    rows, _ = peft_folder(tmp_path / "rows", peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]))
+    norms = {layer.path: layer.norm for layer in inspect(rows, base).layers}
+    assert norms.pop("model.embed_tokens") is None
+    assert all(norms.values())
     other, _ = peft_folder(tmp_path / "b", cfg)
     groups = {group.path: group for group in compare(folder, other).groups}
     assert groups["lm_head"].delta is None

@@ -1,4 +1,4 @@
-"""What a PEFT folder trains beside its method: one adapter of several methods here, which PEFT reads when it is back."""
+"""What a PEFT folder trains beside its method: one adapter of several methods here, and back."""
 
 import copy
 import json
@@ -226,13 +226,23 @@ def test_rows_come_in_any_order_and_go_back(tmp_path: Path) -> None:
     close(output(read_by_peft(base, tmp_path / "ours"), IDS), output(theirs, IDS))
 
 
-def test_a_tied_head_with_other_rows_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lists", [{"embed_tokens": [5, 1], "lm_head": [2]}, {"lm_head": [5]}, {"embed_tokens": [5]}])
+def test_a_tied_head_with_a_list_of_its_own_has_rows_of_its_own(lists: dict[str, list[int]], tmp_path: Path) -> None:
     base = built("llama_tied")
-    cfg = peft.LoraConfig(
-        target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 1], "lm_head": [2, 3]}
-    )
-    folder_of(base, cfg, tmp_path)
-    refused(base, tmp_path, "lm_head has other rows than model.embed_tokens, whose weight it shares")
+    cfg = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=lists)
+    theirs = folder_of(base, cfg, tmp_path / "theirs")
+    model = copy.deepcopy(base)
+    ll.load_peft(model, tmp_path / "theirs")
+    close(output(model, IDS), output(theirs, IDS))
+    ll.save_peft(model, tmp_path / "ours")
+    close(output(read_by_peft(base, tmp_path / "ours"), IDS), output(theirs, IDS))
+
+
+def test_other_rows_of_the_same_tokens_in_a_tied_head_are_refused(tmp_path: Path) -> None:
+    base = built("llama_tied")
+    folder_of(base, peft.TrainableTokensConfig(token_indices=[9, 1]), tmp_path)
+    edit(tmp_path, lm_head__trainable_tokens_delta=torch.ones(2, 16))
+    refused(base, tmp_path, "has other rows than model.embed_tokens, whose weight it shares, for the same tokens")
 
 
 def test_rows_of_a_head_train_as_those_of_peft(tmp_path: Path) -> None:

@@ -170,10 +170,13 @@ def _differences(stored: Tensors, path: str, layer: BaseLayer | None, base: Base
         return new
     result = {}
     if "weight" in new:
-        weight = new["weight"] if layer is None or not layer.kind.has_matrix else layer.oriented(new["weight"])
-        result["lora_weight"] = _minus(
-            weight.flatten(1) if layer is None and weight.ndim > 2 else weight, _numbers(base, weight)
-        )
+        weight = new["weight"]
+        if layer is None:  # it is known by its shape alone, and an embedding's lies the other way round
+            weight = weight.flatten(1) if weight.ndim > 2 else weight
+            weight = weight.mT if weight.shape == (base.d_in, base.d_out) else weight
+        elif layer.kind.has_matrix:
+            weight = layer.oriented(weight)
+        result["lora_weight"] = _minus(weight, _numbers(base, weight))
     if base.bias is not None:
         result["lora_bias"] = _minus(new["bias"], base.bias) if "bias" in new else torch.zeros_like(base.bias)
     return {name: tensor.cpu() for name, tensor in result.items()}

@@ -157,18 +157,13 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
 
 
 def _whole_target(source: PeftFolder, path: str) -> Target:
-    """A layer as its whole tensors tell, or its rows."""
-    shapes = {name: _shape_of(source, file_key(path, name)) for name in ("weight", "bias", "lora_delta")}
-    rows = shapes["lora_delta"][1:]
-    d_out, *rest = shapes["weight"] or shapes["bias"] or rows or (0,)
-    is_norm = len(shapes["weight"]) == 1
-    d_in = d_out if is_norm else math.prod(rest) if shapes["weight"] else 0
-    return Target(path, d_in, d_out, "?", *place(path), has_bias=bool(shapes["bias"]), is_diagonal=is_norm)
-
-
-def _shape_of(source: PeftFolder, ours: str) -> tuple[int, ...]:
-    key = source.in_file.get(ours)
-    return () if key is None else source.header.entries[key].shape
+    """A layer as its whole tensors tell; 0 stands for a side that they don't."""
+    keys = {name: source.whole[key] for name in ("weight", "bias") if (key := file_key(path, name)) in source.whole}
+    shapes = {name: source.header.entries[key].shape for name, key in keys.items()}
+    d_out, *rest = shapes.get("weight") or shapes.get("bias") or (0,)
+    is_norm = len(shapes.get("weight", ())) == 1
+    d_in = d_out if is_norm else math.prod(rest) if "weight" in shapes else 0
+    return Target(path, d_in, d_out, "?", *place(path), has_bias="bias" in shapes, is_diagonal=is_norm)
 
 
 def _targets_by_shapes(source: PeftFolder) -> dict[str, Target]:

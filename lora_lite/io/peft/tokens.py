@@ -1,7 +1,7 @@
 """PEFT's trainable tokens: rows of an embedding, by themselves (TRAINABLE_TOKENS) or beside a LoRA.
 
 PEFT writes the new rows, in the order of the setting; here they are differences from the base's, by ascending token.
-A head that shares the embedding's weight goes with it on both sides, unless its list differs.
+A head that shares the embedding's weight goes with it on both sides, unless its list differs: then each has its own.
 """
 
 from collections import Counter
@@ -43,7 +43,7 @@ def without_tied(root: nn.Module, source: PeftFolder, layers: Mapping[str, BaseL
     """The folder without the rows of a head that are those of the embedding whose weight it holds, too.
 
     Raises:
-        CheckpointError: for other rows there: here an embedding's rows are its tied head's, or the weight is untied.
+        CheckpointError: for other rows of the same tokens.
     """
     embeddings = {id(layers[path].stored): path for path in _paths(source) if layers[path].kind.category == "embedding"}
     rows, lists = dict(source.tokens), source.settings.get("trainable_token_indices")
@@ -53,15 +53,11 @@ def without_tied(root: nn.Module, source: PeftFolder, layers: Mapping[str, BaseL
             raise source.error(f"trainable_token_indices has {brief(name, 80)}, and the file no rows of it")
     for path in _paths(source):
         other = embeddings.get(id(layers[path].stored), path)
-        if other == path:
+        if other == path or ids_of(source, path) != ids_of(source, other):
             continue
         keys = [source.tokens[f"{p}.lora_delta"] for p in (path, other)]
-        same = ids_of(source, path) == ids_of(source, other) and torch.equal(*source.header.read(keys).values())
-        if not same:
-            raise source.error(
-                f"{path} has other rows than {other}, whose weight it shares\n"
-                f"  here they have the same: untie them first (tie_word_embeddings=False), or use PEFT"
-            )
+        if not torch.equal(*source.header.read(keys).values()):
+            raise source.error(f"{path} has other rows than {other}, whose weight it shares, for the same tokens")
         del rows[f"{path}.lora_delta"]
     return replace(source, tokens=rows)
 
@@ -72,20 +68,23 @@ def _paths(source: PeftFolder) -> list[str]:
 
 def parts(source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
     """A part for each list of tokens. Raises CheckpointError."""
-    groups: dict[tuple[tuple[int, ...], str], dict[str, Target]] = {}
+    groups: dict[tuple[tuple[int, ...], str, str], dict[str, Target]] = {}
     for path in _paths(source):
         ids, target, key = ids_of(source, path), targets[path], source.tokens[f"{path}.lora_delta"]
         kind = layers[path].kind.category if path in layers else "embedding"
         n, width = (target.d_out, target.d_in) if kind == "linear" else (target.d_in, target.d_out)
         shape = source.header.entries[key].shape
-        if shape != (len(ids), width or shape[-1:]) and not (path not in layers and shape[:1] == (len(ids),)):
+        wanted = (len(ids), width) if path in layers else (len(ids), *shape[1:2])  # the width is the base's
+        if len(shape) != 2 or shape != wanted:
             raise source.error(f"{key} is {brief(shape)}, wanted {(len(ids), width)}: a row for each of its tokens")
         if path in layers and max(ids) >= n:
             cure = (
                 f"the adapter is of a larger vocabulary: model.resize_token_embeddings(...), to {max(ids) + 1} or more"
             )
             raise source.error(f"{path} has {n} tokens, and the file has rows of token {max(ids)}\n  {cure}")
-        groups.setdefault((tuple(sorted(ids)), kind), {})[path] = target
+        shared = [p for p in _paths(source) if p in layers and layers[p].stored is layers[path].stored]
+        tied = "apart" if kind == "linear" or len(shared) > 1 else "as_base"
+        groups.setdefault((tuple(sorted(ids)), kind, tied), {})[path] = target
 
     def values(stored: Tensors, path: str, layer: BaseLayer | None, base: BaseLayer | None) -> dict[str, Tensor]:
         rows = stored[f"{path}.lora_delta"]  # (n, d)
@@ -102,8 +101,9 @@ def parts(source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[str
         return {"lora_delta": delta.mT.contiguous()}  # (d, n)
 
     result = []
-    for (tokens, _), at_layers in groups.items():
-        cfg = config_of(source, "tokens", at_layers, layers, {}, True, source.tokens, token_ids=tokens)
+    for (tokens, _, tied), at_layers in groups.items():
+        fields = {"token_ids": tokens, "tied_weights": tied}
+        cfg = config_of(source, "tokens", at_layers, layers, {}, True, source.tokens, **fields)
         result.append(Part(cfg, at_layers, {}, values, of_base=True))
     return result
 
@@ -121,7 +121,9 @@ def written(root: nn.Module, sites: list[Site], weights: Mapping[str, Tensor], i
     holders = Counter(id(p) for module in root.modules() for p in module._parameters.values())
     for site in sites:
         tied = tied_paths(root, site)
-        if holders[id(site.base.stored)] > 1 and not tied:
+        sharing = [other.cfg.token_ids for other in sites if other.base.stored is site.base.stored]
+        is_split = len(set(sharing)) > 1  # PEFT ties them, unless their lists differ
+        if holders[id(site.base.stored)] > 1 and not (tied or is_split or site.base.kind.category == "linear"):
             problem = "PEFT gives the rows to all that share its weight, and this adapter to one"
             raise CheckpointError(f"{site.path}: {problem}\n  keep it as our file (lora_lite.save)")
         delta, ids = site.tensor("lora_delta").detach(), list(site.cfg.token_ids)  # (d, n)
