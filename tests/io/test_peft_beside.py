@@ -469,6 +469,8 @@ LISTS: dict[str, tuple[str, list[Any]]] = {
             ll.BiasConfig(target_names="lin1"),
         ],
     ),
+    "bare parameters": ("mixtral", [ll.LoRAConfig(r=2, target_names="q_proj"), ll.FullConfig(kinds=("experts",))]),
+    "bare parameters alone": ("bare", [ll.FullConfig(kinds="matrix")]),
     "gpt2": ("gpt2", [ll.LoRAConfig(r=2, target_names="c_attn"), ll.FullConfig(target_names="c_fc")]),
 }
 
@@ -501,7 +503,11 @@ def test_a_list_of_ours_is_read_by_peft_and_by_us(name: str, tmp_path: Path) -> 
             "PEFT has no trainable tokens with whole modules",
         ),
         ("mlp", [ll.LoRAConfig(r=2), ll.FullConfig(target_names="lin1")], "lin1: PEFT trains a layer whole, or with"),
-        ("bare", [ll.LoRAConfig(r=2, kinds="matrix"), ll.FullConfig(kinds="matrix")], "lin0.weight: PEFT"),
+        (
+            "bare",
+            [ll.LoRAConfig(r=2, kinds="matrix"), ll.FullConfig(kinds="matrix")],
+            "lin0.weight: PEFT trains a layer",
+        ),
         (
             "llama_tied",
             [ll.LoRAConfig(r=2, target_names="q_proj"), ll.TokensConfig(token_ids=(1,), tied_weights="apart")],
