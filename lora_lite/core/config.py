@@ -17,8 +17,11 @@ TIED_WEIGHTS = ("apart", "together", "as_base", "refuse")
 # Files leave these out, so those of one config for all layers, all of them linear, are the same to every version; one
 # of a version that didn't know a field is read as with this value.
 UNSAID: Mapping[str, Any] = {
-    **{"per_layer": {}, "kinds": ["linear"], "tied_weights": "apart"},
-    **{"bias": False, "invocation_tokens": None},
+    "per_layer": {},
+    "kinds": ["linear"],
+    "tied_weights": "apart",
+    "bias": False,
+    "invocation_tokens": None,
 }
 
 Config = TypeVar("Config", bound="BaseConfig")

@@ -285,8 +285,7 @@ def _specs(file: AdapterFile, by_path: Sequence[Mapping[str, Site]]) -> tuple[di
     by_path     for each method its sites, by their paths in the file, in its order
     """
     layers = [{path: (site.target, site.specs) for path, site in sites.items()} for sites in by_path]
-    names: dict[str, str] = {}
-    for keys, sites in zip(file.keys(layers), by_path, strict=True):
-        names |= {keys[path, tensor]: site.key(tensor) for path, site in sites.items() for tensor in site.specs}
+    places = [(m, p, site) for m, sites in zip(file.methods, by_path, strict=True) for p, site in sites.items()]
+    names = {method.key(path, tensor): site.key(tensor) for method, path, site in places for tensor in site.specs}
     specs = file.specs(layers)
     return specs, {key: names.get(key, key) for key in specs}
