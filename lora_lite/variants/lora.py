@@ -33,8 +33,8 @@ __all__ = ["LoRA", "LoRAConfig"]
 class LoRAConfig(AdapterConfig):
     """alpha: None means r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: of the branch.
 
-    invocation_tokens   act from the start of their last occurrence in a row on, in what is generated after it too; never
-                        in a row without them. None: everywhere. What the model itself generates doesn't start it
+    invocation_tokens   act from the start of their last occurrence in a row on, and in what is generated after it;
+                        never in a row without them, whatever the model itself generates. None: everywhere
     """
 
     variant: str = "lora"
