@@ -65,7 +65,7 @@ def test_pissa_refuses_the_real_model_in_4_bit(real_base: Callable[..., Any]) ->
 
 
 def test_what_acts_at_positions_decodes_as_it_reads(real_base: Callable[..., Any], real_tokenizer: Any) -> None:
-    """LoReFT and an aLoRA beside each other, rows of different lengths: a step with the cache is the forward without."""
+    """LoReFT and an aLoRA beside each other, on rows of different lengths: a step is the forward without cache."""
     model, chats = real_base().float(), ("What is the capital of France?", "Name three colours.", "Hi.")
     texts = [
         real_tokenizer.apply_chat_template(
@@ -81,7 +81,8 @@ def test_what_acts_at_positions_decodes_as_it_reads(real_base: Callable[..., Any
     perturb(alora, 0.02)
     only_alora = model.generate(**batch, **greedy)
     changes = [
-        max(float((a[row] - b[row]).abs().max()) for a, b in zip(only_alora.logits, base.logits)) for row in (0, 1)
+        max(float((a[row] - b[row]).abs().max()) for a, b in zip(only_alora.logits, base.logits, strict=True))
+        for row in (0, 1)
     ]
     assert changes[0] > 0.1
     assert changes[1] < 1e-4  # its prompt has no invocation; the head's product rounds by where its rows lie in memory
