@@ -11,10 +11,10 @@ Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps; aLoRA
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,7 +42,7 @@ class LoRAConfig(AdapterConfig):
     rslora: bool = False
     dropout: float = 0.0
     invocation_tokens: Sequence[int] | None = None
-    ADDED_LATER: ClassVar[tuple[str, ...]] = (*AdapterConfig.ADDED_LATER, "invocation_tokens")
+    UNSAID: ClassVar[Mapping[str, Any]] = {**AdapterConfig.UNSAID, "invocation_tokens": None}
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "invocation_tokens")
 
     def __post_init__(self) -> None:
