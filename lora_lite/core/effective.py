@@ -140,8 +140,10 @@ def _outputs(
 
 
 def _picked(layer: Layer, columns: slice) -> Float[Tensor, "n o"] | None:
-    """What a method whose A is no matrix adds for these unit vectors, without a product: V² d operations, of a whole
-    embedding with V tokens. None of any other method."""
+    """The change by a method whose A is no matrix, for these unit vectors; None for any other method.
+
+    A product with them would take V² d operations for an embedding of V tokens.
+    """
     variant = lookup(layer.cfg.variant)
     factors = None if variant.low_rank is Variant.low_rank else variant.low_rank(layer)
     form = None if factors is None else LowRank(*factors)

@@ -164,7 +164,7 @@ def _enter(name: str, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         known = None if cache is None else vars(cache).get(ON_CACHE, {}).get(positions.serial)
         offset = 0 if cache is None else _length(cache)
         if known is not None and offset:
-            mask = _step(named, *known, offset)
+            mask = _step(named, known[0], known[1], offset)
         else:
             mark: Any = lookup(cfg.variant).positions(cfg)
             where = mark(_prompt(root, named, offset))  # (b, t + 1)

@@ -100,10 +100,10 @@ class AdapterFile:
 
         What only a resume needs may be missing, and what is made again.
         """
-        places = [
-            (m, path, known) for m, at in zip(self.methods, layers, strict=True) for path, (_, known) in at.items()
+        pairs = [
+            (m, path, known) for m, ls in zip(self.methods, layers, strict=True) for path, (_, known) in ls.items()
         ]
-        specs = {method.key(path, name): spec for method, path, known in places for name, spec in known.items()}
+        specs = {method.key(path, name): spec for method, path, known in pairs for name, spec in known.items()}
         for shared in filter(None, self.shared(layers)):
             specs |= {shared.key(name): spec for name, spec in shared.specs.items()}
         return {key: s for key, s in specs.items() if s.saved == "always" or key in self.header.entries}

@@ -13,10 +13,10 @@ Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps; aLoRA
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,8 +36,8 @@ class LoRAConfig(AdapterConfig):
     """alpha: None means r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: of the branch.
     bias: train a constant β beside B, as PEFT's lora_bias.
 
-    invocation_tokens   act from the start of their last occurrence in a row on, in what is generated after it too;
-                        never in a row without them. None: everywhere. What is generated itself doesn't start it
+    invocation_tokens   act from the start of their last occurrence in a row on, and in what is generated after it;
+                        never in a row without them, whatever the model itself generates. None: everywhere
     """
 
     variant: str = "lora"
@@ -46,6 +46,7 @@ class LoRAConfig(AdapterConfig):
     dropout: float = 0.0
     bias: bool = False
     invocation_tokens: Sequence[int] | None = None
+    UNSAID: ClassVar[Mapping[str, Any]] = {**AdapterConfig.UNSAID, "bias": False, "invocation_tokens": None}
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "invocation_tokens")
 
     def __post_init__(self) -> None:

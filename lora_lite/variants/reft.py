@@ -5,9 +5,9 @@
 
 Identity   never: W, b and R start at random, as pyreft's do
 Base       never read: any block, or another output
-Departs    R is what Gram-Schmidt makes of the rows of a trained matrix; pyreft's is a product of Householder reflections.
-           One edit serves the first and the last tokens (pyreft's share_weights); a prompt of fewer than f + l tokens
-           is edited whole, where pyreft leaves out the middle
+Departs    R is what Gram-Schmidt makes of the rows of a trained matrix; pyreft's is a product of reflections. One edit
+           serves the first and the last tokens (pyreft's share_weights). A prompt of fewer than f + l tokens is edited
+           whole, where pyreft leaves out the middle
 Checked    against the formula above, and pyreft's LoreftIntervention written anew: outputs and gradients
 """
 
@@ -33,8 +33,9 @@ __all__ = ["ReFT", "ReFTConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReFTConfig(AdapterConfig):
-    """first, last: how many tokens of the prompt at each end, f and l. In training the prompt ends before the first label
-    that counts (not -100); without labels, or where all count, it is the whole row. dropout: of the edited stream."""
+    """first, last: how many tokens of the prompt at each end, f and l. In training the prompt ends before the first
+    label that counts (not -100); without labels, or where all count, it is the whole row. dropout: of the edited
+    stream."""
 
     variant: str = "reft"
     kinds: Sequence[str] = ("block",)
@@ -42,7 +43,7 @@ class ReFTConfig(AdapterConfig):
     last: int = 7
     dropout: float = 0.0
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "first", "last")
-    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("norm", "block")
+    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("block",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +99,7 @@ def at_the_ends(first: int, last: int, prompt: Prompt) -> Bool[Tensor, "b t1"]:
     """The first and the last tokens of each prompt; nothing that comes after it."""
     if prompt.offset:
         raise ConfigError(
-            f"{prompt.offset} tokens are in a cache that was made without the adapter, which acts at the prompt's ends\n"
+            f"{prompt.offset} tokens are in a cache that was made without the adapter, which acts at a prompt's ends\n"
             f"  run the whole prompt with it"
         )
     number = prompt.is_prompt.cumsum(1)  # (b, t), 1 for a prompt's first token

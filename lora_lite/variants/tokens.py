@@ -58,10 +58,9 @@ class Tokens:
             problem = f"token_ids has {cfg.token_ids[-1]}, and this embedding {target.d_in} tokens"
             cure = "give new tokens a row first: model.resize_token_embeddings(len(tokenizer))"
             raise ConfigError(f"{problem}\n  {cure}")
-        ids = ParamSpec(
-            (len(cfg.token_ids),), lambda t: t.copy_(torch.tensor(cfg.token_ids)), dtype=torch.int64, saved="never"
-        )
-        return {"lora_delta": ParamSpec((target.d_out, len(cfg.token_ids))), "lora_ids": ids}
+        n, ids = len(cfg.token_ids), torch.tensor(cfg.token_ids)
+        table = ParamSpec((n,), lambda t: t.copy_(ids), False, True, torch.int64, "never", target.d_in, is_sorted=True)
+        return {"lora_delta": ParamSpec((target.d_out, n)), "lora_ids": table}
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:

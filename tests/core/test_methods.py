@@ -291,6 +291,17 @@ def test_a_hostile_file_of_format_2_is_a_clear_error(saved: Path, change: Any, m
     assert sorted(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("ids", [[1, 5, 96], [-1, 5, 7], [5, 1, 7], [1, 5, 5]])
+def test_a_files_indices_are_in_range_and_in_order(saved: Path, ids: list[int]) -> None:
+    """They are made of the config; those of a file would index, and be searched in order of size."""
+    tensors = load_file(saved) | {"model.embed_tokens.lora_ids": torch.tensor(ids)}
+    with pytest.raises(ll.CheckpointError, match="lora_ids has indices out of their range or order"):
+        ll.load(tiny_llama(bias=True), edited(saved, lambda meta: None, tensors))
+    wrong = tensors | {"model.embed_tokens.lora_ids": torch.tensor([1.0, 5.0, 7.0])}
+    with pytest.raises(ll.CheckpointError, match=r"no floating numbers, such as .*lora_ids \(torch.float32\)"):
+        ll.load(tiny_llama(bias=True), edited(saved, lambda meta: None, wrong))
+
+
 # ---- random numbers of a forward ------------------------------------------------------------------
 
 

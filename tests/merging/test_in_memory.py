@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, OneLinear, attach, config, moe, perturb, quantized, tiny_llama
+from models import IDS, OneLinear, acts_everywhere, attach, config, moe, perturb, quantized, tiny_llama
 from test_laws import logits, same_snapshot, snapshot
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +18,7 @@ from lora_lite.core.effective import Affine
 from lora_lite.core.state import Swap
 from lora_lite.core.variant import needs_data
 
-MODES = [{"variant": name} for name in sorted(ll.REGISTRY)]
+MODES = [{"variant": name} for name in sorted(ll.REGISTRY) if acts_everywhere(name)]
 MODES += [{"variant": "abliteration", "normalization": mode} for mode in ("pre", "full", "column")]
 MODES += [{"variant": "abliteration", "rank": 2}, {"variant": "lora", "rslora": True, "r": 3}]
 MODES += [
