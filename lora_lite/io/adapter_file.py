@@ -111,13 +111,13 @@ class AdapterFile:
     def shared(self, layers: Sequence[LayerSpecs], tensors: Tensors | None = None) -> list[Shared | None]:
         """For each method the tensors that it has once, with the file's values if they are given; None where it has
         none."""
-        result: list[Shared | None] = []
-        for method, at_layers in zip(self.methods, layers, strict=True):
-            specs = lookup(method.cfg.variant).shared_specs([target for target, _ in at_layers.values()], method.cfg)
-            shared = Shared(specs, 1 + sum(other is not None for other in result)) if specs else None
-            if shared is not None and tensors is not None:
-                shared = make_shared(specs, method.cfg, tensors, number=shared.number)
-            result.append(shared)
+        pairs = list(zip(self.methods, layers, strict=True))
+        all_specs = [lookup(m.cfg.variant).shared_specs([t for t, _ in known.values()], m.cfg) for m, known in pairs]
+        result: list[Shared | None] = [None] * len(pairs)
+        numbered = enumerate((i for i, specs in enumerate(all_specs) if specs), 1)
+        for number, i in numbered:
+            specs, cfg = all_specs[i], self.methods[i].cfg
+            result[i] = Shared(specs, number) if tensors is None else make_shared(specs, cfg, tensors, number=number)
         return result
 
     def tensors(self, specs: Mapping[str, ParamSpec]) -> dict[str, Tensor]:
@@ -180,8 +180,7 @@ def _method(path: Path, entry: Mapping[str, Any], counts: Counter[str]) -> FileM
     if not all(_are_targets(paths, targets) for paths in facts):
         raise CheckpointError(f"{path}: its metadata names {brief(facts)}; wanted some of its targets")
     counts.update(targets.keys())
-    numbers = {target: counts[target] for target in targets}
-    return FileMethod(cfg, targets, per_layer, numbers, frozenset(biased), frozenset(diagonal))
+    return FileMethod(cfg, targets, per_layer, {t: counts[t] for t in targets}, frozenset(biased), frozenset(diagonal))
 
 
 def _are_targets(paths: Any, targets: Container[str]) -> bool:

@@ -111,9 +111,8 @@ def load(
     specs, names = _specs(file, by_path)
     check_shapes(file.header.entries, specs, str(file.path))  # no tensor has been read so far
     tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
-    places = {in_file: site.path for sites in by_path for in_file, site in sites.items()}
     with installed(root, methods, name, tensors, file.scale, file.steps) as adapter:
-        recorded = file.base.renamed(places)
+        recorded = file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
         if not same_base(recorded, adapter.base_record):
             reads = any(site.base_weight != "unused" for site in adapter.sites())
             message = other_base(str(file.path), recorded, adapter.base_record)
@@ -195,9 +194,9 @@ def _metadata(model: nn.Module, adapter: Adapter, digests: list[str], resume: bo
     methods = [_method_metadata(method) for method in adapter.methods]
     if resume:
         optional["steps"] = adapter.steps
+    several = {"format": SEVERAL, "methods": methods}
     return {
-        "format": FORMAT if len(methods) == 1 else SEVERAL,
-        **(methods[0] if len(methods) == 1 else {"methods": methods}),
+        **(several if len(methods) > 1 else {"format": FORMAT, **methods[0]}),
         "scale": adapter.scale,
         "base": adapter.base,
         "library": __version__,
