@@ -11,10 +11,12 @@ import torch
 from models import IDS, moe, perturb, tiny_llama, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_ecosystem import Tokens, arguments
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
+from lora_lite.trainer import AdapterTrainer
 
 LISTS: dict[str, list[Any]] = {
     "lora and head": [ll.LoRAConfig(r=2), ll.FullConfig(target_names="lm_head")],
@@ -346,3 +348,38 @@ def test_a_checkpoint_draws_the_same_random_numbers_again(use_reentrant: bool) -
         gradients.append(gradient)
     assert torch.equal(*gradients)
     assert not torch.equal(layer(x), layer(x))
+
+
+# ---- training that stops and goes on ---------------------------------------------------------------
+
+RESUMED = {
+    **LISTS,
+    "full": [ll.FullConfig(target_names="lm_head|norm|embed_tokens")],
+    "norm": [ll.NormConfig()],
+    "bias": [ll.BiasConfig()],
+    "tokens": [ll.TokensConfig(token_ids=(1, 5, 7))],
+    "vera": [ll.VeRAConfig(r=4)],
+    "reft": [ll.ReFTConfig(r=2)],
+    "lora with a bias": [ll.LoRAConfig(r=2, bias=True)],
+    "activated lora": [ll.LoRAConfig(r=2, invocation_tokens=(20,))],
+}
+
+
+@pytest.mark.parametrize("configs", RESUMED.values(), ids=RESUMED)
+def test_a_resumed_training_ends_as_one_that_went_through(configs: list[Any], tmp_path: Path) -> None:
+    def trainer() -> tuple[ll.Adapter, AdapterTrainer]:
+        torch.manual_seed(0)
+        model = tiny_llama(bias=True)
+        adapter = ll.attach(model, configs)
+        args = arguments(tmp_path, save_steps=2, max_steps=4, learning_rate=1e-2)
+        return adapter, AdapterTrainer(model, args, train_dataset=Tokens())
+
+    through, training = trainer()
+    before = {key: value.clone() for key, value in through.state_dict().items()}
+    training.train()
+    again, training = trainer()
+    training.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.steps == through.steps == 4
+    wanted = through.state_dict()
+    assert any(not torch.equal(wanted[key], value) for key, value in before.items())
+    assert all(torch.equal(wanted[key], tensor) for key, tensor in again.state_dict().items())
