@@ -36,7 +36,7 @@ class BaseConfig:
                     mixture of experts, `...experts.gate_up_proj`) and "matrix" (other bare parameters). "linear" are
                     layers of that shape and the projections of nn.MultiheadAttention (`...in_proj_weight`).
                     "norm" are norms of the last axis (ia3, ia3_ff, steer, plain abliteration). "block", by itself, is
-                    the residual stream at the outputs of blocks (steer, plain abliteration). For these two alone, a
+                    the residual stream at the outputs of blocks (steer, reft, plain ablation). For these two alone, a
                     method's default names and roles don't count: they are of linear layers
     tied_weights    of a target whose weight another module holds too, as an embedding's the head: "apart" adapts the
                     target alone (its weight can't be merged while it is tied), "together" has all that hold an

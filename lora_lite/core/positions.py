@@ -176,7 +176,8 @@ def _leave(name: str, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """The call has ended: the cache remembers what comes after the prompt."""
     for positions in _configs(session_at(root).adapters[name].sites):
         mask = positions.leave()
-        cache = _cache_in(args) or _cache_in(kwargs) or _cache_in(output)
+        caches = (_cache_in(values) for values in (args, kwargs, output))  # an empty one is false
+        cache = next((cache for cache in caches if cache is not None), None)
         if mask is not None and cache is not None:
             vars(cache).setdefault(ON_CACHE, {})[positions.serial] = mask.after, _length(cache)
 

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -375,12 +376,14 @@ def gradients(cfg: Any, reentrant: bool | None) -> dict[str, Tensor]:
     return {key: tensor.grad for key, tensor in adapter.named_tensors() if tensor.grad is not None}
 
 
-@pytest.mark.parametrize("cfg", [ALORA, REFT], ids=["alora", "reft"])
+# On a layer: transformers checkpoints a block's forward, and its hooks are outside of that.
+@pytest.mark.parametrize("cfg", [ALORA, replace(REFT, kinds="linear", target_names="down_proj")], ids=["alora", "reft"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_forward_that_a_backward_runs_again_has_its_own_mask(cfg: Any, reentrant: bool) -> None:
     plain, again = gradients(cfg, None), gradients(cfg, reentrant)
     assert plain.keys() == again.keys()
     assert len(plain) > 4
+    assert all(gradient.any() for gradient in plain.values())
     for key, wanted in plain.items():
         torch.testing.assert_close(again[key], wanted, msg=key)
 
