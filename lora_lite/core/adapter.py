@@ -107,7 +107,7 @@ class Adapter:
         fixed = {name for method in methods for name in changes.keys() - set(lookup(method.cfg.variant).live)}
         following = [method for method in methods if changes.keys() <= set(lookup(method.cfg.variant).live)]
         if not following:
-            live = sorted({name for method in methods for name in lookup(method.cfg.variant).live})
+            live = dict.fromkeys(name for method in methods for name in lookup(method.cfg.variant).live)
             raise ConfigError(
                 f"adapter {self.name!r}: {', '.join(sorted(fixed))} can't change while it is attached\n"
                 f"  {self.variant!r} can follow {', '.join(live) or 'no field'}; for others detach and attach"

@@ -311,7 +311,7 @@ class MergePlan:
         affine = Affine(sites, torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
         fused = location.target.experts
         if (fused or not location.bias) and affine.bias(None, lambda: weight) is not None:
-            problem = f"{location.target.path}: {' + '.join(s.cfg.variant for s in sites)} adds a constant there"
+            problem = f"{location.target.path}: {' + '.join(s.cfg.variant for s in sites)!r} adds a constant there"
             why, cure = "this model has no bias to hold it", "keep the adapter, or merge in memory"
             if fused:  # elsewhere from_pretrained would drop a new bias in silence
                 why, cure = "an expert's bias would be weighted as its output is", "keep the adapter"
