@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
@@ -44,19 +46,23 @@ class Norm(Kind):
 
 def normalized(module: Any, x: Tensor) -> Tensor:
     """n(x) of a norm y = (w + c) ⊙ n(x) + b, (*b, d), by its own forward, whatever w, b and c are."""
-    weight: Tensor = module.weight
-    bare = copy.copy(module)  # shallow: a call of the norm in another thread keeps its parameters
+    if type(module) is nn.LayerNorm:
+        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if type(module) is nn.RMSNorm:
+        return F.rms_norm(x, module.normalized_shape, None, module.eps)
+    # Shallow: a call of the norm in another thread keeps its parameters. A graph of torch.compile can't copy a module.
+    bare = module if is_dynamo_compiling() else copy.copy(module)
+    ones, zeros = torch.ones_like(module.weight), torch.zeros_like(module.weight)
 
-    def scaled(vector: Tensor) -> Tensor:
-        zeros = torch.zeros_like(weight)
-        live: Any = {name: None if p is None else zeros for name, p in module._parameters.items()}
-        bare.__dict__["_parameters"] = live | {"weight": vector}
+    def scaled(weight: Tensor) -> Tensor:
+        vectors = {n: zeros for n, p in module._parameters.items() if p is not None} | {"weight": weight}
+        bare.__dict__.update(vectors)  # an attribute of the instance is found before a parameter
         y: Tensor = bare.forward(x)
+        for name in vectors:
+            del bare.__dict__[name]
         return y
 
-    ones = scaled(torch.ones_like(weight))
-    # The forward of torch's own has c = 0; of any other that is asked.
-    return ones if type(module) in (nn.LayerNorm, nn.RMSNorm) else ones - scaled(torch.zeros_like(weight))
+    return scaled(ones) - scaled(zeros)
 
 
 class ByWeight(Kind):
