@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
@@ -25,6 +25,7 @@ from ..core.positions import Prompt
 from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
+from ..families.positions import at_the_ends
 from ..ops.low_rank import is_transformed
 
 __all__ = ["ReFT", "ReFTConfig"]
@@ -87,14 +88,3 @@ def orthonormal(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
     """Gram-Schmidt of the rows, in float32 at least: their own span, whatever an optimizer makes of them."""
     q, r = torch.linalg.qr(rows.to(torch.promote_types(rows.dtype, torch.float32)).mT)  # (d, r), (r, r)
     return (q * r.diagonal().sign()).mT
-
-
-def at_the_ends(first: int, last: int, prompt: Prompt) -> Bool[Tensor, "b t1"]:
-    """The first and the last tokens of each prompt; nothing that comes after it."""
-    if prompt.offset:
-        problem = (
-            f"{prompt.offset} tokens are in a cache that was made without the adapter, which acts at a prompt's ends"
-        )
-        raise ConfigError(f"{problem}\n  run the whole prompt with it")
-    number = prompt.is_prompt.cumsum(1)  # (b, t), 1 for a prompt's first token
-    return F.pad(prompt.is_prompt & ((number <= first) | (number > number[:, -1:] - last)), (0, 1))
