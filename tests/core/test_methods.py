@@ -383,3 +383,68 @@ def test_a_resumed_training_ends_as_one_that_went_through(configs: list[Any], tm
     wanted = through.state_dict()
     assert any(not torch.equal(wanted[key], value) for key, value in before.items())
     assert all(torch.equal(wanted[key], tensor) for key, tensor in again.state_dict().items())
+
+
+# ---- ties, copies and histories -----------------------------------------------------------------------
+
+
+def test_a_method_that_reads_a_tied_weight_is_refused_in_a_list_too() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    for configs in ([ll.TokensConfig(token_ids=(1, 5)), ll.DoRAConfig(r=2, target_names="lm_head")],) * 2:
+        with pytest.raises(ll.TargetError, match="where another method of this adapter reads the weight"):
+            ll.attach(model, configs)
+        configs.reverse()
+    assert not ll.adapters(model)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [ll.LoRAConfig(r=2, kinds="embedding", target_names="embed_tokens"), ll.FullConfig(target_names="lm_head")],
+)
+def test_one_method_on_all_that_share_a_weight_and_another_on_a_part_dont_merge(other: Any, tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    perturb(ll.attach(model, [ll.TokensConfig(token_ids=(1, 5)), other]))
+    model(input_ids=IDS)
+    ll.save(model, tmp_path / "a.safetensors")
+    with pytest.raises(ll.TargetError):
+        ll.merge(model)
+    for untie in (True, False):
+        with pytest.raises(ll.TargetError, match="one method acts on all that share the weight"):
+            ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", untie=untie)
+
+
+@pytest.mark.parametrize("configs", [LISTS["shared tensors twice"], LISTS["all kinds"]], ids=["vera", "all kinds"])
+def test_a_file_of_a_copy_is_the_file(configs: list[Any], tmp_path: Path) -> None:
+    """A copy's specs have lost their functions, and what is made again from the config stays out all the same."""
+    model, adapter = attached(configs)
+    ll.save(model, tmp_path / "a.safetensors")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        ll.save(twin, tmp_path / "b.safetensors")
+        a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        ll.restore(model, tmp_path / "b.safetensors")
+        adapter.load_state_dict(ll.adapters(twin)["default"].state_dict())
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        ll.FullConfig(target_names="q_proj|lm_head", kinds="linear"),
+        ll.AdaLoRAConfig(target_names="q_proj"),
+        ll.BiasConfig(target_names="q_proj", kinds="linear"),
+        ll.TokensConfig(token_ids=(1, 5), tied_weights="apart"),
+    ],
+    ids=lambda cfg: cfg.variant,
+)
+def test_the_new_methods_go_into_a_history(cfg: Any, tmp_path: Path) -> None:
+    model, _ = attached(cfg)
+    wanted = logits(model)
+    ll.freeze_into(model)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-6)
+    kept = logits(model)
+    ll.save(model, tmp_path / "a.safetensors", "history")
+    fresh = tiny_llama(bias=True)
+    ll.load(fresh, tmp_path / "a.safetensors", "history")
+    assert torch.equal(logits(fresh), kept)
