@@ -75,7 +75,11 @@ def _by_core(layers: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
 def _compared(a: StoredLayer, b: StoredLayer) -> Float[Tensor, "2 4"]:
     """The sums over a layer's tensors, and those over ΔW."""
     common = a.tensors.keys() & b.tensors.keys()  # a PEFT folder lacks what the base gives
-    alike = a.cfg.variant == b.cfg.variant and all(a.tensors[name].shape == b.tensors[name].shape for name in common)
+    alike = (
+        bool(common)
+        and a.cfg.variant == b.cfg.variant
+        and all(a.tensors[name].shape == b.tensors[name].shape for name in common)
+    )
     fits = (a.target.d_in, a.target.d_out) == (b.target.d_in, b.target.d_out)
     delta_a, delta_b = (delta(a), delta(b)) if fits else (None, None)
     tensors = ((a.tensors[name], b.tensors[name]) for name in sorted(common)) if alike else None

@@ -40,6 +40,8 @@ class Weights:
             layer, location, target = stored.target, self._locations[path], self._locations[path].target
             experts = target.experts if is_stacked(target, stored.cfg) else 0
             sizes = ((layer.d_in, target.d_in), (layer.d_out, target.d_out))
+            if stored.relative is not None and location.layer.kind.category == "embedding":
+                sizes = ((layer.d_in, target.d_out), (layer.d_out, target.d_in))  # its weight lies the other way round
             if experts != layer.experts or any(a not in (0, b) for a, b in sizes):  # 0: no tensor of PEFT's tells it
                 if problem := reason_for_no_weight(location, (layer.d_in, layer.d_out)):
                     raise CheckpointError(f"{folder}: {target.path}: {problem}")
@@ -86,7 +88,9 @@ def delta(layer: StoredLayer, weights: Weights | None = None) -> Iterator[Float[
     """
     if is_free(layer):
         return _blocks(layer, [None] * len(_experts(layer.target)), torch.float32)  # nothing is subtracted, so enough
-    if weights is None:
+    # Of a norm the base's folder gives its factors with Gemma's 1; rows and biases don't tell what they are of.
+    is_untold = layer.relative is not None and (layer.target.is_diagonal or layer.cfg.variant != "full")
+    if weights is None or is_untold:
         return None
     return _blocks(weights.sized(layer), weights.matrices(layer.target.path), torch.float64)
 
@@ -139,7 +143,9 @@ def stand_in(layer: StoredLayer, weight: Float[Tensor, "o i"] | None = None) -> 
     module = nn.Linear(target.d_in, target.d_out, bias=False, device="meta")
     stack = (target.experts,) if target.experts else ()  # a view asks for an expert's matrix, and gets this one
     module.weight = nn.Parameter(weight.expand(*stack, *weight.shape), requires_grad=False)
-    return make_stand_in(target, cfg, module, layer.tensors, layer.scale, shared=layer.shared)
+    site = make_stand_in(target, cfg, module, {}, layer.scale)
+    tensors = layer.tensors if layer.relative is None else layer.relative(site.base)
+    return make_stand_in(target, cfg, module, tensors, layer.scale, shared=layer.shared)
 
 
 def _size(target: Target) -> str:

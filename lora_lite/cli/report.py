@@ -102,14 +102,19 @@ def _loose(path: Path, headers: list[Header]) -> Report:
 
 def _config(stored: StoredAdapter) -> dict[str, Any]:
     """The fields that differ from their defaults; of a PEFT folder, what differs by layer under the layers' paths."""
-    if len(stored.configs) > 1:
-        changes = [(cfg.variant, _differing(cfg, type(cfg)(variant=cfg.variant))) for cfg in stored.configs]
-        return {f"{number} {variant}": fields for number, (variant, fields) in enumerate(changes, 1)}
-    changed = _differing(stored.cfg, type(stored.cfg)(variant=stored.cfg.variant))
+    per_method = [_config_of(stored, cfg) for cfg in stored.configs]
+    if len(per_method) == 1:
+        return per_method[0]
+    named = zip((cfg.variant for cfg in stored.configs), per_method, strict=True)
+    return {f"{number} {variant}": fields for number, (variant, fields) in enumerate(named, 1)}
+
+
+def _config_of(stored: StoredAdapter, cfg: BaseConfig) -> dict[str, Any]:
+    changed = _differing(cfg, type(cfg)(variant=cfg.variant))
     if stored.format != PEFT:
         return changed
-    alike = {path: layer.cfg for path, layer in stored.layers.items() if layer.cfg.variant == stored.cfg.variant}
-    per_layer = {path: fields for path, cfg in alike.items() if (fields := _differing(cfg, stored.cfg))}
+    alike = {path: layer.cfg for path, layer in stored.layers.items() if layer.cfg.variant == cfg.variant}
+    per_layer = {path: fields for path, other in alike.items() if (fields := _differing(other, cfg))}
     # The regexes that find its layers are made up: the folder's own were never run.
     changed = {name: value for name, value in changed.items() if name not in (*BaseConfig.FILTERS, "per_layer")}
     return changed | ({"per_layer": per_layer} if per_layer else {})

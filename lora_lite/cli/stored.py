@@ -1,5 +1,7 @@
 """An adapter on disk as layers with a config and tensors, whatever its format, without a model."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ class StoredAdapter:
     path: Path
     format: str  # OURS or PEFT
     bytes: int
-    configs: list[BaseConfig]  # of each method; of a PEFT folder the one that most layers have
+    configs: list[BaseConfig]  # of each method; in a PEFT folder the one that most of its layers have
     scale: float
     layers: dict[str, StoredLayer]
     base: dict[str, Any]  # all that is recorded of the base but the fingerprint, as JSON values
@@ -87,8 +89,7 @@ def _ours(file: AdapterFile) -> StoredAdapter:
     for method, known, shared in zip(file.methods, layers, file.shared(layers, tensors), strict=True):
         for path, (target, names) in known.items():
             values = {name: tensors[key] for name in names if (key := method.key(path, name)) in tensors}
-            label = path if method.numbers[path] == 1 else f"{path} ({method.numbers[path]})"
-            stored[label] = StoredLayer(target, method.cfg_at(path), values, file.scale, shared)
+            stored[_name(path, stored)] = StoredLayer(target, method.cfg_at(path), values, file.scale, shared)
     base = {name: value for name, value in file.base.to_json().items() if name != "fingerprint"}
     configs = [method.cfg for method in file.methods]
     return StoredAdapter(file.path, OURS, file.path.stat().st_size, configs, file.scale, stored, base, file.base)
@@ -97,11 +98,21 @@ def _ours(file: AdapterFile) -> StoredAdapter:
 def _peft(folder: Path) -> StoredAdapter:
     layers, settings = read_layers(folder)
     size = sum((folder / name).stat().st_size for name in (WEIGHTS, CONFIG))
-    configs = [layer.cfg for layer in layers]
+    by_variant: dict[str, list[BaseConfig]] = defaultdict(list)
+    by_path: dict[str, StoredLayer] = {}
+    for layer in layers:
+        by_variant[layer.cfg.variant].append(layer.cfg)
+        by_path[_name(layer.target.path, by_path)] = layer
+    most = [max(configs, key=configs.count) for configs in by_variant.values()]
     name = settings.get("base_model_name_or_path")
     base = {"name_or_path": brief(name)} if name else {}  # any JSON value, and it goes to a terminal
-    by_path = {layer.target.path: layer for layer in layers}
-    return StoredAdapter(folder, PEFT, size, [max(configs, key=configs.count)], 1.0, by_path, base)
+    return StoredAdapter(folder, PEFT, size, most, 1.0, by_path, base)
+
+
+def _name(path: str, layers: Mapping[str, StoredLayer]) -> str:
+    """The path, and of a second method there its number: "score (2)"."""
+    number = 1 + sum(layer.target.path == path for layer in layers.values()) if path in layers else 1
+    return path if number == 1 else f"{path} ({number})"
 
 
 def _target(file: AdapterFile, method: FileMethod, path: str) -> Target:

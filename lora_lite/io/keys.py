@@ -16,11 +16,11 @@ from ..errors import CheckpointError
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.")  # of DDP, torch.compile, PEFT, transformers
 INFIXES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of wrappers around inner modules
 PREFIX = "base_model.model."  # of PEFT's keys
-SECOND = "_ff"  # ends the name of an IA3's second half: PEFT's one adapter is two of ours, ia3 and ia3_ff
 
 THEIRS = {  # our name of a tensor -> PEFT's in a file
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
+    "lora_E": "lora_E",  # of AdaLoRA, whose A and B have no ".weight"
     "lora_bias": "lora_B.bias",
     "lora_m": "lora_magnitude_vector.weight",  # PEFT reads it without ".weight" too, but transformers 5.23 only so
     "lora_l": "ia3_l",

@@ -63,7 +63,7 @@ def load_raw(
     root: nn.Module, path: Path, headers: Iterable[Header], cfg: BaseConfig | None, name: str, verify_base: bool
 ) -> Adapter:
     """`load` of raw tensors. Without a cfg, the CheckpointError says what the tensors look like."""
-    live = _base_tensors(root)
+    live = base_tensors(root)
     raw = _sorted_keys(path, {key: header for header in headers for key in header.entries}, live)
     chosen = _chosen(raw, name)
     keys = raw.layers.pop(chosen)
@@ -94,7 +94,7 @@ def load_raw(
 # ---- what each key is ---------------------------------------------------------------------------
 
 
-def _base_tensors(root: nn.Module) -> dict[str, Tensor]:
+def base_tensors(root: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict without what adapters have put there."""
     ours = {
         file_key(site.path, site.attribute(tensor))

@@ -21,10 +21,11 @@ from ..core.targets import Target
 from ..core.variant import ParamSpec, lookup
 from ..errors import CheckpointError
 from ..io.adapter_file import AdapterFile, read_file
-from ..io.peft import forms
+from ..io.peft import beside, forms
 from ..io.peft.conversion import led_to_model
 from ..io.peft.folder import CONFIG, PeftFolder, read_folder
-from ..io.peft.load import parts_of, stored_tensors, tensors_at
+from ..io.peft.load import parts_of, stored_tensors
+from ..io.peft.parts import Part
 from ..io.peft.ties import without_heads
 from ..io.safetensors import Header
 from .base_folder import LayerLocation
@@ -79,7 +80,8 @@ def open_adapter(path: Path, model: Any) -> AdapterSource:
     modules = {} if model is None else dict(model.named_modules())
     folder = read_folder(path, modules)
     if modules:
-        folder, layers = forms.placed(model, led_to_model(model, folder, modules)), find_layers(modules)
+        folder, *_ = beside.placed(model, forms.placed(model, led_to_model(model, folder, modules)))
+        layers = find_layers(modules)
         folder = without_heads(model, folder, {path: layers[path] for path in folder.paths if path in layers})
     return _of_folder(path, folder)
 
@@ -139,36 +141,49 @@ def reason_for_no_weight(location: LayerLocation, sizes: tuple[int, int]) -> str
 
 
 def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
+    def parts_at(locations: Locations) -> dict[str, list[Part]]:
+        """The methods at each layer. Raises CheckpointError."""
+        targets = {in_file: location.target for in_file, location in locations.items()}
+        layers = {in_file: location.layer for in_file, location in locations.items()}
+        parts: dict[str, list[Part]] = {in_file: [] for in_file in locations}
+        of_folder = parts_of(folder, {p: targets[p] for p in folder.paths}, {p: layers[p] for p in folder.paths})
+        others = beside.parts(folder, {p: targets[p] for p in folder.beside}, {p: layers[p] for p in folder.beside})
+        for part in of_folder + others:
+            for in_file in part.targets:
+                parts[in_file].append(part)
+        return parts
+
     def read(locations: Locations) -> AdapterTensors:
-        stored = stored_tensors(folder)
-        layers = {path: location.layer for path, location in locations.items()}
-        targets = {path: location.target for path, location in locations.items()}
-        (part, *_) = parts_of(folder, targets, layers)
-        specs = lookup(part.cfg.variant).shared_specs(list(targets.values()), part.cfg)
-        once = {key: stored[key].to(part.cfg.dtype) for key in folder.shared}
-        shared = make_shared(specs, part.cfg, once) if specs else None
-        return AdapterTensors(
-            lambda path, site: {
-                name: tensor.to(site.cfg.dtype)
-                for name, tensor in tensors_at(folder, stored, path, layers[path], site.base).items()
-            },
-            lambda path, number: shared,
-        )
+        stored, parts = stored_tensors(folder), parts_at(locations)
+        shared = None
+        if folder.paths:
+            part = parts[next(iter(folder.paths))][0]
+            specs = lookup(part.cfg.variant).shared_specs([locations[p].target for p in folder.paths], part.cfg)
+            once = {key: stored[key].to(part.cfg.dtype) for key in folder.shared}
+            shared = make_shared(specs, part.cfg, once) if specs else None
+
+        def tensors_at(in_file: str, site: Site) -> dict[str, Tensor]:
+            values = parts[in_file][site.number - 1].values(stored, in_file, locations[in_file].layer, site.base)
+            return {name: tensor.to(site.cfg.dtype) for name, tensor in values.items()}
+
+        return AdapterTensors(tensors_at, lambda in_file, number: shared if number == 1 else None)
 
     def configs(locations: Locations, base: Path) -> dict[str, list[BaseConfig]]:
-        targets = {path: location.target for path, location in locations.items()}
-        layers = {path: location.layer for path, location in locations.items()}
-        if fused := [target.path for target in targets.values() if target.experts and not target.by_weight]:
-            problem = f"{fused[0]} of {base} are fused experts"
-            raise CheckpointError(f"{path}: {problem}; PEFT's format has no place for them")
-        for in_file, layer in layers.items():
-            if problem := forms.as_peft_takes(folder, in_file, layer).kind.no_weight:
+        for in_file, target in ((in_file, location.target) for in_file, location in locations.items()):
+            if target.experts and (not target.by_weight or in_file in folder.beside):
+                problem = f"{target.path} of {base} are fused experts"
+                raise CheckpointError(f"{path}: {problem}; PEFT's format has no place for them")
+        for in_file in folder.paths:
+            if problem := forms.as_peft_takes(folder, in_file, locations[in_file].layer).kind.no_weight:
                 raise CheckpointError(f"{path}: {in_file}: {problem}")
+        parts = parts_at(locations)
+        if any(lookup(p.cfg.variant).positions(p.cfg) is not None for methods in parts.values() for p in methods):
+            raise CheckpointError(f"{path}: {Positions.NO_WEIGHT}")
         return {
-            in_file: [part.cfg.with_overrides(part.overrides.get(target.path, {}))]
-            for part in parts_of(folder, targets, layers)
-            for in_file, target in part.targets.items()
+            in_file: [p.cfg.with_overrides(p.overrides.get(locations[in_file].target.path, {})) for p in at_layer]
+            for in_file, at_layer in parts.items()
         }
 
     files = [folder.header.path, *([path / CONFIG] if (path / CONFIG).is_file() else [])]
-    return AdapterSource(path, files, folder.header, folder.paths, 1.0, [], None, folder.base, configs, read)
+    targets = [*folder.paths, *(in_file for in_file in folder.beside if in_file not in folder.paths)]
+    return AdapterSource(path, files, folder.header, targets, 1.0, [], None, folder.base, configs, read)

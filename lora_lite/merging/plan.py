@@ -147,6 +147,10 @@ class MergePlan:
         for number, cfg in enumerate(self._configs[path], 1):
             site = make_stand_in(target, cfg, module, {}, scale, number=number)
             if tensors is not None:
+                # An expert's is outside of what a variant sees; a difference from the base's is of this one.
+                biases = [] if target.experts else self.locations[path].bias
+                if biases:
+                    module.bias = self._bias(path, biases[0])
                 values, shared = tensors.at(path, site), tensors.shared(path, number)
                 site = make_stand_in(target, cfg, module, values, scale, shared=shared, number=number)
             sites.append(site)
@@ -276,7 +280,8 @@ class MergePlan:
         if (offset := self.locations[path].offset) is not None:
             weight = self._read(ref, None, path)
             has_bias = bool(self.locations[path].bias)
-            new, _ = fold_norm(self._sites(path), weight.double() + offset, None, has_bias)  # (d,)
+            sites = self._sites(path, lambda: weight)
+            new, _ = fold_norm(sites, weight.double() + offset, None, has_bias)  # (d,)
             yield check_fits(path, (new - offset).to(weight.dtype))
             return
         experts = self.locations[path].target.experts if ref.expert is None else 0  # those that the tensor stacks
@@ -338,8 +343,7 @@ class MergePlan:
     def _merged_bias(self, path: str, ref: TensorRef) -> Iterator[Tensor]:
         location, fused = self.locations[path], bool(self.locations[path].target.experts)
         weight_ref = location.weight[ref.expert or 0]
-        whole = ref.positions is None
-        bias = self._read(ref, None, path) if whole else self._base.assembled(location.bias)  # (*experts, d_out)
+        bias = self._bias(path, ref)  # (*experts, d_out)
 
         def weight() -> Tensor:
             if weight_ref.positions is not None:
@@ -354,6 +358,10 @@ class MergePlan:
             new = affine.bias(row, lambda: module.weight)
             assert new is not None
             yield check_fits(location.target.path, new.to(bias.dtype))
+
+    def _bias(self, path: str, ref: TensorRef) -> Tensor:
+        """A layer's bias as the merge starts from it, or those of its experts that lie here."""
+        return self._read(ref, None, path) if ref.positions is None else self._base.assembled(self.locations[path].bias)
 
     def _unadapted(self, ref: TensorRef) -> Iterator[Tensor]:
         """A weight that no adapter is on, dequantised or as the adapter's base computes with it."""

@@ -1,6 +1,7 @@
 """Tokens: some rows of an embedding, trained, such as those of new tokens (PEFT's trainable tokens).
 
     E'[t] = E[t] + Δ[:, k]          for the k-th token id t that is trained, Δ (d, n); other rows are E's
+    y[t] += Δ[:, k] · x             with kinds="linear", of a head by itself, whose rows are its outputs
 
 Identity   Δ = 0, bit-exact
 Base       never read
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,6 +44,11 @@ class TokensConfig(BaseConfig):
         ok = isinstance(ids, Sequence) and not isinstance(ids, str) and all(type(i) is int and i >= 0 for i in ids)
         self.require(ok and len(set(ids)) == len(ids), "token_ids", "token ids, each once")
         object.__setattr__(self, "token_ids", tuple(sorted(ids)))
+        self.require(self.kinds in (("embedding",), ("linear",)), "kinds", "('embedding',), or ('linear',) for a head")
+
+    @property
+    def is_of_head(self) -> bool:
+        return self.kinds == ("linear",)
 
 
 @register
@@ -54,18 +61,26 @@ class Tokens:
     def layer_specs(target: Target, cfg: TokensConfig) -> dict[str, ParamSpec]:
         if not cfg.token_ids:
             raise ConfigError("no token_ids: wanted one or more, such as those of tokens that were added")
-        if cfg.token_ids[-1] >= target.d_in:
-            problem = f"token_ids has {cfg.token_ids[-1]}, and this embedding {target.d_in} tokens"
+        tokens, width = (target.d_out, target.d_in) if cfg.is_of_head else (target.d_in, target.d_out)
+        if cfg.token_ids[-1] >= tokens:
+            problem = (
+                f"token_ids has {cfg.token_ids[-1]}, and this {'head' * cfg.is_of_head or 'embedding'} {tokens} tokens"
+            )
             cure = "give new tokens a row first: model.resize_token_embeddings(len(tokenizer))"
             raise ConfigError(f"{problem}\n  {cure}")
         n, ids = len(cfg.token_ids), torch.tensor(cfg.token_ids)
-        table = ParamSpec((n,), lambda t: t.copy_(ids), False, True, torch.int64, "never", target.d_in, is_sorted=True)
-        return {"lora_delta": ParamSpec((target.d_out, n)), "lora_ids": table}
+        table = ParamSpec((n,), lambda t: t.copy_(ids), False, True, torch.int64, "never", tokens, is_sorted=True)
+        return {"lora_delta": ParamSpec((width, n)), "lora_ids": table}
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        return LowRank(layer.lora_ids, layer.lora_delta, layer.scale)
+        if not layer.cfg.is_of_head:
+            return LowRank(layer.lora_ids, layer.lora_delta, layer.scale)
+        rows = F.one_hot(layer.lora_ids, layer.out_features).mT  # (o, n)
+        return LowRank(layer.lora_delta.mT, rows.to(layer.lora_delta.dtype), layer.scale)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        if layer.cfg.is_of_head:  # not by a one-hot matrix, which a vocabulary makes large
+            return y.index_add(-1, layer.lora_ids, (layer.scale * (x @ layer.lora_delta)).to(y.dtype))
         return y + Tokens.low_rank(layer).branch(x)

@@ -632,18 +632,42 @@ def test_convert_prints_the_error_of_a_lora_and_no_noise(base: Path, tmp_path: P
     assert float(error) == pytest.approx(max(worst), rel=0.1)
 
 
-def test_ia3_on_both_sides_becomes_two_files(base: Path, tmp_path: Path) -> None:
+def test_ia3_on_both_sides_becomes_one_file(base: Path, tmp_path: Path) -> None:
     both = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     folder, model = peft_folder(tmp_path / "both", both)
     shown("convert", folder, tmp_path / "a.safetensors", "--base", base)
     again = tiny_llama()
-    ll.load(again, tmp_path / "a.safetensors")
-    ll.load(again, tmp_path / "a_ff.safetensors", name="default_ff")
-    ours, theirs = (ll.adapters(each) for each in (again, model))
-    assert [each.variant for each in ours.values()] == ["ia3", "ia3_ff"]
-    for name in ours:
-        held = theirs[name].state_dict()
-        assert all(torch.equal(tensor, held[key]) for key, tensor in ours[name].state_dict().items())
+    loaded, theirs = ll.load(again, tmp_path / "a.safetensors"), ll.adapters(model)["default"].state_dict()
+    assert loaded.variant == "ia3 + ia3_ff"
+    assert loaded.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_a_folder_with_a_head_is_shown_without_a_wrong_number(base: Path, tmp_path: Path) -> None:
+    whole = ["lm_head", "norm", "embed_tokens"]
+    cfg = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole)
+    folder, model = peft_folder(tmp_path / "a", cfg)
+    report = inspect(folder)
+    assert report.variant == "lora + full"
+    alone = {layer.path: layer.norm for layer in report.layers}
+    assert alone["lm_head"] is None
+    assert alone["model.norm"] is None
+    with_base = {layer.path: layer.norm for layer in inspect(folder, base).layers}
+    assert with_base["lm_head"] == pytest.approx(float(model.lm_head.lora_weight.detach().norm()), rel=1e-5)
+    assert with_base["model.norm"] is None
+    embedding: Any = model.model.embed_tokens
+    assert with_base["model.embed_tokens"] == pytest.approx(float(embedding.lora_weight.detach().norm()), rel=1e-5)
+    assert with_base["model.layers.0.self_attn.q_proj"] == pytest.approx(alone["model.layers.0.self_attn.q_proj"])
+    rows, _ = peft_folder(tmp_path / "rows", peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]))
+    norms = {layer.path: layer.norm for layer in inspect(rows, base).layers}
+    assert norms.pop("model.embed_tokens") is None
+    assert all(norms.values())
+    other, _ = peft_folder(tmp_path / "b", cfg)
+    groups = {group.path: group for group in compare(folder, other).groups}
+    assert groups["lm_head"].delta is None
+    shown("convert", folder, tmp_path / "a.safetensors", "--base", base)
+    ours = {group.path: group for group in compare(folder, tmp_path / "a.safetensors").groups}
+    assert ours["lm_head"].tensors is None  # a whole weight here, a difference there
 
 
 def test_convert_writes_over_nothing_and_takes_no_tensors(base: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ transformers: Any = installed  # its classes take more than their signatures say
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{words}:UserWarning")
     for words in ("Setting `save_embedding_layers`", "Adapter 'default'. 6 LoRA tensor", "Specified to not save vera")
-]
+] + [pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")]  # of a norm
 ALL = ["q_proj", "k_proj", "down_proj"]
 TARGETS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ALL}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -81,6 +81,38 @@ def test_a_peft_folder_merges_as_peft_merges_it(name: str, tmp_path: Path) -> No
     moved = [key for key, tensor in merged.state_dict().items() if not torch.equal(tensor, base[key])]
     assert len(moved) == (10 if name == "ia3" else done.tensors)  # not those of scaled inputs
     assert not list(tmp_path.glob("*.partial"))
+
+
+BESIDE: dict[str, Callable[[], Any]] = {
+    "head and norm": lambda: peft.LoraConfig(**TARGETS, modules_to_save=["lm_head", "model.norm"]),
+    "embedding": lambda: peft.LoraConfig(**TARGETS, modules_to_save=["embed_tokens"]),
+    "biases": lambda: peft.LoraConfig(**TARGETS, bias="all"),
+    "their biases": lambda: peft.LoraConfig(**TARGETS, bias="lora_only", use_dora=True),
+    "tokens": lambda: peft.LoraConfig(**TARGETS, trainable_token_indices={"embed_tokens": [7, 3], "lm_head": [5]}),
+    "ia3 and head": lambda: peft.IA3Config(
+        target_modules=ALL, feedforward_modules=["down_proj"], modules_to_save=["lm_head"]
+    ),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=4, total_step=1, target_modules=ALL),
+    "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "rows": lambda: peft.TrainableTokensConfig(token_indices=[9, 2]),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_was_trained_beside_an_adapter_merges_as_well(name: str, tmp_path: Path) -> None:
+    merged = folders(tmp_path, BESIDE[name](), tiny_llama(bias=True))
+    merge(tmp_path)
+    close(tmp_path / "out", merged)
+
+
+def test_rows_of_a_tied_embedding_merge_into_both(tmp_path: Path) -> None:
+    base = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**tiny_llama().config.to_dict() | {"tie_word_embeddings": True})
+    )
+    cfg = peft.LoraConfig(**TARGETS, trainable_token_indices=[9, 2])
+    merged = folders(tmp_path, cfg, base)
+    merge(tmp_path)
+    close(tmp_path / "out", merged)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3"])

@@ -6,7 +6,7 @@
     adapter_config.json         the settings
     <name>/                     such a folder of each adapter but the one called default
 
-What is trained beside an adapter is in the file too, as PEFT 0.21.2 writes it, and is none that this library takes yet:
+What is trained beside an adapter is in the file too, as PEFT 0.21.2 writes it:
 
     modules_to_save             the module's state under its own keys, buffers and inner modules too: <path>.weight. A
                                 target that is saved has no adapter. With task_type, the names classifier and score are
@@ -33,7 +33,7 @@ Both are untrusted: no pickle is opened, and no regex of the settings is run. Th
 
 import json
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,22 +43,23 @@ from loguru import logger
 
 from ...core.shared import PLACE
 from ...errors import CheckpointError, brief
-from ..keys import THEIRS, plain_key
+from ..keys import PREFIX, THEIRS, plain_key
 from ..safetensors import Entry, Header, parse_json, read_header, read_json
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 DIFFUSERS, DIFFUSERS_SETTINGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
-# A regex that is plain text: an escaped sign is itself, and a dot any character.
-_LITERAL = re.compile(r"(\^?)((?:\\\W|[^\\^$*+?{}\[\]()|])+)\$?")
-_CHARACTER = re.compile(r"\\.|.", re.DOTALL)
-LONGEST_PATTERN, MOST_PATTERNS = 1000, 10_000  # each is compared with each layer's path
 MOST_COMPONENTS = 8  # models of a pipeline in one file
 _READ = {  # the settings that are read, by peft_type
     "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"}
-    | {"ensure_weight_tying", "lora_bias"},
+    | {"ensure_weight_tying", "lora_bias", "alora_invocation_tokens"},
     "IA3": set[str](),
     "VERA": {"r", "projection_prng_key", "save_projection", "d_initial", "vera_dropout"},
+    "ADALORA": {"r", "lora_alpha", "lora_dropout", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"}
+    | {"orth_reg_weight", "total_step", "rank_pattern"},
+    "LN_TUNING": set[str](),
+    "TRAINABLE_TOKENS": {"token_indices"},
 }
+WHOLE = ("LN_TUNING", "TRAINABLE_TOKENS")  # the types whose tensors are all new values of the base's own
 # Settings that say nothing which the tensors don't, or matter beside another one alone. All others must be neutral.
 _FREE = (
     {"peft_type", "init_lora_weights", "init_ia3_weights", "init_weights", "task_type", "auto_mapping", "peft_version"}
@@ -66,8 +67,13 @@ _FREE = (
     | {"target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"}
     | {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
 )
-# Which biases were trained. Those would be tensors of the file, which have no place here; a base may have no bias.
-_BIASES = ("none", "all", "lora_only", "vera_only")
+_BIASES = ("none", "all", "lora_only", "vera_only")  # whose biases were trained: they are tensors of the file
+# What PEFT puts between a module's path and its tensors' names, where it wraps it.
+_WRAPPED = re.compile(
+    r"(?P<path>.+?)\.(?P<wrappers>(?:(?:base_layer|token_adapter|original_module|modules_to_save|ln_tuning_layers)\.)+)"
+    r"(?P<name>.+)"
+)
+_TOKENS = re.compile(r"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta")
 _NEUTRAL: tuple[Any, ...] = (None, "none", "", [], {})  # and False, but not 0, which equals it
 
 
@@ -81,6 +87,11 @@ class PeftFolder:
     keys: dict[str, str]  # our key -> the file's
     base: dict[str, str]  # the same of base tensors of these layers: PEFT adds lm_head's weight
     shared: dict[str, str] = field(default_factory=dict)  # the same of those that all layers share
+    whole: dict[str, str] = field(default_factory=dict)  # of new values of the base's own tensors: `<path>.weight`
+    tokens: dict[str, str] = field(default_factory=dict)  # of new rows: `<path>.lora_delta` of an embedding or a head
+    unused: dict[str, str] = field(default_factory=dict)  # of base tensors that PEFT uses while the adapter is off
+    copies: dict[str, str] = field(default_factory=dict)  # a key in the file -> another one of the same tensor
+    is_tied: bool = False  # are whole tensors those of all modules that share the weight?
 
     @property
     def paths(self) -> dict[str, None]:
@@ -93,14 +104,28 @@ class PeftFolder:
         return {name.removesuffix(".weight") for name in self.settings.get("target_parameters") or ()}
 
     @property
+    def beside(self) -> dict[str, None]:
+        """The layers that have whole tensors, or rows."""
+        return dict.fromkeys(key.rpartition(".")[0] for key in (*self.whole, *self.tokens))
+
+    @property
     def in_file(self) -> dict[str, str]:
         """The file's key of every tensor of the adapter, by ours."""
-        return self.keys | self.shared
+        return self.keys | self.shared | self.whole | self.tokens
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """The place of every tensor in the file, by our key."""
-        return {ours: self.header.entries[key] for ours, key in self.in_file.items()}
+        """The place of every tensor in the file that is of the method itself, by our key."""
+        return {ours: self.header.entries[key] for ours, key in (self.keys | self.shared).items()}
+
+    @property
+    def trains_biases(self) -> bool:
+        return self.settings.get("bias", "none") != "none"
+
+    def is_saved(self, path: str) -> bool:
+        """Is it, or does it lie in, one of modules_to_save?"""
+        names, parts = tuple(self.settings.get("modules_to_save") or ()), path.split(".")
+        return any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts) + 1))
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {message}")
@@ -137,22 +162,53 @@ def _with_settings(
     header: Header, where: str, settings: dict[str, Any], names: Mapping[str, str], has_model: bool
 ) -> PeftFolder:
     """`names`: a key as PEFT writes it -> as it is in the file. Raises CheckpointError."""
-    by_ours = {plain_key(name): key for name, key in names.items()}
-    keys = {ours: key for ours, key in by_ours.items() if ours.rpartition(".")[2] in THEIRS}
-    shared = {ours: key for ours, key in by_ours.items() if ours.startswith(f"{PLACE}.")}
-    paths = {ours.rpartition(".")[0] for ours in keys}
-    inner = {plain_key(name): key for name, key in names.items() if ".base_layer." in name}  # under PEFT's wrapper
-    base = {ours: key for ours, key in inner.items() if ours.rpartition(".")[0] in paths and ours not in keys}
-    source = PeftFolder(header, where, settings, keys, base, shared)
+    source = PeftFolder(header, where, settings, {}, {})
+    saved = settings.get("modules_to_save")
+    if not (saved is None or (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved))):
+        raise source.error(f"modules_to_save={brief(repr(saved))}: wanted names")
+    for name, key in names.items():
+        _sort(source, name, key)
+    paths = source.paths
+    for ours in [ours for ours in source.base if ours.rpartition(".")[0] not in paths]:
+        del source.base[ours]
     _check_settings(source, has_model)
-    unknown = sorted(header.entries.keys() - {*keys.values(), *base.values(), *shared.values()})
-    if unknown or not keys:
+    sorted_keys = {*source.in_file.values(), *source.base.values(), *source.unused.values(), *source.copies}
+    unknown = sorted(header.entries.keys() - sorted_keys)
+    if unknown or not (source.keys or (settings["peft_type"] in WHOLE and source.beside)):
         raise CheckpointError(
             f"{header.path}: {len(unknown)} of its {len(header.entries)} tensors have no place in an "
             f"adapter\n  such as {'; '.join(unknown[:3]) or 'none'}\n"
-            f"  single tokens, biases and whole modules beside the adapter aren't supported: nothing is dropped"
+            f"  nothing is dropped: what they are isn't known here"
         )
     return source
+
+
+def _sort(source: PeftFolder, name: str, key: str) -> None:
+    """Put a key where it belongs; one that isn't known goes nowhere."""
+    plain, ours = name.removeprefix(PREFIX), plain_key(name)
+    if ours.rpartition(".")[2] in THEIRS:
+        source.keys[ours] = key
+    elif ours.startswith(f"{PLACE}."):
+        source.shared[ours] = key
+    elif match := _TOKENS.fullmatch(plain):
+        source.tokens[f"{match['path']}.lora_delta"] = key
+    elif match := _WRAPPED.fullmatch(plain):
+        wrappers, inner = match["wrappers"].split("."), f"{match['path']}.{match['name']}"
+        if "original_module" in wrappers:
+            source.unused[inner] = key
+        elif wrappers[0] != "base_layer" or (source.trains_biases and inner.endswith(".bias")):
+            _add_whole(source, inner, key)
+        else:
+            source.base[ours] = key
+    elif plain.endswith((".weight", ".bias")) or source.is_saved(plain.rpartition(".")[0]):
+        _add_whole(source, plain, key)
+
+
+def _add_whole(source: PeftFolder, ours: str, key: str) -> None:
+    if ours in source.whole:  # `<path>.modules_to_save.bias` is `<path>.bias` again
+        source.copies[key] = source.whole[ours]
+    else:
+        source.whole[ours] = key
 
 
 def _read_diffusers(file: Path, modules: Container[str]) -> tuple[Header, str, dict[str, Any], dict[str, str]]:
@@ -190,7 +246,10 @@ def _check_settings(source: PeftFolder, has_model: bool) -> None:
     kind = source.settings.get("peft_type")
     if not isinstance(kind, str) or kind not in _READ:
         raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_READ)}")
-    known = _READ[kind] | _FREE | ({"target_parameters"} if _names_weights(source, has_model) else set())
+    known = _READ[kind] | _FREE
+    known |= {"modules_to_save"} if any(map(source.is_saved, source.beside)) else set()
+    known |= {"trainable_token_indices"} if source.tokens and kind in ("LORA", "ADALORA") else set()
+    known |= {"target_parameters"} if _names_weights(source, has_model) else set()
     known |= {"bias"} if source.settings.get("bias") in _BIASES else set()
     lost = {
         field: value
@@ -245,69 +304,3 @@ def ia3_on(source: PeftFolder, path: str) -> str:
         return "ia3_ff" if path in names else "ia3"
     ends = tuple(f".{name}" for name in names if isinstance(name, str))
     return "ia3_ff" if f".{path}".endswith(ends) else "ia3"
-
-
-def check_rank(source: PeftFolder, path: str, r: int) -> None:
-    """The rank of the tensors must be one that the settings name, since the scaling rests on it."""
-    patterns = source.settings.get("rank_pattern") or {}
-    ranks = [source.settings.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
-    if r not in ranks:
-        raise source.error(f"{path} has tensors of rank {r}, and r and rank_pattern name {brief(ranks, 80)}")
-
-
-def alphas_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
-    """Each layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path."""
-    alphas, unsure = _by_pattern(source, paths, "alpha_pattern", "lora_alpha")
-    if unsure:
-        logger.warning(
-            f"{source.where}: several entries of alpha_pattern find {', '.join(unsure[:3])}; "
-            f"took the first, as PEFT does\n  it sorts them when it saves, so in training another may have been first"
-        )
-    return alphas
-
-
-def ranks_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
-    """Each layer's r as PEFT takes it from the settings, whatever the rank of its tensors."""
-    ranks, _ = _by_pattern(source, paths, "rank_pattern", "r")
-    if wrong := [path for path, r in ranks.items() if r < 1]:
-        raise source.error(f"{wrong[0]} has r={ranks[wrong[0]]:g}: wanted at least 1")
-    return ranks
-
-
-def _by_pattern(
-    source: PeftFolder, paths: Iterable[str], patterns: str, field: str
-) -> tuple[dict[str, float], list[str]]:
-    """A setting at each layer, and the layers that several entries of its patterns find, with other values."""
-    entries, default, weights = _literal_patterns(source, patterns), source.settings.get(field, 8), source.weights
-    result, unsure = {}, []
-    for path in paths:
-        name = f"{path}.weight" if path in weights else path
-        values = [value for start, text, value in entries if _ends(name, start, text)] or [default]
-        unsure += [path] if any(value != values[0] for value in values) else []
-        result[path] = number_of(source, field, values[0])
-    return result, unsure
-
-
-def _literal_patterns(source: PeftFolder, field: str) -> list[tuple[str, list[str], Any]]:
-    """("^" or nothing, text by character, value) of each entry of such a setting; "" is any character."""
-    patterns = source.settings.get(field) or {}
-    if not isinstance(patterns, dict) or len(patterns) > MOST_PATTERNS:
-        raise source.error(f"{field} is no object of at most {MOST_PATTERNS} entries")
-    matches = {regex: _LITERAL.fullmatch(regex) if len(regex) <= LONGEST_PATTERN else None for regex in patterns}
-    refused = [repr(brief(regex, 80)) for regex, match in matches.items() if match is None]
-    if refused:
-        names = ", ".join(refused[:3])
-        raise source.error(f"{field} has {names}, and no regex of a file is run\n  write paths, or their ends")
-    return [
-        (match[1], ["" if sign == "." else sign[-1] for sign in _CHARACTER.findall(match[2])], patterns[regex])
-        for regex, match in matches.items()
-        if match
-    ]
-
-
-def _ends(path: str, start: str, text: Sequence[str]) -> bool:
-    """Is `text` the end of the path from a dot on, or all of it after "^"?"""
-    before, end = path[: max(len(path) - len(text), 0)], path[-len(text) :]
-    if len(end) != len(text) or not all(char in ("", got) for char, got in zip(text, end, strict=True)):
-        return False
-    return not before or (before.endswith(".") and not start)  # PEFT's regex is rf"(.*\.)?({pattern})$"

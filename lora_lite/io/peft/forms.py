@@ -221,7 +221,7 @@ def lacks(site: Site) -> str | None:
         return "PEFT's format holds adapters of named linear layers; fused experts have no place"
     if layer.is_block:
         return "it acts on the residual stream at a block's output, and PEFT's format holds adapters of layers"
-    if site.positions is not None:
+    if site.positions is not None and not (variant == "lora" and is_plain_linear(layer)):  # PEFT's aLoRA
         return "it acts at some positions of a sequence, which PEFT's format doesn't say of it"
     category = layer.kind.category
     if category == "norm":

@@ -1,4 +1,4 @@
-"""PEFT's IA3: one adapter there, of two variants here."""
+"""PEFT's IA3: one method there, and two here."""
 
 import math
 from collections.abc import Mapping
@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from ...base.layer import BaseLayer
 from ...core.names import check_shapes, file_key
+from ...core.state import Tensors
 from ...core.targets import Target
 from ...errors import CheckpointError
 from .folder import PeftFolder, ia3_on
-from .parts import Layers, Part, Written, config_of, names_of, written_at
+from .parts import Layers, Part, Written, as_stored, config_of, names_of, written_at
 
 
 def parts(source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
@@ -30,8 +31,17 @@ def parts(source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[str
         variant = fitting[0] if fitting else next(iter(wanted))
         halves[variant][path], specs[key] = target, wanted[variant]
     check_shapes(entries, specs, str(source.header.path))
+
+    def values(stored: Tensors, path: str, layer: BaseLayer | None, base: BaseLayer | None) -> dict[str, Tensor]:
+        tensors = as_stored(stored, path, layer)
+        if layer is None or layer.kind.category != "conv" or ia3_on(source, path) != "ia3_ff":
+            return tensors
+        times = math.prod(layer.stored.shape[2:])  # here a factor for each element of a patch
+        return {name: factors.repeat_interleave(times) for name, factors in tensors.items()}  # (i,) -> (i k,)
+
+    present = {variant: half for variant, half in halves.items() if half}
     return [
-        Part(config_of(source, variant, half, layers, {}, False), half, {}) for variant, half in halves.items() if half
+        Part(config_of(source, variant, half, layers, {}, False), half, {}, values) for variant, half in present.items()
     ]
 
 
@@ -39,14 +49,6 @@ def _shape(source: PeftFolder, path: str, layer: BaseLayer) -> tuple[int, ...]:
     """The shape of PEFT's ia3_l on a convolution."""
     channels = layer.module.in_channels if ia3_on(source, path) == "ia3_ff" else layer.d_out
     return (1, channels, *(1,) * (layer.stored.ndim - 2))
-
-
-def tensors_of(source: PeftFolder, path: str, layer: BaseLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a layer as it is: of a convolution's input, a factor for each element of a patch."""
-    if layer.kind.category != "conv" or ia3_on(source, path) != "ia3_ff":
-        return tensors
-    times = math.prod(layer.stored.shape[2:])
-    return {name: factors.repeat_interleave(times) for name, factors in tensors.items()}  # (i,) -> (i k,)
 
 
 def written(root: nn.Module, layers: Layers) -> Written:

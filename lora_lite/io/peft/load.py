@@ -1,9 +1,10 @@
 """PEFT's adapter folders attached as adapters of this library, or read by layer without a model."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,39 @@ from ...core.config import BaseConfig
 from ...core.names import file_key
 from ...core.resolve import attachable, make_sites
 from ...core.shared import Shared
-from ...core.state import Method
+from ...core.state import Method, number_sites
 from ...core.targets import Target
 from ...core.variant import ParamSpec, lookup
 from ...errors import CheckpointError
-from ..keys import SECOND, THEIRS, layers_of
+from ..keys import layers_of
 from ..raw import same_tensor
 from ..safetensors import check_numbers
-from . import forms, ia3, lora, vera
+from . import adalora, beside, forms, ia3, lora, vera
 from .conversion import led_to_model
 from .folder import PeftFolder, read_folder
 from .parts import Part
 from .ties import without_heads
 
 Reader = Callable[[PeftFolder, dict[str, Target], Mapping[str, BaseLayer]], list[Part]]
-_READERS: dict[str, Reader] = {"LORA": lora.parts, "IA3": ia3.parts, "VERA": vera.parts}  # by peft_type
+_READERS: dict[str, Reader] = {  # by peft_type; of the others all is beside an adapter (beside.py)
+    "LORA": lora.parts,
+    "IA3": ia3.parts,
+    "VERA": vera.parts,
+    "ADALORA": adalora.parts,
+}
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> Adapter:
-    """Attach the adapter of a PEFT folder, or of a file of diffusers: LoRA, rsLoRA, rank and alpha patterns, DoRA, IA3,
-    VeRA.
+    """Attach the adapter of a PEFT folder, or of a file of diffusers: LoRA, rsLoRA, rank and alpha patterns, DoRA,
+    aLoRA, IA3, VeRA, AdaLoRA, LN tuning, trainable tokens.
 
     Tensors are bit-equal, in the file's dtype. Mixed dtypes are promoted to one that holds them all; so are 16-bit
     tensors of DoRA, PiSSA and OLoRA to float32, since their maths compares them with numbers of the live weight.
 
-    IA3 on both outputs and inputs (feedforward_modules) becomes two adapters: `name` of the variant ia3, which is
-    returned, and `<name>_ff` of ia3_ff; save_peft writes them as one again. A folder whose init wrote the base is
-    loaded without writing it: "pissa" as the variant pissa, "olora" as a LoRA of rank 2r that takes the removed part
-    out, on a dense base.
+    What was trained beside it is in the adapter, as methods of their own: modules_to_save and whole embeddings as the
+    variant full, biases as bias, tokens as tokens; so is IA3 on inputs (feedforward_modules), as ia3_ff. These hold the
+    difference from this model's own. A folder whose init wrote the base is loaded without writing it: "pissa" as the
+    variant pissa, "olora" as a LoRA of rank 2r that takes the removed part out, on a dense base.
 
     A copy of the base's own weight, as PEFT adds it to an adapter on lm_head, is compared with this model's.
 
@@ -59,6 +65,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     root = attachable(model)
     modules = dict(root.named_modules())
     source = forms.placed(root, led_to_model(root, read_folder(Path(folder), modules), modules))
+    source, more, layers_beside = beside.placed(root, source)
     targets, layers = layers_of(root, source.header.path, source.paths)
     source = without_heads(root, source, {path: layers[target] for path, target in targets.items()})
     targets = {path: targets[path] for path in source.paths}
@@ -66,37 +73,55 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
         raise source.error(f"target_parameters doesn't tell which experts of {blocks[0]} its tensors are of")
     taken = {path: forms.as_peft_takes(source, path, layers[target]) for path, target in targets.items()}
     targets = {path: targets[path].on(layer) for path, layer in taken.items()}
-    layers = {targets[path]: layer for path, layer in taken.items()}
-    _check_base(root, source, targets, layers)
-    # Every shape and dtype is found right before a tensor is read.
-    parts = parts_of(source, targets, {path: layers[target] for path, target in targets.items()})
-    stored, loaded = _tensors(source, targets, layers), []
-    with ExitStack() as stack:
-        for part, part_name in zip(parts, (name, name + SECOND)[: len(parts)], strict=True):
-            sites = make_sites({target: layers[target] for target in part.targets.values()}, part.cfg, part.overrides)
-            specs = {site.key(tensor): spec for site in sites for tensor, spec in site.specs.items()}
-            first = {key: torch.zeros(spec.shape, dtype=part.cfg.dtype) for key, spec in specs.items()}
-            first |= {key: stored[key].to(part.cfg.dtype) for key in source.shared}
-            adapter = stack.enter_context(installed(root, [Method(part.cfg, sites)], part_name, first))
-            with torch.no_grad():
-                for view in adapter.views().values():  # n0, A0 and B0 are the base's; the file's numbers come next
-                    lookup(part.cfg.variant).init(view, view.cfg)
-            adapter.load_state_dict({key: stored.get(key, tensor) for key, tensor in adapter.state_dict().items()})
-            loaded.append(adapter)
-    for adapter in loaded:
-        logger.info(f"loaded {adapter} from {folder}, in PEFT's format")
-    return loaded[0]
+    _check_base(root, source, targets, taken)
+    # Every shape and dtype is found right before a tensor is read, but for those that were compared with the model's.
+    parts = parts_of(source, targets, taken) + beside.parts(source, more, layers_beside)
+    if not parts:
+        raise source.error("all of its tensors are this model's own: there is no adapter in it")
+    methods, values = [], stored_tensors(source)
+    for part in parts:
+        known = layers_beside if part.of_base else taken
+        pairs = {target: known[path] for path, target in part.targets.items()}
+        methods.append(Method(part.cfg, make_sites(pairs, part.cfg, part.overrides)))
+    number_sites(methods)
+    tensors = {key: values[key].to(parts[0].cfg.dtype) for key in source.shared}
+    for part, method in zip(parts, methods, strict=True):
+        known = layers_beside if part.of_base else taken
+        for path, site in zip(part.targets, method.sites, strict=True):
+            of_layer = part.values(values, path, known[path], known[path])
+            tensors |= {site.key(name): tensor.to(part.cfg.dtype) for name, tensor in of_layer.items()}
+    with installed(root, methods, name, _with_the_rest(methods, tensors)) as adapter:
+        with torch.no_grad():
+            for method in methods:
+                for view in adapter.views(method).values():  # n0, A0 and B0 are the base's; the file's come next
+                    lookup(method.cfg.variant).init(view, view.cfg)
+        adapter.load_state_dict({key: tensors.get(key, tensor) for key, tensor in adapter.state_dict().items()})
+    logger.info(f"loaded {adapter} from {folder}, in PEFT's format")
+    return adapter
+
+
+def _with_the_rest(methods: list[Method], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, and zeros for those that the file lacks because they are the base's."""
+    places = ((site, name, spec) for method in methods for site in method.sites for name, spec in site.specs.items())
+    rest = {
+        site.key(name): torch.zeros(spec.shape, dtype=site.cfg.dtype)
+        for site, name, spec in places
+        if spec.saved == "always"
+    }
+    return rest | dict(tensors)
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer of an adapter on disk. In a PEFT folder a size that no tensor tells is 0; base tensors are absent."""
+    """One layer of an adapter on disk. In a PEFT folder a size that no tensor tells is 0; base tensors are absent, and
+    what is relative to the base's has its own names there, until there is a base."""
 
     target: Target
     cfg: BaseConfig
     tensors: dict[str, Tensor]  # with a leading axis over experts where `target.experts` isn't 0
     scale: float = 1.0
     shared: Shared | None = None  # the tensors that the adapter has once
+    relative: Callable[[BaseLayer], dict[str, Tensor]] | None = None  # its tensors, of the layer's base
 
 
 def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
@@ -110,7 +135,8 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
     targets = _targets_by_shapes(source)
     if source.settings["peft_type"] == "LORA" and lora.is_olora(source):
         raise source.error("init_lora_weights='olora' wrote the base: its A and B are half of the adapter")
-    parts, stored = parts_of(source, targets, {}), stored_tensors(source)
+    whole = {path: _whole_target(source, path) for path in source.beside}
+    parts, stored = parts_of(source, targets, {}) + beside.parts(source, whole, {}), stored_tensors(source)
     if source.settings["peft_type"] == "VERA" and not source.shared:
         cure = "load it on its model, and save it with save_projection=True"
         raise source.error(f"save_projection=false: A and B are drawn in sizes that the model's layers have\n  {cure}")
@@ -121,12 +147,23 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
         StoredLayer(
             target,
             part.cfg.with_overrides(part.overrides.get(path, {})),
-            {name: stored[key] for name in THEIRS if (key := file_key(path, name)) in stored},
-            shared=shared if source.shared else None,
+            part.values(stored, path, None, None),
+            shared=shared if source.shared and not part.of_base else None,
+            relative=partial(part.values, stored, path, None) if part.of_base else None,
         )
         for part in parts
         for path, target in part.targets.items()
     ], source.settings
+
+
+def _whole_target(source: PeftFolder, path: str) -> Target:
+    """A layer as its whole tensors tell; 0 stands for a side that they don't."""
+    keys = {name: source.whole[key] for name in ("weight", "bias") if (key := file_key(path, name)) in source.whole}
+    shapes = {name: source.header.entries[key].shape for name, key in keys.items()}
+    d_out, *rest = shapes.get("weight") or shapes.get("bias") or (0,)
+    is_norm = len(shapes.get("weight", ())) == 1
+    d_in = d_out if is_norm else math.prod(rest) if "weight" in shapes else 0
+    return Target(path, d_in, d_out, "?", *place(path), has_bias="bias" in shapes, is_diagonal=is_norm)
 
 
 def _targets_by_shapes(source: PeftFolder) -> dict[str, Target]:
@@ -143,14 +180,14 @@ def _targets_by_shapes(source: PeftFolder) -> dict[str, Target]:
 
 
 def _check_base(
-    root: nn.Module, source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[Target, BaseLayer]
+    root: nn.Module, source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[str, BaseLayer]
 ) -> None:
     """Raises CheckpointError for a tensor of the base that isn't, or can't be known to be, the live one."""
     for ours, key in source.base.items():
         in_file, _, name = ours.rpartition(".")
         target = targets[in_file]
         live = root.get_submodule(target.path).state_dict().get(name)
-        same = live is not None and same_tensor(live, source.header, key, layers[target].storage)
+        same = live is not None and same_tensor(live, source.header, key, layers[in_file].storage)
         if not same:
             relation = "can not be compared with" if same is None else "is not"
             raise CheckpointError(
@@ -160,52 +197,24 @@ def _check_base(
 
 
 def parts_of(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
-    """The adapters of ours in a folder, one or two, on these layers by their path in the file.
+    """The methods of ours that a folder's own becomes, one or two, on these layers by their path in the file.
 
     layers      by that path, too; none without a model, where all are linear
 
     Raises:
         CheckpointError: for settings, keys or shapes that aren't such an adapter's. No tensor is read.
     """
-    return _READERS[source.settings["peft_type"]](source, targets, layers)
-
-
-def _tensors(
-    source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[Target, BaseLayer]
-) -> dict[str, Tensor]:
-    """The file's tensors by their key in the model, as this library shapes them."""
-    stored = stored_tensors(source)
-    return {key: stored[key] for key in source.shared} | {
-        file_key(target.path, name): tensor
-        for path, target in targets.items()
-        for name, tensor in tensors_at(source, stored, path, layers[target], layers[target]).items()
-    }
-
-
-def tensors_at(
-    source: PeftFolder, stored: Mapping[str, Tensor], path: str, layer: BaseLayer, base: BaseLayer
-) -> dict[str, Tensor]:
-    """The tensors of one layer by name, of those that `stored_tensors` gave; those of OLoRA are relative to the weight
-    of `base`, which is the layer itself or stands for it.
-
-    Raises:
-        QuantizedWeightError: for OLoRA on a weight that isn't dense.
-    """
-    keys = {name: key for name in THEIRS if (key := file_key(path, name)) in stored}
-    tensors = {name: forms.ours(layer, name, stored[key]) for name, key in keys.items()}
-    match source.settings["peft_type"]:
-        case "LORA":
-            return lora.tensors_of(source, base, tensors)
-        case "IA3":
-            return ia3.tensors_of(source, path, layer, tensors)
-        case _:
-            return tensors
+    reader = _READERS.get(source.settings["peft_type"])
+    return [] if reader is None else reader(source, targets, layers)
 
 
 def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
-    tensors = source.header.read()
+    tensors = source.header.read([*source.in_file.values(), *source.copies])
     check_numbers(tensors, str(source.header.path), "save the adapter again")
+    for key, other in source.copies.items():
+        if not torch.equal(tensors[key], tensors[other]):
+            raise CheckpointError(f"{source.header.path}: {key} and {other} are one tensor, and differ")
     by_ours = {ours: tensors[key] for ours, key in source.in_file.items()}
     is_scale = {ours: ours.endswith("lora_l") and tensor.ndim <= 2 for ours, tensor in by_ours.items()}
     return {ours: tensor.flatten() if is_scale[ours] else tensor for ours, tensor in by_ours.items()}

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from ...base.layer import BaseLayer
 from ...base.matrices import ALL_CHANNELS
 from ...core.names import check_shapes, file_key
-from ...core.state import Site
+from ...core.state import Site, Tensors
 from ...core.targets import Target
 from ...core.variant import lookup
 from ...errors import CheckpointError, QuantizedWeightError, brief
 from . import forms
 from .conversion import moved_keys, named_like_experts, old_keys
-from .folder import PeftFolder, alphas_of, check_rank, flag_of, number_of
-from .parts import Layers, Part, Written, config_of, names_of, same_everywhere, written_at
+from .folder import PeftFolder, flag_of, number_of
+from .parts import Layers, Part, Written, as_stored, config_of, names_of, same_everywhere, written_at
+from .patterns import alphas_of, check_rank
 from .ties import tied_paths
 
 # Starts of an init_lora_weights that writes the base, so that A and B belong to another one.
@@ -37,7 +38,7 @@ def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, B
     if (stacks := [path for path, t in targets.items() if t.experts]) and (init or variant == "dora"):
         setting = f"init_lora_weights={init!r}" if init else "use_dora=true"
         raise source.error(f"{setting} on experts, {stacks[0]}, isn't supported: PEFT has no such adapter")
-    bias = _has_bias(source, variant, init, layers)
+    bias, tokens = _has_bias(source, variant, init, layers), _invocation_tokens(source, variant, init, layers)
     shapes, alphas = forms.shapes(source, layers), alphas_of(source, targets)
     specs: dict[str, tuple[int, ...]] = {}
     ranks: dict[str, int] = {}
@@ -66,11 +67,16 @@ def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, B
     ((most, _),) = Counter(settings.values()).most_common(1)
     overrides = {path: {"r": r, "alpha": alpha} for path, (r, alpha) in settings.items() if (r, alpha) != most}
     extra: dict[str, Any] = {} if variant == "pissa" else {"rslora": rslora, "dropout": dropout}
-    extra |= {"bias": True} if bias else {}
+    extra |= ({"bias": True} if bias else {}) | ({"invocation_tokens": tokens} if tokens else {})
     extra |= {"tied_weights": "together"} if flag_of(source, "ensure_weight_tying") else {}
     reads = init == "olora" or lookup(variant).base_weight != "unused"
     cfg = config_of(source, variant, targets, layers, overrides, reads, r=most[0], alpha=most[1], **extra)
-    return [Part(cfg, targets, overrides)]
+
+    def values(stored: Tensors, path: str, layer: BaseLayer | None, base: BaseLayer | None) -> dict[str, Tensor]:
+        tensors = as_stored(stored, path, layer)
+        return tensors if init != "olora" or base is None else _of_olora(base, tensors)
+
+    return [Part(cfg, targets, overrides, values)]
 
 
 def _has_bias(source: PeftFolder, variant: str, init: Any, layers: Mapping[str, BaseLayer]) -> bool:
@@ -82,6 +88,18 @@ def _has_bias(source: PeftFolder, variant: str, init: Any, layers: Mapping[str, 
         place = f" on {others[0]}" if others else f" with use_dora={variant == 'dora'}, init_lora_weights={init!r}"
         raise source.error(f"lora_bias=true{place} isn't supported: PEFT has no such adapter")
     return True
+
+
+def _invocation_tokens(source: PeftFolder, variant: str, init: Any, layers: Mapping[str, BaseLayer]) -> Any:
+    """alora_invocation_tokens, which the config checks. Raises CheckpointError where PEFT has no such adapter."""
+    tokens = source.settings.get("alora_invocation_tokens")
+    if not (tokens is None or isinstance(tokens, list)):
+        raise source.error(f"alora_invocation_tokens={brief(repr(tokens))}: wanted a list of tokens")
+    others = [path for path, layer in layers.items() if not forms.is_plain_linear(layer)]
+    if tokens is not None and (others or init or variant != "lora"):
+        place = f"on {others[0]}" if others else f"with use_dora={variant == 'dora'}, init_lora_weights={init!r}"
+        raise source.error(f"alora_invocation_tokens {place} isn't supported: PEFT has no such adapter")
+    return tokens
 
 
 def is_olora(source: PeftFolder) -> bool:
@@ -109,14 +127,8 @@ def _method(source: PeftFolder) -> tuple[str, Any]:
     )
 
 
-def tensors_of(source: PeftFolder, base: BaseLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a layer as they are; of OLoRA with the part that it took out of the weight of `base`.
-
-    Raises:
-        QuantizedWeightError: for OLoRA on a weight that isn't dense.
-    """
-    if not is_olora(source):
-        return tensors
+def _of_olora(base: BaseLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The factors with the part that OLoRA took out of the weight of `base`. Raises QuantizedWeightError."""
     a, b = tensors["lora_A"], tensors["lora_B"]
     b0, a0 = _removed_by_olora(base, r=len(a))  # (o, r), (r, i)
     return {"lora_A": torch.cat([a.to(a0), a0]), "lora_B": torch.cat([b.to(b0), -b0], dim=1)}  # (2r, i), (o, 2r)
@@ -137,6 +149,7 @@ def written(root: nn.Module, layers: Layers) -> Written:
     """A lora or a dora as it is."""
     is_dora = next(iter(layers.values()))[0].cfg.variant == "dora"
     (rslora, dropout), (bias,) = same_everywhere(layers, "rslora", "dropout"), same_everywhere(layers, "bias")
+    (tokens,) = same_everywhere(layers, "invocation_tokens")
     tensors: dict[str, Tensor] = {}
     ranks = {}
     for path, (site,) in layers.items():
@@ -149,6 +162,7 @@ def written(root: nn.Module, layers: Layers) -> Written:
     fields = {"use_rslora": rslora, "lora_dropout": dropout, "use_dora": is_dora} | (
         {"lora_bias": True} if bias else {}
     )
+    fields |= {"alora_invocation_tokens": list(tokens)} if tokens else {}
     return tensors, settings_of(root, layers, ranks, **fields)
 
 

@@ -1,7 +1,7 @@
 """An adapter as PEFT's folders have it and as we do: what every method's file needs for both ways."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from ...base.layer import BaseLayer
 from ...core.config import BaseConfig
+from ...core.names import file_key
 from ...core.resolve import Overrides
-from ...core.state import Site
+from ...core.state import Site, Tensors
 from ...core.targets import Target
 from ...core.variant import config_for
 from ...dtypes import STORAGE_DTYPES
 from ...errors import CheckpointError, ConfigError
+from ..keys import THEIRS
 from ..safetensors import DTYPES
 from . import forms
 from .folder import PeftFolder
@@ -26,13 +28,28 @@ Layers = dict[str, list[Site]]  # path -> the sites of the chosen adapters there
 Written = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by PEFT's key, settings
 
 
+Values = Callable[[Tensors, str, BaseLayer | None, BaseLayer | None], dict[str, Tensor]]
+
+
+def as_stored(
+    stored: Tensors, path: str, layer: BaseLayer | None = None, base: BaseLayer | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a layer as the file has them, in our shapes."""
+    names = {name: stored[key] for name in THEIRS if (key := file_key(path, name)) in stored}
+    return names if layer is None else {name: forms.ours(layer, name, tensor) for name, tensor in names.items()}
+
+
 @dataclass(frozen=True)
 class Part:
-    """One adapter of ours in a folder."""
+    """One method of the adapter in a folder."""
 
     cfg: BaseConfig
     targets: dict[str, Target]  # by the path in the file
     overrides: Overrides  # by the path in the model
+    values: Values = as_stored
+    """The tensors of a layer by name: of the file's tensors, its path there, the layer, and the one whose weight they
+    are relative to, which is the layer itself or stands for it. Both are None without a model."""
+    of_base: bool = False  # are the tensors relative to the base's own, so that without one there are none?
 
 
 def config_of(
@@ -42,10 +59,14 @@ def config_of(
     layers: Mapping[str, BaseLayer],
     overrides: Overrides,
     reads: bool,
+    tensors: Mapping[str, str] | None = None,
     **values: Any,
 ) -> BaseConfig:
-    """Our config, with regexes of its own that find these layers exactly. `reads`: its maths reads the base weight."""
-    dtype = _dtype(source, targets, reads)
+    """Our config, with regexes of its own that find these layers exactly. `reads`: its maths reads the base weight.
+
+    tensors     its keys in the file by ours; None: those of the folder's method itself
+    """
+    dtype = _dtype(source, targets, reads, source.keys | source.shared if tensors is None else tensors)
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path, fields in overrides.items():
         groups.setdefault(tuple(fields.items()), []).append(path)
@@ -62,14 +83,14 @@ def _exactly(paths: Iterable[str]) -> str:
     return f"^({'|'.join(map(re.escape, paths))})$"
 
 
-def _dtype(source: PeftFolder, targets: Mapping[str, Target], reads: bool) -> torch.dtype:
+def _dtype(source: PeftFolder, targets: Mapping[str, Target], reads: bool, tensors: Mapping[str, str]) -> torch.dtype:
     """One dtype that holds the numbers of all these layers' tensors, and of those that they share. Raises
     CheckpointError."""
-    ours_of = [ours for ours in source.entries if ours in source.shared or ours.rpartition(".")[0] in targets]
-    names = {source.entries[ours].dtype: ours for ours in ours_of}
-    for dtype, ours in names.items():
+    keys = [key for ours, key in tensors.items() if ours in source.shared or ours.rpartition(".")[0] in targets]
+    names = {source.header.entries[key].dtype: key for key in keys}
+    for dtype, key in names.items():
         if DTYPES.get(dtype) not in STORAGE_DTYPES:
-            raise CheckpointError(f"{source.header.path}: {source.in_file[ours]} is stored as {dtype}; wanted floats")
+            raise CheckpointError(f"{source.header.path}: {key} is stored as {dtype}; wanted floats")
     return reduce(torch.promote_types, [*([torch.float32] if reads else []), *(DTYPES[dtype] for dtype in names)])
 
 

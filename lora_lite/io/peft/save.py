@@ -20,9 +20,10 @@ from ...core.state import check_unmerged, session_of
 from ...core.validate import is_number
 from ...errors import CheckpointError, ConfigError
 from ...ops.svd import low_rank_factors
-from ..keys import PREFIX, SECOND
+from ..keys import PREFIX
 from ..safetensors import check_numbers, replacing
-from . import forms, ia3, lora, vera
+from . import adalora, forms, ia3, lora, vera, whole
+from .beside import VARIANTS
 from .conversion import moved_keys, old_keys
 from .folder import CONFIG, WEIGHTS
 from .parts import Layers, Written, written_at
@@ -33,6 +34,7 @@ _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
     "ia3": ia3.written,
     "ia3_ff": ia3.written,
     "vera": vera.written,
+    "adalora": adalora.written,
 }
 
 
@@ -43,11 +45,11 @@ def save_peft(
     rank: int | None = None,
     max_error: float | None = None,
 ) -> float | None:
-    """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff, VeRA as they are, tensors bit-equal.
+    """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff, VeRA, AdaLoRA, norm, tokens as they are,
+    tensors bit-equal; what full, norm, bias and tokens change as the new values that PEFT keeps (modules_to_save,
+    bias=, trainable_token_indices).
 
-    name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers. The name of an
-                ia3 alone also takes the ia3_ff `<name>_ff` along, into which load_peft puts its second half; a list
-                means what it names
+    name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers
     rank        write what adapters of any kind, at their scales, change in the weights as a plain LoRA of this rank
                 (less where a layer has fewer directions), alpha = r: its SVD, in float32 at least. Exact where the
                 change has that rank: LoRA's r, PiSSA's 2r, abliteration's own in the modes none and pre. The relative
@@ -75,24 +77,19 @@ def save_peft(
         raise ConfigError(f"rank={rank!r}: wanted an integer of at least 1, or None")
     if max_error is not None and (rank is None or not is_number(max_error)):
         raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
-    chosen = [get_adapter(model, one) for one in (_with_second(model, name) if isinstance(name, str) else name)]
+    chosen = [get_adapter(model, one) for one in ([name] if isinstance(name, str) else name)]
     layers, worst = _layers(model, chosen), None
     if rank is None:
         tensors, settings = _native(root, chosen, layers)
     else:
+        _check_lacks(layers)
         tensors, settings, worst = _low_rank(root, layers, rank, max_error)
     check_numbers(tensors, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
     if settings["peft_type"] == "LORA":  # PEFT renames no other keys
         tensors = _as_peft_reads(root, tensors, layers)
-    _write(folder, tensors, settings | _about(root, chosen[0]))
+    _write(folder, tensors, _about(root, chosen[0]) | settings)
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
     return worst
-
-
-def _with_second(model: nn.Module, name: str) -> list[str]:
-    """The adapter of this name, and the second half of an IA3 that load_peft made of one of PEFT's."""
-    attached, pair = adapters(model), [name, name + SECOND]
-    return pair if [attached[half].variant for half in pair if half in attached] == ["ia3", "ia3_ff"] else [name]
 
 
 def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
@@ -108,28 +105,41 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
         check_shapes(adapter.state_dict(), adapter.specs(), f"adapter {adapter.name!r} in memory")
         for site in adapter.sites():
             layers.setdefault(site.path, []).append(site)
+    return layers
+
+
+def _check_lacks(layers: Layers) -> None:
+    """Raises CheckpointError for a layer on which PEFT has no such adapter."""
     for path, (site, *_) in layers.items():
         if lack := forms.lacks(site):
             cure = "keep it as our file (lora_lite.save)" + ", or merge it" * (not site.no_weight)
             raise CheckpointError(f"{path or 'the model itself'}: {lack}\n  {cure}")
-    return layers
 
 
 def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Written:
     """The adapters as they are. Raises CheckpointError for what PEFT hasn't."""
-    scaled, variants = [adapter.name for adapter in chosen if adapter.scale != 1], [a.variant for a in chosen]
+    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
     if scaled:
         raise CheckpointError(
             f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
         )
-    is_one = len(variants) == 1 or ({*variants} <= {"ia3", "ia3_ff"} and all(len(s) == 1 for s in layers.values()))
-    if is_one and (writer := _WRITERS.get(variants[0])):
-        return writer(root, layers)
-    raise CheckpointError(
-        f"PEFT has no adapter like {', '.join(f'{a.name!r} ({a.variant})' for a in chosen)}\n"
-        f"  give rank= to write what they change as a plain LoRA: 2r is exact for pissa, its own rank for "
-        f"abliteration in the modes none and pre"
-    )
+    known = [site for sites in layers.values() for site in sites]
+    main: Layers = {}
+    for site in known:
+        if site.cfg.variant not in VARIANTS:
+            main.setdefault(site.path, []).append(site)
+    _check_lacks(main)
+    methods = {id(site.method): site.cfg.variant for sites in main.values() for site in sites}
+    are_ia3 = {*methods.values()} <= {"ia3", "ia3_ff"} and all(len(sites) == 1 for sites in main.values())
+    writer = _WRITERS.get(next(iter(methods.values()), ""))
+    if methods and not ((len(methods) == 1 or are_ia3) and writer):
+        raise CheckpointError(
+            f"PEFT has no adapter like {', '.join(f'{a.name!r} ({a.variant})' for a in chosen)}\n"
+            f"  give rank= to write what they change as a plain LoRA: 2r is exact for pissa, its own rank for "
+            f"abliteration in the modes none and pre"
+        )
+    tensors, settings = writer(root, main) if writer else ({}, {})
+    return whole.with_the_rest(root, tensors, settings, main, [s for s in known if s.cfg.variant in VARIANTS])
 
 
 def _low_rank(

@@ -15,7 +15,8 @@ from ...base.layer import BaseLayer
 from ...core.state import Site
 from ...errors import CheckpointError
 from ..keys import PREFIX
-from .folder import PeftFolder, alphas_of, flag_of, ranks_of
+from .folder import PeftFolder, flag_of
+from .patterns import alphas_of, ranks_of
 
 _MIRRORED = {"lora_A": "lora_B", "lora_B": "lora_A"}  # of x (W + s B A)ᵀ: A' = Bᵀ, B' = Aᵀ
 

@@ -5,6 +5,7 @@ uniform, in float32, of the sizes of the largest target. So are ours.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, B
             d_in = (*in_file.shape, 0, 0)[1]
         specs |= {file_key(PLACE, "A"): (r, d_in), file_key(PLACE, "B"): (d_out, r)}
     check_shapes(source.entries, specs, str(source.header.path))
-    fields = {
+    fields: dict[str, Any] = {
         "r": r,
         "seed": whole_of(source, "projection_prng_key", 0),
         "save_projection": is_saved,
