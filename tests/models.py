@@ -137,6 +137,11 @@ def config(variant: str, **overrides: Any) -> Any:
     return cfg
 
 
+def acts_everywhere(variant: str) -> bool:
+    """Is its effect the same at all positions of a sequence, so that a weight may hold it?"""
+    return ll.REGISTRY[variant].positions(config(variant)) is None
+
+
 def is_trained(variant: str) -> bool:
     """Does the method have parameters to train, or is it computed?"""
     specs = ll.REGISTRY[variant].layer_specs(ll.Target("layer", 64, 64, "float32"), config(variant))
@@ -247,6 +252,7 @@ __all__ = [
     "SIZES",
     "AutoModelForCausalLM",
     "OneLinear",
+    "acts_everywhere",
     "attach",
     "config",
     "is_trained",

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, OneLinear, attach, config, is_trained, loss_of, perturb, quantized, tiny_llama
+from models import (
+    IDS,
+    OneLinear,
+    acts_everywhere,
+    attach,
+    config,
+    is_trained,
+    loss_of,
+    perturb,
+    quantized,
+    tiny_llama,
+)
 from test_laws import VARIANTS, logits, per_identity
 
 import lora_lite as ll
@@ -18,7 +29,7 @@ per_trained = pytest.mark.parametrize("variant", [v for v in VARIANTS if is_trai
 
 
 def attached(variant: str = "lora", model: Any = None) -> tuple[Any, ll.Adapter]:
-    model = tiny_llama() if model is None else model
+    model = tiny_llama(bias=True) if model is None else model
     adapter = attach(model, config(variant))
     perturb(adapter)
     return model, adapter
@@ -75,9 +86,11 @@ def test_gradient_checkpointing_repeats_the_dropout_mask() -> None:
 def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(variant: str) -> None:
     model, adapter = attached(variant)
     exact = logits(model)
+    dtypes: list[torch.dtype] = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(input_ids=IDS).logits
-        assert model.model.layers[0].mlp.up_proj(torch.ones(1, 64)).dtype == torch.bfloat16
+        assert dtypes == [torch.bfloat16]
         loss_of(model).backward()
     assert (out.float() - exact).norm() < 0.02 * exact.norm()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
@@ -85,14 +98,14 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(variant: str
 
 @per_identity
 def test_autocast_keeps_a_fresh_adapter_the_identity(variant: str) -> None:
-    model = tiny_llama()
+    model = tiny_llama(bias=True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         base = model(input_ids=IDS).logits
         ll.attach(model, config(variant))
         assert torch.equal(model(input_ids=IDS).logits, base)
 
 
-@per_variant
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if acts_everywhere(v)])  # others refuse to go without a cache
 def test_generate_with_a_cache_is_generate_without(variant: str) -> None:
     model, _ = attached(variant)
     with_cache, without = (
@@ -106,7 +119,7 @@ def test_generate_with_a_cache_is_generate_without(variant: str) -> None:
 def test_the_model_can_be_cast_and_cast_back(variant: str) -> None:
     model, adapter = attached(variant)
     model.to(torch.float64)
-    assert {t.dtype for _, t in adapter.named_tensors()} == {torch.float64}
+    assert {t.dtype for _, t in adapter.named_tensors() if t.is_floating_point()} == {torch.float64}
     assert logits(model).dtype == torch.float64
     model.to(torch.bfloat16)
     assert logits(model).isfinite().all()

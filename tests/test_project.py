@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lora_lite.core.variant import weight_use
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-FIRST, EXAMPLE, OWN_VARIANT, ABLITERATION, STEERING, POLES, HISTORY, MERGING, TRAINER, OTHER_KINDS = BLOCKS
+FIRST, EXAMPLE, SEVERAL, OWN_VARIANT, ABLITERATION, STEERING, POLES, HISTORY, MERGING, TRAINER, OTHER_KINDS = BLOCKS
 KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
@@ -59,6 +60,9 @@ def test_the_readmes_code_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.Mo
     scope: dict[str, object] = {"batch": {"input_ids": IDS, "labels": IDS}}
     exec(EXAMPLE.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny), scope)
     assert (tmp_path / "adapter.safetensors").is_file()
+    scope = {"ll": ll, "model": tiny_llama()}
+    exec(SEVERAL, scope)
+    assert ll.adapters(scope["model"])["default"].variant == "lora + full + norm"  # type: ignore[arg-type]
     scope = {"ll": ll, "model": tiny_llama()}
     exec(OWN_VARIANT, scope)
     assert ll.adapters(scope["model"])["default"].variant == "gain"  # type: ignore[arg-type]
@@ -157,8 +161,12 @@ def test_the_readmes_table_is_true() -> None:
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", README, re.M)
     assert {row[0] for row in rows} == set(ll.REGISTRY)
     for name, parameters, kinds, fresh in rows:
-        plan = ll.plan(smollm2, ll.config_for(name)())  # type: ignore[call-arg]
-        assert parameters == f"{plan.parameters:,}"
+        given: Any = {"token_ids": (0,)} if name == "tokens" else {}
+        if name == "bias":
+            with pytest.raises(ll.TargetError, match="no layer matched"):
+                ll.plan(smollm2, ll.BiasConfig())
+        else:
+            assert parameters == f"{ll.plan(smollm2, ll.config_for(name)(**given)).parameters:,}"
         assert kinds == KINDS[weight_use(ll.config_for(name)())]  # type: ignore[call-arg]
         assert (fresh == "the base, bit for bit") == ll.REGISTRY[name].has_identity_init
     shown = re.search(r"```\n(lora on .*?)```", README, re.S)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from learning_rates import learning_rate
-from models import loss_of
+from models import loss_of, perturb
 
 import lora_lite as ll
 
@@ -62,3 +62,37 @@ def test_pissa_refuses_the_real_model_in_4_bit(real_base: Callable[..., Any]) ->
     with pytest.raises(ll.QuantizedWeightError, match=r"layers.0.self_attn.q_proj: 'pissa' needs a dense weight.*nf4"):
         ll.attach(model, ll.PiSSAConfig())
     assert not any("lora_" in key for key in model.state_dict())
+
+
+def test_what_acts_at_positions_decodes_as_it_reads(real_base: Callable[..., Any], real_tokenizer: Any) -> None:
+    """LoReFT and an aLoRA beside each other, on rows of different lengths: a step is the forward without cache."""
+    model, chats = real_base().float(), ("What is the capital of France?", "Name three colours.", "Hi.")
+    texts = [
+        real_tokenizer.apply_chat_template(
+            [{"role": "user", "content": chat}], tokenize=False, add_generation_prompt=on
+        )
+        for chat, on in zip(chats, (True, False, True), strict=True)
+    ]
+    invocation = real_tokenizer.encode("<|im_start|>assistant\n")
+    batch = real_tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    greedy = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    base = model.generate(**batch, **greedy)
+    alora = ll.attach(model, ll.LoRAConfig(r=8, invocation_tokens=invocation), "alora")
+    perturb(alora, 0.02)
+    only_alora = model.generate(**batch, **greedy)
+    changes = [
+        max(float((a[row] - b[row]).abs().max()) for a, b in zip(only_alora.logits, base.logits, strict=True))
+        for row in (0, 1)
+    ]
+    assert changes[0] > 0.1
+    assert changes[1] < 1e-4  # its prompt has no invocation; the head's product rounds by where its rows lie in memory
+    perturb(ll.attach(model, ll.ReFTConfig(r=4, layers=range(0, 30, 3)), "reft"), 0.05)
+    both = model.generate(**batch, **greedy)
+    n, ids = batch["input_ids"].shape[1], both.sequences
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(ids[:, n:])], 1)
+    labels = ids.clone()
+    labels[:, :n] = -100
+    with torch.no_grad():
+        whole = model(ids, mask, position_ids=(mask.cumsum(1) - 1).masked_fill(mask == 0, 0), labels=labels).logits
+    torch.testing.assert_close(torch.stack(both.logits, 1), whole[:, n - 1 : -1], rtol=1e-3, atol=1e-3)
+    assert (both.logits[0][1] - base.logits[0][1]).abs().max() > 0.1  # LoReFT edits every prompt

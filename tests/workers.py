@@ -13,15 +13,17 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
-from models import IDS, OneLinear, attach, config, is_trained, keep, loss_of, moe, perturb, tiny_llama
+from models import IDS, OneLinear, attach, config, is_trained, keep, loss_of, moe, perturb
 from models import trained as moved
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -32,6 +34,8 @@ import lora_lite as ll
 from lora_lite.io.adapter_file import read_file
 from lora_lite.measure.audit import watched_step
 from lora_lite.merging.on_disk import MARKER
+
+tiny_llama = partial(models.tiny_llama, bias=True)  # with a bias for every method
 
 WORLD, STEPS = 2, 3
 GENERATED = ("lora", "dora", "antipasto", "steer")

@@ -6,11 +6,13 @@ is a linear layer whose weight the model reads without calling it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
@@ -42,21 +44,36 @@ class Norm(Kind):
         return type(module) in (nn.LayerNorm, nn.RMSNorm)
 
 
-def normalized(module: Any, x: Tensor) -> Tensor:
-    """n(x) of a norm y = (w + c) ⊙ n(x) + b, (*b, d), by its own forward, whatever w, b and c are."""
-    weight: Tensor = module.weight
-    bare = copy.copy(module)  # shallow: a call of the norm in another thread keeps its parameters
+def normalized(module: Any, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """n of a norm y = (w + c) ⊙ n + b, (*b, d), for a call with these arguments, the first of them x; a gate is a part
+    of n. By the norm's own forward, whatever w, b and c are."""
+    has_its_own = "forward" in vars(module)  # a patch's, which is of this very object
+    if type(module) is nn.LayerNorm and not has_its_own:
+        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if type(module) is nn.RMSNorm and not has_its_own:
+        return F.rms_norm(x, module.normalized_shape, None, module.eps)
+    # Shallow: a call of the norm in another thread keeps its parameters. A graph of torch.compile can't copy a module.
+    bare = module if has_its_own or is_dynamo_compiling() else copy.copy(module)
+    ones, zeros = torch.ones_like(module.weight), torch.zeros_like(module.weight)
+    bias = {} if getattr(module, "bias", None) is None else {"bias": zeros}  # a small n would be lost beside it
 
-    def scaled(vector: Tensor) -> Tensor:
-        zeros = torch.zeros_like(weight)
-        live: Any = {name: None if p is None else zeros for name, p in module._parameters.items()}
-        bare.__dict__["_parameters"] = live | {"weight": vector}
-        y: Tensor = bare.forward(x)
+    def call() -> Tensor:
+        y: Tensor = bare.forward(*args, **kwargs)
         return y
 
-    ones = scaled(torch.ones_like(weight))
-    # The forward of torch's own has c = 0; of any other that is asked.
-    return ones if type(module) in (nn.LayerNorm, nn.RMSNorm) else ones - scaled(torch.zeros_like(weight))
+    return with_vectors(bare, {"weight": ones, **bias}, call) - with_vectors(bare, {"weight": zeros, **bias}, call)
+
+
+def with_vectors(norm: nn.Module, vectors: Mapping[str, Tensor], call: Callable[[], Tensor]) -> Tensor:
+    """The result of a call while these vectors are in the places of a norm's parameters."""
+    before = {name: norm.__dict__[name] for name in vectors if name in norm.__dict__}  # in a replica of DataParallel
+    try:
+        norm.__dict__.update(vectors)  # an attribute of the instance is found before a parameter
+        return call()
+    finally:
+        for name in vectors:
+            del norm.__dict__[name]
+        norm.__dict__.update(before)
 
 
 class ByWeight(Kind):

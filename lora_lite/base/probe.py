@@ -22,6 +22,7 @@ from ..errors import QuantizedWeightError, TargetError, brief
 from .affine import input_dtype
 from .kinds import is_bypassed, size_of
 from .layer import BaseLayer, layer_of
+from .matrices import with_vectors
 from .own_forward import NoAnswerError, NotRunError, Run, can_run, is_asked, own_forward, unbiased
 from .stacks import starred
 
@@ -118,34 +119,51 @@ def _not_a_norm(layer: BaseLayer) -> str | None:
     return "it doesn't normalise its input" if (of_larger - y).abs().max() > FAR * y.abs().max() else None
 
 
-@torch.no_grad()
+def check_norm(layer: BaseLayer) -> None:
+    """TargetError for a norm that isn't (w + c) ⊙ n(x) + b, as far as its forward can be run on rows alone."""
+    if can_run(layer.module, layer.stored):
+        try:
+            _offset(layer)
+        except NotRunError:  # a gate is asked for, say: then nothing tells
+            return
+
+
 def norm_offset(layer: BaseLayer) -> float:
     """c of a norm y = (w + c) ⊙ n(x) + b, as its own forward shows it: 0, or 1 of Gemma's.
 
     Raises:
         TargetError: for a norm that computes anything else.
     """
-    module = copy.copy(layer.module)  # shallow: a call of the norm in another thread keeps its weight
+    try:
+        return _offset(layer)
+    except NotRunError as error:
+        problem = f"its own forward can't be run on rows: {error}"
+    raise TargetError(f"{layer.path}: nothing can be merged into this norm: {problem}\n  keep the adapter attached")
+
+
+@torch.no_grad()
+def _offset(layer: BaseLayer) -> float:
+    module = layer.module
+    # Shallow: a call of the norm in another thread keeps its weight. A forward of a patch is of this very object.
+    module = module if "forward" in vars(module) else copy.copy(module)
     x, w = torch.randn(2, 3, layer.d_in, generator=torch.Generator().manual_seed(0)).to(layer.stored.device)  # (3, d)
 
     def scaled(weight: Float[Tensor, "d"]) -> Float[Tensor, "n d"]:
         """y - b with this weight, in float32."""
-        zeros, live = nn.Parameter(torch.zeros_like(weight), requires_grad=False), layer.module._parameters
-        parameters = {name: None if parameter is None else zeros for name, parameter in live.items()}
-        module.__dict__["_parameters"] = parameters | {layer.kind.weight: nn.Parameter(weight, requires_grad=False)}
+        bias = {} if layer.bias is None else {layer.kind.bias: torch.zeros_like(weight)}
         with own_forward(replace(layer, module=module)) as run:
-            return run(x)
+            return with_vectors(module, {layer.kind.weight: weight, **bias}, lambda: run(x))
 
-    try:
-        zero, one, other = (scaled(weight) for weight in (0 * w[0], 0 * w[0] + 1, w[0]))  # (3, d)
-        n, problem = one - zero, "its own forward isn't (w + c) ⊙ n(x) + b, with c = 0 or 1"
-        for c in (0.0, 1.0):
-            errors = (zero - c * n, other - (w[0] + c) * n)
-            if all(error.abs().max() <= 1e-4 * other.abs().max() for error in errors):
-                return c
-    except NotRunError as error:
-        problem = f"its own forward can't be run on rows: {error}"
-    raise TargetError(f"{layer.path}: nothing can be merged into this norm: {problem}\n  keep the adapter attached")
+    zero, one, other = (scaled(weight) for weight in (0 * w[0], 0 * w[0] + 1, w[0]))  # (3, d)
+    n = one - zero
+    for c in (0.0, 1.0):
+        errors = (zero - c * n, other - (w[0] + c) * n)
+        if all(error.abs().max() <= 1e-4 * other.abs().max() for error in errors):
+            return c
+    raise TargetError(
+        f"{layer.path}: this norm's own forward isn't (w + c) ⊙ n(x) + b, with c = 0 or 1: no change of its weight is "
+        f"known there\n  leave it out with exclude_names, or keep the adapter attached"
+    )
 
 
 def _gradient(run: Run, layer: BaseLayer) -> str | None:

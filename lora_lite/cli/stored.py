@@ -9,7 +9,7 @@ from typing import Any
 from ..base.fingerprint import BaseRecord
 from ..base.stacks import place
 from ..core.config import BaseConfig
-from ..core.names import check_shapes, file_key
+from ..core.names import check_shapes
 from ..core.resolve import specs_at
 from ..core.targets import Target
 from ..core.variant import weight_use
@@ -86,11 +86,9 @@ def _ours(file: AdapterFile) -> StoredAdapter:
     check_shapes(file.header.entries, specs, str(file.path))  # before a tensor is read: the file may be anyone's
     tensors = file.tensors(specs)
     stored: dict[str, StoredLayer] = {}
-    for method, known, keys, shared in zip(
-        file.methods, layers, file.keys(layers), file.shared(layers, tensors), strict=True
-    ):
+    for method, known, shared in zip(file.methods, layers, file.shared(layers, tensors), strict=True):
         for path, (target, names) in known.items():
-            values = {name: tensors[key] for name in names if (key := keys[path, name]) in tensors}
+            values = {name: tensors[key] for name in names if (key := method.key(path, name)) in tensors}
             stored[_name(path, stored)] = StoredLayer(target, method.cfg_at(path), values, file.scale, shared)
     base = {name: value for name, value in file.base.to_json().items() if name != "fingerprint"}
     configs = [method.cfg for method in file.methods]
@@ -124,7 +122,7 @@ def _target(file: AdapterFile, method: FileMethod, path: str) -> Target:
         raise CheckpointError(f"{file.path}: {path} would be {d_in} -> {d_out}; wanted 1 to {WIDEST} features")
     target = method.as_in_file(Target(path, d_in, d_out, "?", *place(path)))
     name, spec = next(iter(specs_at(target, cfg).items()))
-    entry = file.header.entries.get(file_key(path, name))
+    entry = file.header.entries.get(method.key(path, name))
     shape = () if entry is None else entry.shape
     if len(shape) != len(spec.shape) + 1:
         return target

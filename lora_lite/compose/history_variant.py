@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.adapt import adapt_input, adapt_output
 from ..core.layer import Layer
+from ..core.targets import Target
 from ..core.variant import ParamSpec, lookup, register, weight_use
 from ..errors import ConfigError
 from .rounds import HistoryConfig, OwnMethod
@@ -37,12 +38,12 @@ class History:
         return "unused" if all(weight_use(step.cfg) == "unused" for step in cfg.own_methods) else "read"
 
     @staticmethod
-    def param_specs(d_in: int, d_out: int, cfg: HistoryConfig) -> dict[str, ParamSpec]:
-        r = cfg.rank
+    def layer_specs(target: Target, cfg: HistoryConfig) -> dict[str, ParamSpec]:
+        d_in, d_out, r = target.d_in, target.d_out, cfg.rank
         pair = {"A": (r, d_in), "B": (d_out, r), "s": (r,)} if r or not cfg.own_methods else {}
         specs = {f"lora_{name}": ParamSpec(pair[name], trainable=False, keep_dtype=name == "s") for name in pair}
         for step in cfg.own_methods:
-            for name, spec in lookup(step.cfg.variant).param_specs(d_in, d_out, step.cfg).items():
+            for name, spec in lookup(step.cfg.variant).layer_specs(target, step.cfg).items():
                 specs[f"lora_{step.prefix}_{name.removeprefix('lora_')}"] = replace(spec, trainable=False)
         return specs
 

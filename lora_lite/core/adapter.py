@@ -107,7 +107,7 @@ class Adapter:
         fixed = {name for method in methods for name in changes.keys() - set(lookup(method.cfg.variant).live)}
         following = [method for method in methods if changes.keys() <= set(lookup(method.cfg.variant).live)]
         if not following:
-            live = sorted({name for method in methods for name in lookup(method.cfg.variant).live})
+            live = dict.fromkeys(name for method in methods for name in lookup(method.cfg.variant).live)
             raise ConfigError(
                 f"adapter {self.name!r}: {', '.join(sorted(fixed))} can't change while it is attached\n"
                 f"  {self.variant!r} can follow {', '.join(live) or 'no field'}; for others detach and attach"
@@ -237,10 +237,10 @@ class Adapter:
 
     def specs(self, resume: bool = True) -> dict[str, Any]:
         """The ParamSpec of each tensor that is saved, by its key in a file."""
-        places = self._places(self._state.sites)
-        return {
-            p.key(n): s for p in places for n, s in p.specs.items() if s.saved == "always" or _goes(p, n, s, resume)
-        }
+        methods = self._state.methods
+        places = [(m, p) for m in methods for p in (*m.sites, m.shared) if p is not None]
+        known = ((m, p, name, spec) for m, p in places for name, spec in p.specs.items())
+        return {p.key(n): s for m, p, n, s in known if s.saved == "always" or _goes(m, p, n, s, resume)}
 
     def _places(self, sites: Iterable[Site]) -> Iterator[Site | Shared]:
         """Where its tensors lie: at these sites, and what it has once."""
@@ -344,12 +344,17 @@ def _use(method: Method, cfg: Any) -> None:
 
 
 @torch.no_grad()
-def _goes(place: Site | Shared, name: str, spec: ParamSpec, resume: bool) -> bool:
+def _goes(method: Method, place: Site | Shared, name: str, spec: ParamSpec, resume: bool) -> bool:
     """Is a tensor saved that need not be? One that is made again at load is, where it isn't what would be made: a cast
     has rounded it, or it came from elsewhere."""
     if spec.saved == "resume":
         return resume
-    tensor = place.tensor(name)
+    tensor, variant = place.tensor(name), lookup(method.cfg.variant)
+    # Anew: the specs of a copy, or of what was pickled, have lost their functions.
+    if isinstance(place, Site):
+        spec = variant.layer_specs(place.target, place.cfg)[name]
+    else:
+        spec = variant.shared_specs([site.target for site in method.sites], method.cfg)[name]
     again = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     for part in again if isinstance(place, Site) and place.stacked else [again]:
         spec.fill(part)

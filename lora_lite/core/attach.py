@@ -213,12 +213,13 @@ def uninstall(module: nn.Module, slot: str) -> None:
 
 def _state(root: nn.Module, methods: list[Method], name: str, scale: float, steps: int | None = None) -> AdapterState:
     """The state that new sites share. Raises TargetError for a weight that is not on this machine, or tied."""
-    check_weights_present(site for method in methods for site in method.sites)
+    every = [site for method in methods for site in method.sites]
+    check_weights_present(every)
     for method in methods:
         if method.cfg.tied_weights != "apart":
-            tie(root, method.cfg, method.sites)
+            tie(root, method.cfg, method.sites, every)
     # At attach: a later edit or shard can't falsify it.
-    base = base_record(root, [site.base for method in methods for site in method.sites])
+    base = base_record(root, [site.base for site in every])
     state = AdapterState(name, methods, base, scale, is_first=lookup(methods[0].cfg.variant).leads, steps=steps)
     for method in methods:
         for site in method.sites:

@@ -14,12 +14,6 @@ from .validate import compiles, is_number
 ROLES = ("reader", "writer", "inner")
 KINDS = ("linear", "conv", "embedding", "experts", "matrix", "norm", "block")
 TIED_WEIGHTS = ("apart", "together", "as_base", "refuse")
-# Files leave these out, so those of one config for all layers, all of them linear, are the same to every version; one
-# of a version that didn't know a field is read as with this value.
-UNSAID: Mapping[str, Any] = {
-    **{"per_layer": {}, "kinds": ["linear"], "tied_weights": "apart"},
-    **{"bias": False, "invocation_tokens": None},
-}
 
 Config = TypeVar("Config", bound="BaseConfig")
 
@@ -42,7 +36,7 @@ class BaseConfig:
                     mixture of experts, `...experts.gate_up_proj`) and "matrix" (other bare parameters). "linear" are
                     layers of that shape and the projections of nn.MultiheadAttention (`...in_proj_weight`).
                     "norm" are norms of the last axis (ia3, ia3_ff, steer, plain abliteration). "block", by itself, is
-                    the residual stream at the outputs of blocks (steer, plain abliteration). For these two alone, a
+                    the residual stream at the outputs of blocks (steer, reft, plain ablation). For these two alone, a
                     method's default names and roles don't count: they are of linear layers
     tied_weights    of a target whose weight another module holds too, as an embedding's the head: "apart" adapts the
                     target alone (its weight can't be merged while it is tied), "together" has all that hold an
@@ -78,6 +72,8 @@ class BaseConfig:
     REGEXES: ClassVar[tuple[str, ...]] = ("target_names", "exclude_names")
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = ("variant", "dtype", "per_layer", "tied_weights", *FILTERS)
     ADDED_LATER: ClassVar[tuple[str, ...]] = ()  # fields that files of earlier versions lack: they have the default
+    # Files leave these out, so those of one config for all layers, all of them linear, are the same to every version.
+    UNSAID: ClassVar[Mapping[str, Any]] = {"per_layer": {}, "kinds": ["linear"], "tied_weights": "apart"}
     FUSED_EXPERTS: ClassVar[bool] = False  # can it go on the fused experts of a mixture-of-experts block?
     NEEDS_BIAS: ClassVar[bool] = False  # does it go on layers with a bias alone?
     WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ()  # "norm", "block": as a change of x or of y alone, without a weight
@@ -176,7 +172,7 @@ class BaseConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON values, the dtype by its name; per_layer and kinds only where they say something."""
         out = {f.name: to_json(getattr(self, f.name)) for f in fields(self)}
-        return {name: value for name, value in out.items() if name not in UNSAID or value != UNSAID[name]}
+        return {name: value for name, value in out.items() if name not in self.UNSAID or value != self.UNSAID[name]}
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -188,8 +184,8 @@ class BaseConfig:
             ConfigError: for a field that is unknown, missing or not valid.
         """
         later = {f.name: to_json(f.default) for f in fields(cls) if f.name in cls.ADDED_LATER}
+        values = {**later, **cls.UNSAID, **values}
         known = {f.name for f in fields(cls)}
-        values = {**later, **{name: value for name, value in UNSAID.items() if name in known}, **values}
         if set(values) != known:
             raise ConfigError(
                 f"{cls.__name__}: the stored fields are not this version's\n"
@@ -205,9 +201,7 @@ class BaseConfig:
         config._check_per_layer()
         for name, patterns in regexes.items():
             object.__setattr__(config, name, tuple(patterns) if isinstance(patterns, list) else patterns)
-            config.require(
-                isinstance(patterns, list) and all(type(p) is str for p in patterns), name, "a list of regexes"
-            )
+            config.require(isinstance(patterns, list) and {*map(type, patterns)} <= {str}, name, "a list of regexes")
         return config
 
 

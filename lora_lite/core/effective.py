@@ -16,7 +16,7 @@ from ..errors import TargetError, VariantError
 from .adapt import adapt_input, adapt_output
 from .layer import Layer
 from .state import Site
-from .variant import lookup
+from .variant import LowRank, Variant, lookup
 
 COLUMNS = 128  # unit vectors that go through the hooks at a time
 ROWS = 512  # of a weight are cast at a time for a product: never a copy of it whole
@@ -77,7 +77,7 @@ class Affine:
         else:
             y = _product(x - x0, weight)  # (n, o)
         # Zeros are not added: a sum with them would still round in the dtype of the other side.
-        y = _outputs(self._no_bias, x, y + y0 if y0.any() else y)
+        y = _outputs(self._no_bias, x, y + y0 if y0.any() else y, slice(start, stop) if x is e else None)
         return (y - offset if offset.any() else y).mT
 
     @torch.no_grad()
@@ -129,10 +129,33 @@ def _inputs(layers: Sequence[Layer], x: Float[Tensor, "n i"]) -> Float[Tensor, "
     return x
 
 
-def _outputs(layers: Sequence[Layer], x: Float[Tensor, "n i"], y: Float[Tensor, "n o"]) -> Float[Tensor, "n o"]:
+def _outputs(
+    layers: Sequence[Layer], x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], columns: slice | None = None
+) -> Float[Tensor, "n o"]:
+    """`columns`: x are the unit vectors of these channels."""
     for layer in layers:
-        y = adapt_output(layer, x, y)
+        picked = None if columns is None else _picked(layer, columns)
+        y = adapt_output(layer, x, y) if picked is None else y + picked
     return y
+
+
+def _picked(layer: Layer, columns: slice) -> Float[Tensor, "n o"] | None:
+    """The change by a method whose A is no matrix, for these unit vectors; None for any other method.
+
+    A product with them would take V² d operations for an embedding of V tokens.
+    """
+    variant = lookup(layer.cfg.variant)
+    factors = None if variant.low_rank is Variant.low_rank else variant.low_rank(layer)
+    form = None if factors is None else LowRank(*factors)
+    if form is None or form.is_dense:
+        return None
+    if form.a is None:
+        rows = (form.b[:, columns] * form.s).mT  # (n, o)
+    else:
+        chosen = (form.a >= columns.start) & (form.a < columns.stop)  # (r,)
+        rows = form.b.new_zeros(columns.stop - columns.start, len(form.b))
+        rows.index_add_(0, form.a[chosen] - columns.start, (form.b[:, chosen] * form.s).mT)
+    return rows if form.shift is None else rows + form.shift
 
 
 def _channel_scale(x: Float[Tensor, "n i"], start: int) -> Float[Tensor, "n"] | None:

@@ -90,7 +90,9 @@ def _norm_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     if scale is None:
         return None
     x = args[0] if args else next(iter(kwargs.values()))  # (*b, d)
-    return adapt_output(Layer(module, site, y.dtype, scale=scale), normalized(module, x).to(y.dtype), y)
+    n = normalized(module, x, args, kwargs).to(y.dtype)  # (*b, d)
+    new = adapt_output(Layer(module, site, y.dtype, scale=scale), n, y)
+    return new if site.positions is None else site.positions.choose(site.path, new, y)
 
 
 def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -76,4 +76,5 @@ def plan(model: nn.Module, cfg: BaseConfig | Sequence[BaseConfig]) -> Plan:
         () if any(config.target_names for config in configs) else unadapted(root, configs[0], paths, dict(left_out))
     )
     variants = " + ".join(config.variant for config in configs)
-    return Plan(type(root).__name__, variants, tuple(targets), parameters, model_width(root), left_out, beside)
+    unique = tuple(dict.fromkeys(targets))  # two methods may share a layer
+    return Plan(type(root).__name__, variants, unique, parameters, model_width(root), left_out, beside)

@@ -164,7 +164,7 @@ def _enter(name: str, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         known = None if cache is None else vars(cache).get(ON_CACHE, {}).get(positions.serial)
         offset = 0 if cache is None else _length(cache)
         if known is not None and offset:
-            mask = _step(named, *known, offset)
+            mask = _step(named, known[0], known[1], offset)
         else:
             mark: Any = lookup(cfg.variant).positions(cfg)
             where = mark(_prompt(root, named, offset))  # (b, t + 1)
@@ -176,7 +176,8 @@ def _leave(name: str, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """The call has ended: the cache remembers what comes after the prompt."""
     for positions in _configs(session_at(root).adapters[name].sites):
         mask = positions.leave()
-        cache = _cache_in(args) or _cache_in(kwargs) or _cache_in(output)
+        caches = (_cache_in(values) for values in (args, kwargs, output))  # an empty one is false
+        cache = next((cache for cache in caches if cache is not None), None)
         if mask is not None and cache is not None:
             vars(cache).setdefault(ON_CACHE, {})[positions.serial] = mask.after, _length(cache)
 

@@ -13,7 +13,7 @@ from ..base import sharding
 from ..base.affine import check_affine
 from ..base.kinds import Size
 from ..base.layer import BaseLayer, stand_in
-from ..base.probe import not_linear
+from ..base.probe import check_norm, not_linear
 from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .config import BaseConfig
 from .layer import Layer
@@ -105,6 +105,8 @@ def make_sites(
     sites = [make_site(target, layer, cfg, overrides.get(target.path, {})) for target, layer in targets.items()]
     for site in sites:
         _check_storage(site)
+        if site.target.is_diagonal and lookup(cfg.variant).reads_input:
+            check_norm(site.base)
     return sites
 
 

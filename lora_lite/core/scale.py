@@ -2,8 +2,9 @@
 
 torch.utils.checkpoint runs a part of the forward again in the middle of the backward, when the `scaled` block that the
 forward ran in may be over. autograd numbers its nodes in the order in which they are made, so the node that asks for
-the second run tells which scale the first one saw, and likewise which mask (core/positions.py); torch has no public name for either, and uses both itself. Each
-thread has a count of its own, and nodes that a second run makes have late numbers: where those would matter it raises.
+the second run tells which scale the first one saw, and likewise which mask (core/positions.py); torch has no public
+name for either, and uses both itself. Each thread has a count of its own, and nodes that a second run makes have late
+numbers: where those would matter it raises.
 """
 
 from bisect import bisect_right

@@ -13,9 +13,13 @@ from .names import TIES
 from .state import Site, sites_of
 from .variant import Variant, lookup
 
+_APART = 'use tied_weights="apart"'
 
-def tie(root: nn.Module, cfg: BaseConfig, sites: Sequence[Site]) -> None:
+
+def tie(root: nn.Module, cfg: BaseConfig, sites: Sequence[Site], every: Sequence[Site]) -> None:
     """Note at each embedding who else holds its weight, so that they multiply by W', too.
+
+    every       the sites of all methods of the adapter, these among them
 
     Raises:
         TargetError: for a weight that several modules hold with tied_weights="refuse"; with "together" for one that
@@ -31,7 +35,11 @@ def tie(root: nn.Module, cfg: BaseConfig, sites: Sequence[Site]) -> None:
         problem = f"{site.path}: {next(iter(holders))} holds its weight as well"
         if cfg.tied_weights == "refuse":
             raise TargetError(f'{problem}\n  use tied_weights="apart" or "together", or untie them before attach')
-        _check_together(problem, site, cfg, [modules[path] for path in holders], targets)
+        tied = [modules[path] for path in holders]
+        _check_together(problem, site, cfg, tied, targets)
+        beside = [other for other in every if any(other.module is module for module in tied)]
+        if any(other.base_weight != "unused" for other in beside):
+            raise TargetError(f"{problem}, where another method of this adapter reads the weight\n  {_APART}")
         # A module around the holder may read the weight without calling it.
         ties = tuple((modules[p], name, modules[reads.get(f"{p}.{name}", p)]) for p, name in holders.items())
         site.base = replace(site.base, reader=site.base.reader or site.module, ties=ties)
@@ -61,7 +69,7 @@ def _check_together(
     if site.base.kind.category != "embedding" or from_another_end or any(id(module) in targets for module in tied):
         cure = 'with tied_weights="together" name the embedding alone, and always the same one'
     elif lookup(cfg.variant).low_rank is Variant.low_rank:
-        problem, cure = f"{problem}, and {cfg.variant!r} is no low-rank update", 'use tied_weights="apart"'
+        problem, cure = f"{problem}, and {cfg.variant!r} is no low-rank update", _APART
     elif any(other.base_weight != "unused" for other in others):
         problem, cure = f"{problem}, where an adapter reads the weight", "detach that first"
     else:

@@ -31,6 +31,7 @@ class ParamSpec:
     keep_dtype  in `forward` the view hands tensors out in the compute dtype; with keep_dtype this
                 one comes as stored, for a difference or a norm that must be formed in float32
     dtype       None: the config's. An integer dtype makes it a table: it is never trained, cast or searched for NaN
+    below       of a table: its numbers are from 0 to below this, in order of size if `is_sorted`; a file's are checked
     saved       "always"; "resume": in what a training needs to go on, and not in the adapter's file, such as the
                 state of a schedule; "never": made again by `init` at load, which must give the same bits on every
                 machine (`seeded`)
@@ -42,6 +43,8 @@ class ParamSpec:
     keep_dtype: bool = False
     dtype: torch.dtype | None = None
     saved: Literal["always", "resume", "never"] = "always"
+    below: int | None = None
+    is_sorted: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None or self.saved != "always":

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ..base import sharding
@@ -28,7 +28,7 @@ def allocate(targets: Mapping[str, Layer], cfg: Any, step: int) -> None:
 
     Raises:
         ConfigError: without a total_step.
-        TargetError: where no layer had a gradient, and under FSDP2 and ZeRO-3.
+        TargetError: where no layer has had a gradient, and under FSDP2 and ZeRO-3.
     """
     if cfg.total_step is None:
         problem = f"{type(cfg).__name__}(total_step=None) is for inference: a step of its schedule was asked for"
@@ -37,22 +37,23 @@ def allocate(targets: Mapping[str, Layer], cfg: Any, step: int) -> None:
     if any(sharding.is_sharded(getattr(layer, name)) for layer in layers for name in FACTORS):
         raise TargetError(f"{cfg.variant!r} chooses ranks by whole tensors, and these are sharded\n  train it by DDP")
     if step < last:
-        if all(getattr(layer, name).grad is None for layer in layers for name in FACTORS):
-            raise _no_gradient(cfg, step)
         for layer in layers:
             for name in FACTORS:
                 _follow(layer, name, cfg.beta1, cfg.beta2)
-    if step >= last or (step > cfg.tinit and step % cfg.deltaT == 0):
+    if step >= last or step % cfg.deltaT == 0:
         device = layers[0].lora_E.device
         scores = torch.cat([_scores(layer).to(device) for layer in layers])  # (ranks of all layers,)
         # Before the first change of E, as in a warmup from a rate of 0, all scores are 0, and so is what is masked.
         if not scores.any() and any(layer.lora_E.any() for layer in layers):
-            raise _no_gradient(cfg, step)
+            problem = (
+                f"step {step} of {cfg.variant!r}: none of its layers has had a gradient, by which it chooses ranks"
+            )
+            raise TargetError(f"{problem}\n  call adapter.step() after optimizer.step() and before zero_grad()")
         most = budget(cfg, step, len(scores), len(layers))
         masked = torch.zeros_like(scores, dtype=torch.bool)
         masked[scores.argsort(stable=True)[: max(len(scores) - most, 0)]] = True
         for layer, mask in zip(layers, masked.split([layer.cfg.r for layer in layers]), strict=True):
-            _mask(layer, mask)
+            layer.lora_E.masked_fill_(mask.to(layer.lora_E.device)[:, None], 0)
 
 
 def budget(cfg: Any, step: int, ranks: int, layers: int) -> int:
@@ -73,12 +74,3 @@ def _follow(layer: Layer, name: str, beta1: float, beta2: float) -> None:
 def _scores(layer: Layer) -> Float[Tensor, "r"]:
     a, b, e = (getattr(layer, f"{name}_ipt") * getattr(layer, f"{name}_unc") for name in FACTORS)
     return e[:, 0] + (a.mean(1) + b.mean(0))
-
-
-def _mask(layer: Layer, mask: Bool[Tensor, "r"]) -> None:
-    layer.lora_E.masked_fill_(mask.to(layer.lora_E.device)[:, None], 0)
-
-
-def _no_gradient(cfg: Any, step: int) -> TargetError:
-    problem = f"step {step} of {cfg.variant!r}: none of its layers has had a gradient, by which it chooses ranks"
-    return TargetError(f"{problem}\n  call adapter.step() after optimizer.step() and before zero_grad()")

@@ -56,8 +56,13 @@ class FileMethod:
     cfg: BaseConfig
     targets: dict[str, tuple[int, int]]  # path -> (d_in, d_out)
     per_layer: dict[str, dict[str, Any]]  # path -> the config fields that differ there
+    numbers: Mapping[str, int]  # path -> which of the file's methods there it is
     biased: frozenset[str] = frozenset()  # those with a bias, and
     diagonal: frozenset[str] = frozenset()  # the norms, where the method's tensors depend on it
+
+    def key(self, path: str, tensor: str) -> str:
+        """The key of a tensor at a layer."""
+        return file_key(path, numbered(tensor, self.numbers[path]))
 
     def cfg_at(self, path: str) -> BaseConfig:
         """The config at a layer."""
@@ -95,33 +100,24 @@ class AdapterFile:
 
         What only a resume needs may be missing, and what is made again.
         """
-        specs: dict[str, ParamSpec] = {}
-        for keys, at_layers in zip(self.keys(layers), layers, strict=True):
-            specs |= {keys[path, name]: spec for path, (_, known) in at_layers.items() for name, spec in known.items()}
-        for shared in self.shared(layers):
-            specs |= {shared.key(name): spec for name, spec in shared.specs.items()} if shared is not None else {}
+        pairs = [
+            (m, path, known) for m, ls in zip(self.methods, layers, strict=True) for path, (_, known) in ls.items()
+        ]
+        specs = {method.key(path, name): spec for method, path, known in pairs for name, spec in known.items()}
+        for shared in filter(None, self.shared(layers)):
+            specs |= {shared.key(name): spec for name, spec in shared.specs.items()}
         return {key: s for key, s in specs.items() if s.saved == "always" or key in self.header.entries}
-
-    def keys(self, layers: Sequence[LayerSpecs]) -> list[dict[tuple[str, str], str]]:
-        """For each method the key of its tensors at layers, by the layer's path and the tensor's name."""
-        counts: Counter[str] = Counter()
-        result = []
-        for at_layers in layers:
-            counts.update(at_layers.keys())
-            named = ((path, name) for path, (_, known) in at_layers.items() for name in known)
-            result.append({(path, name): file_key(path, numbered(name, counts[path])) for path, name in named})
-        return result
 
     def shared(self, layers: Sequence[LayerSpecs], tensors: Tensors | None = None) -> list[Shared | None]:
         """For each method the tensors that it has once, with the file's values if they are given; None where it has
         none."""
-        result: list[Shared | None] = []
-        for method, at_layers in zip(self.methods, layers, strict=True):
-            specs = lookup(method.cfg.variant).shared_specs([target for target, _ in at_layers.values()], method.cfg)
-            shared = Shared(specs, 1 + sum(other is not None for other in result)) if specs else None
-            if shared is not None and tensors is not None:
-                shared = make_shared(specs, method.cfg, tensors, number=shared.number)
-            result.append(shared)
+        pairs = list(zip(self.methods, layers, strict=True))
+        all_specs = [lookup(m.cfg.variant).shared_specs([t for t, _ in known.values()], m.cfg) for m, known in pairs]
+        result: list[Shared | None] = [None] * len(pairs)
+        numbered = enumerate((i for i, specs in enumerate(all_specs) if specs), 1)
+        for number, i in numbered:
+            specs, cfg = all_specs[i], self.methods[i].cfg
+            result[i] = Shared(specs, number) if tensors is None else make_shared(specs, cfg, tensors, number=number)
         return result
 
     def tensors(self, specs: Mapping[str, ParamSpec]) -> dict[str, Tensor]:
@@ -152,8 +148,8 @@ def checked(header: Header) -> AdapterFile:
     if not is_number(scale) or not (steps is None or (type(steps) is int and steps >= 0)):
         problem = f"the scale {brief(scale)} and {brief(steps)} steps; wanted a finite number, and a count"
         raise CheckpointError(f"{path}: its metadata names {problem}")
-    methods = [_method(path, entry) for entry in (meta["methods"] if meta["format"] == SEVERAL else [meta])]
-    targets = {path for method in methods for path in method.targets}
+    targets: Counter[str] = Counter()
+    methods = [_method(path, entry, targets) for entry in (meta["methods"] if meta["format"] == SEVERAL else [meta])]
     base = BaseRecord.from_json(meta["base"], targets)
     if base is None:
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
@@ -165,8 +161,8 @@ def checked(header: Header) -> AdapterFile:
     return AdapterFile(header, methods, float(scale), base, on, never_ran, steps)
 
 
-def _method(path: Path, entry: Mapping[str, Any]) -> FileMethod:
-    """Raises as `read_file`."""
+def _method(path: Path, entry: Mapping[str, Any], counts: Counter[str]) -> FileMethod:
+    """One method, whose targets are added to those of the methods before it. Raises as `read_file`."""
     if not isinstance(entry["variant"], str):
         raise CheckpointError(f"{path}: its metadata names the variant {brief(entry['variant'])}; wanted a string")
     variant = lookup(entry["variant"])
@@ -180,11 +176,11 @@ def _method(path: Path, entry: Mapping[str, Any]) -> FileMethod:
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {brief(error, 600)}") from error
     if not targets:
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    biased, diagonal = (entry.get(field, []) for field in ("biased", "diagonal"))
-    for field in (biased, diagonal):
-        if not _are_targets(field, targets):
-            raise CheckpointError(f"{path}: its metadata names {brief(field)}; wanted some of its targets")
-    return FileMethod(cfg, targets, per_layer, frozenset(biased), frozenset(diagonal))
+    biased, diagonal = facts = [entry.get(field, []) for field in ("biased", "diagonal")]
+    if not all(_are_targets(paths, targets) for paths in facts):
+        raise CheckpointError(f"{path}: its metadata names {brief(facts)}; wanted some of its targets")
+    counts.update(targets.keys())
+    return FileMethod(cfg, targets, per_layer, {t: counts[t] for t in targets}, frozenset(biased), frozenset(diagonal))
 
 
 def _are_targets(paths: Any, targets: Container[str]) -> bool:

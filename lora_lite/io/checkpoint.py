@@ -111,9 +111,8 @@ def load(
     specs, names = _specs(file, by_path)
     check_shapes(file.header.entries, specs, str(file.path))  # no tensor has been read so far
     tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
-    places = {in_file: site.path for sites in by_path for in_file, site in sites.items()}
     with installed(root, methods, name, tensors, file.scale, file.steps) as adapter:
-        recorded = file.base.renamed(places)
+        recorded = file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
         if not same_base(recorded, adapter.base_record):
             reads = any(site.base_weight != "unused" for site in adapter.sites())
             message = other_base(str(file.path), recorded, adapter.base_record)
@@ -195,9 +194,9 @@ def _metadata(model: nn.Module, adapter: Adapter, digests: list[str], resume: bo
     methods = [_method_metadata(method) for method in adapter.methods]
     if resume:
         optional["steps"] = adapter.steps
+    several = {"format": SEVERAL, "methods": methods}
     return {
-        "format": FORMAT if len(methods) == 1 else SEVERAL,
-        **(methods[0] if len(methods) == 1 else {"methods": methods}),
+        **(several if len(methods) > 1 else {"format": FORMAT, **methods[0]}),
         "scale": adapter.scale,
         "base": adapter.base,
         "library": __version__,
@@ -285,8 +284,7 @@ def _specs(file: AdapterFile, by_path: Sequence[Mapping[str, Site]]) -> tuple[di
     by_path     for each method its sites, by their paths in the file, in its order
     """
     layers = [{path: (site.target, site.specs) for path, site in sites.items()} for sites in by_path]
-    names: dict[str, str] = {}
-    for keys, sites in zip(file.keys(layers), by_path, strict=True):
-        names |= {keys[path, tensor]: site.key(tensor) for path, site in sites.items() for tensor in site.specs}
+    places = [(m, p, site) for m, sites in zip(file.methods, by_path, strict=True) for p, site in sites.items()]
+    names = {method.key(path, tensor): site.key(tensor) for method, path, site in places for tensor in site.specs}
     specs = file.specs(layers)
     return specs, {key: names.get(key, key) for key in specs}

@@ -160,9 +160,11 @@ def check_names(names: Iterable[Any], where: str) -> None:
 def check_numbers(
     tensors: dict[str, Tensor], where: str, cure: str, specs: Mapping[str, Any] = NO_SPECS
 ) -> dict[str, Tensor]:
-    """The tensors. CheckpointError unless all are finite floating numbers, or tables of the dtype that their
-    `ParamSpec` names."""
-    wrong = [key for key, tensor in tensors.items() if not _is_sound(tensor, getattr(specs.get(key), "dtype", None))]
+    """The tensors. CheckpointError unless all are finite floating numbers, or tables of the dtype and the range that
+    their `ParamSpec` names."""
+    wrong = [key for key, tensor in tensors.items() if not _is_sound(tensor, specs.get(key))]
+    if wrong and tensors[wrong[0]].dtype == getattr(specs.get(wrong[0]), "dtype", None):
+        raise CheckpointError(f"{where}: {wrong[0]} has indices out of their range or order\n  {cure}")
     if wrong:
         raise CheckpointError(
             f"{where}: {len(wrong)} tensors hold NaN, infinities or no floating numbers, such as {wrong[0]} "
@@ -171,8 +173,16 @@ def check_numbers(
     return tensors
 
 
-def _is_sound(tensor: Tensor, table: torch.dtype | None) -> bool:
-    return tensor.dtype == table if table is not None else tensor.dtype in STORAGE_DTYPES and fits(tensor)
+def _is_sound(tensor: Tensor, spec: Any) -> bool:
+    if getattr(spec, "dtype", None) is None:
+        return tensor.dtype in STORAGE_DTYPES and fits(tensor)
+    return tensor.dtype == spec.dtype and (spec.below is None or _is_index(tensor, spec.below, spec.is_sorted))
+
+
+def _is_index(table: Tensor, below: int, is_sorted: bool) -> bool:
+    """Can it index something of this size? An index from a file may be anything."""
+    in_range = not table.numel() or (int(table.min()) >= 0 and int(table.max()) < below)
+    return in_range and not (is_sorted and (table.diff() <= 0).any())
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """An adapter on disk as a merge reads it, layer by layer: a file of this library, or a folder of PEFT."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,14 +95,14 @@ def _of_file(file: AdapterFile) -> AdapterSource:
 
     def read(locations: Locations) -> AdapterTensors:
         tensors = file.tensors(file.specs(layers))
-        keys, places = file.keys(layers), _methods_at(layers)
-        once = file.shared(layers, tensors)
+        numbered = zip(file.methods, file.shared(layers, tensors), strict=True)
+        once = {(path, method.numbers[path]): shared for method, shared in numbered for path in method.targets}
 
         def at(path: str, site: Site) -> dict[str, Tensor]:
-            names = keys[places[path][site.number - 1]]
-            return {name: tensors[key] for name in site.specs if (key := names[path, name]) in tensors}
+            method = next(m for m in file.methods if m.numbers.get(path) == site.number)
+            return {name: tensors[key] for name in site.specs if (key := method.key(path, name)) in tensors}
 
-        return AdapterTensors(at, lambda path, number: once[places[path][number - 1]])
+        return AdapterTensors(at, lambda path, number: once[path, number])
 
     def configs(locations: Locations, base: Path) -> dict[str, list[BaseConfig]]:
         cfgs: dict[str, list[BaseConfig]] = {path: [] for path in locations}
@@ -120,15 +120,6 @@ def _of_file(file: AdapterFile) -> AdapterSource:
 
     path, header = file.path, file.header
     return AdapterSource(path, [path], header, file.targets, file.scale, file.never_ran, file.base, {}, configs, read)
-
-
-def _methods_at(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Path -> the methods that are there, by their places in the file."""
-    places: dict[str, list[int]] = {}
-    for i, at_layers in enumerate(layers):
-        for path in at_layers:
-            places.setdefault(path, []).append(i)
-    return places
 
 
 def _check_size(file: AdapterFile, sizes: tuple[int, int], path: str, location: LayerLocation, base: Path) -> None:

@@ -102,6 +102,7 @@ class MergePlan:
         if together and not any(self.locations[path].tied_to for path in together):
             problem = f"its adapter acts on all that share the weight of {together[0]}: in {base.path} nothing does"
             raise TargetError(f"{file.path}: {problem}\n  merge it into a base whose embedding and head are tied")
+        self._check_ties()
         self._untied = self._untied_keys(untie)
         self._reads = any(s.base_weight != "unused" for path in self.locations for s in self._sites(path))
         # A few bytes of each weight: a wrong base is told before the first large tensor is read.
@@ -157,9 +158,17 @@ class MergePlan:
 
     def _is_together(self, path: str) -> bool:
         choices = {cfg.tied_weights for cfg in self._configs[path]}
-        if choices <= {"together", "as_base"} and "as_base" in choices:
-            return bool(self.locations[path].tied_to)
-        return choices == {"together"}
+        is_tied = bool(self.locations[path].tied_to)
+        return choices <= {"together", "as_base"} and (is_tied or "as_base" not in choices)
+
+    def _check_ties(self) -> None:
+        """TargetError where one method acts on all that share a weight, and another on one of them alone."""
+        keys = {location.module_key for location in self.locations.values()}
+        for path, location in self.locations.items():
+            choices = {cfg.tied_weights in ("together", "as_base") for cfg in self._configs[path]}
+            if location.tied_to and True in choices and (False in choices or keys & set(location.tied_to)):
+                problem = f"one method acts on all that share the weight of {path}, and another on a part of them"
+                raise TargetError(f"{self._file.path}: {problem}\n  keep the adapter attached")
 
     def _untied_keys(self, untie: bool) -> dict[str, list[str]]:
         """Key of a tensor that several modules share -> the keys under which it is written for the others, too.
@@ -316,7 +325,7 @@ class MergePlan:
         affine = Affine(sites, torch.promote_types(weight.dtype, torch.float32), weight.device, expert)
         fused = location.target.experts
         if (fused or not location.bias) and affine.bias(None, lambda: weight) is not None:
-            problem = f"{location.target.path}: {' + '.join(s.cfg.variant for s in sites)} adds a constant there"
+            problem = f"{location.target.path}: {' + '.join(s.cfg.variant for s in sites)!r} adds a constant there"
             why, cure = "this model has no bias to hold it", "keep the adapter, or merge in memory"
             if fused:  # elsewhere from_pretrained would drop a new bias in silence
                 why, cure = "an expert's bias would be weighted as its output is", "keep the adapter"

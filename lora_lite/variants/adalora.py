@@ -103,5 +103,7 @@ class AdaLoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        a, b, s, dropout, *_ = AdaLoRA.low_rank(layer)
-        return add_low_rank(y, x, a * s[:, None], b, 1.0, dropout)
+        s = layer.scale * layer.cfg.alpha / (layer.cfg.init_r + 1e-5)
+        dropout = layer.cfg.dropout if layer.training else 0.0
+        a = layer.lora_A.to(torch.promote_types(layer.lora_A.dtype, x.dtype)) * (s * layer.lora_E)  # (r, i)
+        return add_low_rank(y, x, a, layer.lora_B, 1.0, dropout)

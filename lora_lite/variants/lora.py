@@ -13,19 +13,19 @@ Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps; aLoRA
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.positions import Prompt
 from ..core.validate import is_number, positive_or_none
 from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..families.positions import from_invocation
 from ..ops.low_rank import add_low_rank
 
 __all__ = ["LoRA", "LoRAConfig"]
@@ -36,8 +36,8 @@ class LoRAConfig(AdapterConfig):
     """alpha: None means r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: of the branch.
     bias: train a constant β beside B, as PEFT's lora_bias.
 
-    invocation_tokens   act from the start of their last occurrence in a row on, in what is generated after it too;
-                        never in a row without them. None: everywhere. What is generated itself doesn't start it
+    invocation_tokens   act from the start of their last occurrence in a row on, and in what is generated after it;
+                        never in a row without them, whatever the model itself generates. None: everywhere
     """
 
     variant: str = "lora"
@@ -46,6 +46,7 @@ class LoRAConfig(AdapterConfig):
     dropout: float = 0.0
     bias: bool = False
     invocation_tokens: Sequence[int] | None = None
+    UNSAID: ClassVar[Mapping[str, Any]] = {**AdapterConfig.UNSAID, "bias": False, "invocation_tokens": None}
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "invocation_tokens")
 
     def __post_init__(self) -> None:
@@ -92,18 +93,3 @@ class LoRA:
         dropout = cfg.dropout if cfg.dropout and layer.training else 0.0
         y = y + (layer.scale * cfg.scaling * layer.lora_bias).to(y.dtype) if cfg.bias else y
         return add_low_rank(y, x, layer.lora_A, layer.lora_B, layer.scale * cfg.scaling, dropout)
-
-
-def from_invocation(tokens: Sequence[int], prompt: Prompt) -> Bool[Tensor, "b t1"]:
-    """aLoRA's positions: from the start of the last occurrence of these tokens on."""
-    ids, n = prompt.tokens, len(tokens)  # (b, t)
-    columns = torch.arange(ids.shape[1] + 1, device=ids.device)  # (t + 1,)
-    starts = columns.new_full(ids.shape, -1)  # (b, t): the column, where the tokens start there
-    if n <= ids.shape[1]:
-        # PEFT looks at padding too; what a row doesn't attend to is no part of it.
-        is_start = (ids.unfold(1, n, 1) == ids.new_tensor(tokens)) & prompt.attended.unfold(
-            1, n, 1
-        )  # (b, t - n + 1, n)
-        starts[:, : is_start.shape[1]] = torch.where(is_start.all(2), columns[: is_start.shape[1]], -1)
-    start = starts.amax(1, keepdim=True)  # (b, 1), -1 in a row without them
-    return (columns >= start) & (start >= 0)

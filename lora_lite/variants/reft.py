@@ -5,9 +5,8 @@
 
 Identity   never: W, b and R start at random, as pyreft's do
 Base       never read: any block, or another output
-Departs    R is what Gram-Schmidt makes of the rows of a trained matrix; pyreft's is a product of Householder reflections.
-           One edit serves the first and the last tokens (pyreft's share_weights); a prompt of fewer than f + l tokens
-           is edited whole, where pyreft leaves out the middle
+Departs    R is what Gram-Schmidt makes of a trained matrix's rows; pyreft's is a product of reflections. One edit is
+           for both ends (pyreft's share_weights). A prompt of fewer than f + l tokens is edited whole, its middle too
 Checked    against the formula above, and pyreft's LoreftIntervention written anew: outputs and gradients
 """
 
@@ -18,7 +17,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
@@ -26,6 +25,7 @@ from ..core.positions import Prompt
 from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
+from ..families.positions import at_the_ends
 from ..ops.low_rank import is_transformed
 
 __all__ = ["ReFT", "ReFTConfig"]
@@ -33,8 +33,8 @@ __all__ = ["ReFT", "ReFTConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReFTConfig(AdapterConfig):
-    """first, last: how many tokens of the prompt at each end, f and l. In training the prompt ends before the first label
-    that counts (not -100); without labels, or where all count, it is the whole row. dropout: of the edited stream."""
+    """first, last: tokens at each end of the prompt, f and l. In training it ends before the first label that counts
+    (not -100); without labels, or where all count, it is the whole row. dropout: of the edited stream."""
 
     variant: str = "reft"
     kinds: Sequence[str] = ("block",)
@@ -42,24 +42,20 @@ class ReFTConfig(AdapterConfig):
     last: int = 7
     dropout: float = 0.0
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "first", "last")
-    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("norm", "block")
+    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("block",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("first", "last"):
-            value = getattr(self, name)
-            self.require(type(value) is int and value >= 0, name, "a number of tokens, 0 or more")
+            self.require(type(n := getattr(self, name)) is int and n >= 0, name, "a number of tokens, 0 or more")
         self.require(self.first + self.last > 0, "first", "a token or more at one of the ends")
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 @register
 class ReFT:
-    name = "reft"
-    config = ReFTConfig
-    reads_input = False
-    has_identity_init = False
-    handles_scale = True
+    name, config = "reft", ReFTConfig
+    has_identity_init, reads_input, handles_scale = False, False, True
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: ReFTConfig) -> dict[str, ParamSpec]:
@@ -92,15 +88,3 @@ def orthonormal(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
     """Gram-Schmidt of the rows, in float32 at least: their own span, whatever an optimizer makes of them."""
     q, r = torch.linalg.qr(rows.to(torch.promote_types(rows.dtype, torch.float32)).mT)  # (d, r), (r, r)
     return (q * r.diagonal().sign()).mT
-
-
-def at_the_ends(first: int, last: int, prompt: Prompt) -> Bool[Tensor, "b t1"]:
-    """The first and the last tokens of each prompt; nothing that comes after it."""
-    if prompt.offset:
-        raise ConfigError(
-            f"{prompt.offset} tokens are in a cache that was made without the adapter, which acts at the prompt's ends\n"
-            f"  run the whole prompt with it"
-        )
-    number = prompt.is_prompt.cumsum(1)  # (b, t), 1 for a prompt's first token
-    is_end = (number <= first) | (number > number[:, -1:] - last)
-    return F.pad(prompt.is_prompt & is_end, (0, 1))

@@ -68,10 +68,9 @@ class Tokens:
             )
             cure = "give new tokens a row first: model.resize_token_embeddings(len(tokenizer))"
             raise ConfigError(f"{problem}\n  {cure}")
-        ids = ParamSpec(
-            (len(cfg.token_ids),), lambda t: t.copy_(torch.tensor(cfg.token_ids)), dtype=torch.int64, saved="never"
-        )
-        return {"lora_delta": ParamSpec((width, len(cfg.token_ids))), "lora_ids": ids}
+        n, ids = len(cfg.token_ids), torch.tensor(cfg.token_ids)
+        table = ParamSpec((n,), lambda t: t.copy_(ids), False, True, torch.int64, "never", tokens, is_sorted=True)
+        return {"lora_delta": ParamSpec((width, n)), "lora_ids": table}
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:

@@ -15,7 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import attach, config, moe, perturb, quantized, tiny_llama
+from models import acts_everywhere, attach, config, moe, perturb, quantized, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_checkpoint import rewrite
 from test_verify import TEXT, with_tokenizer
@@ -113,7 +113,26 @@ def test_inspect_shows_what_an_adapter_is(tmp_path: Path) -> None:
     assert sum(line[0].startswith("model.layers.*") for line in lines) == 6
 
 
-@pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
+@pytest.mark.parametrize(("variant", "tensor"), [("norm", "lora_weight"), ("tokens", "lora_delta")])
+def test_the_norms_of_vectors_and_of_rows(variant: str, tensor: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    adapter = attach(model, config(variant))
+    perturb(adapter)
+    adapter.scale = 0.5
+    ll.save(model, tmp_path / "a.safetensors")
+    for extra in ([], ["--base", tmp_path / "base"]):
+        report = json.loads(shown("inspect", tmp_path / "a.safetensors", *extra, "--json"))
+        assert len(report["layers"]) == len(adapter.targets)
+        for layer in report["layers"]:
+            change = dict(adapter.named_tensors())[f"{layer['path']}.{tensor}"]
+            assert layer["norm"] == pytest.approx(0.5 * float(change.detach().norm()), rel=1e-4)
+
+
+NAMED = [v for v in sorted(ll.REGISTRY) if acts_everywhere(v) and v not in ("norm", "tokens")]
+
+
+@pytest.mark.parametrize("variant", NAMED)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_the_norms_are_those_of_the_model(variant: str, scale: float, base: Path, tmp_path: Path) -> None:
     model = tiny_llama(bias=True)
@@ -124,7 +143,7 @@ def test_the_norms_are_those_of_the_model(variant: str, scale: float, base: Path
     report = json.loads(shown("inspect", tmp_path / "a.safetensors", "--base", tmp_path / "base", "--json"))
     norms = moved(model)
     assert [layer["path"] for layer in report["layers"]] == list(norms)
-    if variant == "steer":  # a constant, which is no change of the weight
+    if variant in ("steer", "bias"):  # a constant, which is no change of the weight
         assert max(norms.values()) < 1e-5
         assert all(layer["norm"] == 0 for layer in report["layers"])
         return
@@ -259,7 +278,7 @@ def test_the_plot_is_a_picture(base: Path, tmp_path: Path) -> None:
 
 def test_diff_of_equal_adapters_is_0(tmp_path: Path) -> None:
     for variant in ll.REGISTRY:
-        path = saved(tmp_path, config(variant))
+        path = saved(tmp_path, config(variant), tiny_llama(bias=True))
         result = run("diff", path, path)
         assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "equal")
 

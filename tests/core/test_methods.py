@@ -11,10 +11,12 @@ import torch
 from models import IDS, moe, perturb, tiny_llama, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_ecosystem import Tokens, arguments
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
+from lora_lite.trainer import AdapterTrainer
 
 LISTS: dict[str, list[Any]] = {
     "lora and head": [ll.LoRAConfig(r=2), ll.FullConfig(target_names="lm_head")],
@@ -162,7 +164,7 @@ def test_plan_audit_and_the_handle_know_all_methods(configs: list[Any]) -> None:
     plan = ll.plan(model, configs)
     adapter = ll.attach(model, configs)
     assert plan.parameters == sum(p.numel() for p in adapter.parameters())
-    assert {target.path for target in plan} == set(adapter.targets)
+    assert sorted(target.path for target in plan) == sorted(adapter.targets)
     assert plan.variant == adapter.variant == " + ".join(config.variant for config in configs)
     perturb(adapter)
     audit = ll.audit(model, {"input_ids": IDS, "labels": IDS}, merged=True)
@@ -291,6 +293,17 @@ def test_a_hostile_file_of_format_2_is_a_clear_error(saved: Path, change: Any, m
     assert sorted(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("ids", [[1, 5, 96], [-1, 5, 7], [5, 1, 7], [1, 5, 5]])
+def test_a_files_indices_are_in_range_and_in_order(saved: Path, ids: list[int]) -> None:
+    """They are made of the config; those of a file would index, and be searched in order of size."""
+    tensors = load_file(saved) | {"model.embed_tokens.lora_ids": torch.tensor(ids)}
+    with pytest.raises(ll.CheckpointError, match="lora_ids has indices out of their range or order"):
+        ll.load(tiny_llama(bias=True), edited(saved, lambda meta: None, tensors))
+    wrong = tensors | {"model.embed_tokens.lora_ids": torch.tensor([1.0, 5.0, 7.0])}
+    with pytest.raises(ll.CheckpointError, match=r"no floating numbers, such as .*lora_ids \(torch.float32\)"):
+        ll.load(tiny_llama(bias=True), edited(saved, lambda meta: None, wrong))
+
+
 # ---- random numbers of a forward ------------------------------------------------------------------
 
 
@@ -335,3 +348,103 @@ def test_a_checkpoint_draws_the_same_random_numbers_again(use_reentrant: bool) -
         gradients.append(gradient)
     assert torch.equal(*gradients)
     assert not torch.equal(layer(x), layer(x))
+
+
+# ---- training that stops and goes on ---------------------------------------------------------------
+
+RESUMED = {
+    **LISTS,
+    "full": [ll.FullConfig(target_names="lm_head|norm|embed_tokens")],
+    "norm": [ll.NormConfig()],
+    "bias": [ll.BiasConfig()],
+    "tokens": [ll.TokensConfig(token_ids=(1, 5, 7))],
+    "vera": [ll.VeRAConfig(r=4)],
+    "reft": [ll.ReFTConfig(r=2)],
+    "lora with a bias": [ll.LoRAConfig(r=2, bias=True)],
+    "activated lora": [ll.LoRAConfig(r=2, invocation_tokens=(20,))],
+}
+
+
+@pytest.mark.parametrize("configs", RESUMED.values(), ids=RESUMED)
+def test_a_resumed_training_ends_as_one_that_went_through(configs: list[Any], tmp_path: Path) -> None:
+    def trainer() -> tuple[ll.Adapter, AdapterTrainer]:
+        torch.manual_seed(0)
+        model = tiny_llama(bias=True)
+        adapter = ll.attach(model, configs)
+        args = arguments(tmp_path, save_steps=2, max_steps=4, learning_rate=1e-2)
+        return adapter, AdapterTrainer(model, args, train_dataset=Tokens())
+
+    through, training = trainer()
+    before = {key: value.clone() for key, value in through.state_dict().items()}
+    training.train()
+    again, training = trainer()
+    training.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.steps == through.steps == 4
+    wanted = through.state_dict()
+    assert any(not torch.equal(wanted[key], value) for key, value in before.items())
+    assert all(torch.equal(wanted[key], tensor) for key, tensor in again.state_dict().items())
+
+
+# ---- ties, copies and histories -----------------------------------------------------------------------
+
+
+def test_a_method_that_reads_a_tied_weight_is_refused_in_a_list_too() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    for configs in ([ll.TokensConfig(token_ids=(1, 5)), ll.DoRAConfig(r=2, target_names="lm_head")],) * 2:
+        with pytest.raises(ll.TargetError, match="where another method of this adapter reads the weight"):
+            ll.attach(model, configs)
+        configs.reverse()
+    assert not ll.adapters(model)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [ll.LoRAConfig(r=2, kinds="embedding", target_names="embed_tokens"), ll.FullConfig(target_names="lm_head")],
+)
+def test_one_method_on_all_that_share_a_weight_and_another_on_a_part_dont_merge(other: Any, tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    perturb(ll.attach(model, [ll.TokensConfig(token_ids=(1, 5)), other]))
+    model(input_ids=IDS)
+    ll.save(model, tmp_path / "a.safetensors")
+    with pytest.raises(ll.TargetError):
+        ll.merge(model)
+    for untie in (True, False):
+        with pytest.raises(ll.TargetError, match="one method acts on all that share the weight"):
+            ll.merge_checkpoint(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", untie=untie)
+
+
+@pytest.mark.parametrize("configs", [LISTS["shared tensors twice"], LISTS["all kinds"]], ids=["vera", "all kinds"])
+def test_a_file_of_a_copy_is_the_file(configs: list[Any], tmp_path: Path) -> None:
+    """A copy's specs have lost their functions, and what is made again from the config stays out all the same."""
+    model, adapter = attached(configs)
+    ll.save(model, tmp_path / "a.safetensors")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        ll.save(twin, tmp_path / "b.safetensors")
+        a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        ll.restore(model, tmp_path / "b.safetensors")
+        adapter.load_state_dict(ll.adapters(twin)["default"].state_dict())
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        ll.FullConfig(target_names="q_proj|lm_head", kinds="linear"),
+        ll.AdaLoRAConfig(target_names="q_proj"),
+        ll.BiasConfig(target_names="q_proj", kinds="linear"),
+        ll.TokensConfig(token_ids=(1, 5), tied_weights="apart"),
+    ],
+    ids=lambda cfg: cfg.variant,
+)
+def test_the_new_methods_go_into_a_history(cfg: Any, tmp_path: Path) -> None:
+    model, _ = attached(cfg)
+    wanted = logits(model)
+    ll.freeze_into(model)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-6)
+    kept = logits(model)
+    ll.save(model, tmp_path / "a.safetensors", "history")
+    fresh = tiny_llama(bias=True)
+    ll.load(fresh, tmp_path / "a.safetensors", "history")
+    assert torch.equal(logits(fresh), kept)

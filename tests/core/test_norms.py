@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from models import IDS, SIZES, perturb, tiny_llama, train
 from test_laws import same_snapshot, snapshot
@@ -307,7 +309,7 @@ def test_norms_of_other_axes_are_not_found(norm: Any) -> None:
 def test_a_norm_of_an_unknown_form_runs_and_is_not_merged() -> None:
     model = blocks_of(Cubed)
     perturb(ll.attach(model, config("ia3")), size=0.3)
-    with pytest.raises(ll.TargetError, match=r"0.1: nothing can be merged.*isn't \(w \+ c\)"):
+    with pytest.raises(ll.TargetError, match=r"0.1: this norm.s own forward isn.t \(w \+ c\)"):
         ll.merge(model, never_ran="merge")
 
 
@@ -368,3 +370,78 @@ def test_a_packed_norm_makes_no_base_a_quantised_one() -> None:
     norm.weight = Packed(norm.weight.data, requires_grad=False)
     assert quantization_of(model) is None
     assert len(ll.plan(model, config("ia3"))) == TARGETS["llama"] - 1
+
+
+# ---- methods that read a norm's input ----------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """As Mamba2's: the gate goes in before the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        hidden = hidden if gate is None else hidden * F.silu(gate)
+        return self.weight * F.rms_norm(hidden, (8,))
+
+
+class WithGain(nn.Module):
+    """Another parameter enters beside the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self.gain * F.rms_norm(x, (8,))
+
+
+class Exponential(WithGain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.exp() * F.rms_norm(x, (8,))
+
+
+class Calls(nn.Module):
+    """A norm, called in the ways that models call theirs."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.way = norm, 0
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        if not isinstance(self.norm, Gated):
+            return self.norm(x)
+        return [lambda: self.norm(x, gate), lambda: self.norm(gate=gate, hidden=x), lambda: self.norm(x)][self.way]()
+
+
+@pytest.mark.parametrize("way", [0, 1, 2])
+@pytest.mark.parametrize("make", [Gated, WithGain, lambda: nn.LayerNorm(8), lambda: nn.RMSNorm(8)])
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_a_change_of_a_norms_weight_is_that_of_another_weight(make: Any, way: int, is_patched: bool) -> None:
+    """Whatever its forward is called with, and also where a forward lies on the instance, as accelerate puts it."""
+    model = Calls(make())
+    model.way = way
+    x, gate = torch.randn(3, 8), torch.randn(3, 8)
+    if is_patched:
+        model.norm.forward = types.MethodType(type(model.norm).forward, model.norm)  # type: ignore[method-assign]
+    base = model(x, gate)
+    adapter = ll.attach(model, ll.NormConfig())
+    assert torch.equal(model(x, gate), base)
+    perturb(adapter, 0.5)
+    got = model(x, gate)
+    tensors = {key.rpartition("lora_")[2]: tensor.detach() for key, tensor in adapter.named_tensors()}
+    ll.detach(model)
+    with torch.no_grad():
+        for name, change in tensors.items():
+            getattr(model.norm, name).add_(change)
+    torch.testing.assert_close(got, model(x, gate), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, base, atol=1e-2)
+
+
+def test_a_norm_that_no_change_of_its_weight_fits_is_refused() -> None:
+    model = Calls(Exponential())
+    with pytest.raises(ll.TargetError, match=r"own forward isn't \(w \+ c\) ⊙ n\(x\) \+ b"):
+        ll.attach(model, ll.NormConfig())
+    ll.attach(model, ll.IA3Config(kinds="norm"))  # acts on the output alone

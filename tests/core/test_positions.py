@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def test_peft_gives_the_same_outputs_gradients_and_tokens() -> None:
             model.zero_grad()
             model(**batch, labels=labels).loss.backward()
         for key, tensor in adapter.named_tensors():
-            assert tensor.grad is not None and tensor.grad.abs().max() > 0
+            assert tensor.grad is not None
+            assert tensor.grad.abs().max() > 0
             torch.testing.assert_close(tensor.grad, parameters[key].grad)
         how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         tokens = ours.generate(**batch, **how)
@@ -340,7 +342,7 @@ def test_others_cost_nothing_and_detach_takes_the_hooks_off() -> None:
     model = tiny_llama()
     before = snapshot(model)
     ll.attach(model, ll.LoRAConfig(r=2))
-    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not [*model._forward_pre_hooks, *model._forward_hooks]
     ll.attach(model, ALORA, "second")
     perturb(ll.adapters(model)["second"], 0.2)
     alone = logits(model)
@@ -374,11 +376,14 @@ def gradients(cfg: Any, reentrant: bool | None) -> dict[str, Tensor]:
     return {key: tensor.grad for key, tensor in adapter.named_tensors() if tensor.grad is not None}
 
 
-@pytest.mark.parametrize("cfg", [ALORA, REFT], ids=["alora", "reft"])
+# On a layer: transformers checkpoints a block's forward, and its hooks are outside of that.
+@pytest.mark.parametrize("cfg", [ALORA, replace(REFT, kinds="linear", target_names="down_proj")], ids=["alora", "reft"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_forward_that_a_backward_runs_again_has_its_own_mask(cfg: Any, reentrant: bool) -> None:
     plain, again = gradients(cfg, None), gradients(cfg, reentrant)
-    assert plain.keys() == again.keys() and len(plain) > 4
+    assert plain.keys() == again.keys()
+    assert len(plain) > 4
+    assert all(gradient.any() for gradient in plain.values())
     for key, wanted in plain.items():
         torch.testing.assert_close(again[key], wanted, msg=key)
 

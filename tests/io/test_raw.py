@@ -21,7 +21,7 @@ UP = "model.layers.1.mlp.up_proj"
 
 def source(variant: str = "lora", *, name: str = "default", dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     """(model with an adapter that has moved, its config, its state dict as a consolidation gathers it)."""
-    model = tiny_llama(dtype)
+    model = tiny_llama(dtype, bias=variant == "bias")
     cfg = config(variant, **fields)
     adapter = attach(model, cfg, name)
     perturb(adapter)
@@ -60,7 +60,7 @@ def test_every_variant_comes_back_bit_equal_and_without_init(
         monkeypatch.setattr(ll.REGISTRY[variant], function, staticmethod(forbidden))
     monkeypatch.setattr(ll.ParamSpec, "fill", forbidden)
     monkeypatch.setattr(torch.linalg, "svd", forbidden)
-    fresh = tiny_llama()
+    fresh = tiny_llama(bias=variant == "bias")
     adapter = ll.load(fresh, write(tmp_path / "raw.safetensors", tensors), cfg=cfg)
     assert torch.equal(logits(fresh), logits(model))
     assert adapter.config == cfg

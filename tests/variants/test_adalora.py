@@ -1,6 +1,12 @@
 """AdaLoRA beside PEFT's: the same outputs, gradients and penalty, and after every step the same ranks."""
 
 import copy
+import inspect
+import json
+import random
+import shutil
+import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +15,7 @@ import pytest
 import torch
 from models import IDS, OneLinear, perturb, tiny_llama
 from test_ecosystem import Tokens, arguments
+from transformers import TrainingArguments
 
 import lora_lite as ll
 from lora_lite.families.allocator import budget
@@ -274,3 +281,33 @@ def test_r_is_init_r_where_nothing_else_is_said(fields: dict[str, int], wanted: 
 def test_fields_that_can_not_be(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ll.ConfigError, match=message):
         ll.AdaLoRAConfig(**fields)
+
+
+@pytest.mark.slow
+def test_a_trainer_alone_shrinks_the_real_model_to_its_budget(
+    real_base: Any, real_tokenizer: Any, tmp_path: Path
+) -> None:
+    """12 steps on the docstrings of the standard library: 210 layers, 2,520 ranks that become 840."""
+    functions = [
+        f for m in (statistics, random, textwrap, json, shutil) for _, f in inspect.getmembers(m, inspect.isroutine)
+    ]
+    texts = [inspect.getdoc(function) or "" for function in functions]
+    ids = [real_tokenizer(text).input_ids[:48] for text in texts if len(text) > 200]
+    rows = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in ids if len(row) == 48]
+    trained, kept_back = rows[4:], {key: torch.stack([row[key] for row in rows[:4]]) for key in rows[0]}
+    model = real_base().float()
+    cfg = ll.AdaLoRAConfig(init_r=12, target_r=4, alpha=32.0, total_step=12, tinit=2, tfinal=3, orth_reg_weight=0.1)
+    adapter = ll.attach(model, cfg)
+    with torch.no_grad():
+        before = float(model.eval()(**kept_back).loss)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=12, per_device_train_batch_size=1, learning_rate=1e-2, save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    AdapterTrainer(model, args, train_dataset=trained).train()
+    with torch.no_grad():
+        after = float(model.eval()(**kept_back).loss)
+    ranks = [int(tensor.count_nonzero()) for key, tensor in adapter.named_tensors() if key.endswith("lora_E")]
+    assert (len(ranks), sum(ranks), adapter.steps) == (210, 840, 12)
+    print(f"\nheld-out loss {before:.3f} -> {after:.3f}, {min(ranks)} to {max(ranks)} ranks a layer", end="")
+    assert after < before - 0.1

@@ -190,7 +190,7 @@ def test_a_classifier_keeps_its_head(kind: str, tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] - 0.1
     model.eval()
     wanted = model(input_ids=IDS).logits
     ll.save(model, tmp_path / "a.safetensors")
