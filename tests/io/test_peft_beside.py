@@ -147,6 +147,39 @@ def test_a_classifier_without_its_head_has_no_task(tmp_path: Path) -> None:
     assert adapter.variant == "lora"
 
 
+def test_a_classifier_whose_head_is_not_trained_has_no_task_either(tmp_path: Path) -> None:
+    base = built("llama_cls")
+    model = copy.deepcopy(base)
+    ll.attach(model, [ll.LoRAConfig(r=2, target_names="q_proj"), ll.NormConfig(target_names="model.norm")])
+    perturbed(model)
+    ll.save_peft(model, tmp_path)
+    assert settings(tmp_path)["task_type"] is None
+    close(output(read_by_peft(base, tmp_path), IDS), output(model, IDS))
+
+
+def test_another_number_of_labels_is_no_vocabulary(tmp_path: Path) -> None:
+    base = built("llama_cls")
+    cfg = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="SEQ_CLS")
+    folder_of(base, cfg, tmp_path)
+    fresh = llama(tf.LlamaForSequenceClassification, num_labels=3)
+    refused(fresh, tmp_path, r"score.weight is \(2, 16\), .* is \(3, 16\)\n  .* another number of labels")
+    fresh = llama(tf.LlamaForSequenceClassification, vocab_size=44)
+    refused(fresh, tmp_path, r"another vocabulary: model\.resize_token_embeddings\(40\)")
+
+
+def test_the_biases_of_all_targets_are_in_the_file(tmp_path: Path) -> None:
+    """As PEFT's own lora_only has them, though one alone was trained."""
+    kind, configs = LISTS["biases of the targets"]
+    model, base = built(kind), built(kind)
+    ll.attach(model, configs)
+    ll.save_peft(model, tmp_path / "ours")
+    folder_of(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], bias="lora_only"), tmp_path / "theirs")
+    files = [load_file(tmp_path / name / WEIGHTS) for name in ("ours", "theirs")]
+    ours, theirs = ({key for key in file if key.endswith("base_layer.bias")} for file in files)
+    assert ours == theirs
+    assert len(ours) == 4
+
+
 def test_a_head_of_several_layers_is_saved_whole(tmp_path: Path) -> None:
     torch.manual_seed(0)
     cfg = tf.RobertaConfig(

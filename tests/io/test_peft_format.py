@@ -347,7 +347,7 @@ def refused(folder: Path, message: str, error: Any = ll.CheckpointError, model: 
         ({"target_parameters": ["experts.down_proj"]}, r"target_parameters="),
         ({"layer_replication": [[0, 1], [0, 2]]}, r"layer_replication="),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\]"),
-        ({"alora_invocation_tokens": [1, "x"]}, r"one or more ids of tokens"),
+        ({"alora_invocation_tokens": [1, "x"]}, r"alora_invocation_tokens=\[1, 'x'\]: wanted a list of tokens"),
         ({"alora_invocation_tokens": [1, 2], "use_dora": True}, r"alora_invocation_tokens with use_dora=True"),
         ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head': wanted names"),
         ({"use_qalora": True}, r"use_qalora=true"),

@@ -155,8 +155,9 @@ def _check_shape(source: PeftFolder, ours: str, layer: BaseLayer) -> None:
     shape = source.header.entries[key].shape
     if shape == wanted:
         return
-    cure = "the adapter belongs to another base"
-    if len(shape) == len(wanted) == 2 and shape[1] == wanted[1] and not source.is_saved(path):
+    cure = "the adapter belongs to another base, or to one with another number of labels"
+    has_rows = len(shape) == len(wanted) == 2 and shape[1] == wanted[1]
+    if has_rows and (layer.kind.category == "embedding" or not source.is_saved(path)):
         cure = f"it has another vocabulary: model.resize_token_embeddings({shape[0]}) before load_peft"
     raise CheckpointError(
         f"{source.header.path}: {key} is {brief(shape)}, and this model's {path}.{name} is {wanted}\n  {cure}"

@@ -93,7 +93,7 @@ def _has_bias(source: PeftFolder, variant: str, init: Any, layers: Mapping[str, 
 def _invocation_tokens(source: PeftFolder, variant: str, init: Any, layers: Mapping[str, BaseLayer]) -> Any:
     """alora_invocation_tokens, which the config checks. Raises CheckpointError where PEFT has no such adapter."""
     tokens = source.settings.get("alora_invocation_tokens")
-    if not (tokens is None or isinstance(tokens, list)):
+    if not (tokens is None or (isinstance(tokens, list) and all(type(t) is int for t in tokens))):
         raise source.error(f"alora_invocation_tokens={brief(repr(tokens))}: wanted a list of tokens")
     others = [path for path, layer in layers.items() if not forms.is_plain_linear(layer)]
     if tokens is not None and (others or init or variant != "lora"):
