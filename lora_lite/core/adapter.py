@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..base import sharding
 from ..base.fingerprint import BaseRecord
+from ..base.kinds import is_instance
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
@@ -181,7 +182,9 @@ class Adapter:
     def is_sharded(self) -> bool:
         """True once fully_shard or ZeRO-3 has its parameters or its layers' weights: all processes save together."""
         weights = [site.base.stored for site in self._state.sites]
-        return any(map(sharding.is_sharded, [*weights, *dict(self.named_tensors()).values()]))
+        tensors = [*weights, *dict(self.named_tensors()).values()]
+        # Parameters of the root itself stay whole after a forward, and are fully_shard's all the same.
+        return any(map(sharding.is_sharded, tensors)) or is_instance(self._model, *sharding.FSDP2)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""
