@@ -130,6 +130,11 @@ class Site:
         return self.base.module
 
     @property
+    def module_path(self) -> str:
+        """The path of its module, which a bare parameter's path goes on from."""
+        return self.path.removesuffix(f".{self.prefix}") if self.prefix else self.path
+
+    @property
     def is_first(self) -> bool:
         return self.state.is_first
 

@@ -97,7 +97,7 @@ def load_raw(
 def base_tensors(root: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict without what adapters have put there."""
     ours = {
-        file_key(site.path, site.attribute(tensor))
+        file_key(site.module_path, site.attribute(tensor))
         for adapter in adapters(root).values()
         for site in adapter.sites()
         for tensor in site.specs

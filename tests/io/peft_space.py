@@ -196,6 +196,9 @@ LORA, IA3, VERA, ADALORA = peft.LoraConfig, peft.IA3Config, peft.VeraConfig, pef
 NORMS, TOKENS = peft.LNTuningConfig, peft.TrainableTokensConfig
 
 
+NO_LAYER = "no layer that an adapter goes on holds it"
+
+
 def cases() -> Iterator[Case]:
     for n, (model, config, fields, *rest) in enumerate(TABLE):
         options = rest[0] if rest else {}
@@ -380,6 +383,26 @@ TABLE: list[tuple[Any, ...]] = [
         ADALORA,
         {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "total_step": 1},
     ),
+    ("conv2d", ADALORA, {"target_modules": ["conv2d", "lin0"], "total_step": 1}),
+    ("conv2d", ADALORA, {"target_modules": ["conv2d"], "modules_to_save": ["lin0"], "total_step": 1, "init_r": 4}),
+    ("mlp", ADALORA, {"target_modules": ["lin0"], "bias": "all", "total_step": 1}),
+    ("mlp", ADALORA, {"target_modules": ["lin0", "lin1"], "bias": "lora_only", "total_step": 9, "tinit": 2}),
+    ("gpt2", ADALORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "total_step": 1}),
+    ("llama", ADALORA, {"target_modules": ["q_proj"], "total_step": 1, "trainable_token_indices": [5, 2]}),
+    ("bert_cls", ADALORA, {"target_modules": ["query"], "total_step": 1, "task_type": "SEQ_CLS"}),
+    ("mlp", VERA, {"target_modules": ["lin0"], "r": 6, "bias": "all"}),
+    ("mlp", VERA, {"target_modules": ["lin0"], "r": 6, "bias": "all", "modules_to_save": ["lin1"]}),
+    (
+        "bare",
+        LORA,
+        {"target_modules": [], "target_parameters": ["lin0.weight"], "modules_to_save": ["lin1"]},
+        {"refused": NO_LAYER},
+    ),
+    ("conv1d", LORA, {"target_modules": ["lin0"], "modules_to_save": ["conv1d"], "bias": "all"}),
+    ("mha", LORA, {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "bias": "all"}, {"refused": NO_LAYER}),
+    ("normed", LORA, {"target_modules": ["lin1"], "bias": "all"}),
+    ("mixtral", LORA, {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
+    ("t5", IA3, {"target_modules": ["k", "wo"], "feedforward_modules": ["wo"], "modules_to_save": ["lm_head"]}),
     ("normed", NORMS, {"target_modules": "layernorm0"}),
     ("normed", NORMS, {"target_modules": ["layernorm0", "layernorm1"]}),
     (

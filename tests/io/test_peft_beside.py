@@ -266,6 +266,13 @@ def test_rows_of_a_head_train_as_those_of_peft(tmp_path: Path) -> None:
     close(output(model, IDS), output(theirs, IDS))
 
 
+def test_tokens_of_a_head_are_checked() -> None:
+    with pytest.raises(ll.ConfigError, match=r"kinds=.*\('embedding',\), or \('linear',\) for a head"):
+        ll.TokensConfig(token_ids=[1], kinds=("linear", "embedding"))
+    with pytest.raises(ll.ConfigError, match="lm_head: token_ids has 40, and this head 40 tokens"):
+        ll.attach(built("llama"), ll.TokensConfig(token_ids=[40], kinds="linear", target_names="lm_head"))
+
+
 # ---- AdaLoRA after its ranks shrank, and activated LoRA ---------------------------------------------
 
 
@@ -355,6 +362,18 @@ def test_what_no_layer_holds_must_be_the_models_own(tmp_path: Path) -> None:
         edit(tmp_path, **{key: before + 1})
         refused(copy.deepcopy(base), tmp_path, f"{key.replace('__', '.')} is not this model's .* no layer that an")
         edit(tmp_path, **{key: before})
+
+
+def test_a_tensor_that_peft_uses_while_the_adapter_is_off_is_named(tmp_path: Path, log: list[str]) -> None:
+    """With bias="all" the copy that modules_to_save keeps of the base is in the folder, too."""
+    base = built("mlp")
+    cfg = peft.LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"], bias="all")
+    folder_of(base, cfg, tmp_path)
+    ll.load_peft(copy.deepcopy(base), tmp_path)
+    assert not any("WARNING" in line for line in log)
+    edit(tmp_path, lin1__original_module__bias=torch.ones(2))
+    ll.load_peft(copy.deepcopy(base), tmp_path)
+    assert any("lin1.original_module.bias isn't this model's lin1.bias; PEFT uses it while" in line for line in log)
 
 
 # ---- hostile files ----------------------------------------------------------------------------------
@@ -469,6 +488,8 @@ LISTS: dict[str, tuple[str, list[Any]]] = {
             ll.BiasConfig(target_names="lin1"),
         ],
     ),
+    "bare parameters": ("mixtral", [ll.LoRAConfig(r=2, target_names="q_proj"), ll.FullConfig(kinds=("experts",))]),
+    "bare parameters alone": ("bare", [ll.FullConfig(kinds="matrix")]),
     "gpt2": ("gpt2", [ll.LoRAConfig(r=2, target_names="c_attn"), ll.FullConfig(target_names="c_fc")]),
 }
 
@@ -501,7 +522,11 @@ def test_a_list_of_ours_is_read_by_peft_and_by_us(name: str, tmp_path: Path) -> 
             "PEFT has no trainable tokens with whole modules",
         ),
         ("mlp", [ll.LoRAConfig(r=2), ll.FullConfig(target_names="lin1")], "lin1: PEFT trains a layer whole, or with"),
-        ("bare", [ll.LoRAConfig(r=2, kinds="matrix"), ll.FullConfig(kinds="matrix")], "lin0.weight: PEFT"),
+        (
+            "bare",
+            [ll.LoRAConfig(r=2, kinds="matrix"), ll.FullConfig(kinds="matrix")],
+            "lin0.weight: PEFT trains a layer",
+        ),
         (
             "llama_tied",
             [ll.LoRAConfig(r=2, target_names="q_proj"), ll.TokensConfig(token_ids=(1,), tied_weights="apart")],

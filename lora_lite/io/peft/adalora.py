@@ -1,4 +1,4 @@
-"""PEFT's AdaLoRA: `lora_A` (r, i), `lora_B` (o, r) and `lora_E` (r, 1), in keys without ".weight".
+"""PEFT's AdaLoRA: `lora_A` (r, i), `lora_B` (o, r) and `lora_E` (r, 1), in keys without ".weight", on convolutions too.
 
 s = lora_alpha / (init_r + 1e-5) whatever is left of a layer's ranks, which rank_pattern tells as a list of init_r
 booleans. A layer that lost all of them is one rank of zeros here.
@@ -15,9 +15,10 @@ from ...core.names import check_shapes, file_key
 from ...core.state import Tensors
 from ...core.targets import Target
 from ...errors import brief
+from ..keys import PREFIX
 from . import forms
 from .folder import PeftFolder, number_of, whole_of
-from .parts import Layers, Part, Written, as_stored, config_of, names_of, same_everywhere, written_at
+from .parts import Layers, Part, Written, as_stored, config_of, names_of, same_everywhere
 
 _DEFAULTS: dict[str, Any] = {"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1}
 _NUMBERS = {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
@@ -25,7 +26,7 @@ _NUMBERS = {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
 
 def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
     """One part."""
-    if others := [path for path, layer in layers.items() if not forms.is_plain_linear(layer)]:
+    if others := [path for path, layer in layers.items() if not forms.takes_adalora(layer)]:
         raise source.error(f"{others[0]}: PEFT has no AdaLoRA on it")
     settings, entries = source.settings, source.entries
     fields: dict[str, Any] = {name: whole_of(source, name, value) for name, value in _DEFAULTS.items()}
@@ -71,8 +72,7 @@ def written(root: nn.Module, layers: Layers) -> Written:
             values = {"lora_A": values["lora_A"][:0], "lora_B": values["lora_B"][:, :0], "lora_E": values["lora_E"][:0]}
         r = len(values["lora_E"])
         masks[f"{path}.lora_E"] = [True] * r + [False] * (fields["init_r"] - r)
-        by_key = written_at(root, layers, site, values)
-        tensors |= {key.removesuffix(".weight"): tensor for key, tensor in by_key.items()}
+        tensors |= {f"{PREFIX}{path}.{name}": value for name, value in values.items()}
     targets, _ = names_of(root, list(layers), [])
     alpha, dropout = fields.pop("alpha"), fields.pop("dropout")
     fields["total_step"] = (

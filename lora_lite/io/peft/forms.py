@@ -1,6 +1,7 @@
 """Where PEFT keeps an adapter's tensors on layers that aren't linear ones, and in which shapes.
 
-    convolution      A (r, channels, *k), B (o, r, 1, ...), magnitude (1, o, 1, ...), ia3_l (1, channels, 1, ...)
+    convolution      A (r, channels, *k), B (o, r, 1, ...), magnitude (1, o, 1, ...), ia3_l (1, channels, 1, ...); of
+                     AdaLoRA matrices
     with g groups    A sees all channels, and B (o, r / g, 1, ...) the r / g of its group: here g pairs of rank r / g
     embedding        lora_embedding_A (r, tokens), lora_embedding_B (d, r), with no `.weight`
     attention        nn.MultiheadAttention's own key is in_proj_weight's; `base_layer.out_proj` its output projection
@@ -202,6 +203,13 @@ def is_plain_linear(layer: BaseLayer) -> bool:
     return layer.kind.category == "linear" and not is_bare and not layer.experts
 
 
+def takes_adalora(layer: BaseLayer) -> bool:
+    """Is it a linear layer, or an nn.Conv2d whose patches PEFT's update sees as they are?"""
+    if not is_conv(layer) or layer.stored.ndim != 4 or layer.module.groups > 1:
+        return is_plain_linear(layer)
+    return layer.module.padding_mode == "zeros" or layer.module.padding in ("valid", (0, 0))
+
+
 def is_conv(layer: BaseLayer) -> bool:
     return layer.kind.category == "conv"
 
@@ -230,13 +238,15 @@ def lacks(site: Site) -> str | None:
         return "PEFT adapts the call of a layer, and here the model reads its weight without calling it"
     if category == "conv" and layer.module.groups > 1 and layer.kind is not ALL_CHANNELS and variant != "ia3":
         return "PEFT's A sees all channels of a convolution with groups, and this one those of a group"
-    if category == "conv" and variant not in ("ia3", "ia3_ff") and (problem := _own_convolution(layer)):
+    if category == "conv" and variant not in ("ia3", "ia3_ff", "adalora") and (problem := _own_convolution(layer)):
         return problem
     on_plain_layer = category in ("linear", "conv") and not site.prefix
     if not on_plain_layer and variant in ("ia3", "ia3_ff"):
         return "PEFT has no IA3 on it"
     if variant == "vera" and not is_plain_linear(layer):
         return "PEFT has no VeRA on it"
+    if variant == "adalora" and not takes_adalora(layer):
+        return "PEFT has no AdaLoRA on it"
     if variant == "lora" and site.cfg.bias and not (on_plain_layer and not in_attention(site)):
         return "PEFT has no lora_bias on it"
     if category == "conv" and variant == "ia3_ff" and layer.stored[0, 0].numel() > 1:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.layer import BaseLayer
+from ...core.names import file_key
 from ...core.state import Site
 from ...errors import CheckpointError
 from ..keys import PREFIX
@@ -70,14 +71,13 @@ def _check(root: nn.Module, kind: Any, main: Layers, rows: list[Site], biases: L
     """Raises CheckpointError."""
     problem, path = "", next(iter([*biases, *modules]), "")
     quantized = [p for p, (site, *_) in modules.items() if not site.base.storage.is_dense]
-    bare = [p for p, (site, *_) in (*modules.items(), *biases.items()) if site.prefix or not p]
     if biases and kind not in _ONLY:
         problem = "PEFT trains biases beside a LoRA, an AdaLoRA or a VeRA only"
         problem += "" if kind is None else f", and this is {kind}"
     elif rows and modules and kind is None:
         problem = "PEFT has no trainable tokens with whole modules beside them, but for a LoRA's"
-    elif bare:
-        path, problem = bare[0], "PEFT saves modules, and this is a bare parameter"
+    elif "" in modules or "" in biases:
+        path, problem = "", "PEFT saves modules of a model, and this is one alone"
     elif quantized:
         path, problem = quantized[0], f"PEFT would save the codes of this layer, {modules[quantized[0]][0].target.kind}"
     elif moved := moved_keys(root, [*modules, *biases]) if kind == "LORA" else {}:
@@ -85,7 +85,7 @@ def _check(root: nn.Module, kind: Any, main: Layers, rows: list[Site], biases: L
             next(iter(moved)),
             "PEFT reads its key as an old checkpoint's, and has no other for a whole module",
         )
-    elif both := [p for p in modules if p in main]:
+    elif both := [p for p in main if any(f"{p}.".startswith(f"{m}.") for m in _with_tied(root, modules))]:
         path, problem = both[0], "PEFT trains a layer whole, or with an adapter on it, and this has both"
     else:
         ends = tuple(path for path in _with_tied(root, modules) if path not in {site.path for site in rows})
@@ -98,7 +98,7 @@ def _check(root: nn.Module, kind: Any, main: Layers, rows: list[Site], biases: L
 
 def _with_tied(root: nn.Module, modules: Layers) -> dict[str, Site]:
     """The paths of the modules that are written, with those of tied ones, and the site of each."""
-    return {path: s[0] for first, s in modules.items() for path in (first, *tied_paths(root, s[0]))}
+    return {path: s[0] for s in modules.values() for path in (s[0].module_path, *tied_paths(root, s[0]))}
 
 
 def _biases(kind: str, main: Layers, biases: Layers) -> Written:
@@ -115,19 +115,23 @@ def _biases(kind: str, main: Layers, biases: Layers) -> Written:
 
 def _modules(root: nn.Module, is_alone: bool, modules: Layers, with_rows: set[str]) -> Written:
     """Each module's whole state, its weight and bias the new ones."""
-    state = base_tensors(root)
+    state, changed = base_tensors(root), {}
+    paths: list[str] = []
+    for sites in modules.values():
+        base, path = sites[0].base, sites[0].module_path
+        changed[file_key(path, base.kind.weight)] = _weight(base, sites)
+        if base.bias is not None:
+            changed[file_key(path, base.kind.bias)] = _bias(base, sites)
+        tied = tied_paths(root, sites[0])
+        changed |= {file_key(other, base.kind.weight): changed[file_key(path, base.kind.weight)] for other in tied}
+        paths += [path, *tied]
+    saved = [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
     tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Tensor]] = {}  # by path, then by name in the module
-    for path, sites in modules.items():
-        base = sites[0].base
-        values[path] = {name: t for key, t in state.items() for name in [_below(path, key)] if name}
-        values[path] |= {base.kind.weight: _weight(base, sites)}
-        values[path] |= {} if base.bias is None else {base.kind.bias: _bias(base, sites)}
-        values |= {other: {base.kind.weight: values[path][base.kind.weight]} for other in tied_paths(root, sites[0])}
-    for path, named in values.items():
+    for path in saved:
         between = "token_adapter.base_layer." if path in with_rows else "ln_tuning_layers." if is_alone else ""
-        tensors |= {f"{PREFIX}{path}.{between}{name}": value for name, value in named.items()}
-    saved = [path for path in values if path not in with_rows]
+        named = {name: changed.get(key, tensor) for key, tensor in state.items() if (name := _below(path, key))}
+        tensors |= {f"{PREFIX}{path}.{between}{name}": tensor for name, tensor in named.items()}
+    saved = [path for path in saved if path not in with_rows]
     if is_alone:
         targets, _ = names_of(root, saved, [])
         return tensors, {"peft_type": "LN_TUNING", "target_modules": targets}
