@@ -110,14 +110,15 @@ class AdapterCheckpoints:
 
 
 class _Schedules(TrainerCallback):
-    """The adapters' schedules take a step with the optimizer."""
+    """The schedules of the adapters that are trained take a step with the optimizer."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for adapter in adapters(self._model).values():
-            adapter.step()
+            if adapter.in_training:
+                adapter.step()
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):

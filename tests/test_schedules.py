@@ -112,6 +112,28 @@ def test_a_resumed_training_ends_as_one_that_went_through(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+@pytest.mark.parametrize("state", ["off", "frozen", "merged"])
+def test_an_adapter_that_takes_no_part_has_no_penalty_and_no_step(state: str, tmp_path: Path) -> None:
+    model = attached()
+    adapter = ll.adapters(model)["default"]
+    trained = ll.attach(model, ll.LoRAConfig(r=2), "trained") if state != "merged" else None
+    if state == "off":
+        adapter.scale = 0
+    elif state == "frozen":
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(False)
+    else:
+        ll.merge(model)
+    assert adapter.penalty() is None
+    if trained is None:
+        return
+    before = {key: t.clone() for key, t in adapter.named_tensors()}
+    AdapterTrainer(model, arguments(tmp_path, max_steps=2, weight_decay=0.0), train_dataset=Tokens()).train()
+    assert (adapter.steps, trained.steps) == (0, 2)
+    assert all(torch.equal(before[key], t) for key, t in adapter.named_tensors())
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 @pytest.mark.parametrize("is_scaled", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_trainer_adds_the_penalty_once_a_step(parts: int, is_scaled: bool, tmp_path: Path) -> None:

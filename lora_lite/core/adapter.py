@@ -156,12 +156,17 @@ class Adapter:
         state.steps = step
 
     def penalty(self) -> Tensor | None:
-        """The number that its methods add to the loss, with its gradient; None if they add nothing. AdapterTrainer adds
-        it to each loss in training."""
-        methods = [(lookup(method.cfg.variant), method) for method in self._state.methods]
+        """The number that its methods add to the loss, with its gradient; None if they add nothing, as where the adapter
+        isn't `in_training`. AdapterTrainer adds it to each loss in training."""
+        methods = [(lookup(method.cfg.variant), method) for method in self._state.methods if self.in_training]
         penalties = [v.penalty(self.views(m), m.cfg) for v, m in methods if v.penalty is not Variant.penalty]
         terms = [term for term in penalties if term is not None]
         return torch.stack(terms).sum() if len(terms) > 1 else next(iter(terms), None)
+
+    @property
+    def in_training(self) -> bool:
+        """Does a loss reach it: is it on and not merged, and does one of its parameters want a gradient?"""
+        return not self._state.is_idle and any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def steps(self) -> int:

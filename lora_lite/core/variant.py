@@ -123,11 +123,11 @@ class LowRank(NamedTuple):
         h, a = F.dropout(x, self.dropout), self.a
         if a is not None:
             h = F.linear(h, a.to(x.dtype)) if self.is_dense else h.index_select(-1, a)  # (*b, r)
-        return F.linear(h * self.s, self.b.to(x.dtype))
+        return F.linear((h * self.s).to(h.dtype), self.b.to(x.dtype))  # a vector s may be wider
 
     def of_rows(self, y: Tensor, d_in: int) -> Tensor:
         """Aᵀ (s ⊙ Bᵀ drop(y)), (*b, d_in): the change of a product with the transpose."""
-        h, a = (F.dropout(y, self.dropout) @ self.b.to(y.dtype)) * self.s, self.a  # (*b, r)
+        h, a = ((F.dropout(y, self.dropout) @ self.b.to(y.dtype)) * self.s).to(y.dtype), self.a  # (*b, r)
         if a is None:
             return h
         return h @ a.to(h.dtype) if self.is_dense else h.new_zeros(*h.shape[:-1], d_in).index_add(-1, a, h)
