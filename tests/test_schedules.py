@@ -82,6 +82,10 @@ def test_a_step_and_a_penalty_by_hand(tmp_path: Path) -> None:
         assert ll.load(fresh, tmp_path / f"{name}.safetensors").steps == steps
         assert torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert ll.restore(model, tmp_path / "final.safetensors").steps == 2
+    again = ll.load(fresh := tiny_llama(), tmp_path / "final.safetensors")  # which says nothing of steps
+    ll.save(fresh, tmp_path / "again.safetensors", resume=True)
+    assert not again.never_stepped
+    assert not ll.load(tiny_llama(), tmp_path / "again.safetensors").never_stepped
     tiny_llama().save_pretrained(tmp_path / "base")
     ll.merge_checkpoint(tmp_path / "base", tmp_path / "final.safetensors", tmp_path / "out", base_weights="original")
     merged = type(model).from_pretrained(tmp_path / "out")

@@ -156,7 +156,7 @@ class Adapter:
         state.steps = step
 
     def penalty(self) -> Tensor | None:
-        """The number that its methods add to the loss, with its gradient; None if they add nothing, as where the adapter
+        """The number that its methods add to the loss, with its gradient; None if they add nothing, as one adds that
         isn't `in_training`. AdapterTrainer adds it to each loss in training."""
         methods = [(lookup(method.cfg.variant), method) for method in self._state.methods if self.in_training]
         penalties = [v.penalty(self.views(m), m.cfg) for v, m in methods if v.penalty is not Variant.penalty]

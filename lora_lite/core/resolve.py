@@ -22,7 +22,7 @@ from .shared import Shared
 from .state import SESSION, AdapterState, Method, Session, Site, Tensors, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
-from .variant import ParamSpec, lookup, weight_use
+from .variant import ParamSpec, adds_constant, lookup, weight_use
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Path of a target -> the config fields that differ there."""
@@ -105,6 +105,9 @@ def make_sites(
     sites = [make_site(target, layer, cfg, overrides.get(target.path, {})) for target, layer in targets.items()]
     for site in sites:
         _check_storage(site)
+        if isinstance(site.base.reader, nn.MultiheadAttention) and adds_constant(site.specs):  # it shows no product
+            problem = f"{site.path}: {cfg.variant!r} adds a constant, and no weight holds one"
+            raise TargetError(f"{problem}\n  leave this layer of nn.MultiheadAttention out with exclude_names")
     return sites
 
 

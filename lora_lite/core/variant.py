@@ -35,6 +35,7 @@ class ParamSpec:
     saved       "always"; "resume": in what a training needs to go on, and not in the adapter's file, such as the
                 state of a schedule; "never": made again by `init` at load, which must give the same bits on every
                 machine (`seeded`)
+    is_shift    it is added to the output whatever x is: no weight holds it, so nn.MultiheadAttention can't carry it
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class ParamSpec:
     saved: Literal["always", "resume", "never"] = "always"
     below: int | None = None
     is_sorted: bool = False
+    is_shift: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None or self.saved != "always":
@@ -317,6 +319,11 @@ def needs_data(cfg: BaseConfig) -> bool:
     """Does a config's variant want calibration data?"""
     declared = lookup(cfg.variant).needs_calibration
     return bool(declared(cfg) if callable(declared) else declared)
+
+
+def adds_constant(specs: Mapping[str, ParamSpec]) -> bool:
+    """Does a method with these tensors at a layer add something to its output whatever x is?"""
+    return any(spec.is_shift for spec in specs.values())
 
 
 def check_takes_data(cfg: BaseConfig) -> None:

@@ -75,7 +75,7 @@ class LoRA:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
         a = ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True)
-        b, beta = ParamSpec((d_out, cfg.r), keep_dtype=True), ParamSpec((d_out,), keep_dtype=True)
+        b, beta = ParamSpec((d_out, cfg.r), keep_dtype=True), ParamSpec((d_out,), keep_dtype=True, is_shift=True)
         return {"lora_A": a, "lora_B": b} | ({"lora_bias": beta} if cfg.bias else {})
 
     @staticmethod

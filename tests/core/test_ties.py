@@ -89,6 +89,37 @@ def test_files_copies_scales_and_detach(tmp_path: Path) -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_as_base_is_what_it_was_in_training(is_tied: bool, tmp_path: Path) -> None:
+    """On a base of equal numbers that is tied otherwise the outputs would be others: 19 apart, once measured."""
+    cfg, path = ll.TokensConfig(token_ids=(1, 5)), tmp_path / "a.safetensors"
+    model, alike, other = (tiny_llama(tie_word_embeddings=tied) for tied in (is_tied, is_tied, not is_tied))
+    numbers = model.state_dict() | {"lm_head.weight": model.model.embed_tokens.weight}
+    for each in (alike, other):
+        each.load_state_dict(numbers)
+    model.load_state_dict(numbers)
+    perturb(ll.attach(model, [cfg, ll.LoRAConfig(r=2)]), 0.3)
+    ll.save(model, path)
+    ll.load(alike, path)
+    assert torch.equal(logits(alike), logits(model))
+    words = ("tied", "untied") if is_tied else ("untied", "tied")
+    match = f"embed_tokens was trained where its weight is {words[0]}, and in this model it is {words[1]}\n"
+    match += f".* tie_word_embeddings={is_tied}"
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.load(other, path)
+    assert not ll.adapters(other)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.merge_checkpoint(tmp_path / "other", path, tmp_path / "out")
+    alike.save_pretrained(tmp_path / "alike")
+    perturb(ll.attach(other, [cfg, ll.LoRAConfig(r=2)]), 0.1)
+    before = logits(other)
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.restore(other, path)
+    assert torch.equal(logits(other), before)
+    ll.restore(model, path)
+
+
 def test_apart_is_the_embedding_alone_and_no_merge() -> None:
     model = tied()
     cfg = ll.LoRAConfig(r=3, kinds=["embedding"], target_names=["embed_tokens"])
