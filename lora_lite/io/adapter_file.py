@@ -31,6 +31,7 @@ from ..base.fingerprint import BaseRecord
 from ..core.attach import make_shared
 from ..core.config import BaseConfig
 from ..core.names import file_key, numbered
+from ..core.resolve import MOST_METHODS
 from ..core.shared import Shared
 from ..core.state import Tensors
 from ..core.targets import Target
@@ -44,7 +45,6 @@ FORMAT = 1
 SEVERAL = 2  # the format of an adapter of several methods
 METADATA = "lora_lite"
 DIGEST = 16  # characters
-MOST_METHODS = 64
 
 LayerSpecs = Mapping[str, tuple[Target, Mapping[str, ParamSpec]]]
 """The layers of a method by their paths in a file, in its order, with the ParamSpecs there by the tensors' names."""
