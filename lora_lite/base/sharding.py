@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .kinds import is_instance
 
-
 FSDP2 = "torch.distributed.fsdp", "FSDPModule"  # the class of a module that fully_shard was given
 
 

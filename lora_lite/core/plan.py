@@ -12,6 +12,7 @@ from .config import BaseConfig
 from .positions import check_can_act
 from .resolve import attachable, checked_configs, resolve
 from .targets import LeftOut, Target, model_width, select
+from .ties import tie
 from .unadapted import Unadapted, lines, unadapted
 from .variant import lookup
 
@@ -62,6 +63,8 @@ def plan(model: nn.Module, cfg: BaseConfig | Sequence[BaseConfig]) -> Plan:
     parameters = 0
     for config, selection in zip(configs, selections, strict=True):
         sites = resolve(selection, config)
+        if config.tied_weights != "apart":
+            tie(root, config, sites)  # the model keeps nothing of it: it is noted at the sites, which nobody installs
         targets += [site.target for site in sites]
         if lookup(config.variant).positions(config) is not None:
             check_can_act(root, sites)
