@@ -20,10 +20,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from .base.layer import find_layers
 from .base.still import still
 from .core.adapter import adapters, get_adapter, scaled
 from .core.ran import grouped
 from .core.state import session_of
+from .core.variant import config_for
 from .errors import CheckpointError, TargetError, brief
 from .io.checkpoint import restore, save
 from .measure.audit import watched_step
@@ -110,14 +112,15 @@ class AdapterCheckpoints:
 
 
 class _Schedules(TrainerCallback):
-    """The adapters' schedules take a step with the optimizer."""
+    """The schedules of the adapters that are trained take a step with the optimizer."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for adapter in adapters(self._model).values():
-            adapter.step()
+            if adapter.in_training:
+                adapter.step()
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):
@@ -130,11 +133,20 @@ def _check_saved(model: nn.Module) -> None:
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if lost:
         problem = f"{len(lost)} parameters would be trained and are in no adapter, so no checkpoint would hold them"
-        raise TargetError(
-            f"{problem}: {grouped(lost)}\n  put them into the adapter: attach(model, [cfg, "
-            f"ll.FullConfig(target_names={lost[0].rpartition('.')[0].rpartition('.')[2]!r})]); or freeze them "
-            f"(requires_grad_(False))"
+        freeze = "freeze them (requires_grad_(False))"
+        put = next(
+            (f"put them into the adapter: attach(model, [cfg, {full}]); or " for full in _fulls(model, lost)), ""
         )
+        raise TargetError(f"{problem}: {grouped(lost)}\n  {put}{freeze}")
+
+
+def _fulls(model: nn.Module, lost: list[str]) -> Iterator[str]:
+    """For each of these parameters that an adapter can train, the config that does."""
+    layers = find_layers(dict(model.named_modules()))
+    for path in (path for name in lost for path in (name, name.rpartition(".")[0]) if path in layers):
+        kind = layers[path].kind.category
+        kinds = "" if kind in config_for("full").kinds else f", kinds={kind!r}"
+        yield f"ll.FullConfig(target_names={path.rpartition('.')[2]!r}{kinds})"
 
 
 def _restore_all(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -82,6 +82,10 @@ def test_a_step_and_a_penalty_by_hand(tmp_path: Path) -> None:
         assert ll.load(fresh, tmp_path / f"{name}.safetensors").steps == steps
         assert torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert ll.restore(model, tmp_path / "final.safetensors").steps == 2
+    again = ll.load(fresh := tiny_llama(), tmp_path / "final.safetensors")  # which says nothing of steps
+    ll.save(fresh, tmp_path / "again.safetensors", resume=True)
+    assert not again.never_stepped
+    assert not ll.load(tiny_llama(), tmp_path / "again.safetensors").never_stepped
     tiny_llama().save_pretrained(tmp_path / "base")
     ll.merge_checkpoint(tmp_path / "base", tmp_path / "final.safetensors", tmp_path / "out", base_weights="original")
     merged = type(model).from_pretrained(tmp_path / "out")
@@ -109,6 +113,28 @@ def test_a_resumed_training_ends_as_one_that_went_through(tmp_path: Path) -> Non
     assert all(
         torch.equal(one, other) for one, other in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+@pytest.mark.parametrize("state", ["off", "frozen", "merged"])
+def test_an_adapter_that_takes_no_part_has_no_penalty_and_no_step(state: str, tmp_path: Path) -> None:
+    model = attached()
+    adapter = ll.adapters(model)["default"]
+    trained = ll.attach(model, ll.LoRAConfig(r=2), "trained") if state != "merged" else None
+    if state == "off":
+        adapter.scale = 0
+    elif state == "frozen":
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(False)
+    else:
+        ll.merge(model)
+    assert adapter.penalty() is None
+    if trained is None:
+        return
+    before = {key: t.clone() for key, t in adapter.named_tensors()}
+    AdapterTrainer(model, arguments(tmp_path, max_steps=2, weight_decay=0.0), train_dataset=Tokens()).train()
+    assert (adapter.steps, trained.steps) == (0, 2)
+    assert all(torch.equal(before[key], t) for key, t in adapter.named_tensors())
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")

@@ -283,6 +283,37 @@ def test_a_trained_head_in_no_adapter_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "end").exists()
 
 
+class Bare(nn.Module):
+    """A layer and two bare parameters, of which one is a matrix that no layer is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.matrix = nn.Linear(4, 4), nn.Parameter(torch.ones(4, 4))
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * (self.proj(x) @ self.matrix)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("matrix", r"ll.FullConfig\(target_names='matrix', kinds='matrix'\)\]\); or freeze them"),
+        ("factor", "freeze them"),
+    ],
+)
+def test_the_cure_for_a_bare_parameter_can_be_followed(name: str, cure: str, tmp_path: Path) -> None:
+    model = nn.Sequential(Bare())
+    ll.attach(model, ll.LoRAConfig(target_names="proj"))
+    getattr(model[0], name).requires_grad_(True)
+    with pytest.raises(ll.TargetError, match=rf"adapter, .*: 0.{name}\n  (put .*)?{cure}"):
+        AdapterTrainer(model, arguments(tmp_path))
+    if name == "matrix":
+        ll.detach(model)
+        ll.attach(model, [ll.LoRAConfig(target_names="proj"), ll.FullConfig(target_names="matrix", kinds="matrix")])
+        AdapterTrainer(model, arguments(tmp_path))
+
+
 class Labelled(Tokens):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.ids[i], "labels": torch.tensor(i % 2)}

@@ -442,7 +442,8 @@ def fsdp(variant: str, folder: Path) -> None:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(each, mesh=mesh, mp_policy=policy)
     with torch.no_grad():  # a cast of parameters, and not of buffers: a fresh adapter stays the identity
-        assert torch.equal(half(input_ids=BATCH).logits, twin(input_ids=BATCH).logits)
+        is_identity = torch.equal(half(input_ids=BATCH).logits, twin(input_ids=BATCH).logits)
+    assert is_identity or not ll.REGISTRY[variant].has_identity_init
     with pytest.raises(ll.TargetError, match="sharded by fully_shard"):
         ll.detach(model)
     with pytest.raises(ll.TargetError, match="attach first, then fully_shard"):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .kinds import is_instance
 
+FSDP2 = "torch.distributed.fsdp", "FSDPModule"  # the class of a module that fully_shard was given
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """True for a tensor of which this process holds a part."""

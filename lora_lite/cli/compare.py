@@ -56,20 +56,22 @@ def compare(a: Path, b: Path, track: Track = iter) -> Difference:
     """
     first, second = read_adapter(a), read_adapter(b)
     layers_a, layers_b = _by_core(first.layers), _by_core(second.layers)
-    pairs = {layer.target.path: (layer, layers_b[path]) for path, layer in layers_a.items() if path in layers_b}
+    pairs = {label: (layer, layers_b[key][1]) for key, (label, layer) in layers_a.items() if key in layers_b}
     sums = {path: _compared(*pair) for path, pair in track(pairs.items())}
     return Difference(
         _config(first, second, pairs.values()),
         _base(first, second),
-        [layer.target.path for path, layer in layers_a.items() if path not in layers_b],
-        [layer.target.path for path, layer in layers_b.items() if path not in layers_a],
+        [label for key, (label, _) in layers_a.items() if key not in layers_b],
+        [label for key, (label, _) in layers_b.items() if key not in layers_a],
         [_group(path, members) for path, members in grouped(sums).items()],
     )
 
 
-def _by_core(layers: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
-    bare = {core(path): layer for path, layer in layers.items()}
-    return bare if len(bare) == len(layers) else dict(layers)  # two paths that differ in a prefix alone stay two
+def _by_core(layers: Mapping[str, StoredLayer]) -> dict[str, tuple[str, StoredLayer]]:
+    """Each layer with its label, `q_proj (2)` of a second method there, by the label without what wrappers add."""
+    bare = {core(label): (label, layer) for label, layer in layers.items()}
+    whole = {label: (label, layer) for label, layer in layers.items()}
+    return bare if len(bare) == len(layers) else whole  # two paths that differ in a prefix alone stay two
 
 
 def _compared(a: StoredLayer, b: StoredLayer) -> Float[Tensor, "2 4"]:
@@ -111,10 +113,14 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any], names: Iterable[str])
 def _config(a: StoredAdapter, b: StoredAdapter, pairs: Collection[tuple[StoredLayer, StoredLayer]]) -> Pairs:
     """Scale and fields that differ, at all layers or some."""
     filters = BaseConfig.FILTERS if a.format == b.format else ()  # PEFT's regexes are never ours
-    all_a, all_b = (side.cfg.to_dict() | {"scale": side.scale} for side in (a, b))
-    out = _differing(all_a, all_b, (*filters, "scale"))
+    methods_a, methods_b = ({"methods": [cfg.variant for cfg in side.configs], "scale": side.scale} for side in (a, b))
+    out = _differing(methods_a, methods_b, ["scale", *(["methods"] if len(a.configs) != len(b.configs) else [])])
+    for number, (one, other) in enumerate(zip(a.configs, b.configs, strict=False), 1):
+        prefix = "" if len(a.configs) == len(b.configs) == 1 else f"{number} {one.variant} "
+        differing_filters = _differing(one.to_dict(), other.to_dict(), filters)
+        out |= {f"{prefix}{name}": values for name, values in differing_filters.items()}
     differing: dict[tuple[str, str], list[tuple[Any, Any]]] = defaultdict(list)
-    for cfg_a, cfg_b in [(x.cfg, y.cfg) for x, y in pairs] or [(a.cfg, b.cfg)]:
+    for cfg_a, cfg_b in [(x.cfg, y.cfg) for x, y in pairs] or zip(a.configs, b.configs, strict=False):
         fields_a, fields_b = cfg_a.to_dict(), cfg_b.to_dict()
         names = [name for name in fields_a | fields_b if name not in (*BaseConfig.FILTERS, "per_layer")]
         for name, values in _differing(fields_a, fields_b, names).items():

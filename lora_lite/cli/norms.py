@@ -111,10 +111,9 @@ def is_free(layer: StoredLayer) -> bool:
     """True where W' - W is the same whatever W is: no weight is read, x passes, and what is added to y is the same for
     any y."""
     target = layer.target
-    if layer.relative is not None or 0 in (target.d_in, target.d_out):
+    if 0 in (target.d_in, target.d_out):
         return False
-    specs = specs_at(target, layer.cfg)
-    if any(spec.saved == "always" and name not in layer.tensors for name, spec in specs.items()):
+    if any(spec.saved == "always" and name not in layer.tensors for name, spec in specs_at(target, layer.cfg).items()):
         return False
     x, y = random_rows((1, target.d_in), (1, target.d_out))  # (1, i), (1, o)
     site = stand_in(layer)

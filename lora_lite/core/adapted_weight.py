@@ -31,14 +31,14 @@ from .adapt import adapt_input, adapt_output
 from .layer import Layer
 from .scale import Scale
 from .state import Site
-from .variant import LowRank, Variant, lookup
+from .variant import LowRank, Variant, adds_constant, lookup
 
 COLUMNS = 512  # unit vectors that go through the hooks at a time
 
 
 _ADDS = (
     "{}: {!r} adds a constant, and no weight holds one\n"
-    "  leave this layer out with exclude_names: its weight is read in a way that shows no output"
+    "  leave this layer out with exclude_names: its weight is read in a way that shows no rows, as under torch.compile"
 )
 _OPERANDS = ("input", "mat_a", "weight", "other", "mat2", "mat_b", "bias", "dim0", "dim1")
 _ANSWERS: dict[Any, Callable[..., Any]] = {}
@@ -267,6 +267,9 @@ def dense(weight: AdaptedWeight) -> Tensor:
         if problem := use.site.base.kind.no_weight:
             raise TargetError(f"{view.path}: {problem}")
         factors = use.factors(view)
+        # Not by its numbers: a constant of 0 would pass, and raise once it is trained. No graph can ask for them.
+        if not view.is_off and (adds_constant(use.site.specs) or (factors and factors.shift is not None)):
+            raise VariantError(_ADDS.format(view.path, view.cfg.variant))
         if factors is None:
             matrix = _of_unit_vectors(view, matrix)
         elif not view.is_off:
@@ -275,8 +278,6 @@ def dense(weight: AdaptedWeight) -> Tensor:
                     f"{view.path}: dropout acts on a layer's input, and this module multiplies by its weight where "
                     f"the input can't be seen\n  use dropout=0 there (per_layer)"
                 )
-            if factors.shift is not None and factors.shift.any():
-                raise VariantError(_ADDS.format(view.path, view.cfg.variant))
             delta = factors.delta(view.in_features, matrix.dtype)  # (o, i)
             matrix = factors.added(matrix.mT, delta.mT, None).mT
     matrix = matrix.to(plain.dtype).reshape(plain.shape)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..base import sharding
 from ..base.fingerprint import BaseRecord
+from ..base.kinds import is_instance
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
@@ -70,8 +71,10 @@ class Adapter:
 
     @property
     def per_layer(self) -> dict[str, dict[str, Any]]:
-        """Path of each layer at which the config differs, with the fields that do."""
-        return {site.path: dict(site.overrides) for site in self._state.sites if site.overrides}
+        """Path of each layer at which the config differs, with the fields that do; of the second method there, `<path>
+        (2)`."""
+        sites = [site for site in self._state.sites if site.overrides]
+        return {f"{s.path} ({s.number})" if s.number > 1 else s.path: dict(s.overrides) for s in sites}
 
     @property
     def targets(self) -> dict[str, tuple[int, int]]:
@@ -112,6 +115,9 @@ class Adapter:
                 f"adapter {self.name!r}: {', '.join(sorted(fixed))} can't change while it is attached\n"
                 f"  {self.variant!r} can follow {', '.join(live) or 'no field'}; for others detach and attach"
             )
+        if calibration_data is not None:  # methods that would not look at it are not meant
+            takers = [m for m in following if lookup(m.cfg.variant).group_init is not Variant.group_init]
+            following = takers or following[:1]
         if len(following) > 1:
             problem = f"adapter {self.name!r}: several of its methods, {self.variant}, can follow this"
             raise ConfigError(f"{problem}\n  attach them as adapters of their own")
@@ -156,12 +162,17 @@ class Adapter:
         state.steps = step
 
     def penalty(self) -> Tensor | None:
-        """The number that its methods add to the loss, with its gradient; None if they add nothing. AdapterTrainer adds
-        it to each loss in training."""
-        methods = [(lookup(method.cfg.variant), method) for method in self._state.methods]
+        """The number that its methods add to the loss, with its gradient; None if they add nothing, as one adds that
+        isn't `in_training`. AdapterTrainer adds it to each loss in training."""
+        methods = [(lookup(method.cfg.variant), method) for method in self._state.methods if self.in_training]
         penalties = [v.penalty(self.views(m), m.cfg) for v, m in methods if v.penalty is not Variant.penalty]
         terms = [term for term in penalties if term is not None]
         return torch.stack(terms).sum() if len(terms) > 1 else next(iter(terms), None)
+
+    @property
+    def in_training(self) -> bool:
+        """Does a loss reach it: is it on and not merged, and does one of its parameters want a gradient?"""
+        return not self._state.is_idle and any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def steps(self) -> int:
@@ -181,7 +192,9 @@ class Adapter:
     def is_sharded(self) -> bool:
         """True once fully_shard or ZeRO-3 has its parameters or its layers' weights: all processes save together."""
         weights = [site.base.stored for site in self._state.sites]
-        return any(map(sharding.is_sharded, [*weights, *dict(self.named_tensors()).values()]))
+        tensors = [*weights, *dict(self.named_tensors()).values()]
+        # Parameters of the root itself stay whole after a forward, and are fully_shard's all the same.
+        return any(map(sharding.is_sharded, tensors)) or is_instance(self._model, *sharding.FSDP2)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""
@@ -260,8 +273,10 @@ class Adapter:
         return views
 
     def counts(self) -> str:
-        """How many layers of each kind, for messages: "30 o_proj, 30 down_proj"."""
-        kinds = Counter(path.rpartition(".")[2] for path in dict.fromkeys(site.path for site in self.sites()))
+        """How many layers of each kind, for messages: "30 o_proj, 30 down_proj"; of the stream, "30 block"."""
+        kinds = Counter(
+            {s.path: "block" if s.base.is_block else s.path.rpartition(".")[2] for s in self.sites()}.values()
+        )
         fused = {site.path.rpartition(".")[2] for site in self.sites() if site.target.experts}
         return ", ".join(f"{n} {'blocks of fused ' if kind in fused else ''}{kind}" for kind, n in kinds.items())
 

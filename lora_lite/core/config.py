@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from ..dtypes import STORAGE_DTYPES, dtype_name
-from ..errors import ConfigError
+from ..errors import ConfigError, brief
 from .validate import compiles, is_number
 
 ROLES = ("reader", "writer", "inner")
@@ -161,8 +161,8 @@ class BaseConfig:
 
     def require(self, ok: bool, field: str, wanted: str) -> None:
         if not ok:
-            got = getattr(self, field)
-            raise ConfigError(f"{type(self).__name__}({field}={got!r}): wanted {wanted}")
+            got = brief(repr(getattr(self, field)), 400)  # a list of tokens may be long
+            raise ConfigError(f"{type(self).__name__}({field}={got}): wanted {wanted}")
 
     @property
     def on_blocks(self) -> bool:

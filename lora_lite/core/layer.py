@@ -23,6 +23,7 @@ class Layer:
 
     layer.lora_*           this adapter's tensors; in `forward` and `forward_input` cast to the compute dtype
                            (the activation's), unless their ParamSpec says keep_dtype
+    layer.grad("lora_A")   the gradient of one of them, or None
     layer.cfg, .scale      the adapter's config at this layer; its scale, a number, and in a graph of
                            torch.compile a tensor without dimensions
     layer.is_off, .is_whole    is the scale 0, or 1
@@ -103,6 +104,11 @@ class Layer:
     @property
     def is_whole(self) -> bool:
         return (self._scale or self._site.state.scale_of_call()).is_one
+
+    def grad(self, name: str) -> Tensor | None:
+        """The gradient of one of its tensors. Of an expert it is a part of the stack's: a slice has no `.grad`."""
+        gradient = self._site.tensor(name).grad
+        return gradient if gradient is None or self._expert is None else gradient[self._expert]
 
     @property
     def path(self) -> str:

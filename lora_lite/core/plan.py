@@ -12,6 +12,7 @@ from .config import BaseConfig
 from .positions import check_can_act
 from .resolve import attachable, checked_configs, resolve
 from .targets import LeftOut, Target, model_width, select
+from .ties import tie
 from .unadapted import Unadapted, lines, unadapted
 from .variant import lookup
 
@@ -58,11 +59,12 @@ def plan(model: nn.Module, cfg: BaseConfig | Sequence[BaseConfig]) -> Plan:
     """
     configs, root = checked_configs(cfg), attachable(model)
     selections = [select(root, config) for config in configs]
-    targets: list[Target] = []
+    methods = [resolve(selection, config) for selection, config in zip(selections, configs, strict=True)]
+    targets = [site.target for sites in methods for site in sites]
     parameters = 0
-    for config, selection in zip(configs, selections, strict=True):
-        sites = resolve(selection, config)
-        targets += [site.target for site in sites]
+    for config, sites in zip(configs, methods, strict=True):
+        if config.tied_weights != "apart":  # noted at the sites, which nobody installs: the model keeps nothing of it
+            tie(root, config, sites, [site for others in methods for site in others])
         if lookup(config.variant).positions(config) is not None:
             check_can_act(root, sites)
         shared = lookup(config.variant).shared_specs([site.target for site in sites], config)

@@ -22,7 +22,11 @@ from .shared import Shared
 from .state import SESSION, AdapterState, Method, Session, Site, Tensors, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
-from .variant import ParamSpec, lookup, weight_use
+from .variant import ParamSpec, adds_constant, lookup, weight_use
+
+_NAME = re.compile(r"lora_[A-Za-z0-9]+(_[A-Za-z0-9]+)*")
+MOST_METHODS = 64
+"""The most that one adapter has, so that a file that anyone may have written costs no more."""
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Path of a target -> the config fields that differ there."""
@@ -62,8 +66,9 @@ def checked_config(cfg: Any) -> BaseConfig:
 def checked_configs(cfg: Any) -> list[BaseConfig]:
     """One config, or several of one adapter, each found right."""
     configs = [checked_config(one) for one in (cfg if isinstance(cfg, list | tuple) else [cfg])]
-    if not configs:
-        raise ConfigError("an empty list of configs\n  wanted one, or several such as [LoRAConfig(r=16), ...]")
+    if not 0 < len(configs) <= MOST_METHODS:
+        wanted = f"wanted one, or several such as [LoRAConfig(r=16), ...], {MOST_METHODS} at most"
+        raise ConfigError(f"{len(configs) or 'an empty list of'} configs\n  {wanted}")
     if len(configs) > 1 and (first := [one for one in configs if lookup(one.variant).leads]):
         problem = f"{first[0].variant!r} comes before all other adapters, so it is an adapter of its own"
         raise ConfigError(f"{problem}\n  attach it by itself")
@@ -107,6 +112,9 @@ def make_sites(
         _check_storage(site)
         if site.target.is_diagonal and lookup(cfg.variant).reads_input:
             check_norm(site.base)
+        if isinstance(site.base.reader, nn.MultiheadAttention) and adds_constant(site.specs):  # it shows no product
+            problem = f"{site.path}: {cfg.variant!r} adds a constant, and no weight holds one"
+            raise TargetError(f"{problem}\n  leave this layer of nn.MultiheadAttention out with exclude_names")
     return sites
 
 
@@ -162,8 +170,9 @@ def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
         specs = variant.layer_specs(target, cfg)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    # "__" starts the adapter's name in `lora_A__fr`, so no tensor's name may have it.
-    wrong = [name for name in specs if not re.fullmatch(r"lora_[A-Za-z0-9]+(_[A-Za-z0-9]+)*", name)]
+    # "__" starts the adapter's name in `lora_A__fr`, so no tensor's name may have it, and `lora_2_` is of its second
+    # method at a layer, which one that leads, as a history, never has.
+    wrong = [n for n in specs if not _NAME.fullmatch(n) or (re.match("lora_[0-9]+_", n) and not variant.leads)]
     if wrong or not specs:
         raise VariantError(
             f"variant {variant.name!r}: param_specs gave {list(specs)}; wanted one name or more, each like lora_xyz"

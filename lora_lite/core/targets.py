@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -134,17 +134,25 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     asked = not cfg.target_names and "writer" not in cfg.target_roles
     left_out = [] if cfg.target_names else _left_out(model, modules, known, stacks, cfg, asked)
     unasked = {path for path, _ in left_out}
-    named = [t for t in reachable if t.path not in unasked and _named(t.path, cfg)]
-    targets = [t for t in named if _deep(t.place, cfg, stacks)]
+    targets = [t for t in reachable if t.path not in unasked and _named(t.path, cfg) and _deep(t.place, cfg, stacks)]
     if cfg.target_roles:
         width, text = model_width(model), _text_part(model, modules)
         targets = _with_roles([t for t in targets if t.path.startswith(text)], cfg, width)
         if "writer" in cfg.target_roles and not cfg.target_names and not cfg.on_blocks:
             blocks = {p: m for p, m in stacks.blocks(modules).items() if _deep(stacks.place(p), cfg, stacks)}
             _check_writers({p: m for p, m in blocks.items() if p.startswith(text)}, cfg, reachable, targets, width)
+    if cfg.tied_weights == "as_base":
+        targets = _first_holders(targets, known)
     if not targets:
         raise TargetError(_nothing_found(model, cfg, reachable, left_out))
     return Selection({t: known[t] for t in targets}, left_out, asked, all(layer.is_plain for layer in layers))
+
+
+def _first_holders(targets: list[Target], layers: Mapping[Target, BaseLayer]) -> list[Target]:
+    """The first of targets that are one weight, as T5's `shared` and both `embed_tokens`: the others are its ties."""
+    weights = [layers[target].stored for target in targets]  # all at once: an id is one tensor's while that is there
+    first = {id(weight): target for weight, target in list(zip(weights, targets, strict=True))[::-1]}
+    return [target for weight, target in zip(weights, targets, strict=True) if first[id(weight)] is target]
 
 
 def block_layers(model: nn.Module, modules: Modules, stacks: Stacks) -> dict[str, BaseLayer]:
@@ -352,9 +360,12 @@ def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target], 
     unasked = "".join(f"  left out by default: {path} ({reason})\n" for path, reason in left_out[:3])
     noun = "norms" if tuple(cfg.kinds) == ("norm",) else "blocks" if cfg.on_blocks else "linear layers"
     nearest = ", ".join(_nearest(cfg, everything)) or "none"
+    searched = f"{len(everything)} {noun} searched; nearest: {nearest}"
+    if cfg.NEEDS_BIAS and not everything:
+        searched = f"no layer of kinds={cfg.kinds} has a bias, and {cfg.variant!r} trains those alone"
     return (
         f"no layer matched {given} in {type(model).__name__}\n"
-        f"  {len(everything)} {noun} searched; nearest: {nearest}\n"
+        f"  {searched}\n"
         f"{unasked}"
         f"  preview with lora_lite.plan(model, cfg)"
     )

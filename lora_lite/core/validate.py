@@ -1,9 +1,9 @@
 """Questions that configs ask of their fields."""
 
 import re
-import sys
 from typing import Any
 
+LARGEST = 2.0**63
 MOST_REPETITIONS, LONGEST_REGEX = 3, 200  # in a regex that can't take long
 
 
@@ -20,8 +20,8 @@ def is_safe_regex(pattern: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """True for an int or float that is finite as a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # no nan
+    """True for a finite int or float of a size that times another one, as alpha times a scale, float32 still holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST  # no nan
 
 
 def is_name(value: Any) -> bool:

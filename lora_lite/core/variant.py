@@ -35,6 +35,7 @@ class ParamSpec:
     saved       "always"; "resume": in what a training needs to go on, and not in the adapter's file, such as the
                 state of a schedule; "never": made again by `init` at load, which must give the same bits on every
                 machine (`seeded`)
+    is_shift    it is added to the output whatever x is: no weight holds it, so nn.MultiheadAttention can't carry it
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class ParamSpec:
     saved: Literal["always", "resume", "never"] = "always"
     below: int | None = None
     is_sorted: bool = False
+    is_shift: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None or self.saved != "always":
@@ -123,11 +125,11 @@ class LowRank(NamedTuple):
         h, a = F.dropout(x, self.dropout), self.a
         if a is not None:
             h = F.linear(h, a.to(x.dtype)) if self.is_dense else h.index_select(-1, a)  # (*b, r)
-        return F.linear(h * self.s, self.b.to(x.dtype))
+        return F.linear((h * self.s).to(h.dtype), self.b.to(x.dtype))  # a vector s may be wider
 
     def of_rows(self, y: Tensor, d_in: int) -> Tensor:
         """Aᵀ (s ⊙ Bᵀ drop(y)), (*b, d_in): the change of a product with the transpose."""
-        h, a = (F.dropout(y, self.dropout) @ self.b.to(y.dtype)) * self.s, self.a  # (*b, r)
+        h, a = ((F.dropout(y, self.dropout) @ self.b.to(y.dtype)) * self.s).to(y.dtype), self.a  # (*b, r)
         if a is None:
             return h
         return h @ a.to(h.dtype) if self.is_dense else h.new_zeros(*h.shape[:-1], d_in).index_add(-1, a, h)
@@ -317,6 +319,11 @@ def needs_data(cfg: BaseConfig) -> bool:
     """Does a config's variant want calibration data?"""
     declared = lookup(cfg.variant).needs_calibration
     return bool(declared(cfg) if callable(declared) else declared)
+
+
+def adds_constant(specs: Mapping[str, ParamSpec]) -> bool:
+    """Does a method with these tensors at a layer add something to its output whatever x is?"""
+    return any(spec.is_shift for spec in specs.values())
 
 
 def check_takes_data(cfg: BaseConfig) -> None:

@@ -174,7 +174,7 @@ def _convolution(function: Any, x: Tensor, weight: Any, bias: Any = None, *args:
         parts = rows if by_group else rows.reshape(-1, rows.shape[1] // groups, *rows.shape[2:])  # (n g, i / g, *l)
         h = function(parts, a, None, stride, padding, dilation)  # (n g, r, *l')
         s = factors.s.view(-1, *ones) if isinstance(factors.s, Tensor) and factors.s.ndim else factors.s
-        h = (h * s).reshape(len(rows), -1, *h.shape[2:])  # (n, g r, *l')
+        h = (h * s).to(h.dtype).reshape(len(rows), -1, *h.shape[2:])  # (n, g r, *l')
         out = function(h, b, None, 1, 0, 1, groups)  # (n, o, *l')
         return (out if x.ndim == spatial + 2 else out[0]).movedim(-1 - spatial, -1)
 
@@ -197,7 +197,7 @@ def _lookup(ids: Tensor, weight: Any, padding_idx: int | None = None, *args: Any
             has_change = (factors.a[places] == ids)[..., None]
             return F.embedding(places, factors.b.mT) * has_change * factors.s
         h = F.embedding(ids, factors.a.mT, padding_idx)  # (*b, r); the padding's column of A gets no gradient
-        return (h * factors.s) @ factors.b.mT  # (*b, d)
+        return (h * factors.s).to(factors.b.dtype) @ factors.b.mT  # (*b, d)
 
     y = F.embedding(ids, weight.plain, padding_idx, *args, **kwargs)  # (*b, d)
     result = _channelwise(weight, y, None, branch)

@@ -66,7 +66,8 @@ def budget(cfg: Any, step: int, ranks: int, layers: int) -> int:
 def _follow(layer: Layer, name: str, beta1: float, beta2: float) -> None:
     """Ī and Ū of one tensor after a step; where the layer took no part in it, its gradient is 0."""
     weight, ipt, unc = (getattr(layer, f"{name}{part}") for part in ("", "_ipt", "_unc"))
-    importance = torch.zeros_like(weight) if weight.grad is None else (weight * weight.grad).abs()
+    gradient = layer.grad(name)
+    importance = torch.zeros_like(weight) if gradient is None else (weight * gradient).abs()
     ipt.mul_(beta1).add_((1 - beta1) * importance)
     unc.mul_(beta2).add_((1 - beta2) * (importance - ipt).abs())
 

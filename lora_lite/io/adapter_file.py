@@ -9,7 +9,8 @@ any name. Metadata key `lora_lite`, JSON:
 
 Of an adapter of several methods the format is 2, and "methods" is a list of objects with "variant", "config", "targets"
 and "per_layer", in the place of these fields. Where a path is in several, the second's tensors are `<path>.lora_2_A`.
-"biased" and "diagonal" list the targets with a bias, and the norms, for methods whose tensors depend on that.
+"biased" and "diagonal" list the targets with a bias, and the norms, for methods whose tensors depend on that; "tied",
+with tied_weights="as_base", those that were adapted together with what shares their weight, and "untied" the others.
 
 "scale" is the adapter's coefficient c; a file without it has 1. "never_ran" lists the targets that no forward had
 called when it was saved, although one had called others: a merge on disk refuses them. "on" holds a digest of each
@@ -19,7 +20,7 @@ attach resolved it: a load runs no regex of a file. "steps", in a file for a res
 
 import os
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ..base.fingerprint import BaseRecord
 from ..core.attach import make_shared
 from ..core.config import BaseConfig
 from ..core.names import file_key, numbered
+from ..core.resolve import MOST_METHODS
 from ..core.shared import Shared
 from ..core.state import Tensors
 from ..core.targets import Target
@@ -43,7 +45,6 @@ FORMAT = 1
 SEVERAL = 2  # the format of an adapter of several methods
 METADATA = "lora_lite"
 DIGEST = 16  # characters
-MOST_METHODS = 64
 
 LayerSpecs = Mapping[str, tuple[Target, Mapping[str, ParamSpec]]]
 """The layers of a method by their paths in a file, in its order, with the ParamSpecs there by the tensors' names."""
@@ -59,6 +60,8 @@ class FileMethod:
     numbers: Mapping[str, int]  # path -> which of the file's methods there it is
     biased: frozenset[str] = frozenset()  # those with a bias, and
     diagonal: frozenset[str] = frozenset()  # the norms, where the method's tensors depend on it
+    tied: frozenset[str] = frozenset()  # those that were adapted with what shares their weight, and
+    untied: frozenset[str] = frozenset()  # the others, with tied_weights="as_base"
 
     def key(self, path: str, tensor: str) -> str:
         """The key of a tensor at a layer."""
@@ -94,6 +97,16 @@ class AdapterFile:
     def targets(self) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of each layer that a method is on."""
         return {path: sizes for method in self.methods for path, sizes in method.targets.items()}
+
+    def check_ties(self, tied: Iterable[set[str]]) -> None:
+        """CheckpointError unless the weights of these targets, of each method, are shared, as they were in training."""
+        for path in (p for m, ps in zip(self.methods, tied, strict=True) for p in (m.tied - ps) | (m.untied & ps)):
+            is_tied = any(path in method.tied for method in self.methods)
+            trained, live = ("tied", "untied") if is_tied else ("untied", "tied")
+            raise CheckpointError(
+                f"{self.path}: {path} was trained where its weight is {trained}, and in this model it is {live}\n"
+                f"  its outputs would be others: load the base with tie_word_embeddings={is_tied}"
+            )
 
     def specs(self, layers: Sequence[LayerSpecs]) -> dict[str, ParamSpec]:
         """The ParamSpec of each tensor that the file should have, by its key, for the layers of each method.
@@ -176,11 +189,11 @@ def _method(path: Path, entry: Mapping[str, Any], counts: Counter[str]) -> FileM
         raise CheckpointError(f"{path}: its metadata has a bad config or targets: {brief(error, 600)}") from error
     if not targets:
         raise CheckpointError(f"{path}: its metadata has no targets, or a bad base record\n  save the adapter again")
-    biased, diagonal = facts = [entry.get(field, []) for field in ("biased", "diagonal")]
+    facts = [entry.get(field, []) for field in ("biased", "diagonal", "tied", "untied")]
     if not all(_are_targets(paths, targets) for paths in facts):
         raise CheckpointError(f"{path}: its metadata names {brief(facts)}; wanted some of its targets")
     counts.update(targets.keys())
-    return FileMethod(cfg, targets, per_layer, {t: counts[t] for t in targets}, frozenset(biased), frozenset(diagonal))
+    return FileMethod(cfg, targets, per_layer, {t: counts[t] for t in targets}, *map(frozenset, facts))
 
 
 def _are_targets(paths: Any, targets: Container[str]) -> bool:

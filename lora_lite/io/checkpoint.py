@@ -112,6 +112,7 @@ def load(
     check_shapes(file.header.entries, specs, str(file.path))  # no tensor has been read so far
     tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
     with installed(root, methods, name, tensors, file.scale, file.steps) as adapter:
+        file.check_ties({p for p, site in sites.items() if site.base.ties} for sites in by_path)
         recorded = file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
         if not same_base(recorded, adapter.base_record):
             reads = any(site.base_weight != "unused" for site in adapter.sites())
@@ -163,7 +164,9 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     if any({*paths.values()} != sites.keys() for paths, sites in zip(wanted, by_path, strict=True)):
         raise CheckpointError(f"{file.path} and adapter {name!r} are not on the same layers\n  use lora_lite.load")
     pairs = zip(wanted, by_path, strict=True)
-    specs, keys = _specs(file, [{p: sites[path] for p, path in paths.items()} for paths, sites in pairs])
+    in_file_by_path = [{p: sites[path] for p, path in paths.items()} for paths, sites in pairs]
+    file.check_ties({p for p, site in sites.items() if site.base.ties} for sites in in_file_by_path)
+    specs, keys = _specs(file, in_file_by_path)
     shapes = adapter.shapes()
     check_shapes(file.header.entries, {in_file: shapes[keys[in_file]] for in_file in specs}, str(file.path))
     state = adapter.state_dict()  # what the file leaves to a resume stays as it is
@@ -192,11 +195,10 @@ def _metadata(model: nn.Module, adapter: Adapter, digests: list[str], resume: bo
     never = set() if all(site.ran for site in adapter.sites()) else uncalled(model) & adapter.targets.keys()
     optional: dict[str, Any] = {"on": digests, "never_ran": sorted(never)}
     methods = [_method_metadata(method) for method in adapter.methods]
-    if resume:
+    if resume and (adapter.steps or adapter.never_stepped):  # else its own file didn't say how many there were
         optional["steps"] = adapter.steps
-    several = {"format": SEVERAL, "methods": methods}
     return {
-        **(several if len(methods) > 1 else {"format": FORMAT, **methods[0]}),
+        **({"format": SEVERAL, "methods": methods} if len(methods) > 1 else {"format": FORMAT, **methods[0]}),
         "scale": adapter.scale,
         "base": adapter.base,
         "library": __version__,
@@ -209,6 +211,9 @@ def _method_metadata(method: Method) -> dict[str, Any]:
     if variant.layer_specs is not Variant.layer_specs:
         optional["biased"] = [target.path for target in targets if target.has_bias]
         optional["diagonal"] = [target.path for target in targets if target.is_diagonal]
+    if method.cfg.tied_weights == "as_base":
+        optional["tied"] = [site.path for site in method.sites if site.base.ties]
+        optional["untied"] = [site.path for site in method.sites if not site.base.ties]
     return {
         "variant": method.cfg.variant,
         "config": method.cfg.to_dict(),

@@ -63,6 +63,7 @@ def load_raw(
     root: nn.Module, path: Path, headers: Iterable[Header], cfg: BaseConfig | None, name: str, verify_base: bool
 ) -> Adapter:
     """`load` of raw tensors. Without a cfg, the CheckpointError says what the tensors look like."""
+    cfg = None if cfg is None else checked_config(cfg)
     live = base_tensors(root)
     raw = _sorted_keys(path, {key: header for header in headers for key in header.entries}, live)
     chosen = _chosen(raw, name)
@@ -71,7 +72,7 @@ def load_raw(
     targets, layers = layers_of(root, path, keys, () if cfg is None else cfg.kinds)
     if cfg is None:
         raise CheckpointError(_description(raw, keys, targets))
-    overrides = overrides_at(checked_config(cfg), [target.path for target in layers])
+    overrides = overrides_at(cfg, [target.path for target in layers])
     order = {module: i for i, module in enumerate(root.modules())}  # attach's: files are sorted by key, 10 before 2
     pairs = zip(targets, make_sites(layers, cfg, overrides), strict=True)
     sites = dict(sorted(pairs, key=lambda item: order[item[1].module]))

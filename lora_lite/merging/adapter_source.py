@@ -116,6 +116,7 @@ def _of_file(file: AdapterFile) -> AdapterSource:
                 cfgs[path].append(cfg)
                 layers[-1][path] = target, specs_at(target, cfg)
         check_shapes(file.header.entries, file.specs(layers), str(file.path))
+        file.check_ties({path for path in method.targets if locations[path].tied_to} for method in file.methods)
         return cfgs
 
     path, header = file.path, file.header

@@ -212,6 +212,8 @@ def _check_commute(layer: MergedLayer, weight: Tensor, bias: Tensor | None, expe
     merged = outer(x, lambda x: inner(x, plain))
     # What reads the weight would find another one there. Between float64 outputs, 1e-9 is above any rounding.
     if reads or (merged - wanted).abs().max() > 1e-9 * wanted.abs().max():
-        going, staying = (", ".join(site.state.name for site in sites) for sites in (layer.sites, layer.stay))
+        going, staying = (
+            ", ".join(dict.fromkeys(site.state.name for site in sites)) for sites in (layer.sites, layer.stay)
+        )
         problem = f"{layer.base.path}: {staying} would act differently on a weight with {going} merged into it"
         raise TargetError(f"{problem}\n  merge all adapters at once, or detach what stays")

@@ -41,7 +41,7 @@ class Bias:
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: BiasConfig) -> dict[str, ParamSpec]:
-        return {"lora_bias": ParamSpec((d_out,))}
+        return {"lora_bias": ParamSpec((d_out,), is_shift=True)}
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:

@@ -43,7 +43,7 @@ class Full:
     def layer_specs(target: Target, cfg: FullConfig) -> dict[str, ParamSpec]:
         shape = (target.d_out,) if target.is_diagonal else (target.d_out, target.d_in)
         specs = {"lora_weight": ParamSpec(shape)}
-        return specs | ({"lora_bias": ParamSpec((target.d_out,))} if target.has_bias else {})
+        return specs | ({"lora_bias": ParamSpec((target.d_out,), is_shift=True)} if target.has_bias else {})
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank | None:

@@ -56,7 +56,9 @@ class LoRAConfig(AdapterConfig):
         self.require(isinstance(self.bias, bool), "bias", "True or False")
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         if (tokens := self.invocation_tokens) is not None:
-            valid = isinstance(tokens, list | tuple) and tokens and all(type(t) is int and t >= 0 for t in tokens)
+            valid = (
+                isinstance(tokens, list | tuple) and tokens and all(type(t) is int and 0 <= t < 2**31 for t in tokens)
+            )
             self.require(bool(valid), "invocation_tokens", "one or more ids of tokens, or None")
             object.__setattr__(self, "invocation_tokens", tuple(tokens))  # the config is frozen
 
@@ -75,7 +77,7 @@ class LoRA:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
         a = ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True)
-        b, beta = ParamSpec((d_out, cfg.r), keep_dtype=True), ParamSpec((d_out,), keep_dtype=True)
+        b, beta = ParamSpec((d_out, cfg.r), keep_dtype=True), ParamSpec((d_out,), keep_dtype=True, is_shift=True)
         return {"lora_A": a, "lora_B": b} | ({"lora_bias": beta} if cfg.bias else {})
 
     @staticmethod

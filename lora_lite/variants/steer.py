@@ -83,7 +83,10 @@ class Steer:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SteerConfig) -> dict[str, ParamSpec]:
         shapes = {"own": (d_out,), "v": (d_out,), "norm": ()}
-        return {f"lora_{name}": ParamSpec(shape, trainable=False, keep_dtype=True) for name, shape in shapes.items()}
+        return {
+            f"lora_{name}": ParamSpec(shape, trainable=False, keep_dtype=True, is_shift=name == "v")
+            for name, shape in shapes.items()
+        }
 
     @staticmethod
     def refresh(targets: Mapping[str, Layer], cfg: SteerConfig) -> None:

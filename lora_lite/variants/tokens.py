@@ -41,7 +41,11 @@ class TokensConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ids = self.token_ids
-        ok = isinstance(ids, Sequence) and not isinstance(ids, str) and all(type(i) is int and i >= 0 for i in ids)
+        ok = (
+            isinstance(ids, Sequence)
+            and not isinstance(ids, str)
+            and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+        )
         self.require(ok and len(set(ids)) == len(ids), "token_ids", "token ids, each once")
         object.__setattr__(self, "token_ids", tuple(sorted(ids)))
         self.require(self.kinds in (("embedding",), ("linear",)), "kinds", "('embedding',), or ('linear',) for a head")

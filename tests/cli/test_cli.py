@@ -343,6 +343,61 @@ def test_diff_finds_the_layers_where_a_setting_differs(tmp_path: Path) -> None:
     assert {group.path: group.tensors is None for group in found.groups}["model.layers.*.mlp.up_proj"]
 
 
+def test_diff_compares_all_methods_of_a_layer(tmp_path: Path) -> None:
+    def pair(**changes: Any) -> list[Any]:
+        first = config("lora", r=2, alpha=changes.get("alpha"), target_names=changes.get("first", ["q_proj"]))
+        return [first, config("ia3", target_names=["q_proj", *changes.get("second", [])])]
+
+    def saved(configs: list[Any], name: str) -> Path:
+        model = tiny_llama()
+        perturb(ll.attach(model, configs))
+        ll.save(model, tmp_path / name)
+        return tmp_path / name
+
+    a = saved(pair(), "a.safetensors")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(a.read_bytes())
+
+    def nudge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.q_proj.lora_B"] += 1
+
+    rewrite(other, tensors=nudge)
+    found = compare(a, other)
+    assert {group.path: bool(group.tensors) for group in found.groups} == {
+        "model.layers.*.self_attn.q_proj": True,
+        "model.layers.*.self_attn.q_proj (2)": False,
+    }
+    assert not found.equal
+    assert compare(a, a).equal
+    found = compare(a, saved(pair(second=["k_proj"], alpha=4.0), "b.safetensors"))
+    assert found.config == {
+        "2 ia3 target_names": (["q_proj"], ["q_proj", "k_proj"]),
+        "alpha at 2 layers": (None, 4.0),
+    }
+    assert found.only_b == [f"model.layers.{i}.self_attn.k_proj" for i in (0, 1)]
+    found = compare(a, saved(pair()[:1], "c.safetensors"))
+    assert found.config == {"methods": (["lora", "ia3"], ["lora"])}
+    assert found.only_a == [f"model.layers.{i}.self_attn.q_proj (2)" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("field", ["scale", "alpha"])
+def test_numbers_that_no_product_holds_are_refused(field: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("lora", r=2, alpha=2.0))
+
+    def spoil(meta: dict[str, Any]) -> None:
+        (meta if field == "scale" else meta["config"])[field] = 1e308
+
+    rewrite(path, meta=spoil)
+    for command in (["inspect", path], ["diff", path, path]):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert f"{field}" in result.stderr
+    with pytest.raises(ll.ConfigError, match="alpha=1e\\+308"):
+        ll.LoRAConfig(alpha=1e308)
+    with pytest.raises(ll.ConfigError, match="scale 1e\\+308: wanted a finite number"):
+        ll.attach(tiny_llama(), ll.LoRAConfig()).scale = 1e308
+
+
 def test_diff_reads_through_wrappers_prefixes(tmp_path: Path) -> None:
     cfg = config("lora", r=2)
     a, wrapped = saved(tmp_path, cfg), nn.ModuleDict({"module": tiny_llama()})

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from models import moe, perturb
+from models import moe, perturb, tiny_llama
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -289,6 +289,41 @@ def test_an_embedding_equals_the_dense_formula() -> None:
     model = nn.Sequential(nn.Embedding(10, 8, padding_idx=0), nn.Linear(8, 3)).double().eval().requires_grad_(False)
     ids = torch.tensor([[1, 2, 3], [4, 1, 9]])
     check_against_oracle(model, ll.LoRAConfig(r=2, kinds=["embedding"], dtype=torch.float64), ids)
+
+
+class Read(nn.Module):
+    """A layer whose weight and bias are read, and not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.proj.weight, self.proj.bias)
+
+
+@pytest.mark.parametrize("cfg", [partial(ll.AdaLoRAConfig, init_r=2, target_r=2), partial(ll.VeRAConfig, r=2)])
+@pytest.mark.parametrize("kind", ["conv", "embedding", "tied", "read"])
+def test_a_vector_s_in_float32_beside_a_16_bit_base(cfg, kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = {
+        "conv": lambda: (nn.Sequential(nn.Conv1d(4, 6, 3)), torch.randn(2, 4, 9).bfloat16()),
+        "embedding": lambda: (nn.Sequential(nn.Embedding(20, 8)), torch.randint(0, 20, (3, 5))),
+        "tied": lambda: (tiny_llama(tie_word_embeddings=True), IDS),
+        "read": lambda: (Read(), torch.randn(3, 8).bfloat16()),
+    }[kind]()
+    model = model.bfloat16().eval()
+    tied = {"target_names": "embed_tokens", "tied_weights": "together"} if kind == "tied" else {"target_names": "."}
+    before = _output(model(x))
+    adapter = ll.attach(model, cfg(kinds=("linear", "conv", "embedding"), **tied))
+    assert torch.equal(_output(model(x)), before)
+    perturb(adapter, 0.3)
+    attached = _output(model(x))
+    assert attached.dtype == torch.bfloat16
+    assert not torch.equal(attached, before)
+    attached.sum().backward()
+    ll.merge(model)
+    torch.testing.assert_close(_output(model(x)), attached.detach(), atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize("cfg", [ll.DoRAConfig, ll.IA3Config, ll.PiSSAConfig, ll.IA3FFConfig], ids=lambda c: c.__name__)

@@ -495,3 +495,8 @@ def test_files_that_are_not_of_blocks_go_on_no_block(tmp_path: Path) -> None:
     save_file(renamed, file, {"format": "pt", key: json.dumps(record)})
     with pytest.raises(ll.CheckpointError, match=r"mlp.down_proj is no block of this"):
         ll.load(tiny_llama(), file)
+
+
+def test_blocks_are_counted_as_such() -> None:
+    adapter = ll.attach(tiny_llama(), ll.ReFTConfig(r=2))
+    assert adapter.counts() == "2 block"

@@ -94,3 +94,14 @@ def test_scaling() -> None:
     assert ll.LoRAConfig(r=16).scaling == 1.0
     assert ll.LoRAConfig(r=16, alpha=32.0).scaling == 2.0
     assert ll.LoRAConfig(r=16, alpha=32.0, rslora=True).scaling == 8.0
+
+
+@pytest.mark.parametrize("field", ["token_ids", "invocation_tokens"])
+def test_ids_of_tokens_are_those_of_a_tokenizer(field: str) -> None:
+    """More than an embedding can have would raise within torch, in the forward; and a long list makes no long error."""
+    config: Any = {"token_ids": ll.TokensConfig, "invocation_tokens": ll.LoRAConfig}[field]
+    assert getattr(config(**{field: [1, 2**31 - 1]}), field)[-1] == 2**31 - 1
+    for wrong in ([1, 2**31], [2**70], [*range(100_000), -1]):
+        with pytest.raises(ll.ConfigError, match=rf"{field}=\[.*: wanted") as error:
+            config(**{field: wrong})
+        assert len(str(error.value)) < 600

@@ -448,3 +448,43 @@ def test_the_new_methods_go_into_a_history(cfg: Any, tmp_path: Path) -> None:
     fresh = tiny_llama(bias=True)
     ll.load(fresh, tmp_path / "a.safetensors", "history")
     assert torch.equal(logits(fresh), kept)
+
+
+def test_what_differs_by_layer_is_told_of_each_method() -> None:
+    configs = [ll.LoRAConfig(r=2, target_names="q_proj", per_layer={f"{i}.self": {"r": 3 + i}}) for i in (0, 0, 1)]
+    adapter = ll.attach(tiny_llama(), configs)
+    path = "model.layers.{}.self_attn.q_proj"
+    assert adapter.per_layer == {
+        path.format(0): {"r": 3},
+        f"{path.format(0)} (2)": {"r": 3},
+        f"{path.format(1)} (3)": {"r": 4},
+    }
+
+
+def test_data_is_for_the_method_that_takes_it() -> None:
+    model = tiny_llama()
+    directions = {"directions": torch.eye(64)[:1]}
+    adapter = ll.attach(model, [ll.LoRAConfig(r=2), ll.AbliterationConfig()], calibration_data=directions)
+    before = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+    adapter.configure(calibration_data={"directions": torch.eye(64)[1:2]})
+    after = adapter.state_dict()
+    assert {key.rpartition("_")[2] for key in after if not torch.equal(before[key], after[key])} == {"own", "v"}
+    with pytest.raises(ll.ConfigError, match="'lora' takes no calibration_data"):
+        ll.attach(model, [ll.LoRAConfig(r=2), ll.NormConfig()], "second").configure(calibration_data=directions)
+
+
+def test_a_list_is_no_longer_than_a_file_may_hold(tmp_path: Path) -> None:
+    model, cfg = tiny_llama(), ll.LoRAConfig(r=1, target_names="0.self_attn.q_proj")
+    with pytest.raises(ll.ConfigError, match=r"65 configs\n  wanted one, or several .*, 64 at most"):
+        ll.attach(model, [cfg] * 65)
+    ll.attach(model, [cfg] * 64)
+    ll.save(model, tmp_path / "a.safetensors")
+    assert len(ll.load(tiny_llama(), tmp_path / "a.safetensors").methods) == 64
+
+
+def test_an_adapter_of_several_is_named_once_where_it_does_not_commute() -> None:
+    model = tiny_llama()
+    perturb(ll.attach(model, [ll.IA3Config(target_names="q_proj")] * 3))
+    perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names="q_proj"), "last"))
+    with pytest.raises(ll.TargetError, match=r"q_proj: default would act differently on a weight with last merged"):
+        ll.merge(model, "last")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import perturb, tiny_llama
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import lora_lite as ll
 
@@ -87,6 +88,37 @@ def test_files_copies_scales_and_detach(tmp_path: Path) -> None:
     assert torch.equal(logits(model), base)
     assert not any("lora" in key for module in model.modules() for key in vars(module))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_as_base_is_what_it_was_in_training(is_tied: bool, tmp_path: Path) -> None:
+    """On a base of equal numbers that is tied otherwise the outputs would be others: 19 apart, once measured."""
+    cfg, path = ll.TokensConfig(token_ids=(1, 5)), tmp_path / "a.safetensors"
+    model, alike, other = (tiny_llama(tie_word_embeddings=tied) for tied in (is_tied, is_tied, not is_tied))
+    numbers = model.state_dict() | {"lm_head.weight": model.model.embed_tokens.weight}
+    for each in (alike, other):
+        each.load_state_dict(numbers)
+    model.load_state_dict(numbers)
+    perturb(ll.attach(model, [cfg, ll.LoRAConfig(r=2)]), 0.3)
+    ll.save(model, path)
+    ll.load(alike, path)
+    assert torch.equal(logits(alike), logits(model))
+    words = ("tied", "untied") if is_tied else ("untied", "tied")
+    match = f"embed_tokens was trained where its weight is {words[0]}, and in this model it is {words[1]}\n"
+    match += f".* tie_word_embeddings={is_tied}"
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.load(other, path)
+    assert not ll.adapters(other)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.merge_checkpoint(tmp_path / "other", path, tmp_path / "out")
+    alike.save_pretrained(tmp_path / "alike")
+    perturb(ll.attach(other, [cfg, ll.LoRAConfig(r=2)]), 0.1)
+    before = logits(other)
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.restore(other, path)
+    assert torch.equal(logits(other), before)
+    ll.restore(model, path)
 
 
 def test_apart_is_the_embedding_alone_and_no_merge() -> None:
@@ -200,3 +232,52 @@ def test_what_is_refused(fields: dict, words: str) -> None:
         ll.attach(tied(), ll.IA3Config(**EMBEDDING))
     sides = {"positive": [{"input_ids": IDS}], "negative": [{"input_ids": IDS + 20}]}
     ll.attach(tied(), ll.SteerConfig(kinds="block", tied_weights="refuse"), calibration_data=sides)
+
+
+def encoder_decoders() -> list[Any]:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartConfig(vocab_size=96, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+    t5 = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    models = [BartForConditionalGeneration(bart), T5ForConditionalGeneration(t5)]
+    return [model.eval().requires_grad_(False) for model in models]  # which changes T5's own rounding
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["bart", "t5"])
+def test_rows_of_an_embedding_that_encoder_and_decoder_share(family: int, tmp_path: Path) -> None:
+    """`shared` and both `embed_tokens` are one weight: the first is the target, the others its ties."""
+    torch.manual_seed(0)
+    model, cfg = encoder_decoders()[family], ll.TokensConfig(token_ids=(1, 5))
+
+    def outputs(model: Any) -> torch.Tensor:
+        return model(input_ids=IDS, decoder_input_ids=IDS).logits.detach()
+
+    base, other = outputs(model), copy.deepcopy(model)
+    (target,) = ll.plan(model, cfg)
+    adapter = ll.attach(model, cfg)
+    assert target.path.endswith("shared")
+    assert list(adapter.targets) == [target.path]
+    assert torch.equal(outputs(model), base)
+    perturb(adapter, 0.3)
+    fresh = copy.deepcopy(other)
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(outputs(fresh), outputs(model))
+    with torch.no_grad():
+        other.get_input_embeddings().weight[[1, 5]] += adapter.state_dict()[f"{target.path}.lora_delta"].mT
+    torch.testing.assert_close(outputs(model), outputs(other), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs(model), base, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "cfg", [ll.DoRAConfig(**EMBEDDING | {"target_names": ["lm_head"], "kinds": ["linear"]}), ll.IA3Config(**EMBEDDING)]
+)
+def test_a_plan_refuses_what_attach_refuses_and_leaves_no_trace(cfg: Any) -> None:
+    model = tied()
+    with pytest.raises(ll.TargetError) as planned:
+        ll.plan(model, cfg)
+    with pytest.raises(ll.TargetError) as attached:
+        ll.attach(model, cfg)
+    assert str(planned.value) == str(attached.value)
+    assert not any("_lora" in name for module in model.modules() for name in vars(module))
+    ll.plan(model, ll.LoRAConfig(**EMBEDDING))
+    assert not any("_lora" in name for module in model.modules() for name in vars(module))

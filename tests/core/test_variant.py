@@ -111,7 +111,7 @@ def test_a_config_of_another_class_is_refused() -> None:
         ll.attach(OneLinear(), ll.AdapterConfig(variant="dora"))
 
 
-@pytest.mark.parametrize("names", [["A"], ["lora_a__b"], ["lora_"], []])
+@pytest.mark.parametrize("names", [["A"], ["lora_a__b"], ["lora_"], [], ["lora_2_x"]])
 def test_tensor_names_start_with_lora(names: list[str]) -> None:
     cls = variant(param_specs=staticmethod(lambda d_in, d_out, cfg: {name: ll.ParamSpec((1,)) for name in names}))
     with pytest.raises(ll.VariantError, match="wanted one name or more, each like lora_xyz"):

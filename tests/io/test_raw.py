@@ -1,6 +1,8 @@
 """Raw tensors: whole state dicts as consolidation writes them, with every key accounted for."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,3 +377,17 @@ def test_tied_weights_that_the_state_dict_names_twice(tmp_path: Path, log: list[
     ll.load(fresh, write(tmp_path / "raw.safetensors", whole(model)), cfg=cfg)
     assert torch.equal(logits(fresh), logits(model))
     assert "21 base tensors equal" in log[-1]
+
+
+def test_several_configs_are_refused(tmp_path: Path) -> None:
+    """In a process of its own: the types that tests check would stop the call before it is made."""
+    path = write(tmp_path / "raw.safetensors", {"0.lora_A": torch.zeros(2, 4)})
+    script = f"""
+import torch, lora_lite as ll
+try:
+    ll.load(torch.nn.Sequential(torch.nn.Linear(4, 4)), {str(path)!r}, cfg=[ll.LoRAConfig(r=2), ll.NormConfig()])
+except ll.ConfigError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert "is not a config" in result.stdout, result.stderr[-2000:]

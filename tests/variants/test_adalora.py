@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import IDS, OneLinear, perturb, tiny_llama
+from models import IDS, OneLinear, moe, perturb, tiny_llama
 from test_ecosystem import Tokens, arguments
 from transformers import TrainingArguments
 
@@ -253,6 +253,23 @@ def test_a_rank_of_0_is_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(fresh(input_ids=IDS).logits, wanted)
         ll.merge(fresh)
         torch.testing.assert_close(fresh(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_each_expert_has_the_importance_of_its_own_gradient() -> None:
+    """A view of an expert shows a slice, whose `.grad` torch never fills."""
+    torch.manual_seed(0)
+    model = moe("qwen3")
+    cfg = ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=4, kinds=("experts",), target_names="experts")
+    adapter = ll.attach(model, cfg)
+    perturb(adapter, 0.1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    tensors = {key: t.detach().clone() for key, t in adapter.named_tensors()}
+    trained = {key: p.grad.clone() for key, p in adapter.named_tensors() if isinstance(p, torch.nn.Parameter)}
+    adapter.step()
+    now = dict(adapter.named_tensors())
+    for key, gradient in trained.items():
+        torch.testing.assert_close(now[f"{key}_ipt"], 0.15 * (tensors[key] * gradient).abs())
+        assert now[f"{key}_ipt"].flatten(1).any(1).sum() > 1, "more than one expert was at work"
 
 
 @pytest.mark.parametrize(

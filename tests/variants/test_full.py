@@ -198,3 +198,8 @@ def test_a_classifier_keeps_its_head(kind: str, tmp_path: Path) -> None:
     ll.load(other, tmp_path / "a.safetensors")
     assert torch.equal(other(input_ids=IDS).logits, wanted)
     assert dict(adapter.named_tensors())[f"{head}.lora_weight"].any()
+
+
+def test_biases_alone_of_a_model_without_any() -> None:
+    with pytest.raises(ll.TargetError, match=r"no layer of kinds=\('linear', 'conv', 'norm'\) has a bias, and 'bias'"):
+        ll.attach(nn.Sequential(nn.Linear(4, 4, bias=False)), ll.BiasConfig())

@@ -1,5 +1,7 @@
 """LoRA with a bias of its own, PEFT's lora_bias: what a constant in a low-rank update asks of all that knows LoRA."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +99,39 @@ def test_a_history_keeps_it_in_tensors_of_its_own() -> None:
 
 
 def test_no_weight_holds_it() -> None:
+    """While it is 0, a weight could stand for it; once it is trained, none does."""
     attention = nn.MultiheadAttention(4, 2)
-    biased(attention, ll.LoRAConfig(r=2, target_names="out_proj", bias=True))
-    x = torch.randn(3, 4)
-    with pytest.raises(ll.VariantError, match=r"out_proj: 'lora' adds a constant, and no weight holds one"):
-        attention(x, x, x)
+    for layer in ("out_proj", "in_proj_weight"):
+        with pytest.raises(ll.TargetError, match=rf"{layer}: 'lora' adds a constant, and no weight holds one\n  leave"):
+            ll.attach(attention, ll.LoRAConfig(r=2, target_names=layer, bias=True))
+    assert not ll.adapters(attention)
+    ll.attach(attention, ll.LoRAConfig(r=2, bias=True, per_layer={".": {"bias": False}}))
+    together = {"target_names": "embed_tokens", "kinds": "embedding", "tied_weights": "together"}
+    model = tiny_llama(tie_word_embeddings=True)
+    with pytest.raises((ll.VariantError, ll.TargetError), match="adds a constant"):
+        ll.attach(model, ll.LoRAConfig(r=2, bias=True, **together))
+        logits(model)  # fresh
+
+
+def test_a_graph_refuses_it_on_a_convolution_at_the_first_step() -> None:
+    """In a process of its own, without the shape checks of the tests, which no graph can hold."""
+    script = """
+import torch, lora_lite as ll
+for cfg in (ll.FullConfig(target_names=""), ll.BiasConfig(), ll.LoRAConfig(r=2, bias=True, kinds="conv")):
+    model = torch.nn.Sequential(torch.nn.Conv1d(4, 6, 3))
+    ll.attach(model, cfg)
+    torch._dynamo.reset()
+    try:
+        torch.compile(model, backend="eager")(torch.randn(2, 4, 9))
+    except Exception as error:
+        print(str(error).splitlines()[:2])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    refused = result.stdout.splitlines()
+    assert len(refused) == 3, result.stderr[-2000:]
+    for line, name in zip(refused, ("full", "bias", "lora"), strict=True):
+        assert f"{name!r} adds a constant, and no weight holds one" in line
+        assert "as under torch.compile" in line
 
 
 def test_what_has_none() -> None:
