@@ -25,10 +25,10 @@ from .base.still import still
 from .core.adapter import adapters, get_adapter, scaled
 from .core.ran import grouped
 from .core.state import session_of
+from .core.variant import config_for
 from .errors import CheckpointError, TargetError, brief
 from .io.checkpoint import restore, save
 from .measure.audit import watched_step
-from .variants.full import FullConfig
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer", "Reference", "reference"]
 
@@ -145,7 +145,7 @@ def _fulls(model: nn.Module, lost: list[str]) -> Iterator[str]:
     layers = find_layers(dict(model.named_modules()))
     for path in (path for name in lost for path in (name, name.rpartition(".")[0]) if path in layers):
         kind = layers[path].kind.category
-        kinds = "" if kind in FullConfig.kinds else f", kinds={kind!r}"
+        kinds = "" if kind in config_for("full").kinds else f", kinds={kind!r}"
         yield f"ll.FullConfig(target_names={path.rpartition('.')[2]!r}{kinds})"
 
 
