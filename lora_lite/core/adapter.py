@@ -274,9 +274,7 @@ class Adapter:
 
     def counts(self) -> str:
         """How many layers of each kind, for messages: "30 o_proj, 30 down_proj"; of the stream, "30 block"."""
-        kinds = Counter(
-            {s.path: "block" if s.base.is_block else s.path.rpartition(".")[2] for s in self.sites()}.values()
-        )
+        kinds = Counter({s.path: "block" if s.base.is_block else s.path.split(".")[-1] for s in self.sites()}.values())
         fused = {site.path.rpartition(".")[2] for site in self.sites() if site.target.experts}
         return ", ".join(f"{n} {'blocks of fused ' if kind in fused else ''}{kind}" for kind, n in kinds.items())
 

@@ -26,7 +26,7 @@ from .variant import ParamSpec, adds_constant, lookup, weight_use
 
 _NAME = re.compile(r"lora_[A-Za-z0-9]+(_[A-Za-z0-9]+)*")
 MOST_METHODS = 64
-"""The most that one adapter has, so that a file that anyone may have written costs no more."""
+"""One adapter has no more of them, so that a file, which anyone may have written, can't cost more."""
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Path of a target -> the config fields that differ there."""

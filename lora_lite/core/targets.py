@@ -149,7 +149,7 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
 
 
 def _first_holders(targets: list[Target], layers: Mapping[Target, BaseLayer]) -> list[Target]:
-    """The first of targets that are one weight, as T5's `shared` and both `embed_tokens`: the others are its ties."""
+    """The first of the targets that are one weight, as T5's `shared` and both `embed_tokens`; others are its ties."""
     weights = [layers[target].stored for target in targets]  # all at once: an id is one tensor's while that is there
     first = {id(weight): target for weight, target in list(zip(weights, targets, strict=True))[::-1]}
     return [target for weight, target in zip(weights, targets, strict=True) if first[id(weight)] is target]

@@ -24,6 +24,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST  # no nan
 
 
+def is_token(value: Any) -> bool:
+    """True for what can be the id of a token, in a table of int32 too."""
+    return type(value) is int and 0 <= value < 2**31
+
+
 def is_name(value: Any) -> bool:
     """True for what can name an adapter or a round: letters and digits, with single '_' or '-' between them."""
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", value) is not None

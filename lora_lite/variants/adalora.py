@@ -105,5 +105,5 @@ class AdaLoRA:
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         s = layer.scale * layer.cfg.alpha / (layer.cfg.init_r + 1e-5)
         dropout = layer.cfg.dropout if layer.training else 0.0
-        a = layer.lora_A.to(torch.promote_types(layer.lora_A.dtype, x.dtype)) * (s * layer.lora_E)  # (r, i)
+        a = layer.lora_A.to(torch.promote_types(x.dtype, layer.lora_A.dtype)) * (s * layer.lora_E)  # (r, i)
         return add_low_rank(y, x, a, layer.lora_B, 1.0, dropout)

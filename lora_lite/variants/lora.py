@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.positions import Prompt
-from ..core.validate import is_number, positive_or_none
+from ..core.validate import is_number, is_token, positive_or_none
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.positions import from_invocation
 from ..ops.low_rank import add_low_rank
@@ -56,9 +56,7 @@ class LoRAConfig(AdapterConfig):
         self.require(isinstance(self.bias, bool), "bias", "True or False")
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         if (tokens := self.invocation_tokens) is not None:
-            valid = (
-                isinstance(tokens, list | tuple) and tokens and all(type(t) is int and 0 <= t < 2**31 for t in tokens)
-            )
+            valid = isinstance(tokens, list | tuple) and tokens and all(map(is_token, tokens))
             self.require(bool(valid), "invocation_tokens", "one or more ids of tokens, or None")
             object.__setattr__(self, "invocation_tokens", tuple(tokens))  # the config is frozen
 

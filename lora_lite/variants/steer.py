@@ -84,8 +84,7 @@ class Steer:
     def param_specs(d_in: int, d_out: int, cfg: SteerConfig) -> dict[str, ParamSpec]:
         shapes = {"own": (d_out,), "v": (d_out,), "norm": ()}
         return {
-            f"lora_{name}": ParamSpec(shape, trainable=False, keep_dtype=True, is_shift=name == "v")
-            for name, shape in shapes.items()
+            f"lora_{n}": ParamSpec(s, trainable=False, keep_dtype=True, is_shift=n == "v") for n, s in shapes.items()
         }
 
     @staticmethod

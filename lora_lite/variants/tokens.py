@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.config import BaseConfig
 from ..core.targets import Target
+from ..core.validate import is_token
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
 
@@ -41,11 +42,7 @@ class TokensConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ids = self.token_ids
-        ok = (
-            isinstance(ids, Sequence)
-            and not isinstance(ids, str)
-            and all(type(i) is int and 0 <= i < 2**31 for i in ids)
-        )
+        ok = isinstance(ids, Sequence) and not isinstance(ids, str) and all(map(is_token, ids))
         self.require(ok and len(set(ids)) == len(ids), "token_ids", "token ids, each once")
         object.__setattr__(self, "token_ids", tuple(sorted(ids)))
         self.require(self.kinds in (("embedding",), ("linear",)), "kinds", "('embedding',), or ('linear',) for a head")

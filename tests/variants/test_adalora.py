@@ -272,6 +272,15 @@ def test_each_expert_has_the_importance_of_its_own_gradient() -> None:
         assert now[f"{key}_ipt"].flatten(1).any(1).sum() > 1, "more than one expert was at work"
 
 
+def test_a_history_keeps_it_as_one_pair_of_products() -> None:
+    """In float64, where a history compares, its products aren't rounded to the factors' float32."""
+    model, _ = stepped()
+    wanted = model(input_ids=IDS).logits.detach()
+    ll.freeze_into(model)
+    torch.testing.assert_close(model(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert ll.history(model)[0].ranks
+
+
 @pytest.mark.parametrize(
     ("fields", "wanted"), [({}, (12, 12)), ({"r": 4}, (4, 4)), ({"init_r": 6}, (6, 6)), ({"init_r": 6, "r": 2}, (2, 6))]
 )
