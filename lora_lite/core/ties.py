@@ -11,7 +11,7 @@ from ..errors import TargetError
 from .config import BaseConfig
 from .names import TIES
 from .state import Site, sites_of
-from .variant import Variant, lookup
+from .variant import Variant, adds_constant, lookup
 
 _APART = 'use tied_weights="apart"'
 
@@ -70,6 +70,8 @@ def _check_together(
         cure = 'with tied_weights="together" name the embedding alone, and always the same one'
     elif lookup(cfg.variant).low_rank is Variant.low_rank:
         problem, cure = f"{problem}, and {cfg.variant!r} is no low-rank update", _APART
+    elif adds_constant(site.specs):
+        problem, cure = f"{problem}, and {cfg.variant!r} adds a constant, which no weight holds", _APART
     elif any(other.base_weight != "unused" for other in others):
         problem, cure = f"{problem}, where an adapter reads the weight", "detach that first"
     else:
