@@ -82,7 +82,7 @@ def save_peft(
     if rank is None:
         tensors, settings = _native(root, chosen, layers)
     else:
-        _check_lacks(layers)
+        _check_lacks(layers, is_plain=True)
         tensors, settings, worst = _low_rank(root, layers, rank, max_error)
     check_numbers(tensors, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
     if settings["peft_type"] == "LORA":  # PEFT renames no other keys
@@ -108,10 +108,13 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
     return layers
 
 
-def _check_lacks(layers: Layers) -> None:
-    """Raises CheckpointError for a layer on which PEFT has no such adapter."""
-    for path, (site, *_) in layers.items():
-        if lack := forms.lacks(site):
+def _check_lacks(layers: Layers, is_plain: bool = False) -> None:
+    """Raises CheckpointError for a layer on which PEFT has no such adapter, or a plain LoRA can't be one."""
+    for path, (site, *others) in layers.items():
+        lack = forms.lacks(site)
+        if is_plain and any(each.positions is not None for each in (site, *others)):
+            lack = "it acts at some positions of a sequence, which a plain LoRA can't say"
+        if lack:
             cure = "keep it as our file (lora_lite.save)" + ", or merge it" * (not site.no_weight)
             raise CheckpointError(f"{path or 'the model itself'}: {lack}\n  {cure}")
 
