@@ -322,17 +322,9 @@ class Noisy:
         return y + layer.lora_w * torch.rand(y.shape, generator=layer.generator(y))
 
 
-@pytest.fixture
-def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_lite.core.variant.REGISTRY", ll.REGISTRY)
-    ll.register(Noisy)
-    yield
-    del ll.REGISTRY["noisy"]
-
-
-@pytest.mark.usefixtures("noisy")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_checkpoint_draws_the_same_random_numbers_again(use_reentrant: bool) -> None:
+    ll.register(Noisy)
     layer = nn.Linear(4, 4)
     adapter = ll.attach(layer, ll.AdapterConfig(variant="noisy", target_names="^$"))
     x = torch.randn(3, 4, requires_grad=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from lora_lite.base.layer import quantization_of
+from lora_lite.base.matrices import normalized
 from lora_lite.cli.report import inspect
 
 SMALL = {**SIZES, "intermediate_size": 96}
@@ -445,3 +446,17 @@ def test_a_norm_that_no_change_of_its_weight_fits_is_refused() -> None:
     with pytest.raises(ll.TargetError, match=r"own forward isn't \(w \+ c\) ⊙ n\(x\) \+ b"):
         ll.attach(model, ll.NormConfig())
     ll.attach(model, ll.IA3Config(kinds="norm"))  # acts on the output alone
+
+
+@pytest.mark.parametrize("make", [Gated, WithGain, lambda: nn.LayerNorm(8)])
+def test_a_replica_of_data_parallel_normalises_alike(make: Any) -> None:
+    """Its parameters are plain attributes, which stay as they are."""
+    norm, x = make(), torch.randn(3, 8)
+    replica = norm._replicate_for_data_parallel()
+    replica._parameters = {}
+    for name, parameter in norm._parameters.items():
+        setattr(replica, name, parameter.detach().clone())
+    before = dict(replica.__dict__)
+    assert torch.equal(normalized(replica, x, (x,), {}), normalized(norm, x, (x,), {}))
+    assert replica.__dict__.keys() == before.keys()
+    assert all(replica.__dict__[name] is before[name] for name in norm._parameters)

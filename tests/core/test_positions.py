@@ -6,9 +6,9 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import pytest
@@ -314,6 +314,31 @@ def test_a_method_of_ones_own_may_act_on_inputs_at_positions() -> None:
     ll.register(ByInput)
     model = tiny_llama()
     adapter = ll.attach(model, ll.AdapterConfig(variant="by_input", target_names="layers.1.mlp.down_proj"))
+    base = logits(model)
+    perturb(adapter, 0.5)
+    assert torch.equal((logits(model) != base).any(-1), IDS == 7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnNormsConfig(ll.BaseConfig):
+    variant: str = "on_norms"
+    WITHOUT_MATRIX: ClassVar[tuple[str, ...]] = ("norm",)
+
+
+class OnNorms(ByInput):
+    """A method that reads what a norm makes of its input."""
+
+    name, config, forward_input = "on_norms", OnNormsConfig, None
+
+    @staticmethod
+    def forward(layer: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y + (layer.lora_l - 1) * x
+
+
+def test_a_method_that_reads_a_norms_input_acts_at_positions() -> None:
+    ll.register(OnNorms)
+    model = tiny_llama()
+    adapter = ll.attach(model, OnNormsConfig(kinds="norm", target_names=r"^model\.norm$"))
     base = logits(model)
     perturb(adapter, 0.5)
     assert torch.equal((logits(model) != base).any(-1), IDS == 7)
