@@ -115,6 +115,7 @@ def _config(a: StoredAdapter, b: StoredAdapter, pairs: Collection[tuple[StoredLa
     filters = BaseConfig.FILTERS if a.format == b.format else ()  # PEFT's regexes are never ours
     methods_a, methods_b = ({"methods": [cfg.variant for cfg in side.configs], "scale": side.scale} for side in (a, b))
     out = _differing(methods_a, methods_b, ["scale", *(["methods"] if len(a.configs) != len(b.configs) else [])])
+    # What one side alone has is told by "methods".
     for number, (one, other) in enumerate(zip(a.configs, b.configs, strict=False), 1):
         prefix = "" if len(a.configs) == len(b.configs) == 1 else f"{number} {one.variant} "
         differing_filters = _differing(one.to_dict(), other.to_dict(), filters)
