@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oracles import FIELDS
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -128,6 +129,7 @@ def config(variant: str, **overrides: Any) -> Any:
     cls: Any = ll.config_for(variant)
     if variant == "reft":
         everywhere |= {"kinds": "linear", "first": 1 << 20}
+    everywhere |= FIELDS.get(variant, {})
     cfg = cls(**(everywhere | overrides))
     if "r" in cls.__dataclass_fields__ and "r" not in overrides:
         try:

@@ -6,6 +6,8 @@ does not take, `unwritten` what `save_peft` says of one that it takes and can't 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -200,7 +202,8 @@ NO_LAYER = "no layer that an adapter goes on holds it"
 
 
 def cases() -> Iterator[Case]:
-    for n, (model, config, fields, *rest) in enumerate(TABLE):
+    families = [import_module(file.stem).TABLE for file in sorted(Path(__file__).parent.glob("peft_space_*.py"))]
+    for n, (model, config, fields, *rest) in enumerate([*TABLE, *(row for table in families for row in table)]):
         options = rest[0] if rest else {}
         named = {name: value for name, value in fields.items() if name != "target_modules"}
         yield Case(model, config, fields, **options, id=f"{n}-{model}-{config.__name__[:-6]}-{'-'.join(named)}")

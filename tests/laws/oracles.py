@@ -5,6 +5,8 @@ input x (n, i), and gives y (n, o).
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,3 +153,12 @@ ORACLES: dict[str, Oracle] = {
 
 AT_SCALE: dict[str, Callable[..., Tensor]] = {"antipasto": antipasto}
 """Those whose c is no blend of base and method, with c as one more argument."""
+
+FIELDS: dict[str, dict[str, Any]] = {}
+"""What a method's config needs on the small layers of the tests, whose sides are 16, 24, 32, 64 and 128."""
+
+for _file in sorted(Path(__file__).parent.glob("oracles_*.py")):  # of a family of methods: ORACLES, AT_SCALE, FIELDS
+    _family = import_module(_file.stem)
+    ORACLES |= _family.ORACLES
+    AT_SCALE |= getattr(_family, "AT_SCALE", {})
+    FIELDS |= getattr(_family, "FIELDS", {})
