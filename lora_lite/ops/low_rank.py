@@ -26,6 +26,8 @@ from torch import Tensor, compiler
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
+from .dropout import dropout_seed, dropped
+
 WIDE = torch.float32, torch.float64
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _is_autocast_on = torch._C._is_any_autocast_enabled
@@ -56,7 +58,7 @@ def add_low_rank(
     is_traced = is_dynamo_compiling() or compiler._is_compiling_flag
     if is_traced or _innermost_transform() is not None or forward_ad._current_level >= 0:
         return _reference(y, x, a, b, s, dropout, gain, c, bias)
-    if _is_autocast_on() and (off := _no_autocast(x)):
+    if _is_autocast_on() and (off := no_autocast(x)):
         with off:
             return add_low_rank(y, x, a, b, s, dropout, gain, c, bias)
     # written out, as are the casts below: of one token, a Python call is 1 % of the time
@@ -66,10 +68,15 @@ def add_low_rank(
             out: Tensor = _AddLowRank.apply(y, x, a, b, float(s), gain, float(c), bias, dropout)
             return out
     if dropout:
-        x = _dropped(x, dropout, _seed())
+        x = dropped(x, dropout, dropout_seed())
     elif x.numel() <= FEW * x.shape[-1]:
         return _forward_float32(y, x, a, b, s, gain, c, bias)
     return _forward(y, x, a, b, s, gain, c, bias)[0]
+
+
+def is_traced_or_transformed() -> bool:
+    """Is torch.compile at work, or what `is_transformed` asks for?"""
+    return is_dynamo_compiling() or compiler._is_compiling_flag or is_transformed()
 
 
 def is_transformed() -> bool:
@@ -133,8 +140,8 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
         y, x, a, b, s, gain, c, bias, p = operands
-        seed = _seed() if p else 0
-        out, h = _forward(y, _dropped(x, p, seed) if p else x, a, b, s, gain, c, bias)
+        seed = dropout_seed() if p else 0
+        out, h = _forward(y, dropped(x, p, seed) if p else x, a, b, s, gain, c, bias)
         ctx.save_for_backward(x, a, b, h, gain, *((None, None) if gain is None else (bias, y)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out
@@ -143,26 +150,26 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """The equations at the head of the file. Autograd casts dA and dB to the dtypes of A and B."""
         (u,), s, c, p, needs = grads, ctx.s, ctx.c, ctx.p, ctx.needs_input_grad
-        if _is_autocast_on() and (off := _no_autocast(u)):
+        if _is_autocast_on() and (off := no_autocast(u)):
             with off:
                 return _AddLowRank.backward(ctx, u)
         x, a, b, h, gain, bias, y = ctx.saved_tensors  # read once: a checkpoint gives them only once
         (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
         flat = u.reshape(rows, o)  # (n, o)
-        dropped = (_dropped(x, p, ctx.seed) if p else x).reshape(rows, i)  # x̂ (n, i)
+        x_hat = (dropped(x, p, ctx.seed) if p else x).reshape(rows, i)  # x̂ (n, i)
         down, up = a, b if gain is None else (c * gain)[:, None] * b  # A (r, i), c g ⊙ B (o, r)
         if down.dtype != x.dtype or up.dtype != x.dtype:
             down, up = down.to(x.dtype), up.to(x.dtype)
         if torch.is_grad_enabled():
-            h = dropped @ down.mT  # the saved one has no graph, which a second derivative wants
+            h = x_hat @ down.mT  # the saved one has no graph, which a second derivative wants
         uh = _product(flat.mT, h, s) if needs[3] or needs[5] else None  # s uᵀ h (o, r)
         v = _product(flat, up, s)  # s u (c g ⊙ B) (n, r), which dA and dx share
-        da = v.mT @ dropped if needs[2] else None
+        da = v.mT @ x_hat if needs[2] else None
         dx = None
         if needs[1]:
             # its product has the shape of x, no view gives it: autograd adds other gradients of x into its memory
             dx = v.view(*x.shape[:-1], len(down)) @ down
-            dx = _dropped(dx, p, ctx.seed) if p else dx
+            dx = dropped(dx, p, ctx.seed) if p else dx
         if gain is None:
             return u, dx, da, uh, None, None, None, None, None  # uh is dB here
         k_minus_1 = c * (gain - 1)  # (o,), with the digits that k rounds off
@@ -182,19 +189,7 @@ def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
     return a @ b if s == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
 
 
-def _seed() -> int:
-    """Out of the CPU's generator, which gradient checkpointing sets back for a second run."""
-    return int(torch.randint(2**62, (), device="cpu"))
-
-
-def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """drop(x). The mask is the same for the same seed."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # one order of numbers, whatever the strides of x
-    return x * mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any] | None:
+def no_autocast(x: Tensor) -> AbstractContextManager[Any] | None:
     """A context where x's device has no autocast, so that products are in the dtypes given; None if it has none."""
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -278,13 +278,13 @@ def test_dropout_drops_scales_and_is_seeded() -> None:
 @per_gain
 def test_the_backward_has_the_mask_of_the_forward(c: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[torch.Tensor] = []
-    dropped = low_rank._dropped
+    dropped = low_rank.dropped
 
     def watched(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         masks.append(dropped(torch.ones_like(x), p, seed))
         return dropped(x, p, seed)
 
-    monkeypatch.setattr(low_rank, "_dropped", watched)
+    monkeypatch.setattr(low_rank, "dropped", watched)
     y, x, a, b, gain, _ = operands()
     given = kwargs(c, gain, None, False)
     weights = torch.arange(D_OUT)

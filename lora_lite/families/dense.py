@@ -1,0 +1,39 @@
+"""Methods whose change of the weight is a function of small tensors: ΔW = f(θ) (o, i), formed when it is wanted."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.variant import Layer, LowRank
+from ..ops.low_rank import is_traced_or_transformed
+from ..ops.recompute import add_dense
+
+Delta = Callable[..., Float[Tensor, "o i"]]
+
+
+def with_delta(
+    layer: Layer,
+    x: Float[Tensor, "*b i"],
+    y: Float[Tensor, "*b o"],
+    f: Delta,
+    *tensors: Tensor,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*b o"]:
+    """y + c drop(x) f(*tensors)ᵀ at the layer's scale c. The backward keeps x and the tensors, and no ΔW.
+
+    f           a pure function, of nothing trained but its arguments
+    dropout     in training, of the branch alone
+    """
+    p = dropout if layer.training else 0.0
+    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+        return add_dense(y, x, f, *tensors, s=layer.scale, dropout=p)
+    delta = layer.constant("delta", f, *tensors)  # at inference ΔW is remembered: it costs more than its product
+    return y + (F.linear(x, delta.to(x.dtype)) * layer.scale).to(y.dtype)
+
+
+def as_low_rank(layer: Layer, f: Delta, *tensors: Tensor, dropout: float = 0.0) -> LowRank:
+    """The same for `low_rank`: B is ΔW itself and A the identity, for convolutions, embeddings and experts."""
+    return LowRank(None, f(*tensors), layer.scale, dropout if layer.training else 0.0)
