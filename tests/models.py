@@ -114,7 +114,7 @@ def one_layer(
         nn.init.normal_(model.proj.weight)
     if variant == "tokens":
         model.proj, x = nn.Embedding(16, 24), torch.arange(3, rows + 3) % 16
-    return model.to(dtype), x
+    return model.to(dtype).eval(), x
 
 
 def config(variant: str, **overrides: Any) -> Any:

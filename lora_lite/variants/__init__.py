@@ -11,11 +11,17 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .dora import *
     from .ia3 import *
     from .ia3_ff import *
+    from .lily import *
     from .lora import *
     from .pissa import *
+    from .pvera import *
+    from .randlora import *
     from .reft import *
     from .ssteer import *
     from .steer import *
+    from .tinylora import *
+    from .unilora import *
+    from .vblora import *
     from .vera import *
 
 __all__: list[str] = []
