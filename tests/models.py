@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracles import FIELDS
+from oracles import FIELDS, NOT_AFFINE
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -141,7 +141,7 @@ def config(variant: str, **overrides: Any) -> Any:
 
 def acts_everywhere(variant: str) -> bool:
     """Is its effect the same at all positions of a sequence, so that a weight may hold it?"""
-    return ll.REGISTRY[variant].positions(config(variant)) is None
+    return variant not in NOT_AFFINE and ll.REGISTRY[variant].positions(config(variant)) is None
 
 
 def is_trained(variant: str) -> bool:

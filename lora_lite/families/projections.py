@@ -1,4 +1,4 @@
-"""What is drawn from a seed and never trained: matrices that all layers share, of which each takes a corner; indices."""
+"""Numbers that a seed gives and nothing trains: matrices of which each layer takes a corner, and tables of indices."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -60,12 +60,9 @@ class TinyLoRA:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: TinyLoRAConfig) -> dict[str, ParamSpec]:
         r = min(cfg.r, d_in, d_out)
-        return {
-            "lora_V": ParamSpec((r, d_in), trainable=False),
-            "lora_U": ParamSpec((d_out, r), trainable=False),
-            "lora_P": ParamSpec((cfg.u, r, r), trainable=False, keep_dtype=True),
-            "lora_group": ParamSpec((1,), dtype=torch.int32),
-        }
+        v, u = ParamSpec((r, d_in), trainable=False), ParamSpec((d_out, r), trainable=False)
+        p = ParamSpec((cfg.u, r, r), trainable=False, keep_dtype=True)
+        return {"lora_V": v, "lora_U": u, "lora_P": p, "lora_group": ParamSpec((1,), dtype=torch.int32)}
 
     @staticmethod
     def shared_specs(targets: Sequence[Target], cfg: TinyLoRAConfig) -> dict[str, ParamSpec]:
@@ -82,8 +79,7 @@ class TinyLoRA:
         paths = list(dict.fromkeys(layer.path for layer in targets.values()))  # of experts one, which share a v
         for index, layer in enumerate(targets.values()):
             layer.lora_group.fill_(cfg.group(paths.index(layer.path), len(paths)))
-            std = len(layer.lora_V) ** -0.5
-            seeded(lambda t, g, std=std: t.normal_(0, std, generator=g), cfg.seed + index)(layer.lora_P)
+            seeded(lambda t, g: t.normal_(0, t.shape[-1] ** -0.5, generator=g), cfg.seed + index)(layer.lora_P)
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
@@ -97,6 +93,5 @@ class TinyLoRA:
 
 
 def _r(layer: Layer) -> Float[Tensor, "r r"]:
-    group = layer.lora_group.clamp(0, len(layer.lora_v) - 1)  # (1,), whatever a file says
-    v = layer.lora_v.index_select(0, group)[0].to(layer.lora_P.dtype)  # (u,)
-    return torch.einsum("u,urs->rs", v, layer.lora_P)
+    v = layer.lora_v.index_select(0, layer.lora_group.clamp(0, len(layer.lora_v) - 1))[0]  # (u,), whatever a file says
+    return torch.einsum("u,urs->rs", v.to(layer.lora_P.dtype), layer.lora_P)

@@ -6,8 +6,8 @@
 Identity   none: θ starts uniform within a small bound, so a fresh adapter moves the output by about its square
 Base       never read: any layer kind
 Departs    an index occurs about equally often at each layer, in PEFT over all. The seed and a layer's path give its
-           tables, so another choice of layers changes none; PEFT's, from NumPy's generator, are read and kept. They are
-           made again at load; with save_indices=True they are in the file
+           tables, so another choice of layers changes none. They are in the file, in the smallest integers that hold
+           them (one byte at the default D): PEFT's come from NumPy's generator, and are read and kept
 Checked    against PEFT UniLoraConfig: outputs, θ's gradient, three AdamW steps
 """
 
@@ -38,18 +38,16 @@ class UniLoRAConfig(SeededConfig):
     theta_d_length: int = 256
     init_theta_d_bound: float = 0.02
     seed: int = 42
-    save_indices: bool = False
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
         *SeededConfig.SAME_AT_ALL_LAYERS,
-        *("r", "theta_d_length", "init_theta_d_bound", "seed", "save_indices"),
+        *("r", "theta_d_length", "init_theta_d_bound", "seed"),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        length, bound = self.theta_d_length, self.init_theta_d_bound
-        self.require(type(length) is int and length > 0, "theta_d_length", "a length of at least 1")
+        bound = self.init_theta_d_bound
+        self.require(type(self.theta_d_length) is int and self.theta_d_length > 0, "theta_d_length", "at least 1")
         self.require(is_number(bound) and bound > 0, "init_theta_d_bound", "a number above 0")
-        self.require(isinstance(self.save_indices, bool), "save_indices", "True or False")
 
 
 @register
@@ -61,8 +59,9 @@ class UniLoRA:
 
     @staticmethod
     def layer_specs(target: Target, cfg: UniLoRAConfig) -> dict[str, ParamSpec]:
-        n, saved = cfg.r * target.d_in, "always" if cfg.save_indices else "never"
-        table: Any = {"dtype": torch.int32, "below": cfg.theta_d_length, "saved": saved}
+        n, length = cfg.r * target.d_in, cfg.theta_d_length
+        small = torch.uint8 if length <= 256 else torch.int16 if length <= 1 << 15 else torch.int32
+        table: Any = {"dtype": small, "below": length}
         a = ParamSpec((cfg.r, target.d_in), lambda t: t.copy_(_indices(target, cfg)[:n].view_as(t)), **table)
         b = ParamSpec((target.d_out, cfg.r), lambda t: t.copy_(_indices(target, cfg)[n:].view_as(t)), **table)
         return {"lora_indices_A": a, "lora_indices_B": b}
@@ -88,12 +87,9 @@ class UniLoRA:
 
 
 def _parts(layer: Layer) -> tuple[Factors, Tensor]:
-    tables = layer.lora_indices_A, layer.lora_indices_B
-
-    def factors(theta: Tensor) -> tuple[Tensor, Tensor]:
-        values = layer.lora_norms * theta  # (D,)
-        a, b = (values.index_select(0, table.flatten()).view(table.shape) for table in tables)
-        return a, b
+    def factors(theta: Tensor) -> Any:
+        tables, values = (layer.lora_indices_A, layer.lora_indices_B), layer.lora_norms * theta  # values (D,)
+        return tuple(values.index_select(0, table.flatten().int()).view(table.shape) for table in tables)
 
     return factors, layer.lora_theta
 

@@ -30,9 +30,7 @@ __all__ = ["VBLoRA", "VBLoRAConfig"]
 @dataclass(frozen=True, kw_only=True)
 class VBLoRAConfig(AdapterConfig):
     """num_vectors, vector_length: n and v of the bank. topk: vectors in a piece. dropout: of the branch.
-
-    init_vector_bank_bound, init_logits_std    the bank starts uniform within this bound, the logits normal
-    """
+    init_vector_bank_bound, init_logits_std: the bank starts uniform within this bound, the logits normal."""
 
     variant: str = "vblora"
     r: int = 4
@@ -68,8 +66,8 @@ class VBLoRA:
     def param_specs(d_in: int, d_out: int, cfg: VBLoRAConfig) -> dict[str, ParamSpec]:
         v, n = cfg.vector_length, cfg.num_vectors
         if d_in % v or d_out % v:
-            problem = f"vector_length {v} divides not both of its sides, {d_in} and {d_out}"
-            raise ConfigError(f"{problem}\n  choose one that does, or leave the layer out with exclude_names")
+            cure = "choose one that does, or leave the layer out with exclude_names"
+            raise ConfigError(f"vector_length {v} divides not both of its sides, {d_in} and {d_out}\n  {cure}")
 
         shapes, std = {"A": (cfg.r, d_in // v, n), "B": (d_out // v, cfg.r, n)}, cfg.init_logits_std
         return {

@@ -69,7 +69,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "pvera": {"r": 6},
     "randlora": {"r": 5, "alpha": 20.0},
     "vblora": {"num_vectors": 12, "vector_length": 8},
-    "unilora": {"theta_d_length": 50, "init_theta_d_bound": 0.3},
+    "unilora": {"theta_d_length": 50, "init_theta_d_bound": 0.5},
     "tinylora": {"u": 5},
     "lily": {"r": 4},
 }
+
+NOT_AFFINE = {"lily"}  # its experts are mixed by the mean over a batch
