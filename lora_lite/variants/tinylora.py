@@ -23,6 +23,7 @@ from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
 from ..families.factors import SeededConfig
+from ..ops.recompute import recomputed
 from ..ops.svd import leading_svd
 
 __all__ = ["TinyLoRA", "TinyLoRAConfig"]
@@ -93,5 +94,8 @@ class TinyLoRA:
 
 
 def _r(layer: Layer) -> Float[Tensor, "r r"]:
-    v = layer.lora_v.index_select(0, layer.lora_group.clamp(0, len(layer.lora_v) - 1))[0]  # (u,), whatever a file says
-    return torch.einsum("u,urs->rs", v.to(layer.lora_P.dtype), layer.lora_P)
+    def mixed(v: Tensor) -> Tensor:
+        row = v.index_select(0, layer.lora_group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
+        return torch.einsum("u,urs->rs", row.to(layer.lora_P.dtype), layer.lora_P)
+
+    return recomputed(mixed, layer.lora_v)
