@@ -92,6 +92,7 @@ class PeftFolder:
     tokens: dict[str, str] = field(default_factory=dict)  # of new rows: `<path>.lora_delta` of an embedding or a head
     unused: dict[str, str] = field(default_factory=dict)  # of base tensors that PEFT uses while the adapter is off
     copies: dict[str, str] = field(default_factory=dict)  # a key in the file -> another one of the same tensor
+    is_in_order: bool = False  # are the keys in the order of the model's modules?
     is_tied: bool = False  # are whole tensors those of all modules that share the weight?
 
     @property

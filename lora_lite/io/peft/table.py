@@ -77,7 +77,10 @@ class Format:
     read        folder -> values of our config beside `fields`. Raises what source.error gives
     write       our config -> settings beside `fields`
     at_layer    values of our config that a layer's tensors tell, such as a rank
-    ours        (layer, PEFT's tensors of a layer by our names) -> ours
+    rows        our names of shared tensors of which each row is a tensor of PEFT's: "v.3", by `shared` of "v.*"
+    at_place    (our config, a layer's number among the layers in module order, how many there are, its tensors by our
+                names) -> tensors that it has beside those; None for none
+    ours        (layer, PEFT's tensors of a layer by our names, and the shared ones by our keys) -> ours
     theirs      (site, ours) -> PEFT's. Raises CheckpointError for what PEFT hasn't
     shapes      site -> the shapes of PEFT's tensors by our names; None: those of `theirs`
     sizes       the shapes of a layer's tensors by our names -> (d_in, d_out), 0 for one that they don't tell, where
@@ -95,6 +98,7 @@ class Format:
     shared: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     when: Callable[[Mapping[str, Any]], bool] = lambda settings: True
     given: Mapping[str, Any] = field(default_factory=dict)
     free: tuple[str, ...] = ()
@@ -104,6 +108,7 @@ class Format:
     read: Callable[["PeftFolder"], dict[str, Any]] = lambda source: {}
     write: Callable[[Any], dict[str, Any]] = lambda cfg: {}
     at_layer: Callable[[AtLayer], dict[str, Any]] = lambda place: {}
+    at_place: Callable[[Any, int, int, Named], Named] | None = None
     ours: Callable[[BaseLayer, Named], Named] = _same
     theirs: Callable[[Site, Named], Named] = _same
     shapes: Callable[[Site], dict[str, Shape]] | None = None
