@@ -205,7 +205,8 @@ def written(table: Format, root: nn.Module, layers: Layers) -> Written:
     for ours, setting in table.fields.items():
         settings |= _setting(table, ours, setting, layers)
         settings |= {setting.name: True} if ours == "save_projection" and is_narrow else {}
-    return tensors, {name: value for name, value in common.items() if name not in table.lacks} | settings
+    settings = {name: value for name, value in common.items() if name not in table.lacks} | settings
+    return tensors, table.settle(settings, tensors, layers)
 
 
 def _setting(table: Format, ours: str, setting: Setting, layers: Layers) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from ...core.shared import PLACE
 from ...core.state import Site
 from ...core.variant import seeded
 from ...errors import CheckpointError
+from ..keys import PREFIX
 from .kinds import is_embedding, is_plain_linear
 from .table import Format, Named, Setting
 
 if TYPE_CHECKING:
     from .folder import PeftFolder
+    from .parts import Layers
 
 VERA = Format(
     "VERA",
@@ -198,4 +200,58 @@ TINYLORA = Format(
 )
 TINYLORA_SEEDED = Format(tensors=_FROZEN, given={"save_projection": False}, at_place=_group_and_p, **_TINYLORA)
 
-FORMATS = (VERA, PVERA, RANDLORA, VBLORA, VBLORA_TOP, TINYLORA, TINYLORA_SEEDED)
+
+def _own_pair(site: Site, tensors: Named) -> Named:
+    """Each layer's A and B, which several may share."""
+    shared, names = site.method.shared, site.cfg.names(site.path, site.target.place)
+    pair = {} if shared is None else dict(zip(("lora_down", "lora_up"), map(shared.tensor, names), strict=True))
+    return tensors | {name: tensor.detach() for name, tensor in pair.items()}
+
+
+def _lily_shapes(site: Site) -> dict[str, tuple[int, ...]]:
+    r, n = site.cfg.r, site.cfg.num_B
+    return {"lora_down": (r, site.target.d_in), "lora_up": (n * r, site.target.d_out), "lora_router": (n, r)}
+
+
+def _named_apart(settings: dict[str, Any], tensors: Named, layers: "Layers") -> dict[str, Any]:
+    """Settings with names by which PEFT's layers share nothing that differs: it loads one tensor for those of a suffix
+    and a shape, in the order of the model. Raises CheckpointError where there are none."""
+    full = list(layers)
+    for names in [settings["target_modules"], *([full] if len(full) < FEWEST_SHORTENED else [])]:
+        leaders: dict[Any, list[str]] = {}
+        for path, (site,) in layers.items():
+            suffixes = tuple(name for name in names if path.endswith(name)) if isinstance(names, list) else ()
+            leaders.setdefault((suffixes, site.target.d_in, site.target.d_out), []).append(path)
+        # Of several suffixes PEFT takes any.
+        apart = isinstance(names, list) and all(len(suffixes) == 1 for suffixes, _, _ in leaders)
+        stride = settings["stride_A"]
+        pairs = [(p, paths[n // stride * stride], "A") for paths in leaders.values() for n, p in enumerate(paths)]
+        pairs += [(p, paths[0], "B") for paths in leaders.values() for p in paths]
+        keys = [[f"{PREFIX}{path}.lily_{ab}.weight" for path in two] for *two, ab in pairs]
+        if apart and all(torch.equal(*(tensors[key] for key in two)) for two in keys):
+            return settings | {"target_modules": names}
+    problem = "PEFT's layers of one name and shape share A and B, and here they differ"
+    raise CheckpointError(f"{problem}\n  keep it as our file (lora_lite.save)")
+
+
+FEWEST_SHORTENED = 20  # names from which PEFT shortens them to their ends
+LILY = Format(
+    "LILY",
+    "lily",
+    tensors={"lora_down": "lily_A.weight", "lora_up": "lily_B.weight", "lora_router": "lily_router.weight"},
+    fields={
+        "r": Setting("r", 32),
+        "stride_A": Setting("stride_A", 1),
+        "num_B": Setting("num_B", 2),
+        "scaling": Setting("scaling", 1.0),
+    },
+    lacks=("bias", "fan_in_fan_out"),
+    takes=is_plain_linear,
+    read=lambda source: {"share": False},
+    theirs=_own_pair,
+    shapes=_lily_shapes,
+    sizes=lambda layer: (layer["lora_down"][1], layer["lora_up"][1]),
+    settle=_named_apart,
+)
+
+FORMATS = (VERA, PVERA, RANDLORA, VBLORA, VBLORA_TOP, TINYLORA, TINYLORA_SEEDED, LILY)

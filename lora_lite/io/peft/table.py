@@ -16,6 +16,7 @@ from ...core.targets import Target
 
 if TYPE_CHECKING:
     from .folder import PeftFolder
+    from .parts import Layers
 
 Named = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -82,6 +83,7 @@ class Format:
                 names) -> tensors that it has beside those; None for none
     ours        (layer, PEFT's tensors of a layer by our names, and the shared ones by our keys) -> ours
     theirs      (site, ours) -> PEFT's. Raises CheckpointError for what PEFT hasn't
+    settle      (settings, PEFT's tensors by key, layers) -> the settings as they are written. Raises CheckpointError
     shapes      site -> the shapes of PEFT's tensors by our names; None: those of `theirs`
     sizes       the shapes of a layer's tensors by our names -> (d_in, d_out), 0 for one that they don't tell, where
                 there is no model; None: the folder is refused then
@@ -111,6 +113,7 @@ class Format:
     at_place: Callable[[Any, int, int, Named], Named] | None = None
     ours: Callable[[BaseLayer, Named], Named] = _same
     theirs: Callable[[Site, Named], Named] = _same
+    settle: Callable[[dict[str, Any], Named, "Layers"], dict[str, Any]] = lambda settings, tensors, layers: settings
     shapes: Callable[[Site], dict[str, Shape]] | None = None
     sizes: Callable[[Mapping[str, Shape]], tuple[int, int]] | None = None
     tables: tuple[str, ...] = ()
