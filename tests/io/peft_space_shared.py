@@ -67,12 +67,17 @@ TABLE: list[tuple[Any, ...]] = [
     # ---- Uni-LoRA
     *on_mlps(UNILORA, theta_d_length=101),
     ("mlp", UNILORA, TWO | {"theta_d_length": 101, "save_indices": True}),
+    ("mlp", UNILORA, TWO | {"theta_d_length": 101, "modules_to_save": ["lin1"]}),
     ("mlp", UNILORA, TWO | {"theta_d_length": 300, "r": 7, "proj_seed": 3, "unilora_dropout": 0.1}),
     ("mlp", UNILORA, TWO | {"theta_d_length": 20, "init_theta_d_bound": 0.3, "bias": "unilora_only"}),
     ("mlp", UNILORA, {"target_modules": r"lin\d", "theta_d_length": 101}),
     ("mlp", UNILORA, {"target_modules": "all-linear", "theta_d_length": 101}),
     ("mlp", UNILORA, {"target_modules": "(lin0|lin1)+", "theta_d_length": 101}, {"refused": "a regex that"}),
-    ("mlp", UNILORA, {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"]}, {"refused": "exclude_modules"}),
+    (
+        "mlp",
+        UNILORA,
+        {"refused": "exclude_modules"},
+    ),
     ("emb", UNILORA, {"target_modules": ["conv1d"], "theta_d_length": 101}),
     ("deep", UNILORA, TWO | {"layers_to_transform": [1]}, {"refused": "layers_to_transform"}),
     ("deep", UNILORA, TWO | {"layers_to_transform": [1], "save_indices": True}),

@@ -171,13 +171,13 @@ def _theirs(table: Format, site: Site, tensor: Callable[[Site, str], Tensor]) ->
 
 
 def gathered(table: Format, tensors: Named) -> Named:
-    """The file's tensors by our key, with the rows of a shared tensor put together. Their shapes are known to fit."""
+    """The file's tensors by our key, and the shared ones as ours are. Their shapes are known to fit."""
     for name in table.rows:
         key = file_key(PLACE, name)
         rows = {other for other in tensors if other.startswith(f"{key}.")}
         whole = torch.stack([tensors[f"{key}.{n}"] for n in range(len(rows))])
         tensors = {other: tensor for other, tensor in tensors.items() if other not in rows} | {key: whole}
-    return tensors
+    return tensors | table.once(tensors)
 
 
 def written(table: Format, root: nn.Module, layers: Layers) -> Written:

@@ -150,9 +150,10 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
         raise source.error("init_lora_weights='olora' wrote the base: its A and B are half of the adapter")
     whole = {path: _whole_target(source, path) for path in source.beside}
     parts, stored = parts_of(source, targets, {}) + beside.parts(source, whole, {}), stored_tensors(source)
-    shared = Shared({key.rpartition(".")[2]: ParamSpec(tuple(stored[key].shape)) for key in source.shared})
-    for key in source.shared:
-        shared.hold(key.rpartition(".")[2], stored[key])
+    once = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(f"{PLACE}.")}
+    shared = Shared({name: ParamSpec(tuple(tensor.shape)) for name, tensor in once.items()})
+    for name, tensor in once.items():
+        shared.hold(name, tensor)
     return [
         StoredLayer(
             target,

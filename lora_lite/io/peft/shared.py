@@ -254,4 +254,59 @@ LILY = Format(
     settle=_named_apart,
 )
 
-FORMATS = (VERA, PVERA, RANDLORA, VBLORA, VBLORA_TOP, TINYLORA, TINYLORA_SEEDED, LILY)
+
+def _norms(tensors: Named) -> Named:
+    """One factor for each index, of PEFT's one for each entry. Raises CheckpointError where two of an index differ."""
+    norms = torch.ones(len(tensors[f"{PLACE}.theta"]))
+    pairs = [
+        (t.long(), tensors[key.replace("_indices_", "_scales_")].float())
+        for key, t in tensors.items()
+        if "_indices_" in key
+    ]
+    for indices, scales in pairs:
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(norms):
+            raise CheckpointError(
+                f"unilora_indices are out of the range of {len(norms)} numbers\n  save the adapter again"
+            )
+        norms[indices] = scales
+    if not all(torch.equal(norms[indices], scales) for indices, scales in pairs):
+        raise CheckpointError("unilora_scales differ at one index\n  save the adapter again")
+    return {f"{PLACE}.norms": norms}
+
+
+def _unilora_shapes(site: Site) -> dict[str, tuple[int, ...]]:
+    shapes = {name: spec.shape for name, spec in site.specs.items()}
+    return shapes | {name.replace("indices", "scales"): shape for name, shape in shapes.items()}
+
+
+def _with_scales(site: Site, tensors: Named) -> Named:
+    tables = {name: table.long() for name, table in tensors.items()}
+    norms = site.method.shared.tensor("norms").detach() if site.method.shared else torch.ones(0)
+    return tables | {name.replace("indices", "scales"): norms[table] for name, table in tables.items()}
+
+
+_INDICES = ("lora_indices_A", "lora_indices_B")
+UNILORA = Format(
+    "UNILORA",
+    "unilora",
+    tensors={f"lora_{what}_{ab}": f"unilora_{what}_{ab}" for what in ("indices", "scales") for ab in "AB"},
+    shared={"theta": "unilora_theta_d"},
+    fields={
+        "r": Setting("r", 4),
+        "theta_d_length": Setting("theta_d_length", 256),
+        "init_theta_d_bound": Setting("init_theta_d_bound", 0.02),
+        "seed": Setting("proj_seed", 42),
+        "dropout": Setting("unilora_dropout", 0.0),
+    },
+    given={"save_indices": True},
+    only="unilora_only",
+    takes=is_plain_linear,
+    once=_norms,
+    ours=lambda layer, tensors: {name: tensor for name, tensor in tensors.items() if "scales" not in name},
+    theirs=_with_scales,
+    shapes=_unilora_shapes,
+    sizes=lambda layer: (layer["lora_indices_A"][1], layer["lora_indices_B"][0]),
+    tables=_INDICES,
+)
+
+FORMATS = (VERA, PVERA, RANDLORA, VBLORA, VBLORA_TOP, TINYLORA, TINYLORA_SEEDED, LILY, UNILORA)

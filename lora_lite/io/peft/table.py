@@ -79,6 +79,7 @@ class Format:
     write       our config -> settings beside `fields`
     at_layer    values of our config that a layer's tensors tell, such as a rank
     rows        our names of shared tensors of which each row is a tensor of PEFT's: "v.3", by `shared` of "v.*"
+    once        the file's tensors by our keys -> shared tensors that it has beside those. Raises CheckpointError
     at_place    (our config, a layer's number among the layers in module order, how many there are, its tensors by our
                 names) -> tensors that it has beside those; None for none
     ours        (layer, PEFT's tensors of a layer by our names, and the shared ones by our keys) -> ours
@@ -110,6 +111,7 @@ class Format:
     read: Callable[["PeftFolder"], dict[str, Any]] = lambda source: {}
     write: Callable[[Any], dict[str, Any]] = lambda cfg: {}
     at_layer: Callable[[AtLayer], dict[str, Any]] = lambda place: {}
+    once: Callable[[Named], Named] = lambda tensors: {}
     at_place: Callable[[Any, int, int, Named], Named] | None = None
     ours: Callable[[BaseLayer, Named], Named] = _same
     theirs: Callable[[Site, Named], Named] = _same
