@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,25 @@ def _moe(name: str, dtype: torch.dtype, overrides: dict[str, Any]) -> Any:
     return model.to(dtype).eval()
 
 
-def tiny_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> str:
+def tiny_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, bias: bool = False, **overrides: Any) -> str:
     """The tiny Llama as a folder for from_pretrained."""
-    tiny_llama(dtype, hidden_size=128, intermediate_size=256, bias=bias).save_pretrained(folder)
+    tiny_llama(dtype, hidden_size=128, intermediate_size=256, bias=bias, **overrides).save_pretrained(folder)
     return str(folder)
 
 
 def quantized(folder: str, quantization: str, **kwargs: Any) -> Any:
     """The tiny folder on a bitsandbytes base."""
     return ll.load_base(folder, dtype=torch.bfloat16, quantization=quantization, **kwargs)
+
+
+def quantized_llama(quantization: str) -> Any:
+    """A block of the tiny Llama with biases, on a bitsandbytes base."""
+
+    def build() -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            return quantized(tiny_folder(Path(folder), bias=True, num_hidden_layers=1), quantization)
+
+    return once(build, quantization)
 
 
 class OneLinear(nn.Module):
@@ -289,6 +300,7 @@ __all__ = [
     "moe",
     "perturb",
     "quantized",
+    "quantized_llama",
     "tiny_folder",
     "tiny_llama",
     "train",
