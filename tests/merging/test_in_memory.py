@@ -56,7 +56,7 @@ def attach_data(model: Any, cfg: Any, name: str) -> ll.Adapter:
 def test_merged_equals_attached_for_every_method(mode: dict[str, Any], bias: bool) -> None:
     if mode["variant"] == "bias" and not bias:
         pytest.skip("it goes on layers with a bias alone")
-    model = tiny_llama(torch.float64, bias=bias)
+    model = tiny_llama(torch.float64, bias=bias, num_hidden_layers=1)
     base = snapshot(model)
     adapter = adapted(model, mode, dtype=torch.float64)
     adapter.scale = 0.7
@@ -71,7 +71,7 @@ def test_merged_equals_attached_for_every_method(mode: dict[str, Any], bias: boo
 
 @pytest.mark.parametrize("mode", MODES, ids=named)
 def test_merged_in_bfloat16_is_one_rounding_from_the_exact_sum(mode: dict[str, Any]) -> None:
-    model = tiny_llama(torch.bfloat16, bias=mode["variant"] == "bias")
+    model = tiny_llama(torch.bfloat16, bias=mode["variant"] == "bias", num_hidden_layers=1)
     adapted(model, mode)
     exact = copy.deepcopy(model).double()
     ll.merge(model)
