@@ -22,6 +22,13 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from loguru import logger
+
+import lora_lite as ll
+from lora_lite.dtypes import dtype_name
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
 from arena_contest import TUNING_SEED, Contest, Settings, options
 from arena_methods import REFERENCE, Entrant, entrant, names, of_parameters, swept
 from arena_picture import draw
@@ -30,11 +37,7 @@ from arena_statistics import mean_loss
 from arena_task import Task, read_task, token_losses
 from arena_trials import Arena, write
 from common import DTYPE, Dtype, load, plain_errors, set_up
-from loguru import logger
 from smollm2 import smollm2_folder
-
-import lora_lite as ll
-from lora_lite.dtypes import dtype_name
 
 QUICK = ["lora", "dora", "pissa", "ia3", "vera"]
 REFERENCE_RANK = 8
@@ -134,12 +137,15 @@ def reported(contest: Contest, results: list[Result], seconds: float) -> Report:
     task: Task = arena.task
     computed = sum(json.loads(file.read_text()).get("seconds", 0) for file in (arena.folder / "trials").glob("*.json"))
     base_loss = mean_loss({0: token_losses(arena.base, task.held_out, task.pad).numpy()})
+    arguments = " ".join(sys.argv[1:])
     head = [
-        f"{datetime.now(UTC):%Y-%m-%d}: {' '.join(['make arena', *(['ARGS=' + repr(' '.join(sys.argv[1:]))] if sys.argv[1:] else [])])}",
-        f"{Path(str(arena.setting['model'])).name} in {dtype_name(arena.base.dtype)}; {processor()}, {torch.get_num_threads()} threads",
-        f"{task.name}; {contest.steps} steps of {arena.batch_size} rows; {len(task.held_out)} rows held out, {sum(contest.rows())} tokens",
-        f"{settings.trials} learning rates tried for each method (* the best was at the end of them), "
-        f"{settings.seeds} seeds; {seconds / 60:.0f} minutes, the trials {computed / 3600:.1f} hours in all",
+        f"{datetime.now(UTC):%Y-%m-%d}: make arena{f' ARGS={arguments!r}' if arguments else ''}",
+        f"{Path(str(arena.setting['model'])).name} in {dtype_name(arena.base.dtype)}; {task.name}",
+        f"{processor()}, threads: {torch.get_num_threads()}",
+        f"{contest.steps} steps of {arena.batch_size} rows; {len(task.held_out)} rows held out, {sum(contest.rows())} "
+        f"tokens of answers; {settings.seeds} seeds",
+        f"{settings.trials} learning rates tried for each (* where the best was at the end of them)",
+        f"{computed / 3600:.1f} hours of trials; this run took {seconds / 60:.0f} minutes",
     ]
     return Report(
         results, settings.reference.name, contest.rows(), base_loss, settings.kl_budget, head, contest.left_out

@@ -48,8 +48,10 @@ class Settings:
 
 
 def next_power(losses: Mapping[int, float], centre: int) -> int:
-    """The next half-decade 10^(k/2) to try: the centre and both its neighbours, then always one beyond the end that is
-    the better one. So if the best is at an end, the grid goes on there; if not, a trial beside it costs all the same."""
+    """The next half-decade k to try, a rate of 10^(k/2): the centre and its neighbours, then one beyond the better end.
+
+    So if the best is at an end, the grid goes on there. If it isn't, the trial is made all the same: all have as many.
+    """
     for power in (centre, centre + 1, centre - 1):
         if power not in losses:
             return power

@@ -42,6 +42,9 @@ RATES: dict[str, float] = {"full": 1e-4, "vera": 1e-2, "norm": 1e-2}
 SAME_START = {"pissa", "ssteer", "antipasto"}
 """Variants that start from an SVD of the weights, the same for each seed: computed once, and loaded after that."""
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
 PEFT: dict[str, tuple[str, Callable[[Any], Fields]]] = {
     "lora": ("LoraConfig", lambda c: {"r": c.r, "lora_alpha": c.alpha or c.r, "use_rslora": c.rslora}),
     "dora": ("LoraConfig", lambda c: {"r": c.r, "lora_alpha": c.alpha or c.r, "use_dora": True}),
@@ -61,9 +64,6 @@ PEFT: dict[str, tuple[str, Callable[[Any], Fields]]] = {
 }
 """By variant: PEFT's class for the same method, and its fields for a config of ours. target_modules is "all-linear"
 where it isn't said."""
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm")
 
 RANKS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128)
 """Those that are tried to come near a number of parameters."""
@@ -152,7 +152,7 @@ def source_of(variant: str) -> str:
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:16]
 
 
-def peft_config(config: Any) -> Any | None:
+def peft_config(config: Any) -> Any:
     """PEFT's config of the same method, or None where PEFT has none."""
     if config.variant not in PEFT:
         return None

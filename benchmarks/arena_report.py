@@ -174,9 +174,9 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str
         grid.add_column(name, justify="left" if i in (0, len(head) - 1) and name in ("method", "") else "right")
     for row in rows:
         grid.add_row(*row)
-    console = Console(width=80, file=io.StringIO(), color_system=None)
-    console.print(grid)
-    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+    output = io.StringIO()
+    Console(width=80, file=output, color_system=None).print(grid)
+    return output.getvalue()
 
 
 def count(number: float) -> str:

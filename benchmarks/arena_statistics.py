@@ -1,4 +1,4 @@
-"""The statistics of the arena: differences of two methods, paired by token, with intervals; and who is on a Pareto line.
+"""The statistics of the arena: differences of two methods, paired by token, with intervals, and Pareto lines.
 
 Two methods are measured on the same tokens, and seed s gives both the same batches in the same order. So what a hard
 row, or a lucky order, does to both cancels in the difference. What doesn't is of two sources:
@@ -6,10 +6,10 @@ row, or a lucky order, does to both cancels in the difference. What doesn't is o
     rows    another sample of texts gives other differences. Tokens of one row aren't independent, so rows are
             drawn anew (bootstrap), each with all its tokens
     seeds   another seed gives another adapter. The differences of S seeds give a standard error, with a t
-            distribution of S - 1 degrees of freedom: to draw three seeds anew would make the interval a third too narrow
+            distribution of S - 1 degrees of freedom: drawing three seeds anew would give half the width at most
 
-Both are drawn together, and 95 % of the draws are the interval. One seed says nothing of seeds: its interval is of that
-one adapter.
+Both are drawn together, and 95 % of the draws are the interval. One seed says nothing of other seeds: its interval is
+of that one adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ DRAWS, LEVEL = 4000, 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a method's mean loss per token less the reference's, in nats, with the interval. seeds: those that both have."""
+    """A method's mean loss per token less the reference's, in nats, with the interval. seeds: how many both have."""
 
     value: float
     low: float
@@ -36,7 +36,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Of the method: less loss is better."""
+        """The method beside the reference: less loss is better."""
         return "better" if self.high < 0 else "worse" if self.low > 0 else "not apart"
 
 

@@ -72,11 +72,13 @@ def read_task(
     rest, held_out = split(stdlib_pairs() if file is None else read_jsonl(file))
     train, tuning = split(rest)
     rows = [encode(tokenizer, pairs, max_length) for pairs in (train, tuning, held_out)]
-    few = [random.Random(0).sample(part, min(n, len(part))) for part, n in zip(rows[1:], counts[:2], strict=True)]
+    few = [
+        by_length(random.Random(0).sample(part, min(n, len(part)))) for part, n in zip(rows[1:], counts, strict=False)
+    ]
     texts = neutral_texts(tokenizer, base, folder, counts[2])
     name = "the standard library's docstrings" if file is None else f"{file.parent.name}/{file.name}"
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Task(name, rows[0], *map(by_length, few), ll.prompt_batches(tokenizer, texts, EVALUATED), pad)
+    return Task(name, rows[0], few[0], few[1], ll.prompt_batches(tokenizer, texts, EVALUATED), pad)
 
 
 def neutral_texts(tokenizer: Any, base: Any, folder: Path, count: int) -> list[str]:

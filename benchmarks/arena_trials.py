@@ -77,7 +77,11 @@ class Arena:
         methods are."""
         model, config = self.replica(), entrant.config(steps)
         torch.manual_seed(zlib.crc32(f"{entrant.name}:{seed}".encode()))
-        start = self.folder / "starts" / f"{digest([self.setting, config.to_dict()])}.safetensors"
+        start = (
+            self.folder
+            / "starts"
+            / f"{digest([self.setting, config.to_dict(), source_of(entrant.variant)])}.safetensors"
+        )
         if entrant.variant in SAME_START and not needs_data(config) and start.exists():
             return model, ll.load(model, start)
         data = list(islice(self.task.batches(self.batch_size, seed), CALIBRATION)) if needs_data(config) else None

@@ -1,4 +1,4 @@
-"""The arena on a tiny model: who is told apart and who isn't, equal trials, what is there isn't run again, its tables."""
+"""The arena on a tiny model: who is told apart, equal trials, what is there isn't run again, tables and picture."""
 
 import json
 import re
@@ -13,22 +13,22 @@ from models import tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import arena_contest  # noqa: E402
-import arena_costs  # noqa: E402
-import arena_methods  # noqa: E402
-import arena_report  # noqa: E402
-from arena_contest import Contest, Settings, next_power  # noqa: E402
-from arena_methods import FIELDS, PEFT, Entrant, entrant, of_parameters, peft_config, swept  # noqa: E402
-from arena_picture import draw  # noqa: E402
-from arena_report import COSTS, VIEWS, Report, Result, text, write_section  # noqa: E402
-from arena_statistics import difference  # noqa: E402
-from arena_task import Task, loss_of, read_task, token_losses  # noqa: E402
-from arena_trials import Arena, Trial, losses_of  # noqa: E402
-from batches import Example, collate  # noqa: E402
-from pairs import Pair  # noqa: E402
-from test_arena_statistics import ROWS  # noqa: E402
+import arena_contest
+import arena_costs
+import arena_methods
+import arena_report
+from arena_contest import Contest, Settings, next_power
+from arena_methods import FIELDS, PEFT, Entrant, entrant, of_parameters, peft_config, swept
+from arena_picture import draw
+from arena_report import COSTS, VIEWS, Report, Result, text, write_section
+from arena_statistics import difference
+from arena_task import Task, loss_of, read_task, token_losses
+from arena_trials import Arena, Trial, losses_of
+from batches import Example, collate
+from pairs import Pair
+from test_arena_statistics import ROWS
 
-import lora_lite as ll  # noqa: E402
+import lora_lite as ll
 
 STEPS = 12
 
@@ -82,7 +82,7 @@ def test_all_have_the_same_batches_for_one_seed(arena: Arena) -> None:
     batches = arena.task.batches(100, 0)
     rows = [tuple(row.tolist()) for _ in range(2) for row in next(batches)["input_ids"]]
     assert len(rows) == 200  # one time through the data, each row once
-    assert len({row for row in rows}) > 90
+    assert len(set(rows)) > 90
 
 
 def test_the_losses_are_those_of_the_model_itself(arena: Arena) -> None:
@@ -230,8 +230,13 @@ def test_a_trial_is_repeated_bit_for_bit(arena: Arena, tmp_path: Path) -> None:
 def test_whatever_a_result_depends_on_is_in_its_key(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial(entrant("lora", 4), 1e-2, 1, 3)
     changes: list[dict[str, Any]] = [
-        {"lr": 2e-2}, {"seed": 2}, {"steps": 4}, {"is_tuning": True}, {"kl_budget": 0.1}, {"entrant": entrant("lora", 5)}
-    ]  # fmt: skip
+        {"lr": 2e-2},
+        {"seed": 2},
+        {"steps": 4},
+        {"is_tuning": True},
+        {"kl_budget": 0.1},
+        {"entrant": entrant("lora", 5)},
+    ]
     keys = [arena.facts(trial), *(arena.facts(replace(trial, **change)) for change in changes)]
     monkeypatch.setattr("arena_trials.source_of", lambda variant: "edited")
     keys.append(arena.facts(trial))
@@ -344,6 +349,6 @@ def test_the_data_has_three_parts_that_share_nothing(tiny_chat: str, tmp_path: P
     task = read_task(data, tokenizer, base, tmp_path, 40, (5, 6, 3))
     parts = [{row.pair.prompt for row in part} for part in (task.train, task.tuning, task.held_out)]
     assert (len(parts[1]), len(parts[2])) == (5, 6)
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert len(set.union(*parts)) == sum(map(len, parts))
     assert sum(len(batch["input_ids"]) for batch in task.neutral) == 3
     assert read_task(data, tokenizer, base, tmp_path, 40, (5, 6, 3)).fingerprint == task.fingerprint

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from arena_statistics import Losses, Point, difference, pareto  # noqa: E402
+from arena_statistics import Losses, Point, difference, pareto
 
 ROWS = [3, 9, 5, 12, 4, 7, 6, 8, 10, 5, 3, 11, 6, 7, 9, 4, 8, 5, 6, 12, 7, 3, 9, 6, 5, 8, 10, 4, 7, 6]
 
