@@ -41,7 +41,7 @@ from smollm2 import smollm2_folder
 
 QUICK = ["lora", "dora", "pissa", "ia3", "vera"]
 REFERENCE_RANK = 8
-TUNING_ROWS, HELD_OUT_ROWS, NEUTRAL_PROMPTS = 16, 48, 12
+TUNING_ROWS, HELD_OUT_ROWS, NEUTRAL_PROMPTS = 16, 40, 8
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -83,7 +83,9 @@ def main(
         entrants, left_out = entering(
             arena, chosen, parameters, [int(rank) for rank in (ranks or "").split(",") if rank]
         )
-    logger.info(f"{task.name}: {len(task.train)} rows to train on, {len(task.tuning)} to tune on, {len(task.held_out)}")
+    logger.info(
+        f"{task.name}: {len(task.train)} rows to train on, {len(task.tuning)} to tune on, {len(task.held_out)} held out"
+    )
     settings = Settings(
         entrants[0],
         trials or (3 if quick else 5),

@@ -27,7 +27,7 @@ LEAST_STEPS, MOST_STEPS = 8, 400
 MARGIN = 0.9
 """The share of the time that is planned."""
 
-SCALES = 5
+SCALES = 4
 """That are tried to meet a KL budget, about."""
 
 SAME_TIME = 0.03

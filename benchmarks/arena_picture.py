@@ -19,7 +19,8 @@ def draw(report: Report, file: Path) -> None:
     """Above a panel for each view, below one for each cost."""
     height = 0.26 * len(report.results) + 1.3
     figure = plt.figure(figsize=(15, height + 4.2), dpi=100, layout="constrained")
-    above, below = (part for part in figure.subfigures(2, 1, height_ratios=[height, 4.2]).flat)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 4.2])
+    above, below = parts
     for axes, view in zip(above.subplots(1, len(VIEWS)), VIEWS, strict=True):
         forest(axes, report, view)
     panels = below.subplots(1, len(COSTS), sharey=True)

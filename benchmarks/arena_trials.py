@@ -77,11 +77,8 @@ class Arena:
         methods are."""
         model, config = self.replica(), entrant.config(steps)
         torch.manual_seed(zlib.crc32(f"{entrant.name}:{seed}".encode()))
-        start = (
-            self.folder
-            / "starts"
-            / f"{digest([self.setting, config.to_dict(), source_of(entrant.variant)])}.safetensors"
-        )
+        known = digest([self.setting, config.to_dict(), source_of(entrant.variant)])
+        start = self.folder / "starts" / f"{known}.safetensors"
         if entrant.variant in SAME_START and not needs_data(config) and start.exists():
             return model, ll.load(model, start)
         data = list(islice(self.task.batches(self.batch_size, seed), CALIBRATION)) if needs_data(config) else None
@@ -124,7 +121,7 @@ class Arena:
         if trial.kl_budget is None:
             return results
         # A ceiling: what is below it at scale 1 stays there, since a larger scale is nothing that was trained.
-        found = ll.calibrate_scale(model, task.neutral, trial.kl_budget, positions="all", limit=1.0, tolerance=0.05)
+        found = ll.calibrate_scale(model, task.neutral, trial.kl_budget, positions="all", limit=1.0, tolerance=0.1)
         results |= {"kl": dict(found.curve)[1.0], "scale": found.c, "kl_at_scale": found.kl}
         if found.c == 1:
             return results | {"losses_at_budget": results["losses"]}

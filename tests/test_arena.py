@@ -278,7 +278,7 @@ def test_the_budget_is_a_ceiling(arena: Arena) -> None:
     far = arena.run(Trial(entrant("lora", 4), 3e-2, 1, STEPS, kl_budget=0.005)) or {}
     assert far["kl"] > 0.005
     assert 0 < far["scale"] < 1
-    assert far["kl_at_scale"] == pytest.approx(0.005, rel=0.06)
+    assert far["kl_at_scale"] == pytest.approx(0.005, rel=0.1)
     assert losses_of(far, 1, at_budget=True).mean() > losses_of(far, 1).mean()
 
 
