@@ -165,7 +165,8 @@ def calibration(model: nn.Module, cfg: Any) -> Any:
     if cfg.variant in DATA:
         return DATA[cfg.variant](model, sizes)
     generator = torch.Generator().manual_seed(3)
-    return {"directions": {path: torch.randn(d_out, generator=generator) for path, (_, d_out) in sizes.items()}}
+    rank = getattr(cfg, "rank", 1)
+    return {"directions": {path: torch.randn(rank, d_out, generator=generator) for path, (_, d_out) in sizes.items()}}
 
 
 def keep_two(model: nn.Module, cfg: Any, name: str) -> ll.Adapter:

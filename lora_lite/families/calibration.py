@@ -59,35 +59,29 @@ def gradients(
     _called(model, layers)
     for lot in lots(layers, lambda path: 4 * layers[path][0] * layers[path][1], MOST_BYTES):
         sums: dict[str, Tensor] = {}
-        leaves: list[Tensor] = []
-        # still(): no flag of a parameter is touched. What needs a gradient are outputs of layers.
+        # No flag of a parameter is touched (still), nor a .grad: what needs a gradient is a 0 that all outputs get.
         with still(model), torch.enable_grad(), ExitStack() as hooks:
+            zero = torch.zeros((), requires_grad=True)
             for path in lot:
-                hook, module = partial(_watch, path, sums, leaves), model.get_submodule(path)
+                hook, module = partial(_watch, path, sums, zero), model.get_submodule(path)
                 # prepend: y is the layer's own, before another adapter's hooks
                 hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             for inputs in inputs_of(model, batches, True, "calibrate"):
-                leaves.clear()
-                value = loss(model, inputs)
-                if not leaves or not value.requires_grad:
-                    raise TargetError(f"{lot[0]}: the model's loss doesn't depend on it\n  leave it out")
-                torch.autograd.grad(value, leaves, allow_unused=True)  # not backward(): no parameter's .grad is touched
+                if (value := loss(model, inputs)).requires_grad:
+                    torch.autograd.grad(value, zero, allow_unused=True)
         for path in lot:
-            if path not in sums or not sums[path].isfinite().all() or not sums[path].any():
-                raise BaseModelError(
-                    f"{path}: its weight's gradient is 0, NaN or infinite\n  leave it out, or give more data"
-                )
+            if path not in sums:
+                raise TargetError(f"{path}: the model's loss doesn't depend on it\n  leave it out")
+            if not sums[path].isfinite().all() or not sums[path].any():
+                problem = f"{path}: its weight's gradient is 0, NaN or infinite"
+                raise BaseModelError(f"{problem}\n  leave it out, or give more data")
             yield path, sums.pop(path)
 
 
-def _watch(
-    path: str, sums: dict[str, Tensor], leaves: list[Tensor], _: nn.Module, args: Any, kwargs: Any, y: Tensor
-) -> Tensor:
+def _watch(path: str, sums: dict[str, Tensor], zero: Tensor, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
     """A forward hook: once the gradient of y is there, u xᵀ joins the sum."""
     x = (*args, *kwargs.values())[0].detach()
-    if not y.requires_grad:  # nothing before it needed a gradient
-        leaves.append(y.detach().requires_grad_())
-        y = leaves[-1].clone()  # the model may change it in place, which a leaf forbids
+    y = y + zero.to(y)
 
     def add(u: Tensor) -> None:
         flat_u, flat_x = u.reshape(-1, u.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()

@@ -33,12 +33,14 @@ __all__ = ["EVA", "EVAConfig", "eva_ranks"]
 
 @dataclass(frozen=True, kw_only=True)
 class EVAConfig(LoRAConfig):
-    """The fields are LoRA's. calibration_data: a list of batches."""
+    """The fields are LoRA's, but for a bias and tokens. calibration_data: a list of batches."""
 
     variant: str = "eva"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(not self.bias, "bias", "False: the paper's method has none")
+        self.require(self.invocation_tokens is None, "invocation_tokens", "None: they are LoRA's")
         on_called_layers(self)
 
 

@@ -26,12 +26,15 @@ __all__ = ["LoftQ", "LoftQConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoftQConfig(LoRAConfig):
-    """The fields are LoRA's. calibration_data: the model before it was quantised, its folder, or {path: W (o, i)}."""
+    """The fields are LoRA's, but for a bias and tokens. calibration_data: the model before quantisation, its folder,
+    or {path: W (o, i)}."""
 
     variant: str = "loftq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(not self.bias, "bias", "False: the paper's method has none")
+        self.require(self.invocation_tokens is None, "invocation_tokens", "None: they are LoRA's")
         on_called_layers(self)
 
 

@@ -160,7 +160,9 @@ FIELDS: dict[str, dict[str, Any]] = {}
 DATA: dict[str, Callable[..., Any]] = {}
 """calibration_data of (model, {path: (d_in, d_out)}) for a method that needs it, where that is no direction."""
 
-for _file in sorted(Path(__file__).parent.glob("oracles_*.py")):  # of a family of methods: ORACLES, AT_SCALE, FIELDS, DATA
+for _file in sorted(
+    Path(__file__).parent.glob("oracles_*.py")
+):  # of a family of methods: ORACLES, AT_SCALE, FIELDS, DATA
     _family = import_module(_file.stem)
     ORACLES |= _family.ORACLES
     AT_SCALE |= getattr(_family, "AT_SCALE", {})
