@@ -20,16 +20,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from smollm2 import smollm2_folder
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
-ROWS = 4
 
 
-def tokens(tokenizer: Any, file: Path, rows: int, length: int) -> list[dict[str, torch.Tensor]]:
+def tokens(tokenizer: Any, file: Path, rows: int, size: int, length: int) -> list[dict[str, torch.Tensor]]:
     """Batches of questions with their answers, whose loss is of the answers."""
     batches = []
     lines = [json.loads(line) for line in file.read_text().splitlines()[:rows]]
-    for i in range(0, rows, ROWS):
+    for i in range(0, rows, size):
         ids, labels = [], []
-        for row in lines[i : i + ROWS]:
+        for row in lines[i : i + size]:
             question = tokenizer(row["question"] + "\n").input_ids
             answer = [*tokenizer(row["answer"]).input_ids, tokenizer.eos_token_id]
             padding = [tokenizer.eos_token_id] * length
@@ -47,16 +46,17 @@ def held_out(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
 def main(
     steps: Annotated[int, typer.Option(help="Steps of AdamW for each rate.")] = 30,
     half_decades: Annotated[int, typer.Option(help="On each side of the suggestion.")] = 2,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
+    size: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 96,
     data: Annotated[Path, typer.Option(help="A folder with train.jsonl and test.jsonl.")] = DATA,
 ) -> None:
     import transformers
 
     folder = str(smollm2_folder())
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(folder), ll.load_base(folder)
-    train = tokens(tokenizer, data / "train.jsonl", ROWS * steps, length)
-    test = tokens(tokenizer, data / "test.jsonl", 32, length)
-    suggestion = ll.suggest(model, tokens=ROWS * steps * length, steps=steps)
+    train = tokens(tokenizer, data / "train.jsonl", size * steps, size, length)
+    test = tokens(tokenizer, data / "test.jsonl", 24, 4, length)
+    suggestion = ll.suggest(model, tokens=size * steps * length, steps=steps)
     print(suggestion, f"\nbase: {held_out(model, test):.4f}", flush=True)
     losses = {}
     for half in range(-half_decades, half_decades + 1):
