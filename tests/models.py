@@ -25,7 +25,7 @@ import lora_lite as ll
 from lora_lite.core.variant import needs_data
 
 sys.path.append(str(Path(__file__).parent / "laws"))  # of a script, which has its own folder alone
-from oracles import FIELDS
+from oracles import DATA, FIELDS
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -187,15 +187,22 @@ def is_trained(variant: str) -> bool:
 
 
 def attach(model: nn.Module, cfg: Any, name: str = "default") -> ll.Adapter:
-    """ll.attach, with data for a method that is computed from it: a direction for each of its layers. A history: of two
-    rounds."""
+    """ll.attach, with data for a method that is computed from it. A history: of two rounds."""
     if cfg.variant == "history":
         return keep_two(model, cfg, name)
     if not needs_data(cfg):
         return ll.attach(model, cfg, name)
+    return ll.attach(model, cfg, name, calibration_data=calibration(model, cfg))
+
+
+def calibration(model: nn.Module, cfg: Any) -> Any:
+    """The data that a method is computed from: a direction for each of its layers, or what its family says."""
+    sizes = {t.path: (t.d_in, t.d_out) for t in ll.plan(model, cfg)}
+    if cfg.variant in DATA:
+        return DATA[cfg.variant](model, sizes)
     generator = torch.Generator().manual_seed(3)
-    given = {t.path: torch.randn(t.d_out, generator=generator) for t in ll.plan(model, cfg)}
-    return ll.attach(model, cfg, name, calibration_data={"directions": given})
+    rank = getattr(cfg, "rank", 1)
+    return {"directions": {path: torch.randn(rank, d_out, generator=generator) for path, (_, d_out) in sizes.items()}}
 
 
 def keep_two(model: nn.Module, cfg: Any, name: str) -> ll.Adapter:
