@@ -1,18 +1,23 @@
-"""Methods that turn a layer's input or output: x' = x + c x T with T = R - I, which is 0 exactly at the start.
+"""Methods that turn inputs, outputs or a subspace: x' = x + c x T with T = R - I, which is 0 exactly at the start.
 
 The frozen layer keeps nothing of x' for the backward, and the turn keeps x and its parameters: T is made again there.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import BaseConfig
 from ..core.variant import Layer
+from ..errors import ConfigError
+from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import recomputed
+from ..ops.svd import top_svd
 
 
 def change_by(
@@ -21,21 +26,28 @@ def change_by(
     turn: Callable[..., Tensor],
     product: Callable[[Tensor, Tensor], Tensor],
     *tensors: Tensor,
-) -> Float[Tensor, "*b i"]:
-    """c product(x, turn(*tensors)) at the layer's scale c, to be added to x. Both functions are pure.
+    dropout: float = 0.0,
+) -> Float[Tensor, "*b d"]:
+    """c product(drop(x), turn(*tensors)) at the layer's scale c. Both functions are pure.
 
     turn        T, of tensors in float32 at least; at inference it is remembered
-    product     x T (*b, i), linear in x and in its dtype
+    product     x T, or what else is linear in x, in its dtype
+    dropout     in training
     """
+    p, is_plain = dropout if layer.training else 0.0, is_traced_or_transformed()
+    seed = dropout_seed() if p and not is_plain else 0
 
     def wide(*tensors: Tensor) -> Tensor:
         return turn(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
 
-    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
-        change = recomputed(lambda x, *tensors: product(x, wide(*tensors)), x, *tensors)
-    else:
-        change = product(x, layer.constant("turn", wide, *tensors))
-    return layer.scale * change
+    def change(x: Tensor, *tensors: Tensor) -> Tensor:
+        if p:
+            x = F.dropout(x, p) if is_plain else dropped(x, p, seed)
+        return product(x, wide(*tensors))
+
+    if layer.training or torch.is_grad_enabled() or is_plain:
+        return layer.scale * recomputed(change, x, *tensors)
+    return layer.scale * product(x, layer.constant("turn", wide, *tensors))
 
 
 def check_cayley(cfg: BaseConfig) -> None:
@@ -46,7 +58,41 @@ def check_cayley(cfg: BaseConfig) -> None:
     cfg.require(type(value) is int and value > 1, terms, "2 or more: one term is the identity, whatever is trained")
 
 
-def series_terms(cfg: BaseConfig) -> int | None:
+def check_divides(cfg: BaseConfig, field: str, d: int, times: int = 1) -> None:
+    """ConfigError unless this field's number, or that many of it, divides the d channels."""
+    size = getattr(cfg, field) * times
+    if d % size:
+        raise ConfigError(
+            f"{type(cfg).__name__}({field}={getattr(cfg, field)}): {size} doesn't divide a layer's {d} channels\n"
+            f"  choose another one, there alone with per_layer, or leave the layer out with exclude_names"
+        )
+
+
+def check_rank(cfg: Any, d_in: int, d_out: int) -> None:
+    """ConfigError if r is more than the directions of a (d_out, d_in) weight."""
+    if cfg.r > min(d_in, d_out):
+        raise ConfigError(
+            f"{type(cfg).__name__}(r={cfg.r}): a ({d_out}, {d_in}) weight has {min(d_in, d_out)} directions\n"
+            f"  lower r, there alone with per_layer, or leave the layer out with exclude_names"
+        )
+
+
+def series_terms(cfg: Any) -> int | None:
     """How many terms the rotation has; None for the exact one."""
-    terms: int | None = getattr(cfg, "num_cayley_neumann_terms") if getattr(cfg, "use_cayley_neumann") else None
+    terms: int | None = cfg.num_cayley_neumann_terms if cfg.use_cayley_neumann else None
     return terms
+
+
+def principal_factors(w: Float[Tensor, "o i"], cfg: Any) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
+    """U, V with U V = the top r of W's SVD, as a PSOFT's config says: all singular values in U, or their roots in both.
+    svd "lowrank" is torch's randomised one, seeded, which leaves torch's generators as they were."""
+    if cfg.svd == "full":
+        u, s, v = top_svd(w, cfg.r)
+    else:
+        devices = [] if w.device.type == "cpu" else [w.device]
+        with torch.random.fork_rng(devices, device_type=w.device.type if devices else "cuda"):
+            torch.manual_seed(cfg.random_seed)
+            u, s, v = torch.svd_lowrank(w, q=cfg.r, niter=cfg.svd_lowrank_niter)
+    if cfg.ab_svd_init == "psoft_init":
+        return u * s, v.mT
+    return u * s.sqrt(), s.sqrt()[:, None] * v.mT

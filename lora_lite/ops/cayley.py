@@ -19,6 +19,14 @@ def skew(v: Float[Tensor, "*n p"], s: int) -> Float[Tensor, "*n s s"]:
     return upper - upper.mT
 
 
+def bounded(q: Float[Tensor, "*n s s"], eps: float | None) -> Float[Tensor, "*n s s"]:
+    """Q, shrunk to ‖Q‖ = eps where it is larger; Q itself without a bound."""
+    if eps is None:
+        return q
+    norm = torch.linalg.vector_norm(q, dim=(-2, -1), keepdim=True)
+    return q * torch.where(norm > eps, eps / (norm + 1e-12), 1)
+
+
 def rotation_less_identity(q: Float[Tensor, "*n s s"], terms: int | None = None) -> Float[Tensor, "*n s s"]:
     """T, exact or of so many terms; in the dtype of Q, float32 at least."""
     if terms is None:

@@ -2,7 +2,8 @@
 
 A pair of reflections along unit vectors a and b, with d = b - a, so that a·b = 1 - d·d / 2, is
 
-    (I - 2 a aᵀ)(I - 2 b bᵀ) = I + 2 a dᵀ - 2 (d + (d·d) a) bᵀ = I + L_k M_kᵀ     L_k = [2a, -2(d + (d·d) a)]   M_k = [d, b]
+    (I - 2 a aᵀ)(I - 2 b bᵀ) = I + 2 a dᵀ - 2 (d + (d·d) a) bᵀ = I + L_k M_kᵀ
+    L_k = [2a, -2 (d + (d·d) a)]      M_k = [d, b]
 
 in which each term has d, so equal vectors give the identity, bit for bit. The product of all pairs is
 
@@ -12,7 +13,6 @@ in which each term has d, so equal vectors give the identity, bit for bit. The p
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
-from ..families.orthogonal import change_by
+from ..families.orthogonal import change_by, check_rank
 from ..ops.householder import reflections, subspace_reflections
 
 __all__ = ["HRA", "HRAConfig"]
@@ -32,7 +32,7 @@ class HRAConfig(AdapterConfig):
     """r: the number of reflections, even. apply_GS: make them orthogonal to each other, by Gram-Schmidt."""
 
     variant: str = "hra"
-    apply_GS: bool = False
+    apply_GS: bool = False  # noqa: N815  as PEFT calls it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,11 +49,7 @@ class HRA:
     def param_specs(d_in: int, d_out: int, cfg: HRAConfig) -> dict[str, ParamSpec]:
         if not cfg.apply_GS:
             return {"lora_u": ParamSpec((d_in, cfg.r), init=_in_pairs, keep_dtype=True)}
-        if cfg.r > d_in:
-            raise ConfigError(
-                f"HRAConfig(r={cfg.r}): a ({d_out}, {d_in}) weight has {d_in} orthogonal directions\n"
-                f"  lower r, there alone with per_layer, or leave the layer out with exclude_names"
-            )
+        check_rank(cfg, d_in, d_in)
         u = ParamSpec((d_in, cfg.r), init="kaiming", keep_dtype=True)
         return {"lora_u": u, "lora_u0": ParamSpec((d_in, cfg.r), trainable=False, keep_dtype=True)}
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from ..core.config import BaseConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
-from ..errors import ConfigError
-from ..families.orthogonal import change_by, check_cayley, series_terms
+from ..families.orthogonal import change_by, check_cayley, check_divides, series_terms
 from ..ops.cayley import rotation_less_identity, skew, turned_by
 
 __all__ = ["OFT", "OFTConfig"]
@@ -64,11 +63,7 @@ class OFT:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: OFTConfig) -> dict[str, ParamSpec]:
         d, s = d_in if cfg.side == "input" else d_out, cfg.block_size
-        if d % s:
-            raise ConfigError(
-                f"OFTConfig(block_size={s}): the {cfg.side} of a ({d_out}, {d_in}) weight has {d} channels\n"
-                f"  choose a divisor of {d}, there alone with per_layer, or leave the layer out with exclude_names"
-            )
+        check_divides(cfg, "block_size", d)
         return {"lora_R": ParamSpec((1 if cfg.block_share else d // s, s * (s - 1) // 2), keep_dtype=True)}
 
     @staticmethod
@@ -82,10 +77,10 @@ class OFT:
         return y + _change(layer, y if layer.bias is None else y - layer.bias)
 
     @staticmethod
+    @torch.no_grad()
     def on_step(targets: Mapping[str, Layer], cfg: OFTConfig, step: int) -> None:
-        with torch.no_grad():
-            for layer in targets.values():
-                layer.lora_R.copy_(_bounded(layer.lora_R, layer.cfg))
+        for layer in targets.values():
+            layer.lora_R.copy_(_bounded(layer.lora_R, layer.cfg))
 
 
 def _change(layer: Layer, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.config import BaseConfig
 from ..core.variant import Layer, ParamSpec, register
-from ..errors import ConfigError
+from ..families.orthogonal import check_divides
 from ..ops.recompute import recomputed
 
 __all__ = ["RoAd", "RoAdConfig"]
@@ -53,11 +53,7 @@ class RoAd:
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: RoAdConfig) -> dict[str, ParamSpec]:
-        if d_out % cfg.group_size:
-            raise ConfigError(
-                f"RoAdConfig(group_size={cfg.group_size}): a ({d_out}, {d_in}) weight has {d_out} outputs\n"
-                f"  choose a divisor of {d_out}, there alone with per_layer, or leave the layer out with exclude_names"
-            )
+        check_divides(cfg, "group_size", d_out)
         size = (d_out * cfg.form // 2,)
         return {"lora_theta": ParamSpec(size, keep_dtype=True), "lora_alpha": ParamSpec(size, "ones", keep_dtype=True)}
 

@@ -64,5 +64,39 @@ def road(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Ten
     return new
 
 
-ORACLES: dict[str, Oracle] = {"oft": oft, "hra": hra, "road": road}
-FIELDS: dict[str, dict[str, Any]] = {"oft": {"block_size": 8}, "road": {"group_size": 8}}
+def boft(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor, c: float = 1.0) -> Tensor:
+    i, (m, _, k, _) = W.shape[1], t["lora_R"].shape
+    eye, B = torch.eye(k, dtype=W.dtype), torch.eye(i, dtype=W.dtype)
+    for j in range(m):
+        K = (t["lora_R"][j] - t["lora_R"][j].mT) / 2
+        C = torch.block_diag(*((eye - one) @ torch.linalg.inv(eye + one) for one in K))
+        # the half-block n is the first of a pair if n // 2ʲ is even, and its partner is 2ʲ further
+        order = [n for n in range(2 * i // k) if n // 2**j % 2 == 0]
+        halves = [h for n in order for h in (n, n + 2**j)] if j else list(range(2 * i // k))
+        P = torch.zeros_like(B)
+        for place, h in enumerate(halves):
+            for q in range(k // 2):
+                P[h * k // 2 + q, place * k // 2 + q] = 1
+        P = P if k % 2 == 0 else torch.eye(i, dtype=W.dtype)
+        B = P @ C @ P.T @ B
+    eye = torch.eye(i, dtype=W.dtype)
+    return ((1 + c * (t["lora_s"] - 1)) * (W @ (eye + c * (B - eye)).T) @ x.T).T + b
+
+
+def psoft(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    C = rotation(skew(t["lora_R"], cfg.r), cfg) if cfg.orth else t["lora_R"]
+    one = torch.ones(cfg.r, dtype=W.dtype)
+    M = t.get("lora_vector_b", one).diag() @ C @ t.get("lora_vector_a", one).diag()
+    U, S, V = torch.linalg.svd(W)
+    top = U[:, : cfg.r] @ S[: cfg.r].diag() @ V[: cfg.r]
+    torch.testing.assert_close(t["lora_U"] @ t["lora_V"], top)
+    return x @ (W - top + t["lora_U"] @ M @ t["lora_V"]).T + b
+
+
+ORACLES: dict[str, Oracle] = {"oft": oft, "boft": boft, "hra": hra, "road": road, "psoft": psoft}
+AT_SCALE = {"boft": boft}
+FIELDS: dict[str, dict[str, Any]] = {
+    "oft": {"block_size": 8},
+    "boft": {"n_butterfly_factor": 2},
+    "road": {"group_size": 8},
+}
