@@ -17,7 +17,6 @@ from ..errors import ConfigError
 from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import recomputed
-from ..ops.svd import top_svd
 
 
 def change_by(
@@ -81,18 +80,3 @@ def series_terms(cfg: Any) -> int | None:
     """How many terms the rotation has; None for the exact one."""
     terms: int | None = cfg.num_cayley_neumann_terms if cfg.use_cayley_neumann else None
     return terms
-
-
-def principal_factors(w: Float[Tensor, "o i"], cfg: Any) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
-    """U, V with U V = the top r of W's SVD, as a PSOFT's config says: all singular values in U, or their roots in both.
-    svd "lowrank" is torch's randomised one, seeded, which leaves torch's generators as they were."""
-    if cfg.svd == "full":
-        u, s, v = top_svd(w, cfg.r)
-    else:
-        devices = [] if w.device.type == "cpu" else [w.device]
-        with torch.random.fork_rng(devices, device_type=w.device.type if devices else "cuda"):
-            torch.manual_seed(cfg.random_seed)
-            u, s, v = torch.svd_lowrank(w, q=cfg.r, niter=cfg.svd_lowrank_niter)
-    if cfg.ab_svd_init == "psoft_init":
-        return u * s, v.mT
-    return u * s.sqrt(), s.sqrt()[:, None] * v.mT

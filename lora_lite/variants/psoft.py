@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.orthogonal import change_by, check_cayley, check_rank, principal_factors, series_terms
+from ..families.orthogonal import change_by, check_cayley, check_rank, series_terms
 from ..ops.cayley import bounded, rotation_less_identity, skew
+from ..ops.svd import principal_factors
 
 __all__ = ["PSOFT", "PSOFTConfig"]
 
@@ -61,6 +62,12 @@ class PSOFTConfig(AdapterConfig):
             self.require(isinstance(getattr(self, name), bool), name, "True or False")
         check_cayley(self)
 
+    @property
+    def factors(self) -> tuple[int, bool, int | None, int]:
+        """How U and V come from W: the arguments of `principal_factors`."""
+        niter = self.svd_lowrank_niter if self.svd == "lowrank" else None
+        return self.r, self.ab_svd_init == "pissa_init", niter, self.random_seed
+
 
 @register
 class PSOFT:
@@ -81,7 +88,7 @@ class PSOFT:
 
     @staticmethod
     def init(layer: Layer, cfg: PSOFTConfig) -> None:
-        u, v = principal_factors(layer.dense_weight(), cfg)
+        u, v = principal_factors(layer.dense_weight(), *cfg.factors)
         layer.lora_U.copy_(u)
         layer.lora_V.copy_(v)
 
