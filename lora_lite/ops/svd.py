@@ -53,6 +53,24 @@ def iterated_svd(w: Float[Tensor, "o i"], r: int, rounds: int) -> Svd:
     return basis @ u, s, v
 
 
+def principal_factors(
+    w: Float[Tensor, "o i"], r: int, in_both: bool, niter: int | None = None, seed: int = 0
+) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
+    """U, V with U V = the top r of W's SVD: the singular values in U, or their roots in both.
+
+    niter       of torch's randomised SVD, seeded, which leaves torch's generators as they were; None: the exact one
+    """
+    if niter is None:
+        u, s, v = top_svd(w, r)
+    else:
+        on_cpu = w.device.type == "cpu"
+        with torch.random.fork_rng([] if on_cpu else [w.device], device_type="cuda" if on_cpu else w.device.type):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(w, q=r, niter=niter)
+    root = s.sqrt()
+    return (u * root, root[:, None] * v.mT) if in_both else (u * s, v.mT)
+
+
 def low_rank_factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
     """The A, B with the least ‖delta - B A‖: U S Vᵀ to this rank at most, A = √S Vᵀ, B = U √S."""
     q = min(rank + OVERSAMPLE, *delta.shape)
