@@ -8,10 +8,18 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .abliteration import *
     from .adalora import *
     from .antipasto import *
+    from .beft import *
     from .dora import *
+    from .glora import *
+    from .gralora import *
+    from .hira import *
     from .ia3 import *
     from .ia3_ff import *
+    from .loha import *
+    from .lokr import *
     from .lora import *
+    from .miss import *
+    from .peanut import *
     from .pissa import *
     from .reft import *
     from .ssteer import *
