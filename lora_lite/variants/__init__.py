@@ -8,15 +8,22 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .abliteration import *
     from .adalora import *
     from .antipasto import *
+    from .c3a import *
+    from .deft import *
+    from .delora import *
     from .dora import *
+    from .fourierft import *
     from .ia3 import *
     from .ia3_ff import *
     from .lora import *
     from .pissa import *
     from .reft import *
+    from .shira import *
     from .ssteer import *
     from .steer import *
+    from .supertuning import *
     from .vera import *
+    from .waveft import *
 
 __all__: list[str] = []
 for _file in iter_modules(__path__):
