@@ -25,7 +25,7 @@ import lora_lite as ll
 from lora_lite.core.variant import needs_data
 
 sys.path.append(str(Path(__file__).parent / "laws"))  # of a script, which has its own folder alone
-from oracles import DATA, FIELDS
+from oracles import DATA, FIELDS, NOT_AFFINE
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -150,7 +150,7 @@ def one_layer(
         nn.init.normal_(model.proj.weight)
     if variant == "tokens":
         model.proj, x = nn.Embedding(16, 24), torch.arange(3, rows + 3) % 16
-    return model.to(dtype), x
+    return model.to(dtype).eval(), x
 
 
 def config(variant: str, **overrides: Any) -> Any:
@@ -177,7 +177,7 @@ def config(variant: str, **overrides: Any) -> Any:
 
 def acts_everywhere(variant: str) -> bool:
     """Is its effect the same at all positions of a sequence, so that a weight may hold it?"""
-    return ll.REGISTRY[variant].positions(config(variant)) is None
+    return variant not in NOT_AFFINE and ll.REGISTRY[variant].positions(config(variant)) is None
 
 
 def is_trained(variant: str) -> bool:

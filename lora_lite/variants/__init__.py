@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .hra import *
     from .ia3 import *
     from .ia3_ff import *
+    from .lily import *
     from .loftq import *
     from .loha import *
     from .lokr import *
@@ -39,13 +40,18 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .peanut import *
     from .pissa import *
     from .psoft import *
+    from .pvera import *
+    from .randlora import *
     from .reft import *
     from .road import *
     from .shira import *
     from .ssteer import *
     from .steer import *
     from .supertuning import *
+    from .tinylora import *
     from .tokens import *
+    from .unilora import *
+    from .vblora import *
     from .vera import *
     from .waveft import *
 

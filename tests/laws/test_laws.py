@@ -168,9 +168,9 @@ def test_only_adapter_parameters_get_gradients_and_each_moves(variant: str) -> N
     start = [p.detach().clone() for p in adapter.parameters()]
     train(model, adapter)  # two steps: LoRA's A has a zero gradient in the first
     assert {path for path, p in model.named_parameters() if p.requires_grad} == {
-        path for path, _ in model.named_parameters() if ".lora_" in path
+        path for path, _ in model.named_parameters() if "lora_" in path
     }
-    assert all(p.grad is None for path, p in model.named_parameters() if ".lora_" not in path)
+    assert all(p.grad is None for path, p in model.named_parameters() if "lora_" not in path)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
     assert not any(torch.equal(p, before) for p, before in zip(adapter.parameters(), start, strict=True))
 
@@ -184,7 +184,7 @@ def test_save_and_load_are_bit_equal_and_run_no_init(
     perturb(attach(model, config(variant), name=name))
     ll.save(model, tmp_path / "a.safetensors", name=name)
     wanted, tensors = logits(model), ll.adapters(model)[name].state_dict()
-    assert all(".lora_" in key and not key.endswith("__fr") for key in tensors)
+    assert all("lora_" in key and not key.endswith("__fr") for key in tensors)
 
     def forbidden(*_: Any) -> None:
         raise AssertionError("load ran an init")
@@ -335,7 +335,7 @@ def test_functional_call_uses_the_given_tensors(variant: str) -> None:
     model, _ = attached(variant, moved=False)
     before = logits(model)
     twin, _ = attached(variant)
-    given = {path: p for path, p in twin.named_parameters() if ".lora_" in path}
+    given = {path: p for path, p in twin.named_parameters() if "lora_" in path}
     with torch.no_grad():
         out = torch.func.functional_call(model, given, (), {"input_ids": IDS}).logits
     assert torch.equal(out, logits(twin))
@@ -399,7 +399,8 @@ def test_eval_outputs_follow_every_way_to_change_a_parameter(variant: str) -> No
             assert torch.equal(now, uncached())
             moved, before = moved or not torch.equal(now, before), now
     assert moved
-    adapter.load_state_dict({key: value * 0.9 for key, value in adapter.state_dict().items()})
+    smaller = {key: value * 0.9 if value.is_floating_point() else value for key, value in adapter.state_dict().items()}
+    adapter.load_state_dict(smaller)
     assert torch.equal(outputs(model), uncached())
 
 
@@ -411,7 +412,7 @@ def test_function_transforms_and_inference_mode_mix_with_what_is_remembered(vari
     with torch.inference_mode():
         assert torch.equal(model(input_ids=IDS).logits, wanted)
     everything = itertools.chain(model.named_parameters(), model.named_buffers())
-    given = {p: tensor.detach() for p, tensor in everything if ".lora_" in p and tensor.is_floating_point()}
+    given = {p: tensor.detach() for p, tensor in everything if "lora_" in p and tensor.is_floating_point()}
 
     def loss(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         out = torch.func.functional_call(model, tensors, (), {"input_ids": IDS}).logits
