@@ -70,12 +70,21 @@ def with_factors(
         a, b, *shift = f(*tensors)
         y = add_low_rank(y, x, a, b, s, p)
         return y + (s * shift[0]).to(y.dtype) if shift else y
-    seed = dropout_seed() if p and not is_traced_or_transformed() else None  # a graph draws for itself
+    drop = seeded_dropout(layer, dropout)
 
     def branch(x: Tensor, *tensors: Tensor) -> Tensor:
-        x = F.dropout(x, p) if seed is None else dropped(x, p, seed)
         a, b, *shift = f(*tensors)
-        change = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype), shift[0].to(x.dtype) if shift else None)
+        change = F.linear(F.linear(drop(x), a.to(x.dtype)), b.to(x.dtype), shift[0].to(x.dtype) if shift else None)
         return change * s
 
     return y + recomputed(branch, x, *tensors).to(y.dtype)
+
+
+def seeded_dropout(layer: Layer, p: float) -> Callable[[Tensor], Tensor]:
+    """Dropout in training, of the same mask at each call: what makes a forward again drops the same."""
+    if not (p and layer.training):
+        return lambda x: x
+    if is_traced_or_transformed():  # a graph draws for itself
+        return lambda x: F.dropout(x, p)
+    seed = dropout_seed()
+    return lambda x: dropped(x, p, seed)

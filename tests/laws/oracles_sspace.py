@@ -42,6 +42,31 @@ def osf(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tens
     return x @ (W + U @ S.diag() @ V - t["lora_U0"] @ t["lora_S0"].diag() @ t["lora_V0"]).T + b
 
 
-ORACLES = {"mica": mica, "kasa": kasa, "bdlora": bdlora, "osf": osf}
+def adamss(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    W, b, has_bias = W.clone(), b.clone(), "lora_Nb" in t
+    N = torch.cat([t["lora_N"], t["lora_Nb"][:, None]], 1) if has_bias else t["lora_N"]
+    for row, c in enumerate(t["lora_cluster"].tolist()):  # of each output
+        change = t["lora_Bs"][row] @ t["lora_As"][c] @ N
+        W[row] += change[: W.shape[1]]
+        b[row] += change[-1] if has_bias else 0
+    return x @ W.T + b
 
-FIELDS: dict[str, dict[str, Any]] = {}
+
+def frod(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    kind = next(name.removeprefix("lora_shared.V_") for name in t if ".V_" in name)
+    V, (rows, columns) = t[f"lora_shared.V_{kind}"], t[f"lora_shared.places_{kind}"]
+    U = W @ torch.linalg.inv(V).T
+    norms = U.norm(dim=0)
+    U = U / norms
+    assert torch.allclose(t["lora_l0"], norms)
+    S = torch.zeros_like(V)
+    S[rows, columns] = t["lora_s"]
+    return x @ (U @ (S + t["lora_l"].diag()) @ V.T).T + b
+
+
+ORACLES = {"mica": mica, "kasa": kasa, "bdlora": bdlora, "osf": osf, "adamss": adamss, "frod": frod}
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "adamss": {"num_subspaces": 3, "subspace_rank": 2, "r": 12},
+    "frod": {"sparse_rate": 0.05},
+}
