@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+LEAST = 1e-5
+"""The share of the largest λ0 below which one is float32's rounding: the weight has no such direction."""
+
 
 def joint_directions(weights: list[Float[Tensor, "_ i"]], alpha: float) -> Float[Tensor, "i i"]:
     """V of W_l = U_l Λ_l Vᵀ for all l, by the paper's hierarchical decomposition.
@@ -20,6 +23,11 @@ def joint_directions(weights: list[Float[Tensor, "_ i"]], alpha: float) -> Float
     return r.mT @ torch.linalg.eigh(torch.stack(inverses).mean(0)).eigenvectors
 
 
+def column_norms(w: Float[Tensor, "o i"], v: Float[Tensor, "i i"]) -> Float[Tensor, "i"]:
+    """λ0 of W = U Λ0 Vᵀ, with columns of U of length 1; in float64."""
+    return torch.linalg.solve(v.double(), w.double().mT).norm(dim=1)
+
+
 def off_diagonal(d: int, count: int, generator: torch.Generator) -> Int64[Tensor, "2 n"]:
     """The rows and columns of places in a (d, d) matrix beside its diagonal, drawn without replacement."""
     drawn = torch.randperm(d * d - d, generator=generator)[:count]
@@ -34,3 +42,20 @@ def sparse_product(z: Float[Tensor, "*b i"], values: Float[Tensor, "n"], places:
     if z.numel() // d * len(values) <= d * d:  # few tokens: no matrix
         return torch.zeros_like(z).index_add(-1, rows, z.index_select(-1, columns) * values)
     return z @ z.new_zeros(d, d).index_put((rows, columns), values).mT
+
+
+def joint_change(
+    x: Float[Tensor, "*b i"],
+    l1: Float[Tensor, "i"],
+    s: Float[Tensor, "n"],
+    l0: Float[Tensor, "i"],
+    v: Float[Tensor, "i i"],
+    inverse: Float[Tensor, "i i"],
+    places: Int64[Tensor, "2 n"],
+) -> Float[Tensor, "*b i"]:
+    """V⁻ᵀ Λ0⁻¹ (S + diag(λ - λ0)) Vᵀ x: what W's input gains where W = U Λ0 Vᵀ becomes U (S + diag(λ)) Vᵀ."""
+    l0 = l0.to(l1.dtype)  # a cast of parameters alone must not part them
+    z = x @ v.to(x.dtype)  # Vᵀ x (*b, i)
+    mixed = sparse_product(z, s.to(z.dtype), places) + z * (l1 - l0).to(z.dtype)
+    unit = torch.where(l0 > LEAST * l0.amax(), 1 / l0, 0)  # Λ0⁻¹ (i,)
+    return (mixed * unit.to(z.dtype)) @ inverse.to(x.dtype)
