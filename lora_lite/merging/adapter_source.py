@@ -24,8 +24,8 @@ from ..io.adapter_file import AdapterFile, read_file
 from ..io.peft import beside, forms
 from ..io.peft.conversion import led_to_model
 from ..io.peft.folder import CONFIG, PeftFolder, read_folder
-from ..io.peft.load import parts_of, stored_tensors
-from ..io.peft.parts import Part
+from ..io.peft.load import parts_of, shared_tensors, stored_tensors
+from ..io.peft.parts import Part, stored_as
 from ..io.peft.ties import without_heads
 from ..io.safetensors import Header
 from .base_folder import LayerLocation
@@ -160,12 +160,14 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
         if folder.paths:
             part = parts[next(iter(folder.paths))][0]
             specs = lookup(part.cfg.variant).shared_specs([locations[p].target for p in folder.paths], part.cfg)
-            once = {key: stored[key].to(part.cfg.dtype) for key in folder.shared}
+            once = shared_tensors(folder, part, stored)
             shared = make_shared(specs, part.cfg, once) if specs else None
 
         def tensors_at(in_file: str, site: Site) -> dict[str, Tensor]:
             values = parts[in_file][site.number - 1].values(stored, in_file, locations[in_file].layer, site.base)
-            return {name: tensor.to(site.cfg.dtype) for name, tensor in values.items()}
+            return {
+                name: stored_as(folder, site.specs[name], site.cfg, name, tensor) for name, tensor in values.items()
+            }
 
         return AdapterTensors(tensors_at, lambda in_file, number: shared if number == 1 else None)
 

@@ -16,9 +16,10 @@ from ...core.state import Tensors
 from ...core.targets import Target
 from ...errors import brief
 from ..keys import PREFIX
-from . import forms
-from .folder import PeftFolder, number_of, whole_of
+from .folder import PeftFolder
+from .kinds import takes_adalora
 from .parts import Layers, Part, Written, as_stored, config_of, names_of, same_everywhere
+from .settings import number_of, whole_of
 
 _DEFAULTS: dict[str, Any] = {"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1}
 _NUMBERS = {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
@@ -26,7 +27,7 @@ _NUMBERS = {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
 
 def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
     """One part."""
-    if others := [path for path, layer in layers.items() if not forms.takes_adalora(layer)]:
+    if others := [path for path, layer in layers.items() if not takes_adalora(layer)]:
         raise source.error(f"{others[0]}: PEFT has no AdaLoRA on it")
     settings, entries = source.settings, source.entries
     fields: dict[str, Any] = {name: whole_of(source, name, value) for name, value in _DEFAULTS.items()}

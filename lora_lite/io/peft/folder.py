@@ -38,13 +38,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from loguru import logger
 
 from ...core.shared import PLACE
 from ...errors import CheckpointError, brief
 from ..keys import PREFIX, THEIRS, plain_key
 from ..safetensors import Entry, Header, parse_json, read_header, read_json
+from .formats import FORMATS, format_of
+from .table import Format
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 DIFFUSERS, DIFFUSERS_SETTINGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
@@ -53,7 +54,6 @@ _READ = {  # the settings that are read, by peft_type
     "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"}
     | {"ensure_weight_tying", "lora_bias", "alora_invocation_tokens"},
     "IA3": set[str](),
-    "VERA": {"r", "projection_prng_key", "save_projection", "d_initial", "vera_dropout"},
     "ADALORA": {"r", "lora_alpha", "lora_dropout", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"}
     | {"orth_reg_weight", "total_step", "rank_pattern"},
     "LN_TUNING": set[str](),
@@ -67,7 +67,7 @@ _FREE = (
     | {"target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"}
     | {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
 )
-_BIASES = ("none", "all", "lora_only", "vera_only")  # whose biases were trained: they are tensors of the file
+_BIASES = ("none", "all", "lora_only")  # whose biases were trained: they are tensors of the file
 # What PEFT puts between a module's path and its tensors' names, where it wraps it.
 _WRAPPED = re.compile(
     r"(?P<path>.+?)\.(?P<wrappers>(?:(?:base_layer|token_adapter|original_module|modules_to_save|ln_tuning_layers)\.)+)"
@@ -88,6 +88,7 @@ class PeftFolder:
     base: dict[str, str]  # the same of base tensors of these layers: PEFT adds lm_head's weight
     shared: dict[str, str] = field(default_factory=dict)  # the same of those that all layers share
     whole: dict[str, str] = field(default_factory=dict)  # of new values of the base's own tensors: `<path>.weight`
+    zeros: list[str] = field(default_factory=list)  # keys in the file of tensors that have to be zero
     tokens: dict[str, str] = field(default_factory=dict)  # of new rows: `<path>.lora_delta` of an embedding or a head
     unused: dict[str, str] = field(default_factory=dict)  # of base tensors that PEFT uses while the adapter is off
     copies: dict[str, str] = field(default_factory=dict)  # a key in the file -> another one of the same tensor
@@ -162,17 +163,19 @@ def _with_settings(
     header: Header, where: str, settings: dict[str, Any], names: Mapping[str, str], has_model: bool
 ) -> PeftFolder:
     """`names`: a key as PEFT writes it -> as it is in the file. Raises CheckpointError."""
-    source = PeftFolder(header, where, settings, {}, {})
+    source, table = PeftFolder(header, where, settings, {}, {}), format_of(settings)
     saved = settings.get("modules_to_save")
     if not (saved is None or (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved))):
         raise source.error(f"modules_to_save={brief(repr(saved))}: wanted names")
     for name, key in names.items():
-        _sort(source, name, key)
+        if table is None or not _sort_by(table, source, name, key):
+            _sort(source, name, key)
     paths = source.paths
     for ours in [ours for ours in source.base if ours.rpartition(".")[0] not in paths]:
         del source.base[ours]
-    _check_settings(source, has_model)
-    sorted_keys = {*source.in_file.values(), *source.base.values(), *source.unused.values(), *source.copies}
+    _check_settings(source, table, has_model)
+    sorted_keys = {*source.in_file.values(), *source.base.values(), *source.unused.values()}
+    sorted_keys |= {*source.copies, *source.zeros}
     unknown = sorted(header.entries.keys() - sorted_keys)
     if unknown or not (source.keys or (settings["peft_type"] in WHOLE and source.beside)):
         raise CheckpointError(
@@ -181,6 +184,34 @@ def _with_settings(
             f"  nothing is dropped: what they are isn't known here"
         )
     return source
+
+
+def _sort_by(table: Format, source: PeftFolder, name: str, key: str) -> bool:
+    """Is it a key of the table's method, now put where it belongs?"""
+    if (shared := table.shared_of(name.removeprefix("base_model."))) is not None:
+        _add_shared(source, shared, key)
+        return True
+    parts = name.removeprefix(PREFIX).split(".")
+    for i in range(1, len(parts)):
+        path, end = ".".join(parts[:i]), ".".join(parts[i:])
+        if (ours := table.ours_of(end)) is not None:
+            source.keys[f"{path}.{ours}"] = key
+        elif end in table.copies:
+            _add_shared(source, table.copies[end], key)
+        elif end in table.zeros:
+            source.zeros.append(key)
+        else:
+            continue
+        return True
+    return False
+
+
+def _add_shared(source: PeftFolder, name: str, key: str) -> None:
+    ours = f"{PLACE}.{name}"
+    if ours in source.shared:
+        source.copies[key] = source.shared[ours]
+    else:
+        source.shared[ours] = key
 
 
 def _sort(source: PeftFolder, name: str, key: str) -> None:
@@ -241,16 +272,17 @@ def _read_diffusers(file: Path, modules: Container[str]) -> tuple[Header, str, d
     return header, where, components[prefix], {key.removeprefix(prefix): key for key in keys[prefix]}
 
 
-def _check_settings(source: PeftFolder, has_model: bool) -> None:
+def _check_settings(source: PeftFolder, table: Format | None, has_model: bool) -> None:
     """Raises CheckpointError for a setting that would be lost; one of a later PEFT, too, unless it is neutral."""
     kind = source.settings.get("peft_type")
-    if not isinstance(kind, str) or kind not in _READ:
-        raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {sorted(_READ)}")
-    known = _READ[kind] | _FREE
+    if table is None and (not isinstance(kind, str) or kind not in _READ):
+        wanted = sorted({*_READ, *(known.peft_type for known in FORMATS)})
+        raise source.error(f"peft_type {brief(repr(kind))} isn't supported; wanted one of {wanted}")
+    known = (_READ[str(kind)] if table is None else table.settings) | _FREE
     known |= {"modules_to_save"} if any(map(source.is_saved, source.beside)) else set()
     known |= {"trainable_token_indices"} if source.tokens and kind in ("LORA", "ADALORA") else set()
     known |= {"target_parameters"} if _names_weights(source, has_model) else set()
-    known |= {"bias"} if source.settings.get("bias") in _BIASES else set()
+    known |= {"bias"} if source.settings.get("bias") in (*_BIASES, *([table.only] if table else [])) else set()
     lost = {
         field: value
         for field, value in source.settings.items()
@@ -269,29 +301,6 @@ def _names_weights(source: PeftFolder, has_model: bool) -> bool:
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         return False
     return has_model or all(name.endswith(".weight") and name.removesuffix(".weight") in paths for name in names)
-
-
-def flag_of(source: PeftFolder, field: str, default: bool = False) -> bool:
-    """A setting that is true or false. Raises CheckpointError."""
-    value = source.settings.get(field, default)
-    if not isinstance(value, bool):
-        raise source.error(f"{field}={value!r}: wanted true or false")
-    return value
-
-
-def whole_of(source: PeftFolder, field: str, default: int) -> int:
-    """A setting that is an integer of at least 0. Raises CheckpointError."""
-    value = source.settings.get(field, default)
-    if type(value) is not int or value < 0:  # a bool is an int to isinstance
-        raise source.error(f"{field}={brief(repr(value), 60)}: wanted an integer of at least 0")
-    return value
-
-
-def number_of(source: PeftFolder, field: str, value: Any) -> float:
-    """A setting that is a finite number. Raises CheckpointError."""
-    if type(value) not in (int, float) or not abs(value) <= torch.finfo(torch.float64).max:  # NaN fails it, too
-        raise source.error(f"{field} has {brief(value, 60)}: wanted a finite number")
-    return float(value)
 
 
 def ia3_on(source: PeftFolder, path: str) -> str:

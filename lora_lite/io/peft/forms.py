@@ -27,6 +27,7 @@ from ...core.state import Site
 from ...errors import brief
 from ..keys import PREFIX, THEIRS
 from .folder import PeftFolder, ia3_on
+from .kinds import is_plain_linear, takes_adalora
 
 _INNER = ".base_layer"
 _EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "lora_m": THEIRS["lora_m"]}
@@ -197,23 +198,6 @@ def _times(layer: BaseLayer, name: str) -> int:
     return 2 if name == "lora_B" and isinstance(layer.reader, nn.MultiheadAttention) and not layer.kind.prefix else 1
 
 
-def is_plain_linear(layer: BaseLayer) -> bool:
-    """Is it a linear layer that is called, and no projection of nn.MultiheadAttention?"""
-    is_bare = bool(layer.kind.prefix) or isinstance(layer.reader, nn.MultiheadAttention)
-    return layer.kind.category == "linear" and not is_bare and not layer.experts
-
-
-def takes_adalora(layer: BaseLayer) -> bool:
-    """Is it a linear layer, or an nn.Conv2d whose patches PEFT's update sees as they are?"""
-    if not is_conv(layer) or layer.stored.ndim != 4 or layer.module.groups > 1:
-        return is_plain_linear(layer)
-    return layer.module.padding_mode == "zeros" or layer.module.padding in ("valid", (0, 0))
-
-
-def is_conv(layer: BaseLayer) -> bool:
-    return layer.kind.category == "conv"
-
-
 def pattern_path(site: Site, path: str) -> str:
     """The name that PEFT compares with rank_pattern and alpha_pattern: an attention's two projections have one."""
     attention = site.module if site.prefix else site.base.reader
@@ -243,8 +227,6 @@ def lacks(site: Site) -> str | None:
     on_plain_layer = category in ("linear", "conv") and not site.prefix
     if not on_plain_layer and variant in ("ia3", "ia3_ff"):
         return "PEFT has no IA3 on it"
-    if variant == "vera" and not is_plain_linear(layer):
-        return "PEFT has no VeRA on it"
     if variant == "adalora" and not takes_adalora(layer):
         return "PEFT has no AdaLoRA on it"
     if variant == "lora" and site.cfg.bias and not (on_plain_layer and not in_attention(site)):

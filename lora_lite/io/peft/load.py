@@ -27,17 +27,18 @@ from ...errors import CheckpointError
 from ..keys import layers_of
 from ..raw import same_tensor
 from ..safetensors import check_numbers
-from . import adalora, beside, forms, ia3, lora, vera
+from . import adalora, beside, by_table, forms, ia3, lora
 from .conversion import led_to_model
 from .folder import PeftFolder, read_folder
-from .parts import Part
+from .formats import format_of
+from .parts import Part, stored_as
+from .table import Format
 from .ties import without_heads
 
 Reader = Callable[[PeftFolder, dict[str, Target], Mapping[str, BaseLayer]], list[Part]]
 _READERS: dict[str, Reader] = {  # by peft_type; of the others all is beside an adapter (beside.py)
     "LORA": lora.parts,
     "IA3": ia3.parts,
-    "VERA": vera.parts,
     "ADALORA": adalora.parts,
 }
 
@@ -84,12 +85,15 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
         pairs = {target: known[path] for path, target in part.targets.items()}
         methods.append(Method(part.cfg, make_sites(pairs, part.cfg, part.overrides)))
     number_sites(methods)
-    tensors = {key: values[key].to(parts[0].cfg.dtype) for key in source.shared}
+    tensors = shared_tensors(source, parts[0], values)
     for part, method in zip(parts, methods, strict=True):
         known = layers_beside if part.of_base else taken
         for path, site in zip(part.targets, method.sites, strict=True):
             of_layer = part.values(values, path, known[path], known[path])
-            tensors |= {site.key(name): tensor.to(part.cfg.dtype) for name, tensor in of_layer.items()}
+            tensors |= {
+                site.key(name): stored_as(source, site.specs[name], part.cfg, name, tensor)
+                for name, tensor in of_layer.items()
+            }
     with installed(root, methods, name, _with_the_rest(methods, tensors)) as adapter:
         with torch.no_grad():
             for method in methods:
@@ -100,11 +104,17 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     return adapter
 
 
+def shared_tensors(source: PeftFolder, part: Part, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors that all layers of the folder's own method share, by our key."""
+    specs = lookup(part.cfg.variant).shared_specs(list(part.targets.values()), part.cfg) if source.shared else {}
+    return {key: stored_as(source, specs[key.rpartition(".")[2]], part.cfg, key, values[key]) for key in source.shared}
+
+
 def _with_the_rest(methods: list[Method], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, and zeros for those that the file lacks because they are the base's."""
     places = ((site, name, spec) for method in methods for site in method.sites for name, spec in site.specs.items())
     rest = {
-        site.key(name): torch.zeros(spec.shape, dtype=site.cfg.dtype)
+        site.key(name): torch.zeros(spec.shape, dtype=spec.dtype or site.cfg.dtype)
         for site, name, spec in places
         if spec.saved == "always"
     }
@@ -137,9 +147,6 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
         raise source.error("init_lora_weights='olora' wrote the base: its A and B are half of the adapter")
     whole = {path: _whole_target(source, path) for path in source.beside}
     parts, stored = parts_of(source, targets, {}) + beside.parts(source, whole, {}), stored_tensors(source)
-    if source.settings["peft_type"] == "VERA" and not source.shared:
-        cure = "load it on its model, and save it with save_projection=True"
-        raise source.error(f"save_projection=false: A and B are drawn in sizes that the model's layers have\n  {cure}")
     shared = Shared({key.rpartition(".")[2]: ParamSpec(tuple(stored[key].shape)) for key in source.shared})
     for key in source.shared:
         shared.hold(key.rpartition(".")[2], stored[key])
@@ -168,15 +175,26 @@ def _whole_target(source: PeftFolder, path: str) -> Target:
 
 def _targets_by_shapes(source: PeftFolder) -> dict[str, Target]:
     """The layers as their tensors tell; 0 stands for a side that they don't."""
-    targets, shapes = {}, {key: entry.shape for key, entry in source.entries.items()}
+    targets, shapes = {}, {key: tuple(entry.shape) for key, entry in source.entries.items()}
+    table = format_of(source.settings)
     for path in source.paths:
-        names = ("lora_A", "lora_B", "lora_l", "lora_b")
-        a, b, scales, outputs = (shapes.get(file_key(path, name), ()) for name in names)
+        if table is not None:
+            targets[path] = Target(path, *_sizes(table, path, shapes), "?", *place(path))
+            continue
+        a, b, scales = (shapes.get(file_key(path, name), ()) for name in ("lora_A", "lora_B", "lora_l"))
         d_in = a[-1] if len(a) == 2 else scales[1] if len(scales) == 2 and scales[0] == 1 else 0
         d_out = b[0] if len(b) == 2 else scales[0] if len(scales) == 2 and scales[1] == 1 else 0
-        d_out = outputs[0] if len(outputs) == 1 else d_out
         targets[path] = Target(path, d_in, d_out, "?", *place(path))
     return targets
+
+
+def _sizes(table: Format, path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """The size of a layer as its tensors tell; (0, 0) where they don't."""
+    layer = {name: shape for key, shape in shapes.items() for where, _, name in [key.rpartition(".")] if where == path}
+    try:
+        return (0, 0) if table.sizes is None else table.sizes(layer)
+    except (KeyError, IndexError):  # a folder is anyone's
+        return 0, 0
 
 
 def _check_base(
@@ -204,6 +222,8 @@ def parts_of(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str
     Raises:
         CheckpointError: for settings, keys or shapes that aren't such an adapter's. No tensor is read.
     """
+    if (table := format_of(source.settings)) is not None:
+        return by_table.parts(table, source, targets, layers)
     reader = _READERS.get(source.settings["peft_type"])
     return [] if reader is None else reader(source, targets, layers)
 
@@ -211,10 +231,16 @@ def parts_of(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str
 def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
     tensors = source.header.read([*source.in_file.values(), *source.copies])
-    check_numbers(tensors, str(source.header.path), "save the adapter again")
+    table = format_of(source.settings)
+    tables = {key for ours, key in source.in_file.items() if table and ours.rpartition(".")[2] in table.tables}
+    floats = {key: tensor for key, tensor in tensors.items() if key not in tables}  # `stored_as` checks the tables
+    check_numbers(floats, str(source.header.path), "save the adapter again")
     for key, other in source.copies.items():
         if not torch.equal(tensors[key], tensors[other]):
             raise CheckpointError(f"{source.header.path}: {key} and {other} are one tensor, and differ")
+    for key in source.zeros:
+        if torch.any(source.header.read([key])[key]):
+            raise CheckpointError(f"{source.header.path}: {key} holds zeros in PEFT's files, and here other numbers")
     by_ours = {ours: tensors[key] for ours, key in source.in_file.items()}
     is_scale = {ours: ours.endswith("lora_l") and tensor.ndim <= 2 for ours, tensor in by_ours.items()}
     return {ours: tensor.flatten() if is_scale[ours] else tensor for ours, tensor in by_ours.items()}

@@ -18,9 +18,11 @@ from ...core.variant import lookup
 from ...errors import CheckpointError, QuantizedWeightError, brief
 from . import forms
 from .conversion import moved_keys, named_like_experts, old_keys
-from .folder import PeftFolder, flag_of, number_of
+from .folder import PeftFolder
+from .kinds import is_conv, is_plain_linear
 from .parts import Layers, Part, Written, as_stored, config_of, names_of, same_everywhere, written_at
 from .patterns import alphas_of, check_rank
+from .settings import flag_of, number_of
 from .ties import tied_paths
 
 # Starts of an init_lora_weights that writes the base, so that A and B belong to another one.
@@ -83,7 +85,7 @@ def _has_bias(source: PeftFolder, variant: str, init: Any, layers: Mapping[str, 
     """lora_bias. Raises CheckpointError where PEFT has none, or leaves it out of what it computes."""
     if not flag_of(source, "lora_bias"):
         return False
-    others = [path for path, layer in layers.items() if not (forms.is_plain_linear(layer) or forms.is_conv(layer))]
+    others = [path for path, layer in layers.items() if not (is_plain_linear(layer) or is_conv(layer))]
     if others or init or variant != "lora":
         place = f" on {others[0]}" if others else f" with use_dora={variant == 'dora'}, init_lora_weights={init!r}"
         raise source.error(f"lora_bias=true{place} isn't supported: PEFT has no such adapter")
@@ -95,7 +97,7 @@ def _invocation_tokens(source: PeftFolder, variant: str, init: Any, layers: Mapp
     tokens = source.settings.get("alora_invocation_tokens")
     if not (tokens is None or (isinstance(tokens, list) and all(type(t) is int for t in tokens))):
         raise source.error(f"alora_invocation_tokens={brief(repr(tokens))}: wanted a list of tokens")
-    others = [path for path, layer in layers.items() if not forms.is_plain_linear(layer)]
+    others = [path for path, layer in layers.items() if not is_plain_linear(layer)]
     if tokens is not None and (others or init or variant != "lora"):
         place = f"on {others[0]}" if others else f"with use_dora={variant == 'dora'}, init_lora_weights={init!r}"
         raise source.error(f"alora_invocation_tokens {place} isn't supported: PEFT has no such adapter")

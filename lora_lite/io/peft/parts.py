@@ -15,11 +15,11 @@ from ...core.names import file_key
 from ...core.resolve import Overrides
 from ...core.state import Site, Tensors
 from ...core.targets import Target
-from ...core.variant import config_for
+from ...core.variant import ParamSpec, config_for
 from ...dtypes import STORAGE_DTYPES
 from ...errors import CheckpointError, ConfigError
 from ..keys import THEIRS
-from ..safetensors import DTYPES
+from ..safetensors import DTYPES, check_numbers
 from . import forms
 from .folder import PeftFolder
 from .ties import mirrored
@@ -37,6 +37,15 @@ def as_stored(
     """The tensors of a layer as the file has them, in our shapes."""
     names = {name: stored[key] for name in THEIRS if (key := file_key(path, name)) in stored}
     return names if layer is None else {name: forms.ours(layer, name, tensor) for name, tensor in names.items()}
+
+
+def stored_as(source: PeftFolder, spec: ParamSpec, cfg: BaseConfig, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in the dtype that its parameter has here: a table's own, or the config's. Raises CheckpointError for
+    indices out of a table's range."""
+    tensor = tensor.to(spec.dtype or cfg.dtype)
+    if spec.dtype is not None:
+        check_numbers({name: tensor}, str(source.header.path), "save the adapter again", {name: spec})
+    return tensor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 from loguru import logger
 
 from ...errors import brief
-from .folder import PeftFolder, number_of
+from .folder import PeftFolder
+from .settings import number_of
 
 # A regex that is plain text: an escaped sign is itself, and a dot any character.
 _LITERAL = re.compile(r"(\^?)((?:\\\W|[^\\^$*+?{}\[\]()|])+)\$?")
@@ -25,7 +26,7 @@ def check_rank(source: PeftFolder, path: str, r: int) -> None:
 
 def alphas_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
     """Each layer's lora_alpha: the first of alpha_pattern whose regex finds the end of its path."""
-    alphas, unsure = _by_pattern(source, paths, "alpha_pattern", "lora_alpha")
+    alphas, unsure = by_pattern(source, paths, "alpha_pattern", "lora_alpha")
     if unsure:
         logger.warning(
             f"{source.where}: several entries of alpha_pattern find {', '.join(unsure[:3])}; "
@@ -36,18 +37,23 @@ def alphas_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
 
 def ranks_of(source: PeftFolder, paths: Iterable[str]) -> dict[str, float]:
     """Each layer's r as PEFT takes it from the settings, whatever the rank of its tensors."""
-    ranks, _ = _by_pattern(source, paths, "rank_pattern", "r")
+    ranks, _ = by_pattern(source, paths, "rank_pattern", "r")
     if wrong := [path for path, r in ranks.items() if r < 1]:
         raise source.error(f"{wrong[0]} has r={ranks[wrong[0]]:g}: wanted at least 1")
     return ranks
 
 
-def _by_pattern(
-    source: PeftFolder, paths: Iterable[str], patterns: str, field: str
+def by_pattern(
+    source: PeftFolder, paths: Iterable[str], patterns: str, field: str, default: Any = 8, anchored: bool = True
 ) -> tuple[dict[str, float], list[str]]:
-    """A setting at each layer, and the layers that several entries of its patterns find, with other values."""
-    entries, default, weights = _literal_patterns(source, patterns), source.settings.get(field, 8), source.weights
+    """A setting at each layer, and the layers that several entries of its patterns find, with other values.
+
+    anchored    does PEFT find what begins with "^"? Where it doesn't, such an entry is an error
+    """
+    entries, default, weights = _literal_patterns(source, patterns), source.settings.get(field, default), source.weights
     result, unsure = {}, []
+    if not anchored and any(start for start, _, _ in entries):
+        raise source.error(f"{patterns} has an entry that begins with ^, which PEFT finds nowhere")
     for path in paths:
         name = f"{path}.weight" if path in weights else path
         values = [value for start, text, value in entries if _ends(name, start, text)] or [default]

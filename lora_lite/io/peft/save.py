@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from ...errors import CheckpointError, ConfigError
 from ...ops.svd import low_rank_factors
 from ..keys import PREFIX
 from ..safetensors import check_numbers, replacing
-from . import adalora, forms, ia3, lora, vera, whole
+from . import adalora, by_table, forms, ia3, lora, whole
 from .beside import VARIANTS
 from .conversion import moved_keys, old_keys
 from .folder import CONFIG, WEIGHTS
+from .formats import FORMATS
 from .parts import Layers, Written, written_at
 
 _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
@@ -33,7 +34,6 @@ _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
     "dora": lora.written,
     "ia3": ia3.written,
     "ia3_ff": ia3.written,
-    "vera": vera.written,
     "adalora": adalora.written,
 }
 
@@ -134,7 +134,7 @@ def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Writt
     _check_lacks(main)
     methods = {id(site.method): site.cfg.variant for sites in main.values() for site in sites}
     are_ia3 = {*methods.values()} <= {"ia3", "ia3_ff"} and all(len(sites) == 1 for sites in main.values())
-    writer = _WRITERS.get(next(iter(methods.values()), ""))
+    writer = _writer(next(iter(methods.values()), ""))
     if methods and not ((len(methods) == 1 or are_ia3) and writer):
         raise CheckpointError(
             f"PEFT has no adapter like {', '.join(f'{a.name!r} ({a.variant})' for a in chosen)}\n"
@@ -143,6 +143,11 @@ def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Writt
         )
     tensors, settings = writer(root, main) if writer else ({}, {})
     return whole.with_the_rest(root, tensors, settings, main, [s for s in known if s.cfg.variant in VARIANTS])
+
+
+def _writer(variant: str) -> Callable[[nn.Module, Layers], Written] | None:
+    table = next((table for table in FORMATS if table.variant == variant), None)
+    return _WRITERS.get(variant) if table is None else partial(by_table.written, table)
 
 
 def _low_rank(

@@ -15,8 +15,9 @@ from ...base.layer import BaseLayer
 from ...core.state import Site
 from ...errors import CheckpointError
 from ..keys import PREFIX
-from .folder import PeftFolder, flag_of
+from .folder import PeftFolder
 from .patterns import alphas_of, ranks_of
+from .settings import flag_of
 
 _MIRRORED = {"lora_A": "lora_B", "lora_B": "lora_A"}  # of x (W + s B A)ᵀ: A' = Bᵀ, B' = Aᵀ
 

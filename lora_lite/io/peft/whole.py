@@ -18,11 +18,12 @@ from ..keys import PREFIX
 from ..raw import base_tensors
 from . import tokens
 from .conversion import moved_keys
+from .formats import FORMATS
 from .parts import Layers, Written, names_of
 from .ties import tied_paths
 
 # The types whose config has bias=, and what it calls their targets' own.
-_ONLY = {"LORA": "lora_only", "ADALORA": "lora_only", "VERA": "vera_only"}
+_ONLY = {"LORA": "lora_only", "ADALORA": "lora_only"} | {t.peft_type: t.only for t in FORMATS if t.only}
 # Tasks whose models PEFT gives modules_to_save of its own, by what the class of the model is called.
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 _HEADS = ("classifier", "score")
