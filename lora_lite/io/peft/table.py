@@ -129,7 +129,7 @@ class Format:
         return next((name for ours, theirs in pairs if (name := _name(end, theirs, ours)) is not None), None)
 
     def end_of(self, ours: str, is_embedding: bool) -> str | None:
-        """What PEFT calls a tensor at a layer; None if it is in no file of PEFT's."""
+        """PEFT's name of a tensor at a layer; None if it is in no file of PEFT's."""
         pairs = (self.embedding if is_embedding and self.embedding else self.tensors).items()
         return next((end for name, theirs in pairs if (end := _name(ours, name, theirs)) is not None), None)
 
