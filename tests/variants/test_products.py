@@ -1,21 +1,15 @@
 """LoHa, LoKr, HiRA, GraLoRA, GLoRA, MiSS, BEFT and PEANuT against PEFT's layers, and what is theirs alone."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
-from models import config, perturb
-from oracles import ORACLES
+from models import perturb
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
-from lora_lite.ops.activations import ACTIVATIONS
-from lora_lite.ops.kronecker import split
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
