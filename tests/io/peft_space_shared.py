@@ -73,11 +73,6 @@ TABLE: list[tuple[Any, ...]] = [
     ("mlp", UNILORA, {"target_modules": r"lin\d", "theta_d_length": 101}),
     ("mlp", UNILORA, {"target_modules": "all-linear", "theta_d_length": 101}),
     ("mlp", UNILORA, {"target_modules": "(lin0|lin1)+", "theta_d_length": 101}, {"refused": "a regex that"}),
-    (
-        "mlp",
-        UNILORA,
-        {"refused": "exclude_modules"},
-    ),
     ("emb", UNILORA, {"target_modules": ["conv1d"], "theta_d_length": 101}),
     ("deep", UNILORA, TWO | {"layers_to_transform": [1]}, {"refused": "layers_to_transform"}),
     ("deep", UNILORA, TWO | {"layers_to_transform": [1], "save_indices": True}),
