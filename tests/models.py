@@ -182,14 +182,14 @@ def acts_everywhere(variant: str) -> bool:
 
 def is_trained(variant: str) -> bool:
     """Does the method have parameters to train, or is it computed?"""
-    specs = ll.REGISTRY[variant].layer_specs(ll.Target("layer", 64, 64, "float32"), config(variant))
-    return any(spec.trainable for spec in specs.values())
+    return "trained" in mechanisms(variant)
 
 
 def mechanisms(variant: str) -> set[str]:
     """What the runtime does for a method, by what its class declares."""
     cls, cfg = ll.REGISTRY[variant], config(variant)
-    specs = cls.layer_specs(ll.Target("layer", 64, 64, "float32"), cfg).values()
+    target = ll.Target("layer", 64, 64, "float32")
+    specs = [*cls.layer_specs(target, cfg).values(), *cls.shared_specs((target,), cfg).values()]
     parts = ("forward_input", "low_rank", "shared_specs", "init", "group_init", "on_step", "penalty", "refresh")
     overridden = {part for part in parts if getattr(cls, part) is not getattr(ll.Variant, part)}
     tensors = {
