@@ -3,6 +3,7 @@
 Bytes are exact and above those of the frozen base, beside PEFT's own class on the same layers where it has the method.
 """
 
+import copy
 import tempfile
 import time
 from collections.abc import Callable
@@ -48,12 +49,18 @@ def costs(arena: Arena, entrant: Entrant, reference: Entrant) -> Record:
             model.register_forward_hook(lambda _, args, output: _with_penalty(output, adapter))
         return differentiable(model)
 
-    def theirs() -> Any:
+    def theirs() -> Callable[[], Any]:
+        """On a copy of the weights, made before anything is counted: PEFT's PiSSA writes the base."""
         from peft import get_peft_model
 
-        model: Any = get_peft_model(arena.replica(), peft_config(config))
-        _nudge(parameter for parameter in model.parameters() if parameter.requires_grad)
-        return differentiable(model)
+        own = copy.deepcopy(arena.base)
+
+        def make() -> Any:
+            model: Any = get_peft_model(own, peft_config(config))
+            _nudge(parameter for parameter in model.parameters() if parameter.requires_grad)
+            return differentiable(model)
+
+        return make
 
     def measure() -> Record:
         started = time.perf_counter()
@@ -64,7 +71,7 @@ def costs(arena: Arena, entrant: Entrant, reference: Entrant) -> Record:
             ll.save(model, Path(folder, "adapter.safetensors"))
             record["file_bytes"] = Path(folder, "adapter.safetensors").stat().st_size
         record |= _times(arena, entrant, reference, batch)
-        record |= _bytes(ours, batch, frozen)
+        record |= _bytes(lambda: ours, batch, frozen)
         return record | ({"peft": _bytes(theirs, batch, frozen)} if peft_config(config) else {})
 
     known = {"method": entrant.name, "config": config.to_dict(), "source": source_of(entrant.variant)}
@@ -89,8 +96,9 @@ def _times(arena: Arena, entrant: Entrant, reference: Entrant, batch: Batch) -> 
     return {"step_ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high, "step_seconds": seconds}
 
 
-def _bytes(make: Callable[[], Any], batch: Batch, frozen: Record) -> Record:
-    return {"kept": saved(make(), batch) - frozen["kept"], "peak": peak_of(make, batch) - frozen["peak"]}
+def _bytes(maker: Callable[[], Callable[[], Any]], batch: Batch, frozen: Record) -> Record:
+    """Above the frozen base's, of a model that a function makes; what `maker` itself takes isn't counted."""
+    return {"kept": saved(maker()(), batch) - frozen["kept"], "peak": peak_of(maker(), batch) - frozen["peak"]}
 
 
 @torch.no_grad()
