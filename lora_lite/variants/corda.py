@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.variant import Layer, register
 from ..errors import BaseModelError
 from ..families import residual
-from ..families.calibration import moments, on_called_layers
+from ..families.calibration import check_fresh, moments, on_called_layers
 
 __all__ = ["CorDA", "CorDAConfig"]
 
@@ -52,6 +52,7 @@ class CorDA:
 
     @staticmethod
     def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: CorDAConfig, calibration_data: Any) -> None:
+        check_fresh(targets, residual.is_trained)
         sizes = {path: (layer.in_features, layer.out_features) for path, layer in targets.items()}
         for path, statistics in moments(model, sizes, calibration_data):
             layer, r, c = targets[path], targets[path].cfg.r, statistics.second_moment
