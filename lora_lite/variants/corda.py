@@ -10,7 +10,7 @@ Base       read once, at init: dense layers that are called
 Departs    the paper writes W - s B0 A0 into the layer. C is divided by its mean diagonal, so that the unit of x doesn't
            set how A0 and B0 are balanced; PEFT divides each call's x by its largest element, and weighs calls alike.
            As in the paper's code, a share of the mean, 0.01 or twice that so often as needed, is on C's diagonal
-Checked    against the formula; the start against PEFT's with its C
+Checked    against the formula, and what PEFT takes out of one call
 """
 
 from collections.abc import Mapping
