@@ -24,7 +24,7 @@ from ..core.plan import plan
 from ..core.resolve import overrides_at
 from ..core.variant import Layer, register
 from ..errors import ConfigError
-from ..families.calibration import moments, on_called_layers
+from ..families.calibration import check_fresh, moments, on_called_layers
 from ..ops.svd import leading_svd
 from .lora import LoRA, LoRAConfig
 
@@ -51,6 +51,7 @@ class EVA(LoRA):
 
     @staticmethod
     def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: EVAConfig, calibration_data: Any) -> None:
+        check_fresh(targets, lambda layer: bool(layer.lora_B.any()))
         sizes = {path: (layer.in_features, layer.out_features) for path, layer in targets.items()}
         for path, statistics in moments(model, sizes, calibration_data):
             layer, r = targets[path], targets[path].cfg.r
