@@ -42,6 +42,17 @@ def leading_svd(w: Float[Tensor, "o i"], r: int) -> Svd:
     return u, squares[-r:].flip(0).clamp_min(0).sqrt(), F.normalize(w.mT @ u, dim=0)
 
 
+def iterated_svd(w: Float[Tensor, "o i"], r: int, rounds: int) -> Svd:
+    """U, S, V of the top r of W = U S Vᵀ by subspace iteration of r dimensions, seeded (Halko et al. 2011,
+    arXiv:0909.4061, algorithm 4.4): torch.svd_lowrank(w, q=r, niter=rounds), but for what is drawn."""
+    basis = torch.randn(w.shape[1], r, generator=torch.Generator().manual_seed(SEED)).to(w)  # (i, r)
+    for _ in range(rounds):
+        basis = torch.linalg.qr(w.mT @ torch.linalg.qr(w @ basis).Q).Q
+    basis = torch.linalg.qr(w @ basis).Q  # (o, r)
+    u, s, v = top_svd(basis.mT @ w, r)
+    return basis @ u, s, v
+
+
 def principal_factors(
     w: Float[Tensor, "o i"], r: int, in_both: bool, niter: int | None = None, seed: int = 0
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
