@@ -47,7 +47,7 @@ TABLE: list[tuple[Any, ...]] = [
     ("conv1d", LOKR, {"target_modules": ["conv1d"]}, SWAPPED),
     ("conv1d_wide", LOKR, {"target_modules": ["conv1d"], "r": 2}),
     ("conv1d_wide", LOKR, {"target_modules": ["conv1d"], "r": 2, **CORE}),
-    ("conv1d_one", LOKR, {"target_modules": ["conv1d"]}),
+    ("conv1d_one", LOKR, {"target_modules": ["conv1d"], "alpha": 80}),
     ("llama", LOKR, {"target_modules": ["q_proj", "down_proj"], "r": 1}),
     *on_mlp(HIRA),
     ("mlp", HIRA, {**BOTH, "hira_dropout": 0.1, "init_weights": "gaussian", "rank_pattern": {"lin1": 2}}),

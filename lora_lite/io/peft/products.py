@@ -116,12 +116,13 @@ def _hira_theirs(site: Site, tensors: Named) -> Named:
 HIRA = Format(
     "HIRA",
     "hira",
-    tensors={"lora_*": "hira_*"},
-    embedding={"lora_*": "hira_embedding_*"},
-    fields={"r": Setting("r", 32, "rank_pattern"), "dropout": Setting("hira_dropout", 0.0)},
-    free=("init_weights",),
+    tensors={"lora_A": "hira_A", "lora_B": "hira_B"},
+    embedding={"lora_A": "hira_embedding_A", "lora_B": "hira_embedding_B"},
+    fields={"r": Setting("r", 32), "dropout": Setting("hira_dropout", 0.0)},
+    free=("init_weights", "rank_pattern"),  # PEFT 0.21 has the field, and gives every layer the rank r
     lacks=("bias",),
     takes=_on_hira,
+    at_layer=lambda place: {"r": place.shapes["lora_A"][0]} if place.shapes.get("lora_A") else {},
     ours=lambda layer, tensors: {name: tensor.flatten(1) for name, tensor in tensors.items()},
     theirs=_hira_theirs,
     sizes=lambda layer: (math.prod(layer["lora_A"][1:]), layer["lora_B"][0]),
