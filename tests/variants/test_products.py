@@ -17,18 +17,38 @@ LINEAR, CONV1, CONV2, EMBEDDING = "0|1", "conv1", "conv2", "embedding"
 SIGMOID = {"depth": 2, "act_fn": "sigmoid"}
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [  # variant, model, our fields, PEFT's
     ("loha", LINEAR, {"r": 3, "alpha": 6.0}, {"r": 3, "alpha": 6}),
-    ("loha", CONV1, {"r": 3}, {"r": 3, "alpha": 3}),
-    ("loha", CONV1, {"r": 3, "use_effective_conv2d": True}, {"r": 3, "alpha": 3, "use_effective_conv2d": True}),
-    ("loha", CONV2, {"r": 3, "use_effective_conv2d": True}, {"r": 3, "alpha": 3, "use_effective_conv2d": True}),
+    ("loha", CONV1, {"r": 3}, {"r": 3}),
+    (
+        "loha",
+        CONV1,
+        {"r": 3, "alpha": 3.0, "use_effective_conv2d": True},
+        {"r": 3, "alpha": 3, "use_effective_conv2d": True},
+    ),
+    (
+        "loha",
+        CONV2,
+        {"r": 3, "alpha": 3.0, "use_effective_conv2d": True},
+        {"r": 3, "alpha": 3, "use_effective_conv2d": True},
+    ),
     ("lokr", LINEAR, {"r": 8}, {"r": 8}),
     ("lokr", LINEAR, {"r": 2, "alpha": 8.0}, {"r": 2}),
-    ("lokr", LINEAR, {"r": 1, "decompose_both": True}, {"r": 1, "alpha": 1, "decompose_both": True}),
-    ("lokr", LINEAR, {"r": 2, "decompose_factor": 4}, {"r": 2, "alpha": 2, "decompose_factor": 4}),
-    ("lokr", LINEAR, {"r": 2, "decompose_factor": 7}, {"r": 2, "alpha": 2, "decompose_factor": 7}),
-    ("lokr", CONV1, {"r": 2}, {"r": 2, "alpha": 2}),
-    ("lokr", CONV1, {"r": 2, "use_effective_conv2d": True}, {"r": 2, "alpha": 2, "use_effective_conv2d": True}),
+    ("lokr", LINEAR, {"r": 1, "alpha": 1.0, "decompose_both": True}, {"r": 1, "alpha": 1, "decompose_both": True}),
+    ("lokr", LINEAR, {"r": 2, "alpha": 2.0, "decompose_factor": 4}, {"r": 2, "alpha": 2, "decompose_factor": 4}),
+    ("lokr", LINEAR, {"r": 2, "alpha": 2.0, "decompose_factor": 7}, {"r": 2, "alpha": 2, "decompose_factor": 7}),
+    ("lokr", CONV1, {"r": 2, "alpha": 2.0}, {"r": 2, "alpha": 2}),
+    (
+        "lokr",
+        CONV1,
+        {"r": 2, "alpha": 2.0, "use_effective_conv2d": True},
+        {"r": 2, "alpha": 2, "use_effective_conv2d": True},
+    ),
     ("lokr", CONV2, {"r": 8}, {"r": 8}),
-    ("lokr", CONV2, {"r": 2, "use_effective_conv2d": True}, {"r": 2, "alpha": 2, "use_effective_conv2d": True}),
+    (
+        "lokr",
+        CONV2,
+        {"r": 2, "alpha": 2.0, "use_effective_conv2d": True},
+        {"r": 2, "alpha": 2, "use_effective_conv2d": True},
+    ),
     ("hira", LINEAR, {"r": 4}, {"r": 4}),
     ("hira", CONV2 + "_whole", {"r": 4}, {"r": 4}),
     ("hira", EMBEDDING, {"r": 4}, {"r": 4}),
@@ -153,7 +173,7 @@ def test_outputs_gradients_and_three_adamw_steps_are_pefts(case: Any) -> None:
 
 @pytest.mark.parametrize("kind", [CONV1, CONV2])
 def test_the_gradients_of_a_kernel_by_its_core_are_those_of_the_formula(kind: str) -> None:
-    fields = {"r": 3, "use_effective_conv2d": True}
+    fields = {"r": 3, "alpha": 3.0, "use_effective_conv2d": True}
     ours, theirs, pairs, x = pair(("loha", kind, fields, {"r": 3, "alpha": 3, "use_effective_conv2d": True}))
     layer = ours[0]
     names = ("t1", "w1_a", "w1_b", "t2", "w2_a", "w2_b")

@@ -114,7 +114,7 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
 def _check_lacks(layers: Layers, is_plain: bool = False) -> None:
     """Raises CheckpointError for a layer on which PEFT has no such adapter, or a plain LoRA can't be one."""
     for path, (site, *others) in layers.items():
-        lack = forms.lacks(site)
+        lack = forms.lacks(site, is_plain)
         if is_plain and any(each.positions is not None for each in (site, *others)):
             lack = "it acts at some positions of a sequence, which a plain LoRA can't say"
         if lack:
