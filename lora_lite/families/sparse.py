@@ -26,7 +26,8 @@ def table(d_in: int, d_out: int, n: int, what: str, seed: int | None = None, *, 
 
     what    the fields of the config that n comes from, for the error where the layer has fewer places
     """
-    if not 0 < n <= (size := d_out * d_in):
+    size = d_out * d_in
+    if not 0 < n <= size:
         raise ConfigError(
             f"{what}: {n} places of a ({d_out}, {d_in}) weight, which has {size}\n"
             f"  choose another number, there alone with per_layer, or leave the layer out with exclude_names"
