@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from . import shared, spectral
+from . import rotations, shared, spectral
 from .table import Format
 
-FORMATS: tuple[Format, ...] = (*shared.FORMATS, *spectral.FORMATS)
+FORMATS: tuple[Format, ...] = (*shared.FORMATS, *rotations.FORMATS, *spectral.FORMATS)
 
 
 def format_of(settings: Mapping[str, Any]) -> Format | None:

@@ -1,0 +1,109 @@
+"""Methods whose change of the weight is B A, with factors that are functions of small tensors: (A, B) = f(θ)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.config import AdapterConfig
+from ..core.validate import is_number, positive_or_none
+from ..core.variant import Layer, LowRank
+from ..errors import ConfigError
+from ..ops.dropout import dropout_seed, dropped
+from ..ops.low_rank import add_low_rank, is_traced_or_transformed
+from ..ops.recompute import recomputed
+
+Factors = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorsConfig(AdapterConfig):
+    """A rank, and LoRA's scale and dropout.
+
+    alpha: None means r. rslora: s = alpha/√r in place of alpha/r. dropout: of the branch.
+    """
+
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
+        self.require(isinstance(self.rslora, bool), "rslora", "True or False")
+        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s."""
+        return (self.alpha or self.r) / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeededConfig(AdapterConfig):
+    """dropout: on x, of the branch alone. seed: of what is drawn and never trained."""
+
+    seed: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(type(self.seed) is int and 0 <= self.seed < 2**31, "seed", "an integer from 0 to 2^31")
+        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
+
+
+def check_directions(cfg: AdapterConfig, d_in: int, d_out: int, most: int) -> None:
+    """ConfigError for a rank above `most`, the directions of a (d_out, d_in) weight that the method can take."""
+    if cfg.r > most:
+        raise ConfigError(
+            f"{type(cfg).__name__}(r={cfg.r}): a ({d_out}, {d_in}) weight has {most} directions for it\n"
+            f"  lower r, there alone with per_layer, or leave the layer out with exclude_names"
+        )
+
+
+def with_factors(
+    layer: Layer,
+    x: Float[Tensor, "*b i"],
+    y: Float[Tensor, "*b o"],
+    f: Factors,
+    *tensors: Tensor,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*b o"]:
+    """y + c (drop(x) Aᵀ Bᵀ + shift) at the layer's scale c. The backward keeps x and the tensors alone.
+
+    f           (A (r, i), B (o, r)), or these and a shift (o,): a pure function, of nothing trained but its arguments
+    dropout     in training, of the branch alone
+    """
+    s, p = layer.scale, dropout if layer.training else 0.0
+    if not (torch.is_grad_enabled() or is_traced_or_transformed()):
+        a, b, *shift = f(*tensors)
+        y = add_low_rank(y, x, a, b, s, p)
+        return y + (s * shift[0]).to(y.dtype) if shift else y
+    drop = seeded_dropout(layer, dropout)
+
+    def branch(x: Tensor, *tensors: Tensor) -> Tensor:
+        a, b, *shift = f(*tensors)
+        change = F.linear(F.linear(drop(x), a.to(x.dtype)), b.to(x.dtype), shift[0].to(x.dtype) if shift else None)
+        return change * s
+
+    return y + recomputed(branch, x, *tensors).to(y.dtype)
+
+
+def as_low_rank(layer: Layer, f: Factors, *tensors: Tensor, dropout: float = 0.0) -> LowRank:
+    """The same for `low_rank`, of convolutions, embeddings and experts."""
+    a, b = f(*tensors)
+    return LowRank(a, b, layer.scale, dropout if layer.training else 0.0)
+
+
+def seeded_dropout(layer: Layer, p: float) -> Callable[[Tensor], Tensor]:
+    """Dropout in training, of the same mask at each call: what makes a forward again drops the same."""
+    if not (p and layer.training):
+        return lambda x: x
+    if is_traced_or_transformed():  # a graph draws for itself
+        return lambda x: F.dropout(x, p)
+    seed = dropout_seed()
+    return lambda x: dropped(x, p, seed)

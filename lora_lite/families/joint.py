@@ -1,0 +1,71 @@
+"""Directions V that layers of one name share, in whatever block, with W_l = U_l diag(λ0_l) Vᵀ for all of them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.layer import Layer
+from ..core.targets import Target
+from ..core.variant import ParamSpec
+from ..errors import ConfigError
+from ..ops.joint import column_norms, joint_directions, off_diagonal
+
+__all__ = ["category", "fit_joint", "joint_specs", "joint_tensors", "places_of"]
+
+
+def category(path: str) -> str:
+    """The last two parts of a path, `self_attn_q_proj`, or the last alone after a block's number: FRoD's, as in PEFT.
+
+    BERT's `attention.output.dense` is `attention_output`, as the feed-forward part ends in `output.dense`, too.
+    """
+    *first, before, last = ["", "", *path.split(".")]
+    if not before or before.isdigit():
+        return last
+    return "attention_output" if (before, last, *first[-1:]) == ("output", "dense", "attention") else f"{before}_{last}"
+
+
+def shared_name(path: str) -> str:
+    """A layer's category as a part of the names of shared tensors."""
+    return re.sub(r"[\W_]+", "_", category(path)).strip("_") or "layer"
+
+
+def places_of(d_in: int, cfg: Any) -> int:
+    """How many numbers beside the diagonal of a (d_in, d_in) matrix are trained."""
+    return max(1, min(int(d_in * d_in * cfg.sparse_rate), d_in * d_in - d_in))
+
+
+def joint_specs(targets: Sequence[Target], cfg: Any) -> dict[str, ParamSpec]:
+    """A `shared_specs`: V (i, i), its inverse, and the rows and columns of S's trained numbers, for each name."""
+    specs: dict[str, ParamSpec] = {}
+    for target in targets:
+        name, i = shared_name(target.path), target.d_in
+        v = ParamSpec((i, i), trainable=False, keep_dtype=True)
+        if specs.setdefault(f"V_{name}", v) != v:
+            problem = f"{target.path}: other layers of its name have inputs of another width, and would share V"
+            raise ConfigError(f"{problem}\n  leave one of them out with exclude_names")
+        specs[f"inverse_{name}"] = v
+        specs[f"places_{name}"] = ParamSpec((2, places_of(i, cfg)), dtype=torch.int64, below=i)
+    return specs
+
+
+def joint_tensors(layer: Layer) -> list[Tensor]:
+    """What `joint_specs` gave the layer's name."""
+    return [getattr(layer, f"lora_{part}_{shared_name(layer.path)}") for part in ("V", "inverse", "places")]
+
+
+def fit_joint(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibration_data: Any) -> None:
+    """A `group_init`: V of all layers of a name, and each layer's λ0, the norms of W V⁻ᵀ's columns, as `lora_l0`."""
+    generator = torch.Generator().manual_seed(cfg.seed)  # one for all, in the order of names, as PEFT's
+    for name in sorted({shared_name(path) for path in targets}):
+        layers = [layer for path, layer in targets.items() if shared_name(path) == name]
+        weights = [layer.dense_weight() for layer in layers]
+        v = joint_directions(weights, cfg.regularization_alpha).double()
+        values = v, v.inverse(), off_diagonal(len(v), places_of(len(v), cfg), generator)
+        for tensor, value in zip(joint_tensors(layers[0]), values, strict=True):
+            tensor.copy_(value)
+        for layer, w in zip(layers, weights, strict=True):
+            layer.lora_l0.copy_(column_norms(w, v))
+            layer.lora_l.copy_(layer.lora_l0)

@@ -1,0 +1,104 @@
+"""AdaMSS: a small update for each cluster of the weight's rows (Zheng et al. 2025, NeurIPS, openreview 8ZdWmpYxT0).
+
+    y_c = (W x + b)_c + B_c A_c N [x; 1]     c: one of K clusters of the outputs    N (R, i + 1), or (R, i) without b
+    N = V_Rᵀ of the SVD [W | b] = U S Vᵀ;  clusters: k-means of the rows of U_R (o, R)
+    A_c (k, R): the first right singular vectors of U_R's rows in c    B_c (o_c, k)    A (K, k, R)  B (o, k) as stacks
+    on_step    with use_asa, the least important subspaces stop training; families/asa.py
+
+Identity   B = 0, bit-exact
+Base       read once, at init, for its SVD; dequantised numbers do. N and each row's cluster stay in the file
+Departs    clusters are by our own k-means, seeded, where PEFT asks scikit-learn at every load, and forgets them. A
+           cluster of less than k rows, or of less large singular values, has rows of 0 in A. ASA keeps as many
+           subspaces as its formula says, and PEFT one less
+Checked    against PEFT AdamssConfig: outputs, gradients, masks, three AdamW steps
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.targets import Target
+from ..core.validate import is_number
+from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..families.asa import ASAConfig, asa_specs, freeze_subspaces
+from ..families.factors import with_factors
+from ..ops.clusters import clustered_factors, kmeans
+from ..ops.svd import leading_svd
+
+__all__ = ["AdaMSS", "AdaMSSConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMSSConfig(ASAConfig):
+    """r: R, at most. num_subspaces: K. subspace_rank: k. use_dynamic_rank: of k, those whose squared singular value is
+    above svd_threshold times the first. The other fields are of ASA's schedule."""
+
+    variant: str = "adamss"
+    r: int = 100
+    num_subspaces: int = 5
+    subspace_rank: int = 1
+    use_dynamic_rank: bool = False
+    svd_threshold: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"num_subspaces": 1, "subspace_rank": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            self.require(type(value) is int and least <= value < 2**63, name, f"a whole number, {least} or more")
+        self.require(isinstance(self.use_dynamic_rank, bool), "use_dynamic_rank", "True or False")
+        share = self.svd_threshold
+        self.require(is_number(share) and 0 <= share < 1, "svd_threshold", "a number from 0 to below 1")
+
+
+@register
+class AdaMSS:
+    name = "adamss"
+    config = AdaMSSConfig
+    base_weight = "read"
+    handles_scale = True
+
+    @staticmethod
+    def layer_specs(target: Target, cfg: AdaMSSConfig) -> dict[str, ParamSpec]:
+        o, i, clusters = target.d_out, target.d_in, min(cfg.num_subspaces, target.d_out)
+        rank = min(cfg.r, o, i + target.has_bias)
+        specs = {
+            "lora_As": ParamSpec((clusters, cfg.subspace_rank, rank), keep_dtype=True),
+            "lora_Bs": ParamSpec((o, cfg.subspace_rank), keep_dtype=True),
+            "lora_N": ParamSpec((rank, i), trainable=False, keep_dtype=True),
+            "lora_cluster": ParamSpec((o,), dtype=torch.int32, below=clusters),
+        } | (asa_specs(clusters, cfg.subspace_rank, rank, o) if cfg.use_asa else {})
+        last = ParamSpec((rank,), trainable=False, keep_dtype=True, is_shift=True)  # N's last column
+        return specs | ({"lora_Nb": last} if target.has_bias else {})
+
+    @staticmethod
+    def init(layer: Layer, cfg: AdaMSSConfig) -> None:
+        w = layer.dense_weight()
+        if layer.has_bias:
+            w = torch.cat([w, layer.bias[:, None].to(w)], 1)  # (o, i + 1)
+        u, _, v = leading_svd(w, len(layer.lora_N))
+        layer.lora_cluster.copy_(kmeans(u, len(layer.lora_As), cfg.seed))
+        for tensor, part in zip(_tensors(layer)[3:], v.mT.split(layer.in_features, 1), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        for c, stack in enumerate(layer.lora_As):  # (k, R)
+            s, vt = torch.linalg.svd(u[layer.lora_cluster == c], full_matrices=False)[1:]
+            large = int((s.square() > cfg.svd_threshold * s[0].square()).sum()) if cfg.use_dynamic_rank else len(s)
+            stack[:large].copy_(vt[: min(large, len(stack))])
+
+    on_step = staticmethod(freeze_subspaces)
+
+    @staticmethod
+    def low_rank(layer: Layer) -> LowRank:
+        a, b, *shift = clustered_factors(*_tensors(layer))
+        return LowRank(a, b, layer.scale, shift=layer.scale * shift[0] if shift else None)
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        return with_factors(layer, x, y, clustered_factors, *_tensors(layer))
+
+
+def _tensors(layer: Layer) -> list[Tensor]:
+    names = ("lora_As", "lora_Bs", "lora_cluster", "lora_N", *(("lora_Nb",) if layer.has_bias else ()))
+    return [getattr(layer, name) for name in names]

@@ -1,0 +1,92 @@
+"""KaSA: a LoRA with singular values, on a weight without its noise (Wang et al. 2024, arXiv:2412.06071, 3.2-3.4).
+
+    y = (W - U_t S_t V_tᵀ) x + b + s B diag(d) A drop(x)       A (r, i)   B (o, r)   d (r,)   s = α/r
+    U_t (o, r), S_t, V_t (i, r): the last r singular triplets of W, of r < min(i, o); all frozen
+    penalty    Σ over layers of β ‖d‖² + γ (‖BᵀB - I‖ + ‖A Aᵀ - I‖)
+
+Identity   not at the start: there y is that of the truncated weight
+Base       read once, at init, for its SVD; dequantised numbers do. U_t S_t and V_t stay in the file
+Departs    the paper and PEFT write the truncated weight into the layer, for good; here the base is never written.
+           On convolutions and embeddings `dropout` is of what the truncated part sees, too
+Checked    against PEFT LoraConfig(kasa_config=KasaConfig()): outputs, gradients, penalty, three AdamW steps
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.validate import is_number
+from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..families.factors import FactorsConfig, check_directions, with_factors
+from ..ops.low_rank import add_low_rank
+
+__all__ = ["KaSA", "KaSAConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KaSAConfig(FactorsConfig):
+    """beta, gamma: the weights of the penalty's parts."""
+
+    variant: str = "kasa"
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "gamma"):
+            self.require(is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number, 0 or more")
+
+
+@register
+class KaSA:
+    name = "kasa"
+    config = KaSAConfig
+    base_weight = "read"
+    has_identity_init = False
+    handles_scale = True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: KaSAConfig) -> dict[str, ParamSpec]:
+        check_directions(cfg, d_in, d_out, min(d_in, d_out) - 1)
+        return {
+            "lora_A": ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True),
+            "lora_B": ParamSpec((d_out, cfg.r), keep_dtype=True),
+            "lora_d": ParamSpec((cfg.r,), lambda t: t.normal_(), keep_dtype=True),
+            "lora_Ut": ParamSpec((d_out, cfg.r), trainable=False, keep_dtype=True),  # U_t S_t
+            "lora_Vt": ParamSpec((cfg.r, d_in), trainable=False, keep_dtype=True),
+        }
+
+    @staticmethod
+    def init(layer: Layer, cfg: KaSAConfig) -> None:
+        u, s, vt = torch.linalg.svd(layer.dense_weight(), full_matrices=False)
+        layer.lora_Ut.copy_(u[:, -cfg.r :] * s[-cfg.r :])
+        layer.lora_Vt.copy_(vt[-cfg.r :])
+
+    @staticmethod
+    def penalty(targets: Mapping[str, Layer], cfg: KaSAConfig) -> Tensor:
+        terms = []
+        for layer in targets.values():
+            a, b, d = layer.lora_A, layer.lora_B, layer.lora_d
+            eye = torch.eye(len(d), dtype=d.dtype, device=d.device)
+            orthogonal = (b.mT @ b - eye).norm() + (a @ a.mT - eye).norm()
+            terms.append(layer.cfg.beta * d.square().sum() + layer.cfg.gamma * orthogonal)
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    @staticmethod
+    def low_rank(layer: Layer) -> LowRank:
+        d = layer.lora_d
+        a, b = torch.cat([layer.lora_A, layer.lora_Vt]), torch.cat([layer.lora_B, layer.lora_Ut], 1)  # (2r, i), (o, 2r)
+        s = torch.cat([layer.cfg.scaling * d, -torch.ones_like(d)])  # (2r,)
+        return LowRank(a, b, layer.scale * s, layer.cfg.dropout if layer.training else 0.0)
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        y = add_low_rank(y, x, layer.lora_Vt, layer.lora_Ut, -layer.scale)
+
+        def factors(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+            return (layer.cfg.scaling * d)[:, None] * a, b  # (r, i), (o, r)
+
+        return with_factors(layer, x, y, factors, layer.lora_A, layer.lora_B, layer.lora_d, dropout=layer.cfg.dropout)
