@@ -188,7 +188,7 @@ def written(table: Format, root: nn.Module, layers: Layers) -> Written:
 
 def _setting(table: Format, ours: str, setting: Setting, layers: Layers) -> dict[str, Any]:
     """A field as PEFT's setting, and its pattern. Raises CheckpointError where it differs by layer and has none."""
-    values = {path: getattr(site.cfg, ours) for path, (site,) in layers.items()}
+    values = {path: {ours: getattr(site.cfg, ours), **table.at_site(site)}[ours] for path, (site,) in layers.items()}
     common = Counter(values.values()).most_common(1)[0][0]
     others = {f"{'^' * table.anchored}{path}": value for path, value in values.items() if value != common}
     if others and not setting.pattern:

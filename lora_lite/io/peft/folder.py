@@ -282,7 +282,9 @@ def _check_settings(source: PeftFolder, table: Format | None, has_model: bool) -
     known |= {"modules_to_save"} if any(map(source.is_saved, source.beside)) else set()
     known |= {"trainable_token_indices"} if source.tokens and kind in ("LORA", "ADALORA") else set()
     known |= {"target_parameters"} if _names_weights(source, has_model) else set()
-    known |= {"bias"} if source.settings.get("bias") in (*_BIASES, *([table.only] if table else [])) else set()
+    bias = source.settings.get("bias")  # PEFT takes every "<x>_only" alike, and tells of "fourier_only" for WaveFT
+    is_only = table is not None and bool(table.only) and isinstance(bias, str) and bias.endswith("_only")
+    known |= {"bias"} if is_only or bias in _BIASES else set()
     lost = {
         field: value
         for field, value in source.settings.items()

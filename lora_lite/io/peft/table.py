@@ -77,6 +77,7 @@ class Format:
     read        folder -> values of our config beside `fields`. Raises what source.error gives
     write       our config -> settings beside `fields`
     at_layer    values of our config that a layer's tensors tell, such as a rank
+    at_site     the same for writing: of a site whose config leaves them open
     ours        (layer, PEFT's tensors of a layer by our names) -> ours
     theirs      (site, ours) -> PEFT's. Raises CheckpointError for what PEFT hasn't
     shapes      site -> the shapes of PEFT's tensors by our names; None: those of `theirs`
@@ -104,6 +105,7 @@ class Format:
     read: Callable[["PeftFolder"], dict[str, Any]] = lambda source: {}
     write: Callable[[Any], dict[str, Any]] = lambda cfg: {}
     at_layer: Callable[[AtLayer], dict[str, Any]] = lambda place: {}
+    at_site: Callable[[Site], dict[str, Any]] = lambda site: {}
     ours: Callable[[BaseLayer, Named], Named] = _same
     theirs: Callable[[Site, Named], Named] = _same
     shapes: Callable[[Site], dict[str, Shape]] | None = None
