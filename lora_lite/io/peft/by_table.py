@@ -22,13 +22,15 @@ from .folder import PeftFolder
 from .parts import Layers, Part, Written, config_of, names_of
 from .patterns import by_pattern
 from .settings import flag_of, number_of, text_of, whole_of
-from .table import AtLayer, Format, Setting, Shape
+from .table import AtLayer, Format, Named, Setting, Shape
 
 _COMMON = {"bias": "none", "layers_to_transform": None, "layers_pattern": None}
 
 
 def parts(table: Format, source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
     """One part. Every shape in the file is compared with what the settings say before a tensor is read."""
+    if table.at_place is not None and not source.is_in_order:
+        raise source.error("the order of its model's layers is a part of it\n  load it on its model (load_peft)")
     if not layers and (table.sizes is None or (table.shared and not source.shared)):
         cure = "load it on its model (load_peft), and save it as a file of this library"
         raise source.error(f"its tensors don't tell the sizes of its layers, and no model is given\n  {cure}")
@@ -49,17 +51,24 @@ def parts(table: Format, source: PeftFolder, targets: dict[str, Target], layers:
         wanted |= {file_key(path, name): shape for name, shape in shapes.items()}
     for name, spec in variant.shared_specs(listed, cfg).items():
         key, entry = file_key(PLACE, name), source.entries.get(file_key(PLACE, name))
-        shape = (
-            tuple(entry.shape) if entry is not None and not layers else spec.shape
-        )  # of unknown sizes it is the file's
-        wanted |= {key: shape} if spec.saved == "always" and table.key_of(name) else {}
+        # Of unknown sizes it is the file's.
+        shape = tuple(entry.shape) if entry is not None and not layers else spec.shape
+        if name in table.rows:
+            wanted |= {f"{key}.{n}": shape[1:] for n in range(shape[0])}
+        elif spec.saved == "always" and table.key_of(name):
+            wanted |= {key: shape}
     check_shapes(source.entries, wanted, str(source.header.path))
 
     def tensors_at(stored: Tensors, path: str, layer: BaseLayer | None, base: BaseLayer | None) -> dict[str, Tensor]:
         start = file_key(path, "")
         names = {key.removeprefix(start): key for key in source.keys if key.rpartition(".")[0] == path}
         tensors = {name: stored[key] for name, key in names.items()}
-        return tensors if layer is None else table.ours(layer, tensors)
+        if layer is None:
+            return tensors
+        if table.at_place is not None:
+            tensors |= table.at_place(cfg, list(targets).index(path), len(targets), tensors)
+        once = {key: tensor for key, tensor in stored.items() if key.startswith(f"{PLACE}.")}
+        return {name: tensor for name, tensor in table.ours(layer, tensors | once).items() if name not in once}
 
     return [Part(cfg, targets, overrides, tensors_at)]
 
@@ -161,6 +170,16 @@ def _theirs(table: Format, site: Site, tensor: Callable[[Site, str], Tensor]) ->
     return {name: values for name, values in theirs.items() if table.end_of(name, is_embedding) is not None}
 
 
+def gathered(table: Format, tensors: Named) -> Named:
+    """The file's tensors by our key, and the shared ones as ours are. Their shapes are known to fit."""
+    for name in table.rows:
+        key = file_key(PLACE, name)
+        rows = {other for other in tensors if other.startswith(f"{key}.")}
+        whole = torch.stack([tensors[f"{key}.{n}"] for n in range(len(rows))])
+        tensors = {other: tensor for other, tensor in tensors.items() if other not in rows} | {key: whole}
+    return tensors | table.once(tensors)
+
+
 def written(table: Format, root: nn.Module, layers: Layers) -> Written:
     """The adapter as it is. Raises CheckpointError for what PEFT has no place for."""
     tensors: dict[str, Tensor] = {}
@@ -175,6 +194,9 @@ def written(table: Format, root: nn.Module, layers: Layers) -> Written:
     # What PEFT draws again it draws in float32: of a narrower dtype it is written.
     is_narrow = torch.promote_types(cfg.dtype, torch.float32) != cfg.dtype
     for name, spec in ({} if shared is None else shared.specs).items():
+        if name in table.rows and shared is not None:
+            rows = enumerate(shared.tensor(name).detach())
+            tensors |= {str(table.key_of(f"{name}.{n}")): row for n, row in rows}
         if (key := table.key_of(name)) is not None and (spec.saved == "always" or is_narrow) and shared is not None:
             tensors[key] = shared.tensor(name).detach()
     names, _ = names_of(root, list(layers), [])
@@ -183,7 +205,8 @@ def written(table: Format, root: nn.Module, layers: Layers) -> Written:
     for ours, setting in table.fields.items():
         settings |= _setting(table, ours, setting, layers)
         settings |= {setting.name: True} if ours == "save_projection" and is_narrow else {}
-    return tensors, {name: value for name, value in common.items() if name not in table.lacks} | settings
+    settings = {name: value for name, value in common.items() if name not in table.lacks} | settings
+    return tensors, table.settle(settings, tensors, layers)
 
 
 def _setting(table: Format, ours: str, setting: Setting, layers: Layers) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ...core.targets import Target
 
 if TYPE_CHECKING:
     from .folder import PeftFolder
+    from .parts import Layers
 
 Named = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -78,8 +79,13 @@ class Format:
     write       our config -> settings beside `fields`
     at_layer    values of our config that a layer's tensors tell, such as a rank
     at_site     the same for writing: of a site whose config leaves them open
-    ours        (layer, PEFT's tensors of a layer by our names) -> ours
+    rows        our names of shared tensors of which each row is a tensor of PEFT's: "v.3", by `shared` of "v.*"
+    once        the file's tensors by our keys -> shared tensors that it has beside those. Raises CheckpointError
+    at_place    (our config, a layer's number among the layers in module order, how many there are, its tensors by our
+                names) -> tensors that it has beside those; None for none
+    ours        (layer, PEFT's tensors of a layer by our names, and the shared ones by our keys) -> ours
     theirs      (site, ours) -> PEFT's. Raises CheckpointError for what PEFT hasn't
+    settle      (settings, PEFT's tensors by key, layers) -> the settings as they are written. Raises CheckpointError
     shapes      site -> the shapes of PEFT's tensors by our names; None: those of `theirs`
     sizes       the shapes of a layer's tensors by our names -> (d_in, d_out), 0 for one that they don't tell, where
                 there is no model; None: the folder is refused then
@@ -96,6 +102,7 @@ class Format:
     shared: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     when: Callable[[Mapping[str, Any]], bool] = lambda settings: True
     given: Mapping[str, Any] = field(default_factory=dict)
     free: tuple[str, ...] = ()
@@ -106,8 +113,11 @@ class Format:
     write: Callable[[Any], dict[str, Any]] = lambda cfg: {}
     at_layer: Callable[[AtLayer], dict[str, Any]] = lambda place: {}
     at_site: Callable[[Site], dict[str, Any]] = lambda site: {}
+    once: Callable[[Named], Named] = lambda tensors: {}
+    at_place: Callable[[Any, int, int, Named], Named] | None = None
     ours: Callable[[BaseLayer, Named], Named] = _same
     theirs: Callable[[Site, Named], Named] = _same
+    settle: Callable[[dict[str, Any], Named, "Layers"], dict[str, Any]] = lambda settings, tensors, layers: settings
     shapes: Callable[[Site], dict[str, Shape]] | None = None
     sizes: Callable[[Mapping[str, Shape]], tuple[int, int]] | None = None
     tables: tuple[str, ...] = ()
