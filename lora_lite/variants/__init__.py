@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .abliteration import *
     from .adalora import *
+    from .adamss import *
     from .antipasto import *
+    from .bdlora import *
     from .dora import *
+    from .frod import *
     from .ia3 import *
     from .ia3_ff import *
+    from .kasa import *
     from .lora import *
+    from .mica import *
+    from .osf import *
     from .pissa import *
     from .reft import *
     from .ssteer import *

@@ -7,9 +7,8 @@
 
 Identity   B = 0, bit-exact
 Base       read once, at init, for its SVD; dequantised numbers do. N and each row's cluster stay in the file
-Departs    clusters are by our own k-means, seeded, where PEFT asks scikit-learn at every load, and forgets them. A
-           cluster of less than k rows, or of less large singular values, has rows of 0 in A. ASA keeps as many
-           subspaces as its formula says, and PEFT one less
+Departs    clusters are by our own k-means, once; PEFT asks scikit-learn at every load. A cluster of less than k rows
+           has rows of 0 in A. ASA keeps as many subspaces as its formula says, and PEFT one less
 Checked    against PEFT AdamssConfig: outputs, gradients, masks, three AdamW steps
 """
 
@@ -49,8 +48,7 @@ class AdaMSSConfig(ASAConfig):
             value = getattr(self, name)
             self.require(type(value) is int and least <= value < 2**63, name, f"a whole number, {least} or more")
         self.require(isinstance(self.use_dynamic_rank, bool), "use_dynamic_rank", "True or False")
-        share = self.svd_threshold
-        self.require(is_number(share) and 0 <= share < 1, "svd_threshold", "a number from 0 to below 1")
+        self.require(is_number(self.svd_threshold) and 0 <= self.svd_threshold < 1, "svd_threshold", "a share below 1")
 
 
 @register
@@ -62,22 +60,22 @@ class AdaMSS:
 
     @staticmethod
     def layer_specs(target: Target, cfg: AdaMSSConfig) -> dict[str, ParamSpec]:
-        o, i, clusters = target.d_out, target.d_in, min(cfg.num_subspaces, target.d_out)
-        rank = min(cfg.r, o, i + target.has_bias)
+        o, i, k = target.d_out, target.d_in, cfg.subspace_rank
+        clusters, rank = min(cfg.num_subspaces, o), min(cfg.r, o, i + target.has_bias)
         specs = {
-            "lora_As": ParamSpec((clusters, cfg.subspace_rank, rank), keep_dtype=True),
-            "lora_Bs": ParamSpec((o, cfg.subspace_rank), keep_dtype=True),
+            "lora_As": ParamSpec((clusters, k, rank), keep_dtype=True),
+            "lora_Bs": ParamSpec((o, k), keep_dtype=True),
             "lora_N": ParamSpec((rank, i), trainable=False, keep_dtype=True),
             "lora_cluster": ParamSpec((o,), dtype=torch.int32, below=clusters),
-        } | (asa_specs(clusters, cfg.subspace_rank, rank, o) if cfg.use_asa else {})
+        } | (asa_specs(clusters, k, rank, o) if cfg.use_asa else {})
         last = ParamSpec((rank,), trainable=False, keep_dtype=True, is_shift=True)  # N's last column
         return specs | ({"lora_Nb": last} if target.has_bias else {})
 
     @staticmethod
     def init(layer: Layer, cfg: AdaMSSConfig) -> None:
         w = layer.dense_weight()
-        if layer.has_bias:
-            w = torch.cat([w, layer.bias[:, None].to(w)], 1)  # (o, i + 1)
+        if (bias := layer.bias) is not None:
+            w = torch.cat([w, bias[:, None].to(w)], 1)  # (o, i + 1)
         u, _, v = leading_svd(w, len(layer.lora_N))
         layer.lora_cluster.copy_(kmeans(u, len(layer.lora_As), cfg.seed))
         for tensor, part in zip(_tensors(layer)[3:], v.mT.split(layer.in_features, 1), strict=True):
@@ -100,5 +98,4 @@ class AdaMSS:
 
 
 def _tensors(layer: Layer) -> list[Tensor]:
-    names = ("lora_As", "lora_Bs", "lora_cluster", "lora_N", *(("lora_Nb",) if layer.has_bias else ()))
-    return [getattr(layer, name) for name in names]
+    return [getattr(layer, f"lora_{n}") for n in ("As", "Bs", "cluster", "N", "Nb")[: 4 + layer.has_bias]]

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from . import shared
+from . import shared, sspace
 from .table import Format
 
-FORMATS: tuple[Format, ...] = (*shared.FORMATS,)
+FORMATS: tuple[Format, ...] = (*shared.FORMATS, *sspace.FORMATS)
 
 
 def format_of(settings: Mapping[str, Any]) -> Format | None:

@@ -19,7 +19,7 @@ from ...core.attach import installed
 from ...core.config import BaseConfig
 from ...core.names import file_key
 from ...core.resolve import attachable, make_sites
-from ...core.shared import Shared
+from ...core.shared import PLACE, Shared
 from ...core.state import Method, number_sites
 from ...core.targets import Target
 from ...core.variant import ParamSpec, lookup
@@ -105,9 +105,12 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
 
 
 def shared_tensors(source: PeftFolder, part: Part, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors that all layers of the folder's own method share, by our key."""
+    """The tensors that all layers of the folder's own method share, by our key."""
     specs = lookup(part.cfg.variant).shared_specs(list(part.targets.values()), part.cfg) if source.shared else {}
-    return {key: stored_as(source, specs[key.rpartition(".")[2]], part.cfg, key, values[key]) for key in source.shared}
+    shared, table = {key.rpartition(".")[2]: values[key] for key in source.shared}, format_of(source.settings)
+    shared = shared if table is None else table.once(shared)
+    keys = {name: file_key(PLACE, name) for name in shared}
+    return {key: stored_as(source, specs[name], part.cfg, key, shared[name]) for name, key in keys.items()}
 
 
 def _with_the_rest(methods: list[Method], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -232,7 +235,7 @@ def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
     tensors = source.header.read([*source.in_file.values(), *source.copies])
     table = format_of(source.settings)
-    tables = {key for ours, key in source.in_file.items() if table and ours.rpartition(".")[2] in table.tables}
+    tables = {key for ours, key in source.in_file.items() if table and table.is_table(ours)}
     floats = {key: tensor for key, tensor in tensors.items() if key not in tables}  # `stored_as` checks the tables
     check_numbers(floats, str(source.header.path), "save the adapter again")
     for key, other in source.copies.items():
