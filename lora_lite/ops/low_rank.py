@@ -142,7 +142,8 @@ class _AddLowRank(torch.autograd.Function):
         y, x, a, b, s, gain, c, bias, p = operands
         seed = dropout_seed() if p else 0
         out, h = _forward(y, dropped(x, p, seed) if p else x, a, b, s, gain, c, bias)
-        ctx.save_for_backward(x, a, b, h, gain, *((None, None) if gain is None else (bias, y)))
+        needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # of a frozen B nothing is asked
+        ctx.save_for_backward(x, a, b, h if needs_h else None, gain, *((None, None) if gain is None else (bias, y)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out
 

@@ -15,6 +15,7 @@ Checked    against PEFT AdamssConfig: outputs, gradients, masks, three AdamW ste
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,8 +79,9 @@ class AdaMSS:
             w = torch.cat([w, bias[:, None].to(w)], 1)  # (o, i + 1)
         u, _, v = leading_svd(w, len(layer.lora_N))
         layer.lora_cluster.copy_(kmeans(u, len(layer.lora_As), cfg.seed))
-        for tensor, part in zip(_tensors(layer)[3:], v.mT.split(layer.in_features, 1), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        layer.lora_N.copy_(v.mT[:, : layer.in_features])
+        if bias is not None:
+            layer.lora_Nb.copy_(v[-1])
         for c, stack in enumerate(layer.lora_As):  # (k, R)
             s, vt = torch.linalg.svd(u[layer.lora_cluster == c], full_matrices=False)[1:]
             large = int((s.square() > cfg.svd_threshold * s[0].square()).sum()) if cfg.use_dynamic_rank else len(s)
@@ -89,13 +91,12 @@ class AdaMSS:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        a, b, *shift = clustered_factors(*_tensors(layer))
-        return LowRank(a, b, layer.scale, shift=layer.scale * shift[0] if shift else None)
+        a, b = clustered_factors(layer.lora_As, layer.lora_Bs, layer.lora_cluster)  # (K k, R), (o, K k)
+        shift = layer.scale * (b @ (a @ layer.lora_Nb.to(a.dtype))) if layer.has_bias else None
+        return LowRank(a @ layer.lora_N.to(a.dtype), b, layer.scale, shift=shift)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        return with_factors(layer, x, y, clustered_factors, *_tensors(layer))
-
-
-def _tensors(layer: Layer) -> list[Tensor]:
-    return [getattr(layer, f"lora_{n}") for n in ("As", "Bs", "cluster", "N", "Nb")[: 4 + layer.has_bias]]
+        last = layer.lora_Nb.to(x.dtype) if layer.has_bias else None
+        z = F.linear(x, layer.lora_N.to(x.dtype), last)  # N [x; 1] (*b, R): N is frozen, so z is kept in x's place
+        return with_factors(layer, z, y, clustered_factors, layer.lora_As, layer.lora_Bs, layer.lora_cluster)

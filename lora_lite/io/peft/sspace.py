@@ -156,6 +156,15 @@ def _read_osf(source: "PeftFolder") -> dict[str, Any]:
     return {"project": "gradient"}
 
 
+@torch.no_grad()
+def _osf_of_base(layer: BaseLayer, cfg: Any, tensors: Named, shared: Named) -> Named:
+    """With the SVD's parts as PEFT has them: rounded to the base's dtype."""
+    k, base = cfg.effective_rank, layer.stored.dtype
+    u, s, vt = (part.to(base) for part in torch.linalg.svd(layer.dense_weight(), full_matrices=False))
+    parts = {"Uh": u[:, :k], "Vh": vt[:k], "U0": u[:, k:], "S0": s[k:], "V0": vt[k:]}
+    return {**tensors, **{f"lora_{name}": part for name, part in parts.items()}}
+
+
 OSF = Format(
     "OSF",
     "osf",
@@ -166,6 +175,7 @@ OSF = Format(
     read=_read_osf,
     at_layer=_osf_rank,
     by_layer=_write_osf,
+    of_base=_osf_of_base,
     theirs=_osf_theirs,
     shapes=lambda site: {f"lora_{name}": site.specs[f"lora_{name}"].shape for name in ("U", "S", "V")},
     reads_base=True,
@@ -252,6 +262,7 @@ def _adamss_shapes(site: Site, in_file: Mapping[str, Shape]) -> dict[str, Shape]
     return wanted
 
 
+@torch.no_grad()
 def clusters_of_peft(layer: BaseLayer, cfg: Any, bias: Tensor | None) -> Tensor:
     """The clusters of the rows as PEFT 0.21.2 finds them at every load. Raises CheckpointError without scikit-learn."""
     try:
@@ -260,7 +271,7 @@ def clusters_of_peft(layer: BaseLayer, cfg: Any, bias: Tensor | None) -> Tensor:
         problem = "PEFT keeps no clusters in its files, and scikit-learn, by which it makes them again, isn't here"
         raise CheckpointError(f"{layer.path}: {problem}\n  pip install scikit-learn") from error
     w = layer.dense_weight().float()
-    w = w if bias is None else torch.cat([w, bias[:, None].to(w)], 1)
+    w = w if bias is None else torch.cat([w, bias.detach()[:, None].to(w)], 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         u = torch.svd_lowrank(w, q=min(cfg.r, *w.shape), niter=2)[0]  # (o, R)
