@@ -35,7 +35,7 @@ class OSFConfig(BaseConfig):
     """effective_rank: k, a number of directions, or a fraction of them. None: half. project: "update" or "gradient"."""
 
     variant: str = "osf"
-    effective_rank: float | None = None
+    effective_rank: int | float | None = None
     project: str = "update"
 
     def __post_init__(self) -> None:
