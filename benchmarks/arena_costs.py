@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arena_methods import Entrant, peft_config, source_of
+from arena_methods import Entrant, source_of
 from arena_trials import Arena, Record, digest, read, training_step, write
 from batches import Batch
 from contenders import differentiable
@@ -49,19 +49,6 @@ def costs(arena: Arena, entrant: Entrant, reference: Entrant) -> Record:
             model.register_forward_hook(lambda _, args, output: _with_penalty(output, adapter))
         return differentiable(model)
 
-    def theirs() -> Callable[[], Any]:
-        """On a copy of the weights, made before anything is counted: PEFT's PiSSA writes the base."""
-        from peft import get_peft_model
-
-        own = copy.deepcopy(arena.base)
-
-        def make() -> Any:
-            model: Any = get_peft_model(own, peft_config(config))
-            _nudge(parameter for parameter in model.parameters() if parameter.requires_grad)
-            return differentiable(model)
-
-        return make
-
     def measure() -> Record:
         started = time.perf_counter()
         model, adapter = arena.attached(entrant, 0, STEPS)
@@ -72,10 +59,29 @@ def costs(arena: Arena, entrant: Entrant, reference: Entrant) -> Record:
             record["file_bytes"] = Path(folder, "adapter.safetensors").stat().st_size
         record |= _times(arena, entrant, reference, batch)
         record |= _bytes(lambda: ours, batch, frozen)
-        return record | ({"peft": _bytes(theirs, batch, frozen)} if peft_config(config) else {})
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                ll.save_peft(model, folder)
+            except ll.LoraLiteError:  # PEFT has no such method
+                return record
+            return record | {"peft": _bytes(lambda: theirs(arena, Path(folder)), batch, frozen)}
 
     known = {"method": entrant.name, "config": config.to_dict(), "source": source_of(entrant.variant)}
     return _remembered(arena, entrant.name, known, measure)
+
+
+def theirs(arena: Arena, folder: Path) -> Callable[[], Any]:
+    """PEFT's adapter of a folder, on a copy of the weights that is made before anything is counted."""
+    from peft import PeftModel
+
+    own = copy.deepcopy(arena.base)
+
+    def make() -> Any:
+        model: Any = PeftModel.from_pretrained(own, str(folder), is_trainable=True)
+        _nudge(parameter for parameter in model.parameters() if parameter.requires_grad)
+        return differentiable(model)
+
+    return make
 
 
 def costed(arena: Arena) -> Batch:
