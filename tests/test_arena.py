@@ -193,7 +193,7 @@ def test_pefts_model_is_of_the_same_method(arena: Arena, name: str, tmp_path: Pa
 @pytest.mark.slow
 def test_costs_are_exact_and_beside_pefts(arena: Arena) -> None:
     before = {key: tensor.clone() for key, tensor in arena.base.state_dict().items()}
-    found = {name: arena_costs.costs(arena, entrant(name, 4), entrant("lora", 4)) for name in ("lora", "shira")}
+    found = {name: arena_costs.costs(arena, entrant(name, 4), entrant("lora", 4)) for name in ("lora", "hira")}
     assert all(torch.equal(tensor, before[key]) for key, tensor in arena.base.state_dict().items())  # PEFT's writes it
     for name, record in found.items():
         assert record["parameters"] == ll.plan(arena.replica(), entrant(name, 4).config(1)).parameters
