@@ -8,17 +8,10 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .abliteration import *
     from .adalora import *
     from .antipasto import *
-    from .corda import *
     from .dora import *
-    from .eva import *
     from .ia3 import *
     from .ia3_ff import *
-    from .loftq import *
     from .lora import *
-    from .lora_ga import *
-    from .milora import *
-    from .olora import *
-    from .orthogonal import *
     from .pissa import *
     from .reft import *
     from .ssteer import *
