@@ -82,7 +82,8 @@ def eva_ranks(model: nn.Module, cfg: EVAConfig, calibration_data: Any, rho: floa
         shares += [(share, path) for share in variances.tolist()]
     budget = sum(config.r for config in configs.values())
     ranks = Counter(path for _, path in sorted(shares, key=lambda share: -share[0])[:budget])
-    per_layer, without = dict(cfg.per_layer), tuple(f"^{escape(path)}$" for path in targets if path not in ranks)
+    without = tuple(f"^{escape(path)}$" for path in targets if path not in ranks)
+    per_layer: dict[str, dict[str, Any]] = {}  # each layer's own: what cfg.per_layer says of it is in its fields
     for path, r in ranks.items():
         config, fields = configs[path], dict(overrides.get(path, {}))
         if config.alpha is not None:  # α/r, or α/√r, stays

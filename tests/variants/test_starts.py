@@ -228,7 +228,9 @@ def test_a_layer_whose_inputs_hardly_vary_gets_no_rank() -> None:
             return self.flat(x) + self.steep(x * torch.tensor([100.0] * 2 + [1e-3] * 30))
 
     x = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0))
-    cfg = ll.eva_ranks(Two(), ll.EVAConfig(r=1, target_names="flat|steep"), [{"x": x}])
+    given = ll.EVAConfig(r=1, target_names="flat|steep", per_layer={"flat": {"dropout": 0.1}})
+    cfg = ll.eva_ranks(Two(), given, [{"x": x}])
+    ll.attach(Two(), cfg, calibration_data=[{"x": x}])  # an entry of per_layer that finds no layer would raise
     assert cfg.exclude_names == ("^flat$",)
     assert cfg.per_layer == {"^steep$": {"r": 2}}
     with pytest.raises(ll.ConfigError, match=r"rho=0.5: wanted a number of at least 1"):
