@@ -7,6 +7,7 @@ compared the first ones. The view at equal time comes last.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,12 +86,14 @@ class Contest:
                 return []
             self.steps = self._planned()
             for entrant in self._present():
-                if (tuned := self._tuned(entrant)) is not None:
-                    results[entrant.name] = tuned
-                    self._compared(entrant, tuned, "parameters")
+                with self._leaving_out(entrant):
+                    if (tuned := self._tuned(entrant)) is not None:
+                        results[entrant.name] = tuned
+                        self._compared(entrant, tuned, "parameters")
             for entrant in self._present() if self.settings.is_timed else ():
-                if entrant.name in results:
-                    self._compared(entrant, results[entrant.name], "time")
+                with self._leaving_out(entrant):
+                    if entrant.name in results:
+                        self._compared(entrant, results[entrant.name], "time")
         except KeyboardInterrupt:
             logger.warning("stopped: the same command goes on from here")
         return list(results.values())
@@ -111,16 +114,21 @@ class Contest:
             if self._is_over(0.0):
                 self.left_out[entrant.name] = "no time to measure what it costs"
                 continue
-            try:
+            with self._leaving_out(entrant):
                 record = self.costs[entrant.name] = costs(self.arena, entrant, self.settings.reference)
-            except (ll.LoraLiteError, RuntimeError) as error:
-                self.left_out[entrant.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                logger.warning(f"{entrant.name} is left out: {error}")
-                continue
-            logger.info(
-                f"costs [{i}/{len(self.entrants)}] {entrant.name}: a step takes {record['step_seconds']:.2f} s, "
-                f"{record['step_ratio']:.2f} of {self.settings.reference.name}'s"
-            )
+                logger.info(
+                    f"costs [{i}/{len(self.entrants)}] {entrant.name}: a step takes {record['step_seconds']:.2f} s, "
+                    f"{record['step_ratio']:.2f} of {self.settings.reference.name}'s"
+                )
+
+    @contextmanager
+    def _leaving_out(self, entrant: Entrant) -> Iterator[None]:
+        """A method that fails is told of, and the others go on."""
+        try:
+            yield
+        except (ll.LoraLiteError, RuntimeError, ValueError) as error:
+            self.left_out[entrant.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            logger.warning(f"{entrant.name} is left out: {error}")
 
     def _planned(self) -> int:
         """The number of steps: as asked, as an earlier run in this folder has planned, or as many as fit.

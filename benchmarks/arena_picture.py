@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-COLOURS = {"better": "#3b7a57", "worse": "#b5483a", "not apart": "#777777"}
+COLOURS = {"better": "#3b7a57", "worse": "#b5483a", "not apart": "#777777", "one seed": "#bbbbbb"}
 LOGARITHMIC = {"parameters", "kept", "kl"}
 
 

@@ -155,7 +155,7 @@ def _compared(report: Report, result: Result, view: str) -> list[str]:
     if math.isinf(found.value):
         return ["", "diverged", "worse"]
     fewer = found.seeds < max(len(other.losses.get(view, ())) for other in report.results)
-    short = f", {found.seeds} seed{'s' * (found.seeds > 1)}" if fewer else ""
+    short = f", {found.seeds} seeds" if fewer and found.seeds > 1 else ""
     return [f"{found.value:+.3f}", f"{found.low:+.3f} {found.high:+.3f}", found.verdict + short]
 
 
@@ -173,14 +173,14 @@ def _costs(report: Report) -> str:
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    grid = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="", header_style="")
+    grid = Table(box=None, pad_edge=False, header_style="")
     for i, name in enumerate(head):
         grid.add_column(name, justify="left" if i in (0, len(head) - 1) and name in ("method", "") else "right")
     for row in rows:
         grid.add_row(*row)
     output = io.StringIO()
     Console(width=WIDTH, file=output, color_system=None).print(grid)
-    return output.getvalue()
+    return f"{title}\n{output.getvalue()}"
 
 
 def count(number: float) -> str:

@@ -48,7 +48,8 @@ def counting(count: int, start: int) -> list[Example]:
 def arena(tmp_path: Path) -> Arena:
     ids = {"input_ids": collate(0, counting(6, 500))["input_ids"]}
     task = Task("counting", counting(200, 0), counting(6, 300), counting(30, 400), [ids])
-    return Arena(tiny_llama(), task, 8, tmp_path)
+    model = tiny_llama(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    return Arena(model, task, 8, tmp_path)
 
 
 def compared(arena: Arena, one: Entrant, other: Entrant, rates: tuple[float, float] = (1e-2, 1e-2)) -> Any:
@@ -197,9 +198,10 @@ def test_costs_are_exact_and_beside_pefts(arena: Arena) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in arena.base.state_dict().items())  # PEFT's writes it
     for name, record in found.items():
         assert record["parameters"] == ll.plan(arena.replica(), entrant(name, 4).config(1)).parameters
-        assert 0 < record["kept"] <= record["peft"]["kept"], name  # a LoRA's are equal without casts
-        assert record["peak"] <= record["peft"]["peak"], name
         assert record["ratio_low"] <= record["step_ratio"] <= record["ratio_high"]
+        assert 0 < record["kept"] < record["peak"], name
+    assert found["lora"]["kept"] == found["lora"]["peft"]["kept"]  # without casts, with the same tensors
+    assert found["lora"]["peak"] <= found["lora"]["peft"]["peak"]
     assert found["lora"]["file_bytes"] > 4 * found["lora"]["parameters"]
 
 
@@ -258,6 +260,21 @@ def test_no_trial_begins_after_the_minutes(arena: Arena, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("costed")
+def test_a_method_that_fails_does_not_end_the_run(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Arena.run
+
+    def failing(self: Arena, trial: Trial, stop: Any) -> Any:
+        if trial.entrant.name == "ia3":
+            raise ll.BaseModelError("it overflows\n  another dtype")
+        return run(self, trial, stop)
+
+    monkeypatch.setattr(Arena, "run", failing)
+    contest = contest_of(arena, ["lora", "ia3", "norm"], trials=1, seeds=1, is_timed=False)
+    assert [result.name for result in contest.run()] == ["lora", "norm"]
+    assert contest.left_out == {"ia3": "BaseModelError: it overflows"}
+
+
+@pytest.mark.usefixtures("costed")
 def test_steps_are_fitted_once(arena: Arena) -> None:
     contest = contest_of(arena, ["lora"], steps=None, trials=1, seeds=1, minutes=0.02)
     contest.run()
@@ -305,7 +322,7 @@ def test_tables_fit_80_columns() -> None:
     whole = "\n".join(lines)
     assert "antipasto r=128" in whole
     assert re.search(r"^diverged .* diverged +worse$", whole, re.M)
-    assert re.search(r"^a cheap one .* 1 seed$", whole, re.M)
+    assert re.search(r"^a cheap one .* one seed$", whole, re.M)
     assert "left out: bias: no layer has a bias" in whole
     assert sum(line.startswith("Pareto line") for line in lines) == len(COSTS)
 
