@@ -31,7 +31,7 @@ __all__ = ["PSOFT", "PSOFTConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class PSOFTConfig(PrincipalConfig):
-    """use_cayley_neumann: the series of num_cayley_neumann_terms, with ‖Q‖ at most cayley_neumann_eps, or the exact C."""
+    """use_cayley_neumann: C by num_cayley_neumann_terms, with ‖Q‖ up to cayley_neumann_eps, and not exact."""
 
     variant: str = "psoft"
     dropout: float = 0.0
