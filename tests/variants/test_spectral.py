@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import lora_lite as ll
+from lora_lite.families import sparse
 from lora_lite.ops.wavelets import DIGITS, scaling_filter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
@@ -173,19 +174,19 @@ def test_the_backward_keeps_x_and_no_more_than_pefts(case: str) -> None:
         assert kept(ours, x) <= kept(theirs, x)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "deft" not in case and case != "para"])
-def test_few_tokens_and_many_have_one_output(case: str) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("shira", "supertuning", "four", "wave"))])
+def test_few_tokens_and_many_have_one_output(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without ΔW for few, with it for many; in training, too."""
-    cfg, _, _ = CASES[case]
-    model = OneLinear(40, 56)
-    adapter = ll.attach(model, replace(cfg, target_names="^proj$", **one_block(cfg)))
+    model = OneLinear(80, 112)
+    adapter = ll.attach(model, replace(CASES[case][0], target_names="^proj$"))
     perturb(adapter, 0.3)
-    x, u = torch.randn(200, 40), torch.randn(200, 56)
+    x, u = torch.randn(200, 80), torch.randn(200, 112)
     u[3:] = 0
     y, gx = step(model, x, u)
     many = {name: p.grad for name, p in adapter.named_tensors() if p.requires_grad}
     for p in adapter.parameters():
         p.grad = None
+    monkeypatch.setattr(sparse, "add_dense", None)
     for row in range(3):
         torch.testing.assert_close(step(model, x[row], u[row]), (y[row], gx[row]), rtol=1e-4, atol=1e-4)
     for name, tensor in adapter.named_tensors():
