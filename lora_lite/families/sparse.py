@@ -19,7 +19,7 @@ from .dense import Delta, as_low_rank
 
 Branch = Callable[..., Float[Tensor, "n o"]]
 GATHERED = 8
-"""What a number that is gathered and scattered costs, in products of a matrix (measured on a CPU: 5 to 10)."""
+"""The cost of a number that is gathered and scattered, in products of a matrix (measured on a CPU: 5 to 10)."""
 
 
 def table(d_in: int, d_out: int, n: int, what: str, **options: Any) -> ParamSpec:
