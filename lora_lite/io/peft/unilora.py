@@ -51,7 +51,8 @@ def with_tables(source: "PeftFolder", modules: Mapping[str, nn.Module]) -> Heade
         raise source.error(f"r={r}, theta_d_length={length}: wanted at most {MOST_INDICES:,} numbers, and one or more")
     indices = _drawn(total, length, whole_of(source, "proj_seed", 42))  # (total,)
     scales = indices.bincount(minlength=length).clamp_min(1).float().rsqrt()  # (D,)
-    tables, entries, start = {}, dict(source.header.entries), 0
+    tables: dict[str, Tensor] = {}
+    entries, start = dict(source.header.entries), 0
     for path, shapes in sizes.items():
         dtype = layers[path].stored.dtype  # PEFT rounds them to a 16-bit base's
         of_layer = scales.to(dtype).float() if dtype.is_floating_point else scales
