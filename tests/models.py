@@ -1,11 +1,13 @@
 """Small models for tests, built from configs: nothing is downloaded."""
 
-from collections.abc import Iterable
+import copy
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from oracles import FIELDS
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,11 +24,31 @@ from transformers import (
 import lora_lite as ll
 from lora_lite.core.variant import needs_data
 
+sys.path.append(str(Path(__file__).parent / "laws"))  # of a script, which has its own folder alone
+from oracles import DATA, FIELDS, NOT_AFFINE
+
 IDS = torch.arange(24).reshape(2, 12)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, *, seed: int = 0, bias: bool = False, **overrides: Any) -> Any:
     """Two blocks, width 64; k and v are narrower than q, so nothing but q and o is square."""
+    return once(lambda: _tiny_llama(dtype, seed, bias, overrides), "llama", dtype, seed, bias, overrides)
+
+
+_BUILT: dict[str, tuple[Any, torch.Tensor]] = {}
+
+
+def once(build: Callable[[], Any], *key: Any) -> Any:
+    """A copy of what `build` makes, which is made once a process; the random numbers go on as after it was made."""
+    name = repr((torch.get_default_dtype(), *key))
+    if name not in _BUILT:
+        _BUILT[name] = build(), torch.get_rng_state()
+    model, state = _BUILT[name]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+def _tiny_llama(dtype: torch.dtype, seed: int, bias: bool, overrides: dict[str, Any]) -> Any:
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": 96,
@@ -62,6 +84,10 @@ SIZES = {
 
 def moe(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A tiny mixture-of-experts model, with biases where its kind has them."""
+    return once(lambda: _moe(name, dtype, overrides), name, dtype, overrides)
+
+
+def _moe(name: str, dtype: torch.dtype, overrides: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     few = {"num_experts_per_tok": 2, "num_local_experts": 4, "intermediate_size": 48}
     makers: dict[str, Any] = {
@@ -81,15 +107,25 @@ def moe(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     return model.to(dtype).eval()
 
 
-def tiny_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> str:
+def tiny_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, bias: bool = False, **overrides: Any) -> str:
     """The tiny Llama as a folder for from_pretrained."""
-    tiny_llama(dtype, hidden_size=128, intermediate_size=256, bias=bias).save_pretrained(folder)
+    tiny_llama(dtype, hidden_size=128, intermediate_size=256, bias=bias, **overrides).save_pretrained(folder)
     return str(folder)
 
 
 def quantized(folder: str, quantization: str, **kwargs: Any) -> Any:
     """The tiny folder on a bitsandbytes base."""
     return ll.load_base(folder, dtype=torch.bfloat16, quantization=quantization, **kwargs)
+
+
+def quantized_llama(quantization: str) -> Any:
+    """A block of the tiny Llama with biases, on a bitsandbytes base."""
+
+    def build() -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            return quantized(tiny_folder(Path(folder), bias=True, num_hidden_layers=1), quantization)
+
+    return once(build, quantization)
 
 
 class OneLinear(nn.Module):
@@ -114,7 +150,7 @@ def one_layer(
         nn.init.normal_(model.proj.weight)
     if variant == "tokens":
         model.proj, x = nn.Embedding(16, 24), torch.arange(3, rows + 3) % 16
-    return model.to(dtype), x
+    return model.to(dtype).eval(), x
 
 
 def config(variant: str, **overrides: Any) -> Any:
@@ -141,7 +177,7 @@ def config(variant: str, **overrides: Any) -> Any:
 
 def acts_everywhere(variant: str) -> bool:
     """Is its effect the same at all positions of a sequence, so that a weight may hold it?"""
-    return ll.REGISTRY[variant].positions(config(variant)) is None
+    return variant not in NOT_AFFINE and ll.REGISTRY[variant].positions(config(variant)) is None
 
 
 def is_trained(variant: str) -> bool:
@@ -151,15 +187,22 @@ def is_trained(variant: str) -> bool:
 
 
 def attach(model: nn.Module, cfg: Any, name: str = "default") -> ll.Adapter:
-    """ll.attach, with data for a method that is computed from it: a direction for each of its layers. A history: of two
-    rounds."""
+    """ll.attach, with data for a method that is computed from it. A history: of two rounds."""
     if cfg.variant == "history":
         return keep_two(model, cfg, name)
     if not needs_data(cfg):
         return ll.attach(model, cfg, name)
+    return ll.attach(model, cfg, name, calibration_data=calibration(model, cfg))
+
+
+def calibration(model: nn.Module, cfg: Any) -> Any:
+    """The data that a method is computed from: a direction for each of its layers, or what its family says."""
+    sizes = {t.path: (t.d_in, t.d_out) for t in ll.plan(model, cfg)}
+    if cfg.variant in DATA:
+        return DATA[cfg.variant](model, sizes)
     generator = torch.Generator().manual_seed(3)
-    given = {t.path: torch.randn(t.d_out, generator=generator) for t in ll.plan(model, cfg)}
-    return ll.attach(model, cfg, name, calibration_data={"directions": given})
+    rank = getattr(cfg, "rank", 1)
+    return {"directions": {path: torch.randn(rank, d_out, generator=generator) for path, (_, d_out) in sizes.items()}}
 
 
 def keep_two(model: nn.Module, cfg: Any, name: str) -> ll.Adapter:
@@ -264,6 +307,7 @@ __all__ = [
     "moe",
     "perturb",
     "quantized",
+    "quantized_llama",
     "tiny_folder",
     "tiny_llama",
     "train",

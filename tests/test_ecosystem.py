@@ -19,7 +19,7 @@ from models import (
     quantized,
     tiny_llama,
 )
-from test_laws import VARIANTS, logits, per_identity
+from test_laws import VARIANTS, logits, per_identity, small
 
 import lora_lite as ll
 from lora_lite.trainer import AdapterCheckpoints, AdapterTrainer
@@ -29,7 +29,7 @@ per_trained = pytest.mark.parametrize("variant", [v for v in VARIANTS if is_trai
 
 
 def attached(variant: str = "lora", model: Any = None) -> tuple[Any, ll.Adapter]:
-    model = tiny_llama(bias=True) if model is None else model
+    model = small() if model is None else model
     adapter = attach(model, config(variant))
     perturb(adapter)
     return model, adapter
@@ -98,7 +98,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(variant: str
 
 @per_identity
 def test_autocast_keeps_a_fresh_adapter_the_identity(variant: str) -> None:
-    model = tiny_llama(bias=True)
+    model = small()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         base = model(input_ids=IDS).logits
         ll.attach(model, config(variant))

@@ -5,25 +5,23 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from capabilities import is_identity, listed, row, rows, section, smollm2
 from contrasts import FITTED, NEUTRAL, chats
 from jaxtyping import TypeCheckError
 from models import IDS, OneLinear, config, moe, perturb, tiny_llama
 from test_ecosystem import Tokens, arguments
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_lite as ll
-from lora_lite.core.variant import weight_use
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 FIRST, EXAMPLE, SEVERAL, OWN_VARIANT, ABLITERATION, STEERING, POLES, HISTORY, MERGING, TRAINER, OTHER_KINDS = BLOCKS
-KINDS = {"unused": "any kind", "read": "dense, nf4, fp4, int8", "dense": "dense"}
 
 
 def test_the_readmes_other_kinds_of_layer() -> None:
@@ -145,33 +143,32 @@ def test_the_readmes_two_poles_train() -> None:
     assert all(p.grad is not None for p in adapter.parameters())
 
 
-def test_the_readmes_table_is_true() -> None:
-    with torch.device("meta"):
-        smollm2 = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=49152,
-                hidden_size=576,
-                intermediate_size=1536,
-                num_hidden_layers=30,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                tie_word_embeddings=True,
-            )
-        )
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d,]+) \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", README, re.M)
-    assert {row[0] for row in rows} == set(ll.REGISTRY)
-    for name, parameters, kinds, fresh in rows:
-        given: Any = {"token_ids": (0,)} if name == "tokens" else {}
-        if name == "bias":
-            with pytest.raises(ll.TargetError, match="no layer matched"):
-                ll.plan(smollm2, ll.BiasConfig())
-        else:
-            assert parameters == f"{ll.plan(smollm2, ll.config_for(name)(**given)).parameters:,}"
-        assert kinds == KINDS[weight_use(ll.config_for(name)())]  # type: ignore[call-arg]
-        assert (fresh == "the base, bit for bit") == ll.REGISTRY[name].has_identity_init
+@pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
+def test_the_row_of_a_method_is_what_it_does(variant: str) -> None:
+    assert rows().get(variant) == row(variant), "the table is not what the methods do: run `make table`"
+
+
+def test_the_tables_have_each_method_once() -> None:
+    assert list(rows()) == sorted(ll.REGISTRY), "run `make table`"
+    assert section("README.md") == listed(), "run `make table`"
+
+
+def test_a_false_cell_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a method that is no identity any more, and of one that is suddenly refused on 4 bits."""
+    twice = staticmethod(lambda layer, x, y: y + layer.lora_l.to(y.dtype) * y)
+    monkeypatch.setattr(ll.REGISTRY["ia3"], "forward", twice)
+    assert not is_identity("ia3")
+    monkeypatch.setattr(ll.REGISTRY["lora"], "base_weight", "dense")
+    assert rows()["lora"] != row("lora")
+    monkeypatch.setattr(ll.REGISTRY["dora"], "forward", staticmethod(lambda layer, x, y: y))
+    with pytest.raises(AssertionError, match="dora changes nothing"):
+        row("dora")
+
+
+def test_the_readmes_plan_is_what_plan_says() -> None:
     shown = re.search(r"```\n(lora on .*?)```", README, re.S)
     assert shown is not None
-    assert shown[1].strip() == str(ll.plan(smollm2.to(torch.bfloat16), ll.LoRAConfig()))
+    assert shown[1].strip() == str(ll.plan(smollm2(), ll.LoRAConfig()))
 
 
 def test_importing_the_library_imports_no_extra() -> None:

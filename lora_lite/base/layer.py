@@ -127,6 +127,13 @@ class BaseLayer:
             )
         return weight
 
+    @torch.no_grad()
+    def matrix(self, expert: int | None = None) -> Float[Tensor, "o i"]:
+        """The same numbers to be read alone: no copy of a dense weight of that dtype, nor a check, at each forward."""
+        if self.storage.is_dense and self.stored.dtype in (torch.float32, torch.float64):
+            return self.weight(expert).detach()
+        return self.storage.dense(self, expert)
+
     def linear(self, t: Float[Tensor, "*b i"], expert: int | None = None) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, differentiable in t: no bias, no hooks. Quantised layers use their own kernel."""
         return self.storage.linear(self, t, expert)

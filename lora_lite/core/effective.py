@@ -175,7 +175,10 @@ def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.
     # v is 30 times u: a bend that only large or only small inputs show would else pass.
     x, y = (torch.stack([0 * u, u, 30 * v, u + 30 * v]) for u, v in pairs)  # (4, i), (4, o)
     for layer in layers:
-        for before, after in ((x, adapt_input(layer, x)), (y, adapt_output(layer, x, y))):
+        # One vector at a time: rows of one batch may share what bends the map between batches.
+        new_x = torch.cat([adapt_input(layer, row) for row in x.split(1)])  # (4, i)
+        new_y = torch.cat([adapt_output(layer, *rows) for rows in zip(x.split(1), y.split(1), strict=True)])  # (4, o)
+        for before, after in ((x, new_x), (y, new_y)):
             bent = (after[3] - after[2] - after[1] + after[0]).abs().max()
             if after.isfinite().all() and bent > 1e-7 * (after - before).abs().max() + 1e-12 * after.abs().max():
                 raise VariantError(

@@ -31,7 +31,7 @@ class Layer:
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
     layer.experts          how many experts it fuses; 0 for a linear layer
-    layer.has_bias, .is_diagonal    has the layer a bias; is it a norm
+    layer.has_bias, .is_diagonal, .kernel    has the layer a bias; is it a norm; the size of a convolution's kernel
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
     there: tensors by their name, `bias`, `training`. `scale` is that of the whole call; without it, the adapter's at
@@ -143,6 +143,11 @@ class Layer:
         return self._site.target.is_diagonal
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The size of a convolution's kernel; () of any other layer."""
+        return self._site.target.kernel
+
+    @property
     def training(self) -> bool:
         return bool(self._instead.get("training", self._module.training))
 
@@ -173,6 +178,10 @@ class Layer:
         """
         weight = self._base("dense_weight()").dense_weight(self._expert)
         return weight if of == "base" else WEIGHTS[of](self._site, self._expert, weight)
+
+    def matrix(self) -> Float[Tensor, "o i"]:
+        """As `dense_weight()`, for a forward: no copy of a dense layer of that dtype, and no look at its numbers."""
+        return self._base("matrix()").matrix(self._expert)
 
     def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""

@@ -63,13 +63,16 @@ class Target:
     by_weight: bool = False  # reached through its weight: a bare parameter, or a layer that is read and not called
     has_bias: bool = False  # does its output hold a bias?
     is_diagonal: bool = False  # a norm, whose weight is a vector: its matrix is diag(w), its x the normalised input
+    kernel: tuple[int, ...] = ()  # of a convolution, whose d_in is channels / groups times these
 
     @classmethod
     def of(cls, layer: BaseLayer, stacks: Stacks | None = None) -> "Target":
         """A layer of a model with these stacks of blocks; without them, its place is that of the path alone."""
         stack, block = place(layer.path) if stacks is None else stacks.place(layer.path)
         sizes = layer.d_in, layer.d_out, layer.describe(), stack, block, layer.experts, layer.by_weight
-        return cls(layer.path, *sizes, not layer.is_block and layer.bias is not None, layer.kind.category == "norm")
+        has_bias, kind = not layer.is_block and layer.bias is not None, layer.kind.category
+        kernel = tuple(layer.module.kernel_size) if kind == "conv" else ()
+        return cls(layer.path, *sizes, has_bias, kind == "norm", kernel)
 
     def on(self, layer: BaseLayer) -> "Target":
         """The target of the same module as a layer of another kind."""

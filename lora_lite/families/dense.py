@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.variant import Layer, LowRank
 from ..ops.low_rank import is_traced_or_transformed
-from ..ops.recompute import add_dense
+from ..ops.recompute import add_dense, recomputed
 
 Delta = Callable[..., Float[Tensor, "o i"]]
 
@@ -35,5 +35,6 @@ def with_delta(
 
 
 def as_low_rank(layer: Layer, f: Delta, *tensors: Tensor, dropout: float = 0.0) -> LowRank:
-    """The same for `low_rank`: B is ΔW itself and A the identity, for convolutions, embeddings and experts."""
-    return LowRank(None, f(*tensors), layer.scale, dropout if layer.training else 0.0)
+    """The same for `low_rank`: B is ΔW itself and A the identity, for convolutions, embeddings and experts. Of how it
+    is made, the backward keeps the tensors alone."""
+    return LowRank(None, recomputed(f, *tensors), layer.scale, dropout if layer.training else 0.0)

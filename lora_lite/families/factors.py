@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.validate import is_number, positive_or_none
-from ..core.variant import Layer
+from ..core.variant import Layer, LowRank
 from ..errors import ConfigError
 from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import add_low_rank, is_traced_or_transformed
@@ -41,6 +41,19 @@ class FactorsConfig(AdapterConfig):
     def scaling(self) -> float:
         """The factor s."""
         return (self.alpha or self.r) / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeededConfig(AdapterConfig):
+    """dropout: on x, of the branch alone. seed: of what is drawn and never trained."""
+
+    seed: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(type(self.seed) is int and 0 <= self.seed < 2**31, "seed", "an integer from 0 to 2^31")
+        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 def check_directions(cfg: AdapterConfig, d_in: int, d_out: int, most: int) -> None:
@@ -78,6 +91,12 @@ def with_factors(
         return change * s
 
     return y + recomputed(branch, x, *tensors).to(y.dtype)
+
+
+def as_low_rank(layer: Layer, f: Factors, *tensors: Tensor, dropout: float = 0.0) -> LowRank:
+    """The same for `low_rank`, of convolutions, embeddings and experts."""
+    a, b = f(*tensors)
+    return LowRank(a, b, layer.scale, dropout if layer.training else 0.0)
 
 
 def seeded_dropout(layer: Layer, p: float) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,6 @@
 """S-space: the singular directions of a layer's weight, W = U diag(S) Vᵀ, and which of them an adapter works in."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..measure.batches import check_batches, check_sides
 from ..measure.capture import capture
 from ..ops.svd import Svd, top_svd
+from .calibration import lots
 
 SELECT = ("top_s", "wanda", "act", "min_std")
 SVD_BYTES = 2 << 30
@@ -80,7 +81,7 @@ def fit_basis(model: nn.Module, targets: Mapping[str, Layer], cfg: SSpaceConfig,
         )
     sides = _sides(cfg.select, calibration_data)
     depths: dict[str, float] = {}
-    for group in _groups(targets.values(), SVD_BYTES if sides else 0):
+    for group in lots(targets.values(), _size, SVD_BYTES if sides else 0):
         svds = {layer.path: top_svd(layer.dense_weight(cfg.svd_of), len(layer.lora_chosen)) for layer in group}
         scores = _scores(model, svds, cfg.select, sides)
         for layer in group:
@@ -144,19 +145,9 @@ def _sides(select: str, data: Any) -> list[Sequence[Any]]:
     return [data]
 
 
-def _groups(layers: Iterable[Layer], limit: int) -> Iterator[list[Layer]]:
-    """The layers in order, in lists whose singular vectors take no more than this many bytes, or of one layer."""
-    group: list[Layer] = []
-    total = 0
-    for layer in layers:
-        # U (o, k) and V (i, k) in float32
-        size = 4 * min(layer.in_features, layer.out_features) * (layer.in_features + layer.out_features)
-        if group and total + size > limit:
-            yield group
-            group, total = [], 0
-        group.append(layer)
-        total += size
-    yield group
+def _size(layer: Layer) -> int:
+    """Bytes of U (o, k) and V (i, k) in float32."""
+    return 4 * min(layer.in_features, layer.out_features) * (layer.in_features + layer.out_features)
 
 
 def _scores(

@@ -9,7 +9,8 @@ the gradient of y', h = x̂ Aᵀ and k = 1 - c + c g:
     dB = c g ⊙ s uᵀ h      dA = (s u (c g ⊙ B))ᵀ x̂      dx = s u (c g ⊙ B) A      dy = k ⊙ u
     dg = c Σ_tokens u ⊙ d = c [Σ_tokens u ⊙ (y - b) + Σ_r s uᵀ h ⊙ B]
 
-These need x, the parameters, h (r numbers a token) and, with a gain, y. x̂ is made again from the seed of its mask.
+These need x (for dA alone), the parameters, h (r numbers a token) and, with a gain, y. x̂ is made again from the seed of
+its mask.
 
 torch.compile, torch.func and forward-mode AD take the reference form, which they differentiate and fuse on their own.
 
@@ -142,8 +143,10 @@ class _AddLowRank(torch.autograd.Function):
         y, x, a, b, s, gain, c, bias, p = operands
         seed = dropout_seed() if p else 0
         out, h = _forward(y, dropped(x, p, seed) if p else x, a, b, s, gain, c, bias)
-        needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # of a frozen B nothing is asked
-        ctx.save_for_backward(x, a, b, h if needs_h else None, gain, *((None, None) if gain is None else (bias, y)))
+        needs = ctx.needs_input_grad
+        kept_x = x if needs[2] else None  # dA alone is made of it: LoRA-FA, with A frozen, keeps h
+        kept_h = h if needs[3] or needs[5] else None  # dB and dg are made of it: MiCA, with B frozen, keeps x
+        ctx.save_for_backward(kept_x, a, b, kept_h, gain, *((None, None) if gain is None else (bias, y)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out
 
@@ -155,21 +158,23 @@ class _AddLowRank(torch.autograd.Function):
             with off:
                 return _AddLowRank.backward(ctx, u)
         x, a, b, h, gain, bias, y = ctx.saved_tensors  # read once: a checkpoint gives them only once
-        (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
+        (o, _), (_, i), rows = b.shape, a.shape, u.numel() // u.shape[-1]
         flat = u.reshape(rows, o)  # (n, o)
-        x_hat = (dropped(x, p, ctx.seed) if p else x).reshape(rows, i)  # x̂ (n, i)
         down, up = a, b if gain is None else (c * gain)[:, None] * b  # A (r, i), c g ⊙ B (o, r)
-        if down.dtype != x.dtype or up.dtype != x.dtype:
-            down, up = down.to(x.dtype), up.to(x.dtype)
-        if torch.is_grad_enabled():
-            h = x_hat @ down.mT  # the saved one has no graph, which a second derivative wants
+        if down.dtype != u.dtype or up.dtype != u.dtype:
+            down, up = down.to(u.dtype), up.to(u.dtype)
+        x_hat = None if x is None else (dropped(x, p, ctx.seed) if p else x).reshape(rows, i)  # x̂ (n, i)
+        if torch.is_grad_enabled() and (needs[3] or needs[5]):  # a second derivative wants h with its graph
+            if x_hat is None:
+                raise RuntimeError("a second derivative with A frozen: x isn't kept\n  use torch.func, or train A too")
+            h = x_hat @ down.mT
         uh = _product(flat.mT, h, s) if needs[3] or needs[5] else None  # s uᵀ h (o, r)
         v = _product(flat, up, s)  # s u (c g ⊙ B) (n, r), which dA and dx share
-        da = v.mT @ x_hat if needs[2] else None
+        da = None if x_hat is None else v.mT @ x_hat
         dx = None
         if needs[1]:
             # its product has the shape of x, no view gives it: autograd adds other gradients of x into its memory
-            dx = v.view(*x.shape[:-1], len(down)) @ down
+            dx = v.view(*u.shape[:-1], len(down)) @ down
             dx = dropped(dx, p, ctx.seed) if p else dx
         if gain is None:
             return u, dx, da, uh, None, None, None, None, None  # uh is dB here

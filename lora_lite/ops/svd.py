@@ -42,6 +42,35 @@ def leading_svd(w: Float[Tensor, "o i"], r: int) -> Svd:
     return u, squares[-r:].flip(0).clamp_min(0).sqrt(), F.normalize(w.mT @ u, dim=0)
 
 
+def iterated_svd(w: Float[Tensor, "o i"], r: int, rounds: int) -> Svd:
+    """U, S, V of the top r of W = U S Vᵀ by subspace iteration of r dimensions, seeded (Halko et al. 2011,
+    arXiv:0909.4061, algorithm 4.4): torch.svd_lowrank(w, q=r, niter=rounds), but for what is drawn."""
+    basis = torch.randn(w.shape[1], r, generator=torch.Generator().manual_seed(SEED)).to(w)  # (i, r)
+    for _ in range(rounds):
+        basis = torch.linalg.qr(w.mT @ torch.linalg.qr(w @ basis).Q).Q
+    basis = torch.linalg.qr(w @ basis).Q  # (o, r)
+    u, s, v = top_svd(basis.mT @ w, r)
+    return basis @ u, s, v
+
+
+def principal_factors(
+    w: Float[Tensor, "o i"], r: int, in_both: bool, niter: int | None = None, seed: int = 0
+) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
+    """U, V with U V = the top r of W's SVD: the singular values in U, or their roots in both.
+
+    niter       of torch's randomised SVD, seeded, which leaves torch's generators as they were; None: the exact one
+    """
+    if niter is None:
+        u, s, v = top_svd(w, r)
+    else:
+        on_cpu = w.device.type == "cpu"
+        with torch.random.fork_rng([] if on_cpu else [w.device], device_type="cuda" if on_cpu else w.device.type):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(w, q=r, niter=niter)
+    root = s.sqrt()
+    return (u * root, root[:, None] * v.mT) if in_both else (u * s, v.mT)
+
+
 def low_rank_factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
     """The A, B with the least ‖delta - B A‖: U S Vᵀ to this rank at most, A = √S Vᵀ, B = U √S."""
     q = min(rank + OVERSAMPLE, *delta.shape)

@@ -10,19 +10,56 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .adamss import *
     from .antipasto import *
     from .bdlora import *
+    from .beft import *
+    from .bias import *
+    from .boft import *
+    from .c3a import *
+    from .corda import *
+    from .deft import *
+    from .delora import *
     from .dora import *
+    from .eva import *
+    from .fourierft import *
     from .frod import *
+    from .full import *
+    from .glora import *
+    from .gralora import *
+    from .hira import *
+    from .hra import *
     from .ia3 import *
     from .ia3_ff import *
     from .kasa import *
+    from .lily import *
+    from .loftq import *
+    from .loha import *
+    from .lokr import *
     from .lora import *
+    from .lora_ga import *
     from .mica import *
+    from .milora import *
+    from .miss import *
+    from .norm import *
+    from .oft import *
+    from .olora import *
+    from .orthogonal import *
     from .osf import *
+    from .peanut import *
     from .pissa import *
+    from .psoft import *
+    from .pvera import *
+    from .randlora import *
     from .reft import *
+    from .road import *
+    from .shira import *
     from .ssteer import *
     from .steer import *
+    from .supertuning import *
+    from .tinylora import *
+    from .tokens import *
+    from .unilora import *
+    from .vblora import *
     from .vera import *
+    from .waveft import *
 
 __all__: list[str] = []
 for _file in iter_modules(__path__):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..core.variant import Layer, ParamSpec, register
 from ..families.sspace import SSpaceConfig, basis_specs, fit_basis, needs_data
+from ..ops.cayley import rotation_less_identity, skew
 
 __all__ = ["AntiPaSTO", "AntiPaSTOConfig"]
 
@@ -81,10 +82,6 @@ def _core(layer: Layer) -> Float[Tensor, "r r"]:
 
 def cayley_less_identity(theta: Float[Tensor, "n p"], b: int, r: int) -> Float[Tensor, "r r"]:
     """Cayley(A) - I, of the block-diagonal skew A with theta above its diagonal."""
-    rows, cols = torch.triu_indices(b, b, 1, device=theta.device)
-    upper = theta.new_zeros(len(theta), b, b)
-    upper[:, rows, cols] = theta
-    a, eye = upper - upper.mT, torch.eye(b, dtype=theta.dtype, device=theta.device)
-    turns = torch.linalg.solve_ex(eye + a / 2, -a).result  # never singular: A's eigenvalues are imaginary
+    turns = rotation_less_identity(-skew(theta, b) / 2)  # (n, b, b)
     rest = r - b * len(theta)  # directions in no block, which do not turn
     return torch.block_diag(*turns, theta.new_zeros(rest, rest))

@@ -8,7 +8,8 @@ Base       never read: any layer kind
 Departs    A is uniform in ±1/√i, as in PEFT; the paper draws a normal. α defaults to r, so that s = 1 at every rank
            (at PEFT's own default rank 8 that is PEFT's default too). rslora: Kalajdzievski 2023, arXiv:2312.03732.
            β is PEFT's lora_bias, which no paper has. invocation_tokens, activated LoRA (Greenewald et al. 2025,
-           arXiv:2504.12397): from where they start on
+           arXiv:2504.12397): from where they start on. freeze_a: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303);
+           its second version's change of B's gradient is `lora_lite.correct_gradients`
 Checked    against PEFT LoraConfig: outputs, gradients, three AdamW steps; aLoRA's tokens one by one
 """
 
@@ -34,7 +35,8 @@ __all__ = ["LoRA", "LoRAConfig"]
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(AdapterConfig):
     """alpha: None means r. rslora: s = alpha/√r, which keeps the update's size at high rank. dropout: of the branch.
-    bias: train a constant β beside B, as PEFT's lora_bias.
+    bias: train a constant β beside B, as PEFT's lora_bias. freeze_a: train B alone, and keep r numbers a token for the
+    backward in place of the layer's input.
 
     invocation_tokens   act from the start of their last occurrence in a row on, and in what is generated after it;
                         never in a row without them, whatever the model itself generates. None: everywhere
@@ -45,8 +47,14 @@ class LoRAConfig(AdapterConfig):
     rslora: bool = False
     dropout: float = 0.0
     bias: bool = False
+    freeze_a: bool = False
     invocation_tokens: Sequence[int] | None = None
-    UNSAID: ClassVar[Mapping[str, Any]] = {**AdapterConfig.UNSAID, "bias": False, "invocation_tokens": None}
+    UNSAID: ClassVar[Mapping[str, Any]] = {
+        **AdapterConfig.UNSAID,
+        "bias": False,
+        "freeze_a": False,
+        "invocation_tokens": None,
+    }
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "invocation_tokens")
 
     def __post_init__(self) -> None:
@@ -54,6 +62,7 @@ class LoRAConfig(AdapterConfig):
         self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
         self.require(isinstance(self.rslora, bool), "rslora", "True or False")
         self.require(isinstance(self.bias, bool), "bias", "True or False")
+        self.require(isinstance(self.freeze_a, bool), "freeze_a", "True or False")
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         if (tokens := self.invocation_tokens) is not None:
             valid = isinstance(tokens, list | tuple) and tokens and all(map(is_token, tokens))
@@ -74,7 +83,7 @@ class LoRA:
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
-        a = ParamSpec((cfg.r, d_in), init="kaiming", keep_dtype=True)
+        a = ParamSpec((cfg.r, d_in), init="kaiming", trainable=not cfg.freeze_a, keep_dtype=True)
         b, beta = ParamSpec((d_out, cfg.r), keep_dtype=True), ParamSpec((d_out,), keep_dtype=True, is_shift=True)
         return {"lora_A": a, "lora_B": b} | ({"lora_bias": beta} if cfg.bias else {})
 

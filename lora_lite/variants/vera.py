@@ -11,10 +11,9 @@ Departs    A and B are uniform with PEFT's bounds and generator, so one seed giv
 Checked    against PEFT VeraConfig: A and B bit for bit, outputs, gradients, three AdamW steps
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,8 @@ from torch import Tensor
 from ..core.config import AdapterConfig
 from ..core.targets import Target
 from ..core.validate import is_number
-from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
+from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..families.projections import projection_specs
 
 __all__ = ["VeRA", "VeRAConfig"]
 
@@ -66,17 +66,7 @@ class VeRA:
 
     @staticmethod
     def shared_specs(targets: Sequence[Target], cfg: VeRAConfig) -> dict[str, ParamSpec]:
-        a, b = (cfg.r, max(t.d_in for t in targets)), (max(t.d_out for t in targets), cfg.r)
-
-        def second(tensor: Tensor, generator: torch.Generator) -> None:
-            _uniform(tensor.new_empty(a), generator)  # B is what the generator gives after A
-            _uniform(tensor, generator)
-
-        saved: Any = "always" if cfg.save_projection else "never"
-        return {
-            "A": ParamSpec(a, seeded(_uniform, cfg.seed), trainable=False, saved=saved),
-            "B": ParamSpec(b, seeded(second, cfg.seed), trainable=False, saved=saved),
-        }
+        return projection_specs(targets, cfg.r, cfg.r, cfg.seed, cfg.save_projection)
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
@@ -90,9 +80,3 @@ class VeRA:
         x = torch.nn.functional.dropout(x, layer.cfg.dropout, layer.training)
         h = (x @ a.mT) * layer.lora_d  # (*b, r), in the wider dtype of the two
         return y + ((h.to(x.dtype) @ b.mT) * (layer.scale * layer.lora_b)).to(y.dtype)
-
-
-def _uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """Kaiming's bound √3 (√2 / √n), n columns."""
-    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(tensor.shape[1]))
-    tensor.uniform_(-bound, bound, generator=generator)

@@ -249,7 +249,7 @@ TABLE: list[tuple[Any, ...]] = [
             "gaussian": {},
             "orthogonal": {},
             "pissa": {"unwritten": "PEFT has no adapter like"},
-            "olora": {"gradients": False},
+            "olora": {"unwritten": "PEFT has no adapter like"},
             "pissa_niter_4": {"refused": "wrote the base"},
             "mica": {},
         }.items()

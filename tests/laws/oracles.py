@@ -157,8 +157,17 @@ AT_SCALE: dict[str, Callable[..., Tensor]] = {"antipasto": antipasto}
 FIELDS: dict[str, dict[str, Any]] = {}
 """What a method's config needs on the small layers of the tests, whose sides are 16, 24, 32, 64 and 128."""
 
-for _file in sorted(Path(__file__).parent.glob("oracles_*.py")):  # of a family of methods: ORACLES, AT_SCALE, FIELDS
+DATA: dict[str, Callable[..., Any]] = {}
+"""calibration_data of (model, {path: (d_in, d_out)}) for a method that needs it, where that is no direction."""
+
+NOT_AFFINE: set[str] = set()
+"""Methods for which no weight stands."""
+
+# A family of methods has a file with ORACLES and what it needs of the others.
+for _file in sorted(Path(__file__).parent.glob("oracles_*.py")):
     _family = import_module(_file.stem)
     ORACLES |= _family.ORACLES
     AT_SCALE |= getattr(_family, "AT_SCALE", {})
     FIELDS |= getattr(_family, "FIELDS", {})
+    DATA |= getattr(_family, "DATA", {})
+    NOT_AFFINE |= getattr(_family, "NOT_AFFINE", set())

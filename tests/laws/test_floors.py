@@ -17,6 +17,7 @@ FLOORS = {
     "core": 3,
     "measure": 4,
     "io": 4,
+    "training": 4,
     "merging": 5,
     "compose": 5,
     "families": 5,

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from . import shared, sspace
+from . import rotations, shared, sspace
 from .table import Format
 
-FORMATS: tuple[Format, ...] = (*shared.FORMATS, *sspace.FORMATS)
+FORMATS: tuple[Format, ...] = (*shared.FORMATS, *rotations.FORMATS, *sspace.FORMATS)
 
 
 def format_of(settings: Mapping[str, Any]) -> Format | None:

@@ -52,8 +52,8 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
 
     What was trained beside it is in the adapter, as methods of their own: modules_to_save and whole embeddings as the
     variant full, biases as bias, tokens as tokens; so is IA3 on inputs (feedforward_modules), as ia3_ff. These hold the
-    difference from this model's own. A folder whose init wrote the base is loaded without writing it: "pissa" as the
-    variant pissa, "olora" as a LoRA of rank 2r that takes the removed part out, on a dense base.
+    difference from this model's own. A folder whose init wrote the base is loaded without writing it, on a dense one:
+    "pissa" and "olora" as the variants of these names, which make A0 and B0 of it again.
 
     A copy of the base's own weight, as PEFT adds it to an adapter on lm_head, is compared with this model's.
 
@@ -141,13 +141,10 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
     """The layers that load_peft would attach to, and the folder's settings.
 
     Raises:
-        CheckpointError: as load_peft does; for OLoRA, whose A and B are relative to the base weight, and for VeRA
-            without its projections, whose sizes no tensor tells.
+        CheckpointError: as load_peft does; for VeRA without its projections, whose sizes no tensor tells.
     """
     source = read_folder(folder)
     targets = _targets_by_shapes(source)
-    if source.settings["peft_type"] == "LORA" and lora.is_olora(source):
-        raise source.error("init_lora_weights='olora' wrote the base: its A and B are half of the adapter")
     whole = {path: _whole_target(source, path) for path in source.beside}
     parts, stored = parts_of(source, targets, {}) + beside.parts(source, whole, {}), stored_tensors(source)
     shared = Shared({key.rpartition(".")[2]: ParamSpec(tuple(stored[key].shape)) for key in source.shared})

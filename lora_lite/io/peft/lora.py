@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from ...base.layer import BaseLayer
 from ...base.matrices import ALL_CHANNELS
 from ...core.names import check_shapes, file_key
-from ...core.state import Site, Tensors
+from ...core.state import Site
 from ...core.targets import Target
 from ...core.variant import lookup
-from ...errors import CheckpointError, QuantizedWeightError, brief
+from ...errors import CheckpointError, brief
 from . import forms
 from .conversion import moved_keys, named_like_experts, old_keys
 from .folder import PeftFolder
 from .kinds import is_conv, is_plain_linear
-from .parts import Layers, Part, Written, as_stored, config_of, names_of, same_everywhere, written_at
+from .parts import Layers, Part, Written, config_of, names_of, same_everywhere, written_at
 from .patterns import alphas_of, check_rank
 from .settings import flag_of, number_of
 from .ties import tied_paths
@@ -30,7 +30,7 @@ _REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
-    """One part, of the variant lora, dora or pissa."""
+    """One part, of the variant lora, dora, pissa or olora."""
     variant, init = _method(source)
     rslora = flag_of(source, "use_rslora")
     dropout = number_of(source, "lora_dropout", source.settings.get("lora_dropout", 0))
@@ -57,10 +57,7 @@ def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, B
         specs |= {file_key(path, "lora_bias"): (*experts, target.d_out)} if bias else {}
         ranks[path] = r * groups
         alpha /= math.sqrt(groups) if rslora else groups  # the same s
-        if init == "olora":
-            r, alpha = 2 * r, alpha * (math.sqrt(2) if rslora else 2)  # [B, -B0] [A; A0] at the same s
-        elif init == "pissa" and rslora:
-            alpha *= math.sqrt(r)  # PiSSA's s is α/r
+        alpha *= math.sqrt(r) if init and rslora else 1  # the s of these starts is α/r
         settings[target.path] = (r, alpha)
     check_shapes(shapes, specs, str(source.header.path))
     for path, r in ranks.items():
@@ -68,17 +65,12 @@ def parts(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, B
     # The most frequent rank and alpha are the config's, the others its per_layer.
     ((most, _),) = Counter(settings.values()).most_common(1)
     overrides = {path: {"r": r, "alpha": alpha} for path, (r, alpha) in settings.items() if (r, alpha) != most}
-    extra: dict[str, Any] = {} if variant == "pissa" else {"rslora": rslora, "dropout": dropout}
+    extra: dict[str, Any] = {} if init else {"rslora": rslora, "dropout": dropout}
     extra |= ({"bias": True} if bias else {}) | ({"invocation_tokens": tokens} if tokens else {})
     extra |= {"tied_weights": "together"} if flag_of(source, "ensure_weight_tying") else {}
-    reads = init == "olora" or lookup(variant).base_weight != "unused"
+    reads = lookup(variant).base_weight != "unused"
     cfg = config_of(source, variant, targets, layers, overrides, reads, r=most[0], alpha=most[1], **extra)
-
-    def values(stored: Tensors, path: str, layer: BaseLayer | None, base: BaseLayer | None) -> dict[str, Tensor]:
-        tensors = as_stored(stored, path, layer)
-        return tensors if init != "olora" or base is None else _of_olora(base, tensors)
-
-    return [Part(cfg, targets, overrides, values)]
+    return [Part(cfg, targets, overrides)]
 
 
 def _has_bias(source: PeftFolder, variant: str, init: Any, layers: Mapping[str, BaseLayer]) -> bool:
@@ -104,11 +96,6 @@ def _invocation_tokens(source: PeftFolder, variant: str, init: Any, layers: Mapp
     return tokens
 
 
-def is_olora(source: PeftFolder) -> bool:
-    """Did its init take a part out of the base, which A and B are relative to?"""
-    return _method(source)[1] == "olora"
-
-
 def _method(source: PeftFolder) -> tuple[str, Any]:
     """Our variant, and the init where it is one that wrote the base in a way that is known here."""
     dora, init = flag_of(source, "use_dora"), source.settings.get("init_lora_weights", True)
@@ -116,7 +103,7 @@ def _method(source: PeftFolder) -> tuple[str, Any]:
     if init is None or isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal"):
         return "dora" if dora else "lora", None
     if init in ("pissa", "olora") and not dora:
-        return "pissa" if init == "pissa" else "lora", init
+        return init, init
     if not str(init).startswith(_REWRITES):
         raise source.error(
             f"init_lora_weights={brief(repr(init))} isn't supported: what it does to the base or to training is lost"
@@ -127,24 +114,6 @@ def _method(source: PeftFolder) -> tuple[str, Any]:
         f"  make a plain LoRA of it: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...);\n"
         f"  or, if your model is the base that was written, set init_lora_weights to true in the file"
     )
-
-
-def _of_olora(base: BaseLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The factors with the part that OLoRA took out of the weight of `base`. Raises QuantizedWeightError."""
-    a, b = tensors["lora_A"], tensors["lora_B"]
-    b0, a0 = _removed_by_olora(base, r=len(a))  # (o, r), (r, i)
-    return {"lora_A": torch.cat([a.to(a0), a0]), "lora_B": torch.cat([b.to(b0), -b0], dim=1)}  # (2r, i), (o, 2r)
-
-
-def _removed_by_olora(layer: BaseLayer, r: int) -> tuple[Tensor, Tensor]:
-    """(B0, A0): the first r columns and rows of W = Q R."""
-    if not layer.storage.is_dense:
-        raise QuantizedWeightError(
-            f"{layer.path}: OLoRA took a part out of a dense weight, and this one is {layer.describe()}\n"
-            f"  load the base without quantization, or convert the folder (path_initial_model_for_weight_conversion)"
-        )
-    q, rest = torch.linalg.qr(layer.dense_weight())  # (o, k), (k, i) with k = min(o, i)
-    return q[:, :r].cpu(), rest[:r].cpu()
 
 
 def written(root: nn.Module, layers: Layers) -> Written:
@@ -166,6 +135,15 @@ def written(root: nn.Module, layers: Layers) -> Written:
     )
     fields |= {"alora_invocation_tokens": list(tokens)} if tokens else {}
     return tensors, settings_of(root, layers, ranks, **fields)
+
+
+def written_orthogonal(root: nn.Module, layers: Layers) -> Written:
+    """An orthogonal one: A and B alone, since B0 A0 is 0 but for rounding."""
+    tensors: dict[str, Tensor] = {}
+    for site, *_ in layers.values():
+        tensors |= written_at(root, layers, site, {name: site.tensor(name).detach() for name in ("lora_A", "lora_B")})
+    ranks = {path: (site.cfg.r, float(site.cfg.scaling * site.cfg.r)) for path, (site, *_) in layers.items()}
+    return tensors, settings_of(root, layers, ranks, use_rslora=False, lora_dropout=0.0, use_dora=False)
 
 
 @torch.no_grad()

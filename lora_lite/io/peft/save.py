@@ -32,6 +32,9 @@ from .parts import Layers, Written, written_at
 _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
     "lora": lora.written,
     "dora": lora.written,
+    "eva": lora.written,
+    "loftq": lora.written,
+    "orthogonal": lora.written_orthogonal,
     "ia3": ia3.written,
     "ia3_ff": ia3.written,
     "adalora": adalora.written,
@@ -52,8 +55,8 @@ def save_peft(
     name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers
     rank        write what adapters of any kind, at their scales, change in the weights as a plain LoRA of this rank
                 (less where a layer has fewer directions), alpha = r: its SVD, in float32 at least. Exact where the
-                change has that rank: LoRA's r, PiSSA's 2r, abliteration's own in the modes none and pre. The relative
-                error ‖W' - W - B A‖/‖W' - W‖ is logged
+                change has that rank: LoRA's r, 2r of PiSSA and other starts, abliteration's own in the modes none
+                and pre. The relative error ‖W' - W - B A‖/‖W' - W‖ is logged
     max_error   refuse a layer with a greater one, before anything is written
 
     Returns the greatest relative error of a layer; None without a rank, where there is none.
@@ -139,8 +142,8 @@ def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Writt
     if methods and not ((len(methods) == 1 or are_ia3) and writer):
         raise CheckpointError(
             f"PEFT has no adapter like {', '.join(f'{a.name!r} ({a.variant})' for a in chosen)}\n"
-            f"  give rank= to write what they change as a plain LoRA: 2r is exact for pissa, its own rank for "
-            f"abliteration in the modes none and pre"
+            f"  give rank= to write what they change as a plain LoRA: 2r is exact for pissa and other "
+            f"starts, its own rank for abliteration in the modes none and pre"
         )
     tensors, settings = writer(root, main) if writer else ({}, {})
     return whole.with_the_rest(root, tensors, settings, main, [s for s in known if s.cfg.variant in VARIANTS])

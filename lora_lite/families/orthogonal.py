@@ -1,0 +1,82 @@
+"""Methods that turn inputs, outputs or a subspace: x' = x + c x T with T = R - I, which is 0 exactly at the start.
+
+The frozen layer keeps nothing of x' for the backward, and the turn keeps x and its parameters: T is made again there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.config import BaseConfig
+from ..core.variant import Layer
+from ..errors import ConfigError
+from ..ops.dropout import dropout_seed, dropped
+from ..ops.low_rank import is_traced_or_transformed
+from ..ops.recompute import recomputed
+
+
+def change_by(
+    layer: Layer,
+    x: Float[Tensor, "*b i"],
+    turn: Callable[..., Tensor],
+    product: Callable[[Tensor, Tensor], Tensor],
+    *tensors: Tensor,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*b d"]:
+    """c product(drop(x), turn(*tensors)) at the layer's scale c. Both functions are pure.
+
+    turn        T, of tensors in float32 at least; at inference it is remembered
+    product     x T, or what else is linear in x, in its dtype
+    dropout     in training
+    """
+    p, is_plain = dropout if layer.training else 0.0, is_traced_or_transformed()
+    seed = dropout_seed() if p and not is_plain else 0
+
+    def wide(*tensors: Tensor) -> Tensor:
+        return turn(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
+
+    def change(x: Tensor, *tensors: Tensor) -> Tensor:
+        if p:
+            x = F.dropout(x, p) if is_plain else dropped(x, p, seed)
+        return product(x, wide(*tensors))
+
+    if layer.training or torch.is_grad_enabled() or is_plain:
+        return layer.scale * recomputed(change, x, *tensors)
+    return layer.scale * product(x, layer.constant("turn", wide, *tensors))
+
+
+def check_cayley(cfg: BaseConfig) -> None:
+    """ConfigError unless `use_cayley_neumann` and `num_cayley_neumann_terms` are valid."""
+    series, terms = "use_cayley_neumann", "num_cayley_neumann_terms"
+    cfg.require(isinstance(getattr(cfg, series), bool), series, "True or False")
+    value = getattr(cfg, terms)
+    cfg.require(type(value) is int and value > 1, terms, "2 or more: one term is the identity, whatever is trained")
+
+
+def check_divides(cfg: BaseConfig, field: str, d: int, times: int = 1) -> None:
+    """ConfigError unless this field's number, or that many of it, divides the d channels."""
+    size = getattr(cfg, field) * times
+    if d % size:
+        raise ConfigError(
+            f"{type(cfg).__name__}({field}={getattr(cfg, field)}): {size} doesn't divide a layer's {d} channels\n"
+            f"  choose another one, there alone with per_layer, or leave the layer out with exclude_names"
+        )
+
+
+def check_rank(cfg: Any, d_in: int, d_out: int) -> None:
+    """ConfigError if r is more than the directions of a (d_out, d_in) weight."""
+    if cfg.r > min(d_in, d_out):
+        raise ConfigError(
+            f"{type(cfg).__name__}(r={cfg.r}): a ({d_out}, {d_in}) weight has {min(d_in, d_out)} directions\n"
+            f"  lower r, there alone with per_layer, or leave the layer out with exclude_names"
+        )
+
+
+def series_terms(cfg: Any) -> int | None:
+    """How many terms the rotation has; None for the exact one."""
+    terms: int | None = cfg.num_cayley_neumann_terms if cfg.use_cayley_neumann else None
+    return terms

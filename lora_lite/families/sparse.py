@@ -1,0 +1,101 @@
+"""Methods that train n numbers at n places of the weight, or of a transform of it.
+
+Where the places are is a table (n,) of row-major indices into (o, i).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..core.variant import Layer, LowRank, ParamSpec
+from ..errors import ConfigError
+from ..ops.low_rank import WIDE, is_traced_or_transformed
+from ..ops.recompute import add_dense, recomputed
+from .dense import Delta, as_low_rank
+
+Branch = Callable[..., Float[Tensor, "n o"]]
+GATHERED = 8
+"""What a number that is gathered and scattered costs, in products of a matrix (measured on a CPU: 5 to 10)."""
+
+
+def table(d_in: int, d_out: int, n: int, what: str, seed: int | None = None, *, is_sorted: bool = False) -> ParamSpec:
+    """The table of n places: filled by `init` and saved, or the first n of a seeded permutation.
+
+    what    the fields of the config that n comes from, for the error where the layer has fewer places
+    """
+    if not 0 < n <= (size := d_out * d_in):
+        raise ConfigError(
+            f"{what}: {n} places of a ({d_out}, {d_in}) weight, which has {size}\n"
+            f"  choose another number, there alone with per_layer, or leave the layer out with exclude_names"
+        )
+    dtype = torch.int32 if size < 2**31 else torch.int64
+    spec = partial(ParamSpec, (n,), dtype=dtype, below=size, is_sorted=is_sorted)
+    if seed is None:
+        return spec()
+    order = torch.sort if is_sorted else lambda places: (places,)
+    fill: Callable[[Tensor], Tensor] = lambda t: t.copy_(order(random_places(size, n, seed))[0])  # noqa: E731
+    return spec(init=fill, saved="always" if is_sorted else "never")
+
+
+@lru_cache(maxsize=16)
+def random_places(size: int, n: int, seed: int) -> Int[Tensor, "n"]:
+    """The first n of a seeded permutation of `size`, as PEFT draws them; layers of one shape share them."""
+    return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:n].clone()
+
+
+def with_branch(
+    layer: Layer,
+    x: Float[Tensor, "*b i"],
+    y: Float[Tensor, "*b o"],
+    f: Delta,
+    branch: Branch,
+    cost: int,
+    *tensors: Tensor,
+) -> Float[Tensor, "*b o"]:
+    """y + c x f(*tensors)ᵀ at the layer's scale c; ΔW = f(*tensors) (o, i) is never kept, and x is.
+
+    branch      the same product of rows (n, i) without ΔW, for so few of them that it's the smaller work
+    cost        of a row of it, where a product with ΔW costs o i, and ΔW as much again, whatever the rows
+    """
+    rows, (o, i) = x.numel() // x.shape[-1], (layer.out_features, layer.in_features)
+    if rows * cost > o * i or is_traced_or_transformed():
+        return add_dense(y, x, f, *tensors, s=layer.scale)
+    change = recomputed(branch, wide(x).reshape(rows, i), *tensors)  # (n, o)
+    return y + (change * layer.scale).to(y.dtype).view(y.shape)
+
+
+def with_entries(
+    layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"], values: Tensor, places: Tensor
+) -> Float[Tensor, "*b o"]:
+    """`with_branch` of a ΔW that is `values` (n,) at `places` (n,) and zero elsewhere."""
+    o, i = layer.out_features, layer.in_features
+    cost = GATHERED * len(values)
+    return with_branch(layer, x, y, partial(scattered, o, i), partial(gathered, o), cost, values, places)
+
+
+def entries_as_low_rank(layer: Layer, values: Tensor, places: Tensor) -> LowRank:
+    """The same for `low_rank`."""
+    return as_low_rank(layer, partial(scattered, layer.out_features, layer.in_features), values, places)
+
+
+def scattered(o: int, i: int, values: Float[Tensor, "n"], places: Int[Tensor, "n"]) -> Float[Tensor, "o i"]:
+    """ΔW; numbers at one place add up."""
+    add = Tensor.scatter_add if is_traced_or_transformed() else Tensor.scatter_add_  # in place, or vmap could not
+    return add(values.new_zeros(o * i), 0, places.long(), values).view(o, i)
+
+
+def gathered(
+    o: int, x: Float[Tensor, "m i"], values: Float[Tensor, "n"], places: Int[Tensor, "n"]
+) -> Float[Tensor, "m o"]:
+    """x ΔWᵀ, by n products a row."""
+    places, i = places.long(), x.shape[1]
+    rows = (places // i).expand(len(x), -1)  # (m, n)
+    return x.new_zeros(len(x), o).scatter_add(1, rows, x[:, places % i] * values.to(x.dtype))
+
+
+def wide(t: Tensor) -> Tensor:
+    """t in float32, or in float64 as it is: Fourier transforms know no 16 bits, and sums of many terms want more."""
+    return t if t.dtype in WIDE else t.float()

@@ -1,0 +1,100 @@
+"""DEFT: take a subspace out of what W writes, put trained rows in its place (Kumar et al. 2025, arXiv:2509.22793, 3).
+
+    y = [W - Q Eᵀ W + s Q R] x + b            R (r, i)   P (o, r)    Q (o, r), E (o, r) by the decomposition:
+        "relu"  Q = P, E = relu(P)            "qr"  Q = E, the orthonormal basis of P's columns
+      = W x + b + Q [s (R - R0) drop(x) - (E - E0)ᵀ W x]               s = α/r, or 1 without α
+
+Identity   P = P0 and R = R0 = E0ᵀ W/s, bit-exact. With para (PaRa, ICLR 2025) there is no R, and no identity
+Base       read once, at init, for R0; 4-bit and 8-bit too
+Departs    PEFT has no P0 and R0, or 0 for them: its start is the identity to rounding alone (1.6e-2 in bfloat16)
+Checked    against PEFT DeftConfig: outputs, gradients, three AdamW steps. PEFT works in float32 whatever the dtype
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.config import AdapterConfig
+from ..core.validate import is_number, positive_or_none
+from ..core.variant import Layer, ParamSpec, register
+from ..errors import ConfigError
+from ..families.sparse import wide
+from ..ops.recompute import recomputed
+
+__all__ = ["DEFT", "DEFTConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DEFTConfig(AdapterConfig):
+    """decomposition: "relu" or "qr". alpha: None for s = 1. para: take out only. dropout: of R's x."""
+
+    variant: str = "deft"
+    decomposition: str = "relu"
+    alpha: float | None = None
+    para: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.decomposition in ("relu", "qr"), "decomposition", '"relu" or "qr"')
+        self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for s = 1")
+        self.require(isinstance(self.para, bool), "para", "True or False")
+        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s."""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+
+@register
+class DEFT:
+    name = "deft"
+    config = DEFTConfig
+    base_weight = "read"
+    handles_scale = True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: DEFTConfig) -> dict[str, ParamSpec]:
+        if cfg.r > d_out:
+            raise ConfigError(f"DEFTConfig(r={cfg.r}): the layer writes {d_out} directions\n  lower r with per_layer")
+        p, r = ParamSpec((d_out, cfg.r), "normal", keep_dtype=True), ParamSpec((cfg.r, d_in), keep_dtype=True)
+        starts = {"lora_P0": replace(p, trainable=False), "lora_R0": replace(r, trainable=False)}
+        return {"lora_P": p} if cfg.para else {"lora_P": p, "lora_R": r, **starts}
+
+    @staticmethod
+    def init(layer: Layer, cfg: DEFTConfig) -> None:
+        if not cfg.para:
+            w, (_, e) = layer.dense_weight(), _projection(layer.lora_P, cfg.decomposition)
+            layer.lora_P0.copy_(layer.lora_P)
+            layer.lora_R0.copy_(e.to(w.dtype).mT @ w / cfg.scaling)
+            layer.lora_R.copy_(layer.lora_R0)
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        cfg, bias = layer.cfg, y.new_zeros(()) if layer.bias is None else layer.bias
+        tensors = (layer.lora_P,) if cfg.para else (layer.lora_P, layer.lora_P0, layer.lora_R, layer.lora_R0)
+        x = torch.dropout(x, cfg.dropout, layer.training)
+        change = recomputed(partial(_change, cfg.decomposition, cfg.scaling), x, y, bias, *tensors)
+        return y + (change * layer.scale).to(y.dtype)
+
+
+def _projection(p: Float[Tensor, "o r"], kind: str) -> tuple[Float[Tensor, "o r"], Float[Tensor, "o r"]]:
+    """Q and E of P; of P = 0 both are 0."""
+    p = wide(p)
+    q = p if kind == "relu" else torch.linalg.qr(p).Q * p.any(dim=0)
+    return q, q.relu() if kind == "relu" else q
+
+
+def _change(kind: str, s: float, x: Tensor, y: Tensor, bias: Tensor, p: Tensor, *more: Tensor) -> Tensor:
+    q, e = _projection(p, kind)
+    x, wx = wide(x), wide(y) - wide(bias)  # (*b, i), and W x (*b, o)
+    if not more:  # PaRa
+        return -(wx @ e.to(x.dtype)) @ q.mT.to(x.dtype)
+    p0, r, r0 = more
+    e = e - _projection(p0.to(p.dtype), kind)[1]  # a cast of parameters alone must not part them
+    h = x @ (s * (r - r0.to(r.dtype))).mT.to(x.dtype) - wx @ e.to(x.dtype)  # (*b, r)
+    return h @ q.mT.to(x.dtype)

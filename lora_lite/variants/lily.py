@@ -1,0 +1,100 @@
+"""Lily: factors shared across layers, mixed by a router (Zhong et al. 2024, arXiv:2407.09946).
+
+    y = W x + b + s h B̄      h = A x (n, r)     B̄ = Σ_e p_e B_e (r, o)     p = mean over n tokens of softmax(R h) (E,)
+    R (E, r) at each layer;  B (E r, o) once for the layers of one name and shape in a stack of blocks;
+    A (r, i) once for stride_A of these in a row
+
+Identity   B = 0, bit-exact
+Base       never read: any layer kind that is called with its input
+Departs    p is of the whole batch, as in PEFT: a row's output depends on its batch and on padding, and decoding differs
+           from one long forward. So no weight stands for it, and a merge is refused. Which layers share is told by the
+           number of the block; PEFT's order of layers is the same, unless blocks are left out
+Checked    against PEFT LilyConfig: outputs, gradients, three AdamW steps
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.config import AdapterConfig
+from ..core.targets import Target
+from ..core.validate import is_number
+from ..core.variant import Layer, ParamSpec, register
+from ..ops.recompute import recomputed
+
+__all__ = ["Lily", "LilyConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LilyConfig(AdapterConfig):
+    """stride_A: layers in a row with one A. num_B: E. scaling: s. share: False gives each layer its own A and B."""
+
+    variant: str = "lily"
+    r: int = 32
+    stride_A: int = 1  # noqa: N815  PEFT's names
+    num_B: int = 2  # noqa: N815
+    scaling: float = 1.0
+    share: bool = True
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
+        *AdapterConfig.SAME_AT_ALL_LAYERS,
+        *("r", "stride_A", "num_B", "share"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(type(self.stride_A) is int and self.stride_A > 0, "stride_A", "a number of layers, at least 1")
+        self.require(type(self.num_B) is int and self.num_B > 1, "num_B", "at least 2: one needs no router")
+        self.require(is_number(self.scaling) and self.scaling != 0, "scaling", "a number other than 0")
+        self.require(isinstance(self.share, bool), "share", "True or False")
+
+
+@register
+class Lily:
+    name = "lily"
+    config = LilyConfig
+    handles_scale = True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: LilyConfig) -> dict[str, ParamSpec]:
+        return {"lora_router": ParamSpec((cfg.num_B, cfg.r), "kaiming", keep_dtype=True)}
+
+    @staticmethod
+    def shared_specs(targets: Sequence[Target], cfg: LilyConfig) -> dict[str, ParamSpec]:
+        specs = {}
+        for target in targets:
+            a, b = shared_names(target.path, target.place, cfg)
+            specs[a] = ParamSpec((cfg.r, target.d_in), "kaiming", keep_dtype=True)
+            specs[b] = ParamSpec((cfg.num_B * cfg.r, target.d_out), keep_dtype=True)
+        return specs
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        cfg, s = layer.cfg, layer.scale * layer.cfg.scaling
+        a, b = (getattr(layer, f"lora_{name}") for name in shared_names(layer.path, layer.block or (None, None), cfg))
+
+        def branch(x: Tensor, a: Tensor, b: Tensor, router: Tensor) -> Tensor:
+            h = F.linear(x, a.to(x.dtype))  # (*b, r)
+            wide = torch.promote_types(h.dtype, router.dtype)
+            chances = F.linear(h.to(wide), router.to(wide)).softmax(-1)  # (*b, E)
+            p = chances.reshape(-1, cfg.num_B).mean(0)
+            mixed = (p @ b.to(wide).view(cfg.num_B, -1)).view(cfg.r, -1)  # B̄ (r, o)
+            return (h @ mixed.to(h.dtype)) * s
+
+        return y + recomputed(branch, x, a, b, layer.lora_router).to(y.dtype)
+
+
+def shared_names(path: str, place: tuple[str | None, int | None], cfg: LilyConfig) -> tuple[str, str]:
+    """The names of a layer's A and B, of the adapter's: by its name in the block, and the number of the block."""
+    stack, block = place
+    a = b = path
+    if cfg.share and stack is not None and block is not None:
+        name = path[len(f"{stack}{block}") :]
+        a, b = f"{stack}{block // cfg.stride_A}{name}", f"{stack}{name}"
+    a, b = (re.sub(r"[^A-Za-z0-9]+", "_", f"{kind} {rest}").strip("_") for kind, rest in (("A", a), ("B", b)))
+    return a, b

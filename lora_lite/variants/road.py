@@ -1,0 +1,80 @@
+"""RoAd: turn and stretch pairs of outputs (Liao and Monz 2024, arXiv:2409.00119, equation 4).
+
+    y' = c1 ⊙ y + c2 ⊙ J y       y = W x + b      J (y_1, y_2) = (-y_2, y_1), the halves of each group of g outputs
+    c1 = α cos θ,  c2 = α sin θ
+
+    form 1    θ, α (o / 2,)    one for both outputs of a pair
+    form 2    θ, α (o,)        one for each output
+    form 4    θ, α (2o,)       by group (2, g): the first row makes c1, the second c2
+
+Identity   θ = 0 and α = 1, bit-exact: formed as y + (c1 - 1) ⊙ y + c2 ⊙ J y
+Base       never read: any layer kind, fused experts as a whole
+Departs    c1 - 1 = (α - 1) cos θ - 2 sin²(θ / 2), so that a small turn keeps its digits
+Checked    against PEFT RoadConfig: outputs, gradients, three AdamW steps
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.config import BaseConfig
+from ..core.variant import Layer, ParamSpec, register
+from ..families.orthogonal import check_divides
+from ..ops.recompute import recomputed
+
+__all__ = ["RoAd", "RoAdConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoAdConfig(BaseConfig):
+    """form: 1, 2 or 4, as PEFT's variant "road_1", "road_2", "road_4". group_size: g, even."""
+
+    variant: str = "road"
+    form: int = 1
+    group_size: int = 64
+    FUSED_EXPERTS: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(type(self.form) is int and self.form in (1, 2, 4), "form", "1, 2 or 4")
+        g = self.group_size
+        self.require(type(g) is int and g > 0 and g % 2 == 0, "group_size", "an even number of outputs")
+
+
+@register
+class RoAd:
+    name = "road"
+    config = RoAdConfig
+    handles_scale = True
+    reads_input = False
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: RoAdConfig) -> dict[str, ParamSpec]:
+        check_divides(cfg, "group_size", d_out)
+        size = (d_out * cfg.form // 2,)
+        return {"lora_theta": ParamSpec(size, keep_dtype=True), "lora_alpha": ParamSpec(size, "ones", keep_dtype=True)}
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        def change(y: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
+            c1_less_1, c2 = (c.to(y.dtype) for c in _coefficients(theta, alpha, cfg))  # (o / g, 2 or 1, g / 2)
+            first, second = y.unflatten(-1, (-1, 2, cfg.group_size // 2)).unbind(-2)
+            turned = torch.stack([-second, first], dim=-2)  # J y (*b, o / g, 2, g / 2)
+            return (c1_less_1 * y.view(turned.shape) + c2 * turned).flatten(-3)
+
+        cfg = layer.cfg
+        return y + layer.scale * recomputed(change, y, layer.lora_theta, layer.lora_alpha)
+
+
+def _coefficients(
+    theta: Float[Tensor, "p"], alpha: Float[Tensor, "p"], cfg: RoAdConfig
+) -> tuple[Float[Tensor, "n k h"], Float[Tensor, "n k h"]]:
+    """c1 - 1 and c2, in float32 at least, by group and half; k = 1 for both halves alike."""
+    shape = (-1, {1: 1, 2: 2, 4: 4}[cfg.form], cfg.group_size // 2)
+    theta, alpha = (t.to(torch.promote_types(t.dtype, torch.float32)).view(shape) for t in (theta, alpha))
+    t1, t2 = (theta[:, :2], theta[:, 2:]) if cfg.form == 4 else (theta, theta)
+    a1, a2 = (alpha[:, :2], alpha[:, 2:]) if cfg.form == 4 else (alpha, alpha)
+    return (a1 - 1) * t1.cos() - 2 * (t1 / 2).sin().square(), a2 * t2.sin()

@@ -1,0 +1,101 @@
+"""TinyLoRA: a few numbers, which layers may share, in the weight's directions (Morris et al. 2026, arXiv:2602.04118).
+
+    y = W x + b + U' R V' drop(x)     R = Σ_u v_u P_u (r, r)    V' = √S Vᵀ (r, i), U' = U √S (o, r), W ≈ U S Vᵀ
+    P (u, r, r) at each layer, random, frozen;  v (groups, u) once, trained: layers in order, G groups of equal size
+
+Identity   v = 0, bit-exact
+Base       read at attach alone, dequantised too: U' and V' are in the file
+Departs    P is in the file whatever its seed, which PEFT's is too by default. The rank of a layer is its smaller side's
+           at most. The singular vectors are those of a block Krylov space
+Checked    against PEFT TinyLoraConfig: P bit for bit, outputs, v's gradient, three AdamW steps
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..core.targets import Target
+from ..core.validate import is_number
+from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
+from ..families.factors import SeededConfig
+from ..ops.recompute import recomputed
+from ..ops.svd import leading_svd
+
+__all__ = ["TinyLoRA", "TinyLoRAConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyLoRAConfig(SeededConfig):
+    """u: numbers in a group's v. weight_tying: 0 gives each layer a v of its own, 1 one to all. seed: of P."""
+
+    variant: str = "tinylora"
+    r: int = 2
+    u: int = 64
+    weight_tying: float = 0.0
+    seed: int = 42
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*SeededConfig.SAME_AT_ALL_LAYERS, "u", "weight_tying", "seed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(type(self.u) is int and self.u > 0, "u", "a number of at least 1")
+        self.require(is_number(self.weight_tying) and 0 <= self.weight_tying <= 1, "weight_tying", "from 0 to 1")
+
+    def group(self, index: int, layers: int) -> int:
+        """The group of the layer of this index, of so many."""
+        groups = max(1, round(layers * (1 - self.weight_tying)))
+        return min(index // max(1, layers // groups), groups - 1)
+
+
+@register
+class TinyLoRA:
+    name = "tinylora"
+    config = TinyLoRAConfig
+    base_weight = "read"
+    handles_scale = True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: TinyLoRAConfig) -> dict[str, ParamSpec]:
+        r = min(cfg.r, d_in, d_out)
+        v, u = ParamSpec((r, d_in), trainable=False), ParamSpec((d_out, r), trainable=False)
+        p = ParamSpec((cfg.u, r, r), trainable=False, keep_dtype=True)
+        return {"lora_V": v, "lora_U": u, "lora_P": p, "lora_group": ParamSpec((1,), dtype=torch.int32)}
+
+    @staticmethod
+    def shared_specs(targets: Sequence[Target], cfg: TinyLoRAConfig) -> dict[str, ParamSpec]:
+        return {"v": ParamSpec((1 + cfg.group(len(targets) - 1, len(targets)), cfg.u), keep_dtype=True)}
+
+    @staticmethod
+    def init(layer: Layer, cfg: TinyLoRAConfig) -> None:
+        u, s, v = leading_svd(layer.dense_weight(), len(layer.lora_V))
+        layer.lora_V.copy_(s.sqrt()[:, None] * v.mT)
+        layer.lora_U.copy_(u * s.sqrt())
+
+    @staticmethod
+    def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: TinyLoRAConfig, calibration_data: Any) -> None:
+        paths = list(dict.fromkeys(layer.path for layer in targets.values()))  # of experts one, which share a v
+        for index, layer in enumerate(targets.values()):
+            layer.lora_group.fill_(cfg.group(paths.index(layer.path), len(paths)))
+            seeded(lambda t, g: t.normal_(0, t.shape[-1] ** -0.5, generator=g), cfg.seed + index)(layer.lora_P)
+
+    @staticmethod
+    def low_rank(layer: Layer) -> LowRank:
+        dropout = layer.cfg.dropout if layer.training else 0.0
+        return LowRank(layer.lora_V, layer.lora_U @ _r(layer).to(layer.lora_U.dtype), layer.scale, dropout)
+
+    @staticmethod
+    def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+        h = F.linear(F.dropout(x, layer.cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that is kept
+        return y + F.linear(F.linear(h, (layer.scale * _r(layer)).to(h.dtype)), layer.lora_U)
+
+
+def _r(layer: Layer) -> Float[Tensor, "r r"]:
+    def mixed(v: Tensor) -> Tensor:
+        row = v.index_select(0, layer.lora_group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
+        return torch.einsum("u,urs->rs", row.to(layer.lora_P.dtype), layer.lora_P)
+
+    return recomputed(mixed, layer.lora_v)
