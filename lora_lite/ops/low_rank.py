@@ -143,9 +143,9 @@ class _AddLowRank(torch.autograd.Function):
         y, x, a, b, s, gain, c, bias, p = operands
         seed = dropout_seed() if p else 0
         out, h = _forward(y, dropped(x, p, seed) if p else x, a, b, s, gain, c, bias)
-        # Of a frozen A no x is asked, which is LoRA-FA's saving, and of a frozen B no h.
-        kept_x = x if ctx.needs_input_grad[2] else None
-        kept_h = h if ctx.needs_input_grad[3] or ctx.needs_input_grad[5] else None
+        needs = ctx.needs_input_grad
+        kept_x = x if needs[2] else None  # dA alone is made of it: LoRA-FA, with A frozen, keeps h
+        kept_h = h if needs[3] or needs[5] else None  # dB and dg are made of it: MiCA, with B frozen, keeps x
         ctx.save_for_backward(kept_x, a, b, kept_h, gain, *((None, None) if gain is None else (bias, y)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out

@@ -32,8 +32,8 @@ __all__ = ["AdaMSS", "AdaMSSConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMSSConfig(ASAConfig):
-    """r: R, at most. num_subspaces: K. subspace_rank: k. use_dynamic_rank: of k, those whose squared singular value is
-    above svd_threshold times the first. The other fields are of ASA's schedule."""
+    """r: R, at most. num_subspaces: K. subspace_rank: k, and use_dynamic_rank takes those of it whose squared singular
+    value is above svd_threshold times the first. The others are of ASA's schedule."""
 
     variant: str = "adamss"
     r: int = 100
@@ -69,14 +69,13 @@ class AdaMSS:
             "lora_N": ParamSpec((rank, i), trainable=False, keep_dtype=True),
             "lora_cluster": ParamSpec((o,), dtype=torch.int32, below=clusters),
         } | (asa_specs(clusters, k, rank, o) if cfg.use_asa else {})
-        last = ParamSpec((rank,), trainable=False, keep_dtype=True, is_shift=True)  # N's last column
-        return specs | ({"lora_Nb": last} if target.has_bias else {})
+        last = {"lora_Nb": ParamSpec((rank,), trainable=False, keep_dtype=True, is_shift=True)}  # N's last column
+        return specs | (last if target.has_bias else {})
 
     @staticmethod
     def init(layer: Layer, cfg: AdaMSSConfig) -> None:
-        w = layer.dense_weight()
-        if (bias := layer.bias) is not None:
-            w = torch.cat([w, bias[:, None].to(w)], 1)  # (o, i + 1)
+        w, bias = layer.dense_weight(), layer.bias
+        w = w if bias is None else torch.cat([w, bias[:, None].to(w)], 1)  # (o, i + 1)
         u, _, v = leading_svd(w, len(layer.lora_N))
         layer.lora_cluster.copy_(kmeans(u, len(layer.lora_As), cfg.seed))
         layer.lora_N.copy_(v.mT[:, : layer.in_features])

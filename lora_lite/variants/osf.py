@@ -8,7 +8,7 @@
 Identity   U = U0, S = S0, V = V0, bit-exact: the change is [ΔU S + U0 ΔS, U0 S0] [V; ΔV]
 Base       read once, at init, for its SVD; dequantised numbers do. Its parts stay in the file, so a load needs none
 Departs    the paper and PEFT project gradients, and Adam's steps by them leave the subspace. That is "gradient";
-           "update", the default, projects the change itself, so that it stays there under every optimiser and decay
+           "update", the default, projects the change itself: it stays there. On a 16-bit base PEFT projects nothing
 Checked    against PEFT OSFConfig: outputs, gradients, three AdamW steps
 """
 

@@ -16,7 +16,18 @@ def blocks(a: Any = None, b: Any = None, n: int = 2, **more: Any) -> dict[str, A
     return {"use_bdlora": BdLoraConfig(target_modules_bd_a=a, target_modules_bd_b=b, nblocks=n, **more)}
 
 
+def velora(**fields: Any) -> dict[str, Any]:
+    return {"velora_config": peft.VeloraConfig(**{"num_groups": 2} | fields)}
+
+
 TABLE: list[tuple[Any, ...]] = [
+    # ---- VeLoRA
+    ("mlp", LORA, {"target_modules": ["lin0"], **velora(init_type="random")}),
+    ("mlp", LORA, {"target_modules": BOTH, **velora(init_type="batch_average"), "lora_alpha": 3}),
+    ("mlp", LORA, {"target_modules": ["lin0"], **velora(init_type="batch_average_once", scale=0.5)}),
+    ("mlp", LORA, {"target_modules": BOTH, **velora(num_groups=64), "rank_pattern": {"lin1": 2}, "use_rslora": True}),
+    ("mlp", LORA, {"target_modules": ["lin0"], **velora(), "modules_to_save": ["lin1"], "lora_dropout": 0.1}),
+    ("gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, **velora(num_groups=5)}),
     # ---- MiCA
     ("mlp", LORA, {"target_modules": ["lin0"], **MICA}),
     ("mlp", LORA, {"target_modules": "lin0", **MICA, "lora_alpha": 3, "use_rslora": True, "lora_dropout": 0.1}),

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ...base.layer import BaseLayer
+from ...core.names import category, shared_name
 from ...core.shared import PLACE
 from ...core.state import Site
 from ...errors import CheckpointError, brief
-from ...families.joint import category, shared_name
 from ...ops.joint import LEAST, column_norms
 from .kinds import is_embedding, is_plain_linear
 from .settings import flag_of, number_of
@@ -49,6 +49,26 @@ def _part(source: "PeftFolder", setting: str, known: Mapping[str, Any]) -> dict[
 def _read_kasa(source: "PeftFolder") -> dict[str, Any]:
     options = _part(source, "kasa_config", {"beta": 1e-4, "gamma": 1e-3})
     return {name: number_of(source, f"kasa_config.{name}", value) for name, value in options.items()}
+
+
+_STARTS = {"random": "random", "batch_average": "batch_average", "batch_average_once": "batch_average"}
+
+
+def _read_velora(source: "PeftFolder") -> dict[str, Any]:
+    options = _part(source, "velora_config", {"num_groups": 64, "scale": 1.0, "init_type": "batch_average"})
+    if type(options["num_groups"]) is not int or options["init_type"] not in (*_STARTS,):
+        raise source.error(f"velora_config={brief(repr(options), 120)}: wanted an integer of groups, and an init_type")
+    scale = number_of(source, "velora_config.scale", options["scale"])
+    return {
+        "num_groups": options["num_groups"],
+        "compression_scale": scale,
+        "init_type": _STARTS[options["init_type"]],
+    }
+
+
+def _write_velora(cfg: Any) -> dict[str, Any]:
+    options = {"num_groups": cfg.num_groups, "scale": cfg.compression_scale, "init_type": cfg.init_type}
+    return {"velora_config": options}
 
 
 _BLOCKS = {"target_modules_bd_a": None, "target_modules_bd_b": None, "nblocks": 1, "match_strict": True}
@@ -123,6 +143,15 @@ KASA = _lora(
 )
 BDLORA = _lora(
     "bdlora", "use_bdlora", {}, takes=_is_linear, read=_read_bdlora, at_layer=_blocks_at, by_layer=_write_bdlora
+)
+
+VELORA = _lora(
+    "velora",
+    "velora_config",
+    {"lora_e": "lora_velora_embed"},
+    takes=is_plain_linear,
+    read=_read_velora,
+    write=_write_velora,
 )
 
 # ---- OSF ----------------------------------------------------------------------------------------------
@@ -342,4 +371,4 @@ ADAMSS = Format(
     reads_base=True,
 )
 
-FORMATS = (MICA, KASA, BDLORA, OSF, FROD, ADAMSS)
+FORMATS = (MICA, KASA, BDLORA, VELORA, OSF, FROD, ADAMSS)
