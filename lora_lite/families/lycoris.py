@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import AdapterConfig
-from ..core.validate import is_number, positive_or_none
+from ..core.validate import is_number
 from ..core.variant import Layer
 
 __all__ = ["LycorisConfig", "dropped_rows"]
@@ -19,19 +19,19 @@ __all__ = ["LycorisConfig", "dropped_rows"]
 
 @dataclass(frozen=True, kw_only=True)
 class LycorisConfig(AdapterConfig):
-    """alpha: None means r. rank_dropout: of an output's row of ΔW. module_dropout: of ΔW as a whole.
+    """rank_dropout: of an output's row of ΔW. module_dropout: of ΔW as a whole.
 
     use_effective_conv2d    a convolution of more than one place is given by a small core and two factors
     """
 
-    alpha: float | None = None
+    alpha: float = 8.0
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
+        self.require(is_number(self.alpha) and self.alpha > 0, "alpha", "a number above 0")
         for name in ("rank_dropout", "module_dropout"):
             value = getattr(self, name)
             self.require(is_number(value) and 0 <= value < 1, name, "a probability below 1")
@@ -40,7 +40,7 @@ class LycorisConfig(AdapterConfig):
     @property
     def scaling(self) -> float:
         """The factor s."""
-        return 1.0 if self.alpha is None else self.alpha / self.r
+        return self.alpha / self.r
 
     def has_core(self, kernel: tuple[int, ...]) -> bool:
         """Is a layer with this kernel, () of one that is no convolution, given by a core?"""

@@ -5,7 +5,8 @@
 
 Identity   B2 = 0, bit-exact
 Base       never read: any layer kind
-Departs    from PEFT where rank_dropout keeps no row: 0, and no NaN. α defaults to r, so that s = 1 at every rank
+Departs    from PEFT where rank_dropout keeps no row: 0, and no NaN. With a core, PEFT's backward takes the other core
+           for the gradients of both a; here they are those of the equation
 Checked    against PEFT LoHaConfig: outputs, gradients, three AdamW steps; convolutions with groups and with a core
 """
 

@@ -7,7 +7,7 @@
 Identity   W1 = 0 (its first factor), or with init "lycoris" W2 = 0 (its last): bit-exact
 Base       never read: any layer kind
 Departs    from PEFT on nn.Conv1d with a whole W2 of more than one row or column: PEFT aligns the wrong axes there, and
-           its product isn't one of Kronecker's. α defaults to r
+           its product isn't one of Kronecker's
 Checked    against PEFT LoKrConfig: outputs, gradients, three AdamW steps; all shapes of W1 and W2; convolutions
 """
 

@@ -153,6 +153,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         IDS,
     ),
     "conv1d": (lambda: conv(1), torch.randn(2, 4, 9)),
+    "conv1d_wide": (lambda: conv(1, 2, (32, 24)), torch.randn(2, 32, 5)),
+    "conv1d_one": (lambda: conv(1, 2, (1, 1)), torch.randn(2, 1, 9)),
     "conv2d": (lambda: conv(2, stride=2, padding=1), torch.randn(2, 4, 7, 7)),
     "conv2d_1x1": (lambda: conv(2, 1), torch.randn(2, 4, 3, 3)),
     "conv2d_groups": (lambda: conv(2, groups=2), torch.randn(2, 4, 5, 5)),
@@ -251,7 +253,7 @@ TABLE: list[tuple[Any, ...]] = [
             "pissa": {"unwritten": "PEFT has no adapter like"},
             "olora": {"unwritten": "PEFT has no adapter like"},
             "pissa_niter_4": {"refused": "wrote the base"},
-            "mica": {"refused": "init_lora_weights='mica' isn't supported"},
+            "mica": {},
         }.items()
     ),
     # ---- LoRA on other layers

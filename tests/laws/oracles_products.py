@@ -16,7 +16,7 @@ def loha(W: Tensor, b: Tensor, cfg: Any, t: Tensors, x: Tensor) -> Tensor:
 def lokr(W: Tensor, b: Tensor, cfg: Any, t: Tensors, x: Tensor) -> Tensor:
     s = (cfg.alpha or cfg.r) / cfg.r
     w1 = t["lora_w1"] if "lora_w1" in t else t["lora_w1_a"] @ t["lora_w1_b"]
-    w2 = t["lora_w2"] if "lora_w2" in t else t["lora_w2_a"] @ t["lora_w2_b"]
+    w2 = t["lora_w2"].flatten(1) if "lora_w2" in t else t["lora_w2_a"] @ t["lora_w2_b"]
     (rows, m), (k, n) = w1.shape, w2.shape
     delta = torch.empty(rows * k, m * n, dtype=W.dtype)
     for i in range(rows):

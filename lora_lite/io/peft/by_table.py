@@ -47,7 +47,11 @@ def parts(table: Format, source: PeftFolder, targets: dict[str, Target], layers:
         cfg = config_of(source, table.variant, targets, layers, overrides, True, floats, **values)
     wanted: dict[str, Shape] = {}
     for path, target in targets.items():
-        shapes = _shapes(table, source, target, layers.get(path), cfg.with_overrides(overrides.get(target.path, {})))
+        in_file = {
+            key.rpartition(".")[2]: source.entries[key].shape for key in source.keys if key.rpartition(".")[0] == path
+        }
+        cfg_there = cfg.with_overrides(overrides.get(target.path, {}))
+        shapes = _shapes(table, source, target, layers.get(path), cfg_there, in_file)
         wanted |= {file_key(path, name): shape for name, shape in shapes.items()}
     for name, spec in variant.shared_specs(listed, cfg).items():
         key, entry = file_key(PLACE, name), source.entries.get(file_key(PLACE, name))
@@ -65,6 +69,10 @@ def parts(table: Format, source: PeftFolder, targets: dict[str, Target], layers:
         tensors = {name: stored[key] for name, key in names.items()}
         if layer is None:
             return tensors
+        if table.of_base is not None:
+            cfg_there = cfg.with_overrides(overrides.get(targets[path].path, {}))
+            shared = {key.rpartition(".")[2]: stored[key] for key in source.shared}
+            return table.of_base(base or layer, cfg_there, tensors, shared)
         if table.at_place is not None:
             tensors |= table.at_place(cfg, list(targets).index(path), len(targets), tensors)
         once = {key: tensor for key, tensor in stored.items() if key.startswith(f"{PLACE}.")}
@@ -75,7 +83,7 @@ def parts(table: Format, source: PeftFolder, targets: dict[str, Target], layers:
 
 def _is_table(table: Format, source: PeftFolder, ours: str) -> bool:
     """Is it a tensor of integers? Raises CheckpointError for a table of floats."""
-    if ours.rpartition(".")[2] not in table.tables:
+    if not table.is_table(ours):
         return False
     entry = source.entries[ours]
     if DTYPES.get(entry.dtype, torch.float32).is_floating_point:
@@ -139,7 +147,12 @@ def _parted(
 
 
 def _shapes(
-    table: Format, source: PeftFolder, target: Target, layer: BaseLayer | None, cfg: BaseConfig
+    table: Format,
+    source: PeftFolder,
+    target: Target,
+    layer: BaseLayer | None,
+    cfg: BaseConfig,
+    in_file: Mapping[str, Shape],
 ) -> dict[str, Shape]:
     """The shapes of a layer's tensors in the file, by our names; without a model, where PEFT's are ours."""
     try:
@@ -148,6 +161,8 @@ def _shapes(
         site = make_site(target, layer, cfg, {})
     except ConfigError as error:
         raise source.error(str(error)) from error
+    if table.shapes_by is not None:
+        return table.shapes_by(site, in_file)
     if table.shapes is not None:
         return table.shapes(site)
     return {name: tuple(tensor.shape) for name, tensor in _theirs(table, site, _empty).items()}
@@ -202,6 +217,7 @@ def written(table: Format, root: nn.Module, layers: Layers) -> Written:
     names, _ = names_of(root, list(layers), [])
     common = _COMMON | {"fan_in_fan_out": any(site.base.transposed for (site,) in layers.values())}
     settings = {"peft_type": table.peft_type, "target_modules": names, **table.given, **table.write(cfg)}
+    settings |= table.by_layer({path: site for path, (site,) in layers.items()})
     for ours, setting in table.fields.items():
         settings |= _setting(table, ours, setting, layers)
         settings |= {setting.name: True} if ours == "save_projection" and is_narrow else {}
@@ -211,7 +227,9 @@ def written(table: Format, root: nn.Module, layers: Layers) -> Written:
 
 def _setting(table: Format, ours: str, setting: Setting, layers: Layers) -> dict[str, Any]:
     """A field as PEFT's setting, and its pattern. Raises CheckpointError where it differs by layer and has none."""
-    values = {path: getattr(site.cfg, ours) for path, (site,) in layers.items()}
+    values = {path: {ours: getattr(site.cfg, ours), **table.at_site(site)}[ours] for path, (site,) in layers.items()}
+    if ours == "alpha":  # None stands for the rank
+        values = {path: layers[path][0].cfg.r if value is None else value for path, value in values.items()}
     common = Counter(values.values()).most_common(1)[0][0]
     others = {f"{'^' * table.anchored}{path}": value for path, value in values.items() if value != common}
     if others and not setting.pattern:

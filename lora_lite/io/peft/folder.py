@@ -92,6 +92,7 @@ class PeftFolder:
     shared: dict[str, str] = field(default_factory=dict)  # the same of those that all layers share
     whole: dict[str, str] = field(default_factory=dict)  # of new values of the base's own tensors: `<path>.weight`
     zeros: list[str] = field(default_factory=list)  # keys in the file of tensors that have to be zero
+    unread: list[str] = field(default_factory=list)  # of tensors that say nothing which the others don't
     tokens: dict[str, str] = field(default_factory=dict)  # of new rows: `<path>.lora_delta` of an embedding or a head
     unused: dict[str, str] = field(default_factory=dict)  # of base tensors that PEFT uses while the adapter is off
     copies: dict[str, str] = field(default_factory=dict)  # a key in the file -> another one of the same tensor
@@ -182,7 +183,7 @@ def _with_settings(
         del source.base[ours]
     _check_settings(source, table, bool(modules))
     sorted_keys = {*source.in_file.values(), *source.base.values(), *source.unused.values()}
-    sorted_keys |= {*source.copies, *source.zeros}
+    sorted_keys |= {*source.copies, *source.zeros, *source.unread}
     unknown = sorted(header.entries.keys() - sorted_keys)
     if unknown or not (source.keys or (settings["peft_type"] in WHOLE and source.beside)):
         raise CheckpointError(
@@ -197,6 +198,9 @@ def _sort_by(table: Format, source: PeftFolder, name: str, key: str) -> bool:
     """Is it a key of the table's method, now put where it belongs?"""
     if (shared := table.shared_of(name.removeprefix("base_model."))) is not None:
         _add_shared(source, shared, key)
+        return True
+    if table.is_unread(name.removeprefix("base_model.")):
+        source.unread.append(key)
         return True
     parts = name.removeprefix(PREFIX).split(".")
     for i in range(1, len(parts)):
@@ -289,7 +293,9 @@ def _check_settings(source: PeftFolder, table: Format | None, has_model: bool) -
     known |= {"modules_to_save"} if any(map(source.is_saved, source.beside)) else set()
     known |= {"trainable_token_indices"} if source.tokens and kind in ("LORA", "ADALORA") else set()
     known |= {"target_parameters"} if _names_weights(source, has_model) else set()
-    known |= {"bias"} if source.settings.get("bias") in (*_BIASES, *([table.only] if table else [])) else set()
+    bias = source.settings.get("bias")  # PEFT takes every "<x>_only" alike, and tells of "fourier_only" for WaveFT
+    is_only = table is not None and bool(table.only) and isinstance(bias, str) and bias.endswith("_only")
+    known |= {"bias"} if is_only or bias in _BIASES else set()
     lost = {
         field: value
         for field, value in source.settings.items()

@@ -27,6 +27,7 @@ from ...core.state import Site
 from ...errors import brief
 from ..keys import PREFIX, THEIRS
 from .folder import PeftFolder, ia3_on
+from .formats import FORMATS
 from .kinds import is_plain_linear, takes_adalora
 
 _INNER = ".base_layer"
@@ -206,8 +207,8 @@ def pattern_path(site: Site, path: str) -> str:
     return module_path(site) if isinstance(attention, nn.MultiheadAttention) else path
 
 
-def lacks(site: Site) -> str | None:
-    """The reason why PEFT's format has no place for an adapter; None if it has one."""
+def lacks(site: Site, is_plain: bool = False) -> str | None:
+    """The reason why PEFT's format has no place for an adapter, or for it as a plain LoRA; None if it has one."""
     layer, variant = site.base, site.cfg.variant
     if not site.path:  # a bare layer
         return "PEFT's format holds adapters of named linear layers"
@@ -222,6 +223,8 @@ def lacks(site: Site) -> str | None:
         return "PEFT has no such method on a norm"
     if category == "linear" and layer.by_weight and not site.prefix and not in_attention(site):
         return "PEFT adapts the call of a layer, and here the model reads its weight without calling it"
+    if category == "conv" and not is_plain and any(table.variant == variant for table in FORMATS):
+        return None  # the table says which convolutions it takes
     if category == "conv" and layer.module.groups > 1 and layer.kind is not ALL_CHANNELS and variant != "ia3":
         return "PEFT's A sees all channels of a convolution with groups, and this one those of a group"
     if category == "conv" and variant not in ("ia3", "ia3_ff", "adalora") and (problem := _own_convolution(layer)):

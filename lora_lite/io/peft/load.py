@@ -105,7 +105,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
 
 
 def shared_tensors(source: PeftFolder, part: Part, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors that all layers of the folder's own method share, by our key."""
+    """The tensors that all layers of the folder's own method share, by our key."""
     specs = lookup(part.cfg.variant).shared_specs(list(part.targets.values()), part.cfg) if source.shared else {}
     once = {key: tensor for key, tensor in values.items() if key.startswith(f"{PLACE}.") and specs}
     return {
@@ -233,7 +233,7 @@ def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
     tensors = source.header.read([*source.in_file.values(), *source.copies])
     table = format_of(source.settings)
-    tables = {key for ours, key in source.in_file.items() if table and ours.rpartition(".")[2] in table.tables}
+    tables = {key for ours, key in source.in_file.items() if table and table.is_table(ours)}
     floats = {key: tensor for key, tensor in tensors.items() if key not in tables}  # `stored_as` checks the tables
     check_numbers(floats, str(source.header.path), "save the adapter again")
     for key, other in source.copies.items():

@@ -87,7 +87,7 @@ def save_peft(
     else:
         _check_lacks(layers, is_plain=True)
         tensors, settings, worst = _low_rank(root, layers, rank, max_error)
-    floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}  # tables were checked
+    floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}  # tables have no NaN
     check_numbers(floats, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
     if settings["peft_type"] == "LORA":  # PEFT renames no other keys
         tensors = _as_peft_reads(root, tensors, layers)
@@ -115,7 +115,7 @@ def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
 def _check_lacks(layers: Layers, is_plain: bool = False) -> None:
     """Raises CheckpointError for a layer on which PEFT has no such adapter, or a plain LoRA can't be one."""
     for path, (site, *others) in layers.items():
-        lack = forms.lacks(site)
+        lack = forms.lacks(site, is_plain)
         if is_plain and any(each.positions is not None for each in (site, *others)):
             lack = "it acts at some positions of a sequence, which a plain LoRA can't say"
         if lack:
