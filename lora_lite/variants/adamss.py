@@ -7,8 +7,7 @@
 
 Identity   B = 0, bit-exact
 Base       read once, at init, for its SVD; dequantised numbers do. N and each row's cluster stay in the file
-Departs    clusters are by our own k-means, once; PEFT asks scikit-learn at every load. A cluster of less than k rows
-           has rows of 0 in A. ASA keeps as many subspaces as its formula says, and PEFT one less
+Departs    our own k-means, once; PEFT asks scikit-learn at every load. ASA keeps one subspace more than PEFT's does
 Checked    against PEFT AdamssConfig: outputs, gradients, masks, three AdamW steps
 """
 
@@ -33,7 +32,7 @@ __all__ = ["AdaMSS", "AdaMSSConfig"]
 @dataclass(frozen=True, kw_only=True)
 class AdaMSSConfig(ASAConfig):
     """r: R, at most. num_subspaces: K. subspace_rank: k, and use_dynamic_rank takes those of it whose squared singular
-    value is above svd_threshold times the first. The others are of ASA's schedule."""
+    value is above svd_threshold times the first. A's other rows, as in smaller clusters, are 0. The rest is ASA's."""
 
     variant: str = "adamss"
     r: int = 100
