@@ -39,7 +39,7 @@ def batches(model: Any, sizes: Mapping[str, tuple[int, int]]) -> list[dict[str, 
         ids = torch.arange(48).reshape(2, 2, 12)
         return [{name: ids[0]}, {name: ids[1]}]
     d_in = next(iter(sizes.values()))[0]
-    dtype = next(model.parameters()).dtype
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())  # codes of a quantised weight aside
     return [{name: torch.randn(2, 12, d_in, generator=generator).to(dtype)} for _ in "ab"]
 
 
