@@ -1,13 +1,14 @@
 """The order of the arena's trials, how many steps fit into the time, and what is left of it.
 
-Costs are measured first: from them follows how long a trial takes. Then the learning rate of each method is tuned, by
-the same number of trials for all. Then come the seeds, one after another over all methods, so that a run that ends
-early has compared all that it has.
+Costs are measured first: from them follows how long a trial takes. Then each method, the reference first, has its
+learning rate tuned, by the same number of trials for all, and is trained from all seeds: a run that ends early has
+compared the first ones. The view at equal time comes last.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,13 +86,14 @@ class Contest:
                 return []
             self.steps = self._planned()
             for entrant in self._present():
-                if (tuned := self._tuned(entrant)) is not None:
-                    results[entrant.name] = tuned
-            for view in ("parameters", "time") if self.settings.is_timed else ("parameters",):
-                for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + self.settings.seeds):
-                    for entrant in self._present():
-                        if entrant.name in results:
-                            self._compared(entrant, results[entrant.name], seed, view)
+                with self._leaving_out(entrant):
+                    if (tuned := self._tuned(entrant)) is not None:
+                        results[entrant.name] = tuned
+                        self._compared(entrant, tuned, "parameters")
+            for entrant in self._present() if self.settings.is_timed else ():
+                with self._leaving_out(entrant):
+                    if entrant.name in results:
+                        self._compared(entrant, results[entrant.name], "time")
         except KeyboardInterrupt:
             logger.warning("stopped: the same command goes on from here")
         return list(results.values())
@@ -112,43 +114,56 @@ class Contest:
             if self._is_over(0.0):
                 self.left_out[entrant.name] = "no time to measure what it costs"
                 continue
-            try:
+            with self._leaving_out(entrant):
                 record = self.costs[entrant.name] = costs(self.arena, entrant, self.settings.reference)
-            except (ll.LoraLiteError, RuntimeError) as error:
-                self.left_out[entrant.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                logger.warning(f"{entrant.name} is left out: {error}")
-                continue
-            logger.info(
-                f"costs [{i}/{len(self.entrants)}] {entrant.name}: a step takes {record['step_seconds']:.2f} s, "
-                f"{record['step_ratio']:.2f} of {self.settings.reference.name}'s"
-            )
+                logger.info(
+                    f"costs [{i}/{len(self.entrants)}] {entrant.name}: a step takes {record['step_seconds']:.2f} s, "
+                    f"{record['step_ratio']:.2f} of {self.settings.reference.name}'s"
+                )
+
+    @contextmanager
+    def _leaving_out(self, entrant: Entrant) -> Iterator[None]:
+        """A method that fails is told of, and the others go on."""
+        try:
+            yield
+        except (ll.LoraLiteError, RuntimeError, ValueError) as error:
+            self.left_out[entrant.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            logger.warning(f"{entrant.name} is left out: {error}")
 
     def _planned(self) -> int:
-        """The number of steps: as asked, as an earlier run in this folder has planned, or as many as fit."""
+        """The number of steps: as asked, as an earlier run in this folder has planned, or as many as fit.
+
+        If all would have too few, the view at equal time isn't planned for, and takes what time is left.
+        """
         settings, file = self.settings, self.arena.folder / "plan.json"
         known = read(file) if file.exists() else {}
-        steps, why = settings.steps, "as asked"
+        steps, why, is_timed = settings.steps, "as asked", settings.is_timed
         if steps is None and known.get("setting") == self.arena.setting:
-            steps, why = known["steps"], f"as {file} says, which an earlier run has planned"
-        fixed, of_a_step = self._work()
+            steps, why = known["steps"], f"as an earlier run has planned ({file})"
+        minutes = settings.minutes or 55.0
+        left = 60 * minutes - (time.perf_counter() - self.started)
         if steps is None:
-            left = 60 * (settings.minutes or 55.0) - (time.perf_counter() - self.started)
-            steps = int(min(max((MARGIN * left - fixed) / of_a_step, LEAST_STEPS), MOST_STEPS))
-            why = f"which fit into {settings.minutes or 55:g} minutes"
+            is_timed = is_timed and self._fitting(left, True) >= LEAST_STEPS
+            steps = min(max(self._fitting(left, is_timed), LEAST_STEPS), MOST_STEPS)
+            why = f"which fit into {minutes:g} minutes"
+        fixed, of_a_step = self._work(is_timed)
         self._expected = fixed + steps * of_a_step
         write(file, {"setting": self.arena.setting, "steps": steps})
+        at_equal_time = f" + {settings.seeds} at equal time" if is_timed else ", and at equal time if there is time"
         logger.info(
             f"{len(self.costs)} methods x ({settings.trials} learning rates + {settings.seeds} seeds"
-            f"{f' + {settings.seeds} at equal time' if settings.is_timed else ''}): {self._count()} trials of {steps} "
-            f"steps, {why}; about {self._expected / 60:.0f} minutes, less what is done already"
+            f"{at_equal_time if settings.is_timed else ''}), {steps} steps, {why}: about {self._expected / 60:.0f} "
+            f"minutes, less what is done already"
         )
-        limit = settings.minutes and 60 * settings.minutes - (time.perf_counter() - self.started)
-        if limit and self._expected > limit:
-            logger.warning(
-                f"that is more than the {limit / 60:.0f} minutes left: what isn't done by then is left for "
-                f"another run of the same command"
-            )
+        if settings.minutes and self._expected > left:
+            late = "what isn't done by then is left for another run of the same command"
+            logger.warning(f"there are {max(left, 0) / 60:.0f} minutes left: {late}")
         return steps
+
+    def _fitting(self, seconds: float, is_timed: bool) -> int:
+        """The number of steps that fit."""
+        fixed, of_a_step = self._work(is_timed)
+        return int((MARGIN * seconds - fixed) / of_a_step)
 
     def _tuned(self, entrant: Entrant) -> Result | None:
         """The learning rate with the lowest loss on the tuning split; None if there was no time for all trials."""
@@ -167,25 +182,20 @@ class Contest:
         is_at_edge = len(losses) > 1 and best in (min(losses), max(losses))
         return Result(entrant.name, entrant.rank, 10 ** (best / 2), is_at_edge, self.costs[entrant.name])
 
-    def _compared(self, entrant: Entrant, result: Result, seed: int, view: str) -> None:
-        """One seed of a method, put into its result. The main view's trial gives the view at equal divergence, too."""
-        tokens = sum(self.rows())
-        main = Trial(entrant, result.lr, seed, self.steps, kl_budget=self.settings.kl_budget)
+    def _compared(self, entrant: Entrant, result: Result, view: str) -> None:
+        """All seeds of a method, put into its result. The main view's trials give that at equal divergence, too."""
+        tokens, steps = sum(self.rows()), self.steps
         if view == "time":
-            result.steps_in_time = self._steps_in_time(result)
-            if result.steps_in_time == self.steps:  # the main view's trial is this one
-                result.losses |= {view: result.losses["parameters"]} if "parameters" in result.losses else {}
-                self._passed(main)
+            steps = result.steps_in_time = self._steps_in_time(result)
+        for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + self.settings.seeds):
+            budget = self.settings.kl_budget if steps == self.steps else None  # with it, it is the main view's trial
+            record = self._run(Trial(entrant, result.lr, seed, steps, kl_budget=budget))
+            if record is None:
                 return
-            main = replace(main, steps=result.steps_in_time, kl_budget=None)
-        record = self._run(main)
-        if record is None:
-            return
-        result.losses.setdefault(view, {})[seed] = losses_of(record, tokens)
-        if view == "parameters":
-            result.losses.setdefault("kl", {})[seed] = losses_of(record, tokens, at_budget=True)
-            result.diverged += not record["finite"]
-            result.seen.append((record.get("kl", np.nan), record.get("scale", np.nan)))
+            result.losses.setdefault(view, {})[seed] = losses_of(record, tokens)
+            if view == "parameters":
+                result.losses.setdefault("kl", {})[seed] = losses_of(record, tokens, at_budget=True)
+                result.seen.append((record.get("kl", np.nan), record.get("scale", np.nan)))
 
     def _steps_in_time(self, result: Result) -> int:
         """As many as the method takes while the reference takes its own."""
@@ -201,7 +211,7 @@ class Contest:
         of_a_method = self.settings.trials + (1 + self.settings.is_timed) * self.settings.seeds
         return len(self.costs) * of_a_method
 
-    def _work(self) -> tuple[float, float]:
+    def _work(self, is_timed: bool) -> tuple[float, float]:
         """Seconds of all trials beside their steps, and of one step of all of them."""
         settings, reference = self.settings, self.costs[self.settings.reference.name]
         fixed = of_a_step = 0.0
@@ -211,7 +221,7 @@ class Contest:
             fixed += settings.trials * self._seconds(tuning)
             fixed += settings.seeds * self._seconds(Trial(entrant, 0.0, 0, 0, kl_budget=settings.kl_budget))
             of_a_step += (settings.trials + settings.seeds) * record["step_seconds"]
-            if settings.is_timed:
+            if is_timed:
                 fixed += settings.seeds * self._seconds(Trial(entrant, 0.0, 0, 0))
                 of_a_step += settings.seeds * reference["step_seconds"]
         return fixed, of_a_step
@@ -243,17 +253,14 @@ class Contest:
         seconds = time.perf_counter() - started
         if seconds > 0.5 * record["seconds"]:  # else it is from an earlier run
             self._speed = self._speed[0] + seconds, self._speed[1] + expected
-        self._passed(trial)
+        self._done += 1
+        self._expected = max(0.0, self._expected - expected)
         purpose = "tuning" if trial.is_tuning else f"seed {trial.seed}"
         logger.info(
             f"[{self._done}/{self._count()}] {trial.entrant.name} at {trial.lr:.1e}, {purpose}, {trial.steps} steps: "
             f"loss {losses_of(record, 1).mean():.3f}; about {self._expected * self._slowness / 60:.0f} minutes left"
         )
         return record
-
-    def _passed(self, trial: Trial) -> None:
-        self._done += 1
-        self._expected = max(0.0, self._expected - self._seconds(trial))
 
 
 def options(contest: Contest) -> dict[str, Any]:

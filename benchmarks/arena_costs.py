@@ -3,6 +3,7 @@
 Bytes are exact and above those of the frozen base, beside PEFT's own class on the same layers where it has the method.
 """
 
+import copy
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arena_methods import Entrant, peft_config, source_of
+from arena_methods import Entrant, source_of
 from arena_trials import Arena, Record, digest, read, training_step, write
 from batches import Batch
 from contenders import differentiable
@@ -48,13 +49,6 @@ def costs(arena: Arena, entrant: Entrant, reference: Entrant) -> Record:
             model.register_forward_hook(lambda _, args, output: _with_penalty(output, adapter))
         return differentiable(model)
 
-    def theirs() -> Any:
-        from peft import get_peft_model
-
-        model: Any = get_peft_model(arena.replica(), peft_config(config))
-        _nudge(parameter for parameter in model.parameters() if parameter.requires_grad)
-        return differentiable(model)
-
     def measure() -> Record:
         started = time.perf_counter()
         model, adapter = arena.attached(entrant, 0, STEPS)
@@ -64,11 +58,30 @@ def costs(arena: Arena, entrant: Entrant, reference: Entrant) -> Record:
             ll.save(model, Path(folder, "adapter.safetensors"))
             record["file_bytes"] = Path(folder, "adapter.safetensors").stat().st_size
         record |= _times(arena, entrant, reference, batch)
-        record |= _bytes(ours, batch, frozen)
-        return record | ({"peft": _bytes(theirs, batch, frozen)} if peft_config(config) else {})
+        record |= _bytes(lambda: ours, batch, frozen)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                ll.save_peft(model, folder)
+            except ll.LoraLiteError:  # PEFT has no such method
+                return record
+            return record | {"peft": _bytes(lambda: theirs(arena, Path(folder)), batch, frozen)}
 
     known = {"method": entrant.name, "config": config.to_dict(), "source": source_of(entrant.variant)}
     return _remembered(arena, entrant.name, known, measure)
+
+
+def theirs(arena: Arena, folder: Path) -> Callable[[], Any]:
+    """PEFT's adapter of a folder, on a copy of the weights that is made before anything is counted."""
+    from peft import PeftModel
+
+    own = copy.deepcopy(arena.base)
+
+    def make() -> Any:
+        model: Any = PeftModel.from_pretrained(own, str(folder), is_trainable=True)
+        _nudge(parameter for parameter in model.parameters() if parameter.requires_grad)
+        return differentiable(model)
+
+    return make
 
 
 def costed(arena: Arena) -> Batch:
@@ -84,13 +97,16 @@ def _times(arena: Arena, entrant: Entrant, reference: Entrant, batch: Batch) -> 
         step = training_step(model, adapter, 1e-5, STEPS)
         steps[name] = lambda step=step: step(batch)  # type: ignore[misc]
     times = interleaved(steps, ROUNDS, entrant.name)
-    ratio = times.ratio("", "method", "reference")
     seconds = sorted(times.seconds["method"])[ROUNDS // 2]
+    if entrant.name == reference.name:  # what it differs by from itself is noise
+        return {"step_ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0, "step_seconds": seconds}
+    ratio = times.ratio("", "method", "reference")
     return {"step_ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high, "step_seconds": seconds}
 
 
-def _bytes(make: Callable[[], Any], batch: Batch, frozen: Record) -> Record:
-    return {"kept": saved(make(), batch) - frozen["kept"], "peak": peak_of(make, batch) - frozen["peak"]}
+def _bytes(maker: Callable[[], Callable[[], Any]], batch: Batch, frozen: Record) -> Record:
+    """Above the frozen base's, of a model that a function makes; what `maker` itself takes isn't counted."""
+    return {"kept": saved(maker()(), batch) - frozen["kept"], "peak": peak_of(maker(), batch) - frozen["peak"]}
 
 
 @torch.no_grad()

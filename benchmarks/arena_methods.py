@@ -23,6 +23,8 @@ REFERENCE = "lora"
 FIELDS: dict[str, Fields | Callable[[int], Fields]] = {
     "adalora": lambda steps: {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3},
     "rslora": {"variant": "lora", "rslora": True},
+    "c3a": {"block_size": 64},
+    "vblora": {"vector_length": 64},
 }
 """Fields that differ from the defaults, or a function of the number of steps that gives them. A name that isn't a
 variant's says which one it is."""
@@ -32,38 +34,26 @@ RANKED: dict[str, Callable[[int], Fields] | None] = {
     "vera": None,
     "ssteer": None,
     "antipasto": None,
+    "fourierft": lambda r: {"n_frequency": 1500 * r},  # of a layer of 576 and 1536 channels, LoRA has 2112 r
+    "waveft": lambda r: {"n_frequency": 1500 * r},
+    "gralora": lambda r: {"r": r, "alpha": 2.0 * r},
+    "loha": lambda r: {"r": r, "alpha": float(r)},
+    "lokr": lambda r: {"r": r, "alpha": float(r)},
+    **dict.fromkeys(("adamss", "pvera", "randlora", "tinylora", "unilora", "vblora")),
 }
 """The fields of a rank, where these aren't just r; None: it keeps its default, since one that makes as many parameters
 as LoRA's would be larger than the layers."""
 
-RATES: dict[str, float] = {"full": 1e-4, "vera": 1e-2, "norm": 1e-2}
+RATES: dict[str, float] = {
+    **dict.fromkeys(("full", "osf", "frod"), 1e-4),
+    **dict.fromkeys(("lora", "dora", "hira", "miss", "gralora", "loha", "lokr", "peanut", "hra", "shira"), 2e-3),
+    **dict.fromkeys(("vera", "pvera", "norm", "bias", "beft", "road", "boft", "delora", "waveft", "c3a"), 1e-2),
+    **dict.fromkeys(("fourierft", "vblora", "unilora", "tinylora"), 3e-2),
+}
 """Where the search for a learning rate starts, if that isn't the demo's (examples/learning_rates.py)."""
 
 SAME_START = {"pissa", "ssteer", "antipasto"}
 """Variants that start from an SVD of the weights, the same for each seed: computed once, and loaded after that."""
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm")
-
-PEFT: dict[str, tuple[str, Callable[[Any], Fields]]] = {
-    "lora": ("LoraConfig", lambda c: {"r": c.r, "lora_alpha": c.alpha or c.r, "use_rslora": c.rslora}),
-    "dora": ("LoraConfig", lambda c: {"r": c.r, "lora_alpha": c.alpha or c.r, "use_dora": True}),
-    "pissa": ("LoraConfig", lambda c: {"r": c.r, "lora_alpha": c.r, "init_lora_weights": "pissa_niter_1"}),
-    "ia3": ("IA3Config", lambda c: {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}),
-    "ia3_ff": ("IA3Config", lambda c: {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}),
-    "vera": ("VeraConfig", lambda c: {"r": c.r}),
-    "adalora": (
-        "AdaLoraConfig",
-        lambda c: {"init_r": c.init_r, "target_r": c.target_r, "total_step": c.total_step, "lora_alpha": c.alpha},
-    ),
-    "norm": ("LNTuningConfig", lambda c: {"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]}),
-    "full": (
-        "LoraConfig",
-        lambda c: {"r": 1, "target_modules": ["embed_tokens"], "modules_to_save": [*LINEAR, *NORMS]},
-    ),
-}
-"""By variant: PEFT's class for the same method, and its fields for a config of ours. target_modules is "all-linear"
-where it isn't said."""
 
 RANKS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128)
 """Those that are tried to come near a number of parameters."""
@@ -150,16 +140,6 @@ def source_of(variant: str) -> str:
     """A hash of the method's file: an edit of it makes its results old."""
     file = inspect.getsourcefile(ll.config_for(variant))
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:16]
-
-
-def peft_config(config: Any) -> Any:
-    """PEFT's config of the same method, or None where PEFT has none."""
-    if config.variant not in PEFT:
-        return None
-    import peft
-
-    name, fields_of = PEFT[config.variant]
-    return getattr(peft, name)(**{"target_modules": "all-linear", **fields_of(config)})
 
 
 def _fields(given: Fields | Callable[[int], Fields], chosen: Fields, steps: int) -> Fields:

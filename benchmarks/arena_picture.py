@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from arena_report import COSTS, VIEWS, Report
+from arena_report import COSTS, VIEWS, Report, count
 from arena_statistics import mean_loss
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-COLOURS = {"better": "#3b7a57", "worse": "#b5483a", "not apart": "#777777"}
+COLOURS = {"better": "#3b7a57", "worse": "#b5483a", "not apart": "#777777", "one seed": "#bbbbbb"}
 LOGARITHMIC = {"parameters", "kept", "kl"}
 
 
@@ -57,6 +58,10 @@ def forest(axes: Any, report: Report, view: str) -> None:
 def against(axes: Any, report: Report, cost: str) -> None:
     """Every method by its cost and loss; a line through those that beat all cheaper ones beyond doubt."""
     points, line = report.points(cost), report.line(cost)
+    axes.set_xlabel(COSTS[cost], fontsize=9)
+    _bare(axes)
+    if not points:
+        return
     by_name = {point.name: point for point in points}
     for point in points:
         y, result = mean_loss(point.losses), next(r for r in report.results if r.name == point.name)
@@ -74,9 +79,12 @@ def against(axes: Any, report: Report, cost: str) -> None:
         )
     if cost in LOGARITHMIC and all(point.cost > 0 for point in points):
         axes.set_xscale("log")
+        costs = [point.cost for point in points]
+        subs = (1.0,) if max(costs) > 1000 * min(costs) else (1.0, 3.0)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x >= 1 else f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     _name_points(axes, points)
-    axes.set_xlabel(COSTS[cost], fontsize=9)
-    _bare(axes)
 
 
 def _name_points(axes: Any, points: list[Any]) -> None:

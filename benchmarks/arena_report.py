@@ -4,6 +4,7 @@ import io
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ COSTS = {
 }
 """What loss is drawn against."""
 
+WIDTH = 80
+
 MARK = "arena"
 """The section of a document between <!-- arena --> and <!-- /arena -->."""
 
@@ -44,7 +47,6 @@ class Result:
     losses: dict[str, dict[int, Any]] = field(default_factory=dict)
     seen: list[tuple[float, float]] = field(default_factory=list)
     steps_in_time: int = 0
-    diverged: int = 0
 
     @property
     def kl(self) -> float:
@@ -101,11 +103,13 @@ class Report:
 
 def text(report: Report) -> str:
     """Every table, at 80 columns."""
-    parts = [*report.head, "", *(_view(report, view) for view in VIEWS), _costs(report)]
+    parts = [*report.head, "", *(f"{_view(report, view)}\n" for view in VIEWS if report.ordered(view))]
+    parts.append(f"{_costs(report)}\n")
     for cost, label in COSTS.items():
         parts.append(f"Pareto line of loss and {label}: {' -> '.join(report.line(cost)) or 'nobody'}")
     parts += [f"left out: {name}: {why}" for name, why in report.left_out.items()]
-    return "\n".join(line.rstrip() for part in parts for line in part.splitlines() or [""])
+    lines = [line.rstrip() for part in parts for line in part.splitlines() or [""]]
+    return "\n".join(short for line in lines for short in textwrap.wrap(line, WIDTH, subsequent_indent="  ") or [""])
 
 
 def write_section(report: Report, file: Path, picture: str) -> None:
@@ -128,7 +132,7 @@ def _view(report: Report, view: str) -> str:
     head = (*columns, f"- {report.reference}", "95 % interval", "")
     title = VIEWS[view] + (f" ({report.kl_budget:g} nats per token at most)" if view == "kl" else "")
     if view == "parameters":
-        title += f"; held-out loss in nats per token, {report.base_loss:.3f} of the base"
+        title += f"; loss in nats per token (the base: {report.base_loss:.3f})"
     rows = []
     for result in report.ordered(view):
         cells = {
@@ -141,7 +145,7 @@ def _view(report: Report, view: str) -> str:
             "steps": str(result.steps_in_time),
         }
         rows.append([result.name, *(cells[column] for column in columns), *_compared(report, result, view)])
-    return table(title, ("method", *head), rows) if rows else ""
+    return table(title, ("method", *head), rows)
 
 
 def _compared(report: Report, result: Result, view: str) -> list[str]:
@@ -151,7 +155,7 @@ def _compared(report: Report, result: Result, view: str) -> list[str]:
     if math.isinf(found.value):
         return ["", "diverged", "worse"]
     fewer = found.seeds < max(len(other.losses.get(view, ())) for other in report.results)
-    short = f", {found.seeds} seed{'s' * (found.seeds > 1)}" if fewer else ""
+    short = f", {found.seeds} seeds" if fewer and found.seeds > 1 else ""
     return [f"{found.value:+.3f}", f"{found.low:+.3f} {found.high:+.3f}", found.verdict + short]
 
 
@@ -169,14 +173,14 @@ def _costs(report: Report) -> str:
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    grid = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="", header_style="")
+    grid = Table(box=None, pad_edge=False, header_style="")
     for i, name in enumerate(head):
         grid.add_column(name, justify="left" if i in (0, len(head) - 1) and name in ("method", "") else "right")
     for row in rows:
         grid.add_row(*row)
     output = io.StringIO()
-    Console(width=80, file=output, color_system=None).print(grid)
-    return output.getvalue()
+    Console(width=WIDTH, file=output, color_system=None).print(grid)
+    return f"{title}\n{output.getvalue()}"
 
 
 def count(number: float) -> str:

@@ -36,7 +36,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """The method beside the reference: less loss is better."""
+        """The method beside the reference: less loss is better. One seed alone tells nothing of a method."""
+        if self.seeds == 1 and np.isfinite(self.value):
+            return "one seed"
         return "better" if self.high < 0 else "worse" if self.low > 0 else "not apart"
 
 
@@ -83,7 +85,7 @@ def pareto(points: Sequence[Point], rows: Sequence[int]) -> list[str]:
     """
     line: list[Point] = []
     for point in sorted(points, key=lambda point: (point.cost, mean_loss(point.losses))):
-        if all(difference(point.losses, other.losses, rows).high < 0 for other in line):
+        if all(difference(point.losses, other.losses, rows).verdict == "better" for other in line):
             while line and line[-1].high >= point.low:
                 line.pop()
             line.append(point)

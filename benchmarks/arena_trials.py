@@ -6,6 +6,7 @@ batches in the same order for one seed. What is kept is the loss of every token 
 
 import base64
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -106,6 +107,7 @@ class Arena:
             return read(file)
         if stop():
             return None
+        gc.collect()  # hooks and models refer to each other: an earlier trial's may still be there
         started = time.perf_counter()
         model, adapter = self.attached(trial.entrant, trial.seed, trial.steps)
         training = train(model, adapter, self.task, trial, self.batch_size)

@@ -87,7 +87,8 @@ def saved_storages(model: Any, ids: Any) -> dict[int, torch.UntypedStorage]:
     storages: dict[int, torch.UntypedStorage] = {}  # by address
 
     def pack(tensor: Tensor) -> None:  # no backward is run, and an output handed back would keep its graph alive
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storages[part.untyped_storage().data_ptr()] = part.untyped_storage()
 
     model.train()
     with saved_tensors_hooks(pack, lambda nothing: nothing):

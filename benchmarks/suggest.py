@@ -1,6 +1,6 @@
 """How good is the learning rate that `ll.suggest` gives? A sweep around it, on SmolLM2-135M-Instruct and GSM8K.
 
-    nice python benchmarks/suggest.py --steps 30 --half-decades 2      # a quarter of an hour on one core
+    nice python benchmarks/suggest.py --steps 30 --half-decades 2      # six minutes of one core
 
 Each rate trains a fresh LoRA of the suggested rank on the same batches; the loss is of held-out answers. Prints a line
 a rate, and by how much the best one is better than the suggestion.

@@ -52,6 +52,8 @@ ANSWERS, PROBED_TOKENS = 3, 4
 MOST_STEPS, LEAST_STEPS = 80, 16
 MOST_PAIRS = 8
 """In a step."""
+CALIBRATED = 32
+"""Pairs that a start is computed from."""
 MOST_EVAL_PAIRS, LEAST_EVAL_PAIRS = 64, 8
 MOST_TOKENS, LEAST_TOKENS = 48, 8
 """Tokens of an answer."""
@@ -119,7 +121,7 @@ def main(
         loading = time.perf_counter()
         base = load(source, quantization, dtype)
         loading = time.perf_counter() - loading
-        adapter = ll.attach(base, cfg)
+        adapter = ll.attach(base, cfg, calibration_data=calibration(variant, source, tokenizer, train_set))
         quantized, computed_in = stored_in(adapter)
 
     measured = random.Random(seed).sample(held_out, min(eval_pairs or MOST_EVAL_PAIRS, len(held_out)))
@@ -169,6 +171,13 @@ def main(
 
 
 # ---- setting up ---------------------------------------------------------------------------------
+
+
+def calibration(variant: str, source: str, tokenizer: Any, examples: list[Example]) -> Any:
+    """What a method starts from that starts from data: batches to train on, or for loftq the dense model."""
+    if ll.REGISTRY[variant].needs_calibration is not True:
+        return None
+    return source if variant == "loftq" else list(batches(tokenizer, examples[:CALIBRATED], MOST_PAIRS))
 
 
 def adapter_config(variant: str, r: int | None) -> Any:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import lora_lite as ll
-from lora_lite.core.variant import needs_data
+from lora_lite.core.variant import needs_data, weight_use
 
 sys.path.append(str(Path(__file__).parent / "laws"))  # of a script, which has its own folder alone
 from oracles import DATA, FIELDS, NOT_AFFINE
@@ -182,8 +182,34 @@ def acts_everywhere(variant: str) -> bool:
 
 def is_trained(variant: str) -> bool:
     """Does the method have parameters to train, or is it computed?"""
-    specs = ll.REGISTRY[variant].layer_specs(ll.Target("layer", 64, 64, "float32"), config(variant))
-    return any(spec.trainable for spec in specs.values())
+    return "trained" in mechanisms(variant)
+
+
+def mechanisms(variant: str) -> set[str]:
+    """What the runtime does for a method, by what its class declares."""
+    cls, cfg = ll.REGISTRY[variant], config(variant)
+    target = ll.Target("layer", 64, 64, "float32")
+    specs = [*cls.layer_specs(target, cfg).values(), *cls.shared_specs((target,), cfg).values()]
+    parts = ("forward_input", "low_rank", "shared_specs", "init", "group_init", "on_step", "penalty", "refresh")
+    overridden = {part for part in parts if getattr(cls, part) is not getattr(ll.Variant, part)}
+    tensors = {
+        "trained": any(spec.trainable for spec in specs),
+        "kept numbers": any(not spec.trainable and spec.dtype is None for spec in specs),
+        "a table": any(spec.dtype is not None for spec in specs),
+        "a constant": any(spec.is_shift for spec in specs),
+    }
+    form = "on x and y" if cls.reads_input else "on y"
+    scale = "own scale" if cls.handles_scale else "blended"
+    return {f"base {weight_use(cfg)}", form, scale, *overridden, *(name for name, has in tensors.items() if has)}
+
+
+def covering() -> list[str]:
+    """Some registered methods that together have every mechanism: for what takes seconds and is no matter of maths."""
+    has = {variant: mechanisms(variant) for variant in ll.REGISTRY}
+    missing, chosen = set().union(*has.values()), ["lora"]
+    while missing := missing - has[chosen[-1]]:
+        chosen.append(max(has, key=lambda variant: len(has[variant] & missing)))
+    return chosen
 
 
 def attach(model: nn.Module, cfg: Any, name: str = "default") -> ll.Adapter:

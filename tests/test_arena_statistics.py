@@ -67,6 +67,13 @@ def test_few_seeds_make_a_wide_interval() -> None:
     assert one.seeds == 3
 
 
+def test_one_seed_tells_nothing_of_a_method() -> None:
+    assert difference(losses(1.0), losses(0.5), ROWS).verdict == "one seed"
+    assert difference(losses(1.0, 2), losses(0.5, 2), ROWS).verdict == "worse"
+    one = [Point("a", 1, 1, 1, losses(2.0)), Point("b", 2, 2, 2, losses(1.0))]
+    assert pareto(one, ROWS) == ["a"]
+
+
 def test_only_common_seeds_are_paired() -> None:
     assert difference(losses(1.0, 3), losses(0.5, 2), ROWS).seeds == 2
     with pytest.raises(ValueError, match="no common seed"):

@@ -3,8 +3,8 @@ a merge that is killed.
 
 python tests/workers.py compile|ddp|fsdp|killed FOLDER
 
-Each goes through all registered variants (ddp: those that are trained): to start a process takes longer than to check
-one.
+To start a process takes longer than to check a variant, so each goes through several. Every variant is compiled on a
+layer; what takes seconds for each goes through one variant of each mechanism (`models.covering`).
 """
 
 import os
@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
-from models import IDS, OneLinear, attach, config, is_trained, keep, loss_of, moe, perturb
+from models import IDS, OneLinear, attach, config, covering, is_trained, keep, loss_of, moe, one_layer, perturb
 from models import trained as moved
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -50,17 +50,33 @@ def gradients(adapter: ll.Adapter) -> list[torch.Tensor]:
 # ---- compile ------------------------------------------------------------------------------------
 
 
-def compiled(variant: str, folder: Path) -> None:
-    """One graph, forward and backward; an attach, a new scale and a detach after the first call are all seen.
-
-    The whole model is traced and differentiated ahead of time; of some variants a layer is compiled to code as well.
-    """
+def layers(variant: str, folder: Path) -> None:
+    """One graph of one layer, forward and backward, and none more for another scale; of some variants to code, too."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer, x = one_layer(variant)
+    adapter = attach(layer, config(variant, target_names="proj"))
+    perturb(adapter, 0.2)
+    fast, graphs = torch.compile(layer, fullgraph=True, backend="aot_eager"), []
+    for c in (1.0, 0.5, -2.0):
+        adapter.scale, both = c, []
+        for one in (fast, layer):
+            layer.zero_grad()
+            y = one(x)
+            if is_trained(variant):
+                y.square().mean().backward()
+            both.append((y, gradients(adapter)))
+        torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 3, f"a new scale recompiles: {graphs}"
     if shutil.which("g++") and variant in GENERATED:
-        layer = OneLinear()
-        perturb(attach(layer, config(variant, target_names="proj")))
-        x = torch.randn(5, 16)
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def compiled(variant: str, folder: Path) -> None:
+    """One graph of a whole model, forward and backward; an attach, a new scale and a detach after the first call are
+    all seen."""
+    torch._dynamo.reset()
     model = tiny_llama(num_hidden_layers=1)
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -491,9 +507,9 @@ def live(shard: Callable[[Any], Any]) -> None:
     torch.testing.assert_close(ll.kl_divergence(model, batches), ll.kl_divergence(whole, batches), rtol=1e-3, atol=1e-5)
 
 
-def each_variant(job: Callable[[str, Path], None], folder: str) -> None:
+def through(variants: Iterable[str], job: Callable[[str, Path], None], folder: str) -> None:
     logger.disable("lora_lite")
-    for variant in sorted(ll.REGISTRY):
+    for variant in variants:
         try:
             job(variant, Path(folder))
         except Exception as error:
@@ -503,7 +519,7 @@ def each_variant(job: Callable[[str, Path], None], folder: str) -> None:
 def member(rank: int, job: Callable[[str, Path], None], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    each_variant(job, folder)
+    through(covering(), job, folder)
     dist.destroy_process_group()
 
 
@@ -580,8 +596,9 @@ def same_files(a: Path, b: Path) -> bool:
 if __name__ == "__main__":
     _, name, folder = sys.argv
     if name == "compile":
-        each_variant(compiled, folder)
-        each_variant(blocks, folder)
+        through(sorted(ll.REGISTRY), layers, folder)
+        through(covering(), compiled, folder)
+        through(covering(), blocks, folder)
         poles(Path(folder))
         vanishing()
         rounds_of_many_methods(Path(folder))

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import TargetError
 from .layer import Layer
 from .variant import REGISTRY, lookup
 
@@ -25,3 +27,23 @@ def adapt_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"
         return y
     new: Tensor = variant.forward(layer, x, y)  # (*b, o); at c = 1 it is taken as it is, since a blend would round
     return new if variant.handles_scale or layer.is_whole else y + layer.scale * (new - y)
+
+
+@torch.no_grad()
+def check_groups(layer: Layer, module: nn.Module, like: Tensor) -> None:
+    """TargetError for a method that mixes outputs of different groups of a convolution: they see different channels, so
+    no kernel holds it.
+
+    like    a tensor of the dtype and on the device of what the view computes
+    """
+    groups, n = getattr(module, "groups", 1), layer.out_features
+    if groups == 1 or REGISTRY[layer.cfg.variant].forward is None:
+        return
+    y, x = torch.eye(n, dtype=like.dtype, device=like.device), like.new_zeros(n, layer.in_features)
+    change = adapt_output(layer, x, y) - adapt_output(layer, x, torch.zeros_like(y))  # row j: what output j becomes
+    group = torch.arange(n, device=like.device) // (n // groups)
+    if change[group[:, None] != group].any():
+        raise TargetError(
+            f"{layer.path}: {layer.cfg.variant!r} mixes outputs of different groups of this convolution, "
+            f"and no kernel does\n  keep the adapter attached, outside of torch.compile"
+        )

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from ..base.kinds import packed_in
 from ..errors import TargetError, VariantError
-from .adapt import adapt_input, adapt_output
+from .adapt import adapt_input, adapt_output, check_groups
 from .layer import Layer
 from .scale import Scale
 from .state import Site
@@ -271,6 +271,8 @@ def dense(weight: AdaptedWeight) -> Tensor:
         if not view.is_off and (adds_constant(use.site.specs) or (factors and factors.shift is not None)):
             raise VariantError(_ADDS.format(view.path, view.cfg.variant))
         if factors is None:
+            if use.site.base.kind.category == "conv" and not is_dynamo_compiling():
+                check_groups(view, use.module, matrix)
             matrix = _of_unit_vectors(view, matrix)
         elif not view.is_off:
             if factors.dropout:

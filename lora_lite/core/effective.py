@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base.still import full_precision
 from ..errors import TargetError, VariantError
-from .adapt import adapt_input, adapt_output
+from .adapt import adapt_input, adapt_output, check_groups
 from .layer import Layer
 from .state import Site
 from .variant import LowRank, Variant, lookup
@@ -36,7 +36,11 @@ class Affine:
         self.dtype, self.device = dtype, device
         self.d_in, self.d_out = sites[0].target.d_in, sites[0].target.d_out
         self._views, self._no_bias = views(dtype), views(dtype, bias=None)
-        _check_affine(views(torch.float64, bias=None), self.d_in, self.d_out, device)  # rounding would look like a bend
+        exact = views(torch.float64, bias=None)  # rounding would look like a bend
+        _check_affine(exact, self.d_in, self.d_out, device)
+        if sites[0].base.kind.category == "conv":
+            for view, site in zip(exact, sites, strict=True):
+                check_groups(view, site.module, torch.empty(0, dtype=torch.float64, device=device))
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n i"], product: Callable[[Tensor], Tensor]) -> Float[Tensor, "n o"]:

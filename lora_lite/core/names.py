@@ -1,5 +1,6 @@
 """Keys of tensors, in a model's `state_dict()` and in files, and whether two sides have the same ones."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -47,3 +48,19 @@ def check_shapes(tensors: Mapping[str, Shaped], specs: Mapping[str, Shaped], whe
                 f"  such as {brief('; '.join(keys[:3]), 1200)}\n"
                 f"  an adapter is loaded whole or not at all"
             )
+
+
+def category(path: str) -> str:
+    """The last two parts of a path, `self_attn_q_proj`, or the last alone after a block's number: FRoD's, as in PEFT.
+
+    BERT's `attention.output.dense` is `attention_output`, as the feed-forward part ends in `output.dense`, too.
+    """
+    *first, before, last = ["", "", *path.split(".")]
+    if not before or before.isdigit():
+        return last
+    return "attention_output" if (before, last, *first[-1:]) == ("output", "dense", "attention") else f"{before}_{last}"
+
+
+def shared_name(path: str) -> str:
+    """A layer's category as a part of the names of shared tensors."""
+    return re.sub(r"[\W_]+", "_", category(path)).strip("_") or "layer"

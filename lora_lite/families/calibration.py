@@ -18,7 +18,7 @@ from ..errors import BaseModelError, ConfigError, TargetError
 from ..measure.batches import check_batches, inputs_of
 from ..measure.capture import Statistics, capture
 
-__all__ = ["dense_weights", "gradients", "lots", "moments", "on_called_layers"]
+__all__ = ["check_fresh", "dense_weights", "gradients", "lots", "moments", "on_called_layers"]
 
 T = TypeVar("T")
 MOST_BYTES = 4 << 30
@@ -29,6 +29,13 @@ def on_called_layers(cfg: BaseConfig) -> None:
     """ConfigError for kinds of layer whose inputs a hook doesn't see as vectors (d_in,)."""
     wanted = "'linear' alone: its start is computed from the vectors that a layer is called with"
     cfg.require(tuple(cfg.kinds) == ("linear",), "kinds", wanted)
+
+
+def check_fresh(targets: Mapping[str, Layer], is_trained: Callable[[Layer], bool]) -> None:
+    """ConfigError where new data would overwrite what was trained."""
+    if trained := [path for path, layer in targets.items() if is_trained(layer)]:
+        problem = f"{trained[0]}: it was trained from the start that it has, so it can't start anew"
+        raise ConfigError(f"{problem}\n  detach, and attach a fresh adapter with the new calibration_data")
 
 
 def moments(model: nn.Module, layers: Mapping[str, tuple[int, int]], batches: Any) -> Iterator[tuple[str, Statistics]]:

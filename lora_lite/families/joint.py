@@ -1,6 +1,5 @@
 """Directions V that layers of one name share, in whatever block, with W_l = U_l diag(λ0_l) Vᵀ for all of them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,28 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layer import Layer
+from ..core.names import shared_name
 from ..core.targets import Target
 from ..core.variant import ParamSpec
 from ..errors import ConfigError
 from ..ops.joint import column_norms, joint_directions, off_diagonal
 
-__all__ = ["category", "fit_joint", "joint_specs", "joint_tensors", "places_of"]
-
-
-def category(path: str) -> str:
-    """The last two parts of a path, `self_attn_q_proj`, or the last alone after a block's number: FRoD's, as in PEFT.
-
-    BERT's `attention.output.dense` is `attention_output`, as the feed-forward part ends in `output.dense`, too.
-    """
-    *first, before, last = ["", "", *path.split(".")]
-    if not before or before.isdigit():
-        return last
-    return "attention_output" if (before, last, *first[-1:]) == ("output", "dense", "attention") else f"{before}_{last}"
-
-
-def shared_name(path: str) -> str:
-    """A layer's category as a part of the names of shared tensors."""
-    return re.sub(r"[\W_]+", "_", category(path)).strip("_") or "layer"
+__all__ = ["fit_joint", "joint_specs", "joint_tensors", "places_of"]
 
 
 def places_of(d_in: int, cfg: Any) -> int:
@@ -52,7 +36,7 @@ def joint_specs(targets: Sequence[Target], cfg: Any) -> dict[str, ParamSpec]:
 
 
 def joint_tensors(layer: Layer) -> list[Tensor]:
-    """What `joint_specs` gave the layer's name."""
+    """The tensors that `joint_specs` gave the layer's name."""
     return [getattr(layer, f"lora_{part}_{shared_name(layer.path)}") for part in ("V", "inverse", "places")]
 
 

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import BaseConfig
 from ..core.variant import Layer
 from ..errors import ConfigError
-from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import recomputed
 
@@ -25,36 +23,27 @@ def change_by(
     turn: Callable[..., Tensor],
     product: Callable[[Tensor, Tensor], Tensor],
     *tensors: Tensor,
-    dropout: float = 0.0,
-) -> Float[Tensor, "*b d"]:
-    """c product(drop(x), turn(*tensors)) at the layer's scale c. Both functions are pure.
+) -> Float[Tensor, "*b i"]:
+    """c product(x, turn(*tensors)) at the layer's scale c. Both functions are pure.
 
     turn        T, of tensors in float32 at least; at inference it is remembered
-    product     x T, or what else is linear in x, in its dtype
-    dropout     in training
+    product     x T, linear in x and in its dtype
     """
-    p, is_plain = dropout if layer.training else 0.0, is_traced_or_transformed()
-    seed = dropout_seed() if p and not is_plain else 0
 
     def wide(*tensors: Tensor) -> Tensor:
         return turn(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
 
-    def change(x: Tensor, *tensors: Tensor) -> Tensor:
-        if p:
-            x = F.dropout(x, p) if is_plain else dropped(x, p, seed)
-        return product(x, wide(*tensors))
-
-    if layer.training or torch.is_grad_enabled() or is_plain:
-        return layer.scale * recomputed(change, x, *tensors)
+    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+        return layer.scale * recomputed(lambda x, *tensors: product(x, wide(*tensors)), x, *tensors)
     return layer.scale * product(x, layer.constant("turn", wide, *tensors))
 
 
-def check_cayley(cfg: BaseConfig) -> None:
-    """ConfigError unless `use_cayley_neumann` and `num_cayley_neumann_terms` are valid."""
-    series, terms = "use_cayley_neumann", "num_cayley_neumann_terms"
-    cfg.require(isinstance(getattr(cfg, series), bool), series, "True or False")
-    value = getattr(cfg, terms)
-    cfg.require(type(value) is int and value > 1, terms, "2 or more: one term is the identity, whatever is trained")
+def check_cayley(cfg: BaseConfig, *flags: str) -> None:
+    """ConfigError unless `use_cayley_neumann`, `num_cayley_neumann_terms` and what else is true or false are valid."""
+    for name in ("use_cayley_neumann", *flags):
+        cfg.require(isinstance(getattr(cfg, name), bool), name, "True or False")
+    terms, name = getattr(cfg, "num_cayley_neumann_terms"), "num_cayley_neumann_terms"  # noqa: B009
+    cfg.require(type(terms) is int and terms > 1, name, "2 or more: one term is the identity, whatever is trained")
 
 
 def check_divides(cfg: BaseConfig, field: str, d: int, times: int = 1) -> None:

@@ -1,6 +1,7 @@
 """Numbers that a seed gives and nothing trains: matrices of which each layer takes a corner, and tables of indices."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ..base.stacks import Place
 from ..core.targets import Target
 from ..core.variant import ParamSpec, seeded
 
@@ -66,3 +68,13 @@ def balanced_indices(n: int, length: int, seed: int) -> Int[Tensor, "n"]:
     generator = torch.Generator().manual_seed(seed)
     extra = torch.randperm(length, generator=generator)[: n % length]
     return torch.cat([torch.arange(length).repeat(n // length), extra])[torch.randperm(n, generator=generator)]
+
+
+def names_in_stack(path: str, place: Place, stride: int) -> tuple[str, str]:
+    """The names of tensors that layers of one name in a stack of blocks share: `stride` of them in a row, and all."""
+    (stack, block), run, every = place, path, path
+    if stack is not None and block is not None:
+        name = path.removeprefix(f"{stack}{block}")
+        run, every = f"{stack}{block // stride}{name}", f"{stack}{name}"
+    run, every = (re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") for text in (run, every))
+    return run, every

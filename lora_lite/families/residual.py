@@ -20,7 +20,7 @@ from ..core.variant import ParamSpec
 from ..errors import ConfigError
 from ..ops.low_rank import add_low_rank
 
-__all__ = ["ResidualConfig", "forward", "from_svd", "low_rank", "param_specs", "start"]
+__all__ = ["ResidualConfig", "forward", "from_svd", "is_trained", "low_rank", "param_specs", "start"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,11 @@ def param_specs(d_in: int, d_out: int, cfg: ResidualConfig) -> dict[str, ParamSp
         "lora_A0": ParamSpec(a, trainable=False, keep_dtype=True),
         "lora_B0": ParamSpec(b, trainable=False, keep_dtype=True),
     }
+
+
+def is_trained(layer: Layer) -> bool:
+    """Have A or B left their start?"""
+    return not (torch.equal(layer.lora_A, layer.lora_A0) and torch.equal(layer.lora_B, layer.lora_B0))
 
 
 def start(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]) -> None:

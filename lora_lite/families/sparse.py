@@ -5,6 +5,7 @@ Where the places are is a table (n,) of row-major indices into (o, i).
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,26 +19,31 @@ from .dense import Delta, as_low_rank
 
 Branch = Callable[..., Float[Tensor, "n o"]]
 GATHERED = 8
-"""What a number that is gathered and scattered costs, in products of a matrix (measured on a CPU: 5 to 10)."""
+"""The cost of a number that is gathered and scattered, in products of a matrix (measured on a CPU: 5 to 10)."""
 
 
-def table(d_in: int, d_out: int, n: int, what: str, seed: int | None = None, *, is_sorted: bool = False) -> ParamSpec:
-    """The table of n places: filled by `init` and saved, or the first n of a seeded permutation.
+def table(d_in: int, d_out: int, n: int, what: str, **options: Any) -> ParamSpec:
+    """The table of n places at a layer (d_out, d_in).
 
-    what    the fields of the config that n comes from, for the error where the layer has fewer places
+    what        the fields of the config that n comes from, for the error where the layer has fewer places
+    options     the rest of its spec
     """
-    if not 0 < n <= (size := d_out * d_in):
+    size = d_out * d_in
+    if not 0 < n <= size:
         raise ConfigError(
             f"{what}: {n} places of a ({d_out}, {d_in}) weight, which has {size}\n"
             f"  choose another number, there alone with per_layer, or leave the layer out with exclude_names"
         )
-    dtype = torch.int32 if size < 2**31 else torch.int64
-    spec = partial(ParamSpec, (n,), dtype=dtype, below=size, is_sorted=is_sorted)
-    if seed is None:
-        return spec()
-    order = torch.sort if is_sorted else lambda places: (places,)
-    fill: Callable[[Tensor], Tensor] = lambda t: t.copy_(order(random_places(size, n, seed))[0])  # noqa: E731
-    return spec(init=fill, saved="always" if is_sorted else "never")
+    return ParamSpec((n,), dtype=torch.int32 if size < 2**31 else torch.int64, below=size, **options)
+
+
+def seeded_table(d_in: int, d_out: int, n: int, what: str, seed: int) -> ParamSpec:
+    """The table of `random_places`, which no file holds: the seed gives them again."""
+
+    def fill(places: Tensor) -> None:
+        places.copy_(random_places(d_out * d_in, n, seed))
+
+    return table(d_in, d_out, n, what, init=fill, saved="never")
 
 
 @lru_cache(maxsize=16)

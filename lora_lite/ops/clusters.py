@@ -21,14 +21,9 @@ def kmeans(points: Float[Tensor, "n d"], k: int, seed: int, steps: int = 10) -> 
 
 
 def clustered_factors(
-    a: Float[Tensor, "K k R"], b: Float[Tensor, "o k"], cluster: Tensor, n: Float[Tensor, "R i"], *n_bias: Tensor
-) -> tuple[Tensor, ...]:
-    """The factors of ΔW, whose row of cluster c is its row of b times A_c N: A (K k, i) and B (o, K k).
-
-    cluster     (o,) of integers
-    n_bias      a last column of N (R,), that a constant 1 in the input meets: then the shift (o,), too
-    """
-    stacked, k = a.flatten(0, 1), a.shape[1]  # (K k, R)
+    a: Float[Tensor, "K k R"], b: Float[Tensor, "o k"], cluster: Tensor
+) -> tuple[Float[Tensor, "q R"], Float[Tensor, "o q"]]:
+    """A (K k, R) and B (o, K k) of ΔW, whose row of cluster c is its row of b times A_c. cluster (o,): integers."""
+    stacked, k = a.flatten(0, 1), a.shape[1]
     columns = cluster.long()[:, None] * k + torch.arange(k, device=b.device)  # (o, k)
-    b = b.new_zeros(len(b), len(stacked)).scatter(1, columns, b)
-    return stacked @ n.to(a.dtype), b, *(b @ (stacked @ column.to(a.dtype)) for column in n_bias)
+    return stacked, b.new_zeros(len(b), len(stacked)).scatter(1, columns, b)

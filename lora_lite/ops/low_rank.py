@@ -143,8 +143,10 @@ class _AddLowRank(torch.autograd.Function):
         y, x, a, b, s, gain, c, bias, p = operands
         seed = dropout_seed() if p else 0
         out, h = _forward(y, dropped(x, p, seed) if p else x, a, b, s, gain, c, bias)
-        kept_x = x if ctx.needs_input_grad[2] else None  # dA alone is made of it: LoRA-FA, with A frozen, keeps h
-        ctx.save_for_backward(kept_x, a, b, h, gain, *((None, None) if gain is None else (bias, y)))
+        needs = ctx.needs_input_grad
+        kept_x = x if needs[2] else None  # dA alone is made of it: LoRA-FA, with A frozen, keeps h
+        kept_h = h if needs[3] or needs[5] else None  # dB and dg are made of it: MiCA, with B frozen, keeps x
+        ctx.save_for_backward(kept_x, a, b, kept_h, gain, *((None, None) if gain is None else (bias, y)))
         ctx.s, ctx.c, ctx.p, ctx.seed = s, c, p, seed
         return out
 
@@ -156,11 +158,11 @@ class _AddLowRank(torch.autograd.Function):
             with off:
                 return _AddLowRank.backward(ctx, u)
         x, a, b, h, gain, bias, y = ctx.saved_tensors  # read once: a checkpoint gives them only once
-        (o, _), (_, i), rows = b.shape, a.shape, len(h)
+        (o, _), (_, i), rows = b.shape, a.shape, u.numel() // u.shape[-1]
         flat = u.reshape(rows, o)  # (n, o)
         down, up = a, b if gain is None else (c * gain)[:, None] * b  # A (r, i), c g ⊙ B (o, r)
-        if down.dtype != h.dtype or up.dtype != h.dtype:
-            down, up = down.to(h.dtype), up.to(h.dtype)
+        if down.dtype != u.dtype or up.dtype != u.dtype:
+            down, up = down.to(u.dtype), up.to(u.dtype)
         x_hat = None if x is None else (dropped(x, p, ctx.seed) if p else x).reshape(rows, i)  # x̂ (n, i)
         if torch.is_grad_enabled() and (needs[3] or needs[5]):  # a second derivative wants h with its graph
             if x_hat is None:

@@ -79,7 +79,7 @@ def _conditions(h: Tensor, moments: int, is_coiflet: bool) -> tuple[Tensor, Tens
 
 
 class Atoms(NamedTuple):
-    """Of each coefficient the filter along the rows and where it lies, and those along the columns: (n, L) each."""
+    """The filter of each coefficient along the rows and where it lies, and those along the columns: (n, L) each."""
 
     f: Float[Tensor, "n l"]
     rows: Int[Tensor, "n l"]

@@ -58,6 +58,7 @@ if TYPE_CHECKING:  # for editors; a new file works without a line here
     from .tokens import *
     from .unilora import *
     from .vblora import *
+    from .velora import *
     from .vera import *
     from .waveft import *
 

@@ -7,15 +7,15 @@
 
 Identity   B = 0, bit-exact
 Base       read once, at init, for its SVD; dequantised numbers do. N and each row's cluster stay in the file
-Departs    clusters are by our own k-means, seeded, where PEFT asks scikit-learn at every load, and forgets them. A
-           cluster of less than k rows, or of less large singular values, has rows of 0 in A. ASA keeps as many
-           subspaces as its formula says, and PEFT one less
+Departs    clusters are by our own k-means, once; PEFT asks scikit-learn at every load. A cluster of less than k rows
+           has rows of 0 in A. ASA keeps as many subspaces as its formula says, and PEFT one less
 Checked    against PEFT AdamssConfig: outputs, gradients, masks, three AdamW steps
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,8 +32,8 @@ __all__ = ["AdaMSS", "AdaMSSConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMSSConfig(ASAConfig):
-    """r: R, at most. num_subspaces: K. subspace_rank: k. use_dynamic_rank: of k, those whose squared singular value is
-    above svd_threshold times the first. The other fields are of ASA's schedule."""
+    """r: R, at most. num_subspaces: K. subspace_rank: k, and use_dynamic_rank takes those of it whose squared singular
+    value is above svd_threshold times the first. The others are of ASA's schedule."""
 
     variant: str = "adamss"
     r: int = 100
@@ -49,8 +49,7 @@ class AdaMSSConfig(ASAConfig):
             value = getattr(self, name)
             self.require(type(value) is int and least <= value < 2**63, name, f"a whole number, {least} or more")
         self.require(isinstance(self.use_dynamic_rank, bool), "use_dynamic_rank", "True or False")
-        share = self.svd_threshold
-        self.require(is_number(share) and 0 <= share < 1, "svd_threshold", "a number from 0 to below 1")
+        self.require(is_number(self.svd_threshold) and 0 <= self.svd_threshold < 1, "svd_threshold", "a share below 1")
 
 
 @register
@@ -62,26 +61,26 @@ class AdaMSS:
 
     @staticmethod
     def layer_specs(target: Target, cfg: AdaMSSConfig) -> dict[str, ParamSpec]:
-        o, i, clusters = target.d_out, target.d_in, min(cfg.num_subspaces, target.d_out)
-        rank = min(cfg.r, o, i + target.has_bias)
+        o, i, k = target.d_out, target.d_in, cfg.subspace_rank
+        clusters, rank = min(cfg.num_subspaces, o), min(cfg.r, o, i + target.has_bias)
         specs = {
-            "lora_As": ParamSpec((clusters, cfg.subspace_rank, rank), keep_dtype=True),
-            "lora_Bs": ParamSpec((o, cfg.subspace_rank), keep_dtype=True),
+            "lora_As": ParamSpec((clusters, k, rank), keep_dtype=True),
+            "lora_Bs": ParamSpec((o, k), keep_dtype=True),
             "lora_N": ParamSpec((rank, i), trainable=False, keep_dtype=True),
             "lora_cluster": ParamSpec((o,), dtype=torch.int32, below=clusters),
-        } | (asa_specs(clusters, cfg.subspace_rank, rank, o) if cfg.use_asa else {})
-        last = ParamSpec((rank,), trainable=False, keep_dtype=True, is_shift=True)  # N's last column
-        return specs | ({"lora_Nb": last} if target.has_bias else {})
+        } | (asa_specs(clusters, k, rank, o) if cfg.use_asa else {})
+        last = {"lora_Nb": ParamSpec((rank,), trainable=False, keep_dtype=True, is_shift=True)}  # N's last column
+        return specs | (last if target.has_bias else {})
 
     @staticmethod
     def init(layer: Layer, cfg: AdaMSSConfig) -> None:
-        w = layer.dense_weight()
-        if layer.has_bias:
-            w = torch.cat([w, layer.bias[:, None].to(w)], 1)  # (o, i + 1)
+        w, bias = layer.dense_weight(), layer.bias
+        w = w if bias is None else torch.cat([w, bias[:, None].to(w)], 1)  # (o, i + 1)
         u, _, v = leading_svd(w, len(layer.lora_N))
         layer.lora_cluster.copy_(kmeans(u, len(layer.lora_As), cfg.seed))
-        for tensor, part in zip(_tensors(layer)[3:], v.mT.split(layer.in_features, 1), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        layer.lora_N.copy_(v.mT[:, : layer.in_features])
+        if bias is not None:
+            layer.lora_Nb.copy_(v[-1])
         for c, stack in enumerate(layer.lora_As):  # (k, R)
             s, vt = torch.linalg.svd(u[layer.lora_cluster == c], full_matrices=False)[1:]
             large = int((s.square() > cfg.svd_threshold * s[0].square()).sum()) if cfg.use_dynamic_rank else len(s)
@@ -91,14 +90,12 @@ class AdaMSS:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        a, b, *shift = clustered_factors(*_tensors(layer))
-        return LowRank(a, b, layer.scale, shift=layer.scale * shift[0] if shift else None)
+        a, b = clustered_factors(layer.lora_As, layer.lora_Bs, layer.lora_cluster)  # (K k, R), (o, K k)
+        shift = layer.scale * (b @ (a @ layer.lora_Nb.to(a.dtype))) if layer.has_bias else None
+        return LowRank(a @ layer.lora_N.to(a.dtype), b, layer.scale, shift=shift)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        return with_factors(layer, x, y, clustered_factors, *_tensors(layer))
-
-
-def _tensors(layer: Layer) -> list[Tensor]:
-    names = ("lora_As", "lora_Bs", "lora_cluster", "lora_N", *(("lora_Nb",) if layer.has_bias else ()))
-    return [getattr(layer, name) for name in names]
+        last = layer.lora_Nb.to(x.dtype) if layer.has_bias else None
+        z = F.linear(x, layer.lora_N.to(x.dtype), last)  # N [x; 1] (*b, R): N is frozen, so z is kept in x's place
+        return with_factors(layer, z, y, clustered_factors, layer.lora_As, layer.lora_Bs, layer.lora_cluster)

@@ -10,7 +10,7 @@ Base       read once, at init: dense layers that are called
 Departs    the paper writes W - s B0 A0 into the layer. C is divided by its mean diagonal, so that the unit of x doesn't
            set how A0 and B0 are balanced; PEFT divides each call's x by its largest element, and weighs calls alike.
            As in the paper's code, a share of the mean, 0.01 or twice that so often as needed, is on C's diagonal
-Checked    against the formula; the start against PEFT's with its C
+Checked    against the formula, and what PEFT takes out of one call
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.variant import Layer, register
 from ..errors import BaseModelError
 from ..families import residual
-from ..families.calibration import moments, on_called_layers
+from ..families.calibration import check_fresh, moments, on_called_layers
 
 __all__ = ["CorDA", "CorDAConfig"]
 
@@ -52,6 +52,7 @@ class CorDA:
 
     @staticmethod
     def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: CorDAConfig, calibration_data: Any) -> None:
+        check_fresh(targets, residual.is_trained)
         sizes = {path: (layer.in_features, layer.out_features) for path, layer in targets.items()}
         for path, statistics in moments(model, sizes, calibration_data):
             layer, r, c = targets[path], targets[path].cfg.r, statistics.second_moment

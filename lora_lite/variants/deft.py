@@ -2,7 +2,7 @@
 
     y = [W - Q Eᵀ W + s Q R] x + b            R (r, i)   P (o, r)    Q (o, r), E (o, r) by the decomposition:
         "relu"  Q = P, E = relu(P)            "qr"  Q = E, the orthonormal basis of P's columns
-      = W x + b + Q [s (R - R0) drop(x) - (E - E0)ᵀ W x]               s = α/r, or 1 without α
+      = W x + b + Q [s (R - R0) drop(x) - (E - E0)ᵀ W x]               s = α/r, or 1 without α;  r at most o
 
 Identity   P = P0 and R = R0 = E0ᵀ W/s, bit-exact. With para (PaRa, ICLR 2025) there is no R, and no identity
 Base       read once, at init, for R0; 4-bit and 8-bit too
@@ -20,7 +20,6 @@ from torch import Tensor
 from ..core.config import AdapterConfig
 from ..core.validate import is_number, positive_or_none
 from ..core.variant import Layer, ParamSpec, register
-from ..errors import ConfigError
 from ..families.sparse import wide
 from ..ops.recompute import recomputed
 
@@ -44,11 +43,6 @@ class DEFTConfig(AdapterConfig):
         self.require(isinstance(self.para, bool), "para", "True or False")
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
-    @property
-    def scaling(self) -> float:
-        """The factor s."""
-        return 1.0 if self.alpha is None else self.alpha / self.r
-
 
 @register
 class DEFT:
@@ -59,9 +53,8 @@ class DEFT:
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DEFTConfig) -> dict[str, ParamSpec]:
-        if cfg.r > d_out:
-            raise ConfigError(f"DEFTConfig(r={cfg.r}): the layer writes {d_out} directions\n  lower r with per_layer")
-        p, r = ParamSpec((d_out, cfg.r), "normal", keep_dtype=True), ParamSpec((cfg.r, d_in), keep_dtype=True)
+        k = min(cfg.r, d_out)  # the layer writes no more directions
+        p, r = ParamSpec((d_out, k), "normal", keep_dtype=True), ParamSpec((k, d_in), keep_dtype=True)
         starts = {"lora_P0": replace(p, trainable=False), "lora_R0": replace(r, trainable=False)}
         return {"lora_P": p} if cfg.para else {"lora_P": p, "lora_R": r, **starts}
 
@@ -70,16 +63,20 @@ class DEFT:
         if not cfg.para:
             w, (_, e) = layer.dense_weight(), _projection(layer.lora_P, cfg.decomposition)
             layer.lora_P0.copy_(layer.lora_P)
-            layer.lora_R0.copy_(e.to(w.dtype).mT @ w / cfg.scaling)
+            layer.lora_R0.copy_(e.to(w.dtype).mT @ w / _scaling(layer))
             layer.lora_R.copy_(layer.lora_R0)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         cfg, bias = layer.cfg, y.new_zeros(()) if layer.bias is None else layer.bias
         tensors = (layer.lora_P,) if cfg.para else (layer.lora_P, layer.lora_P0, layer.lora_R, layer.lora_R0)
-        x = torch.dropout(x, cfg.dropout, layer.training)
-        change = recomputed(partial(_change, cfg.decomposition, cfg.scaling), x, y, bias, *tensors)
+        x = y.new_zeros(()) if cfg.para else torch.dropout(x, cfg.dropout, layer.training)  # kept where it's used
+        change = recomputed(partial(_change, cfg.decomposition, _scaling(layer)), x, y, bias, *tensors)
         return y + (change * layer.scale).to(y.dtype)
+
+
+def _scaling(layer: Layer) -> float:
+    return 1.0 if layer.cfg.alpha is None else layer.cfg.alpha / layer.lora_P.shape[1]
 
 
 def _projection(p: Float[Tensor, "o r"], kind: str) -> tuple[Float[Tensor, "o r"], Float[Tensor, "o r"]]:

@@ -24,7 +24,7 @@ from ..core.plan import plan
 from ..core.resolve import overrides_at
 from ..core.variant import Layer, register
 from ..errors import ConfigError
-from ..families.calibration import moments, on_called_layers
+from ..families.calibration import check_fresh, moments, on_called_layers
 from ..ops.svd import leading_svd
 from .lora import LoRA, LoRAConfig
 
@@ -51,6 +51,7 @@ class EVA(LoRA):
 
     @staticmethod
     def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: EVAConfig, calibration_data: Any) -> None:
+        check_fresh(targets, lambda layer: bool(layer.lora_B.any()))
         sizes = {path: (layer.in_features, layer.out_features) for path, layer in targets.items()}
         for path, statistics in moments(model, sizes, calibration_data):
             layer, r = targets[path], targets[path].cfg.r
@@ -81,7 +82,8 @@ def eva_ranks(model: nn.Module, cfg: EVAConfig, calibration_data: Any, rho: floa
         shares += [(share, path) for share in variances.tolist()]
     budget = sum(config.r for config in configs.values())
     ranks = Counter(path for _, path in sorted(shares, key=lambda share: -share[0])[:budget])
-    per_layer, without = dict(cfg.per_layer), tuple(f"^{escape(path)}$" for path in targets if path not in ranks)
+    without = tuple(f"^{escape(path)}$" for path in targets if path not in ranks)
+    per_layer: dict[str, dict[str, Any]] = {}  # each layer's own: what cfg.per_layer says of it is in its fields
     for path, r in ranks.items():
         config, fields = configs[path], dict(overrides.get(path, {}))
         if config.alpha is not None:  # α/r, or α/√r, stays

@@ -21,7 +21,7 @@ from ..core.config import BaseConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.dense import as_low_rank
-from ..families.sparse import scattered, table, wide, with_branch
+from ..families.sparse import scattered, seeded_table, wide, with_branch
 
 __all__ = ["FourierFT", "FourierFTConfig"]
 
@@ -55,7 +55,7 @@ class FourierFT:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: FourierFTConfig) -> dict[str, ParamSpec]:
         n, start = cfg.n_frequency, torch.nn.init.normal_ if cfg.init == "normal" else "zeros"
-        places = table(d_in, d_out, n, f"FourierFTConfig(n_frequency={n})", cfg.seed)
+        places = seeded_table(d_in, d_out, n, f"FourierFTConfig(n_frequency={n})", cfg.seed)
         return {"lora_spectrum": ParamSpec((n,), start, keep_dtype=True), "lora_places": places}
 
     @staticmethod

@@ -2,7 +2,7 @@
 
     y = W x + b + s h B̄      h = A x (n, r)     B̄ = Σ_e p_e B_e (r, o)     p = mean over n tokens of softmax(R h) (E,)
     R (E, r) at each layer;  B (E r, o) once for the layers of one name and shape in a stack of blocks;
-    A (r, i) once for stride_A of these in a row
+    A (r, i) once for stride_A of these in a row. With share=False each layer has its own
 
 Identity   B = 0, bit-exact
 Base       never read: any layer kind that is called with its input
@@ -12,7 +12,6 @@ Departs    p is of the whole batch, as in PEFT: a row's output depends on its ba
 Checked    against PEFT LilyConfig: outputs, gradients, three AdamW steps
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +25,7 @@ from ..core.config import AdapterConfig
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
+from ..families.projections import names_in_stack
 from ..ops.recompute import recomputed
 
 __all__ = ["Lily", "LilyConfig"]
@@ -33,7 +33,7 @@ __all__ = ["Lily", "LilyConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class LilyConfig(AdapterConfig):
-    """stride_A: layers in a row with one A. num_B: E. scaling: s. share: False gives each layer its own A and B."""
+    """stride_A: layers in a row with one A. num_B: E. scaling: s. share: see above."""
 
     variant: str = "lily"
     r: int = 32
@@ -53,6 +53,13 @@ class LilyConfig(AdapterConfig):
         self.require(is_number(self.scaling) and self.scaling != 0, "scaling", "a number other than 0")
         self.require(isinstance(self.share, bool), "share", "True or False")
 
+    def names(self, path: str, place: tuple[str | None, int | None]) -> tuple[str, str]:
+        """The layer's A and B; of shared ones they tell with whom."""
+        if not self.share:
+            return "down", "up"
+        a, b = names_in_stack(path, place, self.stride_A)
+        return f"A_{a}".strip("_"), f"B_{b}".strip("_")
+
 
 @register
 class Lily:
@@ -62,21 +69,20 @@ class Lily:
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LilyConfig) -> dict[str, ParamSpec]:
-        return {"lora_router": ParamSpec((cfg.num_B, cfg.r), "kaiming", keep_dtype=True)}
+        router = {"lora_router": ParamSpec((cfg.num_B, cfg.r), "kaiming", keep_dtype=True)}
+        return router if cfg.share else router | _pair("lora_down", "lora_up", d_in, d_out, cfg)
 
     @staticmethod
     def shared_specs(targets: Sequence[Target], cfg: LilyConfig) -> dict[str, ParamSpec]:
-        specs = {}
-        for target in targets:
-            a, b = shared_names(target.path, target.place, cfg)
-            specs[a] = ParamSpec((cfg.r, target.d_in), "kaiming", keep_dtype=True)
-            specs[b] = ParamSpec((cfg.num_B * cfg.r, target.d_out), keep_dtype=True)
+        specs: dict[str, ParamSpec] = {}
+        for target in targets if cfg.share else ():
+            specs |= _pair(*cfg.names(target.path, target.place), target.d_in, target.d_out, cfg)
         return specs
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         cfg, s = layer.cfg, layer.scale * layer.cfg.scaling
-        a, b = (getattr(layer, f"lora_{name}") for name in shared_names(layer.path, layer.block or (None, None), cfg))
+        a, b = (getattr(layer, f"lora_{name}") for name in cfg.names(layer.path, layer.block or (None, None)))
 
         def branch(x: Tensor, a: Tensor, b: Tensor, router: Tensor) -> Tensor:
             h = F.linear(x, a.to(x.dtype))  # (*b, r)
@@ -89,12 +95,6 @@ class Lily:
         return y + recomputed(branch, x, a, b, layer.lora_router).to(y.dtype)
 
 
-def shared_names(path: str, place: tuple[str | None, int | None], cfg: LilyConfig) -> tuple[str, str]:
-    """The names of a layer's A and B, of the adapter's: by its name in the block, and the number of the block."""
-    stack, block = place
-    a = b = path
-    if cfg.share and stack is not None and block is not None:
-        name = path[len(f"{stack}{block}") :]
-        a, b = f"{stack}{block // cfg.stride_A}{name}", f"{stack}{name}"
-    a, b = (re.sub(r"[^A-Za-z0-9]+", "_", f"{kind} {rest}").strip("_") for kind, rest in (("A", a), ("B", b)))
-    return a, b
+def _pair(a: str, b: str, d_in: int, d_out: int, cfg: LilyConfig) -> dict[str, ParamSpec]:
+    first = ParamSpec((cfg.r, d_in), "kaiming", keep_dtype=True)
+    return {a: first, b: ParamSpec((cfg.num_B * cfg.r, d_out), keep_dtype=True)}

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..core.variant import Layer, register
-from ..families.calibration import dense_weights, on_called_layers
+from ..families.calibration import check_fresh, dense_weights, on_called_layers
 from ..ops.svd import leading_svd
 from .lora import LoRA, LoRAConfig
 
@@ -45,6 +45,7 @@ class LoftQ(LoRA):
 
     @staticmethod
     def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: LoftQConfig, calibration_data: Any) -> None:
+        check_fresh(targets, lambda layer: bool(layer.lora_B.any()))
         dense = dense_weights(calibration_data)
         for path, layer in targets.items():
             difference = dense(path, layer) - layer.dense_weight()  # W - Q (o, i)

@@ -49,20 +49,14 @@ class LoRAConfig(AdapterConfig):
     bias: bool = False
     freeze_a: bool = False
     invocation_tokens: Sequence[int] | None = None
-    UNSAID: ClassVar[Mapping[str, Any]] = {
-        **AdapterConfig.UNSAID,
-        "bias": False,
-        "freeze_a": False,
-        "invocation_tokens": None,
-    }
+    UNSAID: ClassVar[Mapping[str, Any]] = dict(AdapterConfig.UNSAID, bias=False, freeze_a=False, invocation_tokens=None)
     SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "invocation_tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
-        self.require(isinstance(self.rslora, bool), "rslora", "True or False")
-        self.require(isinstance(self.bias, bool), "bias", "True or False")
-        self.require(isinstance(self.freeze_a, bool), "freeze_a", "True or False")
+        for flag in ("rslora", "bias", "freeze_a"):
+            self.require(isinstance(getattr(self, flag), bool), flag, "True or False")
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         if (tokens := self.invocation_tokens) is not None:
             valid = isinstance(tokens, list | tuple) and tokens and all(map(is_token, tokens))

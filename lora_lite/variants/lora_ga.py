@@ -22,7 +22,7 @@ from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
 from ..families import residual
-from ..families.calibration import gradients, on_called_layers
+from ..families.calibration import check_fresh, gradients, on_called_layers
 from ..ops.svd import leading_svd
 
 __all__ = ["LoRAGA", "LoRAGAConfig"]
@@ -62,6 +62,7 @@ class LoRAGA:
 
     @staticmethod
     def group_init(model: nn.Module, targets: Mapping[str, Layer], cfg: LoRAGAConfig, calibration_data: Any) -> None:
+        check_fresh(targets, residual.is_trained)
         sizes = {path: (layer.in_features, layer.out_features) for path, layer in targets.items()}
         for path, gradient in gradients(model, sizes, calibration_data):
             layer, r, at_layer = targets[path], targets[path].cfg.r, targets[path].cfg

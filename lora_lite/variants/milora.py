@@ -4,7 +4,7 @@
     s B0 A0 = U_m S_m V_mᵀ, the last r of W = U S Vᵀ;  A0 = √(S_m/s) V_mᵀ,  B0 = U_m √(S_m/s)
 
 Identity   the difference from A0 and B0 acts (families/residual.py): bit-exact
-Base       read once, at init: dense layers only. The minor directions of a 4-bit weight are those of its rounding
+Base       read once, at init: dense layers only, as PiSSA
 Departs    the paper writes the principal part W - s B0 A0 into the layer; here A0 and B0 stay as frozen buffers
 Checked    against the full SVD; PEFT has no MiLoRA
 """

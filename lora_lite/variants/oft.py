@@ -47,11 +47,9 @@ class OFTConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(type(self.block_size) is int and self.block_size > 1, "block_size", "at least 2")
-        for name in ("block_share", "coft"):
-            self.require(isinstance(getattr(self, name), bool), name, "True or False")
         self.require(is_number(self.eps) and self.eps > 0, "eps", "a number above 0")
         self.require(self.side in ("input", "output"), "side", '"input" or "output"')
-        check_cayley(self)
+        check_cayley(self, "block_share", "coft")
 
 
 @register

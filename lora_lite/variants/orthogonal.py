@@ -1,4 +1,4 @@
-"""Orthogonal LoRA: A and B start large, and their product at 0 (Datta 2024, datta0.github.io/posts/rethink-lora-init).
+"""Orthogonal LoRA: A and B start large, their product at 0 (a blog, datta0.github.io/posts/rethink-lora-init).
 
     y = W x + b + s (B A - B0 A0) x         A (r, i)   B (o, r)   s = α/r
     A0 = (G Q_a)ᵀ/10,  B0 = H Q_b/10   Q (r, r) orthogonal, Q_a and Q_b its even and its odd rows

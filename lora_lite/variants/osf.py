@@ -8,7 +8,7 @@
 Identity   U = U0, S = S0, V = V0, bit-exact: the change is [ΔU S + U0 ΔS, U0 S0] [V; ΔV]
 Base       read once, at init, for its SVD; dequantised numbers do. Its parts stay in the file, so a load needs none
 Departs    the paper and PEFT project gradients, and Adam's steps by them leave the subspace. That is "gradient";
-           "update", the default, projects the change itself, so that it stays there under every optimiser and decay
+           "update", the default, projects the change itself: it stays there. On a 16-bit base PEFT projects nothing
 Checked    against PEFT OSFConfig: outputs, gradients, three AdamW steps
 """
 
@@ -35,7 +35,7 @@ class OSFConfig(BaseConfig):
     """effective_rank: k, a number of directions, or a fraction of them. None: half. project: "update" or "gradient"."""
 
     variant: str = "osf"
-    effective_rank: float | None = None
+    effective_rank: int | float | None = None
     project: str = "update"
 
     def __post_init__(self) -> None:

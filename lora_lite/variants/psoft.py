@@ -20,28 +20,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.config import AdapterConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.orthogonal import change_by, check_cayley, check_rank, series_terms
+from ..families.orthogonal import change_by, check_cayley, series_terms
+from ..families.principal import PrincipalConfig, factor_specs, fit_factors
 from ..ops.cayley import bounded, rotation_less_identity, skew
-from ..ops.svd import principal_factors
 
 __all__ = ["PSOFT", "PSOFTConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PSOFTConfig(AdapterConfig):
-    """ab_svd_init: "psoft_init", all singular values in U, or "pissa_init", their roots in U and in V. svd: "full", or
-    "lowrank" with svd_lowrank_niter and random_seed. cayley_neumann_eps: a bound on ‖Q‖ for the series."""
+class PSOFTConfig(PrincipalConfig):
+    """use_cayley_neumann: C by num_cayley_neumann_terms, with ‖Q‖ up to cayley_neumann_eps, and not exact."""
 
     variant: str = "psoft"
-    r: int = 32
     dropout: float = 0.0
-    ab_svd_init: str = "psoft_init"
-    svd: str = "full"
-    svd_lowrank_niter: int = 10
-    random_seed: int = 0
     orth: bool = True
     mag_b: bool = True
     mag_a: bool = True
@@ -51,22 +44,10 @@ class PSOFTConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        eps, inits = self.cayley_neumann_eps, ("psoft_init", "pissa_init")
+        eps = self.cayley_neumann_eps
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
-        self.require(self.ab_svd_init in inits, "ab_svd_init", f"one of {inits}")
-        self.require(self.svd in ("full", "lowrank"), "svd", '"full" or "lowrank"')
         self.require(eps is None or (is_number(eps) and 0 < eps < 1), "cayley_neumann_eps", "between 0 and 1, or None")
-        for name in ("svd_lowrank_niter", "random_seed"):
-            self.require(type(getattr(self, name)) is int and getattr(self, name) >= 0, name, "0 or more")
-        for name in ("orth", "mag_b", "mag_a"):
-            self.require(isinstance(getattr(self, name), bool), name, "True or False")
-        check_cayley(self)
-
-    @property
-    def factors(self) -> tuple[int, bool, int | None, int]:
-        """How U and V come from W: the arguments of `principal_factors`."""
-        niter = self.svd_lowrank_niter if self.svd == "lowrank" else None
-        return self.r, self.ab_svd_init == "pissa_init", niter, self.random_seed
+        check_cayley(self, "orth", "mag_b", "mag_a")
 
 
 @register
@@ -75,22 +56,16 @@ class PSOFT:
     config = PSOFTConfig
     base_weight = "read"
     handles_scale = True
+    init = staticmethod(fit_factors)
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PSOFTConfig) -> dict[str, ParamSpec]:
-        r = cfg.r
-        check_rank(cfg, d_in, d_out)
-        square = ParamSpec((r, r), init=nn.init.eye_, keep_dtype=True)
-        specs = {"lora_R": ParamSpec((r * (r - 1) // 2,), keep_dtype=True) if cfg.orth else square}
-        specs |= dict.fromkeys(_magnitudes(cfg), ParamSpec((r,), init="ones", keep_dtype=True))
-        specs["lora_U"] = ParamSpec((d_out, r), trainable=False, keep_dtype=True)
-        return specs | {"lora_V": ParamSpec((r, d_in), trainable=False, keep_dtype=True)}
-
-    @staticmethod
-    def init(layer: Layer, cfg: PSOFTConfig) -> None:
-        u, v = principal_factors(layer.dense_weight(), *cfg.factors)
-        layer.lora_U.copy_(u)
-        layer.lora_V.copy_(v)
+        r, one = cfg.r, ParamSpec((cfg.r,), init="ones", keep_dtype=True)
+        angles, square = (r * (r - 1) // 2,), ParamSpec((r, r), init=nn.init.eye_, keep_dtype=True)
+        specs = {"lora_R": ParamSpec(angles, keep_dtype=True) if cfg.orth else square}
+        specs |= {"lora_vector_b": one} if cfg.mag_b else {}
+        specs |= {"lora_vector_a": one} if cfg.mag_a else {}
+        return specs | factor_specs(d_in, d_out, cfg)
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
@@ -99,28 +74,23 @@ class PSOFT:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        def product(x: Tensor, core: Tensor) -> Tensor:
-            return F.linear(F.linear(F.linear(x, v.to(x.dtype)), core.to(x.dtype)), u.to(x.dtype))
-
-        u, v, cfg = layer.lora_U, layer.lora_V, layer.cfg
-        return y + change_by(layer, x, partial(_core, cfg), product, *_trained(layer), dropout=cfg.dropout)
+        u, v, cfg = layer.lora_U.to(x.dtype), layer.lora_V.to(x.dtype), layer.cfg
+        h = F.linear(F.dropout(x, cfg.dropout, layer.training), v)  # (*b, r), all that has to be kept: V is frozen
+        return y + F.linear(change_by(layer, h, partial(_core, cfg), _product, *_trained(layer)), u)
 
 
-def _magnitudes(cfg: PSOFTConfig) -> list[str]:
-    return ["lora_vector_b"] * cfg.mag_b + ["lora_vector_a"] * cfg.mag_a
+def _product(h: Float[Tensor, "*b r"], core: Float[Tensor, "r r"]) -> Float[Tensor, "*b r"]:
+    return F.linear(h, core.to(h.dtype))
 
 
 def _trained(layer: Layer) -> list[Tensor]:
-    return [getattr(layer, name) for name in ("lora_R", *_magnitudes(layer.cfg))]
+    ones = layer.lora_R.new_ones(layer.cfg.r)
+    b, a = layer.lora_vector_b if layer.cfg.mag_b else ones, layer.lora_vector_a if layer.cfg.mag_a else ones
+    return [layer.lora_R, b, a]
 
 
-def _core(cfg: PSOFTConfig, r: Tensor, *magnitudes: Float[Tensor, "r"]) -> Float[Tensor, "r r"]:
+def _core(cfg: PSOFTConfig, r: Tensor, b: Float[Tensor, "r"], a: Float[Tensor, "r"]) -> Float[Tensor, "r r"]:
     """M - I."""
-    if cfg.orth:
-        q = bounded(skew(r, cfg.r), cfg.cayley_neumann_eps if cfg.use_cayley_neumann else None)
-        turn = rotation_less_identity(q, series_terms(cfg))  # C - I
-    else:
-        turn = r - torch.eye(cfg.r, dtype=r.dtype, device=r.device)
-    given, ones = dict(zip(_magnitudes(cfg), magnitudes, strict=True)), turn.new_ones(cfg.r)
-    b, a = given.get("lora_vector_b", ones), given.get("lora_vector_a", ones)
+    q = bounded(skew(r, cfg.r), cfg.cayley_neumann_eps if cfg.use_cayley_neumann else None) if cfg.orth else None
+    turn = r - torch.eye(cfg.r).to(r) if q is None else rotation_less_identity(q, series_terms(cfg))  # C - I
     return b[:, None] * turn * a + ((b - 1) * a + (a - 1)).diag()

@@ -72,7 +72,7 @@ class PVeRA:
         a, b = layer.lora_A[: 2 * r if is_sampled else r, : layer.in_features], layer.lora_B[: layer.out_features]
         x = F.dropout(x, layer.cfg.dropout, layer.training)
         drawn = layer.generator(x) if is_sampled else None  # None in a graph of torch.compile, too
-        seed = drawn and drawn.initial_seed()
+        seed = None if drawn is None else drawn.initial_seed()
 
         def branch(x: Tensor, d: Tensor, lambda_b: Tensor) -> Tensor:
             z = F.linear(x, a) * d[: len(a)]  # μ (*b, r), or both (*b, 2r)

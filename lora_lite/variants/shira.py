@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.sparse import entries_as_low_rank, table, with_entries
+from ..families.sparse import entries_as_low_rank, random_places, table, with_entries
 
 __all__ = ["SHiRA", "SHiRAConfig"]
 
@@ -44,7 +44,11 @@ class SHiRA:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SHiRAConfig) -> dict[str, ParamSpec]:
         n = cfg.r * (d_in + d_out)
-        places = table(d_in, d_out, n, f"SHiRAConfig(r={cfg.r})", cfg.seed, is_sorted=True)
+
+        def fill(places: Tensor) -> None:
+            places.copy_(random_places(d_out * d_in, n, cfg.seed).sort().values)
+
+        places = table(d_in, d_out, n, f"SHiRAConfig(r={cfg.r})", init=fill, is_sorted=True)
         return {"lora_weight": ParamSpec((n,), keep_dtype=True), "lora_indices": places}
 
     @staticmethod

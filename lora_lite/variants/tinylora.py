@@ -5,8 +5,7 @@
 
 Identity   v = 0, bit-exact
 Base       read at attach alone, dequantised too: U' and V' are in the file
-Departs    P is in the file whatever its seed, which PEFT's is too by default. The rank of a layer is its smaller side's
-           at most. The singular vectors are those of a block Krylov space
+Departs    P is always in the file. A layer's rank is its smaller side's at most; U and V are of a block Krylov space
 Checked    against PEFT TinyLoraConfig: P bit for bit, outputs, v's gradient, three AdamW steps
 """
 

@@ -23,7 +23,7 @@ from ..core.config import BaseConfig
 from ..core.validate import is_number, positive_or_none
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.dense import as_low_rank
-from ..families.sparse import GATHERED, gathered, scattered, table, wide, with_branch
+from ..families.sparse import GATHERED, gathered, scattered, seeded_table, wide, with_branch
 from ..ops.wavelets import DIGITS, inverse, scaling_filter, times_inverse
 
 __all__ = ["WaveFT", "WaveFTConfig"]
@@ -66,7 +66,10 @@ class WaveFT:
         n, what = cfg.n_frequency, f"WaveFTConfig(n_frequency={cfg.n_frequency})"
         if cfg.density is not None:
             n, what = max(1, round(cfg.density * d_out * d_in)), f"WaveFTConfig(density={cfg.density})"
-        return {"lora_spectrum": ParamSpec((n,), keep_dtype=True), "lora_places": table(d_in, d_out, n, what, cfg.seed)}
+        return {
+            "lora_spectrum": ParamSpec((n,), keep_dtype=True),
+            "lora_places": seeded_table(d_in, d_out, n, what, cfg.seed),
+        }
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:

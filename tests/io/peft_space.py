@@ -253,7 +253,7 @@ TABLE: list[tuple[Any, ...]] = [
             "pissa": {"unwritten": "PEFT has no adapter like"},
             "olora": {"unwritten": "PEFT has no adapter like"},
             "pissa_niter_4": {"refused": "wrote the base"},
-            "mica": {"refused": "init_lora_weights='mica' isn't supported"},
+            "mica": {},
         }.items()
     ),
     # ---- LoRA on other layers

@@ -84,11 +84,15 @@ def boft(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor, c: flo
 
 
 def psoft(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
-    C = rotation(skew(t["lora_R"], cfg.r), cfg) if cfg.orth else t["lora_R"]
+    C = t["lora_R"]
+    if cfg.orth:
+        Q = skew(C, cfg.r)
+        is_bounded = cfg.use_cayley_neumann and cfg.cayley_neumann_eps
+        C = rotation(Q * min(1.0, cfg.cayley_neumann_eps / float(Q.norm())) if is_bounded else Q, cfg)
     one = torch.ones(cfg.r, dtype=W.dtype)
     M = t.get("lora_vector_b", one).diag() @ C @ t.get("lora_vector_a", one).diag()
     U, S, V = torch.linalg.svd(W)
-    top = U[:, : cfg.r] @ S[: cfg.r].diag() @ V[: cfg.r]
+    top = U[:, : cfg.r] @ S[: cfg.r].diag() @ V[: cfg.r] if cfg.svd == "full" else t["lora_U"] @ t["lora_V"]
     torch.testing.assert_close(t["lora_U"] @ t["lora_V"], top)
     return x @ (W - top + t["lora_U"] @ M @ t["lora_V"]).T + b
 

@@ -74,8 +74,8 @@ def delora(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> T
 
 def deft(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
     Q, E = (t["lora_P"], t["lora_P"].relu()) if cfg.decomposition == "relu" else 2 * (torch.linalg.qr(t["lora_P"]).Q,)
-    R = torch.zeros(cfg.r, W.shape[1], dtype=W.dtype) if cfg.para else t["lora_R"]
-    s = (cfg.alpha or cfg.r) / cfg.r
+    R = torch.zeros(Q.shape[1], W.shape[1], dtype=W.dtype) if cfg.para else t["lora_R"]
+    s = (cfg.alpha or Q.shape[1]) / Q.shape[1]
     return x @ (W - Q @ E.T @ W + s * Q @ R).T + b
 
 

@@ -52,6 +52,10 @@ def adamss(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> T
     return x @ W.T + b
 
 
+def velora(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    return x @ (W + scaling(cfg) * t["lora_B"] @ t["lora_A"]).T + b
+
+
 def frod(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Tensor:
     kind = next(name.removeprefix("lora_shared.V_") for name in t if ".V_" in name)
     V, (rows, columns) = t[f"lora_shared.V_{kind}"], t[f"lora_shared.places_{kind}"]
@@ -64,7 +68,7 @@ def frod(W: Tensor, b: Tensor, cfg: Any, t: dict[str, Tensor], x: Tensor) -> Ten
     return x @ (U @ (S + t["lora_l"].diag()) @ V.T).T + b
 
 
-ORACLES = {"mica": mica, "kasa": kasa, "bdlora": bdlora, "osf": osf, "adamss": adamss, "frod": frod}
+ORACLES = {"mica": mica, "kasa": kasa, "bdlora": bdlora, "osf": osf, "adamss": adamss, "frod": frod, "velora": velora}
 
 FIELDS: dict[str, dict[str, Any]] = {
     "adamss": {"num_subspaces": 3, "subspace_rank": 2, "r": 12},

@@ -71,12 +71,14 @@ CASES: list[tuple[str, dict[str, Any], Any, dict[str, Any]]] = [
     ("tinylora", {"u": 5, "r": 3, "weight_tying": 0.5}, peft.TinyLoraConfig, {"u": 5, "r": 3, "weight_tying": 0.5}),
     ("lily", {"r": 4, "scaling": 0.7}, peft.LilyConfig, {"r": 4, "scaling": 0.7}),
     ("lily", {"r": 3, "num_B": 3, "stride_A": 2}, peft.LilyConfig, {"r": 3, "num_B": 3, "stride_A": 2}),
+    # PEFT's layers with full paths as names share nothing.
+    ("lily", {"r": 3, "share": False}, peft.LilyConfig, {"r": 3, "target_modules": PATHS}),
 ]
 per_case = pytest.mark.parametrize(("variant", "fields", "cls", "theirs"), CASES)
 
 
 def theirs_of(model: nn.Module, cls: Any, fields: dict[str, Any]) -> Any:
-    theirs = peft.get_peft_model(model, cls(target_modules=NAMES, **fields))
+    theirs = peft.get_peft_model(model, cls(**{"target_modules": NAMES, **fields}))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -103,7 +105,8 @@ def tensors_of(theirs: Any, variant: str, cfg: Any, pick: Pick = lambda t: t.det
             out |= {f"{path}.lora_logits_{name}": at(f"logits_{name}") for name in "AB"}
         if variant == "lily":
             a, b, router = (pick(getattr(layer, f"lily_{n}")["default"].weight) for n in ("A", "B", "router"))
-            name_a, name_b = (f"lora_shared.{name}" for name in shared_names(path, cfg))
+            place = "lora_shared." if cfg.share else f"{path}.lora_"
+            name_a, name_b = (place + name for name in shared_names(path, cfg))
             out |= {f"{path}.lora_router": router, name_a: a, name_b: b}
     if variant == "tinylora":
         groups = base.tinylora_v["default"]
@@ -116,6 +119,8 @@ def tensors_of(theirs: Any, variant: str, cfg: Any, pick: Pick = lambda t: t.det
 
 
 def shared_names(path: str, cfg: Any) -> tuple[str, str]:
+    if not cfg.share:
+        return "down", "up"
     _, block, name = path.split(".")
     return f"A_layers_{int(block) // cfg.stride_A}_{name}", f"B_layers_{name}"
 
@@ -273,15 +278,16 @@ def test_lilys_output_is_of_the_whole_batch_and_a_merge_refuses_it() -> None:
 
 def test_lilys_layers_share_by_name_and_stride() -> None:
     shared = {}
-    for fields in ({}, {"stride_A": 2}, {"share": False}):
+    for fields in ({}, {"stride_A": 2}):
         ours = toy()
         ll.attach(ours, ll.LilyConfig(target_names="fc", r=4, **fields))
         shared[str(fields)] = {name for name, _ in ours.lora_shared.tensors()}
+    apart = ll.attach(ours, ll.LilyConfig(target_names="fc", r=4, share=False), "apart")
+    assert {key.rpartition(".")[2] for key, _ in apart.named_tensors()} == {"lora_down", "lora_up", "lora_router"}
     names = ["B_layers_fc1", "B_layers_fc2"]
     own = [f"A_layers_{n}_fc{k}" for n in range(2) for k in (1, 2)]
     assert shared["{}"] == {*own, *names}
     assert shared["{'stride_A': 2}"] == {"A_layers_0_fc1", "A_layers_0_fc2", *names}
-    assert shared["{'share': False}"] == {*own, *(name.replace("A_", "B_") for name in own)}
 
 
 def test_uniloras_indices_are_balanced_at_each_layer_and_know_no_other_layer() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import IDS, OneLinear, attach, config, loss_of, perturb, quantized, tiny_folder, tiny_llama
+from models import IDS, OneLinear, attach, calibration, config, loss_of, perturb, quantized, tiny_folder, tiny_llama
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
@@ -228,7 +228,9 @@ def test_a_layer_whose_inputs_hardly_vary_gets_no_rank() -> None:
             return self.flat(x) + self.steep(x * torch.tensor([100.0] * 2 + [1e-3] * 30))
 
     x = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0))
-    cfg = ll.eva_ranks(Two(), ll.EVAConfig(r=1, target_names="flat|steep"), [{"x": x}])
+    given = ll.EVAConfig(r=1, target_names="flat|steep", per_layer={"flat": {"dropout": 0.1}})
+    cfg = ll.eva_ranks(Two(), given, [{"x": x}])
+    ll.attach(Two(), cfg, calibration_data=[{"x": x}])  # an entry of per_layer that finds no layer would raise
     assert cfg.exclude_names == ("^flat$",)
     assert cfg.per_layer == {"^steep$": {"r": 2}}
     with pytest.raises(ll.ConfigError, match=r"rho=0.5: wanted a number of at least 1"):
@@ -443,3 +445,17 @@ def test_a_layer_that_no_call_shows_and_a_model_without_a_loss() -> None:
     with pytest.raises(ll.BaseModelError, match=r"proj: its inputs are 0 in all of the data"):
         data = [{"x": torch.zeros(2, 3, 16)}]
         ll.attach(OneLinear(), ll.CorDAConfig(r=2, target_names="proj"), calibration_data=data)
+
+
+@pytest.mark.parametrize("variant", ["eva", "corda", "lora_ga", "loftq"])
+def test_new_data_never_overwrites_what_was_trained(variant: str) -> None:
+    model = tiny_llama()
+    adapter = attach(model, config(variant, target_names=SOME))
+    data = calibration(model, adapter.config)
+    if variant != "loftq":  # which has moved its B already
+        adapter.configure(calibration_data=data)
+    perturb(adapter)
+    before = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+    with pytest.raises(ll.ConfigError, match=r"q_proj: it was trained from the start that it has, so"):
+        adapter.configure(calibration_data=data)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter.state_dict().items())

@@ -22,13 +22,15 @@ from .folder import PeftFolder
 from .parts import Layers, Part, Written, config_of, names_of
 from .patterns import by_pattern
 from .settings import flag_of, number_of, text_of, whole_of
-from .table import AtLayer, Format, Setting, Shape
+from .table import AtLayer, Format, Named, Setting, Shape
 
 _COMMON = {"bias": "none", "layers_to_transform": None, "layers_pattern": None}
 
 
 def parts(table: Format, source: PeftFolder, targets: dict[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:
     """One part. Every shape in the file is compared with what the settings say before a tensor is read."""
+    if table.at_place is not None and not source.is_in_order:
+        raise source.error("the order of its model's layers is a part of it\n  load it on its model (load_peft)")
     if not layers and (table.sizes is None or (table.shared and not source.shared)):
         cure = "load it on its model (load_peft), and save it as a file of this library"
         raise source.error(f"its tensors don't tell the sizes of its layers, and no model is given\n  {cure}")
@@ -45,28 +47,43 @@ def parts(table: Format, source: PeftFolder, targets: dict[str, Target], layers:
         cfg = config_of(source, table.variant, targets, layers, overrides, True, floats, **values)
     wanted: dict[str, Shape] = {}
     for path, target in targets.items():
-        shapes = _shapes(table, source, target, layers.get(path), cfg.with_overrides(overrides.get(target.path, {})))
+        in_file = {
+            key.rpartition(".")[2]: source.entries[key].shape for key in source.keys if key.rpartition(".")[0] == path
+        }
+        cfg_there = cfg.with_overrides(overrides.get(target.path, {}))
+        shapes = _shapes(table, source, target, layers.get(path), cfg_there, in_file)
         wanted |= {file_key(path, name): shape for name, shape in shapes.items()}
     for name, spec in variant.shared_specs(listed, cfg).items():
         key, entry = file_key(PLACE, name), source.entries.get(file_key(PLACE, name))
-        shape = (
-            tuple(entry.shape) if entry is not None and not layers else spec.shape
-        )  # of unknown sizes it is the file's
-        wanted |= {key: shape} if spec.saved == "always" and table.key_of(name) else {}
+        # Of unknown sizes it is the file's.
+        shape = tuple(entry.shape) if entry is not None and not layers else spec.shape
+        if name in table.rows:
+            wanted |= {f"{key}.{n}": shape[1:] for n in range(shape[0])}
+        elif spec.saved == "always" and table.key_of(name):
+            wanted |= {key: shape}
     check_shapes(source.entries, wanted, str(source.header.path))
 
     def tensors_at(stored: Tensors, path: str, layer: BaseLayer | None, base: BaseLayer | None) -> dict[str, Tensor]:
         start = file_key(path, "")
         names = {key.removeprefix(start): key for key in source.keys if key.rpartition(".")[0] == path}
         tensors = {name: stored[key] for name, key in names.items()}
-        return tensors if layer is None else table.ours(layer, tensors)
+        if layer is None:
+            return tensors
+        if table.of_base is not None:
+            cfg_there = cfg.with_overrides(overrides.get(targets[path].path, {}))
+            shared = {key.rpartition(".")[2]: stored[key] for key in source.shared}
+            return table.of_base(base or layer, cfg_there, tensors, shared)
+        if table.at_place is not None:
+            tensors |= table.at_place(cfg, list(targets).index(path), len(targets), tensors)
+        once = {key: tensor for key, tensor in stored.items() if key.startswith(f"{PLACE}.")}
+        return {name: tensor for name, tensor in table.ours(layer, tensors | once).items() if name not in once}
 
     return [Part(cfg, targets, overrides, tensors_at)]
 
 
 def _is_table(table: Format, source: PeftFolder, ours: str) -> bool:
     """Is it a tensor of integers? Raises CheckpointError for a table of floats."""
-    if ours.rpartition(".")[2] not in table.tables:
+    if not table.is_table(ours):
         return False
     entry = source.entries[ours]
     if DTYPES.get(entry.dtype, torch.float32).is_floating_point:
@@ -130,7 +147,12 @@ def _parted(
 
 
 def _shapes(
-    table: Format, source: PeftFolder, target: Target, layer: BaseLayer | None, cfg: BaseConfig
+    table: Format,
+    source: PeftFolder,
+    target: Target,
+    layer: BaseLayer | None,
+    cfg: BaseConfig,
+    in_file: Mapping[str, Shape],
 ) -> dict[str, Shape]:
     """The shapes of a layer's tensors in the file, by our names; without a model, where PEFT's are ours."""
     try:
@@ -139,6 +161,8 @@ def _shapes(
         site = make_site(target, layer, cfg, {})
     except ConfigError as error:
         raise source.error(str(error)) from error
+    if table.shapes_by is not None:
+        return table.shapes_by(site, in_file)
     if table.shapes is not None:
         return table.shapes(site)
     return {name: tuple(tensor.shape) for name, tensor in _theirs(table, site, _empty).items()}
@@ -161,6 +185,16 @@ def _theirs(table: Format, site: Site, tensor: Callable[[Site, str], Tensor]) ->
     return {name: values for name, values in theirs.items() if table.end_of(name, is_embedding) is not None}
 
 
+def gathered(table: Format, tensors: Named) -> Named:
+    """The file's tensors by our key, and the shared ones as ours are. Their shapes are known to fit."""
+    for name in table.rows:
+        key = file_key(PLACE, name)
+        rows = {other for other in tensors if other.startswith(f"{key}.")}
+        whole = torch.stack([tensors[f"{key}.{n}"] for n in range(len(rows))])
+        tensors = {other: tensor for other, tensor in tensors.items() if other not in rows} | {key: whole}
+    return tensors | table.once(tensors)
+
+
 def written(table: Format, root: nn.Module, layers: Layers) -> Written:
     """The adapter as it is. Raises CheckpointError for what PEFT has no place for."""
     tensors: dict[str, Tensor] = {}
@@ -175,20 +209,27 @@ def written(table: Format, root: nn.Module, layers: Layers) -> Written:
     # What PEFT draws again it draws in float32: of a narrower dtype it is written.
     is_narrow = torch.promote_types(cfg.dtype, torch.float32) != cfg.dtype
     for name, spec in ({} if shared is None else shared.specs).items():
+        if name in table.rows and shared is not None:
+            rows = enumerate(shared.tensor(name).detach())
+            tensors |= {str(table.key_of(f"{name}.{n}")): row for n, row in rows}
         if (key := table.key_of(name)) is not None and (spec.saved == "always" or is_narrow) and shared is not None:
             tensors[key] = shared.tensor(name).detach()
     names, _ = names_of(root, list(layers), [])
     common = _COMMON | {"fan_in_fan_out": any(site.base.transposed for (site,) in layers.values())}
     settings = {"peft_type": table.peft_type, "target_modules": names, **table.given, **table.write(cfg)}
+    settings |= table.by_layer({path: site for path, (site,) in layers.items()})
     for ours, setting in table.fields.items():
         settings |= _setting(table, ours, setting, layers)
         settings |= {setting.name: True} if ours == "save_projection" and is_narrow else {}
-    return tensors, {name: value for name, value in common.items() if name not in table.lacks} | settings
+    settings = {name: value for name, value in common.items() if name not in table.lacks} | settings
+    return tensors, table.settle(settings, tensors, layers)
 
 
 def _setting(table: Format, ours: str, setting: Setting, layers: Layers) -> dict[str, Any]:
     """A field as PEFT's setting, and its pattern. Raises CheckpointError where it differs by layer and has none."""
-    values = {path: getattr(site.cfg, ours) for path, (site,) in layers.items()}
+    values = {path: {ours: getattr(site.cfg, ours), **table.at_site(site)}[ours] for path, (site,) in layers.items()}
+    if ours == "alpha":  # None stands for the rank
+        values = {path: layers[path][0].cfg.r if value is None else value for path, value in values.items()}
     common = Counter(values.values()).most_common(1)[0][0]
     others = {f"{'^' * table.anchored}{path}": value for path, value in values.items() if value != common}
     if others and not setting.pattern:

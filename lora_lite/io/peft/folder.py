@@ -39,16 +39,19 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
+from torch import nn
 
 from ...core.shared import PLACE
 from ...errors import CheckpointError, brief
 from ..keys import PREFIX, THEIRS, plain_key
 from ..safetensors import Entry, Header, parse_json, read_header, read_json
+from . import unilora
 from .formats import FORMATS, format_of
 from .table import Format
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 DIFFUSERS, DIFFUSERS_SETTINGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+NO_MODULES: Mapping[str, nn.Module] = {}
 MOST_COMPONENTS = 8  # models of a pipeline in one file
 _READ = {  # the settings that are read, by peft_type
     "LORA": {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_rslora", "use_dora"}
@@ -89,9 +92,11 @@ class PeftFolder:
     shared: dict[str, str] = field(default_factory=dict)  # the same of those that all layers share
     whole: dict[str, str] = field(default_factory=dict)  # of new values of the base's own tensors: `<path>.weight`
     zeros: list[str] = field(default_factory=list)  # keys in the file of tensors that have to be zero
+    unread: list[str] = field(default_factory=list)  # of tensors that say nothing which the others don't
     tokens: dict[str, str] = field(default_factory=dict)  # of new rows: `<path>.lora_delta` of an embedding or a head
     unused: dict[str, str] = field(default_factory=dict)  # of base tensors that PEFT uses while the adapter is off
     copies: dict[str, str] = field(default_factory=dict)  # a key in the file -> another one of the same tensor
+    is_in_order: bool = False  # are the keys in the order of the model's modules?
     is_tied: bool = False  # are whole tensors those of all modules that share the weight?
 
     @property
@@ -132,10 +137,10 @@ class PeftFolder:
         return CheckpointError(f"{self.where}: {message}")
 
 
-def read_folder(path: Path, modules: Container[str] = ()) -> PeftFolder:
+def read_folder(path: Path, modules: Mapping[str, nn.Module] = NO_MODULES) -> PeftFolder:
     """A folder of PEFT, or a file of diffusers, or the folder with it. Nothing but headers and settings is read.
 
-    modules     the paths of a model's modules: of several components in a file of diffusers, the one with its layers
+    modules     a model's modules by path: of several components in a file of diffusers, the one with its layers
                 is meant, and what target_parameters name is looked up there (`forms.placed`)
 
     Raises:
@@ -143,7 +148,7 @@ def read_folder(path: Path, modules: Container[str] = ()) -> PeftFolder:
     """
     file = path / DIFFUSERS if path.is_dir() else path
     if file.is_file() and not (path / CONFIG).is_file():
-        return _with_settings(*_read_diffusers(file, modules), has_model=bool(modules))
+        return _with_settings(*_read_diffusers(file, modules), modules)
     if not (path / WEIGHTS).is_file() and (path / PICKLE).is_file():
         raise CheckpointError(
             f"{path / PICKLE} is a pickle, which is never opened: it can run code\n"
@@ -156,14 +161,17 @@ def read_folder(path: Path, modules: Container[str] = ()) -> PeftFolder:
         raise CheckpointError(f"{path} is no adapter folder of PEFT: wanted {WEIGHTS} and {CONFIG} in it{hint}")
     header = read_header(path / WEIGHTS)
     keys = {key: key for key in header.entries}
-    return _with_settings(header, str(path / CONFIG), read_json(path / CONFIG), keys, has_model=bool(modules))
+    return _with_settings(header, str(path / CONFIG), read_json(path / CONFIG), keys, modules)
 
 
 def _with_settings(
-    header: Header, where: str, settings: dict[str, Any], names: Mapping[str, str], has_model: bool
+    header: Header, where: str, settings: dict[str, Any], names: dict[str, str], modules: Mapping[str, nn.Module]
 ) -> PeftFolder:
     """`names`: a key as PEFT writes it -> as it is in the file. Raises CheckpointError."""
     source, table = PeftFolder(header, where, settings, {}, {}), format_of(settings)
+    source = replace(source, header=unilora.with_tables(source, modules))
+    names |= {key: key for key in source.header.entries.keys() - header.entries.keys()}
+    header = source.header
     saved = settings.get("modules_to_save")
     if not (saved is None or (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved))):
         raise source.error(f"modules_to_save={brief(repr(saved))}: wanted names")
@@ -173,9 +181,9 @@ def _with_settings(
     paths = source.paths
     for ours in [ours for ours in source.base if ours.rpartition(".")[0] not in paths]:
         del source.base[ours]
-    _check_settings(source, table, has_model)
+    _check_settings(source, table, bool(modules))
     sorted_keys = {*source.in_file.values(), *source.base.values(), *source.unused.values()}
-    sorted_keys |= {*source.copies, *source.zeros}
+    sorted_keys |= {*source.copies, *source.zeros, *source.unread}
     unknown = sorted(header.entries.keys() - sorted_keys)
     if unknown or not (source.keys or (settings["peft_type"] in WHOLE and source.beside)):
         raise CheckpointError(
@@ -190,6 +198,9 @@ def _sort_by(table: Format, source: PeftFolder, name: str, key: str) -> bool:
     """Is it a key of the table's method, now put where it belongs?"""
     if (shared := table.shared_of(name.removeprefix("base_model."))) is not None:
         _add_shared(source, shared, key)
+        return True
+    if table.is_unread(name.removeprefix("base_model.")):
+        source.unread.append(key)
         return True
     parts = name.removeprefix(PREFIX).split(".")
     for i in range(1, len(parts)):
@@ -282,7 +293,9 @@ def _check_settings(source: PeftFolder, table: Format | None, has_model: bool) -
     known |= {"modules_to_save"} if any(map(source.is_saved, source.beside)) else set()
     known |= {"trainable_token_indices"} if source.tokens and kind in ("LORA", "ADALORA") else set()
     known |= {"target_parameters"} if _names_weights(source, has_model) else set()
-    known |= {"bias"} if source.settings.get("bias") in (*_BIASES, *([table.only] if table else [])) else set()
+    bias = source.settings.get("bias")  # PEFT takes every "<x>_only" alike, and tells of "fourier_only" for WaveFT
+    is_only = table is not None and bool(table.only) and isinstance(bias, str) and bias.endswith("_only")
+    known |= {"bias"} if is_only or bias in _BIASES else set()
     lost = {
         field: value
         for field, value in source.settings.items()

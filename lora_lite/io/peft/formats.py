@@ -3,10 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from . import products, rotations, shared
+from . import products, rotations, shared, spectral, sspace
 from .table import Format
 
-FORMATS: tuple[Format, ...] = (*products.FORMATS, *rotations.FORMATS, *shared.FORMATS)
+FORMATS: tuple[Format, ...] = (
+    *products.FORMATS,
+    *rotations.FORMATS,
+    *shared.FORMATS,
+    *spectral.FORMATS,
+    *sspace.FORMATS,
+)
 
 
 def format_of(settings: Mapping[str, Any]) -> Format | None:

@@ -54,9 +54,11 @@ def placed(root: nn.Module, source: PeftFolder) -> PeftFolder:
     keys = {
         f"{paths[path]}.{name}": key for ours, key in source.keys.items() for path, _, name in [ours.rpartition(".")]
     }
+    numbers = {path: n for n, path in enumerate(modules)}  # some methods number their layers, in this order
+    keys = dict(sorted(keys.items(), key=lambda item: numbers.get(item[0].rpartition(".")[0], len(numbers))))
     if len(keys) < len(source.keys):
         raise source.error("two of its keys are of the same weight, as far as target_parameters tells")
-    return replace(source, keys=keys)
+    return replace(source, keys=keys, is_in_order=True)
 
 
 def _ends(path: str) -> set[str]:

@@ -19,7 +19,7 @@ from ...core.attach import installed
 from ...core.config import BaseConfig
 from ...core.names import file_key
 from ...core.resolve import attachable, make_sites
-from ...core.shared import Shared
+from ...core.shared import PLACE, Shared
 from ...core.state import Method, number_sites
 from ...core.targets import Target
 from ...core.variant import ParamSpec, lookup
@@ -105,9 +105,12 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
 
 
 def shared_tensors(source: PeftFolder, part: Part, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors that all layers of the folder's own method share, by our key."""
+    """The tensors that all layers of the folder's own method share, by our key."""
     specs = lookup(part.cfg.variant).shared_specs(list(part.targets.values()), part.cfg) if source.shared else {}
-    return {key: stored_as(source, specs[key.rpartition(".")[2]], part.cfg, key, values[key]) for key in source.shared}
+    once = {key: tensor for key, tensor in values.items() if key.startswith(f"{PLACE}.") and specs}
+    return {
+        key: stored_as(source, specs[key.rpartition(".")[2]], part.cfg, key, tensor) for key, tensor in once.items()
+    }
 
 
 def _with_the_rest(methods: list[Method], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,9 +147,10 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
     targets = _targets_by_shapes(source)
     whole = {path: _whole_target(source, path) for path in source.beside}
     parts, stored = parts_of(source, targets, {}) + beside.parts(source, whole, {}), stored_tensors(source)
-    shared = Shared({key.rpartition(".")[2]: ParamSpec(tuple(stored[key].shape)) for key in source.shared})
-    for key in source.shared:
-        shared.hold(key.rpartition(".")[2], stored[key])
+    once = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(f"{PLACE}.")}
+    shared = Shared({name: ParamSpec(tuple(tensor.shape)) for name, tensor in once.items()})
+    for name, tensor in once.items():
+        shared.hold(name, tensor)
     return [
         StoredLayer(
             target,
@@ -229,7 +233,7 @@ def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
     tensors = source.header.read([*source.in_file.values(), *source.copies])
     table = format_of(source.settings)
-    tables = {key for ours, key in source.in_file.items() if table and ours.rpartition(".")[2] in table.tables}
+    tables = {key for ours, key in source.in_file.items() if table and table.is_table(ours)}
     floats = {key: tensor for key, tensor in tensors.items() if key not in tables}  # `stored_as` checks the tables
     check_numbers(floats, str(source.header.path), "save the adapter again")
     for key, other in source.copies.items():
@@ -239,5 +243,6 @@ def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
         if torch.any(source.header.read([key])[key]):
             raise CheckpointError(f"{source.header.path}: {key} holds zeros in PEFT's files, and here other numbers")
     by_ours = {ours: tensors[key] for ours, key in source.in_file.items()}
+    by_ours = by_ours if table is None else by_table.gathered(table, by_ours)
     is_scale = {ours: ours.endswith("lora_l") and tensor.ndim <= 2 for ours, tensor in by_ours.items()}
     return {ours: tensor.flatten() if is_scale[ours] else tensor for ours, tensor in by_ours.items()}

@@ -42,6 +42,8 @@ def as_stored(
 def stored_as(source: PeftFolder, spec: ParamSpec, cfg: BaseConfig, name: str, tensor: Tensor) -> Tensor:
     """A tensor in the dtype that its parameter has here: a table's own, or the config's. Raises CheckpointError for
     indices out of a table's range."""
+    if spec.dtype is not None and not torch.equal(tensor, tensor.to(spec.dtype).to(tensor.dtype)):
+        raise source.error(f"{name} has indices that no {spec.dtype} holds\n  save the adapter again")
     tensor = tensor.to(spec.dtype or cfg.dtype)
     if spec.dtype is not None:
         check_numbers({name: tensor}, str(source.header.path), "save the adapter again", {name: spec})

@@ -16,6 +16,7 @@ from ...core.targets import Target
 
 if TYPE_CHECKING:
     from .folder import PeftFolder
+    from .parts import Layers
 
 Named = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -68,6 +69,7 @@ class Format:
     shared      our name of a tensor that the adapter has once -> PEFT's key after "base_model."; "*" as above
     copies      what follows a layer's path in a key that is a shared tensor again -> our name of that
     zeros       the same of tensors that hold nothing but zeros, and aren't ours
+    unread      as `shared`'s keys, of tensors that say nothing which the others don't
     when        settings -> is it this method? For several methods of one peft_type
     given       settings that are written, and say nothing else: {"init_lora_weights": "mica"}
     free        settings that say nothing which the tensors don't, such as how they started
@@ -76,13 +78,23 @@ class Format:
     takes       layer -> has PEFT the method on it?
     read        folder -> values of our config beside `fields`. Raises what source.error gives
     write       our config -> settings beside `fields`
+    by_layer    sites by path -> settings beside `fields` that the layers make together. Raises CheckpointError
     at_layer    values of our config that a layer's tensors tell, such as a rank
-    ours        (layer, PEFT's tensors of a layer by our names) -> ours
+    at_site     the same for writing: of a site whose config leaves them open
+    rows        our names of shared tensors of which each row is a tensor of PEFT's: "v.3", by `shared` of "v.*"
+    once        the file's tensors by our keys -> shared tensors that it has beside those. Raises CheckpointError
+    at_place    (our config, a layer's number among the layers in module order, how many there are, its tensors by our
+                names) -> tensors that it has beside those; None for none
+    ours        (layer, PEFT's tensors of a layer by our names, and the shared ones by our keys) -> ours
+    of_base     the same, where some of ours are made from the live weight: (layer, cfg, tensors of the layer, those
+                that all share) -> ours. Raises CheckpointError
     theirs      (site, ours) -> PEFT's. Raises CheckpointError for what PEFT hasn't
+    settle      (settings, PEFT's tensors by key, layers) -> the settings as they are written. Raises CheckpointError
     shapes      site -> the shapes of PEFT's tensors by our names; None: those of `theirs`
+    shapes_by   the same by the shapes in the file, which say more than the settings: (site, shapes) -> shapes
     sizes       the shapes of a layer's tensors by our names -> (d_in, d_out), 0 for one that they don't tell, where
                 there is no model; None: the folder is refused then
-    tables      our names of the tensors that hold integers
+    tables      our names of the tensors that hold integers; "*" as above
     reads_base  16-bit tensors are compared with numbers of the live weight, so they are loaded in float32
     anchored    may a pattern's key begin with "^"? So PEFT writes it by `re.match(rf"(.*\\.)?({key})$")`
     """
@@ -95,6 +107,8 @@ class Format:
     shared: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     when: Callable[[Mapping[str, Any]], bool] = lambda settings: True
     given: Mapping[str, Any] = field(default_factory=dict)
     free: tuple[str, ...] = ()
@@ -103,10 +117,17 @@ class Format:
     takes: Callable[[BaseLayer], bool] = _every
     read: Callable[["PeftFolder"], dict[str, Any]] = lambda source: {}
     write: Callable[[Any], dict[str, Any]] = lambda cfg: {}
+    by_layer: Callable[[Mapping[str, Site]], dict[str, Any]] = lambda sites: {}
     at_layer: Callable[[AtLayer], dict[str, Any]] = lambda place: {}
+    at_site: Callable[[Site], dict[str, Any]] = lambda site: {}
+    once: Callable[[Named], Named] = lambda tensors: {}
+    at_place: Callable[[Any, int, int, Named], Named] | None = None
     ours: Callable[[BaseLayer, Named], Named] = _same
+    of_base: Callable[[BaseLayer, Any, Named, Named], Named] | None = None
     theirs: Callable[[Site, Named], Named] = _same
+    settle: Callable[[dict[str, Any], Named, "Layers"], dict[str, Any]] = lambda settings, tensors, layers: settings
     shapes: Callable[[Site], dict[str, Shape]] | None = None
+    shapes_by: Callable[[Site, Mapping[str, Shape]], dict[str, Shape]] | None = None
     sizes: Callable[[Mapping[str, Shape]], tuple[int, int]] | None = None
     tables: tuple[str, ...] = ()
     reads_base: bool = False
@@ -127,6 +148,15 @@ class Format:
         """Our name of a shared tensor, by what follows "base_model." in PEFT's key."""
         pairs = self.shared.items()
         return next((name for ours, theirs in pairs if (name := _name(end, theirs, ours)) is not None), None)
+
+    def is_unread(self, end: str) -> bool:
+        """Is it a tensor that says nothing, by what follows "base_model." in PEFT's key?"""
+        return any(_name(end, key, key) is not None for key in self.unread)
+
+    def is_table(self, ours: str) -> bool:
+        """Does it hold integers, by our key?"""
+        name = ours.rpartition(".")[2]
+        return any(_name(name, table, table) is not None for table in self.tables)
 
     def end_of(self, ours: str, is_embedding: bool) -> str | None:
         """PEFT's name of a tensor at a layer; None if it is in no file of PEFT's."""
