@@ -1,13 +1,11 @@
 """GLoRA: one form for changes of weights, of biases and of what feeds them (Chavan et al. 2023, arXiv:2306.07967, 3.2).
 
     y = (W + W ∘ A + B) x + b + b ∘ D + E + W C       A, B (o, i)   C (i, 1)   D, E (o,)
-    A, B   "lora", Xd (o, r) Xu (r, i);  "vector" (o, 1);  "constant" (1,);  "none"
-    C      "lora", Xd (i, r) Xu (r, 1);  "vector" (i, 1);  "none"
-    D, E   "vector" (o,);  "constant" (1,);  "none".  C, D and E are at layers with a bias alone
+    A, B   "lora", Xd (o, r) Xu (r, i);  "vector" (o, 1);  "constant" (1,);  "none"        C, D, E: with a bias alone
+    C      "lora", Xd (i, r) Xu (r, 1);  "vector" (i, 1);  "none"       D, E   "vector";  "constant" (1,);  "none"
 
 Identity   each Xd and each X is 0, bit-exact
-Base       read: for A in each forward that trains, for C by the layer's own kernel; with A and B a vector or a constant
-           and no C never read. Convolutions and embeddings for "lora" alone
+Base       read; never with A and B a vector or a constant and no C. On convolutions and embeddings as "lora" alone
 Departs    from nothing. An expert's bias is added elsewhere, so C, D and E leave experts out
 Checked    against PEFT GloraConfig, with and without a bias: outputs, gradients, three AdamW steps
 """
@@ -56,29 +54,24 @@ class GLoRA:
 
     @staticmethod
     def layer_specs(target: Target, cfg: GLoRAConfig) -> dict[str, ParamSpec]:
-        o, i = target.d_out, target.d_in
+        o, i, specs = target.d_out, target.d_in, {}
         parts = dict.fromkeys("AB", (cfg.a_b, (o, i), (o, 1)))  # form, shape, shape of a vector
         if target.has_bias and not target.experts:
             parts |= {"C": (cfg.c, (i, 1), (i, 1)), **dict.fromkeys("DE", (cfg.d_e, (o, 1), (o,)))}
-        specs: dict[str, ParamSpec] = {}
         for part, (form, (rows, columns), vector) in parts.items():
-            pair: dict[str, tuple[int, ...]] = {"Xd": (rows, cfg.r), "Xu": (cfg.r, columns)}
-            for name, shape in {"lora": pair, "vector": {"X": vector}, "constant": {"X": (1,)}, "none": {}}[
-                form
-            ].items():
+            pair = {"Xd": (rows, cfg.r), "Xu": (cfg.r, columns)}
+            shapes: dict[str, Any] = {"lora": pair, "vector": {"X": vector}, "constant": {"X": (1,)}, "none": {}}
+            for name, shape in shapes[form].items():
                 init = "kaiming" if name == "Xu" else "zeros"
                 specs[f"lora_{part}_{name}"] = ParamSpec(shape, init, keep_dtype=True, is_shift=part in "CDE")
         if not specs:
-            problem = f"GLoRAConfig(a_b='none'): {target.path} has no bias, so nothing is trained there"
-            raise ConfigError(f"{problem}\n  leave it out with exclude_names, or give A and B a form")
+            raise ConfigError(f"{target.path}: without a bias, nothing is trained there at a_b='none'\n  leave it out")
         return specs
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank | None:
-        if layer.cfg.a_b != "lora":
-            return None
-        form, shift = as_low_rank(layer, *_delta(layer)), _shift(layer)
-        return form if shift is None else form._replace(shift=layer.scale * shift)
+        form, shift = as_low_rank(layer, *_delta(layer)) if layer.cfg.a_b == "lora" else None, _shift(layer)
+        return form if form is None or shift is None else form._replace(shift=layer.scale * shift)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
@@ -93,22 +86,15 @@ class GLoRA:
 
 
 def _delta(layer: Layer) -> tuple[Any, ...]:
-    """The function that gives W ∘ A + B, and its tensors."""
-
-    def delta(ad: Tensor, au: Tensor, bd: Tensor, bu: Tensor) -> Float[Tensor, "o i"]:
-        return layer.matrix() * (ad @ au) + bd @ bu
-
-    return delta, layer.lora_A_Xd, layer.lora_A_Xu, layer.lora_B_Xd, layer.lora_B_Xu
+    tensors = layer.lora_A_Xd, layer.lora_A_Xu, layer.lora_B_Xd, layer.lora_B_Xu
+    return lambda ad, au, bd, bu: layer.matrix() * (ad @ au) + bd @ bu, *tensors
 
 
 def _shift(layer: Layer) -> Float[Tensor, "#o"] | None:
-    """b ∘ D + E + W C; None where there is nothing to shift by."""
-    cfg, bias, terms = layer.cfg, layer.bias, []
-    if not layer.has_bias or layer.experts:
-        return None
-    if cfg.d_e != "none":
+    cfg, bias, terms, has_bias = layer.cfg, layer.bias, [], layer.has_bias and not layer.experts
+    if has_bias and cfg.d_e != "none":
         terms = [layer.lora_E_X] if bias is None else [bias * layer.lora_D_X, layer.lora_E_X]
-    if cfg.c != "none":
+    if has_bias and cfg.c != "none":
         column = layer.lora_C_X if cfg.c == "vector" else layer.lora_C_Xd @ layer.lora_C_Xu  # (i, 1)
         terms.append(layer.linear(column.mT)[0])  # (o,)
     return sum(terms[1:], terms[0]) if terms else None

@@ -62,10 +62,9 @@ class GraLoRA:
             "lora_a": ParamSpec((k, d_in // k, r), lambda t: t.uniform_(-bound, bound), keep_dtype=True),
             "lora_b": ParamSpec((k, r, d_out // k), keep_dtype=True),
         }
-        if h:
-            specs["lora_general_a"] = ParamSpec((h, d_in), "kaiming", keep_dtype=True)
-            specs["lora_general_b"] = ParamSpec((d_out, h), keep_dtype=True)
-        return specs
+        general = {"lora_general_a": ParamSpec((h, d_in), "kaiming", keep_dtype=True)}
+        general |= {"lora_general_b": ParamSpec((d_out, h), keep_dtype=True)}
+        return specs | (general if h else {})
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:

@@ -428,7 +428,10 @@ def test_a_wrong_field_is_an_error(make: Any, text: str) -> None:
         (ll.MissConfig(r=25), r"r=25, mini_r=1\): can't part a \(32, 24\) weight\n  wanted at most d_in for r"),
         (ll.MissConfig(r=8, form="mini", mini_r=5), r"a mini_r that divides d_out"),
         (ll.MissConfig(r=6, form="bat"), r"an r that divides both sides"),
-        (ll.GLoRAConfig(a_b="none", target_names="1"), r"1 has no bias, so nothing is trained there"),
+        (
+            ll.GLoRAConfig(a_b="none", target_names="1"),
+            r"1: without a bias, nothing is trained there at a_b=.none.\n  leave it out",
+        ),
     ],
 )
 def test_a_layer_that_a_method_can_not_part_is_an_error(cfg: Any, text: str) -> None:
