@@ -425,3 +425,17 @@ def test_other_kinds_of_layer(variant: str, kind: str) -> None:
     else:
         wanted = ORACLES[variant](layer.weight.mT, bias, cfg, tensors, torch.eye(12, dtype=torch.float64))
     torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["random", "batch_average"])
+def test_veloras_gradients_are_pefts(start: str, tmp_path: Path) -> None:
+    """Three steps of Adam don't show their size."""
+    ours, theirs = both(f"velora-{start}", tmp_path)
+    for model in (ours.train(), theirs.train()):
+        (model(X) * torch.linspace(-1, 1, 120).view(5, 24)).sum().backward()
+    live = dict(theirs.named_parameters())
+    for path in ("up", "down"):
+        for name in ("A", "B"):
+            wanted = live[f"base_model.model.{path}.lora_{name}.default.weight"].grad
+            got = getattr(ours.get_submodule(path), f"lora_{name}").grad
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
