@@ -364,13 +364,13 @@ def test_zeros_start_as_the_identity(variant: str) -> None:
     assert torch.equal(model(x), base)
 
 
-@pytest.mark.parametrize(("row", "column"), [(D_OUT, 0), (0, D_IN), (-1, 3), (0, -1)])
+@pytest.mark.parametrize(("row", "column"), [(D_OUT, 0), (D_OUT - 2, 2 * D_IN - 1), (-1, 3)])
 def test_a_mask_of_pefts_that_leaves_the_weight_is_refused(row: int, column: int, tmp_path: Path) -> None:
     """Also where the row-major index of the two is a valid one."""
     _, _, theirs, _ = pair("shira")
     theirs.save_pretrained(tmp_path)
     tensors = load_file(file := tmp_path / "adapter_model.safetensors")
-    tensors["base_model.model.proj.shira_indices"][:, 0] = torch.tensor([row, column], dtype=torch.int32)
+    tensors["base_model.model.proj.shira_indices"][:, -1] = torch.tensor([row, column], dtype=torch.int32)
     save_file(tensors, file)
     with pytest.raises(ll.CheckpointError, match="lora_indices"):
         ll.load_peft(OneLinear(D_IN, D_OUT), tmp_path)
