@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +57,12 @@ class SeededConfig(AdapterConfig):
         self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
-def check_directions(cfg: AdapterConfig, d_in: int, d_out: int, most: int) -> None:
-    """ConfigError for a rank above `most`, the directions of a (d_out, d_in) weight that the method can take."""
+def check_directions(cfg: Any, d_in: int, d_out: int, most: int | None = None) -> None:
+    """ConfigError for a rank above `most`, the directions of a (d_out, d_in) weight that the method can take; all."""
+    most = min(d_in, d_out) if most is None else most
     if cfg.r > most:
         raise ConfigError(
-            f"{type(cfg).__name__}(r={cfg.r}): a ({d_out}, {d_in}) weight has {most} directions for it\n"
+            f"{type(cfg).__name__}(r={cfg.r}): a ({d_out}, {d_in}) weight has {most} directions\n"
             f"  lower r, there alone with per_layer, or leave the layer out with exclude_names"
         )
 

@@ -56,15 +56,6 @@ def check_divides(cfg: BaseConfig, field: str, d: int, times: int = 1) -> None:
         )
 
 
-def check_rank(cfg: Any, d_in: int, d_out: int) -> None:
-    """ConfigError if r is more than the directions of a (d_out, d_in) weight."""
-    if cfg.r > min(d_in, d_out):
-        raise ConfigError(
-            f"{type(cfg).__name__}(r={cfg.r}): a ({d_out}, {d_in}) weight has {min(d_in, d_out)} directions\n"
-            f"  lower r, there alone with per_layer, or leave the layer out with exclude_names"
-        )
-
-
 def series_terms(cfg: Any) -> int | None:
     """How many terms the rotation has; None for the exact one."""
     terms: int | None = cfg.num_cayley_neumann_terms if cfg.use_cayley_neumann else None

@@ -6,7 +6,7 @@ from typing import Any
 from ..core.config import AdapterConfig
 from ..core.variant import Layer, ParamSpec
 from ..ops.svd import principal_factors
-from .orthogonal import check_rank
+from .factors import check_directions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class PrincipalConfig(AdapterConfig):
 
 def factor_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
     """U (d_out, r) and V (r, d_in). Raises ConfigError if the weight has fewer directions."""
-    check_rank(cfg, d_in, d_out)
+    check_directions(cfg, d_in, d_out)
     u = ParamSpec((d_out, cfg.r), trainable=False, keep_dtype=True)
     return {"lora_U": u, "lora_V": ParamSpec((cfg.r, d_in), trainable=False, keep_dtype=True)}
 

@@ -8,6 +8,7 @@ storage dtype: they are exactly 0 at the start, and nothing cancels in bfloat16.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,7 @@ from ..core.config import AdapterConfig
 from ..core.layer import Layer
 from ..core.validate import positive_or_none
 from ..core.variant import ParamSpec
-from ..errors import ConfigError
-from ..ops.low_rank import add_low_rank
+from .factors import check_directions, with_factors
 
 __all__ = ["ResidualConfig", "forward", "from_svd", "is_trained", "low_rank", "param_specs", "start"]
 
@@ -41,11 +41,7 @@ class ResidualConfig(AdapterConfig):
 
 def param_specs(d_in: int, d_out: int, cfg: ResidualConfig) -> dict[str, ParamSpec]:
     """A, B, A0 and B0. Raises ConfigError where the weight has fewer directions than r."""
-    if cfg.r > min(d_in, d_out):
-        raise ConfigError(
-            f"{type(cfg).__name__}(r={cfg.r}): a ({d_out}, {d_in}) weight has {min(d_in, d_out)} directions\n"
-            f"  lower r, there alone with per_layer, or leave the layer out with exclude_names"
-        )
+    check_directions(cfg, d_in, d_out)
     a, b = (cfg.r, d_in), (d_out, cfg.r)
     return {
         "lora_A": ParamSpec(a, keep_dtype=True),
@@ -76,14 +72,18 @@ def from_svd(layer: Layer, u: Float[Tensor, "o r"], s: Float[Tensor, "r"], v: Fl
 
 def low_rank(layer: Layer) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"], float]:
     """The change as one product of rank 2r."""
-    a, b = layer.lora_A, layer.lora_B
-    a0, b0 = layer.lora_A0.to(a.dtype), layer.lora_B0.to(b.dtype)  # a cast of parameters alone must not part them
-    # [ΔA; A0] (2r, i) and [B ΔB] (o, 2r): B ΔA + ΔB A0 = B A - B0 A0, and exactly 0 at the start
-    return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1), layer.scale * layer.cfg.scaling
+    return *_factors(1.0, *_tensors(layer)), layer.scale * layer.cfg.scaling
+
+
+def _tensors(layer: Layer) -> tuple[Tensor, ...]:
+    return layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0
+
+
+def _factors(s: float, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """[ΔA; A0] (2r, i) and s [B ΔB] (o, 2r): B ΔA + ΔB A0 = B A - B0 A0, and exactly 0 at the start."""
+    a0, b0 = a0.to(a.dtype), b0.to(b.dtype)  # a cast of parameters alone must not part them
+    return torch.cat([a - a0, a0]), torch.cat([b, b - b0], dim=1) * s
 
 
 def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-    a, b, s = low_rank(layer)
-    if torch.is_grad_enabled():  # the backward keeps them: no parameters, so they take memory of their own
-        a, b = a.to(x.dtype), b.to(x.dtype)
-    return add_low_rank(y, x, a, b, s)
+    return with_factors(layer, x, y, partial(_factors, layer.cfg.scaling), *_tensors(layer))

@@ -54,8 +54,10 @@ class GLoRA:
 
     @staticmethod
     def layer_specs(target: Target, cfg: GLoRAConfig) -> dict[str, ParamSpec]:
-        o, i, specs = target.d_out, target.d_in, {}
-        parts = dict.fromkeys("AB", (cfg.a_b, (o, i), (o, 1)))  # form, shape, shape of a vector
+        o, i, specs = target.d_out, target.d_in, dict[str, ParamSpec]()
+        parts: dict[str, tuple[str, tuple[int, int], tuple[int, ...]]] = dict.fromkeys(
+            "AB", (cfg.a_b, (o, i), (o, 1))
+        )  # form, shape, shape of a vector
         if target.has_bias and not target.experts:
             parts |= {"C": (cfg.c, (i, 1), (i, 1)), **dict.fromkeys("DE", (cfg.d_e, (o, 1), (o,)))}
         for part, (form, (rows, columns), vector) in parts.items():

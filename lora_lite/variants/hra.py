@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
-from ..families.orthogonal import change_by, check_rank
+from ..families.factors import check_directions
+from ..families.orthogonal import change_by
 from ..ops.householder import reflections, subspace_reflections
 
 __all__ = ["HRA", "HRAConfig"]
@@ -49,7 +50,7 @@ class HRA:
     def param_specs(d_in: int, d_out: int, cfg: HRAConfig) -> dict[str, ParamSpec]:
         if not cfg.apply_GS:
             return {"lora_u": ParamSpec((d_in, cfg.r), init=_in_pairs, keep_dtype=True)}
-        check_rank(cfg, d_in, d_in)
+        check_directions(cfg, d_in, d_in)
         u = ParamSpec((d_in, cfg.r), init="kaiming", keep_dtype=True)
         return {"lora_u": u, "lora_u0": ParamSpec((d_in, cfg.r), trainable=False, keep_dtype=True)}
 

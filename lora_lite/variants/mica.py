@@ -38,7 +38,7 @@ class MiCA:
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MiCAConfig) -> dict[str, ParamSpec]:
-        check_directions(cfg, d_in, d_out, min(d_in, d_out))
+        check_directions(cfg, d_in, d_out)
         return {
             "lora_A": ParamSpec((cfg.r, d_in), keep_dtype=True),
             "lora_B": ParamSpec((d_out, cfg.r), trainable=False, keep_dtype=True),

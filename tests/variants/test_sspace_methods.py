@@ -360,7 +360,7 @@ def test_a_schedule_without_gradients_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("variant", "fields", "message"),
     [
-        ("mica", {"r": 25}, r"MiCAConfig\(r=25\): a \(32, 24\) weight has 24 directions for it"),
+        ("mica", {"r": 25}, r"MiCAConfig\(r=25\): a \(32, 24\) weight has 24 directions"),
         ("mica", {"alpha": 0.0}, r"alpha=0\.0\): wanted a number above 0, or None"),
         ("mica", {"dropout": 1.0}, r"dropout=1\.0\): wanted a probability below 1"),
         ("kasa", {"r": 24}, r"KaSAConfig\(r=24\): a \(32, 24\) weight has 23 directions"),
