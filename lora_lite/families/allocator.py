@@ -6,19 +6,63 @@ ranks at step t    all until tinit; then B1 + (B0 - B1) (1 - (t - tinit) / (tota
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..base import sharding
+from ..core.config import BaseConfig
 from ..core.layer import Layer
+from ..core.validate import is_number
 from ..errors import ConfigError, TargetError
 
-__all__ = ["FACTORS", "allocate", "budget"]
+__all__ = ["FACTORS", "AllocatorConfig", "allocate", "budget"]
 
 FACTORS = ("lora_A", "lora_B", "lora_E")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocatorConfig(BaseConfig):
+    """The ranks, and when which of them stay.
+
+    init_r, r     ranks at the start, 12 by default; of a layer that has lost some, as in a file of PEFT's. Of r alone
+                  it is init_r, too
+    total_step    of the optimizer in the whole training; None for inference
+    deltaT        steps from one mask to the next
+    """
+
+    r: int = None  # type: ignore[assignment]  # a number once the config is made, and so is init_r
+    init_r: int = None  # type: ignore[assignment]
+    target_r: int = 8
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1  # noqa: N815  as PEFT calls it
+    beta1: float = 0.85
+    beta2: float = 0.85
+    total_step: int | None = None
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
+        *BaseConfig.SAME_AT_ALL_LAYERS,
+        *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step"),
+    )
+
+    def __post_init__(self) -> None:
+        start = self.init_r if self.init_r is not None else 12 if self.r is None else self.r
+        object.__setattr__(self, "init_r", start)
+        object.__setattr__(self, "r", start if self.r is None else self.r)
+        super().__post_init__()  # it checks per_layer, whose layers have this init_r
+        for name, least in {"init_r": 1, "target_r": 1, "deltaT": 1, "tinit": 0, "tfinal": 0, "r": 0}.items():
+            value = getattr(self, name)
+            self.require(type(value) is int and value >= least, name, f"a whole number, {least} or more")
+        self.require(self.r <= self.init_r, "r", f"at most init_r = {self.init_r}, the ranks to start with")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            self.require(is_number(value) and 0 <= value < 1, name, "a number from 0 to below 1")
+        steps, least = self.total_step, self.tinit + self.tfinal + 1
+        ok = steps is None or (type(steps) is int and steps >= least)
+        self.require(ok, "total_step", f"the steps of the training, at least tinit + tfinal + 1 = {least}, or None")
 
 
 def allocate(targets: Mapping[str, Layer], cfg: Any, step: int) -> None:

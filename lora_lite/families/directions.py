@@ -1,5 +1,6 @@
 """Directions of the residual stream: found at attach, and which of them acts at which layer, and how much of it."""
 
+import enum
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,10 @@ from ..errors import ConfigError
 from ..measure.capture import capture
 from ..measure.contrast import Center, Contrast, Method, contrast, is_quantile, orthonormal
 
-__all__ = ["DirectionConfig", "Kernel", "Method", "SubspaceConfig", "active_directions", "fit_subspace", "fit_vector"]
+__all__ = [
+    *("DirectionConfig", "Kernel", "Method", "SubspaceConfig", "Unit", "VectorConfig"),
+    *("active_directions", "fit_subspace", "fit_vector"),
+]
 
 MOST_KERNELS = 100
 TOLERANCE = 0.1
@@ -96,6 +100,32 @@ class SubspaceConfig(DirectionConfig):
         self.require(type(self.rank) is int and self.rank > 0, "rank", "a number of directions, at least 1")
 
 
+class Unit(enum.StrEnum):
+    DIFFERENCE, NORM = "difference", "norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorConfig(DirectionConfig):
+    """One vector for each layer.
+
+    unit     of strength. "difference": the distance of the sides along the direction; of given directions their own
+             length. "norm": the length of the activations of the layer's own block, as the fit measured it
+    method   "difference" of the sides' centres, "pca" or "probe", as in `contrast`
+    what     "residual": the direction is of the stream as it leaves the block. "output": of what the layer puts out
+    """
+
+    unit: Unit | str = Unit.DIFFERENCE
+    method: Method | str = Method.DIFFERENCE
+    what: str = "residual"
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*DirectionConfig.SAME_AT_ALL_LAYERS, "method", "what")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.what in ("residual", "output"), "what", '"residual" or "output"')
+        self.require(self.what == "residual" or self.layer is None, "layer", "None with what='output'")
+        self.require(self.method == "difference" or self.center == "mean", "center", f"'mean' for {self.method!r}")
+
+
 def fit_subspace(model: nn.Module, targets: Mapping[str, Layer], cfg: SubspaceConfig, calibration_data: Any) -> None:
     """A `group_init`: k orthonormal directions into each layer's `lora_own`, from two sides of prompts or as given.
 
@@ -108,7 +138,7 @@ def fit_subspace(model: nn.Module, targets: Mapping[str, Layer], cfg: SubspaceCo
         layer.lora_own.copy_(orthonormal(given_rows(layer, given, cfg.rank), layer.path))
 
 
-def fit_vector(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibration_data: Any) -> None:
+def fit_vector(model: nn.Module, targets: Mapping[str, Layer], cfg: VectorConfig, calibration_data: Any) -> None:
     """A `group_init`: into each layer's `lora_own` the way from the negative side to the positive one, or the vector
     that is given; into `lora_norm` the length of the activations there, 0 for a given one.
 

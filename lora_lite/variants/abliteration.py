@@ -14,7 +14,6 @@ Departs    the bias stays, but NONE takes V out of fused experts' biases too. PR
 Checked    against the weight forms above
 """
 
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,16 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.variant import Layer, ParamSpec, register
-from ..errors import BaseModelError
 from ..families.directions import SubspaceConfig, active_directions, fit_subspace
+from ..families.normalization import Normalization, gain, read_weight
 
 __all__ = ["Abliteration", "AbliterationConfig", "Normalization"]
-
-SMALLEST = 1e-3  # the least n² over all λ: below it too little of a row or column is left to say where it points
-
-
-class Normalization(enum.StrEnum):
-    NONE, PRE, FULL, COLUMN = "none", "pre", "full", "column"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +72,11 @@ class Abliteration:
             if not torch.equal(layer.lora_v, v):
                 layer.lora_v.copy_(v)
                 if layer.cfg.normalization in ("full", "column"):
-                    _read_weight(layer)
+                    read_weight(layer)
 
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-        return x * _gain(layer).to(x.dtype) if layer.cfg.normalization == "column" else x
+        return x * gain(layer).to(x.dtype) if layer.cfg.normalization == "column" else x
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
@@ -94,27 +87,4 @@ class Abliteration:
         removed = (wx @ reads.to(y.dtype).mT) @ (layer.scale * layer.lora_strength * writes).to(y.dtype)  # (*b, o)
         if layer.cfg.normalization != "full":
             return y - removed
-        return y - removed + (_gain(layer) - 1).to(y.dtype) * (wx - removed)  # over n, and the bias is left alone
-
-
-def _read_weight(layer: Layer) -> None:
-    """p and q, which change with V. Raises BaseModelError where n² comes near 0 for some λ."""
-    w = layer.dense_weight()
-    v, tiny = layer.lora_v.to(w.dtype), torch.finfo(w.dtype).tiny
-    if layer.cfg.normalization == "column":
-        p = q = (v @ w).square().sum(0) / w.square().sum(0).clamp_min(tiny)
-    else:
-        inverse = 1 / layer.lora_d.to(w.dtype).where(layer.lora_d > 0, torch.inf)
-        u = (v * inverse) @ w  # U = V Ŵ (k, i), with no copy of W for Ŵ
-        p = ((w @ u.mT) * inverse[:, None] * v.mT).sum(1)  # (o,)
-        q = (v.mT @ (u @ u.mT) * v.mT).sum(1)  # (o,)
-    if (p.square() / q.clamp_min(tiny)).max() > 1 - SMALLEST:  # over λ, n² is least at p/q: 1 - p²/q
-        raise BaseModelError(f"{layer.path}: almost nothing of a row or column is left to normalise\n  use 'pre'")
-    layer.lora_p.copy_(p)
-    layer.lora_q.copy_(q)
-
-
-def _gain(layer: Layer) -> Tensor:
-    """1/n, of rows in FULL and of columns in COLUMN."""
-    s = layer.scale * layer.lora_strength
-    return (1 - 2 * s * layer.lora_p + s * s * layer.lora_q).rsqrt()
+        return y - removed + (gain(layer) - 1).to(y.dtype) * (wx - removed)  # over n, and the bias is left alone

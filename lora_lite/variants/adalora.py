@@ -20,56 +20,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.config import BaseConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.allocator import allocate
+from ..families.allocator import AllocatorConfig, allocate
 from ..ops.low_rank import add_low_rank
 
 __all__ = ["AdaLoRA", "AdaLoRAConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRAConfig(BaseConfig):
-    """init_r: ranks at the start, 12 by default. r: of a layer that has lost some, as in a file of PEFT's; init_r by
-    default, and of r alone it is the default. total_step: of the optimizer in the whole training; None for inference.
-    deltaT: steps from one mask to the next. dropout: of the branch."""
+class AdaLoRAConfig(AllocatorConfig):
+    """alpha: s is alpha / (init_r + 1e-5). dropout: of the branch. The others are of the schedule, in its family."""
 
     variant: str = "adalora"
-    r: int = None  # type: ignore[assignment]  # a number once the config is made, and so is init_r
-    init_r: int = None  # type: ignore[assignment]
-    target_r: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1  # noqa: N815  as PEFT calls it
-    beta1: float = 0.85
-    beta2: float = 0.85
     orth_reg_weight: float = 0.5
-    total_step: int | None = None
-    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
-        *BaseConfig.SAME_AT_ALL_LAYERS,
-        *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-    )
+    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*AllocatorConfig.SAME_AT_ALL_LAYERS, "orth_reg_weight")
 
     def __post_init__(self) -> None:
-        start = self.init_r if self.init_r is not None else 12 if self.r is None else self.r
-        object.__setattr__(self, "init_r", start)
-        object.__setattr__(self, "r", start if self.r is None else self.r)
-        super().__post_init__()  # it checks per_layer, whose layers have this init_r
-        for name, least in {"init_r": 1, "target_r": 1, "deltaT": 1, "tinit": 0, "tfinal": 0, "r": 0}.items():
-            value = getattr(self, name)
-            self.require(type(value) is int and value >= least, name, f"a whole number, {least} or more")
-        self.require(self.r <= self.init_r, "r", f"at most init_r = {self.init_r}, the ranks to start with")
+        super().__post_init__()
         self.require(is_number(self.alpha) and self.alpha > 0, "alpha", "a number above 0")
-        for name in ("dropout", "beta1", "beta2"):
-            value = getattr(self, name)
-            self.require(is_number(value) and 0 <= value < 1, name, "a number from 0 to below 1")
+        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number from 0 to below 1")
         self.require(is_number(self.orth_reg_weight) and self.orth_reg_weight >= 0, "orth_reg_weight", "0 or more")
-        steps, least = self.total_step, self.tinit + self.tfinal + 1
-        ok = steps is None or (type(steps) is int and steps >= least)
-        self.require(ok, "total_step", f"the steps of the training, at least tinit + tfinal + 1 = {least}, or None")
 
 
 @register

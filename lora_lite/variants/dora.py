@@ -73,15 +73,13 @@ class DoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        a, b, cfg = layer.lora_A, layer.lora_B, layer.cfg
-        dropout = cfg.dropout if layer.training else 0.0
-        return add_low_rank(y, x, a, b, cfg.scaling, dropout, _gain(layer, a, b), layer.scale, layer.bias)
+        f = DoRA.low_rank(layer)
+        return add_low_rank(y, x, layer.lora_A, f.b, f.s, f.dropout, f.gain, f.c, layer.bias)
 
 
 def _gain(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]) -> Float[Tensor, "o"]:
-    magnitude = layer.lora_m
-    base_norm = layer.lora_n0.to(magnitude.dtype)  # a cast of parameters alone must not part n0 from m
-    return magnitude.float() / layer.constant("n", partial(_weight_norm, layer), a, b, base_norm)  # no gradient: 4.3
+    base_norm = layer.lora_n0.to(layer.lora_m.dtype)  # a cast of parameters alone must not part n0 from m
+    return layer.lora_m.float() / layer.constant("n", partial(_weight_norm, layer), a, b, base_norm)  # no gradient: 4.3
 
 
 def _weight_norm(

@@ -55,15 +55,12 @@ class GLoRA:
     @staticmethod
     def layer_specs(target: Target, cfg: GLoRAConfig) -> dict[str, ParamSpec]:
         o, i, specs = target.d_out, target.d_in, dict[str, ParamSpec]()
-        parts: dict[str, tuple[str, tuple[int, int], tuple[int, ...]]] = dict.fromkeys(
-            "AB", (cfg.a_b, (o, i), (o, 1))
-        )  # form, shape, shape of a vector
+        parts: dict[str, Any] = dict.fromkeys("AB", (cfg.a_b, (o, i), (o, 1)))  # form, shape, shape of a vector
         if target.has_bias and not target.experts:
             parts |= {"C": (cfg.c, (i, 1), (i, 1)), **dict.fromkeys("DE", (cfg.d_e, (o, 1), (o,)))}
         for part, (form, (rows, columns), vector) in parts.items():
-            pair = {"Xd": (rows, cfg.r), "Xu": (cfg.r, columns)}
-            shapes: dict[str, Any] = {"lora": pair, "vector": {"X": vector}, "constant": {"X": (1,)}, "none": {}}
-            for name, shape in shapes[form].items():
+            pair: dict[str, Any] = {"Xd": (rows, cfg.r), "Xu": (cfg.r, columns)}
+            for name, shape in {"lora": pair, "vector": {"X": vector}, "constant": {"X": (1,)}}.get(form, {}).items():
                 init = "kaiming" if name == "Xu" else "zeros"
                 specs[f"lora_{part}_{name}"] = ParamSpec(shape, init, keep_dtype=True, is_shift=part in "CDE")
         if not specs:

@@ -11,10 +11,8 @@ Departs    by default c v is added on the MLP's last layer, where it can be merg
 Checked    against adding the vector at the block's output
 """
 
-import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,24 +22,16 @@ from torch import Tensor
 from ..core.targets import MLP, MLP_OUT
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
-from ..families.directions import DirectionConfig, Method, active_directions, fit_vector
+from ..families.directions import Unit, VectorConfig, active_directions, fit_vector
 
 __all__ = ["Steer", "SteerConfig", "Unit"]
 
 
-class Unit(enum.StrEnum):
-    DIFFERENCE, NORM = "difference", "norm"
-
-
 @dataclass(frozen=True, kw_only=True)
-class SteerConfig(DirectionConfig):
+class SteerConfig(VectorConfig):
     """Targets the MLP's last layer of every block; with kinds="block", its output. Choose some with `layers`: each adds
-    to the earlier ones.
+    to the earlier ones. unit, method and what are those of its family.
 
-    unit     of strength. "difference": the distance of the sides along the direction; of given directions their own
-             length. "norm": the length of the activations of the layer's own block, as the fit measured it
-    method   "difference" of the sides' centres, "pca" or "probe", as in `contrast`
-    what     "residual": the direction is of the stream as it leaves the block. "output": of what the layer puts out
     start    add from this column of the batch on, counted from 0; None: everywhere. A forward of one position is taken
              for a step of decoding, beyond start, one of several to begin at 0: so with a cache and without are the
              same if the prompt has `start` columns at least. Not on fused experts
@@ -56,17 +46,10 @@ class SteerConfig(DirectionConfig):
         r"\.\d+\.(fc2|output(\.bottleneck)?\.dense|output_query\.dense|ffn_output|ffn\.2|ff\.layer_2)$",
         r"\.\d+\.mixer\.(out_proj|down_proj|o_proj)$",  # the only part of a block: Mamba, Nemotron-H
     )
-    unit: Unit | str = Unit.DIFFERENCE
-    method: Method | str = Method.DIFFERENCE
-    what: str = "residual"
     start: int | None = None
-    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (*DirectionConfig.SAME_AT_ALL_LAYERS, "method", "what")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.what in ("residual", "output"), "what", '"residual" or "output"')
-        self.require(self.what == "residual" or self.layer is None, "layer", "None with what='output'")
-        self.require(self.method == "difference" or self.center == "mean", "center", f"'mean' for {self.method!r}")
         valid = self.start is None or (type(self.start) is int and self.start >= 0)
         self.require(valid, "start", "a position from 0, or None")
 
