@@ -524,7 +524,7 @@ def test_the_laws_hold_in_every_mode(
     mode: str, law: Any, experts_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everywhere = {"target_names": ("o_proj", "down_proj", "experts"), "normalization": mode}
-    monkeypatch.setattr(test_laws, "config", lambda variant: config(variant, **everywhere))
+    monkeypatch.setattr(test_laws, "config", lambda variant, **more: config(variant, **everywhere | more))
     if experts_too:
         monkeypatch.setattr(test_laws, "tiny_llama", lambda dtype=torch.float32, **sizes: moe("gpt_oss", dtype))
     law("abliteration", tmp_path)
