@@ -24,7 +24,6 @@ FIELDS: dict[str, Fields | Callable[[int], Fields]] = {
     "adalora": lambda steps: {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3},
     "rslora": {"variant": "lora", "rslora": True},
     "c3a": {"block_size": 64},
-    "vblora": {"vector_length": 64},
 }
 """Fields that differ from the defaults, or a function of the number of steps that gives them. A name that isn't a
 variant's says which one it is."""

@@ -6,7 +6,8 @@
 
 Identity   none: a fresh adapter moves the output a little
 Base       never read: any layer kind whose sides v divides
-Departs    from nothing. PEFT's files of the top k alone are read: their other logits become so low that none is chosen
+Departs    v is 64, where PEFT's 256 divides few widths. PEFT's files of the top k are read: their other logits become so
+           low that none is chosen
 Checked    against PEFT VBLoRAConfig: outputs, gradients, three AdamW steps
 """
 
@@ -35,7 +36,7 @@ class VBLoRAConfig(AdapterConfig):
     variant: str = "vblora"
     r: int = 4
     num_vectors: int = 256
-    vector_length: int = 256
+    vector_length: int = 64
     topk: int = 2
     dropout: float = 0.0
     init_vector_bank_bound: float = 0.02
