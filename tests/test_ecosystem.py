@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,22 @@ from models import (
     acts_everywhere,
     attach,
     config,
+    covering,
     is_trained,
     loss_of,
+    one_layer,
     perturb,
     quantized,
     tiny_llama,
 )
 from test_laws import VARIANTS, logits, per_identity, small
+from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from lora_lite.trainer import AdapterCheckpoints, AdapterTrainer
 
+COVERING = covering()
+"""What a whole model adds is a matter of mechanisms; the maths of each method goes through a layer, in milliseconds."""
 per_variant = pytest.mark.parametrize("variant", VARIANTS)
 per_trained = pytest.mark.parametrize("variant", [v for v in VARIANTS if is_trained(v)])
 
@@ -53,9 +59,9 @@ def test_a_plain_loop_learns() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-@per_trained
+@pytest.mark.parametrize("variant", [v for v in COVERING if is_trained(v)])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(variant: str, use_reentrant: bool) -> None:
+def test_gradient_checkpointing_of_a_model_gives_the_same_gradients(variant: str, use_reentrant: bool) -> None:
     model, adapter = attached(variant)
     model.train()
     loss_of(model).backward()
@@ -65,6 +71,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(variant: str, use_reent
     twin.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
     loss_of(twin).backward()
     torch.testing.assert_close(gradients(twin_adapter), wanted)
+
+
+@per_trained
+def test_gradient_checkpointing_of_a_layer_gives_the_same_gradients(variant: str) -> None:
+    layer, x = one_layer(variant)
+    adapter = attach(layer, config(variant, target_names="proj"))
+    perturb(adapter)
+    layer.train()
+    grads = []
+    for run in (layer, partial(checkpoint, layer, use_reentrant=False)):
+        layer.zero_grad()
+        torch.manual_seed(7)  # of what a method draws
+        run(x).square().mean().backward()
+        grads.append(gradients(adapter))
+    torch.testing.assert_close(*grads)
 
 
 def test_gradient_checkpointing_repeats_the_dropout_mask() -> None:
@@ -84,28 +105,44 @@ def test_gradient_checkpointing_repeats_the_dropout_mask() -> None:
 
 @per_trained
 def test_autocast_computes_in_its_dtype_and_keeps_float32_gradients(variant: str) -> None:
-    model, adapter = attached(variant)
-    exact = logits(model)
-    dtypes: list[torch.dtype] = []
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
+    layer, x = one_layer(variant)
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(input_ids=IDS).logits
-        assert dtypes == [torch.bfloat16]
-        loss_of(model).backward()
-    assert (out.float() - exact).norm() < 0.02 * exact.norm()
+        dtype = layer(x).dtype  # bfloat16 of a product, float32 of a norm and of a lookup
+    adapter = attach(layer, config(variant, target_names="proj"))
+    perturb(adapter)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        y.float().square().mean().backward()
+    assert y.dtype == dtype
+    assert (y.float() - exact).norm() < 0.02 * exact.norm()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
 
 
 @per_identity
 def test_autocast_keeps_a_fresh_adapter_the_identity(variant: str) -> None:
+    layer, x = one_layer(variant)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        base = layer(x)
+        attach(layer, config(variant, target_names="proj"))
+        assert torch.equal(layer(x), base)
+
+
+@pytest.mark.parametrize("variant", COVERING)
+def test_autocast_of_a_model(variant: str) -> None:
     model = small()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         base = model(input_ids=IDS).logits
-        ll.attach(model, config(variant))
-        assert torch.equal(model(input_ids=IDS).logits, base)
+        adapter = attach(model, config(variant))
+        assert torch.equal(model(input_ids=IDS).logits, base) == ll.REGISTRY[variant].has_identity_init
+    perturb(adapter)
+    exact = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(input_ids=IDS).logits
+    assert (out.float() - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if acts_everywhere(v)])  # others refuse to go without a cache
+@pytest.mark.parametrize("variant", [v for v in COVERING if acts_everywhere(v)])  # others refuse to go without a cache
 def test_generate_with_a_cache_is_generate_without(variant: str) -> None:
     model, _ = attached(variant)
     with_cache, without = (
@@ -115,14 +152,27 @@ def test_generate_with_a_cache_is_generate_without(variant: str) -> None:
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if acts_everywhere(v)])
+def test_a_token_alone_is_as_among_many(variant: str) -> None:
+    layer, x = one_layer(variant, rows=96)  # some methods go another way for many
+    perturb(attach(layer, config(variant, target_names="proj")), 0.2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.cat([layer(row) for row in x[:3].split(1)]), layer(x)[:3], rtol=1e-4, atol=1e-5
+        )
+
+
 @per_variant
 def test_the_model_can_be_cast_and_cast_back(variant: str) -> None:
-    model, adapter = attached(variant)
-    model.to(torch.float64)
-    assert {t.dtype for _, t in adapter.named_tensors() if t.is_floating_point()} == {torch.float64}
-    assert logits(model).dtype == torch.float64
-    model.to(torch.bfloat16)
-    assert logits(model).isfinite().all()
+    layer, x = one_layer(variant)
+    adapter = attach(layer, config(variant, target_names="proj"))
+    perturb(adapter)
+    for dtype in (torch.float64, torch.bfloat16):
+        layer.to(dtype)
+        assert {t.dtype for _, t in adapter.named_tensors() if t.is_floating_point()} == {dtype}
+        y = layer(x.to(dtype) if x.is_floating_point() else x)
+        assert y.dtype == dtype
+        assert y.isfinite().all()
 
 
 def test_accelerate() -> None:

@@ -18,20 +18,24 @@ from lora_lite.core.variant import needs_data
 for extra in ("transformers", "bitsandbytes", "accelerate", "peft", "beartype"):
     assert importlib.util.find_spec(extra) is None, f"{extra} came with the core"
 x = torch.tensor([[1, 3]])
-model = torch.nn.Sequential(torch.nn.Embedding(5, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+d = 256  # every method's defaults fit a layer of this width
+model = torch.nn.Sequential(torch.nn.Embedding(5, d), torch.nn.LayerNorm(d), torch.nn.Linear(d, d), torch.nn.Linear(d, 4))
 base = model(x)
+batches = [{"input": x}]
+data = {"loftq": {"2": torch.randn(d, d)}, "lora_ga": {"batches": batches, "loss": lambda m, x: m(**x).square().mean()}}
+data |= {"eva": batches, "corda": batches}
 places = {"norm": {"target_names": "1"}, "tokens": {"target_names": "0", "token_ids": (1,)}, "reft": {"kinds": "linear"}}
 for variant, method in ll.REGISTRY.items():
     cfg = ll.config_for(variant)
     rank = {"r": 2} if "r" in cfg.__dataclass_fields__ else {}
     config = cfg(**{"target_names": "2", "target_roles": ()} | rank | places.get(variant, {}))
-    data = {"directions": torch.ones(8)} if needs_data(config) else None
     if variant == "history":  # made of a round, the fresh one of another method
         ll.attach(model, ll.LoRAConfig(r=2, target_names="2"), "round")
         ll.freeze_into(model, "round", "default")
         assert torch.equal(model(x), base)
     else:
-        ll.attach(model, config, calibration_data=data)
+        given = data.get(variant, {"directions": torch.ones(d)}) if needs_data(config) else None
+        ll.attach(model, config, calibration_data=given)
         assert torch.equal(model(x), base) == method.has_identity_init
     ll.save(model, "adapter.safetensors")
     ll.detach(model)

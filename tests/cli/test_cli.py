@@ -15,7 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import acts_everywhere, attach, config, moe, perturb, quantized, tiny_llama
+from models import acts_everywhere, attach, config, covering, mechanisms, moe, perturb, quantized, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_checkpoint import rewrite
 from test_verify import TEXT, with_tokenizer
@@ -132,10 +132,12 @@ def test_the_norms_of_vectors_and_of_rows(variant: str, tensor: str, tmp_path: P
 NAMED = [v for v in sorted(ll.REGISTRY) if acts_everywhere(v) and v not in ("norm", "tokens")]
 
 
-@pytest.mark.parametrize("variant", NAMED)
-@pytest.mark.parametrize("scale", [1.0, 0.5])
+SCALED = [(v, 0.5) for v in NAMED] + [(v, 1.0) for v in covering() if v in NAMED]
+
+
+@pytest.mark.parametrize(("variant", "scale"), SCALED)
 def test_the_norms_are_those_of_the_model(variant: str, scale: float, base: Path, tmp_path: Path) -> None:
-    model = tiny_llama(bias=True)
+    model = tiny_llama(bias=True, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "base")
     perturb(attach(model, config(variant)), 0.1)
     ll.adapters(model)["default"].scale = scale
@@ -143,7 +145,7 @@ def test_the_norms_are_those_of_the_model(variant: str, scale: float, base: Path
     report = json.loads(shown("inspect", tmp_path / "a.safetensors", "--base", tmp_path / "base", "--json"))
     norms = moved(model)
     assert [layer["path"] for layer in report["layers"]] == list(norms)
-    if variant in ("steer", "bias"):  # a constant, which is no change of the weight
+    if "a constant" in mechanisms(variant):  # which is no change of the weight
         assert max(norms.values()) < 1e-5
         assert all(layer["norm"] == 0 for layer in report["layers"])
         return
