@@ -335,6 +335,7 @@ TABLE: list[tuple[Any, ...]] = [
     ("gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True}),
     ("gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
     ("gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+    ("gpt2", LORA, {"target_modules": ["c_attn"], "alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}),
     (
         "gpt2_cls",
         LORA,
