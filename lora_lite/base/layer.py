@@ -181,8 +181,9 @@ def find_layers(modules: Modules) -> dict[str, BaseLayer]:
             if (reader := reads.get(f"{path}.weight")) is not None and layer.is_held and not is_called:
                 layer = replace(layer, reader=modules[reader], within=_below(reader, path), is_plain=True)
             layers[path], within = layer, f"{path}." if path else ""
-        # A block of fused experts is a layer whose matrices are others.
-        has_others = (module._parameters or "parametrizations" in module._modules) and (layer is None or layer.experts)
+        # A block of fused experts is a layer whose matrices are others, and x @ weight takes one that is (d_in, d_out).
+        is_open = layer is None or layer.experts or (not layer.storage.decodes and holds_numbers(layer.stored))
+        has_others = (module._parameters or "parametrizations" in module._modules) and is_open
         for kind in kinds_by_weight(module) if has_others else ():
             name = ".".join(filter(None, (path, kind.prefix)))
             if (weight := _layer(name, module, kind)) is not None and weight.storage.decodes:

@@ -11,7 +11,7 @@ from ..core.names import shared_name
 from ..core.targets import Target
 from ..core.variant import ParamSpec
 from ..errors import ConfigError
-from ..ops.joint import column_norms, joint_directions, off_diagonal
+from ..ops.joint import LEAST, joint_columns, joint_directions, off_diagonal
 
 __all__ = ["fit_joint", "joint_specs", "joint_tensors", "places_of"]
 
@@ -51,5 +51,6 @@ def fit_joint(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibrat
         for tensor, value in zip(joint_tensors(layers[0]), values, strict=True):
             tensor.copy_(value)
         for layer, w in zip(layers, weights, strict=True):
-            layer.lora_l0.copy_(column_norms(w, v))
+            norms = joint_columns(w, v).norm(dim=1)
+            layer.lora_l0.copy_(norms.where(norms > LEAST * norms.amax(), 0))
             layer.lora_l.copy_(layer.lora_l0)

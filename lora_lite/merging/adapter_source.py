@@ -155,7 +155,7 @@ def _of_folder(path: Path, folder: PeftFolder) -> AdapterSource:
         return parts
 
     def read(locations: Locations) -> AdapterTensors:
-        stored, parts = stored_tensors(folder), parts_at(locations)
+        stored, parts = stored_tensors(folder, {}), parts_at(locations)
         shared = None
         if folder.paths:
             part = parts[next(iter(folder.paths))][0]

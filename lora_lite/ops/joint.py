@@ -23,9 +23,9 @@ def joint_directions(weights: list[Float[Tensor, "_ i"]], alpha: float) -> Float
     return r.mT @ torch.linalg.eigh(torch.stack(inverses).mean(0)).eigenvectors
 
 
-def column_norms(w: Float[Tensor, "o i"], v: Float[Tensor, "i i"]) -> Float[Tensor, "i"]:
-    """λ0 of W = U Λ0 Vᵀ, with columns of U of length 1; in float64."""
-    return torch.linalg.solve(v.double(), w.double().mT).norm(dim=1)
+def joint_columns(w: Float[Tensor, "o i"], v: Float[Tensor, "i i"]) -> Float[Tensor, "i o"]:
+    """Λ0 Uᵀ of W = U Λ0 Vᵀ, in float64. λ0 are the lengths of its rows."""
+    return torch.linalg.solve(v.double(), w.double().mT)
 
 
 def off_diagonal(d: int, count: int, generator: torch.Generator) -> Int64[Tensor, "2 n"]:
@@ -53,9 +53,12 @@ def joint_change(
     inverse: Float[Tensor, "i i"],
     places: Int64[Tensor, "2 n"],
 ) -> Float[Tensor, "*b i"]:
-    """V⁻ᵀ Λ0⁻¹ (S + diag(λ - λ0)) Vᵀ x: what W's input gains where W = U Λ0 Vᵀ becomes U (S + diag(λ)) Vᵀ."""
+    """V⁻ᵀ Λ0⁻¹ (S + diag(λ - λ0)) Vᵀ x: what W's input gains where W = U Λ0 Vᵀ becomes U (S + diag(λ)) Vᵀ.
+
+    Directions with λ0 = 0 take no part.
+    """
     l0 = l0.to(l1.dtype)  # a cast of parameters alone must not part them
     z = x @ v.to(x.dtype)  # Vᵀ x (*b, i)
     mixed = sparse_product(z, s.to(z.dtype), places) + z * (l1 - l0).to(z.dtype)
-    unit = torch.where(l0 > LEAST * l0.amax(), 1 / l0, 0)  # Λ0⁻¹ (i,)
+    unit = torch.where(l0 > 0, 1 / l0, 0)  # Λ0⁻¹ (i,)
     return (mixed * unit.to(z.dtype)) @ inverse.to(x.dtype)

@@ -7,7 +7,8 @@
 Identity   λ = λ0 and S = 0, bit-exact
 Base       read once, at init, for V and λ0; dequantised numbers do. V, V⁻¹, λ0 and the places stay in the file
 Departs    PEFT multiplies by U, which is as large as W at each layer, and rounds at the start. It also takes directions
-           that W hasn't, whose λ0 is rounding, as of fewer rows than columns in all: here they take no part
+           that W hasn't, whose λ0 is rounding, as of fewer rows than columns in all: here they take no part (λ0 = 0),
+           but in its own folders, where V⁻¹ is on W's rows alone
 Checked    against PEFT FrodConfig: V and the places, outputs, gradients, three AdamW steps
 """
 

@@ -83,6 +83,18 @@ class Bare(nn.Module):
         return self.lin1(self.act(self.lin0(x)))
 
 
+class Turned(nn.Module):
+    """A layer with the names of a linear one, whose weight is (in_features, out_features)."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        self.weight, self.bias = nn.Parameter(torch.randn(d_in, d_out) * 0.3), nn.Parameter(torch.randn(d_out) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
 def mlp(bias: bool = True) -> Chain:
     return Chain(lin0=nn.Linear(10, 20, bias), act=nn.ReLU(), lin1=nn.Linear(20, 2, bias))
 
@@ -146,6 +158,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "normed": (normed, X),
     "deep": (lambda: Chain(body=Deep()), X[:, :6]),
     "bare": (Bare, X),
+    "turned": (lambda: Chain(lin0=Turned(10, 20), act=nn.ReLU(), lin1=Turned(20, 2)), X),
     "emb": (
         lambda: Chain(
             emb=nn.Embedding(40, 5), conv1d=Conv1D(6, 5), act=nn.ReLU(), flat=nn.Flatten(), lin0=nn.Linear(30, 2)
@@ -235,6 +248,8 @@ TABLE: list[tuple[Any, ...]] = [
     ("mlp", LORA, {"target_modules": ["lin0"], "target_parameters": ["lin1.weight"]}),
     ("bare", LORA, {"target_modules": [], "target_parameters": ["lin0.weight"]}),
     ("bare", LORA, {"target_modules": [], "target_parameters": ["lin0.weight", "lin1.weight"]}),
+    ("turned", LORA, {"target_modules": [], "target_parameters": ["lin0.weight"]}),
+    ("turned", LORA, {"target_parameters": ["lin0.weight", "lin1.weight"], "r": 3, "use_rslora": True}),
     ("deep", LORA, {"target_modules": ["lin0"], "layers_to_transform": [1]}),
     ("deep", LORA, {"target_modules": ["lin1"], "layers_to_transform": [0, 2], "layers_pattern": "layers"}),
     ("deep", LORA, {"target_modules": ["lin0", "lin1"], "exclude_modules": ["layers.1.lin0"]}),
@@ -320,6 +335,7 @@ TABLE: list[tuple[Any, ...]] = [
     ("gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True}),
     ("gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
     ("gpt2", LORA, {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+    ("gpt2", LORA, {"target_modules": ["c_attn"], "alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}),
     (
         "gpt2_cls",
         LORA,

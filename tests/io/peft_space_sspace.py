@@ -9,7 +9,6 @@ LORA, OSF, FROD, ADAMSS = peft.LoraConfig, peft.OSFConfig, peft.FrodConfig, peft
 KASA = {"kasa_config": peft.KasaConfig(beta=1e-3, gamma=1e-2), "r": 4}
 MICA = {"init_lora_weights": "mica", "r": 4}
 BOTH = ["lin0", "lin1"]
-NO_DIRECTION = "its weight has no part in"
 
 
 def blocks(a: Any = None, b: Any = None, n: int = 2, **more: Any) -> dict[str, Any]:
@@ -70,8 +69,9 @@ TABLE: list[tuple[Any, ...]] = [
     # ---- FRoD
     ("mlp", FROD, {"target_modules": "lin0", "sparse_rate": 0.1}),
     ("mlp", FROD, {"target_modules": ["lin0"]}),
-    ("mlp", FROD, {"target_modules": ["lin1"]}, {"refused": NO_DIRECTION}),
-    ("mlp", FROD, {"target_modules": BOTH}, {"refused": NO_DIRECTION}),
+    ("mlp", FROD, {"target_modules": ["lin1"]}),
+    ("mlp", FROD, {"target_modules": BOTH, "sparse_rate": 0.1}),
+    ("deep", FROD, {"target_modules": ["lin1"], "layers_to_transform": [2], "sparse_rate": 0.2}),
     ("mlp", FROD, {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
     ("mlp", FROD, {"target_modules": ["lin0"], "bias": "all"}),
     ("mlp", FROD, {"target_modules": ["lin0"], "bias": "frod_only", "frod_dropout": 0.1}),

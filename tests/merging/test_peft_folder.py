@@ -83,6 +83,14 @@ def test_a_peft_folder_merges_as_peft_merges_it(name: str, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_frods_directions_that_no_weight_has_are_known_with_all_layers_alone(tmp_path: Path) -> None:
+    folders(tmp_path, peft.FrodConfig(target_modules=["k_proj"], layers_to_transform=[0]), tiny_llama())
+    with pytest.raises(ll.CheckpointError, match=r"has no part in \d+ of V's \d+ directions") as error:
+        merge(tmp_path)
+    assert "load it on its model" in str(error.value)
+
+
 BESIDE: dict[str, Callable[[], Any]] = {
     "head and norm": lambda: peft.LoraConfig(**TARGETS, modules_to_save=["lm_head", "model.norm"]),
     "embedding": lambda: peft.LoraConfig(**TARGETS, modules_to_save=["embed_tokens"]),

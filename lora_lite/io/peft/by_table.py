@@ -71,7 +71,7 @@ def parts(table: Format, source: PeftFolder, targets: dict[str, Target], layers:
             return tensors
         if table.of_base is not None:
             cfg_there = cfg.with_overrides(overrides.get(targets[path].path, {}))
-            shared = {key.rpartition(".")[2]: stored[key] for key in source.shared}
+            shared = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(f"{PLACE}.")}
             return table.of_base(base or layer, cfg_there, tensors, shared)
         if table.at_place is not None:
             tensors |= table.at_place(cfg, list(targets).index(path), len(targets), tensors)
@@ -185,14 +185,14 @@ def _theirs(table: Format, site: Site, tensor: Callable[[Site, str], Tensor]) ->
     return {name: values for name, values in theirs.items() if table.end_of(name, is_embedding) is not None}
 
 
-def gathered(table: Format, tensors: Named) -> Named:
+def gathered(table: Format, tensors: Named, layers: Mapping[str, BaseLayer]) -> Named:
     """The file's tensors by our key, and the shared ones as ours are. Their shapes are known to fit."""
     for name in table.rows:
         key = file_key(PLACE, name)
         rows = {other for other in tensors if other.startswith(f"{key}.")}
         whole = torch.stack([tensors[f"{key}.{n}"] for n in range(len(rows))])
         tensors = {other: tensor for other, tensor in tensors.items() if other not in rows} | {key: whole}
-    return tensors | table.once(tensors)
+    return tensors | table.once(tensors, layers)
 
 
 def written(table: Format, root: nn.Module, layers: Layers) -> Written:

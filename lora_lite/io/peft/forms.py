@@ -13,7 +13,7 @@
 In the files of this library each has the shapes of a linear layer, with an axis for experts in front.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.kinds import bare_parameters, packed_in
-from ...base.layer import BaseLayer, on_all_channels
+from ...base.layer import BaseLayer, find_layers, on_all_channels
 from ...base.matrices import ALL_CHANNELS
 from ...core.state import Site
 from ...errors import brief
@@ -41,9 +41,10 @@ def placed(root: nn.Module, source: PeftFolder) -> PeftFolder:
         CheckpointError: for a key whose parameter the settings don't tell.
     """
     modules, paths = dict(root.named_modules()), {}
+    known = find_layers(modules) if source.settings.get("target_parameters") else {}
     for path in source.paths:
         plain = ".".join(part for part in path.split(".") if part != "base_layer")
-        paths[path] = _parameter(modules.get(plain), plain, _depth(path), source)
+        paths[path] = _parameter(modules.get(plain), plain, _depth(path), source, known)
     ends = {end for path in paths.values() for end in (*_ends(path), *_ends(f"{path}.weight"))}
     for name in source.settings.get("target_parameters") or ():
         if name not in ends:
@@ -73,7 +74,7 @@ def _depth(path: str) -> int:
     return depth
 
 
-def _parameter(module: Any, path: str, depth: int, source: PeftFolder) -> str:
+def _parameter(module: Any, path: str, depth: int, source: PeftFolder, known: Container[str]) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return f"{path}.in_proj_weight"
     names = set(source.settings.get("target_parameters") or ())
@@ -81,8 +82,8 @@ def _parameter(module: Any, path: str, depth: int, source: PeftFolder) -> str:
     if depth >= max(len(adapted), 1):
         raise source.error(f"target_parameters doesn't tell which weight of {path} the tensors at depth {depth} are of")
     parameter = adapted[len(adapted) - 1 - depth] if adapted else "weight"
-    is_layer = parameter == "weight" and isinstance(getattr(module, "in_features", None), int)
-    return path if not adapted or is_layer else f"{path}.{parameter}"
+    is_layer = isinstance(getattr(module, "in_features", None), int) and f"{path}.weight" not in known
+    return path if not adapted or (parameter == "weight" and is_layer) else f"{path}.{parameter}"
 
 
 def nested(module: nn.Module) -> list[str]:

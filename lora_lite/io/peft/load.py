@@ -79,7 +79,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     parts = parts_of(source, targets, taken) + beside.parts(source, more, layers_beside)
     if not parts:
         raise source.error("all of its tensors are this model's own: there is no adapter in it")
-    methods, values = [], stored_tensors(source)
+    methods, values = [], stored_tensors(source, taken)
     for part in parts:
         known = layers_beside if part.of_base else taken
         pairs = {target: known[path] for path, target in part.targets.items()}
@@ -146,7 +146,7 @@ def read_layers(folder: Path) -> tuple[list[StoredLayer], dict[str, Any]]:
     source = read_folder(folder)
     targets = _targets_by_shapes(source)
     whole = {path: _whole_target(source, path) for path in source.beside}
-    parts, stored = parts_of(source, targets, {}) + beside.parts(source, whole, {}), stored_tensors(source)
+    parts, stored = parts_of(source, targets, {}) + beside.parts(source, whole, {}), stored_tensors(source, {})
     once = {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key.startswith(f"{PLACE}.")}
     shared = Shared({name: ParamSpec(tuple(tensor.shape)) for name, tensor in once.items()})
     for name, tensor in once.items():
@@ -229,7 +229,7 @@ def parts_of(source: PeftFolder, targets: dict[str, Target], layers: Mapping[str
     return [] if reader is None else reader(source, targets, layers)
 
 
-def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
+def stored_tensors(source: PeftFolder, layers: Mapping[str, BaseLayer]) -> dict[str, Tensor]:
     """The file's tensors by our key, as this library shapes them. Raises CheckpointError for a NaN or an infinity."""
     tensors = source.header.read([*source.in_file.values(), *source.copies])
     table = format_of(source.settings)
@@ -243,6 +243,6 @@ def stored_tensors(source: PeftFolder) -> dict[str, Tensor]:
         if torch.any(source.header.read([key])[key]):
             raise CheckpointError(f"{source.header.path}: {key} holds zeros in PEFT's files, and here other numbers")
     by_ours = {ours: tensors[key] for ours, key in source.in_file.items()}
-    by_ours = by_ours if table is None else by_table.gathered(table, by_ours)
+    by_ours = by_ours if table is None else by_table.gathered(table, by_ours, layers)
     is_scale = {ours: ours.endswith("lora_l") and tensor.ndim <= 2 for ours, tensor in by_ours.items()}
     return {ours: tensor.flatten() if is_scale[ours] else tensor for ours, tensor in by_ours.items()}

@@ -133,7 +133,8 @@ def written(root: nn.Module, layers: Layers) -> Written:
     fields = {"use_rslora": rslora, "lora_dropout": dropout, "use_dora": is_dora} | (
         {"lora_bias": True} if bias else {}
     )
-    fields |= {"alora_invocation_tokens": list(tokens)} if tokens else {}
+    if tokens:  # PEFT's other classes than PeftModelForCausalLM leave an aLoRA off
+        fields |= {"alora_invocation_tokens": list(tokens), "task_type": "CAUSAL_LM", "auto_mapping": None}
     return tensors, settings_of(root, layers, ranks, **fields)
 
 

@@ -1,5 +1,6 @@
 """PEFT's methods with tensors that all layers share."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -255,7 +256,7 @@ LILY = Format(
 )
 
 
-def _norms(tensors: Named) -> Named:
+def _norms(tensors: Named, _: Mapping[str, BaseLayer]) -> Named:
     """One factor for each index, of PEFT's one for each entry. Raises CheckpointError where two of an index differ."""
     norms = torch.ones(len(tensors[f"{PLACE}.theta"]))
     pairs = [

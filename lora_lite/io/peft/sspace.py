@@ -11,7 +11,7 @@ from ...core.names import category, shared_name
 from ...core.shared import PLACE
 from ...core.state import Site
 from ...errors import CheckpointError, brief
-from ...ops.joint import LEAST, column_norms
+from ...ops.joint import LEAST, joint_columns
 from .kinds import is_embedding, is_plain_linear
 from .settings import flag_of, number_of
 from .table import AtLayer, Format, Named, Setting, Shape
@@ -215,10 +215,12 @@ OSF = Format(
 
 
 def _frod_of_base(layer: BaseLayer, cfg: Any, tensors: Named, shared: Named) -> Named:
-    """With λ0 of the live weight. Raises CheckpointError for trained directions that the weight doesn't have."""
-    name = shared_name(layer.path)
-    norms = column_norms(layer.dense_weight(), shared[f"V_{name}"])
-    lacking = norms <= LEAST * norms.amax()  # PEFT divides their rounding by its length
+    """With λ0 of the live weight. Raises CheckpointError for trained directions that V⁻¹ doesn't hold exactly."""
+    name, weight = shared_name(layer.path), layer.dense_weight().double()
+    columns = joint_columns(weight, shared[f"V_{name}"])  # (i, o)
+    norms = columns.norm(dim=1)
+    errors = (shared[f"inverse_{name}"].to(cfg.dtype).double() @ weight.mT - columns).norm(dim=1)
+    lacking = (norms <= LEAST * norms.amax()) & (errors > 1e-3 * norms)  # PEFT divides their rounding by its length
     rows = shared[f"places_{name}"][0].to(norms.device)
     trained = tensors["lora_l"].to(norms).abs() > LEAST * norms.amax()
     trained = trained.index_put((rows[tensors["lora_s"].to(norms.device) != 0],), torch.tensor(True))
@@ -226,15 +228,23 @@ def _frod_of_base(layer: BaseLayer, cfg: Any, tensors: Named, shared: Named) -> 
         number = f"{int(lacking.sum())} of V's {len(norms)} directions"
         raise CheckpointError(
             f"{layer.path}: its weight has no part in {number}, and PEFT trains what rounding leaves of them\n"
-            f"  target more layers of that name, so that their weights have more rows than columns together"
+            f"  load it on its model (load_peft), or target more layers of that name"
         )
-    return {**tensors, "lora_l0": norms.to(cfg.dtype)}
+    return {**tensors, "lora_l0": norms.where(~lacking, 0).to(cfg.dtype)}
 
 
-def _frod_once(tensors: Named) -> Named:
-    start = f"{PLACE}.V_"
-    shared = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-    return {f"{PLACE}.inverse_{name}": tensor.double().inverse() for name, tensor in shared.items()}
+@torch.no_grad()
+def _frod_once(tensors: Named, layers: Mapping[str, BaseLayer]) -> Named:
+    """V⁻¹, on its layers' rows where they are fewer than its columns. W V⁻ᵀ is the same, and in the directions that no
+    layer has, what PEFT makes of float64's rounding isn't lost in float32's."""
+    start, inverses = f"{PLACE}.V_", {}
+    for name, v in {key.removeprefix(start): v for key, v in tensors.items() if key.startswith(start)}.items():
+        inverse, named = v.double().inverse(), [layer for layer in layers.values() if shared_name(layer.path) == name]
+        if 0 < sum(layer.d_out for layer in named) < len(v):
+            rows = torch.cat([layer.dense_weight().to(inverse) for layer in named])
+            inverse = inverse @ torch.linalg.pinv(rows) @ rows
+        inverses[f"{PLACE}.inverse_{name}"] = inverse
+    return inverses
 
 
 def _read_frod(source: "PeftFolder") -> dict[str, Any]:

@@ -82,7 +82,8 @@ class Format:
     at_layer    values of our config that a layer's tensors tell, such as a rank
     at_site     the same for writing: of a site whose config leaves them open
     rows        our names of shared tensors of which each row is a tensor of PEFT's: "v.3", by `shared` of "v.*"
-    once        the file's tensors by our keys -> shared tensors that it has beside those. Raises CheckpointError
+    once        (the file's tensors by our keys, its layers by path, none without a model) -> shared tensors that it has
+                beside those. Raises CheckpointError
     at_place    (our config, a layer's number among the layers in module order, how many there are, its tensors by our
                 names) -> tensors that it has beside those; None for none
     ours        (layer, PEFT's tensors of a layer by our names, and the shared ones by our keys) -> ours
@@ -120,7 +121,7 @@ class Format:
     by_layer: Callable[[Mapping[str, Site]], dict[str, Any]] = lambda sites: {}
     at_layer: Callable[[AtLayer], dict[str, Any]] = lambda place: {}
     at_site: Callable[[Site], dict[str, Any]] = lambda site: {}
-    once: Callable[[Named], Named] = lambda tensors: {}
+    once: Callable[[Named, Mapping[str, BaseLayer]], Named] = lambda tensors, layers: {}
     at_place: Callable[[Any, int, int, Named], Named] | None = None
     ours: Callable[[BaseLayer, Named], Named] = _same
     of_base: Callable[[BaseLayer, Any, Named, Named], Named] | None = None
