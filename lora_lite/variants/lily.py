@@ -6,15 +6,14 @@
 
 Identity   B = 0, bit-exact
 Base       never read: layers that are called with their input, and experts; no convolution or embedding
-Departs    p is of the whole batch, as in PEFT: a row's output depends on its batch and on padding, decoding differs from
-           one long forward, and a merge is refused. Which layers share is told by the number of the block; PEFT's order
-           of layers is the same, unless blocks are left out
+Departs    p is of the whole batch, as in PEFT: a row's output depends on the others and on padding, decoding differs
+           from one long forward, a merge is refused. A block's number says which layers share; PEFT counts layers
 Checked    against PEFT LilyConfig: outputs, gradients, three AdamW steps
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +41,7 @@ class LilyConfig(AdapterConfig):
     num_B: int = 2  # noqa: N815
     scaling: float = 1.0
     share: bool = True
-    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
-        *AdapterConfig.SAME_AT_ALL_LAYERS,
-        "r",
-        "stride_A",
-        "num_B",
-        "share",
-    )
+    SAME_AT_ALL_LAYERS: ClassVar[Any] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "r", "stride_A", "num_B", "share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
