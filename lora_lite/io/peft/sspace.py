@@ -234,7 +234,10 @@ def _frod_of_base(layer: BaseLayer, cfg: Any, tensors: Named, shared: Named) -> 
 def _frod_once(tensors: Named) -> Named:
     start = f"{PLACE}.V_"
     shared = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-    return {f"{PLACE}.inverse_{name}": tensor.double().inverse() for name, tensor in shared.items()}
+    inverses = {name: torch.linalg.inv_ex(tensor.double()) for name, tensor in shared.items()}
+    if singular := [name for name, (_, info) in inverses.items() if info.any()]:
+        raise CheckpointError(f"frod_V.{singular[0]} has no inverse\n  save the adapter again")
+    return {f"{PLACE}.inverse_{name}": inverse for name, (inverse, _) in inverses.items()}
 
 
 def _read_frod(source: "PeftFolder") -> dict[str, Any]:
@@ -316,7 +319,7 @@ def _adamss_of_base(layer: BaseLayer, cfg: Any, tensors: Named, shared: Named) -
             f"{layer.path}: this weight's rows fall into other clusters than those that the file was trained with\n"
             f"  load it on the same base, in the same dtype"
         )
-    k = cfg.subspace_rank
+    k = min(cfg.subspace_rank, a[0].shape[1])
     stack, rows = a[0].new_zeros(clusters, k, a[0].shape[1]), b[0].new_zeros(len(cluster), k)
     for c in range(clusters):
         stack[c, : len(a[c])] = a[c]
