@@ -17,7 +17,7 @@ from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import recomputed
 
 MOST_TERMS = 1000
-"""Of a series: a file, which anyone may have written, can't ask for a forward that never ends."""
+"""A file, which anyone may have written, can't ask for a series that never ends."""
 
 
 def change_by(

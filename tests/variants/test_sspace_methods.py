@@ -394,6 +394,14 @@ def test_errors(variant: str, fields: dict[str, Any], message: str) -> None:
         ll.attach(Mlp(), ll.config_for(variant)(target_names="up", **fields))
 
 
+def test_a_folder_of_pefts_that_has_all_tensors_runs_no_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = peft.get_peft_model(Mlp(), PEFT["mica"](["up", "down"]))
+    theirs.save_pretrained(str(tmp_path))
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    adapter = ll.load_peft(Mlp(), tmp_path)
+    assert torch.equal(adapter.state_dict()["up.lora_B"], theirs.base_model.model.up.lora_B["default"].weight)
+
+
 def test_frods_directions_are_those_of_all_experts() -> None:
     model = moe("mixtral", num_hidden_layers=1, num_local_experts=2)
     adapter = ll.attach(model, ll.FRoDConfig(target_names="experts", kinds=("experts",), sparse_rate=0.05))
