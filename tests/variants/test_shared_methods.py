@@ -290,6 +290,19 @@ def test_lilys_layers_share_by_name_and_stride() -> None:
     assert shared["{'stride_A': 2}"] == {"A_layers_0_fc1", "A_layers_0_fc2", *names}
 
 
+@pytest.mark.parametrize("variant", ["tinylora", "unilora"])
+def test_the_backward_is_of_the_tensors_that_the_forward_had(variant: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 12))
+    adapter = ll.attach(model, ll.config_for(variant)(target_names="0"))
+    perturb(adapter, 0.3)
+    other = {name: 2 * tensor for name, tensor in model.named_buffers() if tensor.is_floating_point()}
+    x, trained = torch.randn(5, 8), list(adapter.parameters())
+    out = torch.func.functional_call(model, other, (x,))
+    got = torch.autograd.grad(out.square().sum(), trained)
+    model.load_state_dict(other, strict=False)
+    torch.testing.assert_close(got, torch.autograd.grad(model(x).square().sum(), trained))
+
+
 def test_lily_is_on_layers_that_are_called_alone() -> None:
     """A kernel or a projection has no tokens, so their mean would be that of the unit vectors."""
     cfg = ll.LilyConfig(r=2, target_names="0", kinds=("linear", "conv", "embedding"))
