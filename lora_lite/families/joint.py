@@ -10,8 +10,8 @@ from ..core.layer import Layer
 from ..core.names import shared_name
 from ..core.targets import Target
 from ..core.variant import ParamSpec
-from ..errors import ConfigError
 from ..ops.joint import LEAST, joint_columns, joint_directions, off_diagonal
+from .projections import add_shared
 
 __all__ = ["fit_joint", "joint_specs", "joint_tensors", "places_of"]
 
@@ -27,11 +27,9 @@ def joint_specs(targets: Sequence[Target], cfg: Any) -> dict[str, ParamSpec]:
     for target in targets:
         name, i = shared_name(target.path), target.d_in
         v = ParamSpec((i, i), trainable=False, keep_dtype=True)
-        if specs.setdefault(f"V_{name}", v) != v:
-            problem = f"{target.path}: other layers of its name have inputs of another width, and would share V"
-            raise ConfigError(f"{problem}\n  leave one of them out with exclude_names")
-        specs[f"inverse_{name}"] = v
-        specs[f"places_{name}"] = ParamSpec((2, places_of(i, cfg)), dtype=torch.int64, below=i)
+        places = ParamSpec((2, places_of(i, cfg)), dtype=torch.int64, below=i)
+        more = {f"V_{name}": v, f"inverse_{name}": v, f"places_{name}": places}
+        add_shared(specs, more, target.path, "V")
     return specs
 
 
@@ -43,8 +41,10 @@ def joint_tensors(layer: Layer) -> list[Tensor]:
 def fit_joint(model: nn.Module, targets: Mapping[str, Layer], cfg: Any, calibration_data: Any) -> None:
     """A `group_init`: V of all layers of a name, and each layer's λ0, the norms of W V⁻ᵀ's columns, as `lora_l0`."""
     generator = torch.Generator().manual_seed(cfg.seed)  # one for all, in the order of names, as PEFT's
-    for name in sorted({shared_name(path) for path in targets}):
-        layers = [layer for path, layer in targets.items() if shared_name(path) == name]
+    groups: dict[str, list[Layer]] = {}
+    for layer in targets.values():  # experts of one layer have its path, and so share V
+        groups.setdefault(shared_name(layer.path), []).append(layer)
+    for _, layers in sorted(groups.items()):
         weights = [layer.dense_weight() for layer in layers]
         v = joint_directions(weights, cfg.regularization_alpha).double()
         values = v, v.inverse(), off_diagonal(len(v), places_of(len(v), cfg), generator)

@@ -16,6 +16,9 @@ from ..errors import ConfigError
 from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import recomputed
 
+MOST_TERMS = 1000
+"""A file, which anyone may have written, can't ask for a series that never ends."""
+
 
 def change_by(
     layer: Layer,
@@ -43,7 +46,8 @@ def check_cayley(cfg: BaseConfig, *flags: str) -> None:
     for name in ("use_cayley_neumann", *flags):
         cfg.require(isinstance(getattr(cfg, name), bool), name, "True or False")
     terms, name = getattr(cfg, "num_cayley_neumann_terms"), "num_cayley_neumann_terms"  # noqa: B009
-    cfg.require(type(terms) is int and terms > 1, name, "2 or more: one term is the identity, whatever is trained")
+    wanted = f"2 or more, up to {MOST_TERMS}: one term is the identity, whatever is trained"
+    cfg.require(type(terms) is int and 1 < terms <= MOST_TERMS, name, wanted)
 
 
 def check_divides(cfg: BaseConfig, field: str, d: int, times: int = 1) -> None:

@@ -25,8 +25,11 @@ class PrincipalConfig(AdapterConfig):
         inits = ("psoft_init", "pissa_init")
         self.require(self.ab_svd_init in inits, "ab_svd_init", f"one of {inits}")
         self.require(self.svd in ("full", "lowrank"), "svd", '"full" or "lowrank"')
-        for name in ("svd_lowrank_niter", "random_seed"):
-            self.require(type(getattr(self, name)) is int and getattr(self, name) >= 0, name, "0 or more")
+        niter, seed = self.svd_lowrank_niter, self.random_seed
+        self.require(
+            type(niter) is int and 0 <= niter <= 1000, "svd_lowrank_niter", "0 to 1000"
+        )  # a folder's run at load
+        self.require(type(seed) is int and 0 <= seed < 2**63, "random_seed", "0 or more, below 2^63")
 
     @property
     def factors(self) -> tuple[int, bool, int | None, int]:

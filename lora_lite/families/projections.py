@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base.stacks import Place
 from ..core.targets import Target
 from ..core.variant import ParamSpec, seeded
+from ..errors import ConfigError
 
 
 def projection_specs(
@@ -68,6 +69,13 @@ def balanced_indices(n: int, length: int, seed: int) -> Int[Tensor, "n"]:
     generator = torch.Generator().manual_seed(seed)
     extra = torch.randperm(length, generator=generator)[: n % length]
     return torch.cat([torch.arange(length).repeat(n // length), extra])[torch.randperm(n, generator=generator)]
+
+
+def add_shared(specs: dict[str, ParamSpec], more: dict[str, ParamSpec], path: str, what: str, cure: str = "") -> None:
+    """One more layer's shared tensors. Raises ConfigError where an earlier layer has one of another size."""
+    if any(specs.setdefault(name, spec).shape != spec.shape for name, spec in more.items()):
+        problem = f"{path}: other layers of its name have another size, and would share {what}"
+        raise ConfigError(f"{problem}\n  leave one of them out with exclude_names{cure}")
 
 
 def names_in_stack(path: str, place: Place, stride: int) -> tuple[str, str]:

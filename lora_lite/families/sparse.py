@@ -67,7 +67,7 @@ def with_branch(
     cost        of a row of it, where a product with ΔW costs o i, and ΔW as much again, whatever the rows
     """
     rows, (o, i) = x.numel() // x.shape[-1], (layer.out_features, layer.in_features)
-    if rows * cost > o * i or is_traced_or_transformed():
+    if rows * cost > o * i or not rows or is_traced_or_transformed():  # no Fourier transform takes no rows
         return add_dense(y, x, f, *tensors, s=layer.scale)
     change = recomputed(branch, wide(x).reshape(rows, i), *tensors)  # (n, o)
     return y + (change * layer.scale).to(y.dtype).view(y.shape)

@@ -27,9 +27,9 @@ def grouped(x: Float[Tensor, "*b i"], groups: int) -> Float[Tensor, "n G w"]:
 
 
 def mean_direction(x: Float[Tensor, "*b i"], groups: int) -> Float[Tensor, "w"]:
-    """The mean of all groups of all tokens, at length 1; the ones' where that is 0."""
-    mean = grouped(x.detach(), groups).float().mean((0, 1))
-    return F.normalize(torch.where(mean.any(), mean, torch.ones_like(mean)), dim=0)
+    """The mean of all groups of all tokens, at length 1; the ones' where that is 0, or there are no tokens."""
+    total = grouped(x.detach(), groups).float().sum((0, 1))  # (w,), of the mean's direction
+    return F.normalize(torch.where(total.any(), total, torch.ones_like(total)), dim=0)
 
 
 def compressed_product(

@@ -60,8 +60,8 @@ class AdaMSS:
 
     @staticmethod
     def layer_specs(target: Target, cfg: AdaMSSConfig) -> dict[str, ParamSpec]:
-        o, i, k = target.d_out, target.d_in, cfg.subspace_rank
-        clusters, rank = min(cfg.num_subspaces, o), min(cfg.r, o, i + target.has_bias)
+        o, i, rank = target.d_out, target.d_in, min(cfg.r, target.d_out, target.d_in + target.has_bias)
+        clusters, k = min(cfg.num_subspaces, o), min(cfg.subspace_rank, rank)  # a cluster has R directions at most
         specs = {
             "lora_As": ParamSpec((clusters, k, rank), keep_dtype=True),
             "lora_Bs": ParamSpec((o, k), keep_dtype=True),

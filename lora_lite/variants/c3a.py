@@ -90,6 +90,8 @@ def _circulant(w: Float[Tensor, "m n g"]) -> Float[Tensor, "o i"]:
 def _convolved(x: Float[Tensor, "*b i"], w: Float[Tensor, "m n g"]) -> Float[Tensor, "*b o"]:
     """ΔW x, with no ΔW."""
     x, w = wide(x), wide(w)
+    if not x.numel():  # no Fourier transform takes no rows
+        return x @ _circulant(w).to(x.dtype).mT
     g = w.shape[2]
     blocks = torch.fft.rfft(x.unflatten(-1, (-1, g)))  # (*b, n, g/2 + 1)
     out = torch.einsum("...nf,mnf->...mf", blocks, torch.fft.rfft(w).conj().to(blocks.dtype))

@@ -1,20 +1,19 @@
 """Lily: factors shared across layers, mixed by a router (Zhong et al. 2024, arXiv:2407.09946).
 
     y = W x + b + s h B̄      h = A x (n, r)     B̄ = Σ_e p_e B_e (r, o)     p = mean over n tokens of softmax(R h) (E,)
-    R (E, r) at each layer;  B (E r, o) once for the layers of one name and shape in a stack of blocks;
-    A (r, i) once for stride_A of these in a row. With share=False each layer has its own
+    R (E, r) at each layer;  B (E r, o) once for the layers of one name in a stack of blocks;  A (r, i) once for
+    stride_A of these in a row. With share=False each layer has its own
 
 Identity   B = 0, bit-exact
-Base       never read: any layer kind that is called with its input
-Departs    p is of the whole batch, as in PEFT: a row's output depends on its batch and on padding, and decoding differs
-           from one long forward. So no weight stands for it, and a merge is refused. Which layers share is told by the
-           number of the block; PEFT's order of layers is the same, unless blocks are left out
+Base       never read: layers that are called with their input, and experts; no convolution or embedding
+Departs    p is of the whole batch, as in PEFT: a row's output depends on the others and on padding, decoding differs
+           from one long forward, a merge is refused. A block's number says which layers share; PEFT counts layers
 Checked    against PEFT LilyConfig: outputs, gradients, three AdamW steps
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,8 @@ from ..core.config import AdapterConfig
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
-from ..families.projections import names_in_stack
+from ..errors import ConfigError
+from ..families.projections import add_shared, names_in_stack
 from ..ops.recompute import recomputed
 
 __all__ = ["Lily", "LilyConfig"]
@@ -41,10 +41,7 @@ class LilyConfig(AdapterConfig):
     num_B: int = 2  # noqa: N815
     scaling: float = 1.0
     share: bool = True
-    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
-        *AdapterConfig.SAME_AT_ALL_LAYERS,
-        *("r", "stride_A", "num_B", "share"),
-    )
+    SAME_AT_ALL_LAYERS: ClassVar[Any] = (*AdapterConfig.SAME_AT_ALL_LAYERS, "r", "stride_A", "num_B", "share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,15 +65,18 @@ class Lily:
     handles_scale = True
 
     @staticmethod
-    def param_specs(d_in: int, d_out: int, cfg: LilyConfig) -> dict[str, ParamSpec]:
+    def layer_specs(target: Target, cfg: LilyConfig) -> dict[str, ParamSpec]:
+        if target.by_weight and not target.experts:
+            raise ConfigError("no call shows the tokens that p is a mean over\n  leave it out with exclude_names")
         router = {"lora_router": ParamSpec((cfg.num_B, cfg.r), "kaiming", keep_dtype=True)}
-        return router if cfg.share else router | _pair("lora_down", "lora_up", d_in, d_out, cfg)
+        return router if cfg.share else router | _pair("lora_down", "lora_up", target.d_in, target.d_out, cfg)
 
     @staticmethod
     def shared_specs(targets: Sequence[Target], cfg: LilyConfig) -> dict[str, ParamSpec]:
         specs: dict[str, ParamSpec] = {}
         for target in targets if cfg.share else ():
-            specs |= _pair(*cfg.names(target.path, target.place), target.d_in, target.d_out, cfg)
+            pair = _pair(*cfg.names(target.path, target.place), target.d_in, target.d_out, cfg)
+            add_shared(specs, pair, target.path, "A and B", ", or use share=False")
         return specs
 
     @staticmethod
@@ -88,7 +88,7 @@ class Lily:
             h = F.linear(x, a.to(x.dtype))  # (*b, r)
             wide = torch.promote_types(h.dtype, router.dtype)
             chances = F.linear(h.to(wide), router.to(wide)).softmax(-1)  # (*b, E)
-            p = chances.reshape(-1, cfg.num_B).mean(0)
+            p = chances.reshape(-1, cfg.num_B).sum(0) / max(1, h.numel() // cfg.r)  # (E,), of no tokens 0 and no NaN
             mixed = (p @ b.to(wide).view(cfg.num_B, -1)).view(cfg.r, -1)  # B̄ (r, o)
             return (h @ mixed.to(h.dtype)) * s
 

@@ -93,8 +93,8 @@ class TinyLoRA:
 
 
 def _r(layer: Layer) -> Float[Tensor, "r r"]:
-    def mixed(v: Tensor) -> Tensor:
-        row = v.index_select(0, layer.lora_group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
-        return torch.einsum("u,urs->rs", row.to(layer.lora_P.dtype), layer.lora_P)
+    def mixed(v: Tensor, p: Tensor, group: Tensor) -> Tensor:
+        row = v.index_select(0, group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
+        return torch.einsum("u,urs->rs", row.to(p.dtype), p)
 
-    return recomputed(mixed, layer.lora_v)
+    return recomputed(mixed, layer.lora_v, layer.lora_P, layer.lora_group)

@@ -87,9 +87,10 @@ class UniLoRA:
 
 
 def _parts(layer: Layer) -> tuple[Factors, Tensor]:
+    tables, norms = (layer.lora_indices_A, layer.lora_indices_B), layer.lora_norms  # of this call, in its backward too
+
     def factors(theta: Tensor) -> Any:
-        tables, values = (layer.lora_indices_A, layer.lora_indices_B), layer.lora_norms * theta  # values (D,)
-        return tuple(values.index_select(0, table.flatten().int()).view(table.shape) for table in tables)
+        return tuple((norms * theta).index_select(0, table.flatten().int()).view(table.shape) for table in tables)
 
     return factors, layer.lora_theta
 

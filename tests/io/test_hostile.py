@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jaxtyping
 import pytest
 import torch
-from models import config, perturb, tiny_llama
+from models import OneLinear, config, perturb, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_laws import same_snapshot, snapshot
 
@@ -902,3 +902,40 @@ def test_the_set_is_large_and_its_sources_are_valid(model: Any, tmp_path: Path) 
         (tmp_path / name).mkdir()
         call(model, write(tmp_path / name), tmp_path / "out")
         ll.detach(model)
+
+
+P = "base_model.model.proj."
+PLACES = {"base_model.frod_s_indices.proj": torch.tensor([[0, 1], [1, 0]])}
+LIES: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
+    "boft without R": ({"peft_type": "BOFT"}, {f"{P}boft_s": torch.ones(24, 1)}, "lacks a tensor"),
+    "oft of a number": ({"peft_type": "OFT"}, {f"{P}oft_R.weight": torch.zeros(())}, "another shape"),
+    "waveft of a number": (
+        {"peft_type": "WAVEFT", "proportional_parameters": True},
+        {f"{P}waveft_spectrum": torch.zeros(())},
+        "another shape",
+    ),
+    "frod without an inverse": (
+        {"peft_type": "FROD", "sparse_rate": 0.01},
+        {f"{P}frod_lambda_l": torch.ones(16), f"{P}frod_lambda_s_values": torch.zeros(2)}
+        | {"base_model.frod_V.proj": torch.zeros(16, 16), **PLACES},
+        "frod_V.proj has no inverse",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_peft_folders_whose_tensors_dont_tell_a_config(name: str, tmp_path: Path) -> None:
+    settings, tensors, message = LIES[name]
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": ["proj"], **settings}))
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.load_peft(OneLinear(), tmp_path)
+
+
+def test_a_rank_above_all_directions_takes_no_memory(tmp_path: Path) -> None:
+    tensors = {f"{P}adamss_A.0": torch.zeros(1, 4), f"{P}adamss_B.0": torch.zeros(24, 1)}
+    save_file(tensors | {f"{P}adamss_newB": torch.zeros(4, 17)}, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "ADAMSS", "r": 4, "num_subspaces": 1, "subspace_rank": 10**12, "target_modules": ["proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    adapter = ll.load_peft(OneLinear(), tmp_path)
+    assert adapter.state_dict()["proj.lora_As"].shape == (1, 4, 4)

@@ -173,6 +173,7 @@ def test_tables_of_floats_are_refused(tmp_path: Path) -> None:
     [
         ({"r": 1 << 40}, "wanted at most"),
         ({"theta_d_length": 0}, "wanted at most"),
+        ({"theta_d_length": 1 << 28}, "of its theta"),
         ({"r": 5.5}, "r=5.5: wanted an integer"),
         ({"proj_seed": -1}, "proj_seed=-1: wanted an integer"),
         ({"save_indices": "no"}, "save_indices='no': wanted true or false"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, attach, config, one_layer, perturb, quantized_llama, tiny_llama, train
+from models import IDS, attach, config, is_trained, one_layer, perturb, quantized_llama, tiny_llama, train
 from oracles import AT_SCALE, ORACLES
 from torch import nn
 from torch.autograd import forward_ad
@@ -350,6 +350,19 @@ def test_layers_may_be_called_by_keyword(variant: str) -> None:
     perturb(attach(layer, config(variant, target_names="^$")), 0.3)
     assert torch.equal(layer(input=x), layer(x))
     assert not torch.equal(layer(x), base)
+
+
+@per_variant
+def test_a_layer_may_be_called_without_rows(variant: str) -> None:
+    """As an expert that is a module of its own, in a batch that sends it no token."""
+    model, x = one_layer(variant)
+    adapter = attach(model, config(variant, target_names="proj"))
+    for training in (True, False):
+        model.train(training)
+        assert model(x[:0]).shape == (0, *model(x).shape[1:])
+    if is_trained(variant):
+        model.train()(x[:0]).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in adapter.parameters())
 
 
 @per_variant

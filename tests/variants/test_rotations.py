@@ -405,6 +405,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("psoft", {"ab_svd_init": "lora"}, r"ab_svd_init='lora'\): wanted one of"),
     ("psoft", {"svd": "fast"}, r'svd=\'fast\'\): wanted "full" or "lowrank"'),
     ("psoft", {"random_seed": -1}, r"random_seed=-1\): wanted 0 or more"),
+    ("oft", {"num_cayley_neumann_terms": 10**9}, r"wanted 2 or more, up to 1000"),
+    ("psoft", {"svd_lowrank_niter": 10**9}, r"svd_lowrank_niter=1000000000\): wanted 0 to 1000"),
     ("psoft", {"cayley_neumann_eps": 1.0}, r"cayley_neumann_eps=1.0\): wanted between 0 and 1"),
 ]
 

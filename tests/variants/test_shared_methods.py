@@ -290,6 +290,35 @@ def test_lilys_layers_share_by_name_and_stride() -> None:
     assert shared["{'stride_A': 2}"] == {"A_layers_0_fc1", "A_layers_0_fc2", *names}
 
 
+@pytest.mark.parametrize("variant", ["tinylora", "unilora"])
+def test_the_backward_is_of_the_tensors_that_the_forward_had(variant: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 12))
+    adapter = ll.attach(model, ll.config_for(variant)(target_names="0"))
+    perturb(adapter, 0.3)
+    other = {name: 2 * tensor for name, tensor in model.named_buffers() if tensor.is_floating_point()}
+    x, trained = torch.randn(5, 8), list(adapter.parameters())
+    out = torch.func.functional_call(model, other, (x,))
+    got = torch.autograd.grad(out.square().sum(), trained)
+    model.load_state_dict(other, strict=False)
+    torch.testing.assert_close(got, torch.autograd.grad(model(x).square().sum(), trained))
+
+
+def test_lily_is_on_layers_that_are_called_alone() -> None:
+    """A kernel or a projection has no tokens, so their mean would be that of the unit vectors."""
+    cfg = ll.LilyConfig(r=2, target_names="0", kinds=("linear", "conv", "embedding"))
+    for layer in (nn.Conv2d(4, 8, 1), nn.Embedding(12, 8), nn.MultiheadAttention(8, 2)):
+        with pytest.raises(ll.ConfigError, match="no call shows the tokens"):
+            ll.attach(nn.Sequential(layer), cfg)
+
+
+def test_lilys_layers_of_one_name_have_one_size_or_tensors_of_their_own() -> None:
+    blocks = [nn.ModuleDict({"q": nn.Linear(8, n), "o": nn.Linear(n, 8)}) for n in (12, 6, 12)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+    with pytest.raises(ll.ConfigError, match=r"layers\.1\.q: other layers of its name have another size"):
+        ll.attach(model, ll.LilyConfig(r=2, target_names="q$"))
+    assert ll.attach(model, ll.LilyConfig(r=2, target_names="q$", share=False)).layers
+
+
 def test_uniloras_indices_are_balanced_at_each_layer_and_know_no_other_layer() -> None:
     tables = []
     for names in ("fc", "fc2"):

@@ -7,15 +7,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import attach, config, perturb
+from models import attach, config, moe, perturb
 from oracles import ORACLES
 from peft.tuners.lora.config import BdLoraConfig
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import lora_lite as ll
+from lora_lite.families.joint import joint_tensors
 from lora_lite.ops.clusters import kmeans
-from lora_lite.ops.joint import joint_directions, off_diagonal, sparse_product
+from lora_lite.ops.joint import column_norms, joint_directions, off_diagonal, sparse_product
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 X = torch.randn(5, 24, generator=torch.Generator().manual_seed(5))
@@ -393,9 +394,25 @@ def test_errors(variant: str, fields: dict[str, Any], message: str) -> None:
         ll.attach(Mlp(), ll.config_for(variant)(target_names="up", **fields))
 
 
+def test_a_folder_of_pefts_that_has_all_tensors_runs_no_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = peft.get_peft_model(Mlp(), PEFT["mica"](["up", "down"]))
+    theirs.save_pretrained(str(tmp_path))
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    adapter = ll.load_peft(Mlp(), tmp_path)
+    assert torch.equal(adapter.state_dict()["up.lora_B"], theirs.base_model.model.up.lora_B["default"].weight)
+
+
+def test_frods_directions_are_those_of_all_experts() -> None:
+    model = moe("mixtral", num_hidden_layers=1, num_local_experts=2)
+    adapter = ll.attach(model, ll.FRoDConfig(target_names="experts", kinds=("experts",), sparse_rate=0.05))
+    for view in adapter.views().values():
+        v = joint_tensors(view)[0]
+        torch.testing.assert_close(view.lora_l0, column_norms(view.dense_weight(), v).float(), rtol=1e-3, atol=1e-4)
+
+
 def test_frod_wants_one_width_for_a_name() -> None:
     model = nn.ModuleDict({"1": nn.ModuleDict({"q": nn.Linear(4, 6)}), "2": nn.ModuleDict({"q": nn.Linear(6, 4)})})
-    with pytest.raises(ll.ConfigError, match=r"2\.q: other layers of its name have inputs of another width"):
+    with pytest.raises(ll.ConfigError, match=r"2\.q: other layers of its name have another size"):
         ll.attach(model, ll.FRoDConfig(target_names="q$"))
     with pytest.raises(ll.ConfigError, match=r"a \(6, 1\) weight has no S"):
         ll.attach(nn.Sequential(nn.Linear(1, 6)), ll.FRoDConfig(target_names="0"))

@@ -125,7 +125,11 @@ def _at_layers(
                 result[path][ours] = int(number) if isinstance(setting.default, int) else number
     for path, target in targets.items():
         place = AtLayer(source, path, target, layers.get(path), {**values, **result[path]}, shapes[path])
-        result[path] |= table.at_layer(place)
+        try:
+            result[path] |= table.at_layer(place)
+        except (KeyError, IndexError) as error:  # a folder is anyone's
+            problem = f"{path}: it lacks a tensor that tells its config, or that has another shape"
+            raise source.error(f"{problem}\n  save the adapter again") from error
     return result
 
 

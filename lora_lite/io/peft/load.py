@@ -97,7 +97,9 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "def
     with installed(root, methods, name, _with_the_rest(methods, tensors)) as adapter:
         with torch.no_grad():
             for method in methods:
-                for view in adapter.views(method).values():  # n0, A0 and B0 are the base's; the file's come next
+                # n0, A0 and B0 are the base's; the file's come next. Where it has all, no SVD is run.
+                keys = {s.key(n) for s in method.sites for n, spec in s.specs.items() if spec.saved == "always"}
+                for view in adapter.views(method).values() if keys - tensors.keys() else ():
                     lookup(method.cfg.variant).init(view, view.cfg)
         adapter.load_state_dict({key: tensors.get(key, tensor) for key, tensor in adapter.state_dict().items()})
     logger.info(f"loaded {adapter} from {folder}, in PEFT's format")

@@ -239,7 +239,10 @@ def _frod_once(tensors: Named, layers: Mapping[str, BaseLayer]) -> Named:
     layer has, what PEFT makes of float64's rounding isn't lost in float32's."""
     start, inverses = f"{PLACE}.V_", {}
     for name, v in {key.removeprefix(start): v for key, v in tensors.items() if key.startswith(start)}.items():
-        inverse, named = v.double().inverse(), [layer for layer in layers.values() if shared_name(layer.path) == name]
+        inverse, info = torch.linalg.inv_ex(v.double())
+        if info.any():
+            raise CheckpointError(f"frod_V.{name} has no inverse\n  save the adapter again")
+        named = [layer for layer in layers.values() if shared_name(layer.path) == name]
         if 0 < sum(layer.d_out for layer in named) < len(v):
             rows = torch.cat([layer.dense_weight().to(inverse) for layer in named])
             inverse = inverse @ torch.linalg.pinv(rows) @ rows
@@ -326,7 +329,7 @@ def _adamss_of_base(layer: BaseLayer, cfg: Any, tensors: Named, shared: Named) -
             f"{layer.path}: this weight's rows fall into other clusters than those that the file was trained with\n"
             f"  load it on the same base, in the same dtype"
         )
-    k = cfg.subspace_rank
+    k = min(cfg.subspace_rank, a[0].shape[1])
     stack, rows = a[0].new_zeros(clusters, k, a[0].shape[1]), b[0].new_zeros(len(cluster), k)
     for c in range(clusters):
         stack[c, : len(a[c])] = a[c]

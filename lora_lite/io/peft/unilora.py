@@ -47,8 +47,10 @@ def with_tables(source: "PeftFolder", modules: Mapping[str, nn.Module]) -> Heade
     r, length = whole_of(source, "r", 4), whole_of(source, "theta_d_length", 256)
     sizes = {path: ((r, layer.d_in), (layer.d_out, r)) for path, layer in layers.items()}
     total = sum(a[0] * a[1] + b[0] * b[1] for a, b in sizes.values())
-    if not (0 < total <= MOST_INDICES and 0 < length <= MOST_INDICES):
-        raise source.error(f"r={r}, theta_d_length={length}: wanted at most {MOST_INDICES:,} numbers, and one or more")
+    theta = source.header.entries.get("base_model.unilora_theta_d")
+    if not 0 < total <= MOST_INDICES or theta is None or tuple(theta.shape) != (length,) or not length:
+        problem = f"r={r}, theta_d_length={length}: wanted at most {MOST_INDICES:,} indices, one or more, of its theta"
+        raise source.error(f"{problem}\n  save the adapter again")
     indices = _drawn(total, length, whole_of(source, "proj_seed", 42))  # (total,)
     scales = indices.bincount(minlength=length).clamp_min(1).float().rsqrt()  # (D,)
     tables: dict[str, Tensor] = {}
