@@ -35,10 +35,17 @@ def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return _jaxtyped(fn, typechecker=typechecker)
         checked = typechecker(fn)
         if not any(inspect.isclass(part) and issubclass(part, AbstractArray) for part in named):
-            return checked
+
+            @functools.wraps(fn)
+            def unless_off(*args: Any, **kwargs: Any) -> Any:
+                return fn(*args, **kwargs) if jaxtyping.config.jaxtyping_disable else checked(*args, **kwargs)
+
+            return unless_off
 
         @functools.wraps(fn)
         def in_a_scope(*args: Any, **kwargs: Any) -> Any:
+            if jaxtyping.config.jaxtyping_disable:
+                return fn(*args, **kwargs)
             with _jaxtyped("context"):
                 try:
                     return checked(*args, **kwargs)

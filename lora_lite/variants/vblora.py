@@ -6,8 +6,7 @@
 
 Identity   none: a fresh adapter moves the output a little
 Base       never read: any layer kind whose sides v divides
-Departs    v is 64, where PEFT's 256 divides few widths. PEFT's files of the top k are read: their other logits become so
-           low that none is chosen
+Departs    v is 64, where PEFT's 256 divides few widths. PEFT's files of the top k are read: other logits become too low
 Checked    against PEFT VBLoRAConfig: outputs, gradients, three AdamW steps
 """
 
