@@ -21,7 +21,8 @@ import lora_lite as ll
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-FIRST, EXAMPLE, SEVERAL, OWN_VARIANT, ABLITERATION, STEERING, POLES, HISTORY, MERGING, TRAINER, OTHER_KINDS = BLOCKS
+FIRST, EXAMPLE, SEVERAL, STARTS, OWN_VARIANT, ABLITERATION, STEERING, POLES, *REST = BLOCKS
+HISTORY, MERGING, TRAINER, OTHER_KINDS = REST
 
 
 def test_the_readmes_other_kinds_of_layer() -> None:
@@ -61,6 +62,10 @@ def test_the_readmes_code_runs(tiny: str, tmp_path: Path, monkeypatch: pytest.Mo
     scope = {"ll": ll, "model": tiny_llama()}
     exec(SEVERAL, scope)
     assert ll.adapters(scope["model"])["default"].variant == "lora + full + norm"  # type: ignore[arg-type]
+    scope = {"ll": ll, "torch": torch, "model": tiny_llama(), "batches": [{"input_ids": IDS}]}
+    exec(STARTS, scope)
+    groups = scope["optimizer"].param_groups  # type: ignore[attr-defined]
+    assert groups[1]["lr"] == 16 * groups[0]["lr"] == 16 * scope["rule"].lr  # type: ignore[attr-defined]
     scope = {"ll": ll, "model": tiny_llama()}
     exec(OWN_VARIANT, scope)
     assert ll.adapters(scope["model"])["default"].variant == "gain"  # type: ignore[arg-type]
