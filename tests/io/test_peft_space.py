@@ -13,6 +13,7 @@ import lora_lite as ll
 
 CASES = list(cases())
 pytestmark = [
+    pytest.mark.slow,  # six hundred folders, a quarter of a second each
     pytest.mark.filterwarnings("ignore::UserWarning"),  # PEFT's own words on Conv1D, groups and ties
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
