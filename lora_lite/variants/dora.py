@@ -24,8 +24,7 @@ from .lora import LoRA, LoRAConfig
 
 __all__ = ["DoRA", "DoRAConfig"]
 
-CANCELLED = 1e-3
-"""Below this n²/n0² the factored form, right to about 1e-6 of n0², leaves too few digits."""
+CANCELLED = 1e-3  # below this n²/n0² the factored form, right to about 1e-6 of n0², leaves too few digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +40,7 @@ class DoRAConfig(LoRAConfig):
 
 @register
 class DoRA:
-    name = "dora"
-    config = DoRAConfig
+    name, config = "dora", DoRAConfig
     base_weight = "read"
     handles_scale = True
     positions = LoRA.positions
@@ -73,13 +71,15 @@ class DoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        f = DoRA.low_rank(layer)
-        return add_low_rank(y, x, layer.lora_A, f.b, f.s, f.dropout, f.gain, f.c, layer.bias)
+        a, b, cfg = layer.lora_A, layer.lora_B, layer.cfg
+        dropout = cfg.dropout if layer.training else 0.0
+        return add_low_rank(y, x, a, b, cfg.scaling, dropout, _gain(layer, a, b), layer.scale, layer.bias)
 
 
 def _gain(layer: Layer, a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]) -> Float[Tensor, "o"]:
-    base_norm = layer.lora_n0.to(layer.lora_m.dtype)  # a cast of parameters alone must not part n0 from m
-    return layer.lora_m.float() / layer.constant("n", partial(_weight_norm, layer), a, b, base_norm)  # no gradient: 4.3
+    magnitude = layer.lora_m
+    base_norm = layer.lora_n0.to(magnitude.dtype)  # a cast of parameters alone must not part n0 from m
+    return magnitude.float() / layer.constant("n", partial(_weight_norm, layer), a, b, base_norm)  # no gradient: 4.3
 
 
 def _weight_norm(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import IDS, OneLinear, attach, config, loss_of, one_layer, perturb, tiny_llama
-from oracles import AT_SCALE
+from oracles import AT_SCALE, DRAWS
 from test_ecosystem import gradients, per_trained, per_variant
 from test_laws import attached, logits, small
 from torch.utils.checkpoint import checkpoint
@@ -145,6 +145,8 @@ def checkpointed(model: Any, way: dict[str, bool] | None) -> None:
 
 @per_trained
 def test_both_poles_in_one_step_give_the_gradients_of_two_models(variant: str) -> None:
+    if variant in DRAWS:
+        pytest.skip("it draws other numbers in each forward")
     model, adapter = trainable(variant, num_hidden_layers=1)
     wanted = apart(model)
     assert wanted.abs().max() > 1e-4

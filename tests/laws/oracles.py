@@ -163,6 +163,9 @@ DATA: dict[str, Callable[..., Any]] = {}
 NOT_AFFINE: set[str] = set()
 """Methods for which no weight stands."""
 
+DRAWS: set[str] = set()
+"""Methods that draw random numbers in training by their paper, so that no two forwards are alike."""
+
 # A family of methods has a file with ORACLES and what it needs of the others.
 for _file in sorted(Path(__file__).parent.glob("oracles_*.py")):
     _family = import_module(_file.stem)
@@ -171,3 +174,4 @@ for _file in sorted(Path(__file__).parent.glob("oracles_*.py")):
     FIELDS |= getattr(_family, "FIELDS", {})
     DATA |= getattr(_family, "DATA", {})
     NOT_AFFINE |= getattr(_family, "NOT_AFFINE", set())
+    DRAWS |= getattr(_family, "DRAWS", set())

@@ -75,3 +75,5 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 NOT_AFFINE = {"lily"}  # its experts are mixed by the mean over a batch
+
+DRAWS = {"pvera"}
