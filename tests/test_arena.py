@@ -181,6 +181,7 @@ def test_ranks_are_chosen_for_a_number_of_parameters(arena: Arena) -> None:
         entrant("nobody")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of seeds, of older versions and of sparse tensors
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "vera", "hira", "shira", "oft", "miss"])
 def test_pefts_model_is_of_the_same_method(arena: Arena, name: str, tmp_path: Path) -> None:
     """As many trained parameters in both, so bytes are compared of the same."""
@@ -291,10 +292,10 @@ def test_the_budget_is_a_ceiling(arena: Arena) -> None:
     near = arena.run(Trial(entrant("lora", 4), 1e-6, 1, 3, kl_budget=0.05)) or {}
     assert near["scale"] == 1.0  # below the budget: no larger scale, which nobody has trained
     assert near["losses_at_budget"] == near["losses"]
-    far = arena.run(Trial(entrant("lora", 4), 3e-2, 1, STEPS, kl_budget=0.005)) or {}
-    assert far["kl"] > 0.005
+    far = arena.run(Trial(entrant("lora", 4), 3e-2, 1, STEPS, kl_budget=0.001)) or {}
+    assert far["kl"] > 0.001
     assert 0 < far["scale"] < 1
-    assert far["kl_at_scale"] == pytest.approx(0.005, rel=0.1)
+    assert far["kl_at_scale"] == pytest.approx(0.001, rel=0.1)
     assert losses_of(far, 1, at_budget=True).mean() > losses_of(far, 1).mean()
 
 

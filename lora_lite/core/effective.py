@@ -106,7 +106,7 @@ class Affine:
     def prepare(self) -> None:
         """Let the adapters compute what they remember of the weight."""
         x = self._unit(0, 1).zero_()
-        _outputs(self._no_bias, _inputs(self._no_bias, x), x.new_zeros(1, self.d_out))
+        _outputs(self._no_bias, _inputs(self._no_bias, x), x.new_zeros(1, self.d_out), slice(0, 1))
 
     @torch.no_grad()
     def is_columnwise(self) -> bool:

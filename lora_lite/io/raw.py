@@ -11,6 +11,7 @@ What wrappers put before and within a path is resolved as in keys.py.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,9 @@ def _candidates(ranks: Iterable[int]) -> Iterator[Any]:
         needed = {f.name for f in fields(make) if f.default is MISSING and f.default_factory is MISSING}
         if needed <= {"variant"}:  # any other field without a default can't be guessed
             has_rank = any(f.name == "r" for f in fields(make))
-            yield from (make(variant=name, **rank) for rank in ([{"r": r} for r in ranks] if has_rank else [{}]))
+            for rank in [{"r": r} for r in ranks] if has_rank else [{}]:
+                with suppress(LoraLiteError):  # a rank that the variant can't have
+                    yield make(variant=name, **rank)
 
 
 def _lacking(target: Target, shapes: Mapping[str, tuple[int, ...]], cfg: BaseConfig) -> set[str] | None:

@@ -290,8 +290,9 @@ class MergePlan:
             if fused:  # elsewhere from_pretrained would drop a new bias in silence
                 why, cure = "an expert's bias would be weighted as its output is", "keep the adapter"
             raise CheckpointError(f"{problem}, and {why}\n  {cure}")
-        reads = module.reads
         affine.prepare()
+        reads = module.reads
+        affine.prepare()  # what a method remembers by now it doesn't read again
         dtype = DTYPES[self._base.dtype(ref.key)]
         # Where a column of W' needs that column of W alone, and nobody reads W again, the result takes W's own memory.
         in_place = affine.is_columnwise() and module.reads == reads and weight.dtype == dtype

@@ -60,5 +60,5 @@ def joint_change(
     l0 = l0.to(l1.dtype)  # a cast of parameters alone must not part them
     z = x @ v.to(x.dtype)  # Vᵀ x (*b, i)
     mixed = sparse_product(z, s.to(z.dtype), places) + z * (l1 - l0).to(z.dtype)
-    unit = torch.where(l0 > 0, 1 / l0, 0)  # Λ0⁻¹ (i,)
+    unit = 1 / torch.where(l0 > 0, l0, torch.inf)  # Λ0⁻¹ (i,); no inverse of 0, whose gradient is NaN
     return (mixed * unit.to(z.dtype)) @ inverse.to(x.dtype)

@@ -38,7 +38,9 @@ LOAD: dict[str, tuple[str, Any]] = {  # a model, PEFT's config
     "attention of experts": ("mixtral", lora()),
     "rsLoRA with patterns": ("llama", lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3})),
     "DoRA": ("llama", lora(use_dora=True)),
-    "OLoRA": ("llama", lora(init_lora_weights="olora")),
+    "LoHa": ("llama", peft.LoHaConfig(target_modules=QV)),
+    "LoKr": ("llama", peft.LoKrConfig(target_modules=QV)),
+    "OFT": ("llama", peft.OFTConfig(target_modules=QV, oft_block_size=4)),
     "sequence classification": ("llama_cls", lora(task_type="SEQ_CLS")),
     "token classification": ("bert_tokens", lora(target_modules=["query"], task_type="TOKEN_CLS")),
     "IA3, sequence classification": (
@@ -60,9 +62,6 @@ LOAD: dict[str, tuple[str, Any]] = {  # a model, PEFT's config
     "LN tuning": ("llama", peft.LNTuningConfig(target_modules=["input_layernorm"])),
 }
 REFUSED: dict[str, tuple[Any, str]] = {
-    "LoHa": (peft.LoHaConfig(target_modules=QV), "peft_type 'LOHA' isn't supported; wanted one of"),
-    "LoKr": (peft.LoKrConfig(target_modules=QV), "peft_type 'LOKR' isn't supported"),
-    "OFT": (peft.OFTConfig(target_modules=QV, oft_block_size=4), "peft_type 'OFT' isn't supported"),
     "prompt tuning": (peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "isn't supported"),
 }
 
@@ -96,9 +95,10 @@ def test_it_loads_and_goes_back(name: str, tmp_path: Path) -> None:
     goes_both_ways(base, theirs, tmp_path)
 
 
-def test_pissa_loads_and_goes_back_as_a_lora(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_wrote_the_base_loads_and_goes_back_as_a_lora(start: str, tmp_path: Path) -> None:
     base = built("llama")
-    theirs = folder_of(base, lora(init_lora_weights="pissa"), tmp_path)
+    theirs = folder_of(base, lora(init_lora_weights=start), tmp_path)
     ll.load_peft(base, tmp_path)
     torch.testing.assert_close(output(base, IDS), output(theirs, IDS), rtol=1e-4, atol=2e-5)
     assert ll.save_peft(base, tmp_path / "again", rank=6) < 1e-5

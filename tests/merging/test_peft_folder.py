@@ -232,7 +232,7 @@ def of_experts(path: Path) -> None:
         ("lora", narrower, r"wrong shapes; .*\n  such as model\.layers\.0\.mlp\.down_proj\.lora_A \(4, 128\), wanted"),
         ("lora", of_experts, r"layers\.0\.mlp\.experts of .*base are fused experts; PEFT's format has no place"),
         ("lora", lambda p: edited(p, bias="x", use_qalora=True), r"bias=\"x\", use_qalora=true can't be kept here"),
-        ("lora", lambda p: edited(p, peft_type="LOHA"), r"peft_type 'LOHA' isn't supported"),
+        ("lora", lambda p: edited(p, peft_type="POLY"), r"peft_type 'POLY' isn't supported"),
         (
             "lora",
             lambda p: (p / "peft" / "adapter_config.json").unlink(),
