@@ -27,8 +27,8 @@ def projection_specs(
 
     saved: Any = "always" if save_projection else "never"
     return {
-        "A": ParamSpec(a, seeded(_uniform, seed), trainable=False, saved=saved),
-        "B": ParamSpec(b, seeded(second, seed), trainable=False, saved=saved),
+        "A": ParamSpec(a, seeded(_uniform, seed), trainable=False, keep_dtype=True, saved=saved),
+        "B": ParamSpec(b, seeded(second, seed), trainable=False, keep_dtype=True, saved=saved),
     }
 
 

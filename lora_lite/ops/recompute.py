@@ -33,6 +33,14 @@ def recomputed(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return out
 
 
+def frozen_linear(x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
+    """x Wᵀ in x's dtype, for a W that isn't trained: the backward keeps W as it is stored, and no cast of it."""
+    if is_traced_or_transformed() or not (torch.is_grad_enabled() and x.requires_grad):
+        return F.linear(x, w.to(x.dtype))
+    out: Tensor = _FrozenLinear.apply(x, w)
+    return out
+
+
 def add_dense(
     y: Float[Tensor, "*b o"],
     x: Float[Tensor, "*b i"],
@@ -88,6 +96,19 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         with no_autocast(grads[0]) or nullcontext():
             return None, *_gradients(ctx.f, ctx.saved_tensors, ctx.needs_input_grad[1:], grads[0])
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        x, w = operands
+        ctx.save_for_backward(w)
+        return F.linear(x, w.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (u,), (w,) = grads, ctx.saved_tensors
+        return frozen_linear(u, w.mT), None
 
 
 class _AddDense(torch.autograd.Function):

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import BaseConfig
 from ..core.targets import Target
 from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..ops.recompute import add_dense
 
 __all__ = ["Full", "FullConfig"]
 
@@ -42,7 +42,7 @@ class Full:
     @staticmethod
     def layer_specs(target: Target, cfg: FullConfig) -> dict[str, ParamSpec]:
         shape = (target.d_out,) if target.is_diagonal else (target.d_out, target.d_in)
-        specs = {"lora_weight": ParamSpec(shape)}
+        specs = {"lora_weight": ParamSpec(shape, keep_dtype=True)}
         return specs | ({"lora_bias": ParamSpec((target.d_out,), is_shift=True)} if target.has_bias else {})
 
     @staticmethod
@@ -54,5 +54,8 @@ class Full:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        new = layer.lora_weight * x if layer.is_diagonal else F.linear(x, layer.lora_weight)  # (*b, o)
-        return y + layer.scale * (new + layer.lora_bias if layer.has_bias else new)
+        if layer.is_diagonal:
+            y = y + layer.scale * (layer.lora_weight.to(x.dtype) * x)
+        else:  # of a cast ΔW nothing is kept for the backward
+            y = add_dense(y, x, lambda weight: weight, layer.lora_weight, s=layer.scale)
+        return y + layer.scale * layer.lora_bias if layer.has_bias else y

@@ -21,6 +21,7 @@ from ..core.targets import Target
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
 from ..families.dense import as_low_rank, with_delta
+from ..ops.recompute import recomputed
 
 __all__ = ["GLoRA", "GLoRAConfig"]
 
@@ -95,5 +96,5 @@ def _shift(layer: Layer) -> Float[Tensor, "#o"] | None:
         terms = [layer.lora_E_X] if bias is None else [bias * layer.lora_D_X, layer.lora_E_X]
     if has_bias and cfg.c != "none":
         column = layer.lora_C_X if cfg.c == "vector" else layer.lora_C_Xd @ layer.lora_C_Xu  # (i, 1)
-        terms.append(layer.linear(column.mT)[0])  # (o,)
+        terms.append(recomputed(lambda c: layer.linear(c.mT)[0], column))  # (o,); a cast of W isn't kept
     return sum(terms[1:], terms[0]) if terms else None

@@ -24,6 +24,7 @@ from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
 from ..families.dense import as_low_rank, with_delta
+from ..ops.recompute import recomputed
 
 __all__ = ["MiSS", "MissConfig"]
 
@@ -86,7 +87,8 @@ class MiSS:
             return with_delta(layer, x, y, partial(_bat, layer), block)
         x = F.pad(F.dropout(x, layer.cfg.dropout, layer.training), (0, -x.shape[-1] % r))
         h = x.unflatten(-1, (-1, r)).sum(-2) * layer.scale  # (*b, r)
-        return y + (h @ block.to(h.dtype)).tile(layer.out_features // block.shape[1]).to(y.dtype)
+        change = recomputed(lambda h, block: h @ block.to(h.dtype), h, block)  # of a cast block nothing is kept
+        return y + change.tile(layer.out_features // block.shape[1]).to(y.dtype)
 
 
 def _bat(layer: Layer, block: Float[Tensor, "a r r"]) -> Float[Tensor, "o i"]:

@@ -25,6 +25,7 @@ from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.orthogonal import change_by, check_cayley, series_terms
 from ..families.principal import PrincipalConfig, factor_specs, fit_factors
 from ..ops.cayley import bounded, rotation_less_identity, skew
+from ..ops.recompute import frozen_linear
 
 __all__ = ["PSOFT", "PSOFTConfig"]
 
@@ -74,9 +75,9 @@ class PSOFT:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        u, v, cfg = layer.lora_U.to(x.dtype), layer.lora_V.to(x.dtype), layer.cfg
-        h = F.linear(F.dropout(x, cfg.dropout, layer.training), v)  # (*b, r), all that has to be kept: V is frozen
-        return y + F.linear(change_by(layer, h, partial(_core, cfg), _product, *_trained(layer)), u)
+        cfg, x = layer.cfg, F.dropout(x, layer.cfg.dropout, layer.training)
+        h = frozen_linear(x, layer.lora_V)  # (*b, r), all that has to be kept
+        return y + frozen_linear(change_by(layer, h, partial(_core, cfg), _product, *_trained(layer)), layer.lora_U)
 
 
 def _product(h: Float[Tensor, "*b r"], core: Float[Tensor, "r r"]) -> Float[Tensor, "*b r"]:

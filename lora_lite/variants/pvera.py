@@ -75,12 +75,12 @@ class PVeRA:
         seed = None if drawn is None else drawn.initial_seed()
 
         def branch(x: Tensor, d: Tensor, lambda_b: Tensor) -> Tensor:
-            z = F.linear(x, a) * d[: len(a)]  # μ (*b, r), or both (*b, 2r)
+            z = F.linear(x, a.to(x.dtype)) * d[: len(a)]  # μ (*b, r), or both (*b, 2r)
             if is_sampled:
                 mean, log_variance = z.chunk(2, -1)  # (*b, r)
                 generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
                 noise = torch.randn(mean.shape, dtype=z.dtype, device=z.device, generator=generator)
                 z = mean + noise * (log_variance / 2).exp()
-            return F.linear(z.to(x.dtype), b) * (s * lambda_b)
+            return F.linear(z.to(x.dtype), b.to(x.dtype)) * (s * lambda_b)
 
         return y + recomputed(branch, x, layer.lora_d, layer.lora_b).to(y.dtype)

@@ -24,6 +24,7 @@ from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.projections import projection_specs
+from ..ops.recompute import recomputed
 
 __all__ = ["VeRA", "VeRAConfig"]
 
@@ -76,7 +77,12 @@ class VeRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        a, b = layer.lora_A[:, : layer.in_features], layer.lora_B[: layer.out_features]  # (r, i), (o, r)
+        s, i, o = layer.scale, layer.in_features, layer.out_features
+
+        def branch(x: Tensor, d: Tensor, scales: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            h = (x @ a[:, :i].mT.to(x.dtype)) * d  # (*b, r), in the wider dtype of the two
+            return (h.to(x.dtype) @ b[:o].mT.to(x.dtype)) * (s * scales)
+
         x = torch.nn.functional.dropout(x, layer.cfg.dropout, layer.training)
-        h = (x @ a.mT) * layer.lora_d  # (*b, r), in the wider dtype of the two
-        return y + ((h.to(x.dtype) @ b.mT) * (layer.scale * layer.lora_b)).to(y.dtype)
+        # Of A and B, cast for each layer, nothing is kept: they are 256 ranks wide.
+        return y + recomputed(branch, x, layer.lora_d, layer.lora_b, layer.lora_A, layer.lora_B).to(y.dtype)
