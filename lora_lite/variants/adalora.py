@@ -24,6 +24,7 @@ from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.allocator import AllocatorConfig, allocate
 from ..ops.low_rank import add_low_rank
+from ..ops.recompute import recomputed
 
 __all__ = ["AdaLoRA", "AdaLoRAConfig"]
 
@@ -78,5 +79,6 @@ class AdaLoRA:
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         s = layer.scale * layer.cfg.alpha / (layer.cfg.init_r + 1e-5)
         dropout = layer.cfg.dropout if layer.training else 0.0
-        a = layer.lora_A.to(torch.promote_types(x.dtype, layer.lora_A.dtype)) * (s * layer.lora_E)  # (r, i)
+        dtype = torch.promote_types(x.dtype, layer.lora_A.dtype)
+        a = recomputed(lambda a, e: a.to(dtype) * (s * e), layer.lora_A, layer.lora_E)  # (r, i)
         return add_low_rank(y, x, a, layer.lora_B, 1.0, dropout)

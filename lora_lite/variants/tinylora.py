@@ -22,7 +22,7 @@ from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
 from ..families.factors import SeededConfig
-from ..ops.recompute import recomputed
+from ..ops.recompute import frozen_linear, recomputed
 from ..ops.svd import leading_svd
 
 __all__ = ["TinyLoRA", "TinyLoRAConfig"]
@@ -60,9 +60,9 @@ class TinyLoRA:
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: TinyLoRAConfig) -> dict[str, ParamSpec]:
         r = min(cfg.r, d_in, d_out)
-        v, u = ParamSpec((r, d_in), trainable=False), ParamSpec((d_out, r), trainable=False)
-        p = ParamSpec((cfg.u, r, r), trainable=False, keep_dtype=True)
-        return {"lora_V": v, "lora_U": u, "lora_P": p, "lora_group": ParamSpec((1,), dtype=torch.int32)}
+        shapes = {"lora_V": (r, d_in), "lora_U": (d_out, r), "lora_P": (cfg.u, r, r)}
+        frozen = {name: ParamSpec(shape, trainable=False, keep_dtype=True) for name, shape in shapes.items()}
+        return frozen | {"lora_group": ParamSpec((1,), dtype=torch.int32)}
 
     @staticmethod
     def shared_specs(targets: Sequence[Target], cfg: TinyLoRAConfig) -> dict[str, ParamSpec]:
@@ -88,8 +88,8 @@ class TinyLoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        h = F.linear(F.dropout(x, layer.cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that is kept
-        return y + F.linear(F.linear(h, (layer.scale * _r(layer)).to(h.dtype)), layer.lora_U)
+        h = frozen_linear(F.dropout(x, layer.cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that is kept
+        return y + frozen_linear(F.linear(h, (layer.scale * _r(layer)).to(h.dtype)), layer.lora_U)
 
 
 def _r(layer: Layer) -> Float[Tensor, "r r"]:
