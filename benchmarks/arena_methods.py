@@ -46,7 +46,8 @@ as LoRA's would be larger than the layers."""
 RATES: dict[str, float] = {
     **dict.fromkeys(("full", "osf", "frod"), 1e-4),
     **dict.fromkeys(("lora", "dora", "hira", "miss", "gralora", "loha", "lokr", "peanut", "hra", "shira"), 2e-3),
-    **dict.fromkeys(("vera", "pvera", "norm", "bias", "beft", "road", "boft", "delora", "waveft", "c3a"), 1e-2),
+    **dict.fromkeys(("vera", "pvera", "norm", "bias", "beft", "road", "boft", "waveft", "c3a"), 1e-2),
+    "delora": 1e-3,
     **dict.fromkeys(("fourierft", "vblora", "unilora", "tinylora"), 3e-2),
 }
 """Where the search for a learning rate starts, if that isn't the demo's (examples/learning_rates.py)."""
