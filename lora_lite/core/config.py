@@ -1,7 +1,7 @@
 """Adapter configs: frozen, valid once constructed, and the same after a trip through JSON."""
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +14,13 @@ from .validate import compiles, is_number
 ROLES = ("reader", "writer", "inner")
 KINDS = ("linear", "conv", "embedding", "experts", "matrix", "norm", "block")
 TIED_WEIGHTS = ("apart", "together", "as_base", "refuse")
+CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "dropout": (lambda value: is_number(value) and 0 <= value < 1, "a probability below 1"),
+    "seed": (lambda value: type(value) is int and 0 <= value < 2**63, "an integer from 0 to 2^63"),
+    "dtype": (STORAGE_DTYPES.__contains__, "a floating dtype of torch"),
+    "tied_weights": (TIED_WEIGHTS.__contains__, f"one of {TIED_WEIGHTS}"),
+}
+"""Fields by their name: which values are valid, and in words."""
 
 Config = TypeVar("Config", bound="BaseConfig")
 
@@ -82,21 +89,22 @@ class BaseConfig:
         for name in self.FILTERS:
             value = getattr(self, name)
             # The config is frozen once it is made, so its own fields are set past the dataclass.
-            if isinstance(value, str):
-                object.__setattr__(self, name, (value,))
-            elif isinstance(value, Sequence):
-                object.__setattr__(self, name, tuple(value))
+            if isinstance(value, Sequence):
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
             else:
                 self.require(value is None and name in ("layers", "layer_range"), name, "a list or a tuple")
         for member in fields(self):
-            if isinstance(member.default, enum.Enum):  # a file, or a user, gives the value of one
-                value, values = getattr(self, member.name), [choice.value for choice in type(member.default)]
+            value = getattr(self, member.name)
+            if isinstance(member.default, bool):
+                self.require(isinstance(value, bool), member.name, "True or False")
+            elif member.name in CHECKS:
+                self.require(CHECKS[member.name][0](value), member.name, CHECKS[member.name][1])
+            elif isinstance(member.default, enum.Enum):  # a file, or a user, gives the value of one
+                values = [choice.value for choice in type(member.default)]
                 self.require(value in values, member.name, f"one of {values}")
                 object.__setattr__(self, member.name, type(member.default)(value))
-        self.require(self.dtype in STORAGE_DTYPES, "dtype", "a floating dtype of torch")
         self.require(all(role in ROLES for role in self.target_roles), "target_roles", f"any of {ROLES}")
         self.require(bool(self.kinds) and all(kind in KINDS for kind in self.kinds), "kinds", f"any of {KINDS}")
-        self.require(self.tied_weights in TIED_WEIGHTS, "tied_weights", f"one of {TIED_WEIGHTS}")
         if not {"norm", "block"}.isdisjoint(self.kinds):
             self._check_without_matrix()
         if self.layers is not None:

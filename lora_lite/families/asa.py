@@ -45,7 +45,6 @@ class ASAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.use_asa, bool), "use_asa", "True or False")
         for name, least in {"asa_target_subspaces": 1, "init_warmup": 0, "mask_interval": 1}.items():
             value = getattr(self, name)
             self.require(type(value) is int and value >= least, name, f"a whole number, {least} or more")

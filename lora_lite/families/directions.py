@@ -75,7 +75,6 @@ class DirectionConfig(BaseConfig):
         self.require(is_number(self.strength), "strength", "a finite number")
         self.require(self.layer is None or (is_number(self.layer) and self.layer >= 0), "layer", "a depth, or None")
         self.require(is_quantile(self.winsorize), "winsorize", "a quantile above 0, at most 1, or None")
-        self.require(isinstance(self.projected, bool), "projected", "True or False")
         pairs = self.kernels.items() if isinstance(self.kernels, Mapping) else self.kernels
         try:
             kernels = tuple((pattern, Kernel(*map(float, numbers))) for pattern, numbers in pairs)

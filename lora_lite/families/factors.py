@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import AdapterConfig
-from ..core.validate import is_number, positive_or_none
+from ..core.validate import positive_or_none
 from ..core.variant import Layer, LowRank
 from ..errors import ConfigError
 from ..ops.dropout import dropout_seed, dropped
@@ -35,8 +35,6 @@ class FactorsConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
-        self.require(isinstance(self.rslora, bool), "rslora", "True or False")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
     @property
     def scaling(self) -> float:
@@ -54,7 +52,6 @@ class SeededConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(type(self.seed) is int and 0 <= self.seed < 2**31, "seed", "an integer from 0 to 2^31")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 def check_directions(cfg: Any, d_in: int, d_out: int, most: int | None = None) -> None:

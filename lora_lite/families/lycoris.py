@@ -35,7 +35,6 @@ class LycorisConfig(AdapterConfig):
         for name in ("rank_dropout", "module_dropout"):
             value = getattr(self, name)
             self.require(is_number(value) and 0 <= value < 1, name, "a probability below 1")
-        self.require(isinstance(self.use_effective_conv2d, bool), "use_effective_conv2d", "True or False")
 
     @property
     def scaling(self) -> float:

@@ -41,10 +41,8 @@ def change_by(
     return layer.scale * product(x, layer.constant("turn", wide, *tensors))
 
 
-def check_cayley(cfg: BaseConfig, *flags: str) -> None:
-    """ConfigError unless `use_cayley_neumann`, `num_cayley_neumann_terms` and what else is true or false are valid."""
-    for name in ("use_cayley_neumann", *flags):
-        cfg.require(isinstance(getattr(cfg, name), bool), name, "True or False")
+def check_cayley(cfg: BaseConfig) -> None:
+    """ConfigError unless `num_cayley_neumann_terms` is valid."""
     terms, name = getattr(cfg, "num_cayley_neumann_terms"), "num_cayley_neumann_terms"  # noqa: B009
     wanted = f"2 or more, up to {MOST_TERMS}: one term is the identity, whatever is trained"
     cfg.require(type(terms) is int and 1 < terms <= MOST_TERMS, name, wanted)

@@ -42,7 +42,6 @@ class AdaLoRAConfig(AllocatorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_number(self.alpha) and self.alpha > 0, "alpha", "a number above 0")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number from 0 to below 1")
         self.require(is_number(self.orth_reg_weight) and self.orth_reg_weight >= 0, "orth_reg_weight", "0 or more")
 
 

@@ -47,7 +47,6 @@ class AdaMSSConfig(ASAConfig):
         for name, least in {"num_subspaces": 1, "subspace_rank": 1, "seed": 0}.items():
             value = getattr(self, name)
             self.require(type(value) is int and least <= value < 2**63, name, f"a whole number, {least} or more")
-        self.require(isinstance(self.use_dynamic_rank, bool), "use_dynamic_rank", "True or False")
         self.require(is_number(self.svd_threshold) and 0 <= self.svd_threshold < 1, "svd_threshold", "a share below 1")
 
 

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import BaseConfig
-from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
 from ..families.orthogonal import change_by, check_divides
 from ..ops.cayley import rotation_less_identity, turned_by
@@ -43,7 +42,6 @@ class BOFTConfig(BaseConfig):
         m, k = self.n_butterfly_factor, self.block_size
         self.require(type(m) is int and 0 < m < 32, "n_butterfly_factor", "the number of factors, 1 or more")
         self.require(type(k) is int and k > 1 and (m == 1 or k % 2 == 0), "block_size", "2 or more; even for m > 1")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 @register

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import AdapterConfig
-from ..core.validate import is_number, positive_or_none
+from ..core.validate import positive_or_none
 from ..core.variant import Layer, ParamSpec, register
 from ..families.sparse import wide
 from ..ops.recompute import recomputed
@@ -40,8 +40,6 @@ class DEFTConfig(AdapterConfig):
         super().__post_init__()
         self.require(self.decomposition in ("relu", "qr"), "decomposition", '"relu" or "qr"')
         self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for s = 1")
-        self.require(isinstance(self.para, bool), "para", "True or False")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 @register

@@ -39,7 +39,6 @@ class DeLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_number(self.strength) and self.strength != 0, "strength", "a number other than 0")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 @register

@@ -41,7 +41,6 @@ class FourierFTConfig(BaseConfig):
         super().__post_init__()
         self.require(type(self.n_frequency) is int and self.n_frequency > 0, "n_frequency", "a number of at least 1")
         self.require(is_number(self.scaling) and self.scaling != 0, "scaling", "a number other than 0")
-        self.require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "a seed of a torch.Generator")
         self.require(self.init in ("normal", "zeros"), "init", '"normal" or "zeros"')
 
 

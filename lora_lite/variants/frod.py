@@ -49,8 +49,6 @@ class FRoDConfig(BaseConfig):
         self.require(is_number(self.sparse_rate) and 0 < self.sparse_rate <= 1, "sparse_rate", "above 0, at most 1")
         alpha = self.regularization_alpha
         self.require(is_number(alpha) and alpha > 0, "regularization_alpha", "a number above 0")
-        self.require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "a seed of a torch.Generator")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 @register

@@ -42,7 +42,6 @@ class GraLoRAConfig(AdapterConfig):
         self.require(is_number(self.alpha) and self.alpha > 0, "alpha", "a number above 0")
         self.require(type(self.k) is int and self.k > 0 and self.r % self.k == 0, "k", "a number that divides r")
         self.require(type(self.hybrid_r) is int and self.hybrid_r >= 0, "hybrid_r", "a rank, or 0")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 @register

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import AdapterConfig
-from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.dense import as_low_rank, with_delta
 
@@ -34,7 +33,6 @@ class HiRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         self.require(self.init in ("kaiming", "gaussian"), "init", '"kaiming" or "gaussian"')
 
 

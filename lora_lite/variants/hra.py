@@ -35,10 +35,6 @@ class HRAConfig(AdapterConfig):
     variant: str = "hra"
     apply_GS: bool = False  # noqa: N815  as PEFT calls it
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(isinstance(self.apply_GS, bool), "apply_GS", "True or False")
-
 
 @register
 class HRA:

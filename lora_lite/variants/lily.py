@@ -48,7 +48,6 @@ class LilyConfig(AdapterConfig):
         self.require(type(self.stride_A) is int and self.stride_A > 0, "stride_A", "a number of layers, at least 1")
         self.require(type(self.num_B) is int and self.num_B > 1, "num_B", "at least 2: one needs no router")
         self.require(is_number(self.scaling) and self.scaling != 0, "scaling", "a number other than 0")
-        self.require(isinstance(self.share, bool), "share", "True or False")
 
     def names(self, path: str, place: tuple[str | None, int | None]) -> tuple[str, str]:
         """The layer's A and B; of shared ones they tell with whom."""

@@ -43,8 +43,6 @@ class LoKrConfig(LycorisConfig):
         super().__post_init__()
         factor = self.decompose_factor
         self.require(type(factor) is int and (factor > 0 or factor == -1), "decompose_factor", "a size, or -1")
-        for name in ("decompose_both", "rank_dropout_scale"):
-            self.require(isinstance(getattr(self, name), bool), name, "True or False")
         self.require(self.init in ("default", "lycoris"), "init", '"default" or "lycoris"')
 
 

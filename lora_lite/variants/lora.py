@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.positions import Prompt
-from ..core.validate import is_number, is_token, positive_or_none
+from ..core.validate import is_token, positive_or_none
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.positions import from_invocation
 from ..ops.low_rank import add_low_rank
@@ -55,9 +55,6 @@ class LoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for r")
-        for flag in ("rslora", "bias", "freeze_a"):
-            self.require(isinstance(getattr(self, flag), bool), flag, "True or False")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         if (tokens := self.invocation_tokens) is not None:
             valid = isinstance(tokens, list | tuple) and tokens and all(map(is_token, tokens))
             self.require(bool(valid), "invocation_tokens", "one or more ids of tokens, or None")

@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import AdapterConfig
-from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
 from ..families.dense import as_low_rank, with_delta
@@ -43,7 +42,6 @@ class MissConfig(AdapterConfig):
         super().__post_init__()
         self.require(self.form in ("miss", "mini", "bat"), "form", '"miss", "mini" or "bat"')
         self.require(type(self.mini_r) is int and self.mini_r > 0, "mini_r", "a number of outputs, at least 1")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         self.require(not (self.dropout and self.form == "bat"), "dropout", "0 in the form bat, which has none")
 
 

@@ -49,7 +49,7 @@ class OFTConfig(BaseConfig):
         self.require(type(self.block_size) is int and self.block_size > 1, "block_size", "at least 2")
         self.require(is_number(self.eps) and self.eps > 0, "eps", "a number above 0")
         self.require(self.side in ("input", "output"), "side", '"input" or "output"')
-        check_cayley(self, "block_share", "coft")
+        check_cayley(self)
 
 
 @register

@@ -46,9 +46,8 @@ class PSOFTConfig(PrincipalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         eps = self.cayley_neumann_eps
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         self.require(eps is None or (is_number(eps) and 0 < eps < 1), "cayley_neumann_eps", "between 0 and 1, or None")
-        check_cayley(self, "orth", "mag_b", "mag_a")
+        check_cayley(self)
 
 
 @register

@@ -35,10 +35,6 @@ class PVeRAConfig(VeRAConfig):
     variant: str = "pvera"
     sample_at_inference: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(isinstance(self.sample_at_inference, bool), "sample_at_inference", "True or False")
-
 
 @register
 class PVeRA:

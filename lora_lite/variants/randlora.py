@@ -47,8 +47,6 @@ class RandLoRAConfig(SeededConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_number(self.alpha) and self.alpha > 0, "alpha", "a number above 0")
-        for name in ("save_projection", "sparse", "very_sparse"):
-            self.require(isinstance(getattr(self, name), bool), name, "True or False")
 
 
 @register

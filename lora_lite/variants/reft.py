@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
 from ..core.positions import Prompt
-from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
 from ..families.positions import at_the_ends
@@ -49,7 +48,6 @@ class ReFTConfig(AdapterConfig):
         for name in ("first", "last"):
             self.require(type(n := getattr(self, name)) is int and n >= 0, name, "a number of tokens, 0 or more")
         self.require(self.first + self.last > 0, "first", "a token or more at one of the ends")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 @register

@@ -30,10 +30,6 @@ class SHiRAConfig(AdapterConfig):
     r: int = 32
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "a seed of a torch.Generator")
-
 
 @register
 class SHiRA:

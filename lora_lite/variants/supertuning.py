@@ -39,10 +39,8 @@ class SuperTuningConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_number(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", "a number from 0 to below 1")
-        self.require(isinstance(self.select_top, bool), "select_top", "True or False")
         self.require(self.r is None or (type(self.r) is int and self.r > 0), "r", "a rank of at least 1, or None")
         self.require(positive_or_none(self.alpha), "alpha", "a number above 0, or None for 2r")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
     @property
     def scaling(self) -> float:

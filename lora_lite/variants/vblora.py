@@ -50,7 +50,6 @@ class VBLoRAConfig(AdapterConfig):
         for name in ("num_vectors", "vector_length", "topk"):
             self.require(type(getattr(self, name)) is int and getattr(self, name) > 0, name, "at least 1")
         self.require(self.topk <= self.num_vectors, "topk", f"at most num_vectors, {self.num_vectors}")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
         for name in ("init_vector_bank_bound", "init_logits_std"):
             self.require(is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
 

@@ -47,9 +47,6 @@ class VeRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(is_number(self.d_initial) and self.d_initial != 0, "d_initial", "a number other than 0")
-        self.require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "a seed of a torch.Generator")
-        self.require(isinstance(self.save_projection, bool), "save_projection", "True or False")
-        self.require(is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a probability below 1")
 
 
 @register

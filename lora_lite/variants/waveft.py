@@ -49,8 +49,6 @@ class WaveFTConfig(BaseConfig):
         self.require(valid, "density", "a number above 0 and up to 1, or None")
         self.require(is_number(self.scaling) and self.scaling != 0, "scaling", "a number other than 0")
         self.require(self.wavelet_family in DIGITS, "wavelet_family", f"one of {', '.join(DIGITS)}")
-        self.require(isinstance(self.use_idwt, bool), "use_idwt", "True or False")
-        self.require(type(self.seed) is int and 0 <= self.seed < 2**63, "seed", "a seed of a torch.Generator")
         # no field: computed here, so that a graph of torch.compile finds numbers
         object.__setattr__(self, "filter", scaling_filter(self.wavelet_family))
 

@@ -19,7 +19,7 @@ from ...base.storage import Dense
 from ...core.state import Site
 from ...errors import CheckpointError
 from ...ops.svd import principal_factors
-from .kinds import is_conv, is_embedding, is_plain_linear
+from .kinds import is_conv, is_embedding, is_linear_module
 from .settings import number_of, whole_of
 from .table import AtLayer, Format, Named, Setting
 
@@ -48,10 +48,6 @@ def _check_terms(cfg: Any) -> dict[str, Any]:
     return {}
 
 
-def _is_linear(layer: BaseLayer) -> bool:
-    return is_plain_linear(layer) and not layer.transposed
-
-
 def _has_square_kernel(layer: BaseLayer) -> bool:
     """Is it an nn.Conv2d whose options PEFT's own call of F.conv2d hands on?"""
     if not is_conv(layer) or layer.stored.ndim != 4:
@@ -70,7 +66,7 @@ def _has_square_kernel(layer: BaseLayer) -> bool:
 def _takes_oft(layer: BaseLayer) -> bool:
     # Where patches overlap, PEFT sums their turned copies into one picture: no weight does that.
     is_point = is_conv(layer) and layer.stored.ndim == 4 and layer.stored[0, 0].numel() == 1
-    return _is_linear(layer) or is_embedding(layer) or bool(is_point and layer.module.groups == 1)
+    return is_linear_module(layer) or is_embedding(layer) or bool(is_point and layer.module.groups == 1)
 
 
 def _oft_at_layer(place: AtLayer) -> dict[str, Any]:
@@ -144,7 +140,7 @@ BOFT = Format(
     },
     given={"boft_block_num": 0},
     only="boft_only",
-    takes=lambda layer: _is_linear(layer) or _has_square_kernel(layer),
+    takes=lambda layer: is_linear_module(layer) or _has_square_kernel(layer),
     at_layer=_boft_at_layer,
     ours=lambda layer, tensors: _boft(layer, tensors, (-1, 1)),
     theirs=lambda site, tensors: _boft(site.base, tensors, (1, -1)),  # (1, o) of a convolution
@@ -166,7 +162,7 @@ HRA = Format(
     fields={"r": Setting("r", 8), "apply_GS": Setting("apply_GS", False)},
     lacks=("fan_in_fan_out",),
     only="hra_only",
-    takes=lambda layer: _is_linear(layer) or _has_square_kernel(layer),
+    takes=lambda layer: is_linear_module(layer) or _has_square_kernel(layer),
     theirs=_write_hra,
     sizes=lambda layer: (layer["lora_u"][0], 0),
 )
@@ -198,7 +194,7 @@ ROAD = Format(
     fields={"group_size": Setting("group_size", 64)},
     given={"variant": "road_1"},
     lacks=("bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern"),
-    takes=_is_linear,
+    takes=is_linear_module,
     read=_read_road,
     write=lambda cfg: {"variant": f"road_{cfg.form}"},
     theirs=_write_road,
@@ -247,7 +243,7 @@ PSOFT = Format(
     },
     given={"psoft_alpha": 32, "cayley_neumann_eps": None},  # what α scales, PEFT divides U by
     lacks=("bias",),
-    takes=lambda layer: _is_linear(layer) and isinstance(layer.storage, Dense),
+    takes=lambda layer: is_linear_module(layer) and isinstance(layer.storage, Dense),
     read=_read_psoft,
     write=lambda cfg: {"psoft_alpha": cfg.r, "cayley_neumann_eps": cfg.cayley_neumann_eps, **_check_terms(cfg)},
     theirs=_write_psoft,

@@ -14,17 +14,12 @@ from ...base.layer import BaseLayer
 from ...core.state import Site
 from ...errors import CheckpointError
 from ...ops.wavelets import DIGITS
-from .kinds import is_plain_linear
+from .kinds import is_linear_module, is_plain_linear
 from .settings import flag_of, number_of, text_of
 from .table import AtLayer, Format, Named, Setting
 
 if TYPE_CHECKING:
     from .folder import PeftFolder
-
-
-def _is_linear(layer: BaseLayer) -> bool:
-    """Is it a plain nn.Linear, and none of transformers' Conv1D?"""
-    return is_plain_linear(layer) and not layer.transposed
 
 
 def _flat(layer: BaseLayer, tensors: Named) -> Named:
@@ -47,7 +42,7 @@ SHIRA = Format(
     fields={"r": Setting("r", 32)},
     free=("mask_type", "random_seed"),
     lacks=("bias", "layers_to_transform", "layers_pattern"),
-    takes=_is_linear,
+    takes=is_linear_module,
     write=lambda cfg: {"mask_type": "random", "random_seed": cfg.seed},
     ours=_flat,
     theirs=_rows_and_columns,
@@ -81,7 +76,7 @@ def _supertuning(has_places: bool) -> Format:
         when=lambda settings: (settings.get("save_precomputed_indices") is not False) == has_places,
         free=("save_precomputed_indices", "lora_alpha"),
         lacks=("bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern"),
-        takes=_is_linear,
+        takes=is_linear_module,
         read=lambda source: {"alpha": _alpha(source, "lora_alpha")},
         write=lambda cfg: {"lora_alpha": None if cfg.r is None else cfg.scaling * cfg.r},
         tables=("lora_indices",),
@@ -99,7 +94,7 @@ DELORA = Format(
     },
     lacks=("fan_in_fan_out",),
     only="delora_only",
-    takes=_is_linear,
+    takes=is_linear_module,
     sizes=lambda layer: (layer["lora_A"][1], layer["lora_B"][0]),
 )
 
@@ -145,7 +140,7 @@ C3A = Format(
     fields={"block_size": Setting("block_size", 256, "block_size_pattern")},
     lacks=("fan_in_fan_out",),
     only="c3a_only",
-    takes=_is_linear,
+    takes=is_linear_module,
     at_site=lambda site: {"block_size": site.specs["lora_kernel"].shape[2]},
     sizes=lambda layer: (
         layer["lora_kernel"][1] * layer["lora_kernel"][2],

@@ -12,7 +12,7 @@ from ...core.shared import PLACE
 from ...core.state import Site
 from ...errors import CheckpointError, brief
 from ...ops.joint import LEAST, joint_columns
-from .kinds import is_embedding, is_plain_linear
+from .kinds import is_embedding, is_linear_module, is_plain_linear
 from .settings import flag_of, number_of
 from .table import AtLayer, Format, Named, Setting, Shape
 
@@ -28,11 +28,6 @@ _FACTORS = {
     "dropout": Setting("lora_dropout", 0.0),
 }
 _PAIR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-
-
-def _is_linear(layer: BaseLayer) -> bool:
-    """An nn.Linear, for methods that PEFT has on no Conv1D of transformers."""
-    return is_plain_linear(layer) and not layer.transposed
 
 
 def _part(source: "PeftFolder", setting: str, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,13 +131,13 @@ KASA = _lora(
     "kasa",
     "kasa_config",
     {"lora_d": "lora_diag"},
-    takes=_is_linear,
+    takes=is_linear_module,
     read=_read_kasa,
     write=lambda cfg: {"kasa_config": {"beta": cfg.beta, "gamma": cfg.gamma}},
     reads_base=True,
 )
 BDLORA = _lora(
-    "bdlora", "use_bdlora", {}, takes=_is_linear, read=_read_bdlora, at_layer=_blocks_at, by_layer=_write_bdlora
+    "bdlora", "use_bdlora", {}, takes=is_linear_module, read=_read_bdlora, at_layer=_blocks_at, by_layer=_write_bdlora
 )
 
 VELORA = _lora(
@@ -200,7 +195,7 @@ OSF = Format(
     "osf",
     tensors={f"lora_{name}": f"osf_svd_params.{name}_low" for name in ("U", "S", "V")},
     free=("effective_rank", "rank_pattern", "target_svd_config"),
-    takes=_is_linear,
+    takes=is_linear_module,
     lacks=("bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern"),
     read=_read_osf,
     at_layer=_osf_rank,
@@ -376,7 +371,7 @@ ADAMSS = Format(
         "asa_uncertainty_beta": Setting("asa_uncertainty_beta", 0.85),
         "asa_schedule_exponent": Setting("asa_schedule_exponent", 3.0),
     },
-    takes=_is_linear,
+    takes=is_linear_module,
     lacks=("bias", "fan_in_fan_out"),
     of_base=_adamss_of_base,
     theirs=_adamss_theirs,
