@@ -380,7 +380,7 @@ def test_a_schedule_without_gradients_is_an_error() -> None:
         ("velora", {"num_groups": 0}, r"num_groups=0\): wanted a number of at least 1"),
         ("velora", {"init_type": "once"}, r"init_type='once'\): wanted"),
         ("velora", {"compression_scale": float("nan")}, r"compression_scale=nan\): wanted a number"),
-        ("frod", {"seed": -1}, r"seed=-1\): wanted a seed"),
+        ("frod", {"seed": -1}, r"seed=-1\): wanted an integer from 0"),
         ("adamss", {"num_subspaces": 0}, r"num_subspaces=0\): wanted a whole number, 1 or more"),
         ("adamss", {"svd_threshold": 1.0}, r"svd_threshold=1\.0\): wanted a share"),
         ("adamss", {"final_warmup": 50}, r"final_warmup=50\): wanted a step after init_warmup = 50"),
