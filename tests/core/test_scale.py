@@ -104,8 +104,8 @@ def test_what_is_not_finite_is_refused_and_changes_nothing(c: float) -> None:
 # ---- both poles in one step ---------------------------------------------------------------------
 
 
-def trainable(variant: str, **sizes: Any) -> tuple[Any, ll.Adapter]:
-    model = tiny_llama(torch.float64, bias=True, **sizes).train()
+def trainable(variant: str, blocks: int = 2) -> tuple[Any, ll.Adapter]:
+    model = tiny_llama(torch.float64, bias=True, num_hidden_layers=blocks).train()
     adapter = attach(model, config(variant, dtype=torch.float64))
     perturb(adapter)
     return model, adapter
@@ -147,7 +147,7 @@ def checkpointed(model: Any, way: dict[str, bool] | None) -> None:
 def test_both_poles_in_one_step_give_the_gradients_of_two_models(variant: str) -> None:
     if variant in DRAWS:
         pytest.skip("it draws other numbers in each forward")
-    model, adapter = trainable(variant, num_hidden_layers=1)
+    model, adapter = trainable(variant, blocks=1)
     wanted = apart(model)
     assert wanted.abs().max() > 1e-4
     for way in WAYS:
