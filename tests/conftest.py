@@ -27,10 +27,11 @@ from lora_lite.core.variant import REGISTRY  # noqa: E402
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the real model, and not for its tokenizer alone, is slow. The slow ones come first, so that no
-    process ends with one."""
+    """Whatever asks for the real model, and not for its tokenizer alone, is slow; so are the thousand that say PEFT in
+    their name. The slow ones come first, so that no process ends with one."""
     for item in items:
-        if not {"smollm2", "real_base"}.isdisjoint(getattr(item, "fixturenames", ())):
+        has_model = not {"smollm2", "real_base"}.isdisjoint(getattr(item, "fixturenames", ()))
+        if has_model or "peft" in item.nodeid:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -22,6 +22,11 @@ per_attached = pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "
 per_identity = pytest.mark.parametrize("variant", [v for v in VARIANTS if ll.REGISTRY[v].has_identity_init])
 
 
+def on_three(variant: str) -> Any:
+    """On a square layer, a narrow one and a wide one of a block: q, k and down."""
+    return config(variant, exclude_names=r"(v|o|gate|up)_proj")
+
+
 def small(dtype: torch.dtype = torch.float32) -> Any:
     """One block: seven layers of four shapes. What goes by the depth of a layer is checked on two."""
     return tiny_llama(dtype, bias=True, num_hidden_layers=1)
@@ -29,7 +34,7 @@ def small(dtype: torch.dtype = torch.float32) -> Any:
 
 def attached(variant: str, dtype: torch.dtype = torch.float32, *, moved: bool = True) -> tuple[Any, ll.Adapter]:
     model = small(dtype)
-    adapter = attach(model, config(variant))
+    adapter = attach(model, on_three(variant))
     if moved:
         perturb(adapter)
     return model, adapter
@@ -109,7 +114,7 @@ def test_output_is_the_papers_formula(variant: str, bias: bool, overrides: dict[
 def test_a_fresh_adapter_is_the_identity_bit_for_bit(variant: str, dtype: torch.dtype) -> None:
     model = small(dtype)
     base = logits(model)
-    attach(model, config(variant))
+    attach(model, on_three(variant))
     assert torch.equal(logits(model), base)
 
 
@@ -118,7 +123,7 @@ def test_the_base_is_read_only(variant: str) -> None:
     model = tiny_llama(bias=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     versions = {path: p._version for path, p in model.named_parameters()}
-    adapter = attach(model, config(variant))
+    adapter = attach(model, on_three(variant))
     train(model, adapter)
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -133,7 +138,7 @@ def test_detach_restores_everything(variant: str, trained: bool) -> None:
     model = small()
     model.model.embed_tokens.weight.requires_grad_(False)  # a flag of the user's own
     before, base = snapshot(model), logits(model)
-    adapter = attach(model, config(variant))
+    adapter = attach(model, on_three(variant))
     if trained:
         perturb(adapter)
         train(model, adapter, 1)
@@ -147,7 +152,7 @@ def test_detach_restores_everything(variant: str, trained: bool) -> None:
 def test_a_failure_in_the_middle_of_attach_changes_nothing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     before, base, calls = snapshot(model), logits(model), []
-    last = min(5, len(ll.plan(model, config(variant))))
+    last = min(5, len(ll.plan(model, on_three(variant))))
 
     def init(layer: ll.Layer, cfg: Any) -> None:
         calls.append(layer.path)
@@ -156,7 +161,7 @@ def test_a_failure_in_the_middle_of_attach_changes_nothing(variant: str, monkeyp
 
     monkeypatch.setattr(ll.REGISTRY[variant], "init", staticmethod(init))
     with pytest.raises(ZeroDivisionError, match="fifth"):
-        attach(model, config(variant))
+        attach(model, on_three(variant))
     assert same_snapshot(before, snapshot(model))
     assert torch.equal(logits(model), base)
 
@@ -164,7 +169,7 @@ def test_a_failure_in_the_middle_of_attach_changes_nothing(variant: str, monkeyp
 @per_variant
 def test_only_adapter_parameters_get_gradients_and_each_moves(variant: str) -> None:
     model = small()
-    adapter = attach(model, config(variant))
+    adapter = attach(model, on_three(variant))
     start = [p.detach().clone() for p in adapter.parameters()]
     train(model, adapter)  # two steps: LoRA's A has a zero gradient in the first
     assert {path for path, p in model.named_parameters() if p.requires_grad} == {
@@ -181,7 +186,7 @@ def test_save_and_load_are_bit_equal_and_run_no_init(
     variant: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama(bias=True)
-    perturb(attach(model, config(variant), name=name))
+    perturb(attach(model, on_three(variant), name=name))
     ll.save(model, tmp_path / "a.safetensors", name=name)
     wanted, tensors = logits(model), ll.adapters(model)[name].state_dict()
     assert all(".lora_" in f".{key}" and not key.endswith("__fr") for key in tensors)
@@ -227,7 +232,7 @@ def test_to_dtype_keeps_a_fresh_adapter_the_identity(variant: str) -> None:
 def test_low_precision_bases_keep_their_dtype_and_float32_masters(variant: str, dtype: torch.dtype) -> None:
     exact, exact_adapter = attached(variant)
     model = small().to(dtype)
-    adapter = attach(model, config(variant))
+    adapter = attach(model, on_three(variant))
     adapter.load_state_dict(exact_adapter.state_dict())
     assert {t.dtype for _, t in adapter.named_tensors() if t.is_floating_point()} == {torch.float32}
     assert logits(model).dtype == dtype
@@ -419,10 +424,8 @@ def test_eval_outputs_follow_every_way_to_change_a_parameter(variant: str) -> No
 
 @per_variant
 def test_function_transforms_and_inference_mode_mix_with_what_is_remembered(variant: str) -> None:
-    """Neither may leave a tensor behind that a later forward can't use: a square layer, and a wide one."""
-    model = small()
-    adapter = attach(model, config(variant, exclude_names=r"(k|v|o|gate|up)_proj"))
-    perturb(adapter)
+    """Neither may leave a tensor behind that a later forward can't use."""
+    model, adapter = attached(variant)
     wanted = logits(model)
     with torch.inference_mode():
         assert torch.equal(model(input_ids=IDS).logits, wanted)
@@ -468,10 +471,10 @@ def test_quantised_bases_are_right_or_refused(variant: str, quantization: str, t
     if ll.REGISTRY[variant].base_weight == "dense":
         before = sorted(model.state_dict())
         with pytest.raises(ll.QuantizedWeightError, match=r"needs a dense weight, and this one is .*bitsandbytes"):
-            attach(model, config(variant))
+            attach(model, on_three(variant))
         assert sorted(model.state_dict()) == before
         return
-    adapter = attach(model, config(variant))
+    adapter = attach(model, on_three(variant))
     assert torch.equal(logits(model), base) == ll.REGISTRY[variant].has_identity_init
     start = [p.detach().clone() for p in adapter.parameters()]
     model.train()
