@@ -28,6 +28,8 @@ sys.path.append(str(Path(__file__).parent / "laws"))  # of a script, which has i
 from oracles import DATA, FIELDS, NOT_AFFINE
 
 IDS = torch.arange(24).reshape(2, 12)
+BUT_THREE = r"(v|o|gate|up)_proj"
+"""`exclude_names` of a Llama that leave a square, a narrow and a wide layer of each block: q, k and down."""
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, *, seed: int = 0, bias: bool = False, **overrides: Any) -> Any:
@@ -318,6 +320,7 @@ def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 __all__ = [
+    "BUT_THREE",
     "IDS",
     "MIXED",
     "SIZES",

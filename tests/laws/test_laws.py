@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, attach, config, covering, is_trained, one_layer, perturb, quantized_llama, tiny_llama, train
+from models import (
+    BUT_THREE,
+    IDS,
+    attach,
+    config,
+    covering,
+    is_trained,
+    one_layer,
+    perturb,
+    quantized_llama,
+    tiny_llama,
+    train,
+)
 from oracles import AT_SCALE, ORACLES
 from torch import nn
 from torch.autograd import forward_ad
@@ -23,8 +35,7 @@ per_identity = pytest.mark.parametrize("variant", [v for v in VARIANTS if ll.REG
 
 
 def on_three(variant: str) -> Any:
-    """On a square layer, a narrow one and a wide one of a block: q, k and down."""
-    return config(variant, exclude_names=r"(v|o|gate|up)_proj")
+    return config(variant, exclude_names=BUT_THREE)
 
 
 def small(dtype: torch.dtype = torch.float32) -> Any:
