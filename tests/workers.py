@@ -161,6 +161,24 @@ def shares_by_name(variant: str) -> bool:
     return one != other
 
 
+def late() -> None:
+    """A compiled model sees adapters, and histories, that come to layers that had none, the base frozen or not."""
+    for is_frozen in (False, True):
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(not is_frozen)
+        fast, x = torch.compile(model, backend="eager"), torch.randn(4, 8)
+        fast(x)
+        for path in ("0", "1"):
+            perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names=path), f"on_{path}"), 1.0)
+            torch.testing.assert_close(fast(x), model(x))
+        ll.detach(model)
+        torch.testing.assert_close(fast(x), model(x))
+        for path in ("0", "1"):
+            perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names=path)), 1.0)
+            ll.freeze_into(model)
+            torch.testing.assert_close(fast(x), model(x))
+
+
 def vanishing() -> None:
     """DoRA's factored norm has no digits where W + s B A vanishes: eager mode takes the direct one, a graph refuses."""
     for backend in ("aot_eager", "inductor") if generates_code() else ("aot_eager",):
@@ -620,6 +638,7 @@ if __name__ == "__main__":
         through(covering(), compiled, folder)
         through(covering(), blocks, folder)
         poles(Path(folder))
+        late()
         vanishing()
         rounds_of_many_methods(Path(folder))
         parts_that_run(Path(folder))

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -161,8 +162,16 @@ def installed(
                 _install_shared(root, state, method, specs, tensors)
             if lookup(method.cfg.variant).positions(method.cfg) is not None:
                 watch(root, method.sites)
+        _forget_graphs()
         yield Adapter(root, name)
         undo.pop_all()
+
+
+def _forget_graphs() -> None:
+    """A graph of torch.compile (2.13) that saw a module without hooks would go on without those that it gets now, since
+    it guards no empty dict of hooks: every graph is made again."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes a second
+        sys.modules["torch._dynamo"].reset_code_caches()
 
 
 @contextmanager
@@ -188,6 +197,7 @@ def reinstalled(root: nn.Module, methods: list[Method], name: str, tensors: Tens
                 device = site.base.stored.device
                 values = {t: _value(s, site.key(t), site.cfg, device, tensors) for t, s in site.specs.items()}
                 _exchange(site, values)
+        _forget_graphs()
         yield Adapter(root, name)
         undo.pop_all()
     for place in {(site.module, site.slot) for site in before.sites} - {(s.module, s.slot) for s in state.sites}:
