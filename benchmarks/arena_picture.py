@@ -22,7 +22,8 @@ def draw(report: Report, file: Path) -> None:
     figure = plt.figure(figsize=(15, height + 4.2), dpi=100, layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[height, 4.2])
     above, below = parts
-    for axes, view in zip(above.subplots(1, len(VIEWS)), VIEWS, strict=True):
+    views = [view for view in VIEWS if report.ordered(view)]
+    for axes, view in zip(above.subplots(1, len(views), squeeze=False)[0], views, strict=True):
         forest(axes, report, view)
     panels = below.subplots(1, len(COSTS), sharey=True)
     for axes, cost in zip(panels, COSTS, strict=True):
@@ -34,16 +35,17 @@ def draw(report: Report, file: Path) -> None:
 
 
 def forest(axes: Any, report: Report, view: str) -> None:
-    """A method a line, the best above. Beyond the edge there is an arrow."""
+    """A method a line, the best above. Of one that is worse than the base without training, its loss alone."""
     results = report.ordered(view)[::-1]
     found = [report.difference(result, view) for result in results]
     for i, one in enumerate(found):
         if one is None or results[i].name == report.reference:
             axes.plot(0, i, "D", color="black", markersize=5)
             continue
-        colour = COLOURS[one.verdict]
-        if math.isinf(one.value):
-            axes.text(0.98, i, "diverged", color=colour, ha="right", va="center", transform=axes.get_yaxis_transform())
+        colour, loss = COLOURS[one.verdict], mean_loss(results[i].losses[view])
+        if loss > report.base_loss:
+            text = f"loss {loss:.2f}, the base's {report.base_loss:.2f} →" if math.isfinite(loss) else "diverged"
+            axes.text(0.98, i, text, color=colour, ha="right", va="center", transform=axes.get_yaxis_transform())
             continue
         axes.plot([one.low, one.high], [i, i], color=colour, linewidth=2)
         axes.plot(one.value, i, "o", color=colour, markersize=5)
@@ -56,8 +58,10 @@ def forest(axes: Any, report: Report, view: str) -> None:
 
 
 def against(axes: Any, report: Report, cost: str) -> None:
-    """Every method by its cost and loss; a line through those that beat all cheaper ones beyond doubt."""
-    points, line = report.points(cost), report.line(cost)
+    """Methods by their cost and loss; a line through those that beat all cheaper ones beyond doubt."""
+    # One that is worse than the base without training would press all others together.
+    points = [point for point in report.points(cost) if mean_loss(point.losses) <= report.base_loss]
+    line = [name for name in report.line(cost) if name in {point.name for point in points}]
     axes.set_xlabel(COSTS[cost], fontsize=9)
     _bare(axes)
     if not points:

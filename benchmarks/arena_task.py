@@ -73,7 +73,8 @@ def read_task(
     train, tuning = split(rest)
     rows = [encode(tokenizer, pairs, max_length) for pairs in (train, tuning, held_out)]
     few = [
-        by_length(random.Random(0).sample(part, min(n, len(part)))) for part, n in zip(rows[1:], counts, strict=False)
+        by_length(random.Random(0).sample(part, min(n, len(part))))
+        for part, n in zip(rows[1:], counts[:2], strict=True)
     ]
     texts = neutral_texts(tokenizer, base, folder, counts[2])
     name = "the standard library's docstrings" if file is None else f"{file.parent.name}/{file.name}"

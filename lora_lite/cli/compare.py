@@ -121,6 +121,7 @@ def _config(a: StoredAdapter, b: StoredAdapter, pairs: Collection[tuple[StoredLa
         differing_filters = _differing(one.to_dict(), other.to_dict(), filters)
         out |= {f"{prefix}{name}": values for name, values in differing_filters.items()}
     differing: dict[tuple[str, str], list[tuple[Any, Any]]] = defaultdict(list)
+    # Without a layer that both have, their configs in order; of more on one side "methods" tells, as above.
     for cfg_a, cfg_b in [(x.cfg, y.cfg) for x, y in pairs] or zip(a.configs, b.configs, strict=False):
         fields_a, fields_b = cfg_a.to_dict(), cfg_b.to_dict()
         names = [name for name in fields_a | fields_b if name not in (*BaseConfig.FILTERS, "per_layer")]

@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from ..base.kinds import BLOCK, packed_in
 from ..base.matrices import normalized
 from ..errors import TargetError
+from ..ops.recompute import recomputed
 from . import weight_products  # noqa: F401  the import registers its answers
 from .adapt import adapt_input, adapt_output
 from .adapted_weight import AdaptedWeight, Use, dense, put, take_back
@@ -89,9 +90,16 @@ def _norm_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     site, scale = _called(module, name)
     if scale is None:
         return None
-    x = args[0] if args else next(iter(kwargs.values()))  # (*b, d)
-    n = normalized(module, x, args, kwargs).to(y.dtype)  # (*b, d)
-    new = adapt_output(Layer(module, site, y.dtype, scale=scale), n, y)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]  # x (*b, d), perhaps a gate
+
+    def normalised(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        again = [next(given) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+        named = dict(zip(kwargs, again[len(args) :], strict=True))
+        return normalized(module, tensors[0], again[: len(args)], named).to(y.dtype)  # (*b, d)
+
+    view = Layer(module, site, y.dtype, instead={"normalised": (normalised, tensors)}, scale=scale)
+    new = adapt_output(view, recomputed(normalised, *tensors), y)
     return new if site.positions is None else site.positions.choose(site.path, new, y)
 
 

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from ..base.layer import BaseLayer
 from ..errors import VariantError
 from ..ops.low_rank import is_transformed
+from ..ops.recompute import recomputed
 from .scale import Scale
 from .state import Site
 
@@ -31,6 +32,7 @@ class Layer:
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
     layer.experts          how many experts it fuses; 0 for a linear layer
+    layer.diagonal(w, x)   w ⊙ x of a norm, for which no x is kept
     layer.has_bias, .is_diagonal, .kernel    has the layer a bias; is it a norm; the size of a convolution's kernel
 
     Of fused experts whose tensors are stacked, it shows one expert. What `instead` names is shown in place of what is
@@ -186,6 +188,14 @@ class Layer:
     def linear(self, t: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         """t Wᵀ in t's dtype, through the layer's own kernel where it has one: no bias, no hooks."""
         return self._base("linear()").linear(t, self._expert)
+
+    def diagonal(self, w: Float[Tensor, "d"], x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """w ⊙ x in x's dtype, of a norm, where x is the normalised input: the backward keeps what the norm was called
+        with, and makes x again."""
+        norm, dtype = self._instead.get("normalised"), x.dtype
+        if norm is None:
+            return w.to(dtype) * x
+        return recomputed(lambda w, *tensors: w.to(dtype) * norm[0](*tensors), w, *norm[1])
 
     def generator(self, x: Tensor) -> torch.Generator | None:
         """A generator for the random numbers of this forward, on x's device: one that gradient checkpointing runs again

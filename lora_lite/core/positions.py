@@ -158,6 +158,7 @@ def _enter(name: str, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     state = session_at(root).adapters[name]
     if state.is_idle:
         return
+    # A call gives as many arguments by position as it likes.
     named = dict(zip(inspect.signature(root.forward).parameters, args, strict=False)) | kwargs if args else kwargs
     cache = _cache_in(named)
     for positions, cfg in _configs(state.sites).items():

@@ -55,7 +55,7 @@ class Full:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         if layer.is_diagonal:
-            y = y + layer.scale * (layer.lora_weight.to(x.dtype) * x)
+            y = y + layer.scale * layer.diagonal(layer.lora_weight, x)
         else:  # of a cast ΔW nothing is kept for the backward
             y = add_dense(y, x, lambda weight: weight, layer.lora_weight, s=layer.scale)
         return y + layer.scale * layer.lora_bias if layer.has_bias else y

@@ -44,10 +44,10 @@ class Norm:
 
     @staticmethod
     def layer_specs(target: Target, cfg: NormConfig) -> dict[str, ParamSpec]:
-        specs = {"lora_weight": ParamSpec((target.d_out,))}
+        specs = {"lora_weight": ParamSpec((target.d_out,), keep_dtype=True)}
         return specs | ({"lora_bias": ParamSpec((target.d_out,))} if target.has_bias else {})
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        new = layer.lora_weight * x  # x is n(x)
+        new = layer.diagonal(layer.lora_weight, x)  # x is n(x)
         return y + layer.scale * (new + layer.lora_bias if layer.has_bias else new)

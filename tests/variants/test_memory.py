@@ -2,12 +2,14 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_lite as ll
 from lora_lite.io.peft.formats import FORMATS
@@ -49,3 +51,15 @@ def test_no_more_is_kept_than_by_peft(method: str, dtype: torch.dtype, tmp_path:
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
     x = torch.randn(1, 64, 576, dtype=dtype, requires_grad=True)
     assert kept(model, x) <= kept(theirs, x) + OF_ITS_OWN.get(method, 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, nn.LayerNorm, nn.RMSNorm])
+def test_no_more_is_kept_at_a_norm_than_by_peft(kind: Any, dtype: torch.dtype) -> None:
+    model = nn.Sequential()
+    model.add_module("norm", kind(576).to(dtype))
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LNTuningConfig(target_modules=["norm"]))
+    ll.attach(model, ll.NormConfig())
+    x = torch.randn(1, 64, 576, dtype=dtype, requires_grad=True)
+    assert kept(model, x) <= kept(theirs, x)
