@@ -4,7 +4,7 @@
 # make bench  what adapters cost beside the frozen base and PEFT: a table, JSON, a picture (ARGS="--only training")
 # make table  write what each method can do into docs/methods.md and the README's list, as it is found by doing it
 # make arena  every trained method under one contract, compared with LoRA by held-out losses with intervals (ARGS="--quick")
-# make test   every law and every unit, in some minutes; make test-all adds what takes long: real models, processes, other libraries
+# make test   every law and every unit, in four minutes; make test-all adds what takes long: real models, trainers, processes, PEFT
 # make test-quant  every method on the layers of other libraries' quantisers: a quarter of an hour
 # make check  formatter, linter, types, all tests, and the wheel in an empty environment: what CI runs
 

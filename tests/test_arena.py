@@ -33,6 +33,8 @@ import lora_lite as ll
 
 STEPS = 12
 
+pytestmark = pytest.mark.slow  # it trains
+
 
 def counting(count: int, start: int) -> list[Example]:
     """Rows that count up from a number by a step, 3 to 6 tokens of them to be said."""

@@ -235,6 +235,7 @@ def training_base(kind: str, folder: str) -> Any:
     return ll.load_base(folder, torch.float32) if kind == "dense" else quantized(folder, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # torch's, on a machine without an accelerator
 @pytest.mark.parametrize("kind", ["dense", "nf4", "int8"])
 def test_trainer_saves_adapters_alone_and_resumes_to_the_same_end(kind: str, tiny: str, tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def test_the_readmes_two_poles_train() -> None:
     assert all(p.grad is not None for p in adapter.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
 def test_the_row_of_a_method_is_what_it_does(variant: str) -> None:
     assert rows().get(variant) == row(variant), "the table is not what the methods do: run `make table`"

@@ -98,6 +98,7 @@ def test_a_step_and_a_penalty_by_hand(tmp_path: Path) -> None:
         adapter.step()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 def test_a_resumed_training_ends_as_one_that_went_through(tmp_path: Path) -> None:
     model = attached()
@@ -137,6 +138,7 @@ def test_an_adapter_that_takes_no_part_has_no_penalty_and_no_step(state: str, tm
     assert all(torch.equal(before[key], t) for key, t in adapter.named_tensors())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 @pytest.mark.parametrize("is_scaled", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])

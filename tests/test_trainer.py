@@ -248,10 +248,10 @@ def test_two_processes(job: str, tmp_path: Path) -> None:
         for rank in ("0", "1"):
             log = stack.enter_context((tmp_path / f"log{rank}").open("w"))
             env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+            process = stack.enter_context(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
             stack.callback(process.kill)
             processes.append(process)
-        codes = [process.wait(timeout=600) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]
     assert codes == [0, 0], "\n".join((tmp_path / f"log{rank}").read_text()[-3000:] for rank in range(2))
 
 

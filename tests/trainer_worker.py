@@ -1,5 +1,6 @@
 """One of two processes in which transformers' Trainer runs, with torchrun's variables."""
 
+import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,16 @@ def same_outputs(alone: Any, trainer: AdapterTrainer) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(280, exit=True)  # whatever hangs says where
     logger.disable("lora_lite")
     torch.set_num_threads(1)
     if JOB == "ddp":
         ddp()
     else:
         import deepspeed
+        import deepspeed.ops
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
         deepspeed.init_distributed(dist_backend="gloo")
         zero()
     torch.distributed.destroy_process_group()

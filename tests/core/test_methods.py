@@ -357,6 +357,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configs", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_training_ends_as_one_that_went_through(configs: list[Any], tmp_path: Path) -> None:
     def trainer() -> tuple[ll.Adapter, AdapterTrainer]:

@@ -106,7 +106,8 @@ def normed() -> Chain:
 
 def conv(dims: int, kernel: int = 3, channels: tuple[int, int] = (4, 6), **options: Any) -> Chain:
     layer = getattr(nn, f"Conv{dims}d")(*channels, kernel, **options)
-    return Chain(**{f"conv{dims}d": layer}, act=nn.ReLU(), flat=nn.Flatten(), lin0=nn.LazyLinear(3))
+    # Not ReLU, which lets nothing of one channel through where all of its outputs are below 0.
+    return Chain(**{f"conv{dims}d": layer}, act=nn.Tanh(), flat=nn.Flatten(), lin0=nn.LazyLinear(3))
 
 
 # ---- tiny models of transformers ------------------------------------------------------------------
@@ -150,7 +151,11 @@ def mixtral() -> Any:
     return tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, **WIDTHS, **few))
 
 
-X = torch.randn(3, 10, generator=torch.Generator().manual_seed(5))
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+X = numbers(3, 10)
 IDS = torch.tensor([[1, 5, 9, 30, 2], [7, 5, 1, 38, 3]])
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "mlp": (mlp, X),
@@ -165,13 +170,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         ),
         IDS,
     ),
-    "conv1d": (lambda: conv(1), torch.randn(2, 4, 9)),
-    "conv1d_wide": (lambda: conv(1, 2, (32, 24)), torch.randn(2, 32, 5)),
-    "conv1d_one": (lambda: conv(1, 2, (1, 1)), torch.randn(2, 1, 9)),
-    "conv2d": (lambda: conv(2, stride=2, padding=1), torch.randn(2, 4, 7, 7)),
-    "conv2d_1x1": (lambda: conv(2, 1), torch.randn(2, 4, 3, 3)),
-    "conv2d_groups": (lambda: conv(2, groups=2), torch.randn(2, 4, 5, 5)),
-    "conv3d": (lambda: conv(3, 2), torch.randn(2, 4, 4, 4, 4)),
+    "conv1d": (lambda: conv(1), numbers(2, 4, 9)),
+    "conv1d_wide": (lambda: conv(1, 2, (32, 24)), numbers(2, 32, 5)),
+    "conv1d_one": (lambda: conv(1, 2, (1, 1)), numbers(2, 1, 9)),
+    "conv2d": (lambda: conv(2, stride=2, padding=1), numbers(2, 4, 7, 7)),
+    "conv2d_1x1": (lambda: conv(2, 1), numbers(2, 4, 3, 3)),
+    "conv2d_groups": (lambda: conv(2, groups=2), numbers(2, 4, 5, 5)),
+    "conv3d": (lambda: conv(3, 2), numbers(2, 4, 4, 4, 4)),
     "mha": (lambda: Chain(lin0=nn.Linear(10, 12), mha=nn.MultiheadAttention(12, 3), lin1=nn.Linear(12, 2)), X),
     "llama": (llama, IDS),
     "llama_tied": (lambda: llama(tie_word_embeddings=True), IDS),

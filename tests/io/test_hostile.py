@@ -856,6 +856,7 @@ def problem_with(message: str) -> str | None:
     return f"unprintable {odd}" if odd else None
 
 
+@pytest.mark.slow  # a thousand of them
 @pytest.mark.parametrize(
     ("reader", "damage", "right"),
     [

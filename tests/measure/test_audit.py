@@ -390,6 +390,7 @@ def test_what_can_not_be_merged_raises_in_the_audit_that_asks() -> None:
     ll.audit(model, {"input_ids": IDS})  # the adapter is as it was
 
 
+@pytest.mark.slow  # processes
 def test_audit_stays_a_function_whatever_is_imported_first() -> None:
     code = "import lora_lite.trainer as t, lora_lite as ll; assert callable(ll.audit) and ll.audit.__name__ == 'audit'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import SIZES, config, moe, quantized, tiny_llama
+from models import BUT_THREE, SIZES, config, moe, quantized, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_in_memory import MODES, adapted, named, own
 from test_laws import logits
@@ -48,7 +48,7 @@ def test_every_method_merges_on_disk_as_in_memory(mode: dict[str, Any], tmp_path
     model = tiny_llama(torch.bfloat16, bias=True, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "base", max_shard_size="30KB")
     assert len(list((tmp_path / "base").glob("model-*"))) > 3
-    same_weights(*merged_both_ways(tmp_path, mode))
+    same_weights(*merged_both_ways(tmp_path, mode, exclude_names=BUT_THREE))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     before = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())
     assert index == before

@@ -102,6 +102,7 @@ def test_every_step_masks_what_peft_masks(schedule: dict[str, Any]) -> None:
     assert all(n == 6 * layers for n in shrunk[: schedule.get("tinit", 0)])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 @pytest.mark.parametrize("stop", [2, 3, 5])  # before the first mask, as ranks fall, and once they stay
 def test_training_stopped_and_resumed_ends_as_training_through(stop: int, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_no_weight_holds_it() -> None:
         logits(model)  # fresh
 
 
+@pytest.mark.slow  # dynamo is imported
 def test_a_graph_refuses_it_on_a_convolution_at_the_first_step() -> None:
     """In a process of its own, without the shape checks of the tests, which no graph can hold."""
     script = """
