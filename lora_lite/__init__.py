@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import errors, variants
 from .compose.history import Round, drop_round, freeze_into, history
 from .compose.history_variant import HistoryConfig
+from .compose.rows import rows
 from .core.adapter import Adapter, adapters, disabled, scaled
 from .core.attach import attach, detach
 from .core.config import AdapterConfig, BaseConfig

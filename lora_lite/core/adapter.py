@@ -5,8 +5,8 @@ adapter, and the model that `attach` was given keeps a `Session`. The handle hol
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
@@ -21,6 +21,7 @@ from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
 from .names import check_shapes
+from .row_block import block_of_rows
 from .shared import Shared
 from .state import AdapterState, Method, Site, check_unmerged, session_at, session_of, sites_of
 from .targets import Target
@@ -316,31 +317,39 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
 
 
 @contextmanager
-def scaled(model: nn.Module, c: float | int, name: str | None = None) -> Iterator[None]:
+def scaled(model: nn.Module, c: float | int | Sequence[float | int], name: str | None = None) -> Iterator[None]:
     """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
 
     A backward may come after the block: what gradient checkpointing runs again then, it runs at the c of the forward
     (not where a compiled module stands inside of an eager checkpoint: call backward inside the block there). Where that
     can't be known, with several threads or a checkpoint inside of a reentrant one, it raises ConfigError.
 
+    c       a number, or one for each row of the batch: a sweep of c is one forward. `rows` says what holds of rows
+
     Raises:
-        ConfigError: unless c is finite.
-        TargetError: for an unknown name, or an adapter that is merged.
+        ConfigError: unless c is finite; in a call with another number of rows.
+        TargetError: for an unknown name, or an adapter that is merged; where rows can't be told apart.
     """
-    c, session = _finite(c), session_of(model)[1]
+    each = tuple(map(_finite, c)) if isinstance(c, Sequence) and not isinstance(c, str) else None
+    one = _finite(c) if each is None else 0.0
+    root, session = session_of(model)
     states = [state for state in session.adapters.values() if name in (None, state.name)]
     if name is not None and not states:
         raise TargetError(_not_attached(name, model))
     if any(state.merged for state in states):
         check_unmerged(session, "change the scale")
-    before: list[tuple[AdapterState, tuple[float, int]]] = []
-    try:
+    with ExitStack() as undo:
+        if each is not None:
+            if not each:
+                raise ConfigError("no scales: wanted one for each row of the batch")
+            batch = undo.enter_context(block_of_rows(root, session, len(each)))
         for state in states:
-            before.append((state, state.set_scale(c)))
+            if each is None:
+                before: tuple[Any, ...] = state.set_scale(one)
+                undo.callback(state.set_scale, *before)
+            else:
+                undo.callback(state.set_rows, *state.set_rows(batch, state.on, each))
         yield
-    finally:
-        for state, old in before:
-            state.set_scale(*old)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -374,7 +383,7 @@ def _goes(method: Method, place: Site | Shared, name: str, spec: ParamSpec, resu
     return not torch.equal(tensor, again)
 
 
-def _finite(c: float | int) -> float:
+def _finite(c: Any) -> float:
     if not is_number(c):
         raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
     return float(c)

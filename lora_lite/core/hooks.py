@@ -4,7 +4,7 @@ They read everything from the module that they fire on, so deepcopy, pickle, tor
 and functional_call need nothing of their own here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any
@@ -21,11 +21,13 @@ from . import weight_products  # noqa: F401  the import registers its answers
 from .adapt import adapt_input, adapt_output
 from .adapted_weight import AdaptedWeight, Use, dense, put, take_back
 from .layer import Layer
+from .mixed import mixed
 from .names import SITES, TIES
 from .scale import Scale
 from .state import Site, sites_of
 from .variant import lookup
 
+_NOTHING: Mapping[str, Any] = {}
 _LOCK = RLock()  # for the moments in which a weight is put in a parameter's place, or taken back: threads share modules
 
 
@@ -38,14 +40,15 @@ def register_hooks(site: Site) -> None:
     before = partial(called.register_forward_pre_hook, prepend=site.is_first)
     after = partial(called.register_forward_hook, prepend=site.is_first)
     if site.through_weight:
-        handles.append(before(partial(_weight_hook, name, site.base.within)))
-        # An Exception in the forward must not leave another weight.
-        handles.append(after(partial(_weight_done, site.base.kind.weight, site.base.within), always_call=True))
-        for holder, weight, called in site.base.ties:
+        for reader, put_it, take_it in weight_hooks(site):
+            is_its_own = reader is called
+            handles.append(reader.register_forward_pre_hook(put_it, prepend=is_its_own and site.is_first))
+            # An Exception in the forward must not leave another weight.
+            handles.append(
+                reader.register_forward_hook(take_it, prepend=is_its_own and site.is_first, always_call=True)
+            )
+        for holder, _, _ in site.base.ties:
             holder.__dict__.setdefault(TIES, {})[name] = site.module
-            within = next(path for path, module in called.named_modules() if module is holder)
-            handles.append(called.register_forward_pre_hook(partial(_tied_hook, name, weight, within)))
-            handles.append(called.register_forward_hook(partial(_weight_done, weight, within), always_call=True))
         return
     if site.base.kind is BLOCK:
         handles.append(after(partial(_stream_hook, name)))
@@ -56,6 +59,16 @@ def register_hooks(site: Site) -> None:
         handles.append(after(partial(_norm_hook, name), with_kwargs=True))
     elif variant.forward is not None:
         handles.append(after(partial(_output_hook, name), with_kwargs=True))
+
+
+def weight_hooks(site: Site) -> Iterator[tuple[nn.Module, Callable[..., None], Callable[..., None]]]:
+    """Each module that multiplies by the site's weight, with what runs before its forward and after it."""
+    name, base = site.slot, site.base
+    done = partial(_weight_done, base.kind.weight, base.within)
+    yield base.reader or site.module, partial(_weight_hook, name, base.within), done
+    for holder, weight, called in base.ties:
+        within = next(path for path, module in called.named_modules() if module is holder)
+        yield called, partial(_tied_hook, name, weight, within), partial(_weight_done, weight, within)
 
 
 def _called(module: nn.Module, slot: str) -> tuple[Site, Scale | None]:
@@ -81,8 +94,25 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
         )
     if x.dtype != y.dtype:  # x is never cast up: the layer's output says in which dtype it computes
         x = x.to(y.dtype)
-    new = adapt_output(Layer(module, site, y.dtype, scale=scale), x, y)
+    new = _new_output(module, site, scale, x, y)
     return new if site.positions is None else site.positions.choose(site.path, new, y)
+
+
+def _new_output(
+    module: nn.Module, site: Site, scale: Scale, x: Tensor, y: Tensor, instead: Mapping[str, Any] = _NOTHING
+) -> Tensor:
+    """The output as the adapter makes it; where rows have scales of their own, on the rows of each scale."""
+    if scale.rows is None:
+        return adapt_output(Layer(module, site, y.dtype, instead=instead, scale=scale), x, y)
+    new: Tensor | None = mixed(module, site, scale.rows, x, y)
+    if new is not None:
+        return new
+
+    def method(c: Scale, y: Tensor, x: Tensor) -> Tensor:
+        return adapt_output(Layer(module, site, y.dtype, instead=instead, scale=c), x, y)
+
+    out: Tensor = scale.rows.run(site.path, method, y, x)
+    return out
 
 
 def _norm_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Any:
@@ -98,8 +128,9 @@ def _norm_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict
         named = dict(zip(kwargs, again[len(args) :], strict=True))
         return normalized(module, tensors[0], again[: len(args)], named).to(y.dtype)  # (*b, d)
 
-    view = Layer(module, site, y.dtype, instead={"normalised": (normalised, tensors)}, scale=scale)
-    new = adapt_output(view, recomputed(normalised, *tensors), y)
+    # Of some rows alone, it isn't made again in the backward.
+    instead = _NOTHING if scale.rows else {"normalised": (normalised, tensors)}
+    new = _new_output(module, site, scale, recomputed(normalised, *tensors), y, instead)
     return new if site.positions is None else site.positions.choose(site.path, new, y)
 
 
@@ -108,7 +139,10 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     if scale is None:
         return None
     x = args[0] if args else next(iter(kwargs.values()))  # (*b, d_in)
-    new = adapt_input(Layer(module, site, x.dtype, scale=scale), x)
+    if scale.rows is None:
+        new = adapt_input(Layer(module, site, x.dtype, scale=scale), x)
+    else:
+        new = scale.rows.run(site.path, lambda c, x: adapt_input(Layer(module, site, x.dtype, scale=c), x), x)
     new = new if site.positions is None else site.positions.choose(site.path, new, x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
@@ -127,7 +161,7 @@ def _stream_hook(name: str, block: nn.Module, args: tuple[Any, ...], y: Any) -> 
             f"  target the layers that write to the stream, without kinds=('block',)"
         )
     # The block's attributes are its own affair: one that is called `bias` is no layer's bias.
-    new = adapt_output(Layer(block, site, stream.dtype, instead={"bias": None}, scale=scale), stream, stream)
+    new = _new_output(block, site, scale, stream, stream, {"bias": None})
     new = new if site.positions is None else site.positions.choose(site.path, new, stream)
     if stream is y:
         return new
@@ -140,19 +174,24 @@ def _weight_hook(slot: str, within: str, reader: nn.Module, args: tuple[Any, ...
     """A weight that the called module reads: for this call, one that knows its adapters stands in its place."""
     module = reader.get_submodule(within)
     weight = module.__dict__[SITES][slot].base.kind.weight
-    _put_weight(slot, module, module, weight)
+    _put_weight(slot, reader, module, module, weight)
 
 
 def _tied_hook(slot: str, name: str, within: str, reader: nn.Module, args: tuple[Any, ...]) -> None:
     """A module multiplies by a weight that is another one's, whose adapter it shares."""
     holder = reader.get_submodule(within)
-    _put_weight(slot, holder.__dict__[TIES][slot], holder, name)
+    _put_weight(slot, reader, holder.__dict__[TIES][slot], holder, name)
 
 
-def _put_weight(slot: str, module: nn.Module, holder: nn.Module, name: str) -> None:
+def _put_weight(slot: str, reader: nn.Module, module: nn.Module, holder: nn.Module, name: str) -> None:
     """The holder's weight of this name gets one more adapter, which is at the module."""
     site: Site = module.__dict__[SITES][slot]
     ran, scale, is_tied = site.ran, _called(module, slot)[1], holder is not module
+    if scale is not None and scale.rows is not None:
+        site.ran = ran
+        if not scale.rows.batch.is_split(site.path, reader):
+            return  # the forward that follows runs once for each group of rows
+        scale = scale.rows.of_group(reader)
     at_weight = (s for s in sites_of(module).values() if s.through_weight and bool(s.base.ties) >= is_tied)
     is_first = site is next(other for other in at_weight if other.base.kind.weight == site.base.kind.weight)
     if is_dynamo_compiling():

@@ -10,6 +10,8 @@ SITES = "_lora_lite"  # the attribute of a module that holds what is attached to
 # The attribute of a module whose weight is adapted by the sites of another: {slot: that module}.
 TIES = "_lora_lite_ties"
 
+IN_EXPERT = re.compile(r"experts?[._]\d+\.")  # in the path of a layer that sees the tokens routed to one expert
+
 
 def file_key(path: str, tensor: str) -> str:
     """The key of a tensor in `state_dict()` and in a file; the path of a bare layer is empty."""

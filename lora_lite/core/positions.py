@@ -5,7 +5,6 @@ on the layers put it on what they make (core/hooks.py). A cache remembers if a r
 """
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch.compiler import is_compiling
 
 from ..base.kinds import is_instance
 from ..errors import ConfigError, TargetError
+from .names import IN_EXPERT
 from .scale import Changes
 from .state import Site, session_at
 from .variant import lookup
@@ -144,7 +144,7 @@ def check_can_act(root: nn.Module, sites: Sequence[Site]) -> None:
     for site in sites:
         if site.through_weight:
             raise TargetError(f"{site.path}: its weight is multiplied where no call shows the tokens: {problem}")
-        if re.search(r"experts?[._]\d+\.", site.path):
+        if IN_EXPERT.search(site.path):
             raise TargetError(f"{site.path}: an expert sees the tokens that are routed to it: {problem}")
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         raise TargetError(

@@ -27,6 +27,7 @@ class Scale(NamedTuple):
     value: Any
     is_zero: bool
     is_one: bool
+    rows: Any = None  # the `Rows` (core/rows.py) where each row has a scale of its own; then `value` is None
 
 
 class Changes(Generic[Value]):

@@ -20,6 +20,7 @@ from ..base.fingerprint import BaseRecord
 from ..base.layer import BaseLayer
 from ..errors import TargetError
 from .names import SITES, file_key, numbered
+from .rows import Batch, Rows
 from .scale import Changes, Scale
 from .shared import Shared
 from .targets import Target
@@ -27,6 +28,7 @@ from .targets import Target
 T = TypeVar("T")
 Known = TypeVar("Known", "AdapterState", "Site")
 Tensors = Mapping[str, Tensor]
+MOST_BLOCKS = 256  # changes that are remembered once rows have scales of their own, which take memory
 SESSION = "_lora_lite_session"
 
 
@@ -50,7 +52,10 @@ class AdapterState:
     is_first: bool = False  # its hooks come before those of adapters that aren't first, whenever it was attached
     merged: bool = False  # its effect is in the weights, so its hooks do nothing
     steps: int | None = 0  # that `Adapter.step` has counted; None of a file that doesn't say
-    changes: Changes[float] | None = None  # None while c is the one that it came with: then a call asks nothing
+    changes: Changes[Scale] | None = None  # None while c is the one that it came with: then a call asks nothing
+    batch: Batch | None = None  # the block in which rows have adapters or scales of their own
+    on: tuple[bool, ...] | None = None  # which rows, or labels, of a batch it is on; None: all
+    row_scales: tuple[float, ...] | None = None  # in the place of `scale`
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
     plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer
     traced: Scale = field(init=False)  # for a graph of torch.compile: an input of it, which may change
@@ -64,11 +69,25 @@ class AdapterState:
         before = self.scale, -1 if self.changes is None else self.changes.set_in
         if is_compiling():
             self.changes = None  # there is no clock in a graph: what is pending goes by the scale as it is
-        else:
-            self.changes = self.changes or Changes(self.scale)
-            self.changes.change(scale, set_in)
+            self.scale = scale
+            self._show()
+            return before
+        self.changes = self.changes or Changes(self.plain)
         self.scale = scale
         self._show()
+        self.changes.change(self.plain, set_in)
+        return before
+
+    def set_rows(
+        self, batch: Batch | None, on: tuple[bool, ...] | None, row_scales: tuple[float, ...] | None
+    ) -> tuple[Any, ...]:
+        """It returns the arguments that undo it."""
+        before = self.batch, self.on, self.row_scales
+        self.changes = self.changes or Changes(self.plain)
+        self.changes.most = self.changes.most or MOST_BLOCKS
+        self.batch, self.on, self.row_scales = batch, on, row_scales
+        self._show()
+        self.changes.change(self.plain)
         return before
 
     def _show(self) -> None:
@@ -77,6 +96,13 @@ class AdapterState:
             value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # (): it casts nothing up
         self.plain = Scale(self.scale, self.scale == 0, self.scale == 1)
         self.traced = self.plain._replace(value=value)
+        if self.batch is not None:
+            on = self.on or (True,) * len(self.row_scales or ())
+            scales = self.row_scales or (self.scale,) * len(on)
+            each = [c if is_on else 0.0 for c, is_on in zip(scales, on, strict=True)]
+            rows = Rows(self.batch, each, self.scale if self.row_scales is None else None)
+            self.plain = Scale(None, rows.is_zero, False, rows)
+            self.traced = Scale(None, False, False, rows)  # whatever the assignment, a graph is the same
 
     def scale_of_call(self) -> Scale:
         """The scale; for a forward that gradient checkpointing runs again, the one at which it ran first."""
@@ -84,8 +110,7 @@ class AdapterState:
             return self.traced
         if self.changes is None:
             return self.plain
-        scale = self.changes.of_this_call(self.scale)
-        return self.plain if scale == self.scale else Scale(scale, scale == 0, scale == 1)
+        return self.changes.of_this_call(self.plain)
 
     @property
     def sites(self) -> list["Site"]:
@@ -98,7 +123,11 @@ class AdapterState:
         return self.merged or self.scale_of_call().is_zero
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"changes": None}  # no forward of a copy is pending
+        # No forward of a copy is pending, nor is it in the block that the original is in.
+        plain = Scale(self.scale, self.scale == 0, self.scale == 1)
+        alone = {"batch": None, "on": None, "row_scales": None, "plain": plain}
+        value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
+        return self.__dict__ | alone | {"changes": None, "traced": plain._replace(value=value)}
 
 
 @dataclass(eq=False)
@@ -279,6 +308,7 @@ class Session:
     changes: list[BaseChange] = field(default_factory=list)
     merged: list[Swap] = field(default_factory=list)  # what unmerge puts back
     memo: dict[bytes, Tensor] = field(default_factory=dict)  # results of the base, by a hash of their inputs
+    batch: Batch | None = None  # the block of rows that the model is in
 
     def add(self, state: AdapterState) -> None:
         _insert_in_order(self.adapters, state.name, state)
@@ -291,7 +321,7 @@ class Session:
             root.__dict__.pop(SESSION, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"memo": {}}  # a copy's base may change
+        return self.__dict__ | {"memo": {}, "batch": None}  # a copy's base may change
 
 
 def number_sites(methods: Iterable[Method]) -> None:
@@ -347,7 +377,10 @@ def session_at(root: nn.Module) -> Session:
 
 
 def check_unmerged(session: Session, action: str) -> None:
-    """TargetError while adapters are merged: their effect is in the weights, so nothing would change it."""
+    """TargetError while adapters are merged: their effect is in the weights, so nothing would change it. And where each
+    row has its own."""
+    if session.batch is not None:
+        raise TargetError(f"can't {action}: each row has its own adapter or scale\n  leave the block of `rows` first")
     merged = [name for name, state in session.adapters.items() if state.merged]
     if merged:
         raise TargetError(

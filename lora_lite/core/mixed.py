@@ -1,0 +1,106 @@
+"""Low-rank updates of a few tokens, each row by its own adapter: two products for all rows together.
+
+    y_n + s_n B_n A_n x_n        x (n, t, i)   A (n, r, i)   B (n, o, r)
+
+Row n has the factors of the adapter that it has at this layer; ranks that are smaller are filled up with zeros, as are
+rows without one. The factors lie together for as long as the block does and their tensors stay as they are.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..ops.low_rank import FEW, is_transformed
+from .layer import Layer
+from .rows import Batch, Rows
+from .scale import Scale
+from .state import Site, sites_of
+from .variant import LowRank, Variant, lookup
+
+
+def mixed(module: nn.Module, site: Site, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
+    """y with the updates of all adapters at the layer, where this is the first of them; y from the others, which have
+    no more to do. None where each has to run on its rows."""
+    batch = rows.batch
+    if torch.is_grad_enabled() or is_compiling() or batch.tokens is not None or is_transformed():
+        return None
+    if x.ndim != 3 or len(x) != batch.size or x.shape[1] * 2 > FEW or x.shape[:-1] != y.shape[:-1]:
+        return None
+    known = batch.products.get(id(module))
+    if known is None or not known.is_as_it_was(module, x):
+        known = batch.products[id(module)] = _products(module, batch, x)
+    if not known.is_whole:
+        return None
+    if site is not known.first:
+        return y
+    batch.share(site.path, x.shape[:-1])
+    wide = known.a.dtype
+    h = torch.bmm(x.to(wide), known.a) * known.s  # (n, t, r)
+    return torch.baddbmm(y.to(wide), h, known.b).to(y.dtype)
+
+
+@dataclass(eq=False)
+class Products:
+    """The factors of each row at one layer, and the tensors that they were made of."""
+
+    first: Site
+    tensors: list[tuple[Tensor, int, int]]  # with the address and the version of each, as they were
+    configs: list[tuple[Site, Any, Any]]
+    is_whole: bool = False  # does every adapter have such factors?
+    a: Any = None  # (n, i, r)
+    b: Any = None  # (n, r, o)
+    s: Any = None  # (n, 1, r)
+
+    def is_as_it_was(self, module: nn.Module, x: Tensor) -> bool:
+        if len(self.configs) != len(sites_of(module)):
+            return False
+        for site, cfg, scale in self.configs:
+            if site.cfg is not cfg or site.state.plain is not scale:
+                return False
+        for tensor, address, version in self.tensors:
+            if tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return self.a is None or self.a.device == x.device
+
+
+def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
+    sites = list(sites_of(module).values())
+    shared = [site.method.shared.tensors() for site in sites if site.method.shared is not None]
+    tensors = [t for site in sites for _, t in site.tensors()] + [t for each in shared for _, t in each]
+    products = Products(
+        sites[0],
+        [(t, t.data_ptr(), t._version) for t in tensors],
+        [(site, site.cfg, site.state.plain) for site in sites],
+    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factors: list[LowRank | None] = [None] * batch.size
+    for site in sites:
+        rows = site.state.plain.rows
+        if site.through_weight or site.positions is not None or site.state.merged or rows is None:
+            return products
+        for c, places in rows.groups.items():
+            if not c:
+                continue
+            view, variant = Layer(module, site, wide, scale=Scale(c, False, c == 1)), lookup(site.cfg.variant)
+            low_rank = None if variant.low_rank is Variant.low_rank else variant.low_rank(view)
+            update = None if low_rank is None else LowRank(*low_rank)
+            # A gain or a second method in a row would have to come after the first one's update.
+            if update is None or not update.is_dense or update.dropout or update.gain is not None:
+                return products
+            if update.shift is not None or any(factors[i] is not None for i in places):
+                return products
+            for i in places:
+                factors[i] = update
+    ranks = [0 if update is None else len(update.b.mT) for update in factors]
+    rank, d_in, d_out = max(ranks), sites[0].target.d_in, sites[0].target.d_out
+    options: dict[str, Any] = {"dtype": wide, "device": x.device}
+    products.a, products.b = torch.zeros(len(x), d_in, rank, **options), torch.zeros(len(x), rank, d_out, **options)
+    products.s, products.is_whole = torch.zeros(len(x), 1, rank, **options), True
+    for i, (r, update) in enumerate(zip(ranks, factors, strict=True)):
+        if update is not None and update.a is not None:
+            products.a[i, :, :r], products.b[i, :r] = update.a.mT, update.b.mT
+            products.s[i, 0, :r] = update.s
+    return products
