@@ -67,35 +67,35 @@ class ResidualPlan:
         _check(cfg, quantization, iterations)
         base = self.base = BaseFolder(Path(base_dir).resolve())
         self._iterations, self._norm, self._dtype = iterations, norm, _dtype(base)
+        model: Any = base.model  # not None: `_dtype` has seen to it
         self._config = bnb_config(quantization, self._dtype, double_quant)
         if skip_modules:
             from transformers.quantizers.base import get_keys_to_not_convert
 
-            self._config.llm_int8_skip_modules = [*get_keys_to_not_convert(base.model), *skip_modules]
+            self._config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *skip_modules]
         self._loftq = _as_loftq(cfg)
-        selection = select(base.model, cfg)
+        selection = select(model, cfg)
         self._starts = {site.path: site for site in resolve(selection, cfg)}  # those of the config
         self.sites = {site.path: site for site in resolve(selection, self._loftq)}  # those of the file
-        paths = _quantized_paths(base.model, self._config)
+        paths = _quantized_paths(model, self._config)
         for path, site in self.sites.items():
             _check_target(site, path in paths)
         self.locations = {path: _checked(base, location) for path, location in base.find(base.path, paths).items()}
-        is_8bit = quantization == "int8"
-        self._quantization = (
-            Quantization("bitsandbytes-8bit", "int8", modules=sorted(paths))
-            if is_8bit
-            else Quantization(
-                *("bitsandbytes-4bit", quantization, BLOCKSIZE, double_quant),
-                *(dtype_name(self._dtype), dtype_name(self._dtype), sorted(paths)),
-            )
-        )
+        name = dtype_name(self._dtype)
+        if quantization == "int8":
+            self._quantization = Quantization("bitsandbytes-8bit", "int8")
+        else:
+            how = quantization, BLOCKSIZE, double_quant, name, name  # computes in the weights' dtype
+            self._quantization = Quantization("bitsandbytes-4bit", *how)
+        self._quantization.modules.extend(sorted(paths))
         self.errors: dict[str, LayerErrors] = {}
         self._tensors: dict[str, Tensor] = {}
         self._fingerprint: dict[str, list[Any]] = {}
 
     def shards(self) -> list[Shard]:
         """Every tensor stays in its file; in the place of a weight come its codes and their parts."""
-        paths, shards = {self.locations[path].weight[0].key: path for path in self.locations}, {}
+        shards: dict[str, Shard] = {}
+        paths = {location.weight[0].key: path for path, location in self.locations.items()}
         for key, header in self.base.headers.items():
             shard = shards.setdefault(header.path.name, Shard(header.path.name))
             shard.tensors += self._packed(key, paths[key]) if key in paths else [self.base.copied(key)]
