@@ -110,7 +110,7 @@ def residual_errors(
 ) -> dict[str, LayerErrors]:
     """The error at each layer of the config, by path, that `quantize_residual` would leave; nothing is written.
 
-    norm    "fro" (Frobenius), or "nuc", the sum of singular values, in which the PiSSA paper compares (section 5.3)
+    norm    "fro" (Frobenius), or "nuc", the sum of singular values, in which the PiSSA paper compares
 
     Raises:
         As `quantize_residual`.

@@ -80,7 +80,9 @@ class ResidualPlan:
         paths = _quantized_paths(model, self._config)
         for path, site in self.sites.items():
             _check_target(site, path in paths)
-        self.locations = {path: _checked(base, location) for path, location in base.find(base.path, paths).items()}
+        self.locations = base.find(base.path, paths)
+        for location in self.locations.values():
+            _check_location(base, location, self._dtype)
         name = dtype_name(self._dtype)
         if quantization == "int8":
             self._quantization = Quantization("bitsandbytes-8bit", "int8")
@@ -230,13 +232,17 @@ def _check_target(site: Site, is_quantized: bool) -> None:
         raise ConfigError(f"{problem}\n  use a smaller r, or per_layer")
 
 
-def _checked(base: BaseFolder, location: LayerLocation) -> LayerLocation:
-    """The location. CheckpointError unless the weight is one tensor there, as it lies in the module."""
+def _check_location(base: BaseFolder, location: LayerLocation, dtype: torch.dtype) -> None:
+    """Raises unless the weight is one tensor there, as it lies in the module, and in this dtype."""
     ref, *others = location.weight
+    cure = "load the model and save it with save_pretrained, or name it in skip_modules"
     if others or ref.rows is not None or ref.expert is not None or ref.transposed != location.layer.transposed:
         problem = f"{base.path}: {location.target.path} lies in parts, or in other tensors, such as {ref.key}"
-        raise CheckpointError(f"{problem}\n  load the model and save it with save_pretrained, or skip_modules")
-    return location
+        raise CheckpointError(f"{problem}\n  {cure}")
+    # Of a quantised folder from_pretrained casts nothing, so what isn't quantised would stay in the other one.
+    if DTYPES.get(base.dtype(ref.key)) != dtype:
+        problem = f"{base.path}: {ref.key} is stored as {base.dtype(ref.key)}, and the config says {dtype_name(dtype)}"
+        raise QuantizedWeightError(f"{problem}\n  {cure}")
 
 
 def _as_loftq(cfg: BaseConfig) -> BaseConfig:
