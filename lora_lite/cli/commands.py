@@ -166,6 +166,7 @@ def quantize(
     r: Annotated[int, typer.Option("--r", help="Its rank.")] = 16,
     quantization: Annotated[Literal["nf4", "fp4", "int8"], typer.Option(help="By bitsandbytes.")] = "nf4",
     iterations: Annotated[int, typer.Option(help="Rounds of quantising and of the SVD of what that lacks.")] = 5,
+    svd: Annotated[Literal["exact", "fast"], typer.Option(help="PiSSA's first.")] = "exact",
     target: Annotated[list[str] | None, typer.Option(help="Regex of layers with an adapter; may be repeated.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Module that stays in 16 bits; may be repeated.")] = None,
 ) -> None:
@@ -174,7 +175,7 @@ def quantize(
     Tensor by tensor, so it needs little memory.
     """
     config: Any = config_for(variant)
-    cfg = config(r=r, target_names=target or ())
+    cfg = config(r=r, target_names=target or (), **({"svd": svd} if variant == "pissa" else {}))
     with _bar("quantising", bars.DownloadColumn(), bars.TransferSpeedColumn()) as bar:
         task = bar.add_task("", total=None)
         result = quantize_residual(

@@ -82,7 +82,7 @@ class ResidualPlan:
             _check_target(site, path in paths)
         self.locations = base.find(base.path, paths)
         for location in self.locations.values():
-            _check_location(base, location, self._dtype)
+            check_location(base, location, self._dtype)
         name = dtype_name(self._dtype)
         if quantization == "int8":
             self._quantization = Quantization("bitsandbytes-8bit", "int8")
@@ -232,7 +232,7 @@ def _check_target(site: Site, is_quantized: bool) -> None:
         raise ConfigError(f"{problem}\n  use a smaller r, or per_layer")
 
 
-def _check_location(base: BaseFolder, location: LayerLocation, dtype: torch.dtype) -> None:
+def check_location(base: BaseFolder, location: LayerLocation, dtype: torch.dtype) -> None:
     """Raises unless the weight is one tensor there, as it lies in the module, and in this dtype."""
     ref, *others = location.weight
     cure = "load the model and save it with save_pretrained, or name it in skip_modules"

@@ -3,6 +3,7 @@ folder opens everywhere, and there is a whole one or none."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
 from lora_lite.base.layer import layer_of, quantization_of
+from lora_lite.merging.base_folder import BaseFolder
+from lora_lite.merging.residual_plan import check_location
 
 CONFIGS: dict[str, Any] = {"pissa": ll.PiSSAConfig, "loftq": ll.LoftQConfig}
 both = pytest.mark.parametrize("variant", CONFIGS)
@@ -395,6 +398,12 @@ def test_a_weight_that_lies_with_others_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ll.CheckpointError, match=message):
         written(base, tmp_path / "out", "loftq")
+    # No linear layer of transformers is stored so today: only experts and routers are.
+    tiny = BaseFolder(Path(tiny_folder(tmp_path / "tiny")))
+    location = tiny.find(tiny.path, ["model.layers.0.mlp.up_proj"])["model.layers.0.mlp.up_proj"]
+    turned = replace(location, weight=[replace(location.weight[0], transposed=True)])
+    with pytest.raises(ll.CheckpointError, match="up_proj lies in parts, or in other tensors, such as model.layers.0"):
+        check_location(tiny, turned, torch.bfloat16)
 
 
 def resident(name: str) -> float:
