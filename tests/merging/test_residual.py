@@ -402,7 +402,7 @@ def test_a_weight_that_lies_with_others_is_refused(tmp_path: Path) -> None:
     tiny = BaseFolder(Path(tiny_folder(tmp_path / "tiny")))
     location = tiny.find(tiny.path, ["model.layers.0.mlp.up_proj"])["model.layers.0.mlp.up_proj"]
     turned = replace(location, weight=[replace(location.weight[0], transposed=True)])
-    with pytest.raises(ll.CheckpointError, match="up_proj lies in parts, or in other tensors, such as model.layers.0"):
+    with pytest.raises(ll.CheckpointError, match=r"up_proj lies in parts, or in other tensors, such as model\.layers\.0"):
         check_location(tiny, turned, torch.bfloat16)
 
 
