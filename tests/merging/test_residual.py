@@ -402,7 +402,9 @@ def test_a_weight_that_lies_with_others_is_refused(tmp_path: Path) -> None:
     tiny = BaseFolder(Path(tiny_folder(tmp_path / "tiny")))
     location = tiny.find(tiny.path, ["model.layers.0.mlp.up_proj"])["model.layers.0.mlp.up_proj"]
     turned = replace(location, weight=[replace(location.weight[0], transposed=True)])
-    with pytest.raises(ll.CheckpointError, match=r"up_proj lies in parts, or in other tensors, such as model\.layers\.0"):
+    with pytest.raises(
+        ll.CheckpointError, match=r"up_proj lies in parts, or in other tensors, such as model\.layers\.0"
+    ):
         check_location(tiny, turned, torch.bfloat16)
 
 
@@ -424,3 +426,16 @@ def test_one_tensor_is_in_memory_and_no_shard(tmp_path: Path) -> None:
     largest = 4 * 1024 * 2048 / 2**20  # in float32
     assert size > 16 * largest
     assert peak < 8 * largest
+
+
+def test_the_order_of_the_papers_on_a_real_model(smollm2: str) -> None:
+    """In the PiSSA paper's norm, the mean over some layers; on k each by itself."""
+    ways = [("pissa", ll.PiSSAConfig), ("loftq", ll.LoftQConfig)]
+    errors = {
+        name: ll.residual_errors(smollm2, make(r=16, layers=[0, 15, 29], target_names="[kv]_proj"), norm="nuc")
+        for name, make in ways
+    }
+    means = {name: sum(e.residual for e in by_path.values()) / 6 for name, by_path in errors.items()}
+    assert means["pissa"] < means["loftq"] < 0.8 * sum(e.plain for e in errors["loftq"].values()) / 6
+    for path in (path for path in errors["pissa"] if path.endswith("k_proj")):
+        assert errors["pissa"][path].residual < errors["loftq"][path].residual < errors["loftq"][path].plain
