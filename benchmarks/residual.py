@@ -1,7 +1,7 @@
 """How much of W does a quantised base keep with its adapter's start? Plain, LoftQ and QPiSSA on SmolLM2-135M-Instruct.
 
-    python benchmarks/residual.py --blocks 0 15 29 --iterations 1 5        # two minutes of one core
-    python benchmarks/residual.py --rows 48                                # and the held-out loss; three minutes more
+    python benchmarks/residual.py --blocks 0 15 29 --iterations 1 5        # about a minute of one core
+    python benchmarks/residual.py --rows 48                                # and the held-out loss; four minutes in all
 
 For each kind of layer, the mean over the blocks of 1 - ‖W - W'‖ / ‖W - q(W)‖: what share of the quantiser's error the
 adapter takes away, in the nuclear norm, which the PiSSA paper takes (arXiv:2404.02948), and in Frobenius'.
