@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .measure.evaluate import kl_divergence, logit_gap
     from .measure.prompts import prompt_batches
     from .merging.on_disk import Merged, merge_checkpoint
+    from .merging.residual import LayerErrors, Quantized, quantize_residual, residual_errors
     from .training import Suggestion, correct_gradients, param_groups, suggest
 
 _ON_FIRST_USE = {
@@ -46,6 +47,7 @@ _ON_FIRST_USE = {
     "measure.evaluate": ("kl_divergence", "logit_gap"),
     "measure.prompts": ("prompt_batches",),
     "merging.on_disk": ("Merged", "merge_checkpoint"),
+    "merging.residual": ("LayerErrors", "Quantized", "quantize_residual", "residual_errors"),
     "training": ("Suggestion", "correct_gradients", "param_groups", "suggest"),
 }
 """Modules that are imported when one of their names is asked for: half of the library's own import time."""
@@ -62,12 +64,12 @@ def __getattr__(name: str) -> Any:
 # fmt: off
 __all__ = [
     "REGISTRY", "Adapter", "AdapterConfig", "Audit", "Audited", "BaseConfig", "Calibrated", "Center", "Contrast",
-    "HistoryConfig", "Kernel", "Layer", "Merged", "Method", "ParamSpec", "Plan", "Round", "Statistics", "Suggestion",
-    "Target", "Variant", "__version__", "adapters", "attach", "audit", "calibrate_scale", "capture", "config_for",
-    "contrast", "correct_gradients", "detach", "disabled", "drop_round", "freeze_into", "greedy_answers", "history",
-    "kl_divergence", "load", "load_base", "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint",
-    "param_groups", "plan", "prompt_batches", "register", "restore", "save", "save_peft", "scaled", "suggest",
-    "unmerge",
+    "HistoryConfig", "Kernel", "Layer", "LayerErrors", "Merged", "Method", "ParamSpec", "Plan", "Quantized", "Round",
+    "Statistics", "Suggestion", "Target", "Variant", "__version__", "adapters", "attach", "audit", "calibrate_scale",
+    "capture", "config_for", "contrast", "correct_gradients", "detach", "disabled", "drop_round", "freeze_into",
+    "greedy_answers", "history", "kl_divergence", "load", "load_base", "load_peft", "logit_gap", "marker_rate",
+    "merge", "merge_checkpoint", "param_groups", "plan", "prompt_batches", "quantize_residual", "register",
+    "residual_errors", "restore", "save", "save_peft", "scaled", "suggest", "unmerge",
 ]
 # fmt: on
 __all__ += errors.__all__

@@ -89,7 +89,7 @@ def load_base(
     chosen = _choice(model_id, dtype, quantization, options["device_map"], kwargs)
     compute_dtype = compute_dtype or chosen.compute
     if quantization is not None:
-        options["quantization_config"] = _bnb_config(quantization, compute_dtype, double_quant)
+        options["quantization_config"] = bnb_config(quantization, compute_dtype, double_quant)
     load = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
     reasons: list[str] = []
     for attempt in chosen.attempts:
@@ -162,7 +162,8 @@ def devices() -> list[str]:
     return names
 
 
-def _bnb_config(quantization: str, compute_dtype: torch.dtype, double_quant: bool) -> Any:
+def bnb_config(quantization: str, compute_dtype: torch.dtype, double_quant: bool) -> Any:
+    """transformers' config of one of QUANTIZATIONS."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":

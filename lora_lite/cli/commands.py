@@ -17,13 +17,15 @@ from rich import progress as bars
 from rich.console import Console
 from typer.core import TyperCommand
 
+from ..core.variant import config_for
 from ..merging.on_disk import merge_checkpoint
+from ..merging.residual import quantize_residual
 from .compare import compare
 from .convert import convert as convert_adapter
 from .plot import plot_norms
 from .reason import reason
 from .report import inspect as inspect_adapter
-from .tables import show_difference, show_report
+from .tables import show_difference, show_errors, show_report
 from .verify import tokens, verify_merge
 
 app = typer.Typer(
@@ -80,7 +82,8 @@ def _bar(label: str, *figures: bars.ProgressColumn) -> bars.Progress:
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show log lines, and a traceback where it fails.")] = False,
 ) -> None:
-    """Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from PEFT."""
+    """Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from PEFT; quantise a base
+    with the start of one."""
 
 
 @app.command(cls=Command)
@@ -153,6 +156,39 @@ def merge(
     print(report)
     if text is not None:
         print(verify_merge(base, adapter, out, text, base_weights))
+
+
+@app.command(cls=Command)
+def quantize(
+    base: Annotated[Path, typer.Argument(help="Folder of a checkpoint in 16 bits.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    variant: Annotated[Literal["pissa", "loftq"], typer.Option(help="The adapter's start.")] = "pissa",
+    r: Annotated[int, typer.Option("--r", help="Its rank.")] = 16,
+    quantization: Annotated[Literal["nf4", "fp4", "int8"], typer.Option(help="By bitsandbytes.")] = "nf4",
+    iterations: Annotated[int, typer.Option(help="Rounds of quantising and of the SVD of what that lacks.")] = 5,
+    svd: Annotated[Literal["exact", "fast"], typer.Option(help="PiSSA's first.")] = "exact",
+    target: Annotated[list[str] | None, typer.Option(help="Regex of layers with an adapter; may be repeated.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Module that stays in 16 bits; may be repeated.")] = None,
+) -> None:
+    """Quantise a checkpoint, and write beside it an adapter that starts at what quantising took (QPiSSA, LoftQ).
+
+    Tensor by tensor, so it needs little memory.
+    """
+    config: Any = config_for(variant)
+    cfg = config(r=r, target_names=target or (), **({"svd": svd} if variant == "pissa" else {}))
+    with _bar("quantising", bars.DownloadColumn(), bars.TransferSpeedColumn()) as bar:
+        task = bar.add_task("", total=None)
+        result = quantize_residual(
+            base,
+            cfg,
+            out,
+            quantization,
+            iterations=iterations,
+            skip_modules=skip or (),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(result)
+    show_errors(result.errors)
 
 
 @app.command(cls=Command)

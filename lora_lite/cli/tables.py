@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..base.stacks import place, starred
+from ..merging.residual import LayerErrors
 from .compare import Difference
 from .report import LayerReport, Report, grouped
 
@@ -99,6 +100,18 @@ def show_difference(a: Path, b: Path, difference: Difference) -> None:
     out.print("tensors: |A - B| / |A|; delta: the same of W' - W, cosine: its own")
     if any(None in (group.tensors, group.delta) for group in difference.groups):
         out.print("-: tensors of other shapes, a delta that depends on the base weight")
+
+
+def show_errors(errors: Mapping[str, LayerErrors]) -> None:
+    """Print the errors of a quantised base with its adapter, a row for all layers that differ in the block alone."""
+    out, rows = _console(), []
+    for pattern, members in grouped(errors).items():
+        plain, residual = (fmean(getattr(member, name) for member in members) for name in ("plain", "residual"))
+        figures = [f"{plain:.2%}", f"{residual:.2%}", f"{1 - residual / plain:.0%}" if plain else "-"]
+        rows.append([pattern, str(len(members)), *figures])
+    out.print()
+    _table(out, ["layer", "n", "quantised", "with adapter", "less"], rows, right=range(1, 5))
+    out.print("the mean of |W - W'| / |W|, Frobenius")
 
 
 # ---- pieces -------------------------------------------------------------------------------------

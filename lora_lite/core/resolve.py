@@ -241,6 +241,7 @@ def _check_storage(site: Site) -> None:
     if not storage.is_dense and site.base_weight == "dense":
         raise QuantizedWeightError(
             f"{site.path}: {variant!r} needs a dense weight, and this one is {kind}\n"
-            f"  load the base without quantization, or use a variant that works on any base, such as lora"
+            f"  load the base without quantization, or use a variant that works on any base, such as lora\n"
+            f"  lora_lite.quantize_residual(base_dir, PiSSAConfig(...), out_dir) writes a 4-bit base with its adapter"
         )
     check_affine(site.base)  # a layer that rounds its activations computes with no weight that could be read

@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     check_shapes(tensors, specs, memory)
     check_numbers(tensors, memory, _GO_BACK, specs)
     check_names(tensors, memory)
-    metadata = {"format": "pt", METADATA: json.dumps(_metadata(model, adapter, digests, resume))}
+    metadata = _metadata(model, adapter, digests, resume)
     with _first_process(path, adapter.is_sharded) as is_first:
         if is_first:
             write_tensors(path, tensors, metadata)
@@ -190,19 +190,24 @@ def _differing(in_file: FileMethod, live: Method, mapping: Mapping[str, str]) ->
     return differ if per_layer == overrides else differ | {"per_layer": (per_layer, overrides)}
 
 
-def _metadata(model: nn.Module, adapter: Adapter, digests: list[str], resume: bool) -> dict[str, Any]:
-    """The JSON of an adapter's file, in the format of adapter_file.py; what is empty is left out."""
+def _metadata(model: nn.Module, adapter: Adapter, digests: list[str], resume: bool) -> dict[str, str]:
     never = set() if all(site.ran for site in adapter.sites()) else uncalled(model) & adapter.targets.keys()
     optional: dict[str, Any] = {"on": digests, "never_ran": sorted(never)}
-    methods = [_method_metadata(method) for method in adapter.methods]
     if resume and (adapter.steps or adapter.never_stepped):  # else its own file didn't say how many there were
         optional["steps"] = adapter.steps
-    return {
-        **({"format": SEVERAL, "methods": methods} if len(methods) > 1 else {"format": FORMAT, **methods[0]}),
-        "scale": adapter.scale,
-        "base": adapter.base,
+    return file_metadata(adapter.methods, adapter.scale, adapter.base, **optional)
+
+
+def file_metadata(methods: Sequence[Method], scale: float, base: Mapping[str, Any], **optional: Any) -> dict[str, str]:
+    """The metadata of an adapter's file, in the format of adapter_file.py; what is empty is left out."""
+    entries = [_method_metadata(method) for method in methods]
+    fields = {
+        **({"format": SEVERAL, "methods": entries} if len(entries) > 1 else {"format": FORMAT, **entries[0]}),
+        "scale": scale,
+        "base": base,
         "library": __version__,
     } | {key: value for key, value in optional.items() if value or key == "steps"}
+    return {"format": "pt", METADATA: json.dumps(fields)}
 
 
 def _method_metadata(method: Method) -> dict[str, Any]:

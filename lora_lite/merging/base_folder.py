@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..errors import CheckpointError, QuantizedWeightError
 from ..io.keys import resolve
 from ..io.safetensors import DTYPES, INDEX, PICKLES, Header, read_json, read_shards
 from .bnb_files import Packed, find_packed
+from .shards import OutputTensor
 from .skeleton import skeleton
 
 # Conversions of transformers that move whole rows and change no number.
@@ -161,6 +163,11 @@ class BaseFolder:
                 if len(chunk := file.read(size)) < size:
                     raise CheckpointError(f"{path} became shorter while it was read")
                 yield chunk
+
+    def copied(self, key: str) -> OutputTensor:
+        """The tensor as it is, for another folder."""
+        entry = self.headers[key].entries[key]
+        return OutputTensor(key, entry.dtype, entry.shape, entry.stop - entry.start, partial(self.chunks, key))
 
     def samples(self, location: LayerLocation) -> list[Any]:
         """The fingerprint of an unquantised weight, as `base_record` takes it from a live layer: dtype, elements."""

@@ -9,9 +9,10 @@ that double quantisation takes of all scales.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
@@ -23,7 +24,10 @@ from ..io.safetensors import Header, parse_json
 
 CHUNK = 1 << 18  # elements at a time: 1 MiB of float32, and a multiple of every blocksize
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZE = 64  # bitsandbytes' default
 NESTED_BLOCKSIZE = 256  # at which bitsandbytes quantises the scales themselves
+KNOWN = {("bitsandbytes-4bit", "nf4"), ("bitsandbytes-4bit", "fp4"), ("bitsandbytes-8bit", "int8")}
+STATE = 256  # bytes of the JSON beside the codes, with blanks after it, so that a file's size is known before them
 
 _STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
 
@@ -97,19 +101,35 @@ def as_trained(
     Raises:
         QuantizedWeightError: for a quantiser that isn't known.
     """
+    if (quantization.method, quantization.quant_type) not in KNOWN:
+        problem = f"the adapter was trained on {quantization.quant_type} weights ({quantization.method})"
+        raise QuantizedWeightError(f'{problem}, which can\'t be made again\n  use base_weights="original"')
+    packed = pack(weight, quantization, dtype)
+    return packed.numbers, packed.fingerprint
+
+
+class PackedWeight(NamedTuple):
+    """A weight that was quantised just now."""
+
+    parts: dict[str, Tensor]  # the tensors of a file, by their names there beside the codes, "weight"
+    numbers: Float[Tensor, "o i"]  # that they stand for
+    fingerprint: list[Any]
+
+
+def pack(weight: Float[Tensor, "o i"], quantization: Quantization, dtype: torch.dtype) -> PackedWeight:
+    """The weight in `dtype`, quantised by a way of bitsandbytes. Memory and numbers are those of `as_trained`."""
     weight, quant_type = weight.to(dtype).contiguous(), quantization.quant_type
     if quantization.method == "bitsandbytes-8bit":
         from bitsandbytes.functional import int8_vectorwise_quant
 
         chunks = weight.split(max(1, CHUNK // weight.shape[1]))
-        codes, scales = zip(*(int8_vectorwise_quant(rows.half())[:2] for rows in chunks), strict=True)
-        return _scaled(torch.cat(codes), torch.cat(scales))
-    if quantization.method != "bitsandbytes-4bit" or quant_type not in ("nf4", "fp4"):
-        problem = f"the adapter was trained on {quant_type} weights ({quantization.method}), which can't be made again"
-        raise QuantizedWeightError(f'{problem}\n  use base_weights="original"')
-    from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+        pairs = zip(*(int8_vectorwise_quant(rows.half())[:2] for rows in chunks), strict=True)
+        codes, scales = map(torch.cat, pairs)
+        parts = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}  # row by row
+        return PackedWeight(parts, *_scaled(codes, scales))
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 
-    flat, blocksize = weight.view(-1), quantization.blocksize or 64  # (o i,)
+    flat, blocksize = weight.view(-1), quantization.blocksize or BLOCKSIZE  # (o i,)
     # Whole from the start: small tensors that stay, between chunks that come and go, would fragment the heap.
     packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8)
     absmax, offset, nested = torch.empty(-(-len(flat) // blocksize)), None, None
@@ -120,8 +140,25 @@ def as_trained(
     if quantization.double_quant:
         offset = absmax.mean()  # the one number that needs all blocks
         absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
-    state = QuantState(absmax, weight.shape, None, blocksize, quant_type, offset=offset, state2=nested)
-    return _dequantized(packed, state, weight)
+    code = get_4bit_type(quant_type, device="cpu")  # (16,)
+    state = QuantState(absmax, weight.shape, code, blocksize, quant_type, dtype, offset, nested)
+    parts = {"weight": packed[:, None], **state.as_dict(packed=True)}
+    json = parts[key := f"quant_state.bitsandbytes__{quant_type}"]
+    parts[key] = F.pad(json, (0, STATE - len(json)), value=ord(" "))  # the offset's digits vary
+    return PackedWeight(parts, *_dequantized(packed, state, weight))
+
+
+def layout(shape: tuple[int, int], quantization: Quantization) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The key's end, dtype and shape of each tensor that `pack` makes of a weight of this shape, in a file's order."""
+    n = shape[0] * shape[1]
+    if quantization.method == "bitsandbytes-8bit":
+        return {"weight": ("I8", shape), "SCB": ("F32", shape[:1]), "weight_format": ("U8", ())}
+    blocks, nested = -(-n // (quantization.blocksize or BLOCKSIZE)), quantization.double_quant
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {"weight": ("U8", (-(-n // 2), 1))}
+    parts |= {"absmax": ("U8" if nested else "F32", (blocks,)), "quant_map": ("F32", (16,))}
+    if nested:
+        parts |= {"nested_absmax": ("F32", (-(-blocks // NESTED_BLOCKSIZE),)), "nested_quant_map": ("F32", (256,))}
+    return parts | {f"quant_state.bitsandbytes__{quantization.quant_type}": ("U8", (STATE,))}
 
 
 def _scaled(codes: Int8[Tensor, "o i"], scb: Tensor) -> tuple[Float[Tensor, "o i"], list[Any]]:

@@ -26,6 +26,7 @@ from ..version import __version__
 from .adapter_source import open_adapter
 from .base_folder import BaseFolder
 from .plan import MergePlan
+from .shards import Shard
 
 CHOICES = ("original", "as_trained")
 _LOCK = ".lock"
@@ -105,7 +106,7 @@ def merge_checkpoint(
         raise CheckpointError(f"{out} is {kind}\n  choose another folder")
     with full_precision(nn.Module()):  # which is global: no module is asked
         plan = MergePlan(file, base, base_weights, untie, verify_base)
-        files, others = {header.path for header in base.headers.values()}, _others(base.path)
+        files, others = {header.path for header in base.headers.values()}, other_files(base.path)
         digests = [_digest(path) for path in file.files]  # a PEFT folder has two files
         job = {
             "adapter": digests[0] if len(digests) == 1 else digests,
@@ -115,14 +116,15 @@ def merge_checkpoint(
         }
         names = [*(s.name for s in plan.shards), *(str(p.relative_to(base.path)) for p in others), INDEX, "config.json"]
         with _partial(out, job, names) as partial:
-            resumed = _write(partial, plan, base.path, others, progress)
+            resumed = write_folder(partial, plan.shards, base.path, others, progress)
+            plan.write_config(partial)
     size, seconds = sum(shard.size for shard in plan.shards), time.monotonic() - started
     result = Merged(out, len(plan.locations), plan.merged, size, base_weights, resumed, seconds)
     logger.info(str(result).replace("\n ", ","))
     return result
 
 
-def _others(folder: Path) -> list[Path]:
+def other_files(folder: Path) -> list[Path]:
     """The files that go with the tensors. Other weights, and folders that transformers doesn't read, stay behind."""
     everything = [path for path in sorted(folder.iterdir()) if path.name not in (MARKER, "config.json", INDEX)]
     everything += sorted((folder / _TEMPLATES).glob("*"))
@@ -145,17 +147,19 @@ def _stamp(path: Path) -> list[int]:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, plan: MergePlan, base: Path, others: Sequence[Path], progress: Progress | None) -> int:
+def write_folder(
+    folder: Path, shards: Sequence[Shard], base: Path, others: Sequence[Path], progress: Progress | None
+) -> int:
     """Write what the folder lacks, and return the bytes of the shards that an earlier run has finished."""
-    total = sum(shard.size for shard in plan.shards)
+    total = sum(shard.size for shard in shards)
     # By size alone: a shard takes its name when it is whole, and the folder's marker says that it is of this merge.
-    finished = [s for s in plan.shards if (path := folder / s.name).is_file() and path.stat().st_size == s.size]
+    finished = [s for s in shards if (path := folder / s.name).is_file() and path.stat().st_size == s.size]
     written = resumed = sum(shard.size for shard in finished)
     needed = total - resumed + sum(path.stat().st_size for path in others)
     if needed > (free := shutil.disk_usage(folder).free):
         problem = f"{folder.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be written"
         raise CheckpointError(f"{problem}\n  make room, or name another disk; what is written so far is kept")
-    for shard in plan.shards:
+    for shard in shards:
         if shard in finished:
             continue
         with replacing(folder / shard.name) as handle:
@@ -167,7 +171,6 @@ def _write(folder: Path, plan: MergePlan, base: Path, others: Sequence[Path], pr
     for path in others:
         with replacing(folder / path.relative_to(base)) as handle, path.open("rb") as source:
             shutil.copyfileobj(source, handle)
-    plan.write_config(folder)
     return resumed
 
 

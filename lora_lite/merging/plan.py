@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from .adapter_source import AdapterSource, AdapterTensors
 from .base_folder import BaseFolder, TensorRef, as_slice
 from .bnb_files import as_trained, unpack
 from .merged_weights import check_fits, fold_norm
-from .shards import OutputTensor, Shard
+from .shards import OutputTensor, Shard, bytes_of, write_index
 
 
 class _StandIn(nn.Module):
@@ -214,7 +213,7 @@ class MergePlan:
             raise CheckpointError(f"{self._file.path}: {problem}\n  is this the base that it was trained on?")
         dtype, shape = self._base.dtype(ref.key), self._base.shape(ref.key)
         size = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-        self._planned[key] = OutputTensor(key, dtype, shape, size, lambda: map(_bytes, matrices()))
+        self._planned[key] = OutputTensor(key, dtype, shape, size, lambda: map(bytes_of, matrices()))
 
     def _make_shards(self) -> list[Shard]:
         """Each tensor stays in its shard; an untied head comes after its embedding."""
@@ -226,8 +225,7 @@ class MergePlan:
             if key in self._planned:
                 shard.tensors.append(self._planned[key])
             elif key not in parts:
-                entry, chunks = header.entries[key], partial(base.chunks, key)
-                shard.tensors.append(OutputTensor(key, entry.dtype, entry.shape, entry.stop - entry.start, chunks))
+                shard.tensors.append(base.copied(key))
             shard.tensors += [self._planned[name] for name in self._untied.get(key, ())]
         written = {tensor.key for shard in shards.values() for tensor in shard.tensors}
         assert self._planned.keys() <= written, "a merged tensor is in no shard"
@@ -361,12 +359,5 @@ class MergePlan:
                 config |= {**nested, "tie_word_embeddings": False}
             write_json(folder / "config.json", config)
         if (self._base.path / INDEX).exists():
-            tensors = [tensor for shard in self.shards for tensor in shard.tensors]
-            parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
-            sizes = {"total_parameters": parameters, "total_size": sum(tensor.size for tensor in tensors)}
-            names = {tensor.key: shard.name for shard in self.shards for tensor in shard.tensors}
-            write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(names.items()))})
-
-
-def _bytes(matrix: Tensor) -> Any:
-    return matrix.contiguous().view(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
+            parameters = sum(torch.Size(tensor.shape).numel() for shard in self.shards for tensor in shard.tensors)
+            write_index(folder, self.shards, parameters)

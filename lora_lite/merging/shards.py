@@ -1,9 +1,15 @@
-"""The files of a merged checkpoint, as their tensors and the bytes that these come in."""
+"""The files of a checkpoint that is written, as their tensors and the bytes that these come in."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..io.safetensors import INDEX, write_json
 
 
 @dataclass
@@ -43,3 +49,16 @@ class Shard:
     @property
     def size(self) -> int:
         return len(self.header()) + sum(tensor.size for tensor in self.tensors)
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The bytes of a tensor, as a file takes them."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
+
+
+def write_index(folder: Path, shards: Sequence[Shard], parameters: int) -> None:
+    """The index of these files, which holds the number of the model's parameters."""
+    size = sum(tensor.size for shard in shards for tensor in shard.tensors)
+    names = {tensor.key: shard.name for shard in shards for tensor in shard.tensors}
+    metadata = {"total_parameters": parameters, "total_size": size}
+    write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(names.items()))})

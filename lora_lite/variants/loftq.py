@@ -6,7 +6,9 @@
 Identity   no, by design: it moves the quantised model's outputs towards those of the dense one
 Base       Q is read once, dequantised; W is the data: calibration_data = the dense model, its folder, or {path: W}
 Departs    the paper quantises W - s B A again, and so on; the base is not written here, so this is one round of it
-           (T = 1). Where W and Q are equal, it starts as LoRA does. Trained, it is a plain LoRA
+           (T = 1), on a base that was quantised as it was loaded. lora_lite.quantize_residual takes all rounds, from a
+           folder, and its adapter is one of this variant. Where W and Q are equal, it starts as LoRA does. Trained, it
+           is a plain LoRA
 Checked    against the full SVD; outputs come nearer to the dense model's
 """
 

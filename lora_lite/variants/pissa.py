@@ -4,7 +4,8 @@
     s B0 A0 = U_r S_r V_rᵀ, the top r of W = U S Vᵀ;  A0 = √(S_r/s) V_rᵀ,  B0 = U_r √(S_r/s)
 
 Identity   the difference from A0 and B0 acts (families/residual.py): bit-exact
-Base       read once, at init: dense layers only, since the point of a residual is to be quantised afterwards
+Base       read once, at init: dense layers only, since the point of a residual is to be quantised afterwards, which
+           lora_lite.quantize_residual does from a folder (QPiSSA)
 Departs    the paper writes the residual W - s B0 A0 into the layer. Here A0 and B0 stay as frozen buffers.
            niter: the paper's fast SVD (section 4), PEFT's pissa_niter_N, but seeded
 Checked    against PEFT LoraConfig(init_lora_weights="pissa"): outputs, gradients, three AdamW steps

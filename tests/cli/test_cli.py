@@ -15,7 +15,19 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import BUT_THREE, acts_everywhere, attach, config, covering, mechanisms, moe, perturb, quantized, tiny_llama
+from models import (
+    BUT_THREE,
+    acts_everywhere,
+    attach,
+    config,
+    covering,
+    mechanisms,
+    moe,
+    perturb,
+    quantized,
+    tiny_folder,
+    tiny_llama,
+)
 from oracles import NOT_AFFINE
 from safetensors.torch import load_file, save_file
 from test_checkpoint import rewrite
@@ -764,3 +776,21 @@ def test_merge_into_other_weights_than_the_methods_own_wants_a_word(tmp_path: Pa
     assert (result.exit_code, "was trained on another weight" in result.stderr) == (2, True)
     shown("merge", tmp_path / "base", path, tmp_path / "out", "--any-base")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_quantize_writes_a_base_with_its_adapter(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path / "base")
+    options = ["--variant", "loftq", "--r", 4, "--iterations", 2, "--target", "_proj$", "--skip", "k_proj"]
+    result = run("quantize", base, tmp_path / "none", *options)
+    assert result.exit_code == 2
+    assert "self_attn.k_proj: transformers leaves it in 16 bits" in result.stderr
+    options[-3] = "(up|down)_proj$"
+    lines = shown("quantize", base, tmp_path / "out", *options).splitlines()
+    assert lines[0].startswith("quantised 12 layers to nf4 in ")
+    assert "loftq on 4 of them, mean error " in lines[1]
+    assert re.fullmatch(r"model.layers.\*.mlp.up_proj +2 +9\.\d\d% +\d\.\d\d% +\d+%", lines[4])
+    assert all(len(line) <= 80 for line in lines[3:])
+    model = ll.load_base(str(tmp_path / "out"))
+    assert len(ll.load(model, tmp_path / "out" / "adapter.safetensors").targets) == 4
+    assert "is there already" in run("quantize", base, tmp_path / "out").stderr
+    assert shown("inspect", tmp_path / "out" / "adapter.safetensors").count("model.layers.") == 2
