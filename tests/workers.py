@@ -161,6 +161,39 @@ def shares_by_name(variant: str) -> bool:
     return one != other
 
 
+def rows(variant: str, folder: Path) -> None:
+    """Rows with adapters of their own have one graph whatever the assignment, and another for scales of their own."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = tiny_llama(num_hidden_layers=1, hidden_size=32), BATCH[:, :5]
+    for seed, name in enumerate("ab", 1):
+        perturb(attach(model, config(variant), name), 0.2, seed)
+    ll.adapters(model)["b"].scale = 0.7
+    fast = torch.compile(model, fullgraph=True, backend="eager")
+
+    def same() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+    for names in (["a", None, "b", "a"], ["b"] * 4, [None] * 4, ["a", "b", None, None]):
+        with ll.rows(model, names):
+            same()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with ll.disabled(model), ll.rows(model, names), ll.scaled(model, 1.5):
+        same()
+    for scales in ([1.0, 0.5, 0.0, -1.0], [0.0] * 4, [1.0] * 4):
+        with ll.scaled(model, scales, "a"):
+            same()
+    labels = torch.tensor([[0, 1, 1, 0, 0]] * 4)
+    with ll.rows(model, ["a", "b"], tokens=labels):
+        same()
+    with ll.rows(model, ["a", "b"], tokens=1 - labels):
+        same()
+    with ll.rows(model, ["a"] * 2), pytest.raises(torch._dynamo.exc.Unsupported, match="called with 4"):
+        fast(input_ids=ids)
+    same()
+
+
 def late() -> None:
     """A compiled model sees adapters, and histories, that come to layers that had none, the base frozen or not."""
     for is_frozen in (False, True):
@@ -637,6 +670,7 @@ if __name__ == "__main__":
         through(sorted(ll.REGISTRY), layers, folder)
         through(covering(), compiled, folder)
         through(covering(), blocks, folder)
+        through(covering(), rows, folder)
         poles(Path(folder))
         late()
         vanishing()

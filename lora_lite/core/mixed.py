@@ -71,7 +71,7 @@ def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
     shared = [site.method.shared.tensors() for site in sites if site.method.shared is not None]
     tensors = [t for site in sites for _, t in site.tensors()] + [t for each in shared for _, t in each]
     products = Products(
-        sites[0],
+        next((site for site in sites if not site.state.plain.is_zero), sites[0]),  # whose hook is the first at work
         [(t, t.data_ptr(), t._version) for t in tensors],
         [(site, site.cfg, site.state.plain) for site in sites],
     )

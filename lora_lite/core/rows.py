@@ -33,6 +33,11 @@ class Batch:
         """A copy is that of a block that is over."""
         return vars(Batch(self.size, self.tokens))
 
+    @property
+    def is_generating(self) -> bool:
+        """Is this a call within `generate`? A graph knows no threads."""
+        return bool(self.generating) if is_compiling() else get_ident() in self.generating
+
     def share(self, path: str, shape: Sequence[int]) -> int:
         """How many places of a tensor with these leading axes belong to each row, one after the other.
 
@@ -45,7 +50,7 @@ class Batch:
         elif self.tokens is not None:
             is_known = count == size
         elif (call := self.calls.get(get_ident())) is None:  # a part of the model is called, such as an encoder
-            is_known = bool(shape) and (shape[0] == size or (get_ident() in self.generating and shape[0] % size == 0))
+            is_known = bool(shape) and (shape[0] == size or (self.is_generating and shape[0] % size == 0))
         else:  # a mixture of experts gives its layers all tokens in one row
             n, lengths = call
             is_flat = tuple(shape) in ((count,), (1, count)) and count in {n * t for t in lengths}
@@ -82,7 +87,7 @@ class Batch:
             if tuple(shape) != tuple(self.tokens.shape):
                 wanted, got = (" x ".join(map(str, sizes)) for sizes in (self.tokens.shape, shape))
                 raise ConfigError(f"tokens= has {wanted} labels, and the model was called with {got} tokens")
-        elif n != self.size and not (get_ident() in self.generating and n % self.size == 0):
+        elif n != self.size and not (self.is_generating and n % self.size == 0):
             raise ConfigError(
                 f"{self.size} rows have an adapter or a scale, and the model was called with {n}\n"
                 f"  give one for each row of the batch"
@@ -94,15 +99,11 @@ class Parts:
 
     def __init__(self, batch: Batch, keys: Sequence[Any]) -> None:
         self.batch, self.keys = batch, tuple(keys)
+        self.size = len(keys) if batch.tokens is None else batch.tokens.numel()  # how many rows it parts, or tokens
         self.groups: dict[Any, list[int]] = {}
         for i, key in enumerate(self.keys):
             self.groups.setdefault(key, []).append(i)
         self._orders: dict[torch.device, tuple[list[int], Tensor | None, Tensor | None]] = {}
-
-    @property
-    def size(self) -> int:
-        """How many rows it parts, or tokens."""
-        return len(self.keys) if self.batch.tokens is None else self.batch.tokens.numel()
 
     def order(self, device: torch.device) -> tuple[list[int], Tensor | None, Tensor | None]:
         """The size of each group, the rows (or tokens) group by group, and the way back; None where they lie so."""
