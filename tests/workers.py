@@ -194,6 +194,24 @@ def rows(variant: str, folder: Path) -> None:
     same()
 
 
+def room(folder: Path) -> None:
+    """A compiled model goes on with its graph where a LoRA with room takes another file's values, of any rank below."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, other = tiny_llama(num_hidden_layers=1), tiny_llama(num_hidden_layers=1)
+    ll.attach(model, config("lora", r=3, alpha=6.0), max_rank=8)
+    fast = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        fast(input_ids=IDS)
+        for r, alpha in ((8, 4.0), (1, 3.0), (5, 5.0)):
+            perturb(ll.attach(other, config("lora", r=r, alpha=alpha, target_names="q_proj|mlp")), 0.2, r)
+            ll.save(other, folder / "room.safetensors")
+            ll.load(model, folder / "room.safetensors", replace=True)
+            torch.testing.assert_close(fast(input_ids=IDS).logits, other(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+            ll.detach(other)
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def late() -> None:
     """A compiled model sees adapters, and histories, that come to layers that had none, the base frozen or not."""
     for is_frozen in (False, True):
@@ -672,6 +690,7 @@ if __name__ == "__main__":
         through(covering(), blocks, folder)
         through(covering(), rows, folder)
         poles(Path(folder))
+        room(Path(folder))
         late()
         vanishing()
         rounds_of_many_methods(Path(folder))

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from ..core.adapter import check_in_use
 from ..core.row_block import block_of_rows
 from ..core.state import check_unmerged, session_of
 from ..errors import ConfigError, TargetError
@@ -31,12 +32,14 @@ def rows(model: nn.Module, names: Sequence[str | None], tokens: Tensor | None = 
         TargetError: for an unknown name, adapters that are merged, or a layer in which rows can't be told apart.
     """
     root, session = session_of(model)
-    check_unmerged(session, "give rows adapters of their own") if session.batch is None else None
+    if session.batch is None:
+        check_unmerged(session, "give rows adapters of their own")
     if not names or isinstance(names, str):
         raise ConfigError(f"names {names!r}: wanted an adapter's name, or None, for each row of the batch")
     if unknown := [name for name in names if name is not None and name not in session.adapters]:
         attached = ", ".join(session.adapters) or "none"
         raise TargetError(f"no adapter {unknown[0]!r} on this {type(model).__name__}\n  attached: {attached}")
+    check_in_use(session.adapters[name] for name in set(names) if name is not None)
     if tokens is not None:
         is_index = tokens.ndim == 2 and not (tokens.is_floating_point() or tokens.is_complex())
         if not is_index or tokens.numel() == 0 or not 0 <= int(tokens.min()) <= int(tokens.max()) < len(names):

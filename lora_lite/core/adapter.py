@@ -95,6 +95,7 @@ class Adapter:
     @scale.setter
     def scale(self, c: float | int) -> None:
         self._check_unmerged("change the scale")
+        check_in_use([self._state])
         self._state.set_scale(_finite(c))
 
     def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
@@ -338,6 +339,8 @@ def scaled(model: nn.Module, c: float | int | Sequence[float | int], name: str |
         raise TargetError(_not_attached(name, model))
     if any(state.merged for state in states):
         check_unmerged(session, "change the scale")
+    if name is not None:
+        check_in_use(states)
     with ExitStack() as undo:
         if each is not None:
             if not each:
@@ -381,6 +384,12 @@ def _goes(method: Method, place: Site | Shared, name: str, spec: ParamSpec, resu
     for part in again if isinstance(place, Site) and place.stacked else [again]:
         spec.fill(part)
     return not torch.equal(tensor, again)
+
+
+def check_in_use(states: Iterable[AdapterState]) -> None:
+    """TargetError for an adapter that is unloaded, and so does nothing."""
+    if unloaded := [state.name for state in states if state.unloaded]:
+        raise TargetError(f"adapter {unloaded[0]!r} is unloaded\n  use lora_lite.bring_back(model, {unloaded[0]!r})")
 
 
 def _finite(c: Any) -> float:

@@ -22,6 +22,7 @@ from .hooks import register_hooks
 from .names import TIES
 from .positions import watch
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_configs, resolve
+from .room import empty_room, with_room
 from .shared import Shared
 from .state import (
     AdapterState,
@@ -44,7 +45,11 @@ MOST_REMADE = 1 << 28  # numbers of a tensor that a file leaves out: 1 GiB, wher
 
 
 def attach(
-    model: nn.Module, cfg: BaseConfig | Sequence[BaseConfig], name: str = "default", calibration_data: Any = None
+    model: nn.Module,
+    cfg: BaseConfig | Sequence[BaseConfig],
+    name: str = "default",
+    calibration_data: Any = None,
+    max_rank: int | None = None,
 ) -> Adapter:
     """Put a fresh adapter on the model's target layers, in place, and freeze the base.
 
@@ -55,6 +60,8 @@ def attach(
 
     cfg     a config, or a list of them: one adapter of several methods, with one name, file and scale. Each config has
             its own targets; two on one layer act in the list's order
+    max_rank    of a LoRA: room for others up to this rank, which lora_lite.load(..., replace=True) puts in its place
+                without a new graph. Its tensors are of that rank, with zeros beyond `cfg.r` that stay zeros in training
 
     Raises:
         ConfigError, VariantError: for a config, name or data that the method can't take.
@@ -62,6 +69,10 @@ def attach(
         After these, and after whatever a variant's own code raises, the model is exactly as it was.
     """
     configs, root = checked_configs(cfg), attachable(model)
+    if max_rank is not None:
+        if len(configs) > 1:
+            raise ConfigError(f"max_rank={max_rank!r} is for one LoRA, and these are {len(configs)} methods")
+        rank, configs = getattr(configs[0], "r", 0), [with_room(configs[0], max_rank)]
     _check_data(configs, calibration_data)
     selections = [select(root, config) for config in configs]
     methods = [
@@ -72,6 +83,9 @@ def attach(
             check_gradients(root, adapter.targets)  # a layer that rounds may pass none, or wrong ones
         for method in methods:
             _fill(root, adapter, method, calibration_data)
+        if max_rank is not None:
+            empty_room(adapter, rank)
+            methods[0].sites[0].state.max_rank = max_rank
     logger.info(f"attached {adapter}: {adapter.counts()}")
     logger.trace("attached {!r} at {}", name, adapter.targets)
     return adapter
@@ -131,20 +145,24 @@ def installed(
     tensors: Tensors | None = None,
     scale: float = 1.0,
     steps: int | None = None,
+    freeze: bool = True,
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
     root        what `attachable` gave
     tensors     the values by their keys in a file; without them, each starts as its ParamSpec says
     steps       of the training that the tensors come from, None if the file doesn't say
+    freeze      freeze the base, which the adapter whose place this one takes has done already
     """
     session, state = session_at(root), _state(root, methods, name, scale, 0 if tensors is None else steps)
     check_name(name, session, type(root).__name__)
     check_free(state.sites)
     check_unmerged(session, "attach another adapter")
     adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}  # they stay trainable
-    trainable = (p for p in root.parameters() if p.requires_grad and id(p) not in adapted)
-    change = BaseChange(trainable, repackable(root))  # not of targets alone: gradients pass the others too
+    trainable = (p for p in root.parameters() if freeze and p.requires_grad and id(p) not in adapted)
+    change = BaseChange(
+        trainable, repackable(root) if freeze else ()
+    )  # not of targets alone: gradients pass the others too
 
     with torch.inference_mode(False), ExitStack() as undo:  # tensors of inference mode could never be trained
         undo.callback(_forget, root, session, name)
@@ -162,12 +180,12 @@ def installed(
                 _install_shared(root, state, method, specs, tensors)
             if lookup(method.cfg.variant).positions(method.cfg) is not None:
                 watch(root, method.sites)
-        _forget_graphs()
+        forget_graphs()
         yield Adapter(root, name)
         undo.pop_all()
 
 
-def _forget_graphs() -> None:
+def forget_graphs() -> None:
     """A graph of torch.compile (2.13) that saw a module without hooks would go on without those that it gets now, since
     it guards no empty dict of hooks: every graph is made again."""
     if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes a second
@@ -197,7 +215,7 @@ def reinstalled(root: nn.Module, methods: list[Method], name: str, tensors: Tens
                 device = site.base.stored.device
                 values = {t: _value(s, site.key(t), site.cfg, device, tensors) for t, s in site.specs.items()}
                 _exchange(site, values)
-        _forget_graphs()
+        forget_graphs()
         yield Adapter(root, name)
         undo.pop_all()
     for place in {(site.module, site.slot) for site in before.sites} - {(s.module, s.slot) for s in state.sites}:
@@ -241,7 +259,7 @@ def _state(root: nn.Module, methods: list[Method], name: str, scale: float, step
 def _install(site: Site, tensors: Tensors | None) -> None:
     site.add()
     for name, spec in site.specs.items():
-        _hold(site, name, _value(spec, site.key(name), site.cfg, site.base.stored.device, tensors, site.stacked))
+        hold(site, name, _value(spec, site.key(name), site.cfg, site.base.stored.device, tensors, site.stacked))
     # Hooks run in the order of registering, so one that is first moves those that were first before it along.
     for other in [s for s in sites_of(site.module).values() if s.is_first][::-1] if site.is_first else [site]:
         register_hooks(other)
@@ -313,7 +331,7 @@ def _value(
     return nn.Parameter(value) if spec.trainable else value
 
 
-def _hold(site: Site, name: str, value: Tensor) -> None:
+def hold(site: Site, name: str, value: Tensor) -> None:
     is_parameter = isinstance(value, nn.Parameter)
     (site.module.register_parameter if is_parameter else site.module.register_buffer)(site.attribute(name), value)
 
@@ -325,7 +343,7 @@ def _exchange(site: Site, values: Tensors) -> None:
     site.add()
     _drop_tensors(before)
     for name, value in values.items():
-        _hold(site, name, value)
+        hold(site, name, value)
 
 
 def _drop_tensors(site: Site) -> None:
@@ -341,6 +359,8 @@ def _undo(session: Session, change: BaseChange) -> None:
 
 def _forget(root: nn.Module, session: Session, name: str) -> None:
     state = session.adapters.pop(name)
+    while state.watches:
+        state.watches.pop().remove()
     for shared in (method.shared for method in state.methods if method.shared is not None):
         root._modules.pop(shared.place + state.suffix, None)
     session.keep_at(root)

@@ -36,6 +36,8 @@ def register_hooks(site: Site) -> None:
     name, variant, handles = site.slot, lookup(site.cfg.variant), site.handles
     while handles:
         handles.pop().remove()
+    if site.state.unloaded:
+        return
     called = site.base.reader or site.module
     before = partial(called.register_forward_pre_hook, prepend=site.is_first)
     after = partial(called.register_forward_hook, prepend=site.is_first)

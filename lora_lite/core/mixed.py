@@ -30,7 +30,7 @@ def mixed(module: nn.Module, site: Site, rows: Rows, x: Tensor, y: Tensor) -> Te
     if x.ndim != 3 or len(x) != batch.size or x.shape[1] * 2 > FEW or x.shape[:-1] != y.shape[:-1]:
         return None
     known = batch.products.get(id(module))
-    if known is None or not known.is_as_it_was(module, x):
+    if known is None or not known.is_as_it_was(batch, x):
         known = batch.products[id(module)] = _products(module, batch, x)
     if not known.is_whole:
         return None
@@ -46,19 +46,20 @@ def mixed(module: nn.Module, site: Site, rows: Rows, x: Tensor, y: Tensor) -> Te
 class Products:
     """The factors of each row at one layer, and the tensors that they were made of."""
 
-    first: Site
-    tensors: list[tuple[Tensor, int, int]]  # with the address and the version of each, as they were
-    configs: list[tuple[Site, Any, Any]]
+    first: Site  # whose hook is the first at work
+    version: int  # of the batch's scales
+    tensors: list[tuple[Tensor, int, int]]  # of each its address and its version, as they were
+    configs: list[tuple[Site, Any]]
     is_whole: bool = False  # does every adapter have such factors?
     a: Any = None  # (n, i, r)
     b: Any = None  # (n, r, o)
     s: Any = None  # (n, 1, r)
 
-    def is_as_it_was(self, module: nn.Module, x: Tensor) -> bool:
-        if len(self.configs) != len(sites_of(module)):
+    def is_as_it_was(self, batch: Batch, x: Tensor) -> bool:
+        if self.version != batch.version:
             return False
-        for site, cfg, scale in self.configs:
-            if site.cfg is not cfg or site.state.plain is not scale:
+        for site, cfg in self.configs:
+            if site.cfg is not cfg:
                 return False
         for tensor, address, version in self.tensors:
             if tensor._version != version or tensor.data_ptr() != address:
@@ -67,13 +68,14 @@ class Products:
 
 
 def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
-    sites = list(sites_of(module).values())
+    sites = [site for site in sites_of(module).values() if not site.state.plain.is_zero]
     shared = [site.method.shared.tensors() for site in sites if site.method.shared is not None]
     tensors = [t for site in sites for _, t in site.tensors()] + [t for each in shared for _, t in each]
     products = Products(
-        next((site for site in sites if not site.state.plain.is_zero), sites[0]),  # whose hook is the first at work
+        sites[0],
+        batch.version,
         [(t, t.data_ptr(), t._version) for t in tensors],
-        [(site, site.cfg, site.state.plain) for site in sites],
+        [(site, site.cfg) for site in sites],
     )
     wide = torch.promote_types(x.dtype, torch.float32)
     factors: list[LowRank | None] = [None] * batch.size

@@ -21,7 +21,7 @@ from ..base.kinds import is_instance
 from ..errors import ConfigError, TargetError
 from .names import IN_EXPERT
 from .scale import Changes
-from .state import Site, session_at
+from .state import AdapterState, Site, session_at
 from .variant import lookup
 
 ON_CACHE = "_lora_lite_positions"  # the attribute of a cache: {serial: (is a row on after its prompt, length)}
@@ -124,18 +124,21 @@ def watch(root: nn.Module, sites: Sequence[Site]) -> None:
         TargetError: for an encoder-decoder, and for layers that aren't called with all tokens of a call.
     """
     check_can_act(root, sites)
-    positions, name = Positions(), sites[0].state.name
-    is_watched = any(site.positions is not None for site in sites[0].state.sites)  # another config's are asked for, too
+    positions = Positions()
     for site in sites:
         site.positions = positions
-    if is_watched:
-        return
-    # The first site keeps them: they come off with its own.
-    sites[0].handles += [
-        root.register_forward_pre_hook(partial(_enter, name), with_kwargs=True, prepend=True),
-        # An Exception in the forward must not leave a mask for a call of a part of the model.
-        root.register_forward_hook(partial(_leave, name), with_kwargs=True, always_call=True),
-    ]
+    if not sites[0].state.watches:  # another config's sites are asked for, too
+        watch_calls(root, sites[0].state)
+
+
+def watch_calls(root: nn.Module, state: AdapterState) -> None:
+    """Let each call of the root say where an adapter acts, if it acts at positions."""
+    if any(site.positions is not None for site in state.sites):
+        state.watches += [
+            root.register_forward_pre_hook(partial(_enter, state.name), with_kwargs=True, prepend=True),
+            # An Exception in the forward must not leave a mask for a call of a part of the model.
+            root.register_forward_hook(partial(_leave, state.name), with_kwargs=True, always_call=True),
+        ]
 
 
 def check_can_act(root: nn.Module, sites: Sequence[Site]) -> None:

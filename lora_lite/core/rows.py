@@ -27,6 +27,7 @@ class Batch:
         self.generating: set[int] = set()  # threads in `generate`, which may repeat the rows
         self.readers: set[int] = set()  # modules whose forward runs once for each group of rows
         self.groups: dict[tuple[int, int], dict[int, float]] = {}  # by thread and such a module: each adapter's scale
+        self.version = 0  # of the scales of its rows
         self.products: dict[int, Any] = {}  # by layer, what core/mixed.py remembers
 
     def __getstate__(self) -> dict[str, Any]:

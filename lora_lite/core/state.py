@@ -51,6 +51,9 @@ class AdapterState:
     scale: float = 1.0  # as it was set; a call goes by `scale_of_call`
     is_first: bool = False  # its hooks come before those of adapters that aren't first, whenever it was attached
     merged: bool = False  # its effect is in the weights, so its hooks do nothing
+    max_rank: int | None = None  # of a LoRA that has room for others up to this rank (core/exchange.py)
+    unloaded: bool = False  # its tensors are elsewhere, and it has no hooks
+    watches: list[RemovableHandle] = field(default_factory=list)  # of the model's calls, where it acts at positions
     steps: int | None = 0  # that `Adapter.step` has counted; None of a file that doesn't say
     changes: Changes[Scale] | None = None  # None while c is the one that it came with: then a call asks nothing
     batch: Batch | None = None  # the block in which rows have adapters or scales of their own
@@ -97,6 +100,7 @@ class AdapterState:
         self.plain = Scale(self.scale, self.scale == 0, self.scale == 1)
         self.traced = self.plain._replace(value=value)
         if self.batch is not None:
+            self.batch.version += 1
             on = self.on or (True,) * len(self.row_scales or ())
             scales = self.row_scales or (self.scale,) * len(on)
             each = [c if is_on else 0.0 for c, is_on in zip(scales, on, strict=True)]
@@ -120,7 +124,7 @@ class AdapterState:
     @property
     def is_idle(self) -> bool:
         """Do its hooks leave everything as it is?"""
-        return self.merged or self.scale_of_call().is_zero
+        return self.merged or self.unloaded or self.scale_of_call().is_zero
 
     def __getstate__(self) -> dict[str, Any]:
         # No forward of a copy is pending, nor is it in the block that the original is in.

@@ -18,10 +18,12 @@ from ..base.layer import on_all_channels
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import installed
 from ..core.config import BaseConfig, to_json
+from ..core.exchange import replaced
 from ..core.names import check_shapes
 from ..core.ran import uncalled
 from ..core.resolve import attachable, make_sites
-from ..core.state import Method, Site, number_sites
+from ..core.room import has_at_most, padded, takes
+from ..core.state import Method, Site, number_sites, session_at
 from ..core.variant import ParamSpec, Variant, lookup
 from ..errors import CheckpointError, ConfigError, brief
 from ..version import __version__
@@ -79,6 +81,8 @@ def load(
     name: str = "default",
     verify_base: bool = True,
     cfg: BaseConfig | None = None,
+    replace: bool = False,
+    max_rank: int | None = None,
 ) -> Adapter:
     """Attach the adapter of a file: no init, no SVD, no data; tensors, scale and outputs are bit-equal.
 
@@ -90,6 +94,13 @@ def load(
     `cfg` does; its filters aren't needed. Of several adapters in it, `name` takes the one of that name. A file of
     diffusers says it in its metadata, and is read as load_peft reads it.
 
+    replace     put it in the place of the attached adapter of that name, whatever that is: method, rank, layers. If it
+                fails, that one is as it was
+    max_rank    of a LoRA: fill its factors up with zeros to this rank, with the scaling in B (bit-equal no more, where
+                that isn't a power of 2). With replace=True, a LoRA that has room takes the values of another one of at
+                most that rank on some of its layers: the same parameters and hooks, and a compiled model goes on with
+                its graph. Where it doesn't fit, it is replaced
+
     Raises:
         CheckpointError: unless every key and shape fits.
         ConfigError: for a cfg beside the one in a file.
@@ -98,8 +109,10 @@ def load(
     """
     (header, *others), root = read_any(path), attachable(model)
     if cfg is None and not others and DIFFUSERS_SETTINGS in header.metadata:
+        _check_plain(header.path, replace, max_rank)
         return load_peft(model, header.path, name)
     if others or METADATA not in header.metadata:
+        _check_plain(path, replace, max_rank)
         return load_raw(root, Path(path), [header, *others], cfg, name, verify_base)
     if cfg is not None:
         raise ConfigError(f"{header.path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
@@ -111,21 +124,63 @@ def load(
     specs, names = _specs(file, by_path)
     check_shapes(file.header.entries, specs, str(file.path))  # no tensor has been read so far
     tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
-    with installed(root, methods, name, tensors, file.scale, file.steps) as adapter:
+    if replace:
+        get_adapter(root, name)
+    known = session_at(root).adapters[name] if replace else None
+    room = max_rank if known is None or max_rank is not None else known.max_rank
+    if room is not None and (max_rank is not None or has_at_most(methods, room)):
+        has_room = known is not None and known.max_rank == room
+        scaling = known.methods[0].cfg.scaling if known is not None and has_room else 1.0
+        method, tensors = padded(methods, tensors, room, scaling)
+        methods, by_path = [method], [dict(zip(by_path[0], method.sites, strict=True))]
+        if known is not None and has_room and takes(known, method):
+            return _filled(root, file, by_path[0], name, tensors)
+    else:
+        room = None
+    put = installed if known is None else replaced
+    with put(root, methods, name, tensors, file.scale, file.steps) as adapter:
+        session_at(root).adapters[name].max_rank = room
         file.check_ties({p for p, site in sites.items() if site.base.ties} for sites in by_path)
-        recorded = file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
-        if not same_base(recorded, adapter.base_record):
-            reads = any(site.base_weight != "unused" for site in adapter.sites())
-            message = other_base(str(file.path), recorded, adapter.base_record)
-            tell_other_base(message, adapter.variant, reads, verify_base)
-            if reads:  # the values belong to the recorded base, so a later save must name that
-                adapter.set_base_record(recorded)
+        _check_base(file, by_path, adapter, verify_base)
         for site in [site for sites in by_path for in_file, site in sites.items() if in_file in file.never_ran]:
             site.never_ran = True
     if file.on != _digests_of_first(root, name):
         logger.warning(_other_histories(file))
     logger.info(f"loaded {adapter} from {path}")
     return adapter
+
+
+def _check_base(
+    file: AdapterFile, by_path: Sequence[Mapping[str, Site]], adapter: Adapter, verify_base: bool = True
+) -> None:
+    """CheckpointError, or a warning, where the file is of another base."""
+    recorded = file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
+    if not same_base(recorded, adapter.base_record):
+        reads = any(site.base_weight != "unused" for site in adapter.sites())
+        message = other_base(str(file.path), recorded, adapter.base_record)
+        tell_other_base(message, adapter.variant, reads, verify_base)
+        if reads:  # the values belong to the recorded base, so a later save must name that
+            adapter.set_base_record(recorded)
+
+
+def _filled(
+    root: nn.Module, file: AdapterFile, sites: Mapping[str, Site], name: str, tensors: Mapping[str, torch.Tensor]
+) -> Adapter:
+    """The values of a file in an adapter that has room for them; zeros where the file has no layer."""
+    adapter = get_adapter(root, name)
+    _check_base(file, [sites], adapter)
+    adapter.load_state_dict({key: torch.zeros_like(t) for key, t in adapter.state_dict().items()} | dict(tensors))
+    state, never = session_at(root).adapters[name], {sites[path].path for path in file.never_ran if path in sites}
+    adapter.scale, state.steps = file.scale, file.steps
+    for site in state.sites:
+        site.never_ran = site.path in never
+    logger.info(f"loaded {adapter} from {file.path}, into the tensors that it had")
+    return adapter
+
+
+def _check_plain(path: str | os.PathLike[str], replace: bool, max_rank: int | None) -> None:
+    if replace or max_rank is not None:
+        raise ConfigError(f"{path}: replace and max_rank are for files of this library\n  load it, then save it as one")
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:

@@ -15,7 +15,7 @@ from ..base.affine import check_affine
 from ..base.layer import BaseLayer
 from ..base.still import full_precision
 from ..base.storage import Storage
-from ..core.adapter import Adapter, adapters, get_adapter
+from ..core.adapter import Adapter, adapters, check_in_use, get_adapter
 from ..core.attach import detach, uninstall
 from ..core.effective import in_order
 from ..core.state import Session, Site, check_unmerged, session_of, sites_at, sites_of
@@ -58,6 +58,7 @@ def merge(
     check_choice(never_ran)
     root, session = session_of(model)
     check_unmerged(session, "merge")
+    check_in_use(session.adapters.values())
     with full_precision(root):
         chosen = list(adapters(root).values()) if name is None else [get_adapter(root, name)]
         if not chosen:
@@ -129,6 +130,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     Nothing is logged."""
     root, session = session_of(model)
     check_unmerged(session, "merge")
+    check_in_use(session.adapters.values())
     chosen = list(adapters(root).values())
     with full_precision(root):
         _merge_reversibly(root, session, chosen, _layers(root, chosen, quantized="dequantize"))
