@@ -1,4 +1,4 @@
-"""Low-rank updates of a few tokens, each row by its own adapter: two products for all rows together.
+"""Low-rank updates without gradients, each row by its own adapter: two products for all rows together.
 
     y_n + s_n B_n A_n x_n        x (n, t, i)   A (n, r, i)   B (n, o, r)
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -27,9 +28,11 @@ def mixed(module: nn.Module, site: Site, rows: Rows, x: Tensor, y: Tensor) -> Te
     batch = rows.batch
     if torch.is_grad_enabled() or is_compiling() or batch.tokens is not None or is_transformed():
         return None
-    if x.ndim != 3 or len(x) != batch.size or x.shape[1] * 2 > FEW or x.shape[:-1] != y.shape[:-1]:
+    if x.ndim != 3 or len(x) != batch.size or x.shape[:-1] != y.shape[:-1]:
         return None
     known = batch.products.get(id(module))
+    if known is not None and known.is_whole and known.version == batch.version and site is not known.first:
+        return y  # the first has looked at the rest
     if known is None or not known.is_as_it_was(batch, x):
         known = batch.products[id(module)] = _products(module, batch, x)
     if not known.is_whole:
@@ -37,9 +40,13 @@ def mixed(module: nn.Module, site: Site, rows: Rows, x: Tensor, y: Tensor) -> Te
     if site is not known.first:
         return y
     batch.share(site.path, x.shape[:-1])
-    wide = known.a.dtype
-    h = torch.bmm(x.to(wide), known.a) * known.s  # (n, t, r)
-    return torch.baddbmm(y.to(wide), h, known.b).to(y.dtype)
+    # As one adapter does: few tokens in float32 throughout, rounded once, and many in their own dtype.
+    is_few = x.shape[1] * len(x) <= FEW or x.dtype == known.wide[0].dtype
+    if not is_few and (not known.narrow or known.narrow[0].dtype != x.dtype):
+        known.narrow = known.wide[0].to(x.dtype), known.wide[1].to(x.dtype)
+    a, b = known.wide if is_few else known.narrow
+    h = torch.bmm(x.to(a.dtype), a)  # (n, t, r)
+    return torch.baddbmm(y.to(b.dtype), h, b).to(y.dtype)
 
 
 @dataclass(eq=False)
@@ -51,9 +58,8 @@ class Products:
     tensors: list[tuple[Tensor, int, int]]  # of each its address and its version, as they were
     configs: list[tuple[Site, Any]]
     is_whole: bool = False  # does every adapter have such factors?
-    a: Any = None  # (n, i, r)
-    b: Any = None  # (n, r, o)
-    s: Any = None  # (n, 1, r)
+    wide: tuple[Tensor, ...] = ()  # Aᵀ (n, i, r) and s Bᵀ (n, r, o), in float32 or wider
+    narrow: tuple[Tensor, ...] = ()  # the same in the dtype of the activations
 
     def is_as_it_was(self, batch: Batch, x: Tensor) -> bool:
         if self.version != batch.version:
@@ -64,7 +70,7 @@ class Products:
         for tensor, address, version in self.tensors:
             if tensor._version != version or tensor.data_ptr() != address:
                 return False
-        return self.a is None or self.a.device == x.device
+        return not self.wide or self.wide[0].device == x.device
 
 
 def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
@@ -96,13 +102,16 @@ def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
                 return products
             for i in places:
                 factors[i] = update
-    ranks = [0 if update is None else len(update.b.mT) for update in factors]
-    rank, d_in, d_out = max(ranks), sites[0].target.d_in, sites[0].target.d_out
-    options: dict[str, Any] = {"dtype": wide, "device": x.device}
-    products.a, products.b = torch.zeros(len(x), d_in, rank, **options), torch.zeros(len(x), rank, d_out, **options)
-    products.s, products.is_whole = torch.zeros(len(x), 1, rank, **options), True
-    for i, (r, update) in enumerate(zip(ranks, factors, strict=True)):
-        if update is not None and update.a is not None:
-            products.a[i, :, :r], products.b[i, :r] = update.a.mT, update.b.mT
-            products.s[i, 0, :r] = update.s
+    target, rank = sites[0].target, max(0 if update is None else update.b.shape[1] for update in factors)
+    pairs = [_filled_up(update, rank, target.d_in, target.d_out, x) for update in factors]
+    a, b = (torch.stack(side) for side in zip(*pairs, strict=True))  # (n, r, i), (n, o, r)
+    products.wide, products.is_whole = (a.to(wide).mT, b.to(wide).mT), True
     return products
+
+
+def _filled_up(update: LowRank | None, rank: int, d_in: int, d_out: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A and s B of a row, with zeros up to a rank."""
+    if update is None or update.a is None:
+        return x.new_zeros(rank, d_in), x.new_zeros(d_out, rank)
+    b, empty = update.b if isinstance(update.s, float) and update.s == 1 else update.b * update.s, rank - len(update.a)
+    return (F.pad(update.a, (0, 0, 0, empty)), F.pad(b, (0, empty))) if empty else (update.a, b)
