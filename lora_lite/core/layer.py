@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..base.layer import BaseLayer
-from ..errors import VariantError
+from ..errors import ConfigError, VariantError
 from ..ops.low_rank import is_transformed
 from ..ops.recompute import recomputed
 from .scale import Scale
@@ -97,7 +97,10 @@ class Layer:
 
     @property
     def scale(self) -> Any:
-        return (self._scale or self._site.state.scale_of_call()).value
+        value = (self._scale or self._site.state.scale_of_call()).value
+        if value is None:
+            raise ConfigError(f"{self.path}: each row has a scale of its own\n  leave the block of `rows` first")
+        return value
 
     @property
     def is_off(self) -> bool:

@@ -490,6 +490,8 @@ def test_blocks_within_blocks() -> None:
         ):
             with pytest.raises(ll.TargetError, match="each row has its own adapter or scale\n  leave the block"):
                 action()
+        with pytest.raises(ll.ConfigError, match="q_proj: each row has a scale of its own"):
+            assert next(iter(ll.adapters(model)["a"].views().values())).scale
         assert ll.adapters(model)["b"].scale == 0.7
     with ll.disabled(model):
         assert torch.equal(y, output(model, {"input_ids": ROWS}))
