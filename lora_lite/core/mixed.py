@@ -55,7 +55,7 @@ class Products:
 
     first: Site  # whose hook is the first at work
     version: int  # of the batch's scales
-    tensors: list[tuple[Tensor, int, int]]  # of each its address and its version, as they were
+    tensors: list[tuple[Any, str, Tensor, int, int]]  # where each lies, its address and its version, as they were
     configs: list[tuple[Site, Any]]
     is_whole: bool = False  # does every adapter have such factors?
     wide: tuple[Tensor, ...] = ()  # Aᵀ (n, i, r) and s Bᵀ (n, r, o), in float32 or wider
@@ -67,20 +67,23 @@ class Products:
         for site, cfg in self.configs:
             if site.cfg is not cfg:
                 return False
-        for tensor, address, version in self.tensors:
-            if tensor._version != version or tensor.data_ptr() != address:
+        for place, name, tensor, address, version in self.tensors:
+            # Another one may be in its place (functional_call), or other numbers.
+            if place.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
                 return False
         return not self.wide or self.wide[0].device == x.device
 
 
 def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
     sites = [site for site in sites_of(module).values() if not site.state.plain.is_zero]
-    shared = [site.method.shared.tensors() for site in sites if site.method.shared is not None]
-    tensors = [t for site in sites for _, t in site.tensors()] + [t for each in shared for _, t in each]
+    places = [(site.module, site.attribute(name)) for site in sites for name in site.specs]
+    places += [(shared, name) for site in sites if (shared := site.method.shared) for name in shared.specs]
+    dicts = [(m._parameters if name in m._parameters else m._buffers, name) for m, name in places]
+    tensors = [(place, name, place[name]) for place, name in dicts]
     products = Products(
         sites[0],
         batch.version,
-        [(t, t.data_ptr(), t._version) for t in tensors],
+        [(place, name, t, t.data_ptr(), t._version) for place, name, t in tensors if t is not None],
         [(site, site.cfg) for site in sites],
     )
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import BUT_THREE, attach, config, is_trained, moe, perturb, quantized_llama, tiny_llama
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import T5Config, T5ForConditionalGeneration
 
 import lora_lite as ll
@@ -339,6 +340,21 @@ def test_what_few_tokens_remember_is_never_stale() -> None:
         wanted = one_by_one(model, x, names)
         torch.testing.assert_close(y, wanted, **EXACT)
         assert (wanted[2] - wanted[3]).abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_tensors_that_are_given_for_a_call_are_used() -> None:
+    model, x = two(small(), dtype=torch.float64), {"input_ids": ROWS}
+    given = {key: 1.5 * tensor if "lora_B" in key else tensor for key, tensor in model.named_parameters()}
+    wanted = torch.empty(4, 7, 96, dtype=torch.float64)
+    for i, name in enumerate(NAMES):
+        with alone(model, name):
+            wanted[i] = functional_call(model, given, (), {"input_ids": ROWS[i : i + 1]}).logits[0]
+    with ll.rows(model, NAMES):
+        before = output(model, x)
+        torch.testing.assert_close(functional_call(model, given, (), x).logits, wanted, **EXACT)
+        assert torch.equal(output(model, x), before)
+    assert (before - wanted).abs().max() > 1e-3
 
 
 # ---- training ---------------------------------------------------------------------------------------
