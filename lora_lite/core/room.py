@@ -14,9 +14,11 @@ from .config import BaseConfig
 from .resolve import make_site
 from .state import AdapterState, Method, Tensors, number_sites
 
+_FOLDED = {"r", "alpha", "rslora"}  # fields that go into the factors
+
 
 def with_room(cfg: BaseConfig, max_rank: int) -> Any:
-    """A LoRA's config at this rank, of the same scaling.
+    """A LoRA's config at this rank, of the same scaling, in float32 or wider: 16 bits would round the scaling in B.
 
     Raises:
         ConfigError: for another method, a larger rank, or ranks that differ by layer.
@@ -27,16 +29,19 @@ def with_room(cfg: BaseConfig, max_rank: int) -> Any:
         problem = f"variant {cfg.variant!r} has no rank that zeros could fill up; it is for 'lora'"
     elif isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < config.r:
         problem = f"wanted a whole number of at least the rank, {config.r}"
-    elif any(fields.keys() & {"r", "alpha", "rslora"} for fields in config.per_layer.values()):
+    elif any(fields.keys() & _FOLDED for fields in config.per_layer.values()):
         problem = "ranks that differ by layer (per_layer) are for a file: lora_lite.load(..., max_rank=)"
     if problem:
         raise ConfigError(f"max_rank={max_rank!r}: {problem}")
-    return replace(config, r=max_rank, alpha=config.scaling * max_rank, rslora=False)
+    dtype = torch.promote_types(config.dtype, torch.float32)
+    return replace(config, r=max_rank, alpha=config.scaling * max_rank, rslora=False, dtype=dtype)
 
 
 def has_at_most(methods: Sequence[Method], rank: int) -> bool:
-    """Is it one LoRA of at most this rank at all of its layers?"""
-    return len(methods) == 1 and methods[0].cfg.variant == "lora" and rank >= max(s.cfg.r for s in methods[0].sites)
+    """Is it one LoRA of at most this rank at all of its layers, which differ in nothing else?"""
+    if len(methods) > 1 or methods[0].cfg.variant != "lora":
+        return False
+    return all(site.cfg.r <= rank and site.overrides.keys() <= _FOLDED for site in methods[0].sites)
 
 
 def padded(
@@ -50,18 +55,22 @@ def padded(
     if len(methods) > 1:
         raise ConfigError(f"max_rank={max_rank!r}: the file has several methods; it is for one LoRA")
     (method,) = methods
+    if others := sorted({field for site in method.sites for field in site.overrides} - _FOLDED):
+        raise ConfigError(
+            f"max_rank={max_rank!r}: {', '.join(others)} differ by layer, and room has one for all layers"
+        )
     rank = max(site.cfg.r for site in method.sites) if method.cfg.variant == "lora" else 0
     plain = replace(method.cfg, r=rank, alpha=scaling * rank, rslora=False, per_layer={}) if rank else method.cfg
     cfg = with_room(plain, max_rank)
     room = Method(cfg, [make_site(site.target, site.base, cfg, {}) for site in method.sites])
     values: dict[str, Tensor] = {}
     for site in method.sites:
-        a, b = tensors[site.key("lora_A")], tensors[site.key("lora_B")]
+        a, b = (tensors[site.key(name)].to(cfg.dtype) for name in ("lora_A", "lora_B"))
         empty = max_rank - site.cfg.r
         values[site.key("lora_A")] = F.pad(a, (0, 0, 0, empty))  # (*experts, r, i)
         values[site.key("lora_B")] = F.pad(b * (site.cfg.scaling / scaling), (0, empty))  # (*experts, o, r)
         if cfg.bias:
-            values[site.key("lora_bias")] = tensors[site.key("lora_bias")] * (site.cfg.scaling / scaling)
+            values[site.key("lora_bias")] = tensors[site.key("lora_bias")].to(cfg.dtype) * (site.cfg.scaling / scaling)
     number_sites([room])
     return room, values
 

@@ -182,6 +182,14 @@ def test_room_is_the_identity_and_trains_as_without() -> None:
         assert not (tensor[3:] if key.endswith("lora_A") else tensor[:, 3:]).any()
 
 
+def test_room_for_factors_of_16_bits_rounds_nothing(tmp_path: Path) -> None:
+    wanted = saved(tmp_path / "a", r=3, alpha=5.0, dtype=torch.bfloat16)
+    model = small()
+    ll.attach(model, config("lora", dtype=torch.bfloat16), max_rank=8)
+    ll.load(model, tmp_path / "a", replace=True)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_room_on_experts(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"kinds": ("experts",), "target_names": ()}
     wanted = saved(tmp_path / "a", model=moe("mixtral"), r=2, alpha=3.0, **fields)
@@ -205,7 +213,12 @@ def test_what_has_no_room_is_refused(tmp_path: Path) -> None:
         assert same_snapshot(snapshot(model), before)
     saved(tmp_path / "dora", "dora")
     saved(tmp_path / "large", r=9)
-    for name in ("dora", "large"):
+    wanted = saved(tmp_path / "dropout", per_layer={"q_proj": {"dropout": 0.5}})
+    ll.attach(model := small(), config("lora"), max_rank=8)
+    adapter = ll.load(model, tmp_path / "dropout", replace=True)
+    assert torch.equal(logits(model), wanted)
+    assert len(adapter.per_layer) == 1
+    for name in ("dora", "large", "dropout"):
         with pytest.raises(ll.ConfigError, match="max_rank=8: "):
             ll.load(small(), tmp_path / name, max_rank=8)
 
