@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import errors, variants
+from .compose.combine import Combined, combine
 from .compose.history import Round, drop_round, freeze_into, history
 from .compose.history_variant import HistoryConfig
 from .core.adapter import Adapter, adapters, disabled, scaled
@@ -60,13 +61,13 @@ def __getattr__(name: str) -> Any:
 
 # fmt: off
 __all__ = [
-    "REGISTRY", "Adapter", "AdapterConfig", "Audit", "Audited", "BaseConfig", "Calibrated", "Center", "Contrast",
-    "HistoryConfig", "Kernel", "Layer", "Merged", "Method", "ParamSpec", "Plan", "Round", "Statistics", "Suggestion",
-    "Target", "Variant", "__version__", "adapters", "attach", "audit", "calibrate_scale", "capture", "config_for",
-    "contrast", "correct_gradients", "detach", "disabled", "drop_round", "freeze_into", "greedy_answers", "history",
-    "kl_divergence", "load", "load_base", "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint",
-    "param_groups", "plan", "prompt_batches", "register", "restore", "save", "save_peft", "scaled", "suggest",
-    "unmerge",
+    "REGISTRY", "Adapter", "AdapterConfig", "Audit", "Audited", "BaseConfig", "Calibrated", "Center",
+    "Combined", "Contrast", "HistoryConfig", "Kernel", "Layer", "Merged", "Method", "ParamSpec", "Plan",
+    "Round", "Statistics", "Suggestion", "Target", "Variant", "__version__", "adapters", "attach", "audit",
+    "calibrate_scale", "capture", "combine", "config_for", "contrast", "correct_gradients", "detach",
+    "disabled", "drop_round", "freeze_into", "greedy_answers", "history", "kl_divergence", "load", "load_base",
+    "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint", "param_groups", "plan",
+    "prompt_batches", "register", "restore", "save", "save_peft", "scaled", "suggest", "unmerge",
 ]
 # fmt: on
 __all__ += errors.__all__
