@@ -155,6 +155,9 @@ def merge(
         print(verify_merge(base, adapter, out, text, base_weights))
 
 
+ENERGY = "Make a plain LoRA of the least rank by layer that holds this share of |W' - W|^2, such as 0.95."
+
+
 @app.command(cls=Command)
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter file or PEFT folder.")],
@@ -162,9 +165,10 @@ def convert(
     base: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
     rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank, of any method.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Refuse a LoRA with a larger relative error.")] = None,
+    energy: Annotated[float | None, typer.Option(help=ENERGY)] = None,
 ) -> None:
     """Turn an adapter file into a PEFT folder, or back.
 
     Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory.
     """
-    print(convert_adapter(source, target, base, rank, max_error))
+    print(convert_adapter(source, target, base, rank, max_error, energy))

@@ -16,7 +16,8 @@ def check_whole(adapter: Adapter, action: str) -> None:
     if adapter.is_sharded:
         problem = f"adapter {adapter.name!r} is sharded by fully_shard"
         raise TargetError(f"{problem}\n  save it, and {action} it in one process")
-    check_numbers(adapter.state_dict(), f"adapter {adapter.name!r} in memory", "go back to an earlier file of it")
+    memory = f"adapter {adapter.name!r} in memory"
+    check_numbers(adapter.state_dict(), memory, "go back to an earlier file of it", adapter.specs())
 
 
 def common_base(root: nn.Module, chosen: Sequence[Adapter]) -> BaseRecord:

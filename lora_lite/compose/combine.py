@@ -52,13 +52,13 @@ class Combined:
 
 def combine(
     model: nn.Module,
-    weights: Mapping[str, float],
+    weights: Mapping[str, float | int],
     into: str,
     how: str = "exact",
     *,
     rank: int | None = None,
-    energy: float | None = None,
-    density: float | None = None,
+    energy: float | int | None = None,
+    density: float | int | None = None,
     seed: int | None = None,
 ) -> Combined:
     """Attach one adapter that changes the weights as several do together: Σ weight · (W' - W), each alone on the base
@@ -111,13 +111,13 @@ def combine(
 # ---- what may be combined -----------------------------------------------------------------------
 
 
-def _checked(weights: Any) -> Mapping[str, float]:
-    if not (isinstance(weights, Mapping) and weights and all(map(is_number, weights.values()))):
+def _checked(weights: Mapping[str, float | int]) -> Mapping[str, float | int]:
+    if not (weights and all(map(is_number, weights.values()))):
         raise ConfigError(f"weights={weights!r}: wanted {{name of an adapter: finite weight}}, one at least")
     return weights
 
 
-def _adapter(model: nn.Module, name: str, weight: float) -> Adapter:
+def _adapter(model: nn.Module, name: str, weight: float | int) -> Adapter:
     adapter = get_adapter(model, name)
     if adapter.scale == 0:
         problem = f"adapter {name!r} is off (scale 0): nothing of it would be combined"
@@ -160,7 +160,7 @@ def _change(sites: Sequence[Site], expert: int | None) -> Change:
 
 
 def _part(
-    by_name: Sites, weights: Mapping[str, float], recipe: Recipe, generator: torch.Generator, dtype: torch.dtype
+    by_name: Sites, weights: Mapping[str, float | int], recipe: Recipe, generator: torch.Generator, dtype: torch.dtype
 ) -> Part:
     """The combination at one layer; of fused experts their tensors are stacked."""
     target = next(iter(by_name.values()))[0].target

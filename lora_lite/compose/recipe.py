@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.change import Change, total
 from ..core.validate import is_number
 from ..errors import ConfigError
-from ..ops.svd import LOW_RANK, Svd, balanced_factors, energy_rank, product_norm, product_svd, top_svd
+from ..ops.svd import Svd, balanced_factors, energy_rank
 from .sparse_sums import RULES
 
 HOW = ("exact", "svd", *RULES)
@@ -22,8 +22,8 @@ class Recipe:
 
     how: str = "exact"
     rank: int | None = None
-    energy: float | None = None
-    density: float | None = None
+    energy: float | int | None = None
+    density: float | int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -89,19 +89,12 @@ def part_of(change: Change, recipe: Recipe, has_bias: bool, dtype: torch.dtype) 
         bias = {"lora_bias": torch.zeros(len(weight)).to(weight)} | bias if has_bias else bias
         error, norm = float((change.b - weight.double()).norm()), float(change.b.norm())
         return Part("full", {"lora_weight": weight} | bias, error, norm)
+    factors = change.a, change.b
     if change.a is None or recipe.is_bounded:
-        svd = top_svd(change.b, min(change.b.shape)) if change.a is None else product_svd(change.b, change.a)
-        factors = balanced_factors(svd, recipe.rank_of(svd))
-    else:
-        factors = change.a, change.b
+        factors = balanced_factors(svd := change.svd(), recipe.rank_of(svd))
     a, b = (factor.to(dtype) for factor in factors)  # (r, i), (o, r)
-    if change.a is None:
-        error, norm = float((change.b - b.double() @ a.double()).norm()), float(change.b.norm())
-    else:
-        error = product_norm(torch.cat([change.b, -b.double()], dim=1), torch.cat([change.a, a.double()]))
-        norm = product_norm(change.b, change.a)
-        if norm <= LOW_RANK * float(change.b.norm() * change.a.norm()):
-            error = norm = 0.0  # an adapter less itself: all that is left is rounding
+    norm = change.norm()
+    error = change.distance(a, b) if norm else 0.0  # of an adapter less itself all that is left is rounding
     return Part("lora", {"lora_A": a, "lora_B": b} | bias, error, norm)
 
 

@@ -1,7 +1,6 @@
-"""The change that adapters make in a layer's weight, where it is the same whatever that weight is.
+"""The change that adapters make in a layer's weight, where their method gives it itself (`low_rank`).
 
-Then W' - W is a product of two factors, or a matrix that the method has itself. Any other change is read off the base
-by core/effective.py.
+Then W' - W is a product of two factors, or a matrix. Any other change is read off the base by core/effective.py.
 """
 
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TargetError, VariantError
+from ..ops.svd import LOW_RANK, Svd, product_norm, product_svd, top_svd
 from .adapt import adapt_input, adapt_output
 from .effective import random_rows
 from .layer import Layer
@@ -33,6 +33,23 @@ class Change(NamedTuple):
     def delta(self) -> Float[Tensor, "o *i"]:
         return self.b if self.a is None else self.b @ self.a
 
+    def svd(self) -> Svd:
+        """All singular triplets that it can have, of a matrix."""
+        return top_svd(self.b, min(self.b.shape)) if self.a is None else product_svd(self.b, self.a)
+
+    def norm(self) -> float:
+        """‖W' - W‖, Frobenius; 0 where factors cancel, but for rounding."""
+        if self.a is None:
+            return float(self.b.norm())
+        norm = product_norm(self.b, self.a)
+        return norm if norm > LOW_RANK * float(self.b.norm() * self.a.norm()) else 0.0
+
+    def distance(self, a: Float[Tensor, "k i"], b: Float[Tensor, "o k"]) -> float:
+        """‖W' - W - B A‖, Frobenius, of factors of any dtype."""
+        if self.a is None:
+            return float((self.b - b.double() @ a.double()).norm())
+        return product_norm(torch.cat([self.b, -b.double()], dim=1), torch.cat([self.a, a.double()]))
+
     def times(self, weight: float) -> "Change":
         return Change(self.a, weight * self.b, None if self.shift is None else weight * self.shift)
 
@@ -52,7 +69,7 @@ def total(changes: Sequence[Change]) -> Change:
 
 @torch.no_grad()
 def added_change(sites: Sequence[Site], expert: int | None = None) -> Change | None:
-    """The change by these adapters at a layer, at their scales; None where it depends on the layer's weight.
+    """The change by these adapters at a layer, at their scales; None where a method doesn't give its own.
 
     expert      of a layer that fuses several, the one whose matrix is meant
 
@@ -77,9 +94,8 @@ def _added(site: Site, expert: int | None) -> Change | None:
     variant = lookup(site.cfg.variant)
     if variant.low_rank is Variant.low_rank or site.target.is_diagonal:
         return None
-    # In eval mode: dropout is no part of what was learned.
-    instead = {"training": False, "bias": None}
-    view = Layer(site.module, site, torch.float64, expert if site.stacked else None, instead)
+    # In eval mode: dropout is no part of what was learned. With the layer's bias, which a constant may depend on.
+    view = Layer(site.module, site, torch.float64, expert if site.stacked else None, {"training": False})
     factors = variant.low_rank(view)
     if factors is None or (form := LowRank(*factors)).gain is not None:
         return None

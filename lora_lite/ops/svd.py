@@ -85,7 +85,9 @@ def low_rank_factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tens
     return balanced_factors((u, s, v), rank)
 
 
-def product_svd(b: Float[Tensor, "o r"], a: Float[Tensor, "r i"]) -> Svd:
+def product_svd(
+    b: Float[Tensor, "o r"], a: Float[Tensor, "r i"]
+) -> tuple[Float[Tensor, "o k"], Float[Tensor, "k"], Float[Tensor, "i k"]]:
     """U, S, V of B A by those of a small matrix: B = Q_b R_b, Aᵀ = Q_a R_a, and R_b R_aᵀ has the same values."""
     q_b, r_b = torch.linalg.qr(b)  # (o, k), (k, r) with k = min(o, r)
     q_a, r_a = torch.linalg.qr(a.mT)  # (i, l), (l, r)
