@@ -12,9 +12,9 @@ from ..io.peft.save import save_peft
 from .stored import OURS, PEFT, is_peft, read_adapter
 
 
-def load_any(model: Any, path: Path, verify_base: bool = True) -> Adapter:
+def load_any(model: Any, path: Path, verify_base: bool = True, name: str = "default") -> Adapter:
     """Attach an adapter of either format. Raises what load and load_peft raise."""
-    return load_peft(model, path) if is_peft(path) else load(model, path, verify_base=verify_base)
+    return load_peft(model, path, name) if is_peft(path) else load(model, path, name, verify_base)
 
 
 def convert(

@@ -101,6 +101,8 @@ def combine(
     methods, tensors = _methods(layers, parts, dtype)
     with installed(root, methods, into, tensors) as adapter:
         adapter.set_base_record(base.at(adapter.targets))
+        for site in adapter.sites():  # what a merge on disk refuses in one of them, it refuses in their sum
+            site.never_ran = any(s.never_ran for sites in layers[site.path].values() for s in sites)
     errors = {path: _ratio(part.error, part.norm) for path, part in parts.items()}
     combined = Combined(adapter, errors, _ratio(*_norms([*parts.values()])))
     terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())

@@ -13,7 +13,7 @@ from loguru import logger
 from torch import nn
 
 from ..base import sharding
-from ..base.fingerprint import other_base, same_base, tell_other_base
+from ..base.fingerprint import BaseRecord, other_base, same_base, tell_other_base
 from ..base.layer import on_all_channels
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import installed
@@ -105,6 +105,31 @@ def load(
         raise ConfigError(f"{header.path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
 
     file = checked(header)
+    with _attached(root, file, name) as (adapter, recorded):
+        if not same_base(recorded, adapter.base_record):
+            reads = any(site.base_weight != "unused" for site in adapter.sites())
+            message = other_base(str(file.path), recorded, adapter.base_record)
+            tell_other_base(message, adapter.variant, reads, verify_base)
+            if reads:  # the values belong to the recorded base, so a later save must name that
+                adapter.set_base_record(recorded)
+    if file.on != _digests_of_first(root, name):
+        logger.warning(_other_histories(file))
+    logger.info(f"loaded {adapter} from {path}")
+    return adapter
+
+
+def load_onto_stand_in(root: nn.Module, path: str | os.PathLike[str], name: str) -> Adapter:
+    """Attach the adapter of a file to a module that has layers of its sizes and no weights of its base, whose record it
+    keeps. For what needs the adapter's own tensors alone. Raises what load raises."""
+    with _attached(root, read_file(path), name) as (adapter, recorded):
+        adapter.set_base_record(recorded)
+    return adapter
+
+
+@contextmanager
+def _attached(root: nn.Module, file: AdapterFile, name: str) -> Iterator[tuple[Adapter, BaseRecord]]:
+    """A file's adapter on a model, taken off again if the block raises, and the file's record of its base, at the paths
+    of the model."""
     by_path = [_sites(root, file, method) for method in file.methods]
     methods = [Method(m.cfg, list(sites.values())) for m, sites in zip(file.methods, by_path, strict=True)]
     number_sites(methods)
@@ -113,19 +138,9 @@ def load(
     tensors = {names[key]: tensor for key, tensor in file.tensors(specs).items()}
     with installed(root, methods, name, tensors, file.scale, file.steps) as adapter:
         file.check_ties({p for p, site in sites.items() if site.base.ties} for sites in by_path)
-        recorded = file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
-        if not same_base(recorded, adapter.base_record):
-            reads = any(site.base_weight != "unused" for site in adapter.sites())
-            message = other_base(str(file.path), recorded, adapter.base_record)
-            tell_other_base(message, adapter.variant, reads, verify_base)
-            if reads:  # the values belong to the recorded base, so a later save must name that
-                adapter.set_base_record(recorded)
+        yield adapter, file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
         for site in [site for sites in by_path for in_file, site in sites.items() if in_file in file.never_ran]:
             site.never_ran = True
-    if file.on != _digests_of_first(root, name):
-        logger.warning(_other_histories(file))
-    logger.info(f"loaded {adapter} from {path}")
-    return adapter
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
