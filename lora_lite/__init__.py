@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import errors, variants
+from .compose.combine import Combined, combine
 from .compose.history import Round, drop_round, freeze_into, history
 from .compose.history_variant import HistoryConfig
 from .compose.rows import rows
@@ -64,13 +65,14 @@ def __getattr__(name: str) -> Any:
 
 # fmt: off
 __all__ = [
-    "REGISTRY", "Adapter", "AdapterConfig", "Audit", "Audited", "BaseConfig", "Calibrated", "Center", "Contrast",
-    "HistoryConfig", "Kernel", "Layer", "LayerErrors", "Merged", "Method", "ParamSpec", "Plan", "Quantized", "Round",
-    "Statistics", "Suggestion", "Target", "Variant", "__version__", "adapters", "attach", "audit", "bring_back",
-    "calibrate_scale", "capture", "config_for", "contrast", "correct_gradients", "detach", "disabled", "drop_round",
-    "freeze_into", "greedy_answers", "history", "kl_divergence", "load", "load_base", "load_peft", "logit_gap",
-    "marker_rate", "merge", "merge_checkpoint", "param_groups", "plan", "prompt_batches", "quantize_residual",
-    "register", "residual_errors", "restore", "rows", "save", "save_peft", "scaled", "suggest", "unload_to", "unmerge",
+    "REGISTRY", "Adapter", "AdapterConfig", "Audit", "Audited", "BaseConfig", "Calibrated", "Center", "Combined",
+    "Contrast", "HistoryConfig", "Kernel", "Layer", "LayerErrors", "Merged", "Method", "ParamSpec", "Plan", "Quantized",
+    "Round", "Statistics", "Suggestion", "Target", "Variant", "__version__", "adapters", "attach", "audit",
+    "bring_back", "calibrate_scale", "capture", "combine", "config_for", "contrast", "correct_gradients", "detach",
+    "disabled", "drop_round", "freeze_into", "greedy_answers", "history", "kl_divergence", "load", "load_base",
+    "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint", "param_groups", "plan", "prompt_batches",
+    "quantize_residual", "register", "residual_errors", "restore", "rows", "save", "save_peft", "scaled", "suggest",
+    "unload_to", "unmerge",
 ]
 # fmt: on
 __all__ += errors.__all__

@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 from ..core.variant import config_for
 from ..merging.on_disk import merge_checkpoint
 from ..merging.residual import quantize_residual
+from .combine import combine as combine_adapters
 from .compare import compare
 from .convert import convert as convert_adapter
 from .plot import plot_norms
@@ -158,6 +159,9 @@ def merge(
         print(verify_merge(base, adapter, out, text, base_weights))
 
 
+ENERGY = "Make a plain LoRA of the least rank by layer that holds this share of |W' - W|^2, such as 0.95."
+
+
 @app.command(cls=Command)
 def quantize(
     base: Annotated[Path, typer.Argument(help="Folder of a checkpoint in 16 bits.")],
@@ -198,9 +202,37 @@ def convert(
     base: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
     rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank, of any method.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Refuse a LoRA with a larger relative error.")] = None,
+    energy: Annotated[float | None, typer.Option(help=ENERGY)] = None,
 ) -> None:
     """Turn an adapter file into a PEFT folder, or back.
 
     Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory.
     """
-    print(convert_adapter(source, target, base, rank, max_error))
+    print(convert_adapter(source, target, base, rank, max_error, energy))
+
+
+HOW = "exact: ranks add up. svd: the best of a rank or energy. ties, dare, magnitude: sums of a density of each delta."
+
+
+@app.command(cls=Command)
+def combine(
+    parts: Annotated[
+        list[str], typer.Argument(help="Each an adapter file or PEFT folder with its weight: a=1.0 b=-0.5.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to make, where there is none.")],
+    how: Annotated[Literal["exact", "svd", "ties", "dare", "magnitude"], typer.Option(help=HOW)] = "exact",
+    rank: Annotated[int | None, typer.Option(help="Of the lora that the sum becomes.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Or the share of |W' - W|^2 that its ranks hold, as 0.95.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="The part of each delta that ties, dare, magnitude keep.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base: PEFT folders, DoRA, IA3, ... need it.")] = None,
+) -> None:
+    """Make one adapter file of several: the weighted sum of what they change in the weights.
+
+    Files of methods that add to any weight, such as lora, need no base.
+    """
+    print(combine_adapters(parts, out, base, how=how, rank=rank, energy=energy, density=density, seed=seed))

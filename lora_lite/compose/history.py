@@ -7,7 +7,7 @@ config (rounds.py), how they act in its variant.
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -16,7 +16,6 @@ from jaxtyping import Float
 from loguru import logger
 from torch import Tensor, nn
 
-from ..base.fingerprint import BaseRecord, base_record, same_base
 from ..base.layer import find_layers
 from ..core.adapt import adapt_input, adapt_output
 from ..core.adapter import Adapter, adapters, get_adapter, scaled
@@ -28,8 +27,8 @@ from ..core.resolve import attachable, make_sites
 from ..core.state import Method, Site, check_unmerged, session_of, sites_at
 from ..core.validate import is_name, is_number
 from ..core.variant import LowRank, lookup
-from ..errors import BaseModelError, ConfigError, TargetError, VariantError
-from ..io.safetensors import check_numbers
+from ..errors import ConfigError, TargetError, VariantError
+from .checks import check_whole, common_base
 from .rounds import LONGEST_LABEL, HistoryConfig, RoundEntry
 
 PAIR = ("lora_A", "lora_B", "lora_s")
@@ -118,14 +117,14 @@ def freeze_into(
     if any(site.positions for site in adapter.sites()):
         problem = f"adapter {name!r} acts at some positions of a sequence, and a history at all"
         raise TargetError(f"{problem}\n  keep it beside the history")
-    _check_whole(adapter)
+    check_whole(adapter, "keep")
     if bases := [site.base for site in adapter.sites() if not site.base.kind.has_matrix]:
         where = _PLACES[bases[0].kind.category]
         raise TargetError(
             f"{bases[0].path}: a history is of layers, and this adapter is on {where}\n"
             f"  keep it beside the history, or attach one to linear layers"
         )
-    base = _common_base(root, adapter, known)
+    base = common_base(root, [adapter] if known is None else [known, adapter])
     rounds = list(old)  # none of the old ones is computed again
     for method in adapter.methods:
         entry = RoundEntry(_label(label, name, [entry.label for entry, _ in rounds]), float(c), method.cfg)
@@ -168,7 +167,7 @@ def drop_round(model: nn.Module, label: str, name: str = "history") -> None:
     """
     root, adapter, session = attachable(model), _history(get_adapter(model, name)), session_of(model)[1]
     check_unmerged(session, "drop a round")
-    _check_whole(adapter)
+    check_whole(adapter, "keep")
     rounds = _split_rounds(adapter)
     left = [(entry, layers) for entry, layers in rounds if entry.label != label]
     if len(left) == len(rounds):
@@ -192,12 +191,6 @@ def _history(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def _check_whole(adapter: Adapter) -> None:
-    if adapter.is_sharded:
-        raise TargetError(f"adapter {adapter.name!r} is sharded by fully_shard\n  save it, and keep it in one process")
-    check_numbers(adapter.state_dict(), f"adapter {adapter.name!r} in memory", "go back to an earlier file of it")
-
-
 def _label(label: str | None, name: str, taken: Sequence[str]) -> str:
     if label is None:
         numbered = (name if n == 1 else f"{name}-{n}" for n in range(1, len(taken) + 2))
@@ -206,23 +199,6 @@ def _label(label: str | None, name: str, taken: Sequence[str]) -> str:
         wanted = f"letters and digits with single '_' or '-' between them, at most {LONGEST_LABEL}"
         raise ConfigError(f"label={label!r}: wanted {wanted}, and none of {list(taken)}")
     return label
-
-
-def _common_base(root: nn.Module, adapter: Adapter, known: Adapter | None) -> BaseRecord:
-    """The record of the base that both belong to, with the fingerprints of all their layers. Raises BaseModelError."""
-    if known is None:
-        return adapter.base_record
-    layers = {site.path: site.base.as_it_is_now() for site in (*adapter.sites(), *known.sites())}
-    live, new, old = base_record(root, layers.values()), adapter.base_record, known.base_record
-    shared = known.targets.keys() & adapter.targets.keys()
-    are_live = [same_base(record, live.at(record.fingerprint)) for record in (new, old)]
-    if are_live[0] != are_live[1] or not same_base(new.at(shared), old.at(shared)):
-        raise BaseModelError(
-            f"adapter {adapter.name!r} and the history {known.name!r} belong to different bases\n"
-            f"  {adapter.name}: {new}\n  {known.name}: {old}\n"
-            f"  one of them was loaded with verify_base=False: keep it in a history of its own (into=)"
-        )
-    return replace(old, fingerprint=old.fingerprint | new.fingerprint)  # those of shared layers are equal
 
 
 def _check_order(model: nn.Module, adapter: Adapter, into: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.probe import norm_offset
 from ..base.still import full_precision
 from ..errors import TargetError, VariantError
 from .adapt import adapt_input, adapt_output, check_groups
@@ -193,19 +194,35 @@ def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.
 
 
 @torch.no_grad()
-def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
+def delta_weight(
+    sites: Sequence[Site], expert: int | None = None
+) -> tuple[Float[Tensor, "o *i"], Float[Tensor, "o"] | None]:
     """(W' - W, b' - b) in float64, of a layer with these adapters at their scales; None for a bias that stays.
 
-    W is what the layer computes with, dequantised if it is quantised.
+    W is what the layer computes with, dequantised if it is quantised; of a norm, the vector that it multiplies by.
+
+    expert      of a layer that fuses several, the one whose matrix is meant
+
+    Raises:
+        TargetError: for an adapter that no weight holds.
     """
     for site in sites:
         if problem := site.no_weight:
             raise TargetError(f"{site.path}: {problem}")
     layer = sites[0].base.as_it_is_now()
     with full_precision(layer.module):
-        weight, bias = layer.dense_weight().double(), layer.bias
-        affine = Affine(sites, torch.float64, weight.device)
-        delta = affine.write(weight, torch.empty_like(weight)).sub_(weight)  # (o, i)
+        bias = layer.bias
+        if sites[0].target.is_diagonal:
+            weight = layer.stored.detach().double() + norm_offset(layer)  # (d,)
+            affine = Affine(sites, torch.float64, weight.device)
+            gain = affine.gain(weight)
+            if gain is None:
+                raise TargetError(f"{layer.path}: no vector is this change of a norm\n  keep the adapter attached")
+            delta = gain - weight  # (d,)
+        else:
+            weight = layer.dense_weight(expert).double()  # (o, i)
+            affine = Affine(sites, torch.float64, weight.device, expert)
+            delta = affine.write(weight, torch.empty_like(weight)).sub_(weight)
         new = affine.bias(bias, lambda: weight)
     moved = new if new is None or bias is None else new - bias.double()  # (o,)
     return delta, moved if moved is not None and moved.any() else None

@@ -13,7 +13,7 @@ from loguru import logger
 from torch import nn
 
 from ..base import sharding
-from ..base.fingerprint import other_base, same_base, tell_other_base
+from ..base.fingerprint import BaseRecord, other_base, same_base, tell_other_base
 from ..base.layer import on_all_channels
 from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import installed
@@ -118,6 +118,33 @@ def load(
         raise ConfigError(f"{header.path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
 
     file = checked(header)
+    with _attached(root, file, name, replace, max_rank) as (adapter, recorded):
+        if not same_base(recorded, adapter.base_record):
+            reads = any(site.base_weight != "unused" for site in adapter.sites())
+            message = other_base(str(file.path), recorded, adapter.base_record)
+            tell_other_base(message, adapter.variant, reads, verify_base)
+            if reads:  # the values belong to the recorded base, so a later save must name that
+                adapter.set_base_record(recorded)
+    if file.on != _digests_of_first(root, name):
+        logger.warning(_other_histories(file))
+    logger.info(f"loaded {adapter} from {path}")
+    return adapter
+
+
+def load_onto_stand_in(root: nn.Module, path: str | os.PathLike[str], name: str) -> Adapter:
+    """Attach the adapter of a file to a module that has layers of its sizes and no weights of its base, whose record it
+    keeps. For what needs the adapter's own tensors alone. Raises what load raises."""
+    with _attached(root, read_file(path), name) as (adapter, recorded):
+        adapter.set_base_record(recorded)
+    return adapter
+
+
+@contextmanager
+def _attached(
+    root: nn.Module, file: AdapterFile, name: str, replace: bool = False, max_rank: int | None = None
+) -> Iterator[tuple[Adapter, BaseRecord]]:
+    """A file's adapter on a model, taken off again if the block raises, and the file's record of its base, at the paths
+    of the model. `load` says what replace and max_rank are."""
     by_path = [_sites(root, file, method) for method in file.methods]
     methods = [Method(m.cfg, list(sites.values())) for m, sites in zip(file.methods, by_path, strict=True)]
     number_sites(methods)
@@ -134,48 +161,30 @@ def load(
         method, tensors = padded(methods, tensors, room, scaling)
         methods, by_path = [method], [dict(zip(by_path[0], method.sites, strict=True))]
         if known is not None and has_room and takes(known, method):
-            return _filled(root, file, by_path[0], name, tensors)
+            _fill(root, file, by_path[0], name, tensors)
+            yield get_adapter(root, name), file.base.renamed({p: site.path for p, site in by_path[0].items()})
+            return
     else:
         room = None
     put = installed if known is None else replaced
     with put(root, methods, name, tensors, file.scale, file.steps) as adapter:
         session_at(root).adapters[name].max_rank = room
         file.check_ties({p for p, site in sites.items() if site.base.ties} for sites in by_path)
-        _check_base(file, by_path, adapter, verify_base)
+        yield adapter, file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
         for site in [site for sites in by_path for in_file, site in sites.items() if in_file in file.never_ran]:
             site.never_ran = True
-    if file.on != _digests_of_first(root, name):
-        logger.warning(_other_histories(file))
-    logger.info(f"loaded {adapter} from {path}")
-    return adapter
 
 
-def _check_base(
-    file: AdapterFile, by_path: Sequence[Mapping[str, Site]], adapter: Adapter, verify_base: bool = True
-) -> None:
-    """CheckpointError, or a warning, where the file is of another base."""
-    recorded = file.base.renamed({p: site.path for sites in by_path for p, site in sites.items()})
-    if not same_base(recorded, adapter.base_record):
-        reads = any(site.base_weight != "unused" for site in adapter.sites())
-        message = other_base(str(file.path), recorded, adapter.base_record)
-        tell_other_base(message, adapter.variant, reads, verify_base)
-        if reads:  # the values belong to the recorded base, so a later save must name that
-            adapter.set_base_record(recorded)
-
-
-def _filled(
+def _fill(
     root: nn.Module, file: AdapterFile, sites: Mapping[str, Site], name: str, tensors: Mapping[str, torch.Tensor]
-) -> Adapter:
-    """The values of a file in an adapter that has room for them; zeros where the file has no layer."""
-    adapter = get_adapter(root, name)
-    _check_base(file, [sites], adapter)
+) -> None:
+    """Put the values of a file into an adapter that has room for them; zeros where the file has no layer."""
+    adapter, state = get_adapter(root, name), session_at(root).adapters[name]
     adapter.load_state_dict({key: torch.zeros_like(t) for key, t in adapter.state_dict().items()} | dict(tensors))
-    state, never = session_at(root).adapters[name], {sites[path].path for path in file.never_ran if path in sites}
     adapter.scale, state.steps = file.scale, file.steps
+    never = {sites[path].path for path in file.never_ran if path in sites}
     for site in state.sites:
         site.never_ran = site.path in never
-    logger.info(f"loaded {adapter} from {file.path}, into the tensors that it had")
-    return adapter
 
 
 def _check_plain(path: str | os.PathLike[str], replace: bool, max_rank: int | None) -> None:

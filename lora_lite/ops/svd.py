@@ -82,5 +82,34 @@ def low_rank_factors(delta: Float[Tensor, "o i"], rank: int) -> tuple[Float[Tens
     else:
         u, s, v = top_svd(projected, rank)
         u = basis @ u
-    root = s.sqrt()
-    return root[:, None] * v.mT, u * root
+    return balanced_factors((u, s, v), rank)
+
+
+def product_svd(
+    b: Float[Tensor, "o r"], a: Float[Tensor, "r i"]
+) -> tuple[Float[Tensor, "o k"], Float[Tensor, "k"], Float[Tensor, "i k"]]:
+    """U, S, V of B A by those of a small matrix: B = Q_b R_b, Aᵀ = Q_a R_a, and R_b R_aᵀ has the same values."""
+    q_b, r_b = torch.linalg.qr(b)  # (o, k), (k, r) with k = min(o, r)
+    q_a, r_a = torch.linalg.qr(a.mT)  # (i, l), (l, r)
+    u, s, v = top_svd(r_b @ r_a.mT, min(len(r_b), len(r_a)))
+    return q_b @ u, s, q_a @ v
+
+
+def product_norm(b: Float[Tensor, "o r"], a: Float[Tensor, "r i"]) -> float:
+    """‖B A‖, Frobenius, in O((o + i) r²): the product is never formed."""
+    return float((torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT).norm())
+
+
+def energy_rank(s: Float[Tensor, "n"], energy: float) -> int:
+    """The least rank, 1 at least, whose singular values hold this share of Σ s², which is ‖W‖² of Frobenius; of a share
+    of 1, all but float64's rounding."""
+    # By what is left out: sums from the top would round the last small values away.
+    rest = s.double().square().flip(0).cumsum(0).flip(0)  # rest[k]: all that a rank of k leaves out
+    return max(1, int((rest > max(1 - energy, LOW_RANK**2) * rest[:1]).sum()))
+
+
+def balanced_factors(svd: Svd, rank: int) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
+    """A = √S Vᵀ and B = U √S of the top `rank` triplets."""
+    u, s, v = svd
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:, :rank].mT, u[:, :rank] * root

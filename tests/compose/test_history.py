@@ -339,7 +339,7 @@ def test_a_history_with_a_round_that_reads_the_base_wants_its_own(tmp_path: Path
     ll.drop_round(other, "default")
     ll.load(other, tmp_path / "dora.safetensors", "history", verify_base=False)
     trained(other, "lora")
-    match = r"adapter 'default' and the history 'history' belong to different bases\n  default: .*\n  history: "
+    match = r"adapters 'history' and 'default' belong to different bases\n  history: .*\n  default: "
     unchanged(other, lambda: ll.freeze_into(other), ll.BaseModelError, match)
     ll.freeze_into(other, into="here")
     assert list(ll.adapters(other)) == ["history", "here"]

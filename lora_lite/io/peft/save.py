@@ -14,12 +14,13 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, adapters, get_adapter
+from ...core.change import Change, added_change
 from ...core.effective import delta_weight
 from ...core.names import check_shapes
 from ...core.state import check_unmerged, session_of
 from ...core.validate import is_number
 from ...errors import CheckpointError, ConfigError
-from ...ops.svd import low_rank_factors
+from ...ops.svd import balanced_factors, energy_rank, low_rank_factors
 from ..keys import PREFIX
 from ..safetensors import check_numbers, replacing
 from . import adalora, by_table, forms, ia3, lora, whole
@@ -47,6 +48,7 @@ def save_peft(
     name: str | Sequence[str] = "default",
     rank: int | None = None,
     max_error: float | None = None,
+    energy: float | int | None = None,
 ) -> float | None:
     """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff, VeRA, AdaLoRA, norm, tokens as they are,
     tensors bit-equal; what full, norm, bias and tokens change as the new values that PEFT keeps (modules_to_save,
@@ -57,9 +59,11 @@ def save_peft(
                 (less where a layer has fewer directions), alpha = r: its SVD, in float32 at least. Exact where the
                 change has that rank: LoRA's r, 2r of PiSSA and other starts, abliteration's own in the modes none
                 and pre. The relative error ‖W' - W - B A‖/‖W' - W‖ is logged
+    energy      in the place of a rank: at each layer the least one whose singular values hold this share of
+                ‖W' - W‖², Frobenius, such as 0.95. The relative error is then √(1 - energy) at most
     max_error   refuse a layer with a greater one, before anything is written
 
-    Returns the greatest relative error of a layer; None without a rank, where there is none.
+    Returns the greatest relative error of a layer; None without a rank and an energy, where there is none.
 
     Magnitudes of a 16-bit DoRA are written in float32, for the norms that PEFT computes and not the rounded ones kept
     here. A crash leaves the old folder or the new one; at worst, one without its config, that nothing loads.
@@ -78,15 +82,17 @@ def save_peft(
         raise CheckpointError(f"{folder} is a file; PEFT's format is a folder of two files")
     if not (rank is None or (type(rank) is int and rank > 0)):
         raise ConfigError(f"rank={rank!r}: wanted an integer of at least 1, or None")
-    if max_error is not None and (rank is None or not is_number(max_error)):
-        raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
+    if energy is not None and (rank is not None or not is_number(energy) or not 0 < energy <= 1):
+        raise ConfigError(f"energy={energy!r} with rank={rank}: wanted a share above 0, at most 1, without a rank")
+    if max_error is not None and ((rank is None and energy is None) or not is_number(max_error)):
+        raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank or an energy")
     chosen = [get_adapter(model, one) for one in ([name] if isinstance(name, str) else name)]
     layers, worst = _layers(model, chosen), None
-    if rank is None:
+    if rank is None and energy is None:
         tensors, settings = _native(root, chosen, layers)
     else:
         _check_lacks(layers, is_plain=True)
-        tensors, settings, worst = _low_rank(root, layers, rank, max_error)
+        tensors, settings, worst = _low_rank(root, layers, rank, energy, max_error)
     floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}  # tables have no NaN
     check_numbers(floats, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
     if settings["peft_type"] == "LORA":  # PEFT renames no other keys
@@ -155,35 +161,48 @@ def _writer(variant: str) -> Callable[[nn.Module, Layers], Written] | None:
 
 
 def _low_rank(
-    root: nn.Module, layers: Layers, rank: int, max_error: float | None
+    root: nn.Module, layers: Layers, rank: int | None, energy: float | None, max_error: float | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], float]:
     tensors: dict[str, Tensor] = {}
     ranks, norms = {}, {}  # path -> (r, alpha); path -> (‖rest‖, ‖W' - W‖)
     for path, sites in layers.items():
-        delta, moved_bias = delta_weight(sites)
-        if moved_bias is not None:
+        # Where the change is a product itself, as a LoRA's, no matrix of the layer's size is made.
+        change = (None if sites[0].stacked else added_change(sites)) or Change(None, *delta_weight(sites))
+        if change.shift is not None and change.shift.any():
             raise CheckpointError(
                 f"{path}: {sites[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
                 f"  keep it as our file (lora_lite.save), or merge it"
             )
         dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
-        a, b = (factor.to(dtype) for factor in low_rank_factors(delta, rank))  # (r, i), (o, r)
+        a, b = (factor.to(dtype) for factor in _factors(change, rank, energy))  # (r, i), (o, r)
         # From the factors as they are written: rounding counts as error, too.
-        norms[path] = float((delta - b.double() @ a.double()).norm()), float(delta.norm())
+        norms[path] = change.distance(a, b), change.norm()
         tensors |= written_at(root, layers, sites[0], {"lora_A": a, "lora_B": b})
         ranks[path] = (len(a), float(len(a)))  # alpha = r: a scaling of 1
     errors = {path: rest / size if size else 0.0 for path, (rest, size) in norms.items()}
     worst = max(errors, key=lambda path: errors[path])
     rest, size = (math.hypot(*values) for values in zip(*norms.values(), strict=True))  # of all layers
     overall = rest / size if size else 0.0
-    line = f"as a LoRA of rank {rank}: relative error {overall:.1e} overall, {errors[worst]:.1e} at worst ({worst})"
+    low, high = min(ranks.values())[0], max(ranks.values())[0]
+    form = f"rank {rank}" if energy is None else f"rank {low} to {high}, with {energy:g} of the energy at each layer"
+    line = f"as a LoRA of {form}: relative error {overall:.1e} overall, {errors[worst]:.1e} at worst ({worst})"
     logger.info(line)
     if max_error is not None and not errors[worst] <= max_error:
         raise CheckpointError(
-            f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank"
+            f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank or energy"
         )
     settings = lora.settings_of(root, layers, ranks, use_rslora=False, lora_dropout=0.0, use_dora=False)
     return tensors, settings, errors[worst]
+
+
+def _factors(change: Change, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
+    """The A and B with the least ‖W' - W - B A‖ of this rank, or of the least one that holds the energy."""
+    if change.a is None and rank is not None:
+        return low_rank_factors(change.b, rank)
+    svd = change.svd()
+    if rank is None:
+        return balanced_factors(svd, energy_rank(svd[1], energy or 1.0))
+    return balanced_factors(svd, min(rank, len(svd[1])))
 
 
 def _as_peft_reads(root: nn.Module, tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
