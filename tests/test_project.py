@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 FIRST, EXAMPLE, SEVERAL, STARTS, OWN_VARIANT, ABLITERATION, STEERING, POLES, *REST = BLOCKS
-HISTORY, MERGING, TRAINER, OTHER_KINDS = REST
+HISTORY, MANY, MERGING, TRAINER, OTHER_KINDS = REST
 
 
 def test_the_readmes_other_kinds_of_layer() -> None:
@@ -84,6 +84,22 @@ def test_the_readmes_merging_runs(tiny: str, tmp_path: Path, monkeypatch: pytest
     exec("".join(rest), scope)
     assert list(ll.adapters(model)) == ["default", "other"]
     assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.bfloat16
+
+
+def test_the_readmes_many_adapters_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    perturb(ll.attach(model, ll.IA3Config(), "other"))
+    ll.save(model, "other.safetensors", "other")
+    ll.detach(model)
+    for name in ("fr", "en", "steer"):
+        perturb(ll.attach(model, ll.LoRAConfig(r=2), name))
+    blocks = MANY.split("with ")
+    batch = {"input_ids": IDS.reshape(-1, 6)[:4], "max_new_tokens": 2}
+    exec(f"with {blocks[1]}", {"ll": ll, "model": model, "batch": batch})
+    exec(f"with {blocks[2]}", {"ll": ll, "model": model, "batch": {"input_ids": IDS.reshape(-1, 6)[:3]}})
+    assert ll.adapters(model)["fr"].variant == "ia3"
+    ll.bring_back(model, "en")
 
 
 def test_the_readmes_history_runs(

@@ -89,8 +89,9 @@ def part_of(change: Change, recipe: Recipe, has_bias: bool, dtype: torch.dtype) 
         bias = {"lora_bias": torch.zeros(len(weight)).to(weight)} | bias if has_bias else bias
         error, norm = float((change.b - weight.double()).norm()), float(change.b.norm())
         return Part("full", {"lora_weight": weight} | bias, error, norm)
-    factors = change.a, change.b
-    if change.a is None or recipe.is_bounded:
+    if change.a is not None and not recipe.is_bounded:
+        factors = change.a, change.b
+    else:
         factors = balanced_factors(svd := change.svd(), recipe.rank_of(svd))
     a, b = (factor.to(dtype) for factor in factors)  # (r, i), (o, r)
     norm = change.norm()
