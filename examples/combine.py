@@ -5,7 +5,8 @@
 
 The first skill is to describe a function of Python's standard library by its signature, the second to write the
 signature by the description, or the pairs of a file. The table has the loss on held-out pairs of both skills: with the
-base alone, with one adapter, and with each combination. Both adapters are saved, for `lora-lite combine`.
+base alone, with one adapter, and with each combination; the error is that of the SVD, and of rounding. Both adapters
+are saved, for `lora-lite combine`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -127,7 +128,7 @@ def measured(model: Any, tasks: list[Task], r: int, seed: int) -> Iterator[tuple
 
 def table(before: list[float], rows: Mapping[str, tuple[str, str, list[float]]]) -> None:
     """Print the losses, in 80 columns."""
-    shown = Table(title="Held-out loss of each skill (error: of the SVD, and of rounding)")
+    shown = Table(title="Held-out loss of each skill")
     for title in ("adapter", "rank", "error", *NAMES):
         shown.add_column(title, justify="left" if title == "adapter" else "right")
     shown.add_row("base", "", "", *(f"{loss:.3f}" for loss in before), end_section=True)

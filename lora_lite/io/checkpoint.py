@@ -117,8 +117,7 @@ def load(
     if cfg is not None:
         raise ConfigError(f"{header.path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
 
-    file = checked(header)
-    with _attached(root, file, name, replace, max_rank) as (adapter, recorded):
+    with _attached(root, file := checked(header), name, replace, max_rank) as (adapter, recorded):
         if not same_base(recorded, adapter.base_record):
             reads = any(site.base_weight != "unused" for site in adapter.sites())
             message = other_base(str(file.path), recorded, adapter.base_record)

@@ -328,23 +328,25 @@ def test_magnitude_is_the_sum_of_the_largest() -> None:
 
 
 def test_dare_is_right_on_average_and_the_same_for_a_seed() -> None:
-    model, weights = with_three(), {"a": 1.0, "b": -0.5}
-    path, n = "model.layers.0.self_attn.q_proj", 400
-    wanted, runs = summed(model, weights)[path], []
+    model, _ = one_layer("lora", dtype=torch.float64)
+    for seed, name in enumerate(NAMES[:2]):
+        trained(model, "lora", name, seed=seed, r=2, target_names="proj", **EXACT)
+    weights, n, runs = {"a": 1.0, "b": -0.5}, 400, []
+    wanted = summed(model, weights)["proj"]
     for seed in range(n):
         ll.combine(model, weights, "dare", how="dare", density=0.4, seed=seed)
-        runs.append(deltas(model, "dare")[path])
+        runs.append(deltas(model, "dare")["proj"])
         ll.detach(model, "dare")
-    mean, deviation = torch.stack(runs).mean(0), torch.stack(runs).std(0)
-    z = (mean - wanted) / (deviation / n**0.5)
-    assert z.abs().max() < 5.5  # of 4,096 normal numbers
-    assert abs(float(z.square().mean()) - 1) < 0.2
+    stack = torch.stack(runs)  # (n, o, i)
+    z = (stack.mean(0) - wanted) / (stack.std(0) / n**0.5)
+    assert z.abs().max() < 5  # of 384 normal numbers
+    assert abs(float(z.square().mean()) - 1) < 0.3
+    share = float(stack.count_nonzero() / stack.numel())
+    assert share == pytest.approx(1 - 0.6**2, abs=0.01)  # an element of one of the two is left
     ll.combine(model, weights, "again", how="dare", density=0.4, seed=3)
-    assert torch.equal(deltas(model, "again")[path], runs[3])
+    assert torch.equal(deltas(model, "again")["proj"], runs[3])
     ll.combine(model, weights, "whole", how="dare", density=1.0)
     assert is_close(deltas(model, "whole"), summed(model, weights), 1e-12)
-    share = torch.stack(runs)[:, :4].count_nonzero() / torch.stack(runs)[:, :4].numel()
-    assert float(share) == pytest.approx(1 - 0.6**2, abs=0.02)  # an element of one of the two is left
 
 
 @pytest.mark.parametrize("how", ["ties", "dare", "magnitude"])

@@ -346,6 +346,19 @@ def test_a_history_with_a_round_that_reads_the_base_wants_its_own(tmp_path: Path
     assert [site.state.name for site in other.model.layers[0].mlp.up_proj._lora_lite.values()] == ["history", "here"]
 
 
+@pytest.mark.parametrize("variant", ["shira", "supertuning"])
+def test_a_round_may_have_a_table_of_indices(variant: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    trained(model, variant)
+    out = logits(model)
+    ll.freeze_into(model)
+    assert torch.equal(logits(model), out)
+    ll.save(model, tmp_path / "h.safetensors", "history")
+    fresh = tiny_llama()
+    ll.load(fresh, tmp_path / "h.safetensors", "history")
+    assert torch.equal(logits(fresh), out)
+
+
 def test_a_merged_history_is_the_attached_one(tmp_path: Path) -> None:
     model = mixed(torch.float64)
     attached, before = logits(model), snapshot(model)
