@@ -46,7 +46,7 @@ def rows(model: nn.Module, names: Sequence[str | None], tokens: Tensor | None = 
             problem = f"tokens: got {tokens.dtype} of {tuple(tokens.shape)}"
             raise ConfigError(f"{problem}, wanted (b, t) indices of the {len(names)} names")
     with ExitStack() as undo:
-        batch = undo.enter_context(block_of_rows(root, session, len(names), tokens))
+        batch = undo.enter_context(block_of_rows(root, session, len(names), None if tokens is None else tokens.clone()))
         for state in session.adapters.values():
             if state.on is not None:
                 raise ConfigError("a block of `rows` inside of another\n  give all rows their names in one")

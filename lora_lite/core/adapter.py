@@ -96,6 +96,10 @@ class Adapter:
     def scale(self, c: float | int) -> None:
         self._check_unmerged("change the scale")
         check_in_use([self._state])
+        if self._state.row_scales is not None:
+            raise ConfigError(
+                f"adapter {self.name!r}: each row has a scale of its own\n  leave the block of `scaled` first"
+            )
         self._state.set_scale(_finite(c))
 
     def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
@@ -348,6 +352,8 @@ def scaled(model: nn.Module, c: float | int | Sequence[float | int], name: str |
             batch = undo.enter_context(block_of_rows(root, session, len(each)))
         for state in states:
             if each is None:
+                if state.row_scales is not None:  # the inner block counts
+                    undo.callback(state.set_rows, *state.set_rows(state.batch, state.on, None))
                 before: tuple[Any, ...] = state.set_scale(one)
                 undo.callback(state.set_scale, *before)
             else:

@@ -16,7 +16,7 @@ from ..base.fingerprint import base_record
 from ..base.probe import check_gradients
 from ..errors import CheckpointError, ConfigError, TargetError, VariantError
 from .adapted_weight import take_back
-from .adapter import Adapter, adapters, get_adapter, scaled
+from .adapter import Adapter, adapters, check_in_use, get_adapter, scaled
 from .config import BaseConfig
 from .hooks import register_hooks
 from .names import TIES
@@ -198,6 +198,7 @@ def reinstalled(root: nn.Module, methods: list[Method], name: str, tensors: Tens
     place in the order. `root` is what `attachable` gave."""
     session = session_at(root)
     before = session.adapters[name]
+    check_in_use([before])
     state = _state(root, methods, name, before.scale)
     check_unmerged(session, f"change {name!r}")
     check_free(state.sites, exchanged=before)

@@ -29,10 +29,10 @@ def replaced(
         raise TargetError(f"adapter {name!r} is sharded by fully_shard or ZeRO-3\n  use lora_lite.restore")
     order, before = list(session.adapters), session.adapters[name]
     values = [dict(site.tensors()) for site in before.sites]
-    for site in before.sites:
-        uninstall(site.module, site.slot)
-    _leave(root, session, before)
     try:
+        for site in before.sites:
+            uninstall(site.module, site.slot)
+        _leave(root, session, before)
         with installed(root, methods, name, tensors, scale, steps, freeze=False) as adapter:
             yield adapter
     except BaseException:
@@ -43,7 +43,7 @@ def replaced(
 
 
 def _leave(root: nn.Module, session: Session, state: AdapterState) -> None:
-    del session.adapters[state.name]
+    session.adapters.pop(state.name, None)
     while state.watches:
         state.watches.pop().remove()
     for method in state.methods:
@@ -66,7 +66,7 @@ def _put_back(root: nn.Module, session: Session, state: AdapterState, values: Se
 
 def reorder(session: Session, names: Sequence[str]) -> None:
     """The adapters and their hooks in this order."""
-    states = [session.adapters[name] for name in names]
+    states = sorted((session.adapters[name] for name in names), key=lambda state: not state.is_first)
     session.adapters.clear()
     session.adapters.update({state.name: state for state in states})
     places = {state.name: i for i, state in enumerate(states)}

@@ -40,7 +40,7 @@ def bring_back(model: nn.Module, names: str | Sequence[str]) -> None:
     Raises:
         TargetError: for an unknown name.
     """
-    states = _states(model, names, "bring back")
+    states = [state for state in _states(model, names, "bring back") if state.unloaded]
     root, session = session_of(model)
     for state in states:
         _move(state, None)

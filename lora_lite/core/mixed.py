@@ -28,12 +28,12 @@ def mixed(module: nn.Module, site: Site, rows: Rows, x: Tensor, y: Tensor) -> Te
     batch = rows.batch
     if torch.is_grad_enabled() or is_compiling() or batch.tokens is not None or is_transformed():
         return None
-    if x.ndim != 3 or len(x) != batch.size or x.shape[:-1] != y.shape[:-1]:
+    if torch.is_autocast_enabled(x.device.type) or x.ndim != 3 or len(x) != batch.size or x.shape[:-1] != y.shape[:-1]:
         return None
     known = batch.products.get(id(module))
-    if known is not None and known.is_whole and known.version == batch.version and site is not known.first:
+    if known is not None and known.is_whole and known.is_of(batch, module) and site is not known.first:
         return y  # the first has looked at the rest
-    if known is None or not known.is_as_it_was(batch, x):
+    if known is None or not (known.is_of(batch, module) and known.is_as_it_was(x)):
         known = batch.products[id(module)] = _products(module, batch, x)
     if not known.is_whole:
         return None
@@ -55,15 +55,17 @@ class Products:
 
     first: Site  # whose hook is the first at work
     version: int  # of the batch's scales
+    training: bool  # is the layer in training?
     tensors: list[tuple[Any, str, Tensor, int, int]]  # where each lies, its address and its version, as they were
     configs: list[tuple[Site, Any]]
     is_whole: bool = False  # does every adapter have such factors?
     wide: tuple[Tensor, ...] = ()  # Aᵀ (n, i, r) and s Bᵀ (n, r, o), in float32 or wider
     narrow: tuple[Tensor, ...] = ()  # the same in the dtype of the activations
 
-    def is_as_it_was(self, batch: Batch, x: Tensor) -> bool:
-        if self.version != batch.version:
-            return False
+    def is_of(self, batch: Batch, module: nn.Module) -> bool:
+        return self.version == batch.version and self.training == module.training
+
+    def is_as_it_was(self, x: Tensor) -> bool:
         for site, cfg in self.configs:
             if site.cfg is not cfg:
                 return False
@@ -80,9 +82,12 @@ def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
     places += [(shared, name) for site in sites if (shared := site.method.shared) for name in shared.specs]
     dicts = [(m._parameters if name in m._parameters else m._buffers, name) for m, name in places]
     tensors = [(place, name, place[name]) for place, name in dicts]
+    if any(t is not None and t.is_inference() for _, _, t in tensors):  # these have no version
+        return Products(sites[0], batch.version, module.training, [], [])
     products = Products(
         sites[0],
         batch.version,
+        module.training,
         [(place, name, t, t.data_ptr(), t._version) for place, name, t in tensors if t is not None],
         [(site, site.cfg) for site in sites],
     )

@@ -83,7 +83,7 @@ def takes(state: AdapterState, method: Method) -> bool:
         for field in (*mine.cfg.FILTERS, "dtype", "per_layer"):
             fields.pop(field, None)
     paths, wanted = ({site.path for site in m.sites} for m in (mine, method))
-    is_tied = any(site.base.ties for site in mine.sites)
+    is_tied = any(site.base.ties or site.overrides for site in mine.sites)
     return not (others or is_tied or state.unloaded) and settings[0] == settings[1] and wanted <= paths
 
 

@@ -36,7 +36,7 @@ def block_of_rows(root: nn.Module, session: Session, size: int, tokens: Tensor |
             raise ConfigError(f"{size} rows with adapters or scales of their own, inside of a block of {inside}")
         yield outer
         return
-    sites = [site for state in session.adapters.values() for site in state.sites]
+    sites = [site for state in session.adapters.values() if not state.unloaded for site in state.sites]
     if routed := [site.path for site in sites if IN_EXPERT.search(site.path)]:
         raise TargetError(
             f"{routed[0]}: an expert sees the tokens that are routed to it, in which rows can't be told apart\n"
@@ -51,21 +51,30 @@ def block_of_rows(root: nn.Module, session: Session, size: int, tokens: Tensor |
         undo.callback(leave.remove)
         generate: Any = getattr(root, "generate", None)
         if callable(generate):
-            _replace(root, "generate", partial(_generate, batch, root, generate), undo)
+            _replace(root, "generate", partial(_generate, batch, root, _plain(generate)), undo)
         readers: dict[nn.Module, Uses] = {}
         for site in sites:
             for reader, put, take in weight_hooks(site) if site.through_weight else ():
                 readers.setdefault(reader, []).append((site, put, take))
         for reader, uses in readers.items():
-            _replace(reader, "forward", partial(_by_group, batch, reader, reader.forward, uses), undo)
+            _replace(reader, "forward", partial(_by_group, batch, reader, _plain(reader.forward), uses), undo)
             batch.readers.add(id(reader))
         undo.callback(batch.readers.clear)
         undo.callback(batch.products.clear)  # a pending backward may remember the batch
         yield batch
 
 
+def _plain(function: Any) -> Any:
+    """The function itself, where a copy of the model still has the one of the block that it was made in."""
+    if isinstance(function, partial) and function.func in (_by_group, _generate):
+        return function.args[2]
+    return function
+
+
 def _replace(module: nn.Module, name: str, function: Any, undo: ExitStack) -> None:
     before = vars(module).get(name)
+    if isinstance(before, partial) and before.func in (_by_group, _generate):  # in a copy that was made within a block
+        before = None
     module.__dict__[name] = function
     undo.callback(module.__dict__.pop if before is None else module.__dict__.__setitem__, name, before)
 
@@ -161,9 +170,12 @@ _SEQUENCES = ("query", "key", "value", "output")  # of nn.MultiheadAttention: (t
 
 def _split(path: str, reader: nn.Module, name: str, value: Any, parts: Parts) -> list[Any]:
     """An argument of each group's call. TargetError for one in which there may be rows that aren't seen."""
+    is_row = isinstance(value, Tensor) and value.ndim == 1 and isinstance(reader, nn.Embedding)  # places, not rows
     if not isinstance(value, Tensor) or not value.ndim:
         if value is None or isinstance(value, (bool, int, float, str, torch.dtype, Tensor)):
             return [value] * len(parts.groups)
+    elif is_row and parts.batch.tokens is None:
+        pass
     elif name == "attn_mask" and isinstance(reader, nn.MultiheadAttention) and value.ndim == 2:
         return [value] * len(parts.groups)
     else:

@@ -49,7 +49,8 @@ class Batch:
         if is_compiling() or torch._C._current_autograd_node() is not None:  # checked in the first run
             is_known = count % size == 0
         elif self.tokens is not None:
-            is_known = count == size
+            is_known = tuple(shape[:2]) == tuple(self.tokens.shape) or tuple(shape) in ((count,), (1, count))
+            is_known = is_known and count == size
         elif (call := self.calls.get(get_ident())) is None:  # a part of the model is called, such as an encoder
             is_known = bool(shape) and (shape[0] == size or (self.is_generating and shape[0] % size == 0))
         else:  # a mixture of experts gives its layers all tokens in one row

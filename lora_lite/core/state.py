@@ -101,7 +101,7 @@ class AdapterState:
         self.traced = self.plain._replace(value=value)
         if self.batch is not None:
             self.batch.version += 1
-            on = self.on or (True,) * len(self.row_scales or ())
+            on = self.on or (True,) * self.batch.size
             scales = self.row_scales or (self.scale,) * len(on)
             each = [c if is_on else 0.0 for c, is_on in zip(scales, on, strict=True)]
             rows = Rows(self.batch, each, self.scale if self.row_scales is None else None)

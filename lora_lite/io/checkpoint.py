@@ -15,7 +15,7 @@ from torch import nn
 from ..base import sharding
 from ..base.fingerprint import BaseRecord, other_base, same_base, tell_other_base
 from ..base.layer import on_all_channels
-from ..core.adapter import Adapter, adapters, get_adapter
+from ..core.adapter import Adapter, adapters, check_in_use, get_adapter
 from ..core.attach import installed
 from ..core.config import BaseConfig, to_json
 from ..core.exchange import replaced
@@ -23,7 +23,7 @@ from ..core.names import check_shapes
 from ..core.ran import uncalled
 from ..core.resolve import attachable, make_sites
 from ..core.room import has_at_most, padded, takes
-from ..core.state import Method, Site, number_sites, session_at
+from ..core.state import Method, Site, number_sites, session_at, session_of
 from ..core.variant import ParamSpec, Variant, lookup
 from ..errors import CheckpointError, ConfigError, brief
 from ..version import __version__
@@ -202,6 +202,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
         TargetError: for an unknown name.
     """
     file, adapter = read_file(path), get_adapter(model, name)
+    check_in_use([session_of(model)[1].adapters[name]])
     mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
     differ: dict[str, Any] = {}
     methods = list(zip(file.methods, adapter.methods, strict=len(file.methods) == len(adapter.methods)))

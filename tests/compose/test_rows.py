@@ -357,6 +357,34 @@ def test_tensors_that_are_given_for_a_call_are_used() -> None:
     assert (before - wanted).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_an_inner_block_counts_and_unloaded_adapters_have_no_part() -> None:
+    model, x = two(small(), dtype=torch.float64), {"input_ids": ROWS}
+    with ll.disabled(model):
+        base = output(model, x)
+    with ll.scaled(model, [1.0, 2.0, 3.0, 4.0]):
+        with ll.disabled(model):
+            assert torch.equal(output(model, x), base)
+        with pytest.raises(ll.ConfigError, match="each row has a scale of its own"):
+            ll.adapters(model)["a"].scale = 1.0
+    model, x = on_kind("conv")
+    ll.unload_to(model, "cpu", "a")
+    wanted = output(model, x)
+    with ll.scaled(model, [0.7] * 4, "b"):
+        torch.testing.assert_close(output(model, x), wanted, **EXACT)
+
+
+@torch.no_grad()
+def test_dropout_follows_the_mode_of_the_layer() -> None:
+    model, x = two(small(), dtype=torch.float64, dropout=0.5), {"input_ids": ROWS}
+    with ll.rows(model, NAMES):
+        evaluated = output(model, x)
+        model.train()
+        assert (output(model, x) - evaluated).abs().max() > 1e-3
+        model.eval()
+        assert torch.equal(output(model, x), evaluated)
+
+
 # ---- training ---------------------------------------------------------------------------------------
 
 
