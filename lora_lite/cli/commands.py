@@ -198,9 +198,12 @@ def convert(
     base: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
     rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank, of any method.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Refuse a LoRA with a larger relative error.")] = None,
+    per_expert: Annotated[
+        bool, typer.Option("--per-expert", help="Name layers as the base's checkpoint does.")
+    ] = False,
 ) -> None:
     """Turn an adapter file into a PEFT folder, or back.
 
     Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory.
     """
-    print(convert_adapter(source, target, base, rank, max_error))
+    print(convert_adapter(source, target, base, rank, max_error, per_expert))

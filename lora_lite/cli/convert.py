@@ -17,8 +17,16 @@ def load_any(model: Any, path: Path, verify_base: bool = True) -> Adapter:
     return load_peft(model, path) if is_peft(path) else load(model, path, verify_base=verify_base)
 
 
-def convert(source: Path, target: Path, base_dir: Path, rank: int | None = None, max_error: float | None = None) -> str:
-    """A file of ours becomes a PEFT folder, a PEFT folder a file of ours; with a rank, either a PEFT folder of a LoRA.
+def convert(
+    source: Path,
+    target: Path,
+    base_dir: Path,
+    rank: int | None = None,
+    max_error: float | None = None,
+    per_expert: bool = False,
+) -> str:
+    """A file of ours becomes a PEFT folder, a PEFT folder a file of ours; with a rank or per expert, either a PEFT
+    folder of a LoRA.
 
     The base is opened on the CPU as the adapter's file records it, quantised if it was. Returns what was written, as a
     line or two for a person.
@@ -34,10 +42,10 @@ def convert(source: Path, target: Path, base_dir: Path, rank: int | None = None,
     model = load_as_recorded(str(base_dir), read_adapter(source).record, device_map="cpu")
     adapter = load_any(model, source)
     layers = len(adapter.targets)
-    if is_peft(source) and rank is None:
+    if is_peft(source) and rank is None and not per_expert:
         save(model, target)
         return f"{target}: {OURS}, {adapter.variant}, {layers} layers"
-    error = save_peft(model, target, rank=rank, max_error=max_error)
+    error = save_peft(model, target, rank=rank, max_error=max_error, per_expert=per_expert)
     if error is None:
         return f"{target}: {PEFT}, {adapter.variant}, {layers} layers"
     return f"{target}: {PEFT}, lora, {layers} layers\nof rank {rank}: relative error at most {error:.1e} in a layer"

@@ -193,8 +193,11 @@ def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.
 
 
 @torch.no_grad()
-def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
-    """(W' - W, b' - b) in float64, of a layer with these adapters at their scales; None for a bias that stays.
+def delta_weight(
+    sites: Sequence[Site], expert: int | None = None
+) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o"] | None]:
+    """(W' - W, b' - b) in float64, of a layer, or of an expert that it fuses, with these adapters at their scales; None
+    for a bias that stays.
 
     W is what the layer computes with, dequantised if it is quantised.
     """
@@ -203,8 +206,8 @@ def delta_weight(sites: Sequence[Site]) -> tuple[Float[Tensor, "o i"], Float[Ten
             raise TargetError(f"{site.path}: {problem}")
     layer = sites[0].base.as_it_is_now()
     with full_precision(layer.module):
-        weight, bias = layer.dense_weight().double(), layer.bias
-        affine = Affine(sites, torch.float64, weight.device)
+        weight, bias = layer.dense_weight(expert).double(), None if expert is not None else layer.bias
+        affine = Affine(sites, torch.float64, weight.device, expert)
         delta = affine.write(weight, torch.empty_like(weight)).sub_(weight)  # (o, i)
         new = affine.bias(bias, lambda: weight)
     moved = new if new is None or bias is None else new - bias.double()  # (o,)

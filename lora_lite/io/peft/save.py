@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, adapters, get_adapter
 from ...core.effective import delta_weight
 from ...core.names import check_shapes
-from ...core.state import check_unmerged, session_of
+from ...core.state import Site, check_unmerged, session_of
 from ...core.validate import is_number
 from ...errors import CheckpointError, ConfigError
 from ...ops.svd import low_rank_factors
 from ..keys import PREFIX
 from ..safetensors import check_numbers, replacing
-from . import adalora, by_table, forms, ia3, lora, whole
+from . import adalora, by_checkpoint, by_table, forms, ia3, lora, whole
 from .beside import VARIANTS
+from .by_checkpoint import Factors
 from .conversion import moved_keys, old_keys
 from .folder import CONFIG, WEIGHTS
 from .formats import FORMATS
@@ -40,6 +41,8 @@ _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
     "adalora": adalora.written,
 }
 
+_PLAIN = ("lora", "eva", "loftq", "orthogonal")  # that are two factors, at any layer
+
 
 def save_peft(
     model: nn.Module,
@@ -47,6 +50,7 @@ def save_peft(
     name: str | Sequence[str] = "default",
     rank: int | None = None,
     max_error: float | None = None,
+    per_expert: bool = False,
 ) -> float | None:
     """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff, VeRA, AdaLoRA, norm, tokens as they are,
     tensors bit-equal; what full, norm, bias and tokens change as the new values that PEFT keeps (modules_to_save,
@@ -58,6 +62,8 @@ def save_peft(
                 change has that rank: LoRA's r, 2r of PiSSA and other starts, abliteration's own in the modes none
                 and pre. The relative error ‖W' - W - B A‖/‖W' - W‖ is logged
     max_error   refuse a layer with a greater one, before anything is written
+    per_expert  write a LoRA by the names of the model's checkpoints, as servers want it: each fused expert by itself,
+                and gate apart from up (experts.3.gate_proj). Tensors are bit-equal rows of the adapter's
 
     Returns the greatest relative error of a layer; None without a rank, where there is none.
 
@@ -82,14 +88,17 @@ def save_peft(
         raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank")
     chosen = [get_adapter(model, one) for one in ([name] if isinstance(name, str) else name)]
     layers, worst = _layers(model, chosen), None
-    if rank is None:
+    if rank is None and not per_expert:
         tensors, settings = _native(root, chosen, layers)
     else:
-        _check_lacks(layers, is_plain=True)
-        tensors, settings, worst = _low_rank(root, layers, rank, max_error)
+        _check_lacks(layers, is_plain=rank is not None)
+        factors, worst = (_own_factors(chosen, layers), None) if rank is None else _low_rank(layers, rank, max_error)
+        fields = {"use_rslora": False, "lora_dropout": 0.0, "use_dora": False}
+        write = by_checkpoint.written if per_expert else _plain
+        tensors, settings = write(root, layers, factors, **fields)
     floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}  # tables have no NaN
     check_numbers(floats, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
-    if settings["peft_type"] == "LORA":  # PEFT renames no other keys
+    if settings["peft_type"] == "LORA" and not per_expert:  # PEFT renames no other keys
         tensors = _as_peft_reads(root, tensors, layers)
     _write(folder, tensors, _about(root, chosen[0]) | settings)
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
@@ -125,11 +134,7 @@ def _check_lacks(layers: Layers, is_plain: bool = False) -> None:
 
 def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Written:
     """The adapters as they are. Raises CheckpointError for what PEFT hasn't."""
-    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
-    if scaled:
-        raise CheckpointError(
-            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
-        )
+    _check_scales(chosen)
     known = [site for sites in layers.values() for site in sites]
     main: Layers = {}
     for site in known:
@@ -154,24 +159,43 @@ def _writer(variant: str) -> Callable[[nn.Module, Layers], Written] | None:
     return _WRITERS.get(variant) if table is None else partial(by_table.written, table)
 
 
-def _low_rank(
-    root: nn.Module, layers: Layers, rank: int, max_error: float | None
-) -> tuple[dict[str, Tensor], dict[str, Any], float]:
-    tensors: dict[str, Tensor] = {}
-    ranks, norms = {}, {}  # path -> (r, alpha); path -> (‖rest‖, ‖W' - W‖)
-    for path, sites in layers.items():
-        delta, moved_bias = delta_weight(sites)
-        if moved_bias is not None:
+def _check_scales(chosen: Sequence[Adapter]) -> None:
+    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
+    if scaled:
+        raise CheckpointError(
+            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
+        )
+
+
+def _own_factors(chosen: Sequence[Adapter], layers: Layers) -> dict[str, Factors]:
+    """The factors of LoRAs as they are. Raises CheckpointError for a method that is more than two factors."""
+    _check_scales(chosen)
+    factors = {}
+    for path, (site, *others) in layers.items():
+        cfg: Any = site.cfg
+        if others or cfg.variant not in _PLAIN or set(site.specs) - {"lora_A", "lora_B"} or site.positions is not None:
             raise CheckpointError(
-                f"{path}: {sites[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
-                f"  keep it as our file (lora_lite.save), or merge it"
+                f"{path}: per_expert is for one LoRA of two factors, and here is {cfg.variant!r}\n"
+                f"  give rank= to write what it changes as a plain LoRA"
             )
-        dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
-        a, b = (factor.to(dtype) for factor in low_rank_factors(delta, rank))  # (r, i), (o, r)
-        # From the factors as they are written: rounding counts as error, too.
-        norms[path] = float((delta - b.double() @ a.double()).norm()), float(delta.norm())
-        tensors |= written_at(root, layers, sites[0], {"lora_A": a, "lora_B": b})
-        ranks[path] = (len(a), float(len(a)))  # alpha = r: a scaling of 1
+        a, b = (site.tensor(name).detach() for name in ("lora_A", "lora_B"))
+        factors[path] = Factors(a, b, float(cfg.scaling * cfg.r))  # servers don't know rsLoRA's scaling of experts
+    return factors
+
+
+def _plain(root: nn.Module, layers: Layers, factors: Mapping[str, Factors], **fields: Any) -> Written:
+    tensors: dict[str, Tensor] = {}
+    for path, (site, *_) in layers.items():
+        tensors |= written_at(root, layers, site, {"lora_A": factors[path].a, "lora_B": factors[path].b})
+    ranks = {path: (pair.rank, pair.alpha) for path, pair in factors.items()}
+    return tensors, lora.settings_of(root, layers, ranks, **fields)
+
+
+def _low_rank(layers: Layers, rank: int, max_error: float | None) -> tuple[dict[str, Factors], float]:
+    """The factors of what the adapters change, and the greatest relative error of a layer. Raises CheckpointError."""
+    factors, norms = {}, {}  # by path
+    for path, sites in layers.items():
+        factors[path], norms[path] = _factors_of(path, sites, rank)
     errors = {path: rest / size if size else 0.0 for path, (rest, size) in norms.items()}
     worst = max(errors, key=lambda path: errors[path])
     rest, size = (math.hypot(*values) for values in zip(*norms.values(), strict=True))  # of all layers
@@ -182,8 +206,28 @@ def _low_rank(
         raise CheckpointError(
             f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank"
         )
-    settings = lora.settings_of(root, layers, ranks, use_rslora=False, lora_dropout=0.0, use_dora=False)
-    return tensors, settings, errors[worst]
+    return factors, errors[worst]
+
+
+def _factors_of(path: str, sites: Sequence[Site], rank: int) -> tuple[Factors, tuple[float, float]]:
+    """The factors of what a layer's adapters change, and (‖W' - W - B A‖, ‖W' - W‖). Raises CheckpointError."""
+    dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
+    is_stack = sites[0].base.kind.category == "experts"
+    pairs, norms = [], []
+    for expert in range(sites[0].base.experts) if is_stack else [None]:
+        delta, moved_bias = delta_weight(sites, expert)
+        if moved_bias is not None:
+            raise CheckpointError(
+                f"{path}: {sites[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
+                f"  keep it as our file (lora_lite.save), or merge it"
+            )
+        a, b = (factor.to(dtype) for factor in low_rank_factors(delta, rank))  # (r, i), (o, r)
+        # From the factors as they are written: rounding counts as error, too.
+        norms.append((float((delta - b.double() @ a.double()).norm()), float(delta.norm())))
+        pairs.append((a, b))
+    rest, size = (math.hypot(*values) for values in zip(*norms, strict=True))
+    a, b = (torch.stack(side) if is_stack else side[0] for side in zip(*pairs, strict=True))
+    return Factors(a, b, float(a.shape[-2])), (rest, size)  # alpha = r: a scaling of 1
 
 
 def _as_peft_reads(root: nn.Module, tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:
