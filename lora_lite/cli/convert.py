@@ -39,7 +39,8 @@ def convert(
         raise ConfigError(f"{target} exists\n  name a new place, or remove it")
     if rank is None and max_error is not None:  # known before the base takes its minute to load
         raise ConfigError("max_error is of a conversion to a LoRA of some rank: give that too")
-    model = load_as_recorded(str(base_dir), read_adapter(source).record, device_map="cpu")
+    record = None if is_peft(source) else read_adapter(source).record  # a PEFT folder has none
+    model = load_as_recorded(str(base_dir), record, device_map="cpu")
     adapter = load_any(model, source)
     layers = len(adapter.targets)
     if is_peft(source) and rank is None and not per_expert:

@@ -154,6 +154,11 @@ def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Writt
     return whole.with_the_rest(root, tensors, settings, main, [s for s in known if s.cfg.variant in VARIANTS])
 
 
+def is_written(variant: str) -> bool:
+    """Has PEFT such a method, in whose format it is written as it is?"""
+    return variant in VARIANTS or _writer(variant) is not None
+
+
 def _writer(variant: str) -> Callable[[nn.Module, Layers], Written] | None:
     table = next((table for table in FORMATS if table.variant == variant), None)
     return _WRITERS.get(variant) if table is None else partial(by_table.written, table)
