@@ -1,4 +1,4 @@
-"""What the engines that serve adapters refuse, each rule a row with its source, and the command that helps.
+"""The rules by which engines that serve adapters refuse one, each a row with its source, and the command that helps.
 
 A row stands for an error of the engine, or for a wrong result without one. Sources are of October 2026; versions that a
 row isn't true of are named.
@@ -34,7 +34,7 @@ SGLANG_NAMES = {
 
 
 class Cure(Enum):
-    """What makes an adapter one that the engine takes."""
+    """The conversion after which an engine takes an adapter."""
 
     FOLDER = "a PEFT folder"
     PER_EXPERT = "a PEFT folder by the names of checkpoints"
@@ -203,7 +203,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an engine makes of an adapter; `commands` each make one that it takes, the exact one first."""
+    """The answer of an engine to an adapter; `commands` each make one that it takes, the exact one first."""
 
     path: Path
     engine: Engine
@@ -247,7 +247,7 @@ def _commands(adapter: Served, cures: set[Cure]) -> Iterator[str]:
 
 
 def _notes(adapter: Served, engine: Engine) -> Iterator[str]:
-    """What to start a server with, and what the adapter alone doesn't tell."""
+    """Options to start a server with, and questions that the adapter alone doesn't answer."""
     if engine == "vllm":
         yield f"start it with --enable-lora --max-lora-rank {next(r for r in VLLM_RANKS if r >= adapter.rank)}"
     if engine == "llama.cpp":

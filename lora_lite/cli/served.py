@@ -1,4 +1,4 @@
-"""What a server sees of an adapter on disk: its layers, with the fields and names that engines take or refuse."""
+"""An adapter on disk as a server sees it: its layers, with the fields and names that engines take or refuse."""
 
 import math
 from collections.abc import Iterable, Mapping
