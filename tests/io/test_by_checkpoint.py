@@ -10,10 +10,10 @@ import pytest
 import torch
 from models import IDS, attach, config, moe, perturb, tiny_llama
 from safetensors.torch import load_file
+from transformers import HrmTextConfig, HrmTextForCausalLM
 
 import lora_lite as ll
 from lora_lite.core.effective import delta_weight
-from lora_lite.io.peft.by_checkpoint import places
 
 NAMES = {"qwen3": ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
          "mixtral": ("block_sparse_moe.experts", ("w1", "w3", "w2"))}  # fmt: skip
@@ -26,6 +26,18 @@ def with_lora(name: str, **fields: Any) -> Any:
     cfg = ll.LoRAConfig(target_names=["experts", "q_proj"], kinds=KINDS, **({"r": 4, "alpha": 6.0} | fields))
     perturb(ll.attach(model, cfg))
     return model
+
+
+def hrm() -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return HrmTextForCausalLM(HrmTextConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
 
 
 def dense(folder: Path, module: str) -> torch.Tensor:
@@ -144,11 +156,24 @@ def test_what_has_no_such_names_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_a_conversion_that_loses_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_loses_rows_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lora_lite.io.peft import by_checkpoint
 
-    model = with_lora("qwen3")
-    site = next(ll.adapters(model)["default"].sites())
-    monkeypatch.setattr(by_checkpoint, "_as_saved", lambda root, tensors: {k: t[:-1] for k, t in tensors.items()})
-    with pytest.raises(ll.CheckpointError, match=r"the checkpoints of a Qwen3MoeForCausalLM hold other numbers"):
-        places(model, site)
+    model, as_saved = with_lora("qwen3"), by_checkpoint._as_saved
+    monkeypatch.setattr(
+        by_checkpoint, "_as_saved", lambda root, tensors: {k: t[:-1] for k, t in as_saved(root, tensors).items()}
+    )
+    match = r"q_proj: the checkpoints of a Qwen3MoeForCausalLM hold other numbers\n  leave it out"
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.save_peft(model, tmp_path / "a", per_expert=True)
+
+
+def test_layers_that_a_checkpoint_joins_are_refused(tmp_path: Path) -> None:
+    """transformers has HRM's gate and up apart, and its checkpoints have them in one: half of that is no module."""
+    model = hrm()
+    ll.attach(model, ll.LoRAConfig(r=2, target_names="gate_proj"))
+    match = (
+        r"mlp.gate_proj: the checkpoints of a HrmTextForCausalLM join it with other layers in .*mlp.gate_up_proj.weight"
+    )
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.save_peft(model, tmp_path / "a", per_expert=True)

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ...base.layer import BaseLayer, find_layers
 from ...core.names import file_key
-from ...core.state import Site
 from ...errors import CheckpointError
 from ..keys import PREFIX, THEIRS
 from .kinds import is_plain_linear
@@ -48,13 +48,14 @@ def written(root: nn.Module, layers: Layers, factors: Mapping[str, Factors], **f
     other layers of these names.
 
     Raises:
-        CheckpointError: for a layer that isn't linear, or that the model's checkpoints keep fused.
+        CheckpointError: for a layer that isn't linear, that the model's checkpoints keep fused, or join with another.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, tuple[int, float]] = {}
+    names = places(root, layers)
     for path, (site, *_) in layers.items():
         a, b, r = factors[path].a, factors[path].b, factors[path].rank
-        for name, rows in places(root, site).items():
+        for name, rows in names[path].items():
             expert = int(rows[0]) // site.base.d_out
             matrix_a, matrix_b = (a[expert], b[expert]) if site.base.experts else (a, b)  # (r, i), (o, r)
             part = {"lora_A": matrix_a, "lora_B": matrix_b[rows - expert * site.base.d_out]}
@@ -72,27 +73,54 @@ def written(root: nn.Module, layers: Layers, factors: Mapping[str, Factors], **f
     }
 
 
-def places(root: nn.Module, site: Site) -> dict[str, Int[Tensor, "n"]]:
-    """The modules that a layer is in a checkpoint of its model, and the rows of each, numbered over all experts.
+def places(root: nn.Module, layers: Layers) -> dict[str, dict[str, Int[Tensor, "n"]]]:
+    """For each layer the modules that it is in a checkpoint of its model, and the rows of each, numbered over all
+    experts.
 
     Raises:
-        CheckpointError: for a layer that isn't linear, or that the model's checkpoints keep fused.
+        CheckpointError: for a layer that isn't linear, that the model's checkpoints keep fused, or join with another.
     """
-    layer = site.base
-    if not (is_plain_linear(layer) or (layer.experts and layer.kind.category == "experts")):
-        raise CheckpointError(f"{site.path}: per_expert is for linear layers and fused experts\n  {_CURE}")
-    numbers = torch.arange(max(layer.experts, 1) * layer.d_out).view(-1, layer.d_out, 1)  # a column of each matrix
-    numbers = numbers.mT if layer.transposed else numbers
-    key = site.path if site.prefix else file_key(site.path, "weight")
-    moved = _as_saved(root, {key: numbers if layer.experts else numbers[0]})
-    parts = {name.removesuffix(".weight"): tensor.flatten() for name, tensor in moved.items()}
-    if not torch.equal(torch.cat(list(parts.values())).sort().values, numbers.flatten()):
-        raise CheckpointError(f"{site.path}: the checkpoints of a {type(root).__name__} hold other numbers\n  {_CURE}")
-    mixed = [name for name, rows in parts.items() if len((rows // layer.d_out).unique()) > 1]
-    if mixed or (layer.experts and key in moved):  # which also holds for a block of one expert
-        problem = f"the checkpoints of a {type(root).__name__} keep its experts in one tensor, {(mixed or [key])[0]}"
-        raise CheckpointError(f"{site.path}: {problem}\n  {_CURE}")
+    every = {path: layer for path, layer in find_layers(dict(root.named_modules())).items() if _is_split(layer)}
+    if others := [path for path in layers if path not in every]:
+        raise CheckpointError(f"{others[0]}: per_expert is for linear layers and fused experts\n  {_CURE}")
+    heights = [max(layer.experts, 1) * layer.d_out for layer in every.values()]
+    starts = torch.tensor([0, *heights]).cumsum(0)  # all layers are numbered at once: a checkpoint may join some
+    columns = {
+        path if layer.kind.prefix else file_key(path, "weight"): _column(layer, start)
+        for (path, layer), start in zip(every.items(), starts.tolist(), strict=False)
+    }
+    parts: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
+    order, does = list(every), f"the checkpoints of a {type(root).__name__}"
+    for key, column in _as_saved(root, columns).items():
+        rows = column.flatten()
+        sources = [order[i] for i in (torch.bucketize(rows, starts, right=True) - 1).unique().tolist()]
+        adapted = [path for path in sources if path in layers]
+        if adapted and len(sources) > 1:
+            raise CheckpointError(f"{adapted[0]}: {does} join it with other layers in {key}\n  {_CURE}")
+        for path in adapted:  # one
+            layer, rows = every[path], rows - starts[order.index(path)]
+            # Its own name is that of the stack, which tells where it has one expert alone.
+            if len((rows // layer.d_out).unique()) > 1 or (layer.experts and key in columns):
+                raise CheckpointError(f"{path}: {does} keep its experts in one tensor, {key}\n  {_CURE}")
+            parts[path][key.removesuffix(".weight")] = rows
+    for path, by_name in parts.items():
+        rows = torch.cat([starts[:0], *by_name.values()]).sort().values
+        if not torch.equal(rows, torch.arange(max(every[path].experts, 1) * every[path].d_out)):
+            raise CheckpointError(f"{path}: {does} hold other numbers\n  {_CURE}")
     return parts
+
+
+def _column(layer: BaseLayer, start: int) -> Tensor:
+    """The numbers of a layer's rows as a column of its weight (*experts, o, 1), or a row of a transposed one."""
+    rows = max(layer.experts, 1) * layer.d_out
+    column = torch.arange(start, start + rows).view(-1, layer.d_out, 1)
+    column = column.mT if layer.transposed else column
+    return column if layer.experts else column[0]
+
+
+def _is_split(layer: BaseLayer) -> bool:
+    """Is it a linear layer, or the matrices of experts in one tensor?"""
+    return is_plain_linear(layer) or (layer.kind.category == "experts" and bool(layer.kind.prefix))
 
 
 def _as_saved(root: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
