@@ -18,15 +18,17 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from ..core.variant import config_for
+from ..errors import ConfigError
 from ..merging.on_disk import merge_checkpoint
 from ..merging.residual import quantize_residual
 from .combine import combine as combine_adapters
 from .compare import compare
 from .convert import convert as convert_adapter
+from .engines import Engine, verdict
 from .plot import plot_norms
 from .reason import reason
 from .report import inspect as inspect_adapter
-from .tables import show_difference, show_errors, show_report
+from .tables import show_difference, show_errors, show_report, show_verdict
 from .verify import tokens, verify_merge
 
 app = typer.Typer(
@@ -92,9 +94,23 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter file, a PEFT folder, or a file or folder of tensors.")],
     base: Annotated[Path | None, typer.Option(help="Folder of the original weights: DoRA, IA3, ... need them.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of the norm of the delta by layer.")] = None,
+    engine: Annotated[Engine | None, typer.Option("--for", help="Ask what this engine would refuse of it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every layer by itself.")] = False,
 ) -> None:
-    """Show an adapter: method, config, base, size of its deltas."""
+    """Show an adapter: method, config, base, size of its deltas.
+
+    With --for: what a server refuses of it, and the command that helps; the exit code is 0 if it takes the adapter,
+    1 if not.
+    """
+    if engine is not None:
+        if base is not None or plot is not None:
+            raise ConfigError("--for looks at the adapter alone\n  leave --base and --plot out, or ask for them apart")
+        answer = verdict(path, engine)
+        if as_json:
+            print(json.dumps(answer.to_json(), indent=2))
+        else:
+            show_verdict(answer)
+        raise typer.Exit(0 if answer.is_taken else 1)
     with _bar("layers", bars.MofNCompleteColumn()) as bar:
         report = inspect_adapter(path, base, bar.track)
     if plot is not None:
@@ -203,12 +219,15 @@ def convert(
     rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank, of any method.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Refuse a LoRA with a larger relative error.")] = None,
     energy: Annotated[float | None, typer.Option(help=ENERGY)] = None,
+    per_expert: Annotated[
+        bool, typer.Option("--per-expert", help="Name layers as the base's checkpoint does.")
+    ] = False,
 ) -> None:
     """Turn an adapter file into a PEFT folder, or back.
 
     Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory.
     """
-    print(convert_adapter(source, target, base, rank, max_error, energy))
+    print(convert_adapter(source, target, base, rank, max_error, energy, per_expert))
 
 
 HOW = "exact: ranks add up. svd: the best of a rank or energy. ties, dare, magnitude: sums of a density of each delta."

@@ -24,9 +24,10 @@ def convert(
     rank: int | None = None,
     max_error: float | None = None,
     energy: float | None = None,
+    per_expert: bool = False,
 ) -> str:
-    """A file of ours becomes a PEFT folder, a PEFT folder a file of ours; with a rank or an energy, either becomes a
-    PEFT folder of a LoRA.
+    """A file of ours becomes a PEFT folder, a PEFT folder a file of ours; with a rank, an energy or per expert, either
+    becomes a PEFT folder of a LoRA.
 
     The base is opened on the CPU as the adapter's file records it, quantised if it was. Returns what was written, as a
     line or two for a person.
@@ -42,13 +43,14 @@ def convert(
         raise ConfigError("max_error is of a conversion to a LoRA of some rank: give that, or an energy, too")
     if energy is not None and (rank is not None or not 0 < energy <= 1):
         raise ConfigError(f"energy={energy} with rank={rank}: wanted a share above 0, at most 1, without a rank")
-    model = load_as_recorded(str(base_dir), read_adapter(source).record, device_map="cpu")
+    record = None if is_peft(source) else read_adapter(source).record  # a PEFT folder has none
+    model = load_as_recorded(str(base_dir), record, device_map="cpu")
     adapter = load_any(model, source)
     layers = len(adapter.targets)
-    if is_peft(source) and rank is None and energy is None:
+    if is_peft(source) and rank is None and energy is None and not per_expert:
         save(model, target)
         return f"{target}: {OURS}, {adapter.variant}, {layers} layers"
-    error = save_peft(model, target, rank=rank, max_error=max_error, energy=energy)
+    error = save_peft(model, target, rank=rank, max_error=max_error, energy=energy, per_expert=per_expert)
     if error is None:
         return f"{target}: {PEFT}, {adapter.variant}, {layers} layers"
     form = f"of rank {rank}" if energy is None else f"with {energy:g} of the energy"

@@ -17,6 +17,7 @@ from rich.text import Text
 from ..base.stacks import place, starred
 from ..merging.residual import LayerErrors
 from .compare import Difference
+from .engines import ALL, Verdict
 from .report import LayerReport, Report, grouped
 
 GAP = 2  # spaces between columns
@@ -100,6 +101,24 @@ def show_difference(a: Path, b: Path, difference: Difference) -> None:
     out.print("tensors: |A - B| / |A|; delta: the same of W' - W, cosine: its own")
     if any(None in (group.tensors, group.delta) for group in difference.groups):
         out.print("-: tensors of other shapes, a delta that depends on the base weight")
+
+
+def show_verdict(verdict: Verdict) -> None:
+    """Print what an engine makes of an adapter, and the commands that help."""
+    out = _console()
+    _title(out, str(verdict.path), f": {verdict.engine} {'takes' if verdict.is_taken else 'refuses'} it")
+    for reason in verdict.reasons:
+        n = len(reason.layers)
+        where = "" if reason.layers == ALL else f": {reason.layers[0]}" + f" and {n - 1} more" * (n > 1)
+        _grid(out, ("", ""), [("  -", reason.says + where)])
+    for note in verdict.notes:
+        _grid(out, ("", ""), [("  -", note)])
+    if verdict.reasons:
+        out.print("this helps:" if verdict.commands else "nothing here helps: no server's format holds it")
+    for i, command in enumerate(verdict.commands):
+        _grid(out, ("", ""), [("  or" if i else "  ", command)])  # whole, so that it can be copied
+    if len(verdict.commands) > 1:
+        out.print("the first is exact; the second prints how far it is off")
 
 
 def show_errors(errors: Mapping[str, LayerErrors]) -> None:

@@ -197,7 +197,8 @@ def _check_affine(layers: Sequence[Layer], d_in: int, d_out: int, device: torch.
 def delta_weight(
     sites: Sequence[Site], expert: int | None = None
 ) -> tuple[Float[Tensor, "o *i"], Float[Tensor, "o"] | None]:
-    """(W' - W, b' - b) in float64, of a layer with these adapters at their scales; None for a bias that stays.
+    """(W' - W, b' - b) in float64, of a layer, or of an expert that it fuses, with these adapters at their scales; None
+    for a bias that stays.
 
     W is what the layer computes with, dequantised if it is quantised; of a norm, the vector that it multiplies by.
 
@@ -211,7 +212,7 @@ def delta_weight(
             raise TargetError(f"{site.path}: {problem}")
     layer = sites[0].base.as_it_is_now()
     with full_precision(layer.module):
-        bias = layer.bias
+        bias = None if expert is not None else layer.bias
         if sites[0].target.is_diagonal:
             weight = layer.stored.detach().double() + norm_offset(layer)  # (d,)
             affine = Affine(sites, torch.float64, weight.device)

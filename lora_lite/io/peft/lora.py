@@ -164,7 +164,6 @@ def settings_of(
     root: nn.Module, layers: Layers, ranks: Mapping[str, tuple[int, float]], **fields: Any
 ) -> dict[str, Any]:
     """The settings for these ranks and alphas by path. Raises CheckpointError for layers that PEFT would lose."""
-    r, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*ranks.values(), strict=True))
     bare = [path for path in ranks if forms.is_parameter(layers[path][0])]
     called = [path for path in ranks if path not in bare]
     weights = {path: f"{path}.weight" for path in named_like_experts(root, called)}
@@ -192,13 +191,9 @@ def settings_of(
     by_name = {forms.pattern_path(layers[path][0], weights.get(path, path)): pair for path, pair in ranks.items()}
     # PEFT takes those of a head from its own path, and its factors from the embedding.
     by_name |= {head: pair for path, pair in ranks.items() for head in tied_paths(root, layers[path][0])}
-    by_pattern = {f"^{re.escape(name)}": pair for name, pair in by_name.items()}  # PEFT adds $; without ^, ends match
     return {
         "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": _whole(alpha),
-        "rank_pattern": {name: other for name, (other, _) in by_pattern.items() if other != r},
-        "alpha_pattern": {name: _whole(other) for name, (_, other) in by_pattern.items() if other != alpha},
+        **patterns(by_name),
         "target_modules": targets,
         **({"target_parameters": sorted(weights.values())} if weights else {}),
         **({"ensure_weight_tying": True} if any(site.base.ties for site, *_ in layers.values()) else {}),
@@ -208,6 +203,18 @@ def settings_of(
         "layers_to_transform": None,
         "layers_pattern": None,
         **fields,
+    }
+
+
+def patterns(by_name: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """The settings for these ranks and alphas by the names that PEFT compares: the most frequent, and what differs."""
+    r, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*by_name.values(), strict=True))
+    by_pattern = {f"^{re.escape(name)}": pair for name, pair in by_name.items()}  # PEFT adds $; without ^, ends match
+    return {
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {name: other for name, (other, _) in by_pattern.items() if other != r},
+        "alpha_pattern": {name: _whole(other) for name, (_, other) in by_pattern.items() if other != alpha},
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from loguru import logger
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -17,14 +18,15 @@ from ...core.adapter import Adapter, adapters, get_adapter
 from ...core.change import Change, added_change
 from ...core.effective import delta_weight
 from ...core.names import check_shapes
-from ...core.state import check_unmerged, session_of
+from ...core.state import Site, check_unmerged, session_of
 from ...core.validate import is_number
 from ...errors import CheckpointError, ConfigError
 from ...ops.svd import balanced_factors, energy_rank, low_rank_factors
 from ..keys import PREFIX
 from ..safetensors import check_numbers, replacing
-from . import adalora, by_table, forms, ia3, lora, whole
+from . import adalora, by_checkpoint, by_table, forms, ia3, lora, whole
 from .beside import VARIANTS
+from .by_checkpoint import Factors
 from .conversion import moved_keys, old_keys
 from .folder import CONFIG, WEIGHTS
 from .formats import FORMATS
@@ -41,6 +43,8 @@ _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
     "adalora": adalora.written,
 }
 
+_PLAIN = ("lora", "eva", "loftq", "orthogonal")  # that are two factors, at any layer
+
 
 def save_peft(
     model: nn.Module,
@@ -49,6 +53,7 @@ def save_peft(
     rank: int | None = None,
     max_error: float | None = None,
     energy: float | int | None = None,
+    per_expert: bool = False,
 ) -> float | None:
     """Write a PEFT folder: LoRA and DoRA (with `per_layer`), ia3, ia3_ff, VeRA, AdaLoRA, norm, tokens as they are,
     tensors bit-equal; what full, norm, bias and tokens change as the new values that PEFT keeps (modules_to_save,
@@ -62,6 +67,8 @@ def save_peft(
     energy      in the place of a rank: at each layer the least one whose singular values hold this share of
                 ‖W' - W‖², Frobenius, such as 0.95. The relative error is then √(1 - energy) at most
     max_error   refuse a layer with a greater one, before anything is written
+    per_expert  write a LoRA by the names of the model's checkpoints, as servers want it: each fused expert by itself,
+                and gate apart from up (experts.3.gate_proj). Tensors are bit-equal rows of the adapter's
 
     Returns the greatest relative error of a layer; None without a rank and an energy, where there is none.
 
@@ -88,14 +95,18 @@ def save_peft(
         raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank or an energy")
     chosen = [get_adapter(model, one) for one in ([name] if isinstance(name, str) else name)]
     layers, worst = _layers(model, chosen), None
-    if rank is None and energy is None:
-        tensors, settings = _native(root, chosen, layers)
+    is_cut = rank is not None or energy is not None
+    if is_cut or per_expert:
+        _check_lacks(layers, is_plain=is_cut)
+        factors, worst = _low_rank(layers, rank, energy, max_error) if is_cut else (_own_factors(chosen, layers), None)
+        fields = {"use_rslora": False, "lora_dropout": 0.0, "use_dora": False}
+        write = by_checkpoint.written if per_expert else _plain
+        tensors, settings = write(root, layers, factors, **fields)
     else:
-        _check_lacks(layers, is_plain=True)
-        tensors, settings, worst = _low_rank(root, layers, rank, energy, max_error)
+        tensors, settings = _native(root, chosen, layers)
     floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}  # tables have no NaN
     check_numbers(floats, f"{' and '.join(adapter.name for adapter in chosen)} in memory", "nothing was written")
-    if settings["peft_type"] == "LORA":  # PEFT renames no other keys
+    if settings["peft_type"] == "LORA" and not per_expert:  # PEFT renames no other keys
         tensors = _as_peft_reads(root, tensors, layers)
     _write(folder, tensors, _about(root, chosen[0]) | settings)
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
@@ -131,11 +142,7 @@ def _check_lacks(layers: Layers, is_plain: bool = False) -> None:
 
 def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Written:
     """The adapters as they are. Raises CheckpointError for what PEFT hasn't."""
-    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
-    if scaled:
-        raise CheckpointError(
-            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
-        )
+    _check_scales(chosen)
     known = [site for sites in layers.values() for site in sites]
     main: Layers = {}
     for site in known:
@@ -155,35 +162,60 @@ def _native(root: nn.Module, chosen: Sequence[Adapter], layers: Layers) -> Writt
     return whole.with_the_rest(root, tensors, settings, main, [s for s in known if s.cfg.variant in VARIANTS])
 
 
+def is_written(variant: str) -> bool:
+    """Has PEFT such a method, in whose format it is written as it is?"""
+    return variant in VARIANTS or _writer(variant) is not None
+
+
 def _writer(variant: str) -> Callable[[nn.Module, Layers], Written] | None:
     table = next((table for table in FORMATS if table.variant == variant), None)
     return _WRITERS.get(variant) if table is None else partial(by_table.written, table)
 
 
-def _low_rank(
-    root: nn.Module, layers: Layers, rank: int | None, energy: float | None, max_error: float | None
-) -> tuple[dict[str, Tensor], dict[str, Any], float]:
-    tensors: dict[str, Tensor] = {}
-    ranks, norms = {}, {}  # path -> (r, alpha); path -> (‖rest‖, ‖W' - W‖)
-    for path, sites in layers.items():
-        # Where the change is a product itself, as a LoRA's, no matrix of the layer's size is made.
-        change = (None if sites[0].stacked else added_change(sites)) or Change(None, *delta_weight(sites))
-        if change.shift is not None and change.shift.any():
+def _check_scales(chosen: Sequence[Adapter]) -> None:
+    scaled = [adapter.name for adapter in chosen if adapter.scale != 1]
+    if scaled:
+        raise CheckpointError(
+            f"{scaled[0]!r} has a scale, which PEFT can't hold\n  set it to 1, or give rank= to include it"
+        )
+
+
+def _own_factors(chosen: Sequence[Adapter], layers: Layers) -> dict[str, Factors]:
+    """The factors of LoRAs as they are. Raises CheckpointError for a method that is more than two factors."""
+    _check_scales(chosen)
+    factors = {}
+    for path, (site, *others) in layers.items():
+        cfg: Any = site.cfg
+        if others or cfg.variant not in _PLAIN or set(site.specs) - {"lora_A", "lora_B"} or site.positions is not None:
             raise CheckpointError(
-                f"{path}: {sites[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
-                f"  keep it as our file (lora_lite.save), or merge it"
+                f"{path}: per_expert is for one LoRA of two factors, and here is {cfg.variant!r}\n"
+                f"  give rank= to write what it changes as a plain LoRA"
             )
-        dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
-        a, b = (factor.to(dtype) for factor in _factors(change, rank, energy))  # (r, i), (o, r)
-        # From the factors as they are written: rounding counts as error, too.
-        norms[path] = change.distance(a, b), change.norm()
-        tensors |= written_at(root, layers, sites[0], {"lora_A": a, "lora_B": b})
-        ranks[path] = (len(a), float(len(a)))  # alpha = r: a scaling of 1
+        a, b = (site.tensor(name).detach() for name in ("lora_A", "lora_B"))
+        factors[path] = Factors(a, b, float(cfg.scaling * cfg.r))  # servers don't know rsLoRA's scaling of experts
+    return factors
+
+
+def _plain(root: nn.Module, layers: Layers, factors: Mapping[str, Factors], **fields: Any) -> Written:
+    tensors: dict[str, Tensor] = {}
+    for path, (site, *_) in layers.items():
+        tensors |= written_at(root, layers, site, {"lora_A": factors[path].a, "lora_B": factors[path].b})
+    ranks = {path: (pair.rank, pair.alpha) for path, pair in factors.items()}
+    return tensors, lora.settings_of(root, layers, ranks, **fields)
+
+
+def _low_rank(
+    layers: Layers, rank: int | None, energy: float | None, max_error: float | None
+) -> tuple[dict[str, Factors], float]:
+    """The factors of what the adapters change, and the greatest relative error of a layer. Raises CheckpointError."""
+    factors, norms = {}, {}  # by path
+    for path, sites in layers.items():
+        factors[path], norms[path] = _factors_of(path, sites, rank, energy)
     errors = {path: rest / size if size else 0.0 for path, (rest, size) in norms.items()}
     worst = max(errors, key=lambda path: errors[path])
     rest, size = (math.hypot(*values) for values in zip(*norms.values(), strict=True))  # of all layers
     overall = rest / size if size else 0.0
-    low, high = min(ranks.values())[0], max(ranks.values())[0]
+    low, high = (f(pair.rank for pair in factors.values()) for f in (min, max))
     form = f"rank {rank}" if energy is None else f"rank {low} to {high}, with {energy:g} of the energy at each layer"
     line = f"as a LoRA of {form}: relative error {overall:.1e} overall, {errors[worst]:.1e} at worst ({worst})"
     logger.info(line)
@@ -191,8 +223,33 @@ def _low_rank(
         raise CheckpointError(
             f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank or energy"
         )
-    settings = lora.settings_of(root, layers, ranks, use_rslora=False, lora_dropout=0.0, use_dora=False)
-    return tensors, settings, errors[worst]
+    return factors, errors[worst]
+
+
+def _factors_of(
+    path: str, sites: Sequence[Site], rank: int | None, energy: float | None
+) -> tuple[Factors, tuple[float, float]]:
+    """The factors of what a layer's adapters change, and (‖W' - W - B A‖, ‖W' - W‖). Raises CheckpointError."""
+    dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
+    is_stack = sites[0].base.kind.category == "experts"
+    pairs, norms = [], []
+    for expert in range(sites[0].base.experts) if is_stack else [None]:
+        # Where the change is a product itself, as a LoRA's, no matrix of the layer's size is made.
+        change = added_change(sites, expert) or Change(None, *delta_weight(sites, expert))
+        if change.shift is not None and change.shift.any():
+            raise CheckpointError(
+                f"{path}: {sites[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
+                f"  keep it as our file (lora_lite.save), or merge it"
+            )
+        a, b = (factor.to(dtype) for factor in _factors(change, rank, energy))  # (r, i), (o, r)
+        # From the factors as they are written: rounding counts as error, too.
+        norms.append((change.distance(a, b), change.norm()))
+        pairs.append((a, b))
+    rest, size = (math.hypot(*values) for values in zip(*norms, strict=True))
+    r = max(len(a) for a, _ in pairs)  # experts may need less: zeros fill them up
+    filled = [(F.pad(a, (0, 0, 0, r - len(a))), F.pad(b, (0, r - len(a)))) for a, b in pairs]
+    a, b = (torch.stack(side) if is_stack else side[0] for side in zip(*filled, strict=True))
+    return Factors(a, b, float(r)), (rest, size)  # alpha = r: a scaling of 1
 
 
 def _factors(change: Change, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
@@ -202,7 +259,9 @@ def _factors(change: Change, rank: int | None, energy: float | None) -> tuple[Te
     svd = change.svd()
     if rank is None:
         return balanced_factors(svd, energy_rank(svd[1], energy or 1.0))
-    return balanced_factors(svd, min(rank, len(svd[1])))
+    a, b = balanced_factors(svd, min(rank, len(svd[1])))
+    empty = min(rank, len(b), a.shape[1]) - len(a)  # one rank at all layers: some servers know no other
+    return F.pad(a, (0, 0, 0, empty)), F.pad(b, (0, empty))
 
 
 def _as_peft_reads(root: nn.Module, tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:

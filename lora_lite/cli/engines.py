@@ -1,0 +1,259 @@
+"""The rules by which engines that serve adapters refuse one, each a row with its source, and the command that helps.
+
+A row stands for an error of the engine, or for a wrong result without one. Sources are of October 2026; versions that a
+row isn't true of are named.
+"""
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Literal, get_args
+
+from ..io.peft.beside import VARIANTS as WHOLE
+from ..io.peft.save import is_written
+from .served import PLAIN, Served, ServedLayer, read_served
+
+Engine = Literal["vllm", "sglang", "llama.cpp", "mlx", "peft"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank (vllm/config/lora.py), 16 by default
+STARTS = ("pissa", "olora", "corda", "lora_ga", "milora")  # a LoRA less its start: exact at twice the rank
+APPROXIMATE = 64  # a rank to try, of what no rank holds
+# What SGLang's LoRA knows, by the names of checkpoints: python/sglang/srt/lora/utils.py, get_normalized_target_modules
+# and _KNOWN_LORA_TARGET_MODULES; w1, w2, w3 of experts: lora.py, _rename_expert_w_to_proj.
+# fmt: off
+SGLANG_NAMES = {
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "gate_up_proj",
+    "down_proj", "w1", "w2", "w3", "embed_tokens", "vocab_emb", "embeddings", "word_embeddings", "lm_head", "output",
+    "unembed_tokens", "q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "fused_qkv_a_proj_with_mqa",
+    "in_proj", "in_proj_qkvz", "in_proj_qkv", "in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z", "wq_b", "wk",
+    "weights_proj", "fc1_latent_proj", "fc2_latent_proj", "qkvr", "wo_ud",
+}
+# fmt: on
+
+
+class Cure(Enum):
+    """The conversion after which an engine takes an adapter."""
+
+    FOLDER = "a PEFT folder"
+    PER_EXPERT = "a PEFT folder by the names of checkpoints"
+    SAME_RANK = "a plain LoRA of its own rank"
+    TWICE_THE_RANK = "a plain LoRA of twice its rank"
+    SOME_RANK = "merge it, or a plain LoRA that is near it"
+    MERGE = "merge it"
+    NONE = "nothing"
+
+
+Finds = Callable[[Served], list[str]]  # the layers that the rule is about, or "all of it"
+ALL = ["all of it"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    engines: tuple[Engine, ...]
+    says: str
+    finds: Finds
+    cure: Cure
+
+
+def _layers(test: Callable[[ServedLayer], bool]) -> Finds:
+    return lambda adapter: [layer.path for layer in adapter.layers if test(layer)]
+
+
+def _other_than_most(value: Callable[[ServedLayer], float]) -> Finds:
+    """The layers with another value than the first LoRA."""
+
+    def finds(adapter: Served) -> list[str]:
+        loras = [layer for layer in adapter.layers if layer.method in PLAIN]
+        return [layer.path for layer in loras if abs(value(layer) - value(loras[0])) > 1e-9 * abs(value(loras[0]))]
+
+    return finds
+
+
+def _is_other_method(layer: ServedLayer) -> bool:
+    known = (*PLAIN, *STARTS, *WHOLE, "dora", "whole")
+    return layer.method not in known and layer.in_weight and not layer.is_start_lost
+
+
+def _without_partners(adapter: Served) -> list[str]:
+    """The attentions of which q_proj, or v_proj beside it, is missing."""
+    blocks: dict[str, set[str]] = {}
+    for layer in adapter.layers:
+        blocks.setdefault(layer.path.rpartition(".")[0], set()).add(layer.name)
+    sets = {block: names & {"q_proj", "k_proj", "v_proj"} for block, names in blocks.items()}
+    return [block for block, names in sets.items() if names and not {"q_proj", "v_proj"} <= names]
+
+
+def _unnamed(adapter: Served) -> list[str]:
+    """The layers of a folder that target_modules doesn't name by their last names."""
+    if not isinstance(adapter.target_modules, list):
+        return []
+    names = {str(name).rpartition(".")[2] for name in adapter.target_modules}
+    return [layer.path for layer in adapter.layers if layer.method in PLAIN and layer.name not in names]
+
+
+def _is_regex(adapter: Served) -> list[str]:
+    text = adapter.target_modules
+    return ALL if isinstance(text, str) and text not in ("all", "all-linear") else []
+
+
+LORA_SERVERS: tuple[Engine, ...] = ("vllm", "sglang", "llama.cpp")
+RULES = (
+    # vllm/lora/lora_model.py; sglang/srt/lora/lora_config.py; llama.cpp's convert_lora_to_gguf.py; peft/config.py
+    Rule((*LORA_SERVERS, "peft"), "it reads PEFT folders", lambda a: [] if a.is_folder else ALL, Cure.FOLDER),
+    # mlx_lm/tuner/utils.py, load_adapters: adapters.safetensors with A and B transposed, one rank and scale for all
+    Rule(("mlx",), "it reads a format of its own, adapters.safetensors", lambda a: ALL, Cure.MERGE),
+    # vllm/lora/peft_helper.py ("DoRA"); sglang's lora.py has no magnitude; convert_lora_to_gguf.py: "Unexpected name"
+    Rule(LORA_SERVERS, "it has no DoRA", _layers(lambda x: x.method == "dora"), Cure.SOME_RANK),
+    # A and B are relative to a base that the start wrote (peft/tuners/lora/layer.py, pissa_init), and no server looks
+    Rule(LORA_SERVERS, "its start is no part of the base", _layers(lambda x: x.method in STARTS), Cure.TWICE_THE_RANK),
+    # the same, of a start that only a base in PEFT's memory went with (docs/limits.md)
+    Rule(
+        (*LORA_SERVERS, "mlx"),
+        "what its start took out of the base is in no file",
+        _layers(lambda x: x.is_start_lost),
+        Cure.NONE,
+    ),
+    # peft_helper.py wants r and lora_alpha; lora.py asserts peft_type; convert_lora_to_gguf.py: "Unexpected name"
+    Rule(LORA_SERVERS, "it has no such method", _layers(_is_other_method), Cure.SOME_RANK),
+    # peft/mapping.py has no such peft_type
+    Rule(
+        ("peft",),
+        "it has no such method",
+        lambda a: [x.path for x in a.layers if not (a.is_folder or is_written(x.method) or x.method in STARTS)],
+        Cure.SOME_RANK,
+    ),
+    Rule(
+        ("peft",),
+        "it has such a start by writing the base",
+        lambda a: [x.path for x in a.layers if x.method in STARTS and not a.is_folder],
+        Cure.TWICE_THE_RANK,
+    ),
+    # peft_helper.py: "modules_to_save being None", vllm #9280; llama.cpp #11554; sglang's lora.py knows no such key
+    Rule(LORA_SERVERS, "it takes no whole tensors", _layers(lambda x: x.method in (*WHOLE, "whole")), Cure.MERGE),
+    # peft_helper.py: "Adapter bias is not supported"; convert_lora_to_gguf.py: "Unexpected name"; none in sglang
+    Rule(LORA_SERVERS, "it has no bias of a LoRA", _layers(lambda x: x.has_bias), Cure.MERGE),
+    # vllm #19710 was closed, sglang #16942 is open: the setting is dropped, and the adapter on everywhere
+    Rule(("vllm", "sglang", "mlx"), "it acts on all tokens", _layers(lambda x: x.at_positions), Cure.NONE),
+    # convert_lora_to_gguf.py writes alora_invocation_tokens of a LoRA, llama.cpp #15327; PEFT has aLoRA
+    Rule(
+        ("llama.cpp", "peft"),
+        "it acts on all tokens",
+        _layers(lambda x: x.at_positions and x.method != "lora"),
+        Cure.NONE,
+    ),
+    # an update of the residual stream or a vector is in no weight, and so in no LoRA
+    Rule(
+        ("vllm", "sglang", "llama.cpp", "peft", "mlx"),
+        "no weight holds it",
+        _layers(lambda x: not (x.in_weight or x.at_positions)),
+        Cure.NONE,
+    ),
+    # sglang #40835 (open): alpha / r whatever use_rslora says; llama.cpp's get_scale (src/llama-adapter.h) as well
+    Rule(("sglang", "llama.cpp"), "it scales by alpha / r, not rsLoRA", _layers(lambda x: x.rslora), Cure.SAME_RANK),
+    # vllm #55545: rsLoRA of experts was scaled by alpha / r up to September 2026
+    Rule(
+        ("vllm",),
+        "it scaled experts by alpha / r, not rsLoRA",
+        _layers(lambda x: x.rslora and (x.is_fused or ".experts." in x.path)),
+        Cure.SAME_RANK,
+    ),
+    # PEFT's format has no scale beside alpha / r
+    Rule((*LORA_SERVERS, "peft"), "it has no scale of ours", lambda a: [] if a.scale == 1 else ALL, Cure.SAME_RANK),
+    # peft_helper.py: vllm_lora_scaling_factor is one, of r and lora_alpha
+    Rule(("vllm",), "it has one alpha / r for all layers", _other_than_most(lambda x: x.scaling), Cure.SAME_RANK),
+    # lora_config.py: rank_overrides, alpha_overrides, for its admission to refuse
+    Rule(("sglang",), "it has one r for all layers", _other_than_most(lambda x: x.rank), Cure.SAME_RANK),
+    # the same; convert_lora_to_gguf.py writes lora_alpha alone, and ranks are the tensors'
+    Rule(
+        ("sglang", "llama.cpp"), "it has one alpha for all layers", _other_than_most(lambda x: x.alpha), Cure.SAME_RANK
+    ),
+    # vllm/config/lora.py, MaxLoRARanks
+    Rule(("vllm",), f"its ranks end at {VLLM_RANKS[-1]}", _layers(lambda x: x.rank > VLLM_RANKS[-1]), Cure.MERGE),
+    # lora_model.py: an expert's module by its number (models with is_3d_moe_weight, as gpt-oss, read them fused);
+    # sglang's lora.py, _ROUTED_EXPERT_PATTERN; llama.cpp's convert_hf_to_gguf.py stacks experts by their numbers
+    Rule(LORA_SERVERS, "it reads experts one by one", _layers(lambda x: x.is_fused), Cure.PER_EXPERT),
+    # vllm/lora/layers: linear layers, embeddings, heads; so are sglang's layers.py and llama.cpp's build_lora_mm
+    Rule(LORA_SERVERS, "it has no convolutions", _layers(lambda x: x.is_conv), Cure.MERGE),
+    # sglang/srt/lora/utils.py, get_normalized_target_modules: "Only 'all' or 'all-linear' can be used as the string"
+    Rule(("sglang",), "it takes no regex as target_modules", _is_regex, Cure.PER_EXPERT),
+    # the same: what isn't named there is left out of its buffers
+    Rule(("sglang",), "target_modules must name them", _unnamed, Cure.PER_EXPERT),
+    # _KNOWN_LORA_TARGET_MODULES; of a fused block the names are gate_proj and so on
+    Rule(
+        ("sglang",),
+        "it doesn't know layers of that name",
+        _layers(lambda x: x.method in PLAIN and not x.is_fused and x.name not in SGLANG_NAMES),
+        Cure.MERGE,
+    ),
+    # sglang/srt/lora/lora.py, normalize_qkv_proj: k_proj alone may be missing
+    Rule(("sglang",), "it wants q_proj and v_proj together", _without_partners, Cure.MERGE),
+)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """A rule that refuses an adapter, and the layers that it is about."""
+
+    says: str
+    layers: list[str]
+    cure: Cure
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of an engine to an adapter; `commands` each make one that it takes, the exact one first."""
+
+    path: Path
+    engine: Engine
+    reasons: list[Reason]
+    commands: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_taken(self) -> bool:
+        return not self.reasons
+
+    def to_json(self) -> Mapping[str, object]:
+        reasons = [{"says": r.says, "layers": r.layers, "cure": r.cure.value} for r in self.reasons]
+        fields = {"path": str(self.path), "engine": self.engine, "taken": self.is_taken, "reasons": reasons}
+        return fields | {"commands": self.commands, "notes": self.notes}
+
+
+def verdict(path: Path, engine: Engine) -> Verdict:
+    """Ask each rule of an engine. Raises CheckpointError for what is no adapter."""
+    adapter = read_served(path)
+    checks = ((rule, rule.finds(adapter)) for rule in RULES if engine in rule.engines)
+    reasons = [Reason(rule.says, layers, rule.cure) for rule, layers in checks if layers]
+    commands = list(_commands(adapter, {reason.cure for reason in reasons}))
+    return Verdict(path, engine, reasons, commands, [] if reasons else list(_notes(adapter, engine)))
+
+
+def _commands(adapter: Served, cures: set[Cure]) -> Iterator[str]:
+    if not cures or Cure.NONE in cures:
+        return
+    path = shlex.quote(str(adapter.path))
+    if cures & {Cure.MERGE, Cure.SOME_RANK}:
+        yield f"lora-lite merge BASE {path} MERGED"
+    if Cure.MERGE in cures:
+        return
+    ranks = {Cure.SAME_RANK: adapter.rank, Cure.TWICE_THE_RANK: 2 * adapter.rank, Cure.SOME_RANK: APPROXIMATE}
+    wanted = [ranks[cure] for cure in cures & ranks.keys()]
+    # Where a layer has no more directions, the LoRA would have another rank than the others' there.
+    rank = min(max(wanted), adapter.side or max(wanted)) if wanted else None
+    options = ["" if rank is None else f" --rank {rank}", " --per-expert" * (Cure.PER_EXPERT in cures)]
+    yield f"lora-lite convert {path} FOLDER --base BASE{''.join(options)}"
+
+
+def _notes(adapter: Served, engine: Engine) -> Iterator[str]:
+    """Options to start a server with, and questions that the adapter alone doesn't answer."""
+    if engine == "vllm":
+        yield f"start it with --enable-lora --max-lora-rank {next(r for r in VLLM_RANKS if r >= adapter.rank)}"
+    if engine == "llama.cpp":
+        yield "python convert_lora_to_gguf.py FOLDER --base BASE makes its file"
+    heads = [layer.path for layer in adapter.layers if layer.name == "lm_head"]
+    if engine == "llama.cpp" and heads:  # convert_lora_to_gguf.py: "ignored in base model", llama.cpp #9065
+        yield "lm_head: it refuses one that is tied to the embedding"
+    if engine == "vllm" and {"lm_head", "embed_tokens"} & {layer.name for layer in adapter.layers}:
+        yield "lm_head, embed_tokens: models with embedding_modules alone"  # vllm/lora/utils.py
