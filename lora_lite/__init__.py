@@ -8,12 +8,13 @@ from .compose.combine import Combined, combine
 from .compose.history import Round, drop_round, freeze_into, history
 from .compose.history_variant import HistoryConfig
 from .compose.rows import rows
-from .core.adapter import Adapter, adapters, disabled, scaled
+from .core.adapter import Adapter, adapters
 from .core.attach import attach, detach
 from .core.config import AdapterConfig, BaseConfig
 from .core.idle import bring_back, unload_to
 from .core.layer import Layer
 from .core.plan import Plan, plan
+from .core.scaled import disabled, scaled
 from .core.targets import Target
 from .core.variant import REGISTRY, ParamSpec, Variant, config_for, register
 from .errors import *

@@ -22,8 +22,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from .base.layer import find_layers
 from .base.still import still
-from .core.adapter import adapters, get_adapter, scaled
+from .core.adapter import adapters, get_adapter
 from .core.ran import grouped
+from .core.scaled import scaled
 from .core.state import session_of
 from .core.variant import config_for
 from .errors import CheckpointError, TargetError, brief

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ..base.layer import find_layers
 from ..core.adapt import adapt_input, adapt_output
-from ..core.adapter import Adapter, adapters, get_adapter, scaled
+from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import detach, installed, reinstalled
 from ..core.effective import Affine, in_order, random_rows
 from ..core.layer import WEIGHTS, Layer
 from ..core.names import file_key
 from ..core.resolve import attachable, make_sites
+from ..core.scaled import scaled
 from ..core.state import Method, Site, check_unmerged, session_of, sites_at
 from ..core.validate import is_name, is_number
 from ..core.variant import LowRank, lookup

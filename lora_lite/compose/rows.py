@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from ..core.adapter import check_in_use
 from ..core.row_block import block_of_rows
+from ..core.scaled import check_in_use
 from ..core.state import check_unmerged, session_of
 from ..errors import ConfigError, TargetError
 
@@ -41,12 +42,13 @@ def rows(model: nn.Module, names: Sequence[str | None], tokens: Tensor | None = 
         raise TargetError(f"no adapter {unknown[0]!r} on this {type(model).__name__}\n  attached: {attached}")
     check_in_use(session.adapters[name] for name in set(names) if name is not None)
     if tokens is not None:
-        is_index = tokens.ndim == 2 and not (tokens.is_floating_point() or tokens.is_complex())
+        is_index = tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
         if not is_index or tokens.numel() == 0 or not 0 <= int(tokens.min()) <= int(tokens.max()) < len(names):
             problem = f"tokens: got {tokens.dtype} of {tuple(tokens.shape)}"
             raise ConfigError(f"{problem}, wanted (b, t) indices of the {len(names)} names")
     with ExitStack() as undo:
-        batch = undo.enter_context(block_of_rows(root, session, len(names), None if tokens is None else tokens.clone()))
+        labels = None if tokens is None else tokens.detach().cpu().clone()  # theirs may change within the block
+        batch = undo.enter_context(block_of_rows(root, session, len(names), labels))
         for state in session.adapters.values():
             if state.on is not None:
                 raise ConfigError("a block of `rows` inside of another\n  give all rows their names in one")

@@ -5,8 +5,7 @@ adapter, and the model that `attach` was given keeps a `Session`. The handle hol
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
@@ -21,11 +20,10 @@ from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
 from .names import check_shapes
-from .row_block import block_of_rows
+from .scaled import check_in_use, finite_scale, scaled
 from .shared import Shared
-from .state import AdapterState, Method, Site, check_unmerged, session_at, session_of, sites_of
+from .state import AdapterState, Method, Site, check_unmerged, not_attached, session_at, session_of, sites_of
 from .targets import Target
-from .validate import is_number
 from .variant import ParamSpec, Variant, check_takes_data, lookup
 
 
@@ -100,7 +98,7 @@ class Adapter:
             raise ConfigError(
                 f"adapter {self.name!r}: each row has a scale of its own\n  leave the block of `scaled` first"
             )
-        self._state.set_scale(_finite(c))
+        self._state.set_scale(finite_scale(c))
 
     def configure(self, *, calibration_data: Any = None, **changes: Any) -> None:
         """Change config fields that the method can follow while attached (its `live` ones), at once and on all layers
@@ -292,7 +290,7 @@ class Adapter:
     def _state(self) -> AdapterState:
         state = session_at(self._model).adapters.get(self.name)  # asked each time: it may be detached meanwhile
         if state is None:
-            raise TargetError(_not_attached(self.name, self._model))
+            raise TargetError(not_attached(self.name, self._model))
         return state
 
     def __repr__(self) -> str:
@@ -317,53 +315,8 @@ def get_adapter(model: nn.Module, name: str) -> Adapter:
     """The adapter of that name. Raises TargetError."""
     root, session = session_of(model)
     if name not in session.adapters:
-        raise TargetError(_not_attached(name, model))
+        raise TargetError(not_attached(name, model))
     return Adapter(root, name)
-
-
-@contextmanager
-def scaled(model: nn.Module, c: float | int | Sequence[float | int], name: str | None = None) -> Iterator[None]:
-    """Within the block, the coefficient of one adapter (or of all) is c; afterwards what it was, on error too.
-
-    A backward may come after the block: what gradient checkpointing runs again then, it runs at the c of the forward
-    (not where a compiled module stands inside of an eager checkpoint: call backward inside the block there). Where that
-    can't be known, with several threads or a checkpoint inside of a reentrant one, it raises ConfigError.
-
-    c       a number, or one for each row of the batch: a sweep of c is one forward. `rows` says what holds of rows
-
-    Raises:
-        ConfigError: unless c is finite; in a call with another number of rows.
-        TargetError: for an unknown name, or an adapter that is merged; where rows can't be told apart.
-    """
-    each = tuple(map(_finite, c)) if isinstance(c, Sequence) and not isinstance(c, str) else None
-    one = _finite(c) if each is None else 0.0
-    root, session = session_of(model)
-    states = [state for state in session.adapters.values() if name in (None, state.name)]
-    if name is not None and not states:
-        raise TargetError(_not_attached(name, model))
-    if any(state.merged for state in states):
-        check_unmerged(session, "change the scale")
-    if name is not None:
-        check_in_use(states)
-    with ExitStack() as undo:
-        if each is not None:
-            if not each:
-                raise ConfigError("no scales: wanted one for each row of the batch")
-            batch = undo.enter_context(block_of_rows(root, session, len(each)))
-        for state in states:
-            if each is None:
-                if state.row_scales is not None:  # the inner block counts
-                    undo.callback(state.set_rows, *state.set_rows(state.batch, state.on, None))
-                before: tuple[Any, ...] = state.set_scale(one)
-                undo.callback(state.set_scale, *before)
-            else:
-                undo.callback(state.set_rows, *state.set_rows(batch, state.on, each))
-        yield
-
-
-def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """Within the block, the model is its base, bit for bit."""
-    return scaled(model, 0.0)
 
 
 def _use(method: Method, cfg: Any) -> None:
@@ -390,20 +343,3 @@ def _goes(method: Method, place: Site | Shared, name: str, spec: ParamSpec, resu
     for part in again if isinstance(place, Site) and place.stacked else [again]:
         spec.fill(part)
     return not torch.equal(tensor, again)
-
-
-def check_in_use(states: Iterable[AdapterState]) -> None:
-    """TargetError for an adapter that is unloaded, and so does nothing."""
-    if unloaded := [state.name for state in states if state.unloaded]:
-        raise TargetError(f"adapter {unloaded[0]!r} is unloaded\n  use lora_lite.bring_back(model, {unloaded[0]!r})")
-
-
-def _finite(c: Any) -> float:
-    if not is_number(c):
-        raise ConfigError(f"scale {c!r}: wanted a finite number; 0 is the base, 1 the method as trained")
-    return float(c)
-
-
-def _not_attached(name: str, model: nn.Module) -> str:
-    attached = ", ".join(session_of(model)[1].adapters) or "none"
-    return f"no adapter {name!r} on this {type(model).__name__}\n  attached: {attached}; attach or load it first"

@@ -16,13 +16,14 @@ from ..base.fingerprint import base_record
 from ..base.probe import check_gradients
 from ..errors import CheckpointError, ConfigError, TargetError, VariantError
 from .adapted_weight import take_back
-from .adapter import Adapter, adapters, check_in_use, get_adapter, scaled
+from .adapter import Adapter, adapters, get_adapter
 from .config import BaseConfig
 from .hooks import register_hooks
 from .names import TIES
 from .positions import watch
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_configs, resolve
 from .room import empty_room, with_room
+from .scaled import check_in_use, scaled
 from .shared import Shared
 from .state import (
     AdapterState,
@@ -168,9 +169,10 @@ def installed(
         undo.callback(_forget, root, session, name)
         session.add(state)
         session.keep_at(root)
-        session.changes.append(change)
-        undo.callback(_undo, session, change)
-        change.make()
+        if freeze:
+            session.changes.append(change)
+            undo.callback(_undo, session, change)
+            change.make()
         # Each undo is noted before its step, so that a failure within the step is undone as well.
         for site in state.sites:
             undo.callback(uninstall, site.module, site.slot)

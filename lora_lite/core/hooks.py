@@ -82,6 +82,10 @@ def _called(module: nn.Module, slot: str) -> tuple[Site, Scale | None]:
     else:
         site.ran = True  # a graph can't note it: a mutation inside of a compiled checkpoint breaks the graph
         scale = state.plain if state.changes is None else state.scale_of_call()
+        if scale.rows is not None and scale.rows.batch.groups:  # one row's scale, in a module that runs group by group
+            group = scale.rows.batch.running_group()
+            if id(scale.rows) in group and not site.through_weight:
+                return site, None if state.merged else scale.rows.of_group(group)
     return site, None if state.merged or scale.is_zero else scale
 
 
@@ -196,7 +200,7 @@ def _put_weight(slot: str, reader: nn.Module, module: nn.Module, holder: nn.Modu
         site.ran = ran
         if not scale.rows.batch.is_split(site.path, reader):
             return  # the forward that follows runs once for each group of rows
-        scale = scale.rows.of_group(reader)
+        scale = scale.rows.of_group(scale.rows.batch.running_group())
     at_weight = (s for s in sites_of(module).values() if s.through_weight and bool(s.base.ties) >= is_tied)
     is_first = site is next(other for other in at_weight if other.base.kind.weight == site.base.kind.weight)
     if is_dynamo_compiling():

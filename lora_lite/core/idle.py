@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import TargetError
+from ..errors import ConfigError, TargetError
 from .adapter import get_adapter
 from .attach import forget_graphs
 from .exchange import reorder
@@ -19,8 +19,11 @@ def unload_to(model: nn.Module, device: torch.device | str, names: str | Sequenc
     device and no time. They stay attached, at no layer at work, until `bring_back`; `save` writes them as before.
 
     Raises:
-        TargetError: for an unknown name, an adapter that is merged or sharded.
+        ConfigError: for the meta device.
+        TargetError: for an unknown name, an adapter that is merged or sharded, and within a block of `rows`.
     """
+    if torch.device(device).type == "meta":
+        raise ConfigError("unload_to('meta') would lose the numbers\n  give a device that has memory, such as 'cpu'")
     states = _states(model, names, "unload")
     for state in states:
         _move(state, torch.device(device))
@@ -66,8 +69,14 @@ def _move(state: AdapterState, device: torch.device | None) -> None:
     for method in state.methods:
         for site in method.sites:
             for _, tensor in site.tensors():
-                tensor.data = tensor.data.to(site.base.stored.device if device is None else device)
+                _to(tensor, site.base.stored.device if device is None else device)
             site.memo.clear()
         if method.shared is not None:
             for _, tensor in method.shared.tensors():
-                tensor.data = tensor.data.to(method.sites[0].base.stored.device if device is None else device)
+                _to(tensor, method.sites[0].base.stored.device if device is None else device)
+
+
+def _to(tensor: Tensor, device: torch.device) -> None:
+    gradient, tensor.grad = tensor.grad, None
+    tensor.data = tensor.data.to(device)
+    tensor.grad = None if gradient is None else gradient.to(device)

@@ -45,9 +45,9 @@ def has_at_most(methods: Sequence[Method], rank: int) -> bool:
 
 
 def padded(
-    methods: Sequence[Method], tensors: Tensors, max_rank: int, scaling: float = 1.0
+    methods: Sequence[Method], tensors: Tensors, max_rank: int, alpha: float | None = None
 ) -> tuple[Method, dict[str, Tensor]]:
-    """A file's LoRA with zeros up to this rank, and this scaling at all layers: what differs from it goes into B.
+    """A file's LoRA with zeros up to this rank, and this alpha at all layers: what the scaling differs by goes into B.
 
     Raises:
         ConfigError: for another method, or a larger rank.
@@ -60,17 +60,17 @@ def padded(
             f"max_rank={max_rank!r}: {', '.join(others)} differ by layer, and room has one for all layers"
         )
     rank = max(site.cfg.r for site in method.sites) if method.cfg.variant == "lora" else 0
-    plain = replace(method.cfg, r=rank, alpha=scaling * rank, rslora=False, per_layer={}) if rank else method.cfg
-    cfg = with_room(plain, max_rank)
+    plain = replace(method.cfg, r=rank, alpha=None, rslora=False, per_layer={}) if rank else method.cfg
+    cfg = replace(with_room(plain, max_rank), alpha=alpha or float(max_rank))
     room = Method(cfg, [make_site(site.target, site.base, cfg, {}) for site in method.sites])
     values: dict[str, Tensor] = {}
     for site in method.sites:
         a, b = (tensors[site.key(name)].to(cfg.dtype) for name in ("lora_A", "lora_B"))
-        empty = max_rank - site.cfg.r
+        empty, factor = max_rank - site.cfg.r, site.cfg.scaling / cfg.scaling
         values[site.key("lora_A")] = F.pad(a, (0, 0, 0, empty))  # (*experts, r, i)
-        values[site.key("lora_B")] = F.pad(b * (site.cfg.scaling / scaling), (0, empty))  # (*experts, o, r)
+        values[site.key("lora_B")] = F.pad(b * factor, (0, empty))  # (*experts, o, r)
         if cfg.bias:
-            values[site.key("lora_bias")] = tensors[site.key("lora_bias")].to(cfg.dtype) * (site.cfg.scaling / scaling)
+            values[site.key("lora_bias")] = tensors[site.key("lora_bias")].to(cfg.dtype) * factor
     number_sites([room])
     return room, values
 

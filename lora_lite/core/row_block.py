@@ -136,24 +136,42 @@ def _by_group(
         if not batch.readers:  # a copy of the model that was made within the block
             reader.__dict__.pop("forward", None)
         return forward(*args, **kwargs)
+    around = batch.running_group()  # of a module that this one is in
+    if adapters and all(id(rows) in around for rows in adapters):
+        return _run(batch, reader, forward, uses, around, args, kwargs)
     parts, path = Parts(batch, list(zip(*(rows.keys for rows in adapters), strict=True))), uses[0][0].path
     call = inspect.signature(forward).bind(*args, **kwargs)
     given = {name: _split(path, reader, name, value, parts) for name, value in call.arguments.items()}
-    group, results = (get_ident(), id(reader)), []
+    results = []
     for i, (key, n) in enumerate(zip(parts.groups, parts.order(_device(call.arguments))[0], strict=True)):
         if not n:  # a label that no token has
             continue
         call.arguments.update({name: values[i] for name, values in given.items()})
-        batch.groups[group] = {id(rows): c for rows, c in zip(adapters, key, strict=True)}
-        try:
-            for _, put, _ in uses:
-                put(reader, call.args)
-            results.append(forward(*call.args, **call.kwargs))
-        finally:
-            for _, _, take in uses:
-                take(reader, call.args, None)
-            del batch.groups[group]
+        group = {id(rows): c for rows, c in zip(adapters, key, strict=True)}
+        results.append(_run(batch, reader, forward, uses, group, call.args, call.kwargs))
     return _join(path, reader, results, parts)
+
+
+def _run(
+    batch: Batch,
+    reader: nn.Module,
+    forward: Callable[..., Any],
+    uses: Uses,
+    group: Mapping[int, float],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """The forward on the rows of a group, with the weights that its adapters make."""
+    running = (get_ident(), id(reader))
+    batch.groups[running] = group
+    try:
+        for _, put, _ in uses:
+            put(reader, args)
+        return forward(*args, **kwargs)
+    finally:
+        for _, _, take in uses:
+            take(reader, args, None)
+        del batch.groups[running]
 
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:
@@ -199,6 +217,11 @@ def _join(path: str, reader: nn.Module, results: Sequence[Any], parts: Parts, na
     if first is None:
         return None
     if isinstance(first, Tensor):
+        if not first.ndim:
+            raise TargetError(
+                f"{path}: its weight is read by a {type(reader).__name__} that gives one number for all rows\n"
+                f"  leave this layer out with exclude_names, or run the adapters one after the other"
+            )
         axis, sizes = _axis(reader, name), [n for n in parts.order(first.device)[0] if n]
         each = [y.movedim(axis, 0).unflatten(0, (n, -1)) for y, n in zip(results, sizes, strict=True)]
         return parts.join(each).flatten(0, 1).movedim(0, axis)

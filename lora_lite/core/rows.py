@@ -5,7 +5,7 @@ each row, or of each label where tokens are labelled. A method runs on the rows 
 batch of these alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
 from typing import Any
 
@@ -26,7 +26,7 @@ class Batch:
         self.calls: dict[int, tuple[int, set[int]]] = {}  # by thread: the rows of the running call, their lengths
         self.generating: set[int] = set()  # threads in `generate`, which may repeat the rows
         self.readers: set[int] = set()  # modules whose forward runs once for each group of rows
-        self.groups: dict[tuple[int, int], dict[int, float]] = {}  # by thread and such a module: each adapter's scale
+        self.groups: dict[tuple[int, int], Mapping[int, float]] = {}  # by thread and such a module: scales
         self.version = 0  # of the scales of its rows
         self.products: dict[int, Any] = {}  # by layer, what core/mixed.py remembers
 
@@ -82,6 +82,11 @@ class Batch:
             f"{path}: the block in which each row had its own adapter is over\n"
             f"  gradient checkpointing: call backward inside of it"
         )
+
+    def running_group(self) -> Mapping[int, float]:
+        """The scales of the rows that a module which reads an adapted weight runs on in this thread; none elsewhere."""
+        thread = get_ident()
+        return next((scales for (running, _), scales in self.groups.items() if running == thread), {})
 
     def check(self, n: int, shape: Sequence[int]) -> None:
         """ConfigError unless a call with n rows, or with these tokens, is of this batch."""
@@ -149,9 +154,9 @@ class Rows(Parts):
     def is_zero(self) -> bool:
         return self.groups.keys() <= {0.0}
 
-    def of_group(self, reader: nn.Module) -> Scale | None:
-        """The scale of the rows that this module is called with; None for 0."""
-        c = self.batch.groups[get_ident(), id(reader)][id(self)]
+    def of_group(self, group: Mapping[int, float]) -> Scale | None:
+        """The scale of a group's rows; None for 0."""
+        c = group[id(self)]
         return Scale(c, False, c == 1) if c else None
 
     def run(self, path: str, method: Callable[..., Tensor], old: Float[Tensor, "*b d"], *others: Tensor) -> Tensor:

@@ -380,6 +380,11 @@ def session_at(root: nn.Module) -> Session:
     return cast(Session, root.__dict__.get(SESSION) or Session())
 
 
+def not_attached(name: str, model: nn.Module) -> str:
+    attached = ", ".join(session_of(model)[1].adapters) or "none"
+    return f"no adapter {name!r} on this {type(model).__name__}\n  attached: {attached}; attach or load it first"
+
+
 def check_unmerged(session: Session, action: str) -> None:
     """TargetError while adapters are merged: their effect is in the weights, so nothing would change it. And where each
     row has its own."""

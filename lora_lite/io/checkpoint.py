@@ -15,7 +15,7 @@ from torch import nn
 from ..base import sharding
 from ..base.fingerprint import BaseRecord, other_base, same_base, tell_other_base
 from ..base.layer import on_all_channels
-from ..core.adapter import Adapter, adapters, check_in_use, get_adapter
+from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import installed
 from ..core.config import BaseConfig, to_json
 from ..core.exchange import replaced
@@ -23,6 +23,7 @@ from ..core.names import check_shapes
 from ..core.ran import uncalled
 from ..core.resolve import attachable, make_sites
 from ..core.room import has_at_most, padded, takes
+from ..core.scaled import check_in_use
 from ..core.state import Method, Site, number_sites, session_at, session_of
 from ..core.variant import ParamSpec, Variant, lookup
 from ..errors import CheckpointError, ConfigError, brief
@@ -118,7 +119,8 @@ def load(
         raise ConfigError(f"{header.path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")
 
     with _attached(root, file := checked(header), name, replace, max_rank) as (adapter, recorded):
-        if not same_base(recorded, adapter.base_record):
+        # Of the file's layers: an adapter with room may have more.
+        if not same_base(recorded, adapter.base_record.at(recorded.fingerprint)):
             reads = any(site.base_weight != "unused" for site in adapter.sites())
             message = other_base(str(file.path), recorded, adapter.base_record)
             tell_other_base(message, adapter.variant, reads, verify_base)
@@ -156,8 +158,8 @@ def _attached(
     room = max_rank if known is None or max_rank is not None else known.max_rank
     if room is not None and (max_rank is not None or has_at_most(methods, room)):
         has_room = known is not None and known.max_rank == room
-        scaling = known.methods[0].cfg.scaling if known is not None and has_room else 1.0
-        method, tensors = padded(methods, tensors, room, scaling)
+        alpha = known.methods[0].cfg.alpha if known is not None and has_room else None
+        method, tensors = padded(methods, tensors, room, alpha)
         methods, by_path = [method], [dict(zip(by_path[0], method.sites, strict=True))]
         if known is not None and has_room and takes(known, method):
             _fill(root, file, by_path[0], name, tensors)

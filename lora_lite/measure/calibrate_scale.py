@@ -9,7 +9,8 @@ from typing import Any
 from loguru import logger
 from torch import Tensor, nn
 
-from ..core.adapter import adapters, get_adapter, scaled
+from ..core.adapter import adapters, get_adapter
+from ..core.scaled import scaled
 from ..core.validate import is_number
 from ..errors import ConfigError
 from .batches import Positions, check_several

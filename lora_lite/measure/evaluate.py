@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..base.still import still
-from ..core.adapter import adapters, scaled
+from ..core.adapter import adapters
+from ..core.scaled import scaled
 from ..errors import BaseModelError, ConfigError, TargetError
 from .base_cache import MEMO_BYTES, remembered
 from .batches import Positions, inputs_of, select

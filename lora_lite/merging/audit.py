@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..base.still import still
-from ..core.adapter import disabled
+from ..core.scaled import disabled
 from ..core.state import session_of
 from ..measure.audit import Audit, Batch, numbers_in, outputs, parts_taken, unchanged
 from .in_memory import merged as merged_weights

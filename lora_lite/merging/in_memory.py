@@ -15,9 +15,10 @@ from ..base.affine import check_affine
 from ..base.layer import BaseLayer
 from ..base.still import full_precision
 from ..base.storage import Storage
-from ..core.adapter import Adapter, adapters, check_in_use, get_adapter
+from ..core.adapter import Adapter, adapters, get_adapter
 from ..core.attach import detach, uninstall
 from ..core.effective import in_order
+from ..core.scaled import check_in_use
 from ..core.state import Session, Site, check_unmerged, session_of, sites_at, sites_of
 from ..errors import ConfigError, QuantizedWeightError, TargetError
 from ..measure.calls import check_called, check_choice

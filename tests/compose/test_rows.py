@@ -12,7 +12,7 @@ import torch
 from models import BUT_THREE, attach, config, is_trained, moe, perturb, quantized_llama, tiny_llama
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import lora_lite as ll
 
@@ -255,6 +255,33 @@ def test_gradients_through_weights(kind: str) -> None:
         same(kind, got[key], tensor.grad)
 
 
+def test_a_module_that_reads_a_weight_and_calls_a_layer() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.out = nn.Parameter(torch.randn(8, 16)), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(nn.functional.linear(x, self.matrix).tanh())
+
+    model = two(Both().double(), "lora", target_names=(), kinds=("linear", "matrix"), dtype=torch.float64)
+    wanted = one_by_one(model, {"x": X})
+    with ll.rows(model, NAMES):
+        torch.testing.assert_close(output(model, {"x": X}), wanted, **EXACT)
+
+
+@torch.no_grad()
+def test_mamba_whose_mixer_reads_weights_and_calls_layers() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "use_cache": False}
+    torch.manual_seed(0)
+    mamba = MambaForCausalLM(MambaConfig(**sizes)).double().eval()
+    model, x = two(mamba, target_names="_proj$", dtype=torch.float64), {"input_ids": ROWS}
+    assert any(site.through_weight for site in ll.adapters(model)["a"].sites())
+    wanted = one_by_one(model, x)
+    with ll.rows(model, NAMES):
+        torch.testing.assert_close(output(model, x), wanted, **EXACT)
+
+
 # ---- generate ---------------------------------------------------------------------------------------
 
 
@@ -374,6 +401,50 @@ def test_an_inner_block_counts_and_unloaded_adapters_have_no_part() -> None:
         torch.testing.assert_close(output(model, x), wanted, **EXACT)
 
 
+def test_learned_positions_are_no_rows() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(30, 16), nn.Embedding(10, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tokens(x) + self.places(torch.arange(x.shape[1]))
+
+    model = two(Positions().double(), target_names="places", kinds=("embedding",), dtype=torch.float64)
+    with ll.rows(model, NAMES), pytest.raises(ll.TargetError, match=r"a tensor of \(4,\), in which rows can't be told"):
+        model(ROWS[:, :4])
+
+
+def test_labels_at_a_layer_that_sees_time_first_are_refused() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x.transpose(0, 1)).transpose(0, 1)
+
+    model, labels = two(Turned().double(), target_names=(), dtype=torch.float64), torch.zeros(4, 7, dtype=torch.int64)
+    match = r"wanted hidden states of 4 x 7 tokens, got \(7, 4\)"
+    with ll.rows(model, ["a"], labels), pytest.raises(ll.TargetError, match=match):
+        model(X)
+
+
+@torch.no_grad()
+def test_autocast_rounds_no_sum() -> None:
+    class Wide(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    model, x = two(Chain(Wide(16, 8)), target_names=()), {"x": X.float()}
+    with torch.autocast("cpu", torch.bfloat16):
+        with ll.disabled(model):
+            base = output(model, x)
+        with ll.rows(model, NAMES):
+            assert torch.equal(output(model, x)[1], base[1])
+
+
 @torch.no_grad()
 def test_dropout_follows_the_mode_of_the_layer() -> None:
     model, x = two(small(), dtype=torch.float64, dropout=0.5), {"input_ids": ROWS}
@@ -429,6 +500,10 @@ def test_a_copy_that_is_made_within_a_block_is_in_none() -> None:
             copies += [pickle.loads(pickle.dumps(model))] if kind == "bare" else []
         for other in copies:
             assert torch.equal(output(other, x), wanted)
+            with torch.no_grad():
+                alone_by_row = one_by_one(other, x)
+                with ll.rows(other, NAMES):
+                    torch.testing.assert_close(output(other, x), alone_by_row, **EXACT)
             if kind == "block":
                 assert torch.equal(other.generate(ROWS, max_new_tokens=2), model.generate(ROWS, max_new_tokens=2))
             assert len(other._forward_pre_hooks) == len(model._forward_pre_hooks)
@@ -459,11 +534,19 @@ def test_another_thread_may_call_the_model_within_the_block() -> None:
 def test_an_error_in_the_block_ends_it() -> None:
     model, x = on_kind("mixtral")
     wanted = output(model, x)
-    keys = {path: module.__dict__.keys() for path, module in model.named_modules()}
-    with pytest.raises(KeyError), ll.rows(model, NAMES):
-        raise KeyError
-    assert torch.equal(output(model, x), wanted)
-    assert keys == {path: module.__dict__.keys() for path, module in model.named_modules()}
+
+    def places() -> dict[str, Any]:
+        modules = model.named_modules()
+        return {path: (list(m.__dict__), list(m._forward_hooks), list(m._forward_pre_hooks)) for path, m in modules}
+
+    before = places()
+    for runs in (False, True):
+        with pytest.raises(KeyError), ll.rows(model, NAMES):
+            if runs:
+                output(model, x)
+            raise KeyError
+        assert torch.equal(output(model, x), wanted)
+        assert places() == before
 
 
 # ---- errors -----------------------------------------------------------------------------------------
@@ -566,9 +649,12 @@ def test_rows_that_can_not_be_told_apart_are_refused() -> None:
             self.matrix = nn.Parameter(torch.randn(8, 16, dtype=torch.float64))
 
         def forward(self, x: Tensor, others: Any) -> Tensor:
-            return nn.functional.linear(x, self.matrix)
+            y = nn.functional.linear(x, self.matrix)
+            return y if others is not None else (y, y.sum())
 
     model = two(Reads(), target_names=(), kinds=("matrix",), dtype=torch.float64)
+    with ll.rows(model, NAMES), pytest.raises(ll.TargetError, match="a Reads that gives one number for all rows"):
+        model(X, None)
     for others, got in (((X,), "a tuple"), (X[:3], r"a tensor of \(3, 7, 16\)")):
         with ll.rows(model, NAMES), pytest.raises(ll.TargetError, match=f"whose argument 'others' is {got}"):
             model(X, others)

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import BUT_THREE, IDS, attach, config, is_trained, moe, perturb, tiny_llama
+from models import BUT_THREE, IDS, attach, config, is_trained, keep, moe, perturb, tiny_llama
 from test_laws import logits, same_snapshot, snapshot
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.core import exchange
+from lora_lite.core.state import session_at
 from lora_lite.errors import CheckpointError
 
 VARIANTS = [variant for variant in sorted(ll.REGISTRY) if is_trained(variant)]
@@ -93,8 +95,7 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch:
 
     def unchanged() -> None:
         assert torch.equal(logits(model), wanted)
-        after = snapshot(model)
-        after["hooks"] = before["hooks"] = None
+        assert same_snapshot(snapshot(model), before)
         assert all(
             a is b for (_, a), (_, b) in zip(tensors, ll.adapters(model)["default"].named_tensors(), strict=True)
         )
@@ -121,6 +122,41 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch:
     unchanged()
 
 
+def test_an_interrupt_while_the_old_one_is_taken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "b", "dora")
+    model = small()
+    perturb(ll.attach(model, config("lora")), 0.2)
+    before, wanted, calls, uninstall = snapshot(model), logits(model), [], exchange.uninstall
+
+    def interrupted(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        uninstall(*args)
+
+    monkeypatch.setattr(exchange, "uninstall", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ll.load(model, tmp_path / "b", replace=True)
+    assert torch.equal(logits(model), wanted)
+    assert same_snapshot(snapshot(model), before)
+
+
+def test_a_history_comes_first_in_any_place_and_merges_as_it_acts(tmp_path: Path) -> None:
+    model = small()
+    keep(model, "lora", 0.7)
+    ll.save(model, tmp_path / "history", "history")
+    model = small()
+    perturb(ll.attach(model, config("dora"), "x"), 0.3, 3)
+    perturb(ll.attach(model, config("lora", r=2), "h"), 0.2, 4)
+    for _ in range(2):
+        ll.load(model, tmp_path / "history", "h", replace=True)
+    assert [adapter.leads for adapter in ll.adapters(model).values()] == [True, False]
+    assert len(session_at(model).changes) == 2  # of two attaches
+    wanted = logits(model)
+    ll.merge(model)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
 # ---- room -----------------------------------------------------------------------------------------
 
 FILES: list[tuple[dict[str, Any], str]] = [
@@ -132,10 +168,10 @@ FILES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("way", ["attach", "load"])
-def test_a_lora_with_room_takes_others_into_its_tensors(way: str, tmp_path: Path) -> None:
+def test_a_lora_with_room_takes_others_into_its_tensors(way: str, tmp_path: Path, log: list[str]) -> None:
     model = small()
     if way == "attach":
-        ll.attach(model, config("lora", r=4, alpha=2.0), max_rank=8)
+        ll.attach(model, config("lora", r=2, alpha=1.0, rslora=True), max_rank=8)
     else:
         saved(tmp_path / "first")
         ll.load(model, tmp_path / "first", max_rank=8)
@@ -151,6 +187,7 @@ def test_a_lora_with_room_takes_others_into_its_tensors(way: str, tmp_path: Path
         other = small()
         ll.load(other, tmp_path / "again")
         assert torch.equal(logits(other), logits(model))
+    assert not [line for line in log if "another base" in line]
     wanted = saved(tmp_path / "large", r=9)
     ll.load(model, tmp_path / "large", replace=True)  # it doesn't fit
     assert torch.equal(logits(model), wanted)
@@ -251,6 +288,39 @@ def test_unloaded_adapters_have_no_part_and_come_back(variant: str) -> None:
         assert torch.equal(logits(each), both)
     assert all(x is y for (_, x), (_, y) in zip(tensors, ll.adapters(model)["a"].named_tensors(), strict=True))
     assert all(torch.equal(t, ll.adapters(model)["a"].state_dict()[key]) for key, t in state.items())
+
+
+def test_unloaded_gradients_stay_and_watches_come_once() -> None:
+    model = small()
+    adapter = ll.attach(model, ll.LoRAConfig(r=2, invocation_tokens=[3]), "a")
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in adapter.parameters()]
+    ll.unload_to(model, "cpu", "a")
+    for _ in range(2):
+        ll.bring_back(model, "a")
+    assert len(model._forward_pre_hooks) == 1
+    pairs = zip(gradients, adapter.parameters(), strict=True)
+    assert all(torch.equal(g, p.grad) for g, p in pairs if g is not None and p.grad is not None)
+    with pytest.raises(ll.ConfigError, match=r"would lose the numbers"):
+        ll.unload_to(model, "meta", "a")
+
+
+def test_an_unloaded_history_takes_no_round_and_no_values(tmp_path: Path) -> None:
+    model = small()
+    for seed in (1, 2):
+        keep(model, "lora", 0.7, seed=seed, r=seed)
+    perturb(ll.attach(model, config("lora", r=2), "new"), 0.2)
+    ll.save(model, tmp_path / "new", "new")
+    ll.unload_to(model, "cpu", ["history", "new"])
+    before = {key: t.clone() for key, t in ll.adapters(model)["new"].state_dict().items()}
+    label = ll.history(model)[0].label
+    for action in (lambda: ll.drop_round(model, label), lambda: ll.restore(model, tmp_path / "new", "new")):
+        with pytest.raises(ll.TargetError, match="is unloaded"):
+            action()
+    ll.bring_back(model, "new")
+    with pytest.raises(ll.TargetError, match="adapter 'history' is unloaded"):
+        ll.freeze_into(model, "new")
+    assert all(torch.equal(t, before[key]) for key, t in ll.adapters(model)["new"].state_dict().items())
 
 
 def test_an_unloaded_adapter_can_not_be_asked_for(tmp_path: Path) -> None:
