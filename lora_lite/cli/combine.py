@@ -71,7 +71,10 @@ def _stand_in(adapters: Sequence[StoredAdapter]) -> nn.Module:
                 module.add_module(parent, nn.Module())
             module = module.get_submodule(parent)
         layer = nn.Linear(target.d_in, target.d_out, target.has_bias, device="meta").to_empty(device="cpu")
-        # Zeros that take no memory: nobody reads them, as each change was found to be the same for any weight.
+        # Zeros: the weight's take no memory, as each change was found to be the same for any weight; of a bias, which
+        # shifts are told from, they are read.
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
         layer.weight = nn.Parameter(torch.zeros(()).expand(target.d_out, target.d_in), requires_grad=False)
         module.add_module(name, layer)
     return root

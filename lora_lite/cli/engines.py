@@ -62,18 +62,20 @@ def _layers(test: Callable[[ServedLayer], bool]) -> Finds:
 
 
 def _other_than_most(value: Callable[[ServedLayer], float]) -> Finds:
-    """The layers with another value than the first LoRA."""
+    """The layers with another value than the folder's settings say, which is all that a server reads; of a file of
+    ours, than the first LoRA."""
 
     def finds(adapter: Served) -> list[str]:
         loras = [layer for layer in adapter.layers if layer.method in PLAIN]
-        return [layer.path for layer in loras if abs(value(layer) - value(loras[0])) > 1e-9 * abs(value(loras[0]))]
+        one = [value(adapter.stated or layer) for layer in loras[:1]]
+        return [layer.path for layer in loras if abs(value(layer) - one[0]) > 1e-9 * abs(one[0])]
 
     return finds
 
 
 def _is_other_method(layer: ServedLayer) -> bool:
     known = (*PLAIN, *STARTS, *WHOLE, "dora", "whole")
-    return layer.method not in known and layer.in_weight and not layer.is_start_lost
+    return layer.method not in known and layer.in_weight and not (layer.is_start_lost or layer.is_norm)
 
 
 def _without_partners(adapter: Served) -> list[str]:
@@ -83,6 +85,11 @@ def _without_partners(adapter: Served) -> list[str]:
         blocks.setdefault(layer.path.rpartition(".")[0], set()).add(layer.name)
     sets = {block: names & {"q_proj", "k_proj", "v_proj"} for block, names in blocks.items()}
     return [block for block, names in sets.items() if names and not {"q_proj", "v_proj"} <= names]
+
+
+def _ranks_above(adapter: Served) -> list[str]:
+    stated = ALL if adapter.stated and adapter.stated.rank > VLLM_RANKS[-1] else []
+    return [layer.path for layer in adapter.layers if layer.rank > VLLM_RANKS[-1]] or stated
 
 
 def _unnamed(adapter: Served) -> list[str]:
@@ -117,6 +124,8 @@ RULES = (
     ),
     # peft_helper.py wants r and lora_alpha; lora.py asserts peft_type; convert_lora_to_gguf.py: "Unexpected name"
     Rule(LORA_SERVERS, "it has no such method", _layers(_is_other_method), Cure.SOME_RANK),
+    # no LoRA is a change of a norm's vector
+    Rule(LORA_SERVERS, "it has no norms", _layers(lambda x: x.is_norm and x.method not in WHOLE), Cure.MERGE),
     # peft/mapping.py has no such peft_type
     Rule(
         ("peft",),
@@ -170,7 +179,7 @@ RULES = (
         ("sglang", "llama.cpp"), "it has one alpha for all layers", _other_than_most(lambda x: x.alpha), Cure.SAME_RANK
     ),
     # vllm/config/lora.py, MaxLoRARanks
-    Rule(("vllm",), f"its ranks end at {VLLM_RANKS[-1]}", _layers(lambda x: x.rank > VLLM_RANKS[-1]), Cure.MERGE),
+    Rule(("vllm",), f"its ranks end at {VLLM_RANKS[-1]}", _ranks_above, Cure.MERGE),
     # lora_model.py: an expert's module by its number (models with is_3d_moe_weight, as gpt-oss, read them fused);
     # sglang's lora.py, _ROUTED_EXPERT_PATTERN; llama.cpp's convert_hf_to_gguf.py stacks experts by their numbers
     Rule(LORA_SERVERS, "it reads experts one by one", _layers(lambda x: x.is_fused), Cure.PER_EXPERT),
@@ -226,22 +235,24 @@ def verdict(path: Path, engine: Engine) -> Verdict:
     adapter = read_served(path)
     checks = ((rule, rule.finds(adapter)) for rule in RULES if engine in rule.engines)
     reasons = [Reason(rule.says, layers, rule.cure) for rule, layers in checks if layers]
-    commands = list(_commands(adapter, {reason.cure for reason in reasons}))
+    commands = list(_commands(adapter, engine, {reason.cure for reason in reasons}))
     return Verdict(path, engine, reasons, commands, [] if reasons else list(_notes(adapter, engine)))
 
 
-def _commands(adapter: Served, cures: set[Cure]) -> Iterator[str]:
+def _commands(adapter: Served, engine: Engine, cures: set[Cure]) -> Iterator[str]:
     if not cures or Cure.NONE in cures:
         return
+    if Cure.PER_EXPERT in cures and any(layer.method == "orthogonal" for layer in adapter.layers):
+        cures = cures | {Cure.SAME_RANK}  # which is more than two factors
+    ranks = {Cure.SAME_RANK: adapter.rank, Cure.TWICE_THE_RANK: 2 * adapter.rank, Cure.SOME_RANK: APPROXIMATE}
+    rank = max((ranks[cure] for cure in cures & ranks.keys()), default=None)
+    if engine == "vllm" and (rank or 0) > VLLM_RANKS[-1]:
+        cures = cures | {Cure.MERGE}
     path = shlex.quote(str(adapter.path))
     if cures & {Cure.MERGE, Cure.SOME_RANK}:
         yield f"lora-lite merge BASE {path} MERGED"
     if Cure.MERGE in cures:
         return
-    ranks = {Cure.SAME_RANK: adapter.rank, Cure.TWICE_THE_RANK: 2 * adapter.rank, Cure.SOME_RANK: APPROXIMATE}
-    wanted = [ranks[cure] for cure in cures & ranks.keys()]
-    # Where a layer has no more directions, the LoRA would have another rank than the others' there.
-    rank = min(max(wanted), adapter.side or max(wanted)) if wanted else None
     options = ["" if rank is None else f" --rank {rank}", " --per-expert" * (Cure.PER_EXPERT in cures)]
     yield f"lora-lite convert {path} FOLDER --base BASE{''.join(options)}"
 
@@ -249,7 +260,8 @@ def _commands(adapter: Served, cures: set[Cure]) -> Iterator[str]:
 def _notes(adapter: Served, engine: Engine) -> Iterator[str]:
     """Options to start a server with, and questions that the adapter alone doesn't answer."""
     if engine == "vllm":
-        yield f"start it with --enable-lora --max-lora-rank {next(r for r in VLLM_RANKS if r >= adapter.rank)}"
+        rank = max(adapter.rank, adapter.stated.rank if adapter.stated else 0)
+        yield f"start it with --enable-lora --max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)}"
     if engine == "llama.cpp":
         yield "python convert_lora_to_gguf.py FOLDER --base BASE makes its file"
     heads = [layer.path for layer in adapter.layers if layer.name == "lm_head"]

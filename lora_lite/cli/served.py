@@ -1,7 +1,7 @@
 """An adapter on disk as a server sees it: its layers, with the fields and names that engines take or refuse."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ class ServedLayer:
 
     path: str
     method: str  # our variant, or PEFT's name of what is none of ours; "whole" for new values of the base's tensors
-    side: int = 0  # the lesser of its two sizes, which no rank need exceed; 0 where no tensor tells
     rank: int = 0
     alpha: float = 0.0
     rslora: bool = False
     has_bias: bool = False  # LoRA's own
     is_fused: bool = False  # the experts of a block in one tensor
     is_conv: bool = False
+    is_norm: bool = False
     at_positions: bool = False  # acts at some tokens alone
     in_weight: bool = True  # could a weight hold it?
     is_start_lost: bool = False  # relative to a base that is in no file
@@ -57,16 +57,12 @@ class Served:
     layers: list[ServedLayer]
     scale: float = 1.0
     target_modules: Any = None  # of a folder: names, or a regex
+    stated: ServedLayer | None = None  # of a folder of LoRAs: r and lora_alpha of its settings, without patterns
 
     @property
     def rank(self) -> int:
         """The greatest rank of a layer."""
         return max((layer.rank for layer in self.layers), default=0)
-
-    @property
-    def side(self) -> int | None:
-        """The greatest rank that all its layers can have, as far as their tensors tell."""
-        return min((layer.side for layer in self.layers if layer.side), default=None)
 
 
 def read_served(path: Path) -> Served:
@@ -81,7 +77,12 @@ def read_served(path: Path) -> Served:
         return Served(path, False, [_of_ours(layer) for layer in stored.layers.values()], stored.scale)
     header, settings = read_header(path / WEIGHTS), read_json(path / CONFIG)
     source = PeftFolder(header, str(path / CONFIG), settings, {}, {})
-    return Served(path, True, _of_peft(source, header), target_modules=settings.get("target_modules"))
+    layers, target_modules = _of_peft(source, header), settings.get("target_modules")
+    if str(settings.get("peft_type")) != "LORA":
+        return Served(path, True, layers, target_modules=target_modules)
+    rank, alpha = (int(settings.get("r", 8)), float(settings.get("lora_alpha", 8)))  # PEFT's defaults
+    stated = ServedLayer("", "lora", rank=rank, alpha=alpha, rslora=flag_of(source, "use_rslora"))
+    return Served(path, True, layers, target_modules=target_modules, stated=stated)
 
 
 def _of_ours(layer: StoredLayer) -> ServedLayer:
@@ -91,13 +92,13 @@ def _of_ours(layer: StoredLayer) -> ServedLayer:
     return ServedLayer(
         layer.target.path,
         cfg.variant,
-        side=min(layer.target.d_in, layer.target.d_out),
         rank=rank,
         alpha=float(cfg.scaling * (math.sqrt(rank) if rslora else rank)) if cfg.variant in PLAIN else 0.0,
         rslora=rslora,
         has_bias="lora_bias" in layer.tensors,
         is_fused=layer.target.experts > 0,
-        is_conv="conv" in cfg.kinds,
+        is_conv=set(cfg.kinds) == {"conv"},  # of several kinds no tensor tells which: ask of its folder
+        is_norm=layer.target.is_diagonal,
         at_positions=at_positions,
         in_weight=not at_positions and "block" not in cfg.kinds and cfg.variant != "steer",
     )
@@ -120,7 +121,6 @@ def _of_peft(source: PeftFolder, header: Header) -> list[ServedLayer]:
         ServedLayer(
             path.removesuffix(".base_layer"),  # of the inner one of two tensors of a block
             method,
-            side=_side(shapes),
             rank=int(ranks[path]),
             alpha=alphas[path],
             rslora=flag_of(source, "use_rslora"),
@@ -140,12 +140,6 @@ def _method(source: PeftFolder) -> str:
     if flag_of(source, "use_dora"):
         return "dora"
     return "lora" if init in (*_AS_IT_IS, "false", "none") else init
-
-
-def _side(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """min(i, o) of A (r, i) and B (o, r), of experts (o, r experts)."""
-    a, b = (shapes.get(name, ()) for name in ("lora_A", "lora_B"))
-    return min(a[1], b[0]) if len(a) == len(b) == 2 else 0
 
 
 def _is_fused(path: str, parameters: Iterable[str]) -> bool:

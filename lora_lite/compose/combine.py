@@ -1,5 +1,6 @@
 """Several adapters as one: the weighted sum of what they change in the weights, exact or compressed or made sparse."""
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -95,9 +96,8 @@ def combine(
     base, layers = common_base(root, chosen), _layers(root, chosen)
     cfgs = [cfg for adapter in chosen for cfg in adapter.configs]
     dtype = reduce(torch.promote_types, (cfg.dtype for cfg in cfgs), torch.float32)
-    generator = torch.Generator().manual_seed(seed or 0)
     with torch.no_grad():
-        parts = {path: _part(sites, weights, recipe, generator, dtype) for path, sites in layers.items()}
+        parts = {path: _part(s, weights, recipe, _generator(seed or 0, path), dtype) for path, s in layers.items()}
     methods, tensors = _methods(layers, parts, dtype)
     with installed(root, methods, into, tensors) as adapter:
         adapter.set_base_record(base.at(adapter.targets))
@@ -180,6 +180,12 @@ def _part(
     return Part(parts[0].variant, tensors, *_norms(parts))
 
 
+def _generator(seed: int, path: str) -> torch.Generator:
+    """The random numbers of a layer: the same whatever other layers there are, and in which order."""
+    digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
 def _norms(parts: Sequence[Part]) -> tuple[float, float]:
     """‖error‖ and ‖change‖ of several matrices as one."""
     return math.hypot(*(part.error for part in parts)), math.hypot(*(part.norm for part in parts))
@@ -200,7 +206,7 @@ def _methods(
     for (variant, is_tied), paths in groups.items():
         fields: dict[str, Any] = {
             "target_names": f"^({'|'.join(map(re.escape, paths))})$",
-            "kinds": tuple(dict.fromkeys(sites[path].base.kind.category for path in paths)),
+            "kinds": tuple(dict.fromkeys(kind for path in paths for kind in _kinds(layers[path]))),
             "tied_weights": "together" if is_tied else "apart",
             "dtype": dtype,
         }
@@ -217,6 +223,13 @@ def _methods(
         methods.append(Method(cfg, make_sites(targets, cfg, overrides, asked=True)))
     tensors = {file_key(path, name): value for path, part in parts.items() for name, value in part.tensors.items()}
     return methods, tensors
+
+
+def _kinds(by_name: Sites) -> list[str]:
+    """The kind of a layer; of a module that stands in for a layer, what the adapters' configs say it may be."""
+    sites = [site for several in by_name.values() for site in several]
+    said = {kind for site in sites for kind in site.cfg.kinds} & {"conv", "embedding"}
+    return [sites[0].base.kind.category, *sorted(said)]
 
 
 class _Settings(NamedTuple):

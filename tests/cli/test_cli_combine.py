@@ -9,6 +9,7 @@ import torch
 from models import config, tiny_llama, trained
 from safetensors.torch import load_file
 from test_cli import peft_folder, run, saved, shown
+from torch import nn
 
 import lora_lite as ll
 from lora_lite.io.adapter_file import read_file
@@ -51,6 +52,55 @@ def test_files_are_combined_as_adapters_are(
     assert text == f"{out}: lora-lite file, {combined}\n"
     recorded, live = read_file(out).base, combined.adapter.base_record
     assert (recorded.class_name, recorded.fingerprint) == (live.class_name, live.fingerprint)
+
+
+@pytest.mark.parametrize("variant", ["beft", "bias", "steer", "lora", "full"])
+def test_a_shift_without_a_base_is_that_with_it(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer's own bias is in no sum, whatever is in memory that nobody has written to."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model, base = tiny_llama(bias=True), tmp_path / "base"
+        model.save_pretrained(base)
+        fields = {"target_roles": ("writer",), "target_names": ()} if variant == "steer" else {}
+        fields |= {"bias": {"kinds": ("linear",)}, "full": {"kinds": ("linear",)}, "lora": {"bias": True}}.get(
+            variant, {}
+        )
+        trained(model, variant, **fields)
+        ll.save(model, tmp_path / "a.safetensors")
+        outs = [tmp_path / "without.safetensors", tmp_path / "with.safetensors"]
+        for out, options in zip(outs, ([], ["--base", str(base)]), strict=True):
+            shown("combine", f"{tmp_path / 'a.safetensors'}=1.5", "--out", out, *options, columns=None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    got, wanted = map(load_file, outs)
+    assert got.keys() == wanted.keys()
+    for key, tensor in got.items():
+        torch.testing.assert_close(tensor, wanted[key], rtol=1e-5, atol=1e-7)
+    assert any("bias" in key or variant == "full" for key in got)
+
+
+def test_dare_draws_for_a_layer_what_it_draws_whatever_the_others_are(tmp_path: Path) -> None:
+    files = [saved(tmp_path, config("lora", target_names=n), seed=i) for i, n in enumerate((r"1\..*q_proj", "q_proj"))]
+    model, out = tiny_llama(), tmp_path / "out.safetensors"
+    for name, path in zip("ab", files, strict=True):
+        ll.load(model, path, name)
+    ll.combine(model, {"a": 1.0, "b": -0.5}, "both", how="dare", density=0.5, seed=1)
+    ll.save(model, tmp_path / "wanted.safetensors", "both")
+    options = ["--how=dare", "--density=0.5", "--seed=1"]
+    shown("combine", f"{files[0]}=1.0", f"{files[1]}=-0.5", "--out", out, *options, columns=None)
+    got, wanted = load_file(out), load_file(tmp_path / "wanted.safetensors")
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in got.items())
+
+
+def test_the_kinds_of_layers_without_a_base(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("conv", nn.Conv1d(3, 8, 3))
+    ll.attach(model, ll.LoRAConfig(r=2, kinds=("conv",), target_names=()))
+    ll.save(model, tmp_path / "a.safetensors")
+    shown("combine", f"{tmp_path / 'a.safetensors'}=2.0", "--out", tmp_path / "out.safetensors", columns=None)
+    ll.detach(model)
+    assert "conv" in ll.load(model, tmp_path / "out.safetensors").config.kinds
 
 
 def test_a_peft_folder_and_a_method_that_depends_on_the_weight_want_the_base(

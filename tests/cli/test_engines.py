@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
-from lora_lite.cli.engines import ENGINES, RULES, SGLANG_NAMES, verdict
+from lora_lite.cli.engines import ENGINES, RULES, SGLANG_NAMES, Cure, verdict
 from lora_lite.cli.served import read_served
 
 SERVERS = ("vllm", "sglang", "llama.cpp")
@@ -83,6 +83,7 @@ CASES: list[tuple[str, Any, dict[str, Any] | None, tuple[str, ...], str]] = [
         ("sglang", "llama.cpp"),
         r"it has one alpha for all layers: model.*v_proj",
     ),
+    ("llama", config("ia3", kinds=("norm",), target_names=()), None, SERVERS, r"it has no norms: model"),
     ("llama", lora(r=513, **Q_AND_V), {}, ("vllm",), r"its ranks end at 512: model"),
     ("qwen3", lora(**EXPERTS), {}, SERVERS, r"it reads experts one by one: model.layers.0.mlp.experts and 3 more"),
     ("mixtral", lora(**EXPERTS), None, SERVERS, r"it reads experts one by one: model"),
@@ -155,6 +156,9 @@ def test_what_a_rule_refuses_and_the_command_that_helps(
             assert done.exit_code == 0, done.stderr
             if "convert" in command:
                 assert words(goal, engine)[1] == 0
+                error = re.search(r"relative error at most (\S+) in a layer", done.stdout)
+                is_near = any(reason.cure is Cure.SOME_RANK for reason in answer.reasons)
+                assert error is None or is_near or float(error[1]) < 1e-5, command
             else:
                 assert (goal / "model.safetensors").is_file()
 
@@ -202,6 +206,55 @@ def test_a_lora_as_of_smollm2_is_taken_but_by_mlx(tmp_path: Path) -> None:
     assert "convert_lora_to_gguf.py FOLDER --base BASE" in lines["llama.cpp"][1]
     assert lines["mlx"][1] == "  -  it reads a format of its own, adapters.safetensors"
     assert re.sub(r"\s+", " ", " ".join(lines["mlx"][2:])).startswith("this helps: lora-lite merge BASE ")
+
+
+def test_a_server_reads_r_and_lora_alpha_alone(tmp_path: Path) -> None:
+    """Where no layer has what the settings say, patterns that agree with each other are no help."""
+    path = written(tiny_llama(), lora(r=8, alpha=16.0, **Q_AND_V), {}, tmp_path)
+    settings = json.loads((path / "adapter_config.json").read_text())
+    for field, value, pattern in (("lora_alpha", 8, "alpha_pattern"), ("r", 16, "rank_pattern")):
+        changed = settings | {field: value, pattern: {"q_proj": settings[field], "v_proj": settings[field]}}
+        (path / "adapter_config.json").write_text(json.dumps(changed))
+        for engine in ("vllm", "sglang"):
+            text, code = words(path, engine)
+            assert code == 1, text
+            assert "for all layers: model" in text
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    assert words(path, "vllm")[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "cfg", "commands"),
+    [
+        ("llama", lora(r=40, per_layer={"v_proj": {"r": 4}}, **Q_AND_V), ["--rank 40"]),  # more than a side of v_proj
+        ("llama", config("pissa", r=24, **Q_AND_V), ["--rank 48"]),
+        ("qwen3", config("orthogonal", r=4, **EXPERTS), ["--rank 4 --per-expert"]),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_the_command_is_exact_where_a_rank_is(kind: str, cfg: Any, commands: list[str], tmp_path: Path) -> None:
+    model, base = MODELS[kind](), tmp_path / "base"
+    model.save_pretrained(base)
+    path = written(model, cfg, None, tmp_path)
+    ll.adapters(model)["default"].scale = 0.5  # a scale of ours, so that a rank is asked for
+    ll.save(model, path)
+    for engine in ("vllm", "sglang"):
+        answer = verdict(path, engine)  # type: ignore[arg-type]
+        assert [c.partition("BASE ")[2] or c.partition("BASE")[2] for c in answer.commands] == commands
+        goal = tmp_path / engine
+        places = {"BASE": str(base), "FOLDER": str(goal)}
+        done = run(*(places.get(word, word) for word in shlex.split(answer.commands[0])[1:]))
+        assert float(re.search(r"at most (\S+) in a layer", done.stdout)[1]) < 1e-5  # type: ignore[index]
+        assert words(goal, engine)[1] == 0
+
+
+def test_a_rank_that_a_server_has_not_and_norms_are_merged(tmp_path: Path) -> None:
+    model = tiny_llama(hidden_size=512, num_attention_heads=8)
+    path = written(model, config("pissa", r=300, target_names="q_proj"), None, tmp_path)
+    assert [c.split()[1] for c in verdict(path, "vllm").commands] == ["merge"]
+    (tmp_path / "norms").mkdir()
+    path = written(tiny_llama(), config("ia3", kinds=("norm",), target_names=()), None, tmp_path / "norms")
+    assert [c.split()[1] for c in verdict(path, "vllm").commands] == ["merge"]
 
 
 def test_what_is_not_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
     "adalora": adalora.written,
 }
 
-_PLAIN = ("lora", "eva", "loftq", "orthogonal")  # that are two factors, at any layer
+_PLAIN = ("lora", "eva", "loftq")  # that are two factors, at any layer
 
 
 def save_peft(
@@ -61,9 +61,9 @@ def save_peft(
 
     name        one adapter, or several that make one of PEFT's: an ia3 and an ia3_ff on other layers
     rank        write what adapters of any kind, at their scales, change in the weights as a plain LoRA of this rank
-                (less where a layer has fewer directions), alpha = r: its SVD, in float32 at least. Exact where the
-                change has that rank: LoRA's r, 2r of PiSSA and other starts, abliteration's own in the modes none
-                and pre. The relative error ‖W' - W - B A‖/‖W' - W‖ is logged
+                at every layer (zeros where it has fewer directions), alpha = r: its SVD, in float32 at least. Exact
+                where the change has that rank: LoRA's r, 2r of PiSSA and other starts, abliteration's own in the modes
+                none and pre. The relative error ‖W' - W - B A‖/‖W' - W‖ is logged
     energy      in the place of a rank: at each layer the least one whose singular values hold this share of
                 ‖W' - W‖², Frobenius, such as 0.95. The relative error is then √(1 - energy) at most
     max_error   refuse a layer with a greater one, before anything is written
@@ -255,12 +255,11 @@ def _factors_of(
 def _factors(change: Change, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
     """The A and B with the least ‖W' - W - B A‖ of this rank, or of the least one that holds the energy."""
     if change.a is None and rank is not None:
-        return low_rank_factors(change.b, rank)
-    svd = change.svd()
-    if rank is None:
-        return balanced_factors(svd, energy_rank(svd[1], energy or 1.0))
-    a, b = balanced_factors(svd, min(rank, len(svd[1])))
-    empty = min(rank, len(b), a.shape[1]) - len(a)  # one rank at all layers: some servers know no other
+        a, b = low_rank_factors(change.b, rank)
+    else:
+        svd = change.svd()
+        a, b = balanced_factors(svd, energy_rank(svd[1], energy or 1.0) if rank is None else min(rank, len(svd[1])))
+    empty = 0 if rank is None else rank - len(a)  # of a small layer: servers know one rank for all
     return F.pad(a, (0, 0, 0, empty)), F.pad(b, (0, empty))
 
 
