@@ -119,7 +119,7 @@ def is_free(layer: StoredLayer) -> bool:
     site = stand_in(layer)
     try:
         for expert in _experts(target):
-            view = Layer(site.module, site, torch.float64, expert, {"training": False, "bias": None})
+            view = Layer(site.module, site, torch.float64, None, expert, {"training": False, "bias": None})
             if not torch.equal(adapt_input(view, x), x):
                 return False
             added, alone = adapt_output(view, x, y) - y, adapt_output(view, x, torch.zeros_like(y))

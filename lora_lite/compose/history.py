@@ -231,7 +231,7 @@ def _outcome(sites: Sequence[Site]) -> Tensor:
     """The output with adapters in this order for a few inputs, in float64; any linear map stands for the layer."""
     sites = in_order(sites)
     target, device = sites[0].target, sites[0].base.stored.device
-    views = [Layer(s.module, s, torch.float64, 0 if s.stacked else None, {"training": False}) for s in sites]
+    views = [Layer(s.module, s, torch.float64, None, 0 if s.stacked else None, {"training": False}) for s in sites]
     # Three inputs of one position, as a step of decoding has: some methods leave out positions by where they are.
     x, down, up = random_rows((3, 1, target.d_in), (target.d_in, 4), (4, target.d_out), device=device)
     for view in views:

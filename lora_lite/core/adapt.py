@@ -17,7 +17,7 @@ def adapt_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]
     if variant.forward_input is None or layer.is_off:
         return x
     new: Tensor = variant.forward_input(layer, x)  # (*b, i)
-    return new if variant.handles_scale or layer.is_whole else x + layer.scale * (new - x)
+    return new if variant.handles_scale or layer.is_whole else blended(layer.scale, new, x)
 
 
 def adapt_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
@@ -25,8 +25,13 @@ def adapt_output(layer: Layer, x: Float[Tensor, "*b d"], y: Float[Tensor, "*b o"
     variant: Any = REGISTRY.get(layer.cfg.variant) or lookup(layer.cfg.variant)
     if variant.forward is None or layer.is_off:
         return y
-    new: Tensor = variant.forward(layer, x, y)  # (*b, o); at c = 1 it is taken as it is, since a blend would round
-    return new if variant.handles_scale or layer.is_whole else y + layer.scale * (new - y)
+    new: Tensor = variant.forward(layer, x, y)  # (*b, o)
+    return new if variant.handles_scale or layer.is_whole else blended(layer.scale, new, y)
+
+
+def blended(c: Any, new: Float[Tensor, "*b d"], old: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """At c = 1 nobody asks: a blend would round."""
+    return old + c * (new - old)
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class Use:
         """The layer, or one of its experts, as the method sees it."""
         if not is_dynamo_compiling():  # a graph can't note it
             self.site.ran = True
-        return Layer(self.module, self.site, dtype, expert, {"bias": bias}, self.scale)
+        return Layer(self.module, self.site, dtype, self.scale, expert, {"bias": bias})
 
     def of_experts(self, dtype: torch.dtype) -> Callable[[int], Layer]:
         """As `view`, for many experts: each tensor is parted once, or the backward would add up stacks of zeros."""
@@ -91,7 +91,7 @@ class Use:
 
         def view(expert: int) -> Layer:
             shown = {"bias": None, **{name: tensors[expert] for name, tensors in parts.items()}}
-            return Layer(self.module, self.site, dtype, expert, shown, self.scale)
+            return Layer(self.module, self.site, dtype, self.scale, expert, shown)
 
         return view
 

@@ -95,7 +95,7 @@ def _added(site: Site, expert: int | None) -> Change | None:
     if variant.low_rank is Variant.low_rank or site.target.is_diagonal:
         return None
     # In eval mode: dropout is no part of what was learned. With the layer's bias, which a constant may depend on.
-    view = Layer(site.module, site, torch.float64, expert if site.stacked else None, {"training": False})
+    view = Layer(site.module, site, torch.float64, None, expert if site.stacked else None, {"training": False})
     factors = variant.low_rank(view)
     if factors is None or (form := LowRank(*factors)).gain is not None:
         return None

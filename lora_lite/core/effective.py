@@ -32,7 +32,7 @@ class Affine:
     ) -> None:
         def views(dtype: torch.dtype, **shown: Tensor | None) -> list[Layer]:
             instead = {"training": False, **shown}
-            return [Layer(s.module, s, dtype, expert if s.stacked else None, instead) for s in sites]
+            return [Layer(s.module, s, dtype, None, expert if s.stacked else None, instead) for s in sites]
 
         self.dtype, self.device = dtype, device
         self.d_in, self.d_out = sites[0].target.d_in, sites[0].target.d_out

@@ -18,22 +18,22 @@ from ..base.matrices import normalized
 from ..errors import TargetError
 from ..ops.recompute import recomputed
 from . import weight_products  # noqa: F401  the import registers its answers
-from .adapt import adapt_input, adapt_output
+from .adapt import adapt_input, adapt_output, blended
 from .adapted_weight import AdaptedWeight, Use, dense, put, take_back
-from .layer import Layer
+from .layer import NOTHING, Layer
 from .mixed import mixed
 from .names import SITES, TIES
 from .scale import Scale
 from .state import Site, sites_of
-from .variant import lookup
+from .variant import REGISTRY, lookup
 
-_NOTHING: Mapping[str, Any] = {}
 _LOCK = RLock()  # for the moments in which a weight is put in a parameter's place, or taken back: threads share modules
 
 
 def register_hooks(site: Site) -> None:
     """Register a site's hooks anew; those of an adapter that is first come before all others."""
     name, variant, handles = site.slot, lookup(site.cfg.variant), site.handles
+    site.as_they_are = tuple((name, site.attribute(name)) for name, spec in site.specs.items() if spec.keep_dtype)
     while handles:
         handles.pop().remove()
     if site.state.unloaded:
@@ -101,24 +101,26 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
     if x.dtype != y.dtype:  # x is never cast up: the layer's output says in which dtype it computes
         x = x.to(y.dtype)
     if scale.rows is None:  # here, and not in `_new_output`: of one token, a call is 1 % of the time
-        new = adapt_output(Layer(module, site, y.dtype, scale=scale), x, y)
+        variant: Any = REGISTRY.get(site.cfg.variant) or lookup(site.cfg.variant)  # .get: a call less
+        new = variant.forward(Layer(module, site, y.dtype, scale), x, y)
+        new = new if variant.handles_scale or scale.is_one else blended(scale.value, new, y)
     else:
         new = _new_output(module, site, scale, x, y)
     return new if site.positions is None else site.positions.choose(site.path, new, y)
 
 
 def _new_output(
-    module: nn.Module, site: Site, scale: Scale, x: Tensor, y: Tensor, instead: Mapping[str, Any] = _NOTHING
+    module: nn.Module, site: Site, scale: Scale, x: Tensor, y: Tensor, instead: Mapping[str, Any] = NOTHING
 ) -> Tensor:
     """The output as the adapter makes it; where rows have scales of their own, on the rows of each scale."""
     if scale.rows is None:
-        return adapt_output(Layer(module, site, y.dtype, instead=instead, scale=scale), x, y)
+        return adapt_output(Layer(module, site, y.dtype, scale, instead=instead), x, y)
     new: Tensor | None = mixed(module, site, scale.rows, x, y)
     if new is not None:
         return new
 
     def method(c: Scale, y: Tensor, x: Tensor) -> Tensor:
-        return adapt_output(Layer(module, site, y.dtype, instead=instead, scale=c), x, y)
+        return adapt_output(Layer(module, site, y.dtype, c, instead=instead), x, y)
 
     out: Tensor = scale.rows.run(site.path, method, y, x)
     return out
@@ -138,7 +140,7 @@ def _norm_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict
         return normalized(module, tensors[0], again[: len(args)], named).to(y.dtype)  # (*b, d)
 
     # Of some rows alone, it isn't made again in the backward.
-    instead = _NOTHING if scale.rows else {"normalised": (normalised, tensors)}
+    instead = NOTHING if scale.rows else {"normalised": (normalised, tensors)}
     new = _new_output(module, site, scale, recomputed(normalised, *tensors), y, instead)
     return new if site.positions is None else site.positions.choose(site.path, new, y)
 
@@ -149,9 +151,9 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
         return None
     x = args[0] if args else next(iter(kwargs.values()))  # (*b, d_in)
     if scale.rows is None:
-        new = adapt_input(Layer(module, site, x.dtype, scale=scale), x)
+        new = adapt_input(Layer(module, site, x.dtype, scale), x)
     else:
-        new = scale.rows.run(site.path, lambda c, x: adapt_input(Layer(module, site, x.dtype, scale=c), x), x)
+        new = scale.rows.run(site.path, lambda c, x: adapt_input(Layer(module, site, x.dtype, c), x), x)
     new = new if site.positions is None else site.positions.choose(site.path, new, x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 

@@ -16,7 +16,7 @@ from ..ops.recompute import recomputed
 from .scale import Scale
 from .state import Site
 
-_NOTHING: Mapping[str, Any] = {}  # one for all views: a call makes no dict
+NOTHING: Mapping[str, Any] = {}  # one for all views: a call makes no dict
 
 
 class Layer:
@@ -42,23 +42,33 @@ class Layer:
 
     cfg: Any
     _site: Site
+    _expert: int | None = None
+    _instead: Mapping[str, Any] = NOTHING
+    _scale: Scale | None = None
+    _prefix: str = ""
 
     def __init__(
         self,
         module: nn.Module,
         site: Site,
         dtype: torch.dtype | None = None,
-        expert: int | None = None,
-        instead: Mapping[str, Any] = _NOTHING,
         scale: Scale | None = None,
+        expert: int | None = None,
+        instead: Mapping[str, Any] = NOTHING,
         prefix: str = "",
         cfg: Any = None,
     ) -> None:
         fields = self.__dict__  # one by one: a view is made at every call of every layer
-        fields["_module"], fields["_site"], fields["_dtype"], fields["_expert"] = module, site, dtype, expert
-        fields["_instead"], fields["_scale"], fields["_prefix"] = instead, scale, prefix
+        fields["_module"], fields["_site"], fields["_dtype"] = module, site, dtype
+        if expert is not None or instead is not NOTHING or prefix:
+            fields["_expert"], fields["_instead"], fields["_prefix"] = expert, instead, prefix
+        elif scale is not None:
+            parameters = module._parameters
+            for name, attribute in site.as_they_are:  # at hand for this call: `__getattr__` takes ten times as long
+                if (tensor := parameters.get(attribute)) is not None:
+                    fields[name] = tensor
         if scale is not None:  # the view of one call; any other sees what `configure` changes
-            fields["cfg"] = site.cfg if cfg is None else cfg
+            fields["_scale"], fields["cfg"] = scale, site.cfg if cfg is None else cfg
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -236,7 +246,7 @@ class Layer:
         scale, shown = self._scale or self._site.state.scale_of_call(), {**self._instead, "training": False}
         # In this order: a graph that has asked whether the scale is 1 is made again when it changes.
         scale = Scale(scale.value * factor, factor == 0 or scale.is_zero, factor == 1 and scale.is_one)
-        return Layer(self._module, self._site, self._dtype, self._expert, shown, scale, prefix, cfg)
+        return Layer(self._module, self._site, self._dtype, scale, self._expert, shown, prefix, cfg)
 
     def _base(self, reads: str) -> BaseLayer:
         if self._site.base_weight == "unused":

@@ -151,6 +151,7 @@ class Site:
     handles: list[RemovableHandle] = field(default_factory=list)
     memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)  # of `Layer.constant`
     positions: Any = None  # the `Positions` at which its method acts, one for all sites of a config; None: at all
+    as_they_are: tuple[tuple[str, str], ...] = ()  # of tensors that a call's view casts to nothing: name, attribute
     ran: bool = False  # a forward outside of torch.compile has called the layer, at any scale, since its first adapter
     never_ran: bool = False  # none had when the adapter's file was written, although one had called other layers
 

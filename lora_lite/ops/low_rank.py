@@ -71,7 +71,16 @@ def add_low_rank(
     if dropout:
         x = dropped(x, dropout, dropout_seed())
     elif x.numel() <= FEW * x.shape[-1]:
-        return _forward_float32(y, x, a, b, s, gain, c, bias)
+        # In float32 (float64 for x in it) throughout, rounded once: at that size the casts of A and B are what takes
+        # time, and float32 products are the faster ones on a CPU.
+        wide = x if x.dtype in WIDE else x.float()
+        if a.dtype != wide.dtype or b.dtype != wide.dtype:
+            a, b = a.to(wide.dtype), b.to(wide.dtype)
+        branch = F.linear(F.linear(wide, a), b)  # (*b, o)
+        if gain is not None:
+            return _with_gain(y, branch, s, gain, c, bias)
+        out = branch.add_(y) if s == 1 else torch.add(y, branch, alpha=s, out=branch)
+        return out if wide is x else out.to(y.dtype)
     return _forward(y, x, a, b, s, gain, c, bias)[0]
 
 
@@ -96,26 +105,12 @@ def _reference(
     return y + c * ((gain - 1).to(x.dtype) * wx + gain.to(x.dtype) * branch)
 
 
-def _forward_float32(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, gain: Tensor | None, c: Any, bias: Tensor | None
-) -> Tensor:
-    """y' of few tokens, in float32 throughout (float64 for x in it), rounded once.
-
-    At that size the casts of A and B are what takes time, and float32 products are the faster ones on a CPU.
-    """
-    if x.dtype not in WIDE:
-        x = x.float()
-    if a.dtype != x.dtype or b.dtype != x.dtype:
-        a, b = a.to(x.dtype), b.to(x.dtype)
-    branch = F.linear(F.linear(x, a), b)  # (*b, o)
-    if gain is None:
-        if x.dtype == y.dtype:
-            return torch.add(y, branch, alpha=s)
-        return (branch.add_(y) if s == 1 else torch.add(y, branch, alpha=s)).to(y.dtype)
-    out = torch.empty_like(y)  # `out=` rounds to y's dtype in the last pass, not in one of its own
+def _with_gain(y: Tensor, branch: Tensor, s: Any, gain: Tensor, c: Any, bias: Tensor | None) -> Tensor:
+    """y' of few tokens, in the dtype of branch, rounded once."""
+    out = torch.empty_like(y)
     if bias is None and c == 1:
         return torch.mul(torch.add(y, branch, alpha=s), gain, out=out)
-    wx = y.to(x.dtype) if bias is None else y.to(x.dtype) - bias.to(x.dtype)
+    wx = y.to(branch.dtype) if bias is None else y.to(branch.dtype) - bias.to(branch.dtype)
     return torch.add(y, gain * torch.add(wx, branch, alpha=s) - wx, alpha=c, out=out)
 
 
@@ -124,16 +119,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y' and h (n, r), in the dtype of x; two products, the second with the sum in it."""
     (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
-    if gain is not None:
+    if gain is None:
+        out = y.clone(memory_format=torch.contiguous_format)  # no view, which could not be changed in place later
+    else:
         # y' = [y + c (g - 1) ⊙ (y - b)] + s h (c g ⊙ B)ᵀ: then what follows is the same as without a gain
         wx = y if bias is None else y - bias
-        y = torch.addcmul(y, wx, (c * (gain - 1)).to(y.dtype))
+        out = torch.addcmul(y, wx, (c * (gain - 1)).to(y.dtype)).contiguous()
         b = (c * gain)[:, None] * b
     if a.dtype != x.dtype or b.dtype != x.dtype:
         a, b = a.to(x.dtype), b.to(x.dtype)
     h = F.linear(x.reshape(rows, i), a)  # (n, r)
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view, which could not be changed in place later
-    torch.addmm(y.reshape(rows, o), h, b.mT, alpha=s, out=out.view(rows, o))
+    out.view(rows, o).addmm_(h, b.mT, alpha=s)
     return out, h
 
 
