@@ -21,7 +21,7 @@ from . import weight_products  # noqa: F401  the import registers its answers
 from .adapt import adapt_input, adapt_output, blended
 from .adapted_weight import AdaptedWeight, Use, dense, put, take_back
 from .layer import NOTHING, Layer
-from .mixed import mixed
+from .mixed import is_mixed, mixed
 from .names import SITES, TIES
 from .scale import Scale
 from .state import Site, sites_of
@@ -93,6 +93,8 @@ def _output_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
     site, scale = _called(module, name)
     if scale is None:
         return None  # torch hands on the layer's own output: the base, bit for bit
+    if scale.rows is not None and not is_dynamo_compiling() and is_mixed(module, scale.rows, y):
+        return None
     x = args[0] if args else next(iter(kwargs.values()))  # (*b, d_in)
     if not isinstance(y, Tensor):
         raise TargetError(
