@@ -16,9 +16,7 @@ from ..core.variant import Layer, LowRank
 from ..errors import ConfigError
 from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import add_low_rank, is_traced_or_transformed
-from ..ops.recompute import recomputed
-
-Factors = Callable[..., tuple[Tensor, ...]]
+from ..ops.recompute import Factors, add_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +72,15 @@ def with_factors(
 ) -> Float[Tensor, "*b o"]:
     """y + c (drop(x) Aᵀ Bᵀ + shift) at the layer's scale c. The backward keeps x and the tensors alone.
 
-    f           (A (r, i), B (o, r)), or these and a shift (o,): a pure function, of nothing trained but its arguments
+    f           (A (r, i), B (o, r)), or these and a shift (o,): a pure function, of nothing but its arguments. At
+                inference they are remembered
     dropout     in training, of the branch alone
     """
-    s, p = layer.scale, dropout if layer.training else 0.0
-    if not (torch.is_grad_enabled() or is_traced_or_transformed()):
-        a, b, *shift = f(*tensors)
-        y = add_low_rank(y, x, a, b, s, p)
-        return y + (s * shift[0]).to(y.dtype) if shift else y
-    drop = seeded_dropout(layer, dropout)
-
-    def branch(x: Tensor, *tensors: Tensor) -> Tensor:
-        a, b, *shift = f(*tensors)
-        change = F.linear(F.linear(drop(x), a.to(x.dtype)), b.to(x.dtype), shift[0].to(x.dtype) if shift else None)
-        return change * s
-
-    return y + recomputed(branch, x, *tensors).to(y.dtype)
+    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+        return add_factors(y, x, f, *tensors, s=layer.scale, dropout=dropout if layer.training else 0.0)
+    a, b, *shift = layer.constant("factors", f, *tensors)
+    y = add_low_rank(y, x, a, b, layer.scale)
+    return y.add(shift[0].to(y.dtype), alpha=layer.scale) if shift else y
 
 
 def as_low_rank(layer: Layer, f: Factors, *tensors: Tensor, dropout: float = 0.0) -> LowRank:

@@ -13,6 +13,7 @@ Checked    against PEFT LoraConfig(kasa_config=KasaConfig()): outputs, gradients
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.factors import FactorsConfig, check_directions, with_factors
+from ..families.factors import FactorsConfig, as_low_rank, check_directions, with_factors
 from ..ops.low_rank import add_low_rank
 
 __all__ = ["KaSA", "KaSAConfig"]
@@ -77,16 +78,25 @@ class KaSA:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        d = layer.lora_d
-        a, b = torch.cat([layer.lora_A, layer.lora_Vt]), torch.cat([layer.lora_B, layer.lora_Ut], 1)  # (2r, i), (o, 2r)
-        s = torch.cat([layer.cfg.scaling * d, -torch.ones_like(d)])  # (2r,)
-        return LowRank(a, b, layer.scale * s, layer.cfg.dropout if layer.training else 0.0)
+        return as_low_rank(layer, partial(_factors, layer.cfg.scaling), *_tensors(layer), dropout=layer.cfg.dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        y = add_low_rank(y, x, layer.lora_Vt, layer.lora_Ut, -layer.scale)
+        factors, tensors = partial(_factors, layer.cfg.scaling), _tensors(layer)
+        if layer.training and layer.cfg.dropout:  # of the LoRA alone
+            y = add_low_rank(y, x, layer.lora_Vt, layer.lora_Ut, -layer.scale)
+            tensors = tensors[:3]
+        return with_factors(layer, x, y, factors, *tensors, dropout=layer.cfg.dropout)
 
-        def factors(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-            return (layer.cfg.scaling * d)[:, None] * a, b  # (r, i), (o, r)
 
-        return with_factors(layer, x, y, factors, layer.lora_A, layer.lora_B, layer.lora_d, dropout=layer.cfg.dropout)
+def _tensors(layer: Layer) -> list[Tensor]:
+    return [layer.lora_A, layer.lora_B, layer.lora_d, layer.lora_Vt, layer.lora_Ut]
+
+
+def _factors(s: float, a: Tensor, b: Tensor, d: Float[Tensor, "r"], *truncated: Tensor) -> tuple[Tensor, Tensor]:
+    """s diag(d) A and B; with what is taken out, [s diag(d) A; V_tᵀ] (2r, i) and [B, -U_t S_t] (o, 2r)."""
+    a = (s * d)[:, None] * a
+    if not truncated:
+        return a, b
+    vt, ut = (t.to(a.dtype) for t in truncated)
+    return torch.cat([a, vt]), torch.cat([b, -ut], 1)

@@ -26,7 +26,8 @@ from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
 from ..families.projections import add_shared, names_in_stack
-from ..ops.recompute import recomputed
+from ..ops.few import few_wide
+from ..ops.recompute import add_dense, recomputed
 
 __all__ = ["Lily", "LilyConfig"]
 
@@ -83,15 +84,17 @@ class Lily:
         cfg, s = layer.cfg, layer.scale * layer.cfg.scaling
         a, b = (getattr(layer, f"lora_{name}") for name in cfg.names(layer.path, layer.block or (None, None)))
 
-        def branch(x: Tensor, a: Tensor, b: Tensor, router: Tensor) -> Tensor:
-            h = F.linear(x, a.to(x.dtype))  # (*b, r)
+        def chances(h: Tensor, router: Tensor) -> Float[Tensor, "E"]:
             wide = torch.promote_types(h.dtype, router.dtype)
-            chances = F.linear(h.to(wide), router.to(wide)).softmax(-1)  # (*b, E)
-            p = chances.reshape(-1, cfg.num_B).sum(0) / max(1, h.numel() // cfg.r)  # (E,), of no tokens 0 and no NaN
-            mixed = (p @ b.to(wide).view(cfg.num_B, -1)).view(cfg.r, -1)  # B̄ (r, o)
-            return (h @ mixed.to(h.dtype)) * s
+            every = F.linear(h.to(wide), router.to(wide)).softmax(-1)  # (*b, E)
+            return every.reshape(-1, cfg.num_B).sum(0) / max(1, h.numel() // cfg.r)  # of no tokens 0 and no NaN
 
-        return y + recomputed(branch, x, a, b, layer.lora_router).to(y.dtype)
+        def mixed(p: Tensor, b: Tensor) -> Float[Tensor, "o r"]:
+            return (p @ b.to(p.dtype).view(cfg.num_B, -1)).view(cfg.r, -1).mT  # B̄ᵀ
+
+        x = few_wide(x)
+        h = F.linear(x, a.to(x.dtype))  # (*b, r)
+        return add_dense(y, h, mixed, recomputed(chances, h, layer.lora_router), b, s=s)
 
 
 def _pair(a: str, b: str, d_in: int, d_out: int, cfg: LilyConfig) -> dict[str, ParamSpec]:

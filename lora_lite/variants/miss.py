@@ -23,7 +23,8 @@ from ..core.config import AdapterConfig
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
 from ..families.dense import as_low_rank, with_delta
-from ..ops.recompute import recomputed
+from ..ops.few import few_wide
+from ..ops.recompute import add_dense
 
 __all__ = ["MiSS", "MissConfig"]
 
@@ -83,10 +84,12 @@ class MiSS:
         block, r = layer.lora_block, layer.cfg.r
         if layer.cfg.form == "bat":
             return with_delta(layer, x, y, partial(_bat, layer), block)
-        x = F.pad(F.dropout(x, layer.cfg.dropout, layer.training), (0, -x.shape[-1] % r))
-        h = x.unflatten(-1, (-1, r)).sum(-2) * layer.scale  # (*b, r)
-        change = recomputed(lambda h, block: h @ block.to(h.dtype), h, block)  # of a cast block nothing is kept
-        return y + change.tile(layer.out_features // block.shape[1]).to(y.dtype)
+        x = F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x
+        x = few_wide(x)
+        x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
+        h = x.view(*x.shape[:-1], -1, r).sum(-2)  # (*b, r): all that is kept, and of a cast block nothing
+        copies = layer.out_features // block.shape[1]
+        return add_dense(y, h, lambda t: (t if copies == 1 else t.tile(copies)).mT, block, s=layer.scale)
 
 
 def _bat(layer: Layer, block: Float[Tensor, "a r r"]) -> Float[Tensor, "o i"]:

@@ -15,16 +15,19 @@ Checked    against PEFT RandLoraConfig: A and B, dense and sparse, outputs, grad
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.factors import Factors, SeededConfig, as_low_rank, with_factors
+from ..families.factors import SeededConfig, as_low_rank, with_factors
 from ..families.projections import draw_bases
+from ..ops.low_rank import add_low_rank, is_traced_or_transformed
 
 __all__ = ["RandLoRA", "RandLoRAConfig"]
 
@@ -67,7 +70,7 @@ class RandLoRA:
         q, p = sorted((max(t.d_in for t in targets), max(t.d_out for t in targets)))
         a, b = (cfg.r, 1, q), (p, math.ceil(q / cfg.r), cfg.r)
         rarity = math.sqrt(q) if cfg.very_sparse else 3.0 if cfg.sparse else None
-        fixed: Any = {"trainable": False, "saved": "always" if cfg.save_projection else "never"}
+        fixed: Any = {"trainable": False, "keep_dtype": True, "saved": "always" if cfg.save_projection else "never"}
         first, second = draw_bases(cfg.seed, rarity), draw_bases(cfg.seed, rarity, after=a)
         return {"A": ParamSpec(a, first, **fixed), "B": ParamSpec(b, second, **fixed)}
 
@@ -77,16 +80,30 @@ class RandLoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        return with_factors(layer, x, y, *_parts(layer), dropout=layer.cfg.dropout)
+        f, *small, wide = _parts(layer)
+        if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+            return with_factors(layer, x, y, f, *small, wide, dropout=layer.cfg.dropout)
+        # At inference Â is remembered. Of B̂, which all layers share, no layer keeps a copy.
+        narrow = layer.constant("narrow", partial(_narrow, layer.cfg), *small)
+        return add_low_rank(y, x, *_in_order(layer, narrow, wide.flatten(1)), layer.scale)
 
 
-def _parts(layer: Layer) -> tuple[Factors, Tensor, Tensor]:
+def _parts(layer: Layer) -> tuple[Any, ...]:
+    """The function that gives A and B, and its tensors: λ, γ, and of the shared A and B what this layer takes."""
     q, p = sorted((layer.in_features, layer.out_features))
-    n, s, a = math.ceil(q / layer.cfg.r), layer.cfg.alpha / layer.cfg.r, layer.lora_A[..., :q]  # (r, 1, q)
-    wide = layer.lora_B[:p, :n].flatten(1)  # B̂ (p, r N)
 
-    def factors(scales: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        narrow = (s * scales[..., None] * a * gamma).flatten(0, 1)  # Â (r N, q)
-        return (narrow, wide) if q == layer.in_features else (wide.mT, narrow.mT)
+    def factors(scales: Tensor, gamma: Tensor, a: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        return _in_order(layer, _narrow(layer.cfg, scales, gamma, a), wide.flatten(1))
 
-    return factors, layer.lora_lambda, layer.lora_gamma
+    n = math.ceil(q / layer.cfg.r)
+    return factors, layer.lora_lambda, layer.lora_gamma, layer.lora_A[..., :q], layer.lora_B[:p, :n]
+
+
+def _narrow(cfg: Any, scales: Tensor, gamma: Tensor, a: Float[Tensor, "r 1 q"]) -> Float[Tensor, "m q"]:
+    """s Â, with m = r N."""
+    return (cfg.alpha / cfg.r * scales[..., None] * a * gamma).flatten(0, 1)
+
+
+def _in_order(layer: Layer, narrow: Float[Tensor, "m q"], wide: Float[Tensor, "p m"]) -> tuple[Tensor, Tensor]:
+    """A and B of x Aᵀ Bᵀ."""
+    return (narrow, wide) if narrow.shape[1] == layer.in_features else (wide.mT, narrow.mT)

@@ -22,7 +22,8 @@ from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
 from ..families.factors import SeededConfig
-from ..ops.recompute import frozen_linear, recomputed
+from ..ops.low_rank import add_low_rank, is_traced_or_transformed
+from ..ops.recompute import add_dense, frozen_linear, recomputed
 from ..ops.svd import leading_svd
 
 __all__ = ["TinyLoRA", "TinyLoRAConfig"]
@@ -84,17 +85,19 @@ class TinyLoRA:
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
         dropout = layer.cfg.dropout if layer.training else 0.0
-        return LowRank(layer.lora_V, layer.lora_U @ _r(layer).to(layer.lora_U.dtype), layer.scale, dropout)
+        up = recomputed(_up, layer.lora_U, layer.lora_v, layer.lora_P, layer.lora_group)
+        return LowRank(layer.lora_V, up, layer.scale, dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        h = frozen_linear(F.dropout(x, layer.cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that is kept
-        return y + frozen_linear(F.linear(h, (layer.scale * _r(layer)).to(h.dtype)), layer.lora_U)
+        tensors = layer.lora_U, layer.lora_v, layer.lora_P, layer.lora_group
+        if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+            h = frozen_linear(F.dropout(x, layer.cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that's kept
+            return add_dense(y, h, _up, *tensors, s=layer.scale)
+        return add_low_rank(y, x, layer.lora_V, layer.constant("up", _up, *tensors), layer.scale)
 
 
-def _r(layer: Layer) -> Float[Tensor, "r r"]:
-    def mixed(v: Tensor, p: Tensor, group: Tensor) -> Tensor:
-        row = v.index_select(0, group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
-        return torch.einsum("u,urs->rs", row.to(p.dtype), p)
-
-    return recomputed(mixed, layer.lora_v, layer.lora_P, layer.lora_group)
+def _up(u: Float[Tensor, "o r"], v: Tensor, p: Float[Tensor, "u r r"], group: Tensor) -> Float[Tensor, "o r"]:
+    """U' R."""
+    row = v.index_select(0, group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
+    return u @ torch.einsum("u,urs->rs", row.to(p.dtype), p).to(u.dtype)
