@@ -117,7 +117,7 @@ def _times(a: Tensor, b: Tensor, s: float) -> Tensor:
     return a @ b if s == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
 
 
-def _gradients(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: tuple[bool, ...], u: Any) -> list[Any]:
+def gradients(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: tuple[bool, ...], u: Any) -> list[Any]:
     """The gradients of f(*inputs) for u, or for what u makes of f's value; None for an input that needs none."""
     twice = torch.is_grad_enabled()  # a graph of the gradients is wanted, so they are of the inputs themselves
     if not twice:
@@ -145,7 +145,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         with no_autocast(grads[0]) or nullcontext():
-            return None, *_gradients(ctx.f, ctx.saved_tensors, ctx.needs_input_grad[1:], grads[0])
+            return None, *gradients(ctx.f, ctx.saved_tensors, ctx.needs_input_grad[1:], grads[0])
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -184,7 +184,7 @@ class _AddDense(torch.autograd.Function):
             def branch(x: Tensor, *tensors: Tensor) -> Tensor:
                 return _plain(dropped(x, p, ctx.seed) if p else x, torch.zeros_like(u), ctx.f, s, *tensors)
 
-            dx, *rest = _gradients(branch, (x, *tensors), (needs[1], *needs[6:]), u)
+            dx, *rest = gradients(branch, (x, *tensors), (needs[1], *needs[6:]), u)
             return u, dx, None, None, None, None, *rest
         dx = None
 
@@ -197,7 +197,7 @@ class _AddDense(torch.autograd.Function):
             x_hat = (dropped(x, p, ctx.seed) if p else x).reshape(-1, x.shape[-1])
             return _times(flat.mT, x_hat.to(u.dtype), s)
 
-        rest = _gradients(ctx.f, tuple(tensors), needs[6:], of_delta)
+        rest = gradients(ctx.f, tuple(tensors), needs[6:], of_delta)
         return u, dx, None, None, None, None, *rest
 
 
@@ -227,7 +227,7 @@ class _AddFactors(torch.autograd.Function):
             def branch(x: Tensor, *tensors: Tensor) -> Tensor:
                 return _plain_factors(dropped(x, p, seed) if p else x, torch.zeros_like(u), s, *f(*tensors))
 
-            dx, *rest = _gradients(branch, (x, *tensors), (needs[1], *needs[6:]), u)
+            dx, *rest = gradients(branch, (x, *tensors), (needs[1], *needs[6:]), u)
             return u, dx, None, None, None, None, *rest
         inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs[6:], strict=True)]
         with torch.enable_grad():
