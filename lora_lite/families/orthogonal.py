@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.config import BaseConfig
 from ..core.variant import Layer
 from ..errors import ConfigError
+from ..ops.cayley import add_turn
 from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import recomputed
 
@@ -39,6 +40,19 @@ def change_by(
     if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
         return layer.scale * recomputed(lambda x, *tensors: product(x, wide(*tensors)), x, *tensors)
     return layer.scale * product(x, layer.constant("turn", wide, *tensors))
+
+
+def with_turn(
+    layer: Layer, y: Float[Tensor, "*b i"], x: Float[Tensor, "*b i"], turn: Callable[..., Tensor], *tensors: Tensor
+) -> Float[Tensor, "*b i"]:
+    """y + c x T at the layer's scale c, for blocks T (n, s, s) = turn(*tensors), as `change_by` has it."""
+
+    def wide(*tensors: Tensor) -> Tensor:
+        return turn(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
+
+    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+        return add_turn(y, x, wide, *tensors, s=layer.scale)
+    return add_turn(y, x, lambda turn: turn, layer.constant("turn", wide, *tensors), s=layer.scale)
 
 
 def check_cayley(cfg: BaseConfig) -> None:

@@ -85,7 +85,7 @@ def with_entries(
     return with_branch(layer, x, y, partial(scattered, o, i), partial(gathered, o), cost, values, places)
 
 
-def rows_of(layer: Layer, places: Int[Tensor, "n"], o: int, i: int) -> Rows:
+def rows_of(layer: Layer, places: Int[Tensor, "*two n"], o: int, i: int) -> Rows:
     """The places of (o, i) row by row; remembered at inference."""
     if layer.training or torch.is_grad_enabled():
         return by_rows(places, o, i)

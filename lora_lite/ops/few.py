@@ -11,3 +11,10 @@ def few_wide(x: Tensor) -> Tensor:
     if x.dtype in WIDE or torch.is_grad_enabled() or x.numel() > FEW * x.shape[-1] or is_traced_or_transformed():
         return x
     return x.float()
+
+
+def plus(y: Tensor, change: Tensor, s: float = 1.0) -> Tensor:
+    """y + s change in y's dtype, rounded once, for a change that may be wider; without gradients."""
+    if change.dtype == y.dtype:
+        return y.add(change, alpha=s)
+    return torch.add(y, change, alpha=s, out=torch.empty_like(y))  # `out=` rounds in this pass, not in one of its own

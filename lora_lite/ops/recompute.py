@@ -24,9 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .dropout import dropout_seed, dropped
-from .few import few_wide
+from .few import few_wide, plus
 from .low_rank import add_low_rank, is_traced_or_transformed, no_autocast
 
+_is_autocast_on = torch._C._is_any_autocast_enabled
 Factors = Callable[..., tuple[Tensor, ...]]
 
 
@@ -60,15 +61,15 @@ def add_dense(
     """
     if is_traced_or_transformed():
         return _plain(F.dropout(x, dropout), y, f, s, *tensors)
-    seed = dropout_seed() if dropout else 0
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *tensors)):
+        seed = dropout_seed() if dropout else 0
         out: Tensor = _AddDense.apply(y, x, f, float(s), dropout, seed, *tensors)
         return out
-    with no_autocast(x) or nullcontext():
-        delta, x = f(*tensors), few_wide(dropped(x, dropout, seed) if dropout else x)
-        change = F.linear(x, delta.to(x.dtype))
-        same = change.dtype == y.dtype
-        return y.add(change, alpha=s) if same else torch.add(y, change, alpha=s, out=torch.empty_like(y))
+    if _is_autocast_on() and (off := no_autocast(x)):
+        with off:
+            return add_dense(y, x, f, *tensors, s=s, dropout=dropout)
+    x = few_wide(dropped(x, dropout, dropout_seed()) if dropout else x)
+    return plus(y, F.linear(x, f(*tensors).to(x.dtype)), s)
 
 
 def add_factors(

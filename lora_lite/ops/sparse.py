@@ -41,8 +41,11 @@ def is_sparse_enough(x: Tensor, n: int, o: int, i: int) -> bool:
     return x.device.type == "cpu" and n <= DENSEST * o * i and x.numel() > 0 and not is_traced_or_transformed()
 
 
-def by_rows(places: Int[Tensor, "n"], o: int, i: int) -> Rows:
-    """The rows of a table of row-major places in (o, i)."""
+def by_rows(places: Int[Tensor, "*two n"], o: int, i: int) -> Rows:
+    """The rows of a table of row-major places in (o, i), or of (2, n) rows and columns."""
+    if places.dim() == 2:
+        places = places[0] * i + places[1]
+    places = places.int() if o * i < 2**31 else places
     order = places.new_empty(0)
     if len(places) > 1 and not (places[1:] >= places[:-1]).all():
         places, order = places.sort(stable=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from ..core.config import AdapterConfig
 from ..core.validate import positive_or_none
 from ..core.variant import Layer, ParamSpec, register
 from ..families.sparse import wide
+from ..ops.few import plus
+from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import recomputed
 
 __all__ = ["DEFT", "DEFTConfig"]
@@ -66,11 +69,15 @@ class DEFT:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        cfg, bias = layer.cfg, y.new_zeros(()) if layer.bias is None else layer.bias
+        cfg, bias, s = layer.cfg, layer.bias, _scaling(layer)
         tensors = (layer.lora_P,) if cfg.para else (layer.lora_P, layer.lora_P0, layer.lora_R, layer.lora_R0)
         x = y.new_zeros(()) if cfg.para else torch.dropout(x, cfg.dropout, layer.training)  # kept where it's used
-        change = recomputed(partial(_change, cfg.decomposition, _scaling(layer)), x, y, bias, *tensors)
-        return y + (change * layer.scale).to(y.dtype)
+        wx = y if bias is None else y - bias
+        if not (layer.training or torch.is_grad_enabled() or is_traced_or_transformed()):
+            factors = layer.constant("factors", partial(_factors, cfg.decomposition, s), *tensors)
+            return plus(y, _product(x, wx, *factors), layer.scale)
+        change = recomputed(partial(_change, cfg.decomposition, s), x, wx, *tensors)
+        return y + (change if layer.is_whole else change * layer.scale).to(y.dtype)
 
 
 def _scaling(layer: Layer) -> float:
@@ -84,12 +91,22 @@ def _projection(p: Float[Tensor, "o r"], kind: str) -> tuple[Float[Tensor, "o r"
     return q, q.relu() if kind == "relu" else q
 
 
-def _change(kind: str, s: float, x: Tensor, y: Tensor, bias: Tensor, p: Tensor, *more: Tensor) -> Tensor:
+def _factors(kind: str, s: float, p: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    """Q and E of PaRa; Q, E - E0 and s (R - R0)."""
     q, e = _projection(p, kind)
-    x, wx = wide(x), wide(y) - wide(bias)  # (*b, i), and W x (*b, o)
-    if not more:  # PaRa
-        return -(wx @ e.to(x.dtype)) @ q.mT.to(x.dtype)
+    if not more:
+        return q, e
     p0, r, r0 = more
     e = e - _projection(p0.to(p.dtype), kind)[1]  # a cast of parameters alone must not part them
-    h = x @ (s * (r - r0.to(r.dtype))).mT.to(x.dtype) - wx @ e.to(x.dtype)  # (*b, r)
-    return h @ q.mT.to(x.dtype)
+    return q, e, s * (r - r0.to(r.dtype))
+
+
+def _product(x: Tensor, wx: Float[Tensor, "*b o"], q: Tensor, e: Tensor, *r: Tensor) -> Float[Tensor, "*b o"]:
+    wx = wide(wx)
+    h = -(wx @ e.to(wx.dtype))  # (*b, r)
+    h = h + F.linear(wide(x), r[0].to(wx.dtype)) if r else h
+    return F.linear(h, q.to(wx.dtype))
+
+
+def _change(kind: str, s: float, x: Tensor, wx: Tensor, *tensors: Tensor) -> Tensor:
+    return _product(x, wx, *_factors(kind, s, *tensors))

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.factors import FactorsConfig, as_low_rank, check_directions, with_factors
-from ..ops.low_rank import add_low_rank
+from ..ops.few import few_wide, plus
+from ..ops.low_rank import add_low_rank, is_traced_or_transformed
 
 __all__ = ["KaSA", "KaSAConfig"]
 
@@ -82,11 +84,16 @@ class KaSA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        factors, tensors = partial(_factors, layer.cfg.scaling), _tensors(layer)
+        s, tensors = layer.cfg.scaling, _tensors(layer)
+        if not (layer.training or torch.is_grad_enabled() or is_traced_or_transformed()):
+            (a, b, d, vt, ut), x = tensors, few_wide(x)
+            a, b, vt, ut = (t.to(x.dtype) for t in (a, b, vt, ut))  # four products: one pair of 2r would be copied
+            lora = F.linear(F.linear(x, a) * (d if s == 1 else s * d).to(x.dtype), b)
+            return plus(y, lora - F.linear(F.linear(x, vt), ut), layer.scale)
         if layer.training and layer.cfg.dropout:  # of the LoRA alone
             y = add_low_rank(y, x, layer.lora_Vt, layer.lora_Ut, -layer.scale)
             tensors = tensors[:3]
-        return with_factors(layer, x, y, factors, *tensors, dropout=layer.cfg.dropout)
+        return with_factors(layer, x, y, partial(_factors, s), *tensors, dropout=layer.cfg.dropout)
 
 
 def _tensors(layer: Layer) -> list[Tensor]:

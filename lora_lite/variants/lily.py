@@ -84,17 +84,20 @@ class Lily:
         cfg, s = layer.cfg, layer.scale * layer.cfg.scaling
         a, b = (getattr(layer, f"lora_{name}") for name in cfg.names(layer.path, layer.block or (None, None)))
 
-        def chances(h: Tensor, router: Tensor) -> Float[Tensor, "E"]:
-            wide = torch.promote_types(h.dtype, router.dtype)
-            every = F.linear(h.to(wide), router.to(wide)).softmax(-1)  # (*b, E)
-            return every.reshape(-1, cfg.num_B).sum(0) / max(1, h.numel() // cfg.r)  # of no tokens 0 and no NaN
-
-        def mixed(p: Tensor, b: Tensor) -> Float[Tensor, "o r"]:
-            return (p @ b.to(p.dtype).view(cfg.num_B, -1)).view(cfg.r, -1).mT  # B̄ᵀ
-
         x = few_wide(x)
         h = F.linear(x, a.to(x.dtype))  # (*b, r)
-        return add_dense(y, h, mixed, recomputed(chances, h, layer.lora_router), b, s=s)
+        return add_dense(y, h, _mixed, recomputed(_chances, h, layer.lora_router), b, s=s)
+
+
+def _chances(h: Float[Tensor, "*b r"], router: Float[Tensor, "E r"]) -> Float[Tensor, "E"]:
+    wide = torch.promote_types(h.dtype, router.dtype)
+    every = F.linear(h.to(wide), router.to(wide)).softmax(-1).view(-1, len(router))  # (n, E)
+    return every.sum(0) / max(1, len(every))  # of no tokens 0 and no NaN
+
+
+def _mixed(p: Float[Tensor, "E"], b: Float[Tensor, "Er o"]) -> Float[Tensor, "o r"]:
+    """B̄ᵀ."""
+    return (p @ b.to(p.dtype).view(len(p), -1)).view(-1, b.shape[1]).mT
 
 
 def _pair(a: str, b: str, d_in: int, d_out: int, cfg: LilyConfig) -> dict[str, ParamSpec]:

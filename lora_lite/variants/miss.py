@@ -23,7 +23,8 @@ from ..core.config import AdapterConfig
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
 from ..families.dense import as_low_rank, with_delta
-from ..ops.few import few_wide
+from ..ops.few import few_wide, plus
+from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import add_dense
 
 __all__ = ["MiSS", "MissConfig"]
@@ -85,11 +86,13 @@ class MiSS:
         if layer.cfg.form == "bat":
             return with_delta(layer, x, y, partial(_bat, layer), block)
         x = F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x
-        x = few_wide(x)
         x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
-        h = x.view(*x.shape[:-1], -1, r).sum(-2)  # (*b, r): all that is kept, and of a cast block nothing
+        h = few_wide(x).view(*x.shape[:-1], -1, r).sum(-2)  # (*b, r): all that is kept, and of a cast block nothing
         copies = layer.out_features // block.shape[1]
-        return add_dense(y, h, lambda t: (t if copies == 1 else t.tile(copies)).mT, block, s=layer.scale)
+        if torch.is_grad_enabled() or is_traced_or_transformed():
+            return add_dense(y, h, lambda t: (t if copies == 1 else t.tile(copies)).mT, block, s=layer.scale)
+        change = h @ block.to(h.dtype)
+        return plus(y, change if copies == 1 else change.repeat(*[1] * (y.dim() - 1), copies), layer.scale)
 
 
 def _bat(layer: Layer, block: Float[Tensor, "a r r"]) -> Float[Tensor, "o i"]:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.orthogonal import change_by, check_cayley, series_terms
+from ..families.orthogonal import check_cayley, series_terms
 from ..families.principal import PrincipalConfig, factor_specs, fit_factors
 from ..ops.cayley import bounded, rotation_less_identity, skew
-from ..ops.recompute import frozen_linear
+from ..ops.low_rank import add_low_rank, is_traced_or_transformed
+from ..ops.recompute import frozen_linear, recomputed
 
 __all__ = ["PSOFT", "PSOFTConfig"]
 
@@ -69,18 +70,25 @@ class PSOFT:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        up = layer.lora_U @ _core(layer.cfg, *_trained(layer)).to(layer.lora_U.dtype)  # U (M - I) (o, r)
+        up = _up(layer.cfg, layer.lora_U, *_trained(layer))
         return LowRank(layer.lora_V, up, layer.scale, layer.cfg.dropout if layer.training else 0.0)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        cfg, x = layer.cfg, F.dropout(x, layer.cfg.dropout, layer.training)
-        h = frozen_linear(x, layer.lora_V)  # (*b, r), all that has to be kept
-        return y + frozen_linear(change_by(layer, h, partial(_core, cfg), _product, *_trained(layer)), layer.lora_U)
+        cfg, u, trained = layer.cfg, layer.lora_U, _trained(layer)
+        if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+            h = frozen_linear(F.dropout(x, cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that's kept
+            return add_low_rank(y, h, recomputed(partial(_wide_core, cfg), *trained), u, layer.scale)
+        return add_low_rank(y, x, layer.lora_V, layer.constant("up", partial(_up, cfg), u, *trained), layer.scale)
 
 
-def _product(h: Float[Tensor, "*b r"], core: Float[Tensor, "r r"]) -> Float[Tensor, "*b r"]:
-    return F.linear(h, core.to(h.dtype))
+def _up(cfg: PSOFTConfig, u: Float[Tensor, "o r"], *trained: Tensor) -> Float[Tensor, "o r"]:
+    """U (M - I)."""
+    return u @ _wide_core(cfg, *trained).to(u.dtype)
+
+
+def _wide_core(cfg: PSOFTConfig, *trained: Tensor) -> Float[Tensor, "r r"]:
+    return _core(cfg, *(t.to(torch.promote_types(t.dtype, torch.float32)) for t in trained))
 
 
 def _trained(layer: Layer) -> list[Tensor]:

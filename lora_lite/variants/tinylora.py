@@ -23,7 +23,7 @@ from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
 from ..families.factors import SeededConfig
 from ..ops.low_rank import add_low_rank, is_traced_or_transformed
-from ..ops.recompute import add_dense, frozen_linear, recomputed
+from ..ops.recompute import frozen_linear, recomputed
 from ..ops.svd import leading_svd
 
 __all__ = ["TinyLoRA", "TinyLoRAConfig"]
@@ -90,14 +90,18 @@ class TinyLoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        tensors = layer.lora_U, layer.lora_v, layer.lora_P, layer.lora_group
+        u, tensors = layer.lora_U, (layer.lora_v, layer.lora_P, layer.lora_group)
         if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
             h = frozen_linear(F.dropout(x, layer.cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that's kept
-            return add_dense(y, h, _up, *tensors, s=layer.scale)
-        return add_low_rank(y, x, layer.lora_V, layer.constant("up", _up, *tensors), layer.scale)
+            return add_low_rank(y, h, recomputed(_r, *tensors), u, layer.scale)
+        return add_low_rank(y, x, layer.lora_V, layer.constant("up", _up, u, *tensors), layer.scale)
 
 
-def _up(u: Float[Tensor, "o r"], v: Tensor, p: Float[Tensor, "u r r"], group: Tensor) -> Float[Tensor, "o r"]:
+def _up(u: Float[Tensor, "o r"], *tensors: Tensor) -> Float[Tensor, "o r"]:
     """U' R."""
+    return u @ _r(*tensors).to(u.dtype)
+
+
+def _r(v: Float[Tensor, "groups u"], p: Float[Tensor, "u r r"], group: Tensor) -> Float[Tensor, "r r"]:
     row = v.index_select(0, group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
-    return u @ torch.einsum("u,urs->rs", row.to(p.dtype), p).to(u.dtype)
+    return torch.einsum("u,urs->rs", row.to(p.dtype), p)

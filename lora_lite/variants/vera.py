@@ -75,13 +75,13 @@ class VeRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        s, i, o = layer.scale, layer.in_features, layer.out_features
-
-        def branch(z: Tensor, d: Tensor, scales: Tensor, b: Tensor) -> Tensor:
-            h = (z * d).to(z.dtype)  # (*b, r), rounded from the wider dtype of the two
-            return F.linear(h, b[:o].to(z.dtype)) * (s * scales)
-
         x = few_wide(F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x)
         # z is kept in x's place. Of A and B, cast for each layer, nothing is: they are 256 ranks wide.
-        z = frozen_linear(x, layer.lora_A[:, :i])
-        return y + recomputed(branch, z, layer.lora_d, layer.lora_b, layer.lora_B).to(y.dtype)
+        z = frozen_linear(x, layer.lora_A[:, : layer.in_features])
+        scales = layer.lora_b if layer.is_whole else layer.scale * layer.lora_b
+        return y + recomputed(_branch, z, layer.lora_d, scales, layer.lora_B).to(y.dtype)
+
+
+def _branch(z: Float[Tensor, "*b r"], d: Float[Tensor, "r"], scales: Float[Tensor, "o"], b: Tensor) -> Tensor:
+    h = (z * d).to(z.dtype)  # (*b, r), rounded from the wider dtype of the two
+    return F.linear(h, b[: len(scales)].to(z.dtype)) * scales
