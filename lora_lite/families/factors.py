@@ -16,7 +16,7 @@ from ..core.variant import Layer, LowRank
 from ..errors import ConfigError
 from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import add_low_rank, is_traced_or_transformed
-from ..ops.recompute import Factors, add_factors
+from ..ops.recompute import Factors, add_factors, frozen_linear, recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,37 @@ def with_factors(
                 inference they are remembered
     dropout     in training, of the branch alone
     """
-    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+    if not at_inference(layer):
         return add_factors(y, x, f, *tensors, s=layer.scale, dropout=dropout if layer.training else 0.0)
     a, b, *shift = layer.constant("factors", f, *tensors)
     y = add_low_rank(y, x, a, b, layer.scale)
     return y.add(shift[0].to(y.dtype), alpha=layer.scale) if shift else y
+
+
+def with_core(
+    layer: Layer,
+    x: Float[Tensor, "*b i"],
+    y: Float[Tensor, "*b o"],
+    factors: tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]],
+    core: Callable[..., Float[Tensor, "r r"]],
+    *tensors: Tensor,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*b o"]:
+    """y + c drop(x) Aᵀ Cᵀ Bᵀ at the layer's scale c, for frozen factors A and B and C = core(*tensors).
+
+    The backward keeps r numbers a token.
+    """
+    a, b = factors
+    if at_inference(layer):  # there B C is remembered
+        up = layer.constant("up", lambda b, *tensors: b @ core(*tensors).to(b.dtype), b, *tensors)
+        return add_low_rank(y, x, a, up, layer.scale)
+    h = frozen_linear(F.dropout(x, dropout, layer.training), a)  # (*b, r)
+    return add_low_rank(y, h, recomputed(core, *tensors), b, layer.scale)
+
+
+def at_inference(layer: Layer) -> bool:
+    """Is this a forward in which `layer.constant` remembers?"""
+    return not (layer.training or torch.is_grad_enabled() or is_traced_or_transformed())
 
 
 def as_low_rank(layer: Layer, f: Factors, *tensors: Tensor, dropout: float = 0.0) -> LowRank:

@@ -14,8 +14,8 @@ from ..core.config import BaseConfig
 from ..core.variant import Layer
 from ..errors import ConfigError
 from ..ops.cayley import add_turn
-from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import recomputed
+from .factors import at_inference
 
 MOST_TERMS = 1000
 """A file, which anyone may have written, can't ask for a series that never ends."""
@@ -37,7 +37,7 @@ def change_by(
     def wide(*tensors: Tensor) -> Tensor:
         return turn(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
 
-    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+    if not at_inference(layer):
         return layer.scale * recomputed(lambda x, *tensors: product(x, wide(*tensors)), x, *tensors)
     return layer.scale * product(x, layer.constant("turn", wide, *tensors))
 
@@ -50,7 +50,7 @@ def with_turn(
     def wide(*tensors: Tensor) -> Tensor:
         return turn(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
 
-    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+    if not at_inference(layer):
         return add_turn(y, x, wide, *tensors, s=layer.scale)
     return add_turn(y, x, lambda turn: turn, layer.constant("turn", wide, *tensors), s=layer.scale)
 

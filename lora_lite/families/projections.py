@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..base.stacks import Place
@@ -62,6 +62,19 @@ def _basis(shape: tuple[int, ...], rarity: float | None, generator: torch.Genera
         slices = [torch.empty(shape[0], 1, shape[2], dtype=torch.bfloat16) for _ in range(shape[1])]
         basis = torch.cat([torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator) for t in slices], 1)
     return basis / basis.double().std().to(basis.dtype)  # in float64, so that no machine rounds it another way
+
+
+def scaled_slices(
+    s: float, scales: Float[Tensor, "r N"], gamma: Float[Tensor, "N q"], a: Float[Tensor, "r 1 q"], like: Tensor
+) -> Float[Tensor, "m q"]:
+    """s Â (r N, q) of RandLoRA, of A in the dtype of `like`: drawn again or cast with a model, it is the same there."""
+    return (s * scales[..., None] * a.to(like.dtype) * gamma).flatten(0, 1)
+
+
+def ordered_factors(d_in: int, narrow: Float[Tensor, "m q"], wide: Float[Tensor, "p n r"]) -> tuple[Tensor, Tensor]:
+    """A and B of the product of B̂ (p, r n) and Â, which is transposed where its rows aren't as long as x."""
+    pair = narrow, wide.flatten(1)
+    return pair if narrow.shape[1] == d_in else (pair[1].mT, pair[0].mT)
 
 
 def balanced_indices(n: int, length: int, seed: int) -> Int[Tensor, "n"]:

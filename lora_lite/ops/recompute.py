@@ -234,7 +234,7 @@ class _AddFactors(torch.autograd.Function):
         with torch.enable_grad():
             factors = f(*inputs)  # A, B and perhaps β, with the graph that leads to them alone
         (a, b), rows = (t.detach().to(u.dtype) for t in factors[:2]), u.numel() // u.shape[-1]
-        flat, x_hat = u.reshape(rows, len(b)), (dropped(x, p, seed) if p else x).reshape(rows, -1).to(u.dtype)
+        flat, x_hat = u.reshape(rows, len(b)), (dropped(x, p, seed) if p else x).reshape(rows, x.shape[-1]).to(u.dtype)
         v = _times(flat, b, s)  # s u B (n, r), which dA and dx share
         dx = None
         if needs[1]:  # no view: autograd adds other gradients of x into its memory

@@ -13,6 +13,7 @@ Checked    against PEFT GloraConfig, with and without a bias: outputs, gradients
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -45,8 +46,7 @@ class GLoRAConfig(AdapterConfig):
 
 @register
 class GLoRA:
-    name = "glora"
-    config = GLoRAConfig
+    name, config = "glora", GLoRAConfig
     handles_scale = True
 
     @staticmethod

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.factors import FactorsConfig, as_low_rank, check_directions, with_factors
+from ..families.factors import FactorsConfig, as_low_rank, at_inference, check_directions, with_factors
 from ..ops.few import few_wide, plus
-from ..ops.low_rank import add_low_rank, is_traced_or_transformed
+from ..ops.low_rank import add_low_rank
 
 __all__ = ["KaSA", "KaSAConfig"]
+_TENSORS = "lora_A", "lora_B", "lora_d", "lora_Vt", "lora_Ut"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,8 @@ class KaSAConfig(FactorsConfig):
 
 @register
 class KaSA:
-    name = "kasa"
-    config = KaSAConfig
-    base_weight = "read"
-    has_identity_init = False
-    handles_scale = True
+    name, config = "kasa", KaSAConfig
+    base_weight, has_identity_init, handles_scale = "read", False, True
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: KaSAConfig) -> dict[str, ParamSpec]:
@@ -80,30 +78,23 @@ class KaSA:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        return as_low_rank(layer, partial(_factors, layer.cfg.scaling), *_tensors(layer), dropout=layer.cfg.dropout)
+        tensors = [getattr(layer, name) for name in _TENSORS]
+        return as_low_rank(layer, partial(_factors, layer.cfg.scaling), *tensors, dropout=layer.cfg.dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        s, tensors = layer.cfg.scaling, _tensors(layer)
-        if not (layer.training or torch.is_grad_enabled() or is_traced_or_transformed()):
+        s, tensors = layer.cfg.scaling, [getattr(layer, name) for name in _TENSORS]
+        if at_inference(layer):
             (a, b, d, vt, ut), x = tensors, few_wide(x)
-            a, b, vt, ut = (t.to(x.dtype) for t in (a, b, vt, ut))  # four products: one pair of 2r would be copied
-            lora = F.linear(F.linear(x, a) * (d if s == 1 else s * d).to(x.dtype), b)
+            a, b, vt, ut = (t.to(x.dtype) for t in (a, b, vt, ut))  # four products: a copy as one pair takes longer
+            lora = F.linear(F.linear(x, a) * (s * d).to(x.dtype), b)
             return plus(y, lora - F.linear(F.linear(x, vt), ut), layer.scale)
         if layer.training and layer.cfg.dropout:  # of the LoRA alone
-            y = add_low_rank(y, x, layer.lora_Vt, layer.lora_Ut, -layer.scale)
-            tensors = tensors[:3]
+            y, tensors = add_low_rank(y, x, layer.lora_Vt, layer.lora_Ut, -layer.scale), tensors[:3]
         return with_factors(layer, x, y, partial(_factors, s), *tensors, dropout=layer.cfg.dropout)
-
-
-def _tensors(layer: Layer) -> list[Tensor]:
-    return [layer.lora_A, layer.lora_B, layer.lora_d, layer.lora_Vt, layer.lora_Ut]
 
 
 def _factors(s: float, a: Tensor, b: Tensor, d: Float[Tensor, "r"], *truncated: Tensor) -> tuple[Tensor, Tensor]:
     """s diag(d) A and B; with what is taken out, [s diag(d) A; V_tᵀ] (2r, i) and [B, -U_t S_t] (o, 2r)."""
-    a = (s * d)[:, None] * a
-    if not truncated:
-        return a, b
-    vt, ut = (t.to(a.dtype) for t in truncated)
-    return torch.cat([a, vt]), torch.cat([b, -ut], 1)
+    a, (vt, ut) = (s * d)[:, None] * a, truncated or (a[:0], b[:, :0])
+    return torch.cat([a, vt.to(a.dtype)]), torch.cat([b, -ut.to(b.dtype)], 1)

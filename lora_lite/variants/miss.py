@@ -49,8 +49,7 @@ class MissConfig(AdapterConfig):
 
 @register
 class MiSS:
-    name = "miss"
-    config = MissConfig
+    name, config = "miss", MissConfig
     handles_scale = True
 
     @staticmethod
@@ -87,7 +86,7 @@ class MiSS:
             return with_delta(layer, x, y, partial(_bat, layer), block)
         x = F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x
         x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
-        h = few_wide(x).view(*x.shape[:-1], -1, r).sum(-2)  # (*b, r): all that is kept, and of a cast block nothing
+        h = few_wide(x).view(*x.shape[:-1], x.shape[-1] // r, r).sum(-2)  # (*b, r): all that is kept
         copies = layer.out_features // block.shape[1]
         if torch.is_grad_enabled() or is_traced_or_transformed():
             return add_dense(y, h, lambda t: (t if copies == 1 else t.tile(copies)).mT, block, s=layer.scale)

@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..families.factors import with_core
 from ..families.orthogonal import check_cayley, series_terms
 from ..families.principal import PrincipalConfig, factor_specs, fit_factors
 from ..ops.cayley import bounded, rotation_less_identity, skew
-from ..ops.low_rank import add_low_rank, is_traced_or_transformed
-from ..ops.recompute import frozen_linear, recomputed
 
 __all__ = ["PSOFT", "PSOFTConfig"]
 
@@ -70,25 +68,13 @@ class PSOFT:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        up = _up(layer.cfg, layer.lora_U, *_trained(layer))
+        up = layer.lora_U @ _core(layer.cfg, *_trained(layer)).to(layer.lora_U.dtype)  # U (M - I) (o, r)
         return LowRank(layer.lora_V, up, layer.scale, layer.cfg.dropout if layer.training else 0.0)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        cfg, u, trained = layer.cfg, layer.lora_U, _trained(layer)
-        if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
-            h = frozen_linear(F.dropout(x, cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that's kept
-            return add_low_rank(y, h, recomputed(partial(_wide_core, cfg), *trained), u, layer.scale)
-        return add_low_rank(y, x, layer.lora_V, layer.constant("up", partial(_up, cfg), u, *trained), layer.scale)
-
-
-def _up(cfg: PSOFTConfig, u: Float[Tensor, "o r"], *trained: Tensor) -> Float[Tensor, "o r"]:
-    """U (M - I)."""
-    return u @ _wide_core(cfg, *trained).to(u.dtype)
-
-
-def _wide_core(cfg: PSOFTConfig, *trained: Tensor) -> Float[Tensor, "r r"]:
-    return _core(cfg, *(t.to(torch.promote_types(t.dtype, torch.float32)) for t in trained))
+        core, factors = partial(_core, layer.cfg), (layer.lora_V, layer.lora_U)
+        return with_core(layer, x, y, factors, core, *_trained(layer), dropout=layer.cfg.dropout)
 
 
 def _trained(layer: Layer) -> list[Tensor]:
@@ -98,7 +84,8 @@ def _trained(layer: Layer) -> list[Tensor]:
 
 
 def _core(cfg: PSOFTConfig, r: Tensor, b: Float[Tensor, "r"], a: Float[Tensor, "r"]) -> Float[Tensor, "r r"]:
-    """M - I."""
+    """M - I, of numbers in float32 at least."""
+    r, b, a = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (r, b, a))
     q = bounded(skew(r, cfg.r), cfg.cayley_neumann_eps if cfg.use_cayley_neumann else None) if cfg.orth else None
     turn = r - torch.eye(cfg.r).to(r) if q is None else rotation_less_identity(q, series_terms(cfg))  # C - I
     return b[:, None] * turn * a + ((b - 1) * a + (a - 1)).diag()

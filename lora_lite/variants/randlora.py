@@ -7,8 +7,8 @@
 Identity   λ = 0, bit-exact
 Base       never read: any layer kind
 Departs    as PEFT's code: Â counts its slices k first and B̂ n first, so slice (k, n) of one meets another of the other.
-           A and B are drawn as there in bfloat16, so a seed gives PEFT's where its machine has that. They are drawn
-           again at load; with save_projection=True they are in the file
+           A and B are drawn as there in bfloat16, so a seed gives PEFT's where its machine has that; again at load, or
+           with save_projection=True they are in the file
 Checked    against PEFT RandLoraConfig: A and B, dense and sparse, outputs, gradients, three AdamW steps
 """
 
@@ -25,11 +25,13 @@ from torch import Tensor
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.factors import SeededConfig, as_low_rank, with_factors
-from ..families.projections import draw_bases
-from ..ops.low_rank import add_low_rank, is_traced_or_transformed
+from ..families.factors import SeededConfig, as_low_rank, at_inference, with_factors
+from ..families.projections import draw_bases, ordered_factors, scaled_slices
+from ..ops.low_rank import add_low_rank
 
 __all__ = ["RandLoRA", "RandLoRAConfig"]
+
+_OF_DRAWS = "save_projection", "sparse", "very_sparse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,7 @@ class RandLoRAConfig(SeededConfig):
     save_projection: bool = False
     sparse: bool = False
     very_sparse: bool = False
-    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
-        *SeededConfig.SAME_AT_ALL_LAYERS,
-        *("r", "seed", "save_projection", "sparse", "very_sparse"),
-    )
+    SAME_AT_ALL_LAYERS: ClassVar[Any] = (*SeededConfig.SAME_AT_ALL_LAYERS, "r", "seed", *_OF_DRAWS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,8 +53,7 @@ class RandLoRAConfig(SeededConfig):
 
 @register
 class RandLoRA:
-    name = "randlora"
-    config = RandLoRAConfig
+    name, config = "randlora", RandLoRAConfig
     handles_scale = True
 
     @staticmethod
@@ -76,34 +74,26 @@ class RandLoRA:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        return as_low_rank(layer, *_parts(layer), dropout=layer.cfg.dropout)
+        f, _, *tensors = _parts(layer, layer.lora_lambda.dtype)
+        return as_low_rank(layer, f, *tensors, dropout=layer.cfg.dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        f, *small, wide = _parts(layer)
-        if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
-            return with_factors(layer, x, y, f, *small, wide, dropout=layer.cfg.dropout)
-        # At inference Â is remembered. Of B̂, which all layers share, no layer keeps a copy.
-        narrow = layer.constant("narrow", partial(_narrow, layer.cfg), *small)
-        return add_low_rank(y, x, *_in_order(layer, narrow, wide.flatten(1)), layer.scale)
+        f, s, *tensors = _parts(layer, x.dtype)
+        if not at_inference(layer):
+            return with_factors(layer, x, y, f, *tensors, dropout=layer.cfg.dropout)
+        *small, wide = tensors  # B̂ is shared: no layer keeps a copy
+        narrow = layer.constant("narrow", partial(scaled_slices, s), *small, x.new_empty(0))
+        return add_low_rank(y, x, *ordered_factors(layer.in_features, narrow, wide), layer.scale)
 
 
-def _parts(layer: Layer) -> tuple[Any, ...]:
-    """The function that gives A and B, and its tensors: λ, γ, and of the shared A and B what this layer takes."""
-    q, p = sorted((layer.in_features, layer.out_features))
+def _parts(layer: Layer, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The function that gives A and B, s, and the function's tensors: λ, γ, and what is taken of the shared A and B."""
+    (q, p), i, cfg = sorted((layer.in_features, layer.out_features)), layer.in_features, layer.cfg
+    s, like = cfg.alpha / cfg.r, torch.empty(0, dtype=dtype)
 
     def factors(scales: Tensor, gamma: Tensor, a: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-        return _in_order(layer, _narrow(layer.cfg, scales, gamma, a), wide.flatten(1))
+        return ordered_factors(i, scaled_slices(s, scales, gamma, a, like), wide)
 
-    n = math.ceil(q / layer.cfg.r)
-    return factors, layer.lora_lambda, layer.lora_gamma, layer.lora_A[..., :q], layer.lora_B[:p, :n]
-
-
-def _narrow(cfg: Any, scales: Tensor, gamma: Tensor, a: Float[Tensor, "r 1 q"]) -> Float[Tensor, "m q"]:
-    """s Â, with m = r N."""
-    return (cfg.alpha / cfg.r * scales[..., None] * a * gamma).flatten(0, 1)
-
-
-def _in_order(layer: Layer, narrow: Float[Tensor, "m q"], wide: Float[Tensor, "p m"]) -> tuple[Tensor, Tensor]:
-    """A and B of x Aᵀ Bᵀ."""
-    return (narrow, wide) if narrow.shape[1] == layer.in_features else (wide.mT, narrow.mT)
+    shared = layer.lora_A[..., :q], layer.lora_B[:p, : math.ceil(q / cfg.r)]
+    return factors, s, layer.lora_lambda, layer.lora_gamma, *shared

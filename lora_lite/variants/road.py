@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..core.config import BaseConfig
 from ..core.variant import Layer, ParamSpec, register
+from ..families.factors import at_inference
 from ..families.orthogonal import check_divides
-from ..ops.low_rank import is_traced_or_transformed
 from ..ops.pairs import mix_halves
 from ..ops.recompute import recomputed
 
@@ -63,7 +63,7 @@ class RoAd:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         cfg, tensors = layer.cfg, (layer.lora_theta, layer.lora_alpha)
-        if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+        if not at_inference(layer):
             p, q = recomputed(partial(_coefficients, cfg), *tensors)
         else:
             p, q = layer.constant("p, q", partial(_coefficients, cfg), *tensors)

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
-from ..families.factors import SeededConfig
-from ..ops.low_rank import add_low_rank, is_traced_or_transformed
-from ..ops.recompute import frozen_linear, recomputed
+from ..families.factors import SeededConfig, with_core
+from ..ops.recompute import recomputed
 from ..ops.svd import leading_svd
 
 __all__ = ["TinyLoRA", "TinyLoRAConfig"]
@@ -53,8 +51,7 @@ class TinyLoRAConfig(SeededConfig):
 
 @register
 class TinyLoRA:
-    name = "tinylora"
-    config = TinyLoRAConfig
+    name, config = "tinylora", TinyLoRAConfig
     base_weight = "read"
     handles_scale = True
 
@@ -85,21 +82,17 @@ class TinyLoRA:
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
         dropout = layer.cfg.dropout if layer.training else 0.0
-        up = recomputed(_up, layer.lora_U, layer.lora_v, layer.lora_P, layer.lora_group)
-        return LowRank(layer.lora_V, up, layer.scale, dropout)
+        r = recomputed(_r, *_tensors(layer)).to(layer.lora_U.dtype)
+        return LowRank(layer.lora_V, layer.lora_U @ r, layer.scale, dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        u, tensors = layer.lora_U, (layer.lora_v, layer.lora_P, layer.lora_group)
-        if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
-            h = frozen_linear(F.dropout(x, layer.cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that's kept
-            return add_low_rank(y, h, recomputed(_r, *tensors), u, layer.scale)
-        return add_low_rank(y, x, layer.lora_V, layer.constant("up", _up, u, *tensors), layer.scale)
+        factors = layer.lora_V, layer.lora_U
+        return with_core(layer, x, y, factors, _r, *_tensors(layer), dropout=layer.cfg.dropout)
 
 
-def _up(u: Float[Tensor, "o r"], *tensors: Tensor) -> Float[Tensor, "o r"]:
-    """U' R."""
-    return u @ _r(*tensors).to(u.dtype)
+def _tensors(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.lora_v, layer.lora_P, layer.lora_group
 
 
 def _r(v: Float[Tensor, "groups u"], p: Float[Tensor, "u r r"], group: Tensor) -> Float[Tensor, "r r"]:
