@@ -44,6 +44,6 @@ class _Mix(torch.autograd.Function):
         (u,), (y, p, q), (needs_y, needs_p, needs_q, _) = grads, ctx.saved_tensors, ctx.needs_input_grad
         dy = torch.addcmul(u, u, p.to(u.dtype)) + _swapped(u * q.to(u.dtype), ctx.half) if needs_y else None
         flat, of_y = u.flatten(0, -2), y.flatten(0, -2)  # (n, o)
-        dp = torch.linalg.vecdot(flat, of_y, dim=0).to(p.dtype) if needs_p else None
-        dq = torch.linalg.vecdot(flat, _swapped(of_y, ctx.half), dim=0).to(q.dtype) if needs_q else None
+        dp = (flat * of_y).sum(0).to(p.dtype) if needs_p else None  # no vecdot, which autocast would round
+        dq = (flat * _swapped(of_y, ctx.half)).sum(0).to(q.dtype) if needs_q else None
         return dy, dp, dq, None

@@ -81,8 +81,7 @@ def _scaling(layer: Layer) -> float:
 
 
 def _projection(p: Float[Tensor, "o r"], kind: str) -> tuple[Float[Tensor, "o r"], Float[Tensor, "o r"]]:
-    p = wide(p)  # of P = 0, Q and E are 0
-    q = p if kind == "relu" else torch.linalg.qr(p).Q * p.any(dim=0)
+    q = wide(p) if kind == "relu" else torch.linalg.qr(wide(p)).Q * p.any(dim=0)  # of P = 0 both are 0
     return q, q.relu() if kind == "relu" else q
 
 
