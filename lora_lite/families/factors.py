@@ -14,9 +14,8 @@ from ..core.config import AdapterConfig
 from ..core.validate import positive_or_none
 from ..core.variant import Layer, LowRank
 from ..errors import ConfigError
-from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import add_low_rank, is_traced_or_transformed
-from ..ops.recompute import Factors, add_factors, frozen_linear, recomputed
+from ..ops.recompute import Factors, add_factors, frozen_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ def with_core(
         up = layer.constant("up", lambda b, *tensors: b @ core(*tensors).to(b.dtype), b, *tensors)
         return add_low_rank(y, x, a, up, layer.scale)
     h = frozen_linear(F.dropout(x, dropout, layer.training), a)  # (*b, r)
-    return add_low_rank(y, h, recomputed(core, *tensors), b, layer.scale)
+    return add_factors(y, h, lambda b, *tensors: (core(*tensors), b), b, *tensors, s=layer.scale)
 
 
 def at_inference(layer: Layer) -> bool:
@@ -113,13 +112,3 @@ def as_low_rank(layer: Layer, f: Factors, *tensors: Tensor, dropout: float = 0.0
     """The same for `low_rank`, of convolutions, embeddings and experts."""
     a, b = f(*tensors)
     return LowRank(a, b, layer.scale, dropout if layer.training else 0.0)
-
-
-def seeded_dropout(layer: Layer, p: float) -> Callable[[Tensor], Tensor]:
-    """Dropout in training, of the same mask at each call: what makes a forward again drops the same."""
-    if not (p and layer.training):
-        return lambda x: x
-    if is_traced_or_transformed():  # a graph draws for itself
-        return lambda x: F.dropout(x, p)
-    seed = dropout_seed()
-    return lambda x: dropped(x, p, seed)

@@ -26,7 +26,6 @@ from ..core.variant import Layer, ParamSpec, register
 from ..families.factors import at_inference
 from ..families.orthogonal import check_divides
 from ..ops.pairs import mix_halves
-from ..ops.recompute import recomputed
 
 __all__ = ["RoAd", "RoAdConfig"]
 
@@ -63,13 +62,10 @@ class RoAd:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         cfg, tensors = layer.cfg, (layer.lora_theta, layer.lora_alpha)
+        half, f = cfg.group_size // 2, partial(_coefficients, cfg)
         if not at_inference(layer):
-            p, q = recomputed(partial(_coefficients, cfg), *tensors)
-        else:
-            p, q = layer.constant("p, q", partial(_coefficients, cfg), *tensors)
-        if not layer.is_whole:
-            p, q = layer.scale * p, layer.scale * q
-        return mix_halves(y, p, q, cfg.group_size // 2)
+            return mix_halves(y, half, f, *tensors, s=layer.scale)
+        return mix_halves(y, half, lambda c: c, layer.constant("p, q", f, *tensors), s=layer.scale)
 
 
 def _coefficients(cfg: RoAdConfig, theta: Float[Tensor, "p"], alpha: Float[Tensor, "p"]) -> Float[Tensor, "2 o"]:

@@ -77,7 +77,11 @@ CASES = {
     "turn": Case(lambda y, x, t: add_turn(y, x, turn, t, s=0.7), turned, (drawn(3, 2, I, seed=1), X, T)),
     "one turn": Case(lambda y, x, t: add_turn(y, x, turn, t, s=0.7), turned, (drawn(3, 2, I, seed=1), X, T[:1])),
     "turn of itself": Case(lambda x, t: add_turn(x, x, turn, t, s=0.7), lambda x, t: turned(x, x, t), (X, T)),
-    "pairs": Case(lambda y, p, q: mix_halves(y, p, q, 3), mixed, (Y, drawn(O, seed=1), drawn(O, seed=2))),
+    "pairs": Case(
+        lambda y, p, q: mix_halves(y, 3, lambda p, q: torch.stack([p.sin(), q]), p, q, s=0.7),
+        lambda y, p, q: mixed(y, 0.7 * p.sin(), 0.7 * q),
+        (Y, drawn(O, seed=1), drawn(O, seed=2)),
+    ),
 }
 
 
