@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ def add_shared(specs: dict[str, ParamSpec], more: dict[str, ParamSpec], path: st
         raise ConfigError(f"{problem}\n  leave one of them out with exclude_names{cure}")
 
 
+@lru_cache(maxsize=4096)  # asked at each call of a layer
 def names_in_stack(path: str, place: Place, stride: int) -> tuple[str, str]:
     """The names of tensors that layers of one name in a stack of blocks share: `stride` of them in a row, and all."""
     (stack, block), run, every = place, path, path

@@ -13,8 +13,10 @@ def few_wide(x: Tensor) -> Tensor:
     return x.float()
 
 
-def plus(y: Tensor, change: Tensor, s: float = 1.0) -> Tensor:
-    """y + s change in y's dtype, rounded once, for a change that may be wider; without gradients."""
+def plus(y: Tensor, change: Tensor, s: float = 1.0, scales: Tensor | None = None) -> Tensor:
+    """y + s scales ⊙ change in y's dtype, rounded once, for a change that may be wider; without gradients."""
+    if scales is not None:
+        return torch.addcmul(y, change, scales.to(change.dtype), value=s, out=torch.empty_like(y))
     if change.dtype == y.dtype:
         return y.add(change, alpha=s)
     return torch.add(y, change, alpha=s, out=torch.empty_like(y))  # `out=` rounds in this pass, not in one of its own

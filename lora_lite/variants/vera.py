@@ -23,8 +23,9 @@ from ..core.config import AdapterConfig
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..families.factors import at_inference
 from ..families.projections import projection_specs
-from ..ops.few import few_wide
+from ..ops.few import few_wide, plus
 from ..ops.recompute import frozen_linear, recomputed
 
 __all__ = ["VeRA", "VeRAConfig"]
@@ -78,10 +79,12 @@ class VeRA:
         x = few_wide(F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x)
         # z is kept in x's place. Of A and B, cast for each layer, nothing is: they are 256 ranks wide.
         z = frozen_linear(x, layer.lora_A[:, : layer.in_features])
-        scales = layer.lora_b if layer.is_whole else layer.scale * layer.lora_b
-        return y + recomputed(_branch, z, layer.lora_d, scales, layer.lora_B).to(y.dtype)
+        d, scales, b = layer.lora_d, layer.lora_b, layer.lora_B[: layer.out_features]
+        if at_inference(layer):
+            return plus(y, _rows(z, d, b), layer.scale, scales)
+        scales = scales if layer.is_whole else layer.scale * scales
+        return y + recomputed(lambda z, d, scales, b: _rows(z, d, b) * scales, z, d, scales, b).to(y.dtype)
 
 
-def _branch(z: Float[Tensor, "*b r"], d: Float[Tensor, "r"], scales: Float[Tensor, "o"], b: Tensor) -> Tensor:
-    h = (z * d).to(z.dtype)  # (*b, r), rounded from the wider dtype of the two
-    return F.linear(h, b[: len(scales)].to(z.dtype)) * scales
+def _rows(z: Float[Tensor, "*b r"], d: Float[Tensor, "r"], b: Float[Tensor, "o r"]) -> Float[Tensor, "*b o"]:
+    return F.linear((z * d).to(z.dtype), b.to(z.dtype))  # rounded from the wider dtype of the two
