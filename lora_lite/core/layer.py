@@ -227,7 +227,7 @@ class Layer:
         if result is not None and all(map(same, kept_inputs, inputs)):
             return result
         with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):  # autocast would round to 16 bits
-            value = compute(*inputs)
+            value: Any = compute(*inputs)
             value = value.detach() if isinstance(value, Tensor) else tuple(t.detach() for t in value)
             if remember:
                 memo[name] = [t.clone() for t in inputs], value  # clones: an edit in place must show

@@ -73,6 +73,6 @@ def _in_pairs(u: Float[Tensor, "i r"]) -> None:
 
 def _factors(u: Float[Tensor, "i r"], *start: Float[Tensor, "i r"]) -> tuple[Tensor, Tensor]:
     """Mᵀ (k, i) and L (i, k), of numbers in float32 at least."""
-    u, *start = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (u, *start))
-    left, right = subspace_reflections(u, *start) if start else reflections(u)
+    u, *others = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (u, *start))
+    left, right = subspace_reflections(u, *others) if others else reflections(u)
     return right.mT, left
