@@ -23,8 +23,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Case(NamedTuple):
-    """ours, plain    the same function of the inputs
-    rows              does it take any shape of x and y, as the first two inputs"""
+    """ours, plain: the same function of the inputs."""
 
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
