@@ -43,6 +43,7 @@ from contenders import (
 from layer import layer
 from loguru import logger
 from measure import Ratio, Times, floor, in_a_process, interleaved, peak_of, saved
+from methods import methods
 from peft import PeftModel
 from picture import draw, show
 from torch import Tensor, nn
@@ -249,6 +250,7 @@ def compiled(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 
 SECTIONS: dict[str, Section] = {
     "layer": layer,
+    "methods": methods,
     "memory": memory,
     "starting": starting,
     "pissa": pissa,

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from ..base.layer import BaseLayer
 from ..errors import ConfigError, VariantError
+from ..ops.equal import same
 from ..ops.low_rank import is_transformed
 from ..ops.recompute import recomputed
 from .scale import Scale
@@ -218,8 +219,9 @@ class Layer:
         seed = int(torch.randint(2**62, (), device="cpu"))  # of the generator whose state a checkpoint sets back
         return torch.Generator(x.device).manual_seed(seed)
 
-    def constant(self, name: str, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """compute(*inputs) as a constant, without gradient, tangent or autocast; remembered by name for equal inputs.
+    def constant(self, name: str, compute: Callable[..., Any], *inputs: Tensor) -> Any:
+        """compute(*inputs), a tensor or some, as a constant, without gradient, tangent or autocast; remembered by name
+        for equal inputs.
 
         It is remembered in eval mode with gradients off and outside of every function transform, so that a training
         step, a transform and compile never meet a kept tensor. Equal means by value, against kept copies: version
@@ -232,10 +234,11 @@ class Layer:
         if not (remember or is_compiling()):
             memo.pop(name, None)  # it takes as much memory as the adapter
         kept_inputs, result = memo.get(name, ((), None)) if remember else ((), None)
-        if result is not None and all(map(_same, kept_inputs, inputs)):
+        if result is not None and all(map(same, kept_inputs, inputs)):
             return result
         with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):  # autocast would round to 16 bits
-            value = compute(*inputs).detach()
+            value: Any = compute(*inputs)
+            value = value.detach() if isinstance(value, Tensor) else tuple(t.detach() for t in value)
             if remember:
                 memo[name] = [t.clone() for t in inputs], value  # clones: an edit in place must show
             return value
@@ -261,7 +264,3 @@ class Layer:
 
 WEIGHTS: dict[str, Callable[[Site, int | None, Tensor], Tensor]] = {}
 """The weights that `dense_weight(of)` can give beside "base": (site, expert, base weight (d_out, d_in)) -> weight."""
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)  # equal() compares across dtypes too

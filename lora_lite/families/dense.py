@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.variant import Layer, LowRank
-from ..ops.low_rank import is_traced_or_transformed
 from ..ops.recompute import add_dense, recomputed
+from .factors import at_inference
 
 Delta = Callable[..., Float[Tensor, "o i"]]
 
@@ -28,10 +27,11 @@ def with_delta(
     dropout     in training, of the branch alone
     """
     p = dropout if layer.training else 0.0
-    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+    if not at_inference(layer):
         return add_dense(y, x, f, *tensors, s=layer.scale, dropout=p)
-    delta = layer.constant("delta", f, *tensors)  # at inference ΔW is remembered: it costs more than its product
-    return y + (F.linear(x, delta.to(x.dtype)) * layer.scale).to(y.dtype)
+    # At inference ΔW is remembered, in x's dtype: it costs more than its product, and so does a cast of it.
+    delta = layer.constant("delta", lambda *t: f(*t[:-1]).to(t[-1].dtype), *tensors, x.new_empty(0))
+    return y.add(F.linear(x, delta), alpha=layer.scale)
 
 
 def as_low_rank(layer: Layer, f: Delta, *tensors: Tensor, dropout: float = 0.0) -> LowRank:

@@ -14,11 +14,8 @@ from ..core.config import AdapterConfig
 from ..core.validate import positive_or_none
 from ..core.variant import Layer, LowRank
 from ..errors import ConfigError
-from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import add_low_rank, is_traced_or_transformed
-from ..ops.recompute import recomputed
-
-Factors = Callable[..., tuple[Tensor, ...]]
+from ..ops.recompute import Factors, add_factors, frozen_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,35 +71,44 @@ def with_factors(
 ) -> Float[Tensor, "*b o"]:
     """y + c (drop(x) Aᵀ Bᵀ + shift) at the layer's scale c. The backward keeps x and the tensors alone.
 
-    f           (A (r, i), B (o, r)), or these and a shift (o,): a pure function, of nothing trained but its arguments
+    f           (A (r, i), B (o, r)), or these and a shift (o,): a pure function, of nothing but its arguments. At
+                inference they are remembered
     dropout     in training, of the branch alone
     """
-    s, p = layer.scale, dropout if layer.training else 0.0
-    if not (torch.is_grad_enabled() or is_traced_or_transformed()):
-        a, b, *shift = f(*tensors)
-        y = add_low_rank(y, x, a, b, s, p)
-        return y + (s * shift[0]).to(y.dtype) if shift else y
-    drop = seeded_dropout(layer, dropout)
+    if not at_inference(layer):
+        return add_factors(y, x, f, *tensors, s=layer.scale, dropout=dropout if layer.training else 0.0)
+    a, b, *shift = layer.constant("factors", f, *tensors)
+    y = add_low_rank(y, x, a, b, layer.scale)
+    return y.add(shift[0].to(y.dtype), alpha=layer.scale) if shift else y
 
-    def branch(x: Tensor, *tensors: Tensor) -> Tensor:
-        a, b, *shift = f(*tensors)
-        change = F.linear(F.linear(drop(x), a.to(x.dtype)), b.to(x.dtype), shift[0].to(x.dtype) if shift else None)
-        return change * s
 
-    return y + recomputed(branch, x, *tensors).to(y.dtype)
+def with_core(
+    layer: Layer,
+    x: Float[Tensor, "*b i"],
+    y: Float[Tensor, "*b o"],
+    factors: tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]],
+    core: Callable[..., Float[Tensor, "r r"]],
+    *tensors: Tensor,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*b o"]:
+    """y + c drop(x) Aᵀ Cᵀ Bᵀ at the layer's scale c, for frozen factors A and B and C = core(*tensors).
+
+    The backward keeps r numbers a token.
+    """
+    a, b = factors
+    if at_inference(layer):  # there B C is remembered
+        up = layer.constant("up", lambda b, *tensors: b @ core(*tensors).to(b.dtype), b, *tensors)
+        return add_low_rank(y, x, a, up, layer.scale)
+    h = frozen_linear(F.dropout(x, dropout, layer.training), a)  # (*b, r)
+    return add_factors(y, h, lambda b, *tensors: (core(*tensors), b), b, *tensors, s=layer.scale)
+
+
+def at_inference(layer: Layer) -> bool:
+    """Is this a forward in which `layer.constant` remembers?"""
+    return not (layer.training or torch.is_grad_enabled() or is_traced_or_transformed())
 
 
 def as_low_rank(layer: Layer, f: Factors, *tensors: Tensor, dropout: float = 0.0) -> LowRank:
     """The same for `low_rank`, of convolutions, embeddings and experts."""
     a, b = f(*tensors)
     return LowRank(a, b, layer.scale, dropout if layer.training else 0.0)
-
-
-def seeded_dropout(layer: Layer, p: float) -> Callable[[Tensor], Tensor]:
-    """Dropout in training, of the same mask at each call: what makes a forward again drops the same."""
-    if not (p and layer.training):
-        return lambda x: x
-    if is_traced_or_transformed():  # a graph draws for itself
-        return lambda x: F.dropout(x, p)
-    seed = dropout_seed()
-    return lambda x: dropped(x, p, seed)

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..core.config import BaseConfig
 from ..core.variant import Layer
 from ..errors import ConfigError
-from ..ops.low_rank import is_traced_or_transformed
+from ..ops.cayley import add_turn
 from ..ops.recompute import recomputed
+from .factors import at_inference
 
 MOST_TERMS = 1000
 """A file, which anyone may have written, can't ask for a series that never ends."""
@@ -36,9 +37,22 @@ def change_by(
     def wide(*tensors: Tensor) -> Tensor:
         return turn(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
 
-    if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+    if not at_inference(layer):
         return layer.scale * recomputed(lambda x, *tensors: product(x, wide(*tensors)), x, *tensors)
     return layer.scale * product(x, layer.constant("turn", wide, *tensors))
+
+
+def with_turn(
+    layer: Layer, y: Float[Tensor, "*b i"], x: Float[Tensor, "*b i"], turn: Callable[..., Tensor], *tensors: Tensor
+) -> Float[Tensor, "*b i"]:
+    """y + c x T at the layer's scale c, for blocks T (n, s, s) = turn(*tensors), as `change_by` has it."""
+
+    def wide(*tensors: Tensor) -> Tensor:
+        return turn(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
+
+    if not at_inference(layer):
+        return add_turn(y, x, wide, *tensors, s=layer.scale)
+    return add_turn(y, x, lambda turn: turn, layer.constant("turn", wide, *tensors), s=layer.scale)
 
 
 def check_cayley(cfg: BaseConfig) -> None:

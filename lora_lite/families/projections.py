@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..base.stacks import Place
@@ -64,6 +65,19 @@ def _basis(shape: tuple[int, ...], rarity: float | None, generator: torch.Genera
     return basis / basis.double().std().to(basis.dtype)  # in float64, so that no machine rounds it another way
 
 
+def scaled_slices(
+    s: float, scales: Float[Tensor, "r N"], gamma: Float[Tensor, "N q"], a: Float[Tensor, "r 1 q"], like: Tensor
+) -> Float[Tensor, "m q"]:
+    """s Â (r N, q) of RandLoRA, of A in the dtype of `like`: drawn again or cast with a model, it is the same there."""
+    return (s * scales[..., None] * a.to(like.dtype) * gamma).flatten(0, 1)
+
+
+def ordered_factors(d_in: int, narrow: Float[Tensor, "m q"], wide: Float[Tensor, "p n r"]) -> tuple[Tensor, Tensor]:
+    """A and B of the product of B̂ (p, r n) and Â, which is transposed where its rows aren't as long as x."""
+    pair = narrow, wide.flatten(1)
+    return pair if narrow.shape[1] == d_in else (pair[1].mT, pair[0].mT)
+
+
 def balanced_indices(n: int, length: int, seed: int) -> Int[Tensor, "n"]:
     """n indices below `length` in a random order, each as often as any other, or once more."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,6 +92,7 @@ def add_shared(specs: dict[str, ParamSpec], more: dict[str, ParamSpec], path: st
         raise ConfigError(f"{problem}\n  leave one of them out with exclude_names{cure}")
 
 
+@lru_cache(maxsize=4096)  # asked at each call of a layer
 def names_in_stack(path: str, place: Place, stride: int) -> tuple[str, str]:
     """The names of tensors that layers of one name in a stack of blocks share: `stride` of them in a row, and all."""
     (stack, block), run, every = place, path, path

@@ -15,6 +15,7 @@ from ..core.variant import Layer, LowRank, ParamSpec
 from ..errors import ConfigError
 from ..ops.low_rank import WIDE, is_traced_or_transformed
 from ..ops.recompute import add_dense, recomputed
+from ..ops.sparse import Rows, add_sparse, by_rows, is_sparse_enough
 from .dense import Delta, as_low_rank
 
 Branch = Callable[..., Float[Tensor, "n o"]]
@@ -78,8 +79,17 @@ def with_entries(
 ) -> Float[Tensor, "*b o"]:
     """`with_branch` of a ΔW that is `values` (n,) at `places` (n,) and zero elsewhere."""
     o, i = layer.out_features, layer.in_features
+    if is_sparse_enough(x, len(values), o, i):
+        return add_sparse(y, x, values, rows_of(layer, places, o, i), layer.scale)
     cost = GATHERED * len(values)
     return with_branch(layer, x, y, partial(scattered, o, i), partial(gathered, o), cost, values, places)
+
+
+def rows_of(layer: Layer, places: Int[Tensor, "*two n"], o: int, i: int) -> Rows:
+    """The places of (o, i) row by row; remembered at inference."""
+    if layer.training or torch.is_grad_enabled():
+        return by_rows(places, o, i)
+    return Rows(*layer.constant("rows", partial(by_rows, o=o, i=i), places))
 
 
 def entries_as_low_rank(layer: Layer, values: Tensor, places: Tensor) -> LowRank:

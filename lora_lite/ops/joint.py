@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .recompute import frozen_linear, recomputed
+from .sparse import Rows, add_sparse
+
 LEAST = 1e-5
 """The share of the largest λ0 below which one is float32's rounding: the weight has no such direction."""
 
@@ -52,13 +55,21 @@ def joint_change(
     v: Float[Tensor, "i i"],
     inverse: Float[Tensor, "i i"],
     places: Int64[Tensor, "2 n"],
+    rows: Rows | None = None,
 ) -> Float[Tensor, "*b i"]:
     """V⁻ᵀ Λ0⁻¹ (S + diag(λ - λ0)) Vᵀ x: what W's input gains where W = U Λ0 Vᵀ becomes U (S + diag(λ)) Vᵀ.
 
-    Directions with λ0 = 0 take no part.
+    Directions with λ0 = 0 take no part. The backward keeps Vᵀ x in x's place, since V isn't trained.
+
+    rows    the places by rows, where `is_sparse_enough` says yes
     """
-    l0 = l0.to(l1.dtype)  # a cast of parameters alone must not part them
-    z = x @ v.to(x.dtype)  # Vᵀ x (*b, i)
-    mixed = sparse_product(z, s.to(z.dtype), places) + z * (l1 - l0).to(z.dtype)
-    unit = 1 / torch.where(l0 > 0, l0, torch.inf)  # Λ0⁻¹ (i,); no inverse of 0, whose gradient is NaN
-    return (mixed * unit.to(z.dtype)) @ inverse.to(x.dtype)
+
+    def mixed(z: Tensor, l1: Tensor, s: Tensor, l0: Tensor) -> Tensor:
+        l0 = l0.to(l1.dtype)  # a cast of parameters alone must not part them
+        unit = 1 / torch.where(l0 > 0, l0, torch.inf)  # Λ0⁻¹ (i,); no inverse of 0, whose gradient is NaN
+        scaled = z * (l1 - l0).to(z.dtype)
+        product = sparse_product(z, s.to(z.dtype), places) + scaled if rows is None else add_sparse(scaled, z, s, rows)
+        return product * unit.to(z.dtype)
+
+    z = frozen_linear(x, v.mT)  # Vᵀ x (*b, i)
+    return frozen_linear(recomputed(mixed, z, l1, s, l0), inverse.mT)

@@ -2,11 +2,13 @@
 
     recomputed(f, x, θ)      f(x, θ)
     add_dense(y, x, f, θ)    y + s drop(x) f(θ)ᵀ, with ΔW = f(θ) (o, i)
+    add_factors(y, x, f, θ)  y + s (drop(x) Aᵀ Bᵀ + β), with (A (r, i), B (o, r)) = f(θ), or these and β (o,)
 
 Plain autograd keeps every step of f, and of a product with ΔW the whole matrix: o i numbers a layer, whatever the size
-of θ. Here ΔW is formed again in the backward, and with u the gradient of y'
+of θ. Here ΔW, or A and B, are formed again in the backward, and with u the gradient of y'
 
     dx = s u ΔW      dΔW = s uᵀ drop(x)      dθ = (∂f/∂θ)ᵀ dΔW
+    dx = s u B A     dA = (s u B)ᵀ drop(x)   dB = s uᵀ (drop(x) Aᵀ)     dβ = s Σ_tokens u
 
 torch.compile, torch.func and forward-mode AD take the plain form, which they differentiate and fuse on their own. The
 idea is gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) of one layer's adapter.
@@ -22,7 +24,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .dropout import dropout_seed, dropped
-from .low_rank import is_traced_or_transformed, no_autocast
+from .few import few_wide, plus
+from .low_rank import add_low_rank, is_traced_or_transformed, no_autocast
+
+_is_autocast_on = torch._C._is_any_autocast_enabled
+Factors = Callable[..., tuple[Tensor, ...]]
 
 
 def recomputed(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -55,19 +61,64 @@ def add_dense(
     """
     if is_traced_or_transformed():
         return _plain(F.dropout(x, dropout), y, f, s, *tensors)
-    seed = dropout_seed() if dropout else 0
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *tensors)):
+        seed = dropout_seed() if dropout else 0
         out: Tensor = _AddDense.apply(y, x, f, float(s), dropout, seed, *tensors)
         return out
+    if _is_autocast_on() and (off := no_autocast(x)):
+        with off:
+            return add_dense(y, x, f, *tensors, s=s, dropout=dropout)
+    x = few_wide(dropped(x, dropout, dropout_seed()) if dropout else x)
+    return plus(y, F.linear(x, f(*tensors).to(x.dtype)), s)
+
+
+def add_factors(
+    y: Float[Tensor, "*b o"],
+    x: Float[Tensor, "*b i"],
+    f: Factors,
+    *tensors: Tensor,
+    s: Any = 1.0,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*b o"]:
+    """y + s (drop(x) Aᵀ Bᵀ + β) in y's dtype; f is a pure function of tensors in any dtype. x is of y's dtype.
+
+    f           (A (r, i), B (o, r)), or these and β (o,). One of them that needs no gradient takes no product for it
+    dropout     the probability on x, of the branch alone; 0 outside of training
+    """
+    if is_traced_or_transformed():
+        return _plain_factors(F.dropout(x, dropout), y, s, *f(*tensors))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *tensors)):
+        seed = dropout_seed() if dropout else 0
+        out: Tensor = _AddFactors.apply(y, x, f, float(s), dropout, seed, *tensors)
+        return out
     with no_autocast(x) or nullcontext():
-        return _plain(dropped(x, dropout, seed) if dropout else x, y, f, s, *tensors)
+        a, b, *shift = f(*tensors)
+        y = y.add(shift[0].to(y.dtype), alpha=s) if shift else y
+        return add_low_rank(y, x, a, b, s, dropout)
+
+
+def _plain_factors(x: Tensor, y: Tensor, s: Any, a: Tensor, b: Tensor, *shift: Tensor) -> Tensor:
+    beta = shift[0].to(x.dtype) if shift else None
+    return y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype), beta) * s
 
 
 def _plain(x: Tensor, y: Tensor, f: Callable[..., Tensor], s: Any, *tensors: Tensor) -> Tensor:
     return y + (F.linear(x, f(*tensors).to(x.dtype)) * s).to(y.dtype)
 
 
-def _gradients(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: tuple[bool, ...], u: Any) -> list[Any]:
+def _sum(y: Tensor, x: Tensor, w: Tensor, s: float) -> Tensor:
+    """y + s x Wᵀ as one product, in a tensor of its own: a view could not be changed in place later."""
+    out, (o, i) = torch.empty(y.shape, dtype=y.dtype, device=y.device), w.shape
+    torch.addmm(y.reshape(-1, o), x.reshape(-1, i).to(y.dtype), w.mT.to(y.dtype), alpha=s, out=out.view(-1, o))
+    return out
+
+
+def _times(a: Tensor, b: Tensor, s: float) -> Tensor:
+    """s a b, in one pass."""
+    return a @ b if s == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
+
+
+def gradients(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: tuple[bool, ...], u: Any) -> list[Any]:
     """The gradients of f(*inputs) for u, or for what u makes of f's value; None for an input that needs none."""
     twice = torch.is_grad_enabled()  # a graph of the gradients is wanted, so they are of the inputs themselves
     if not twice:
@@ -95,7 +146,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         with no_autocast(grads[0]) or nullcontext():
-            return None, *_gradients(ctx.f, ctx.saved_tensors, ctx.needs_input_grad[1:], grads[0])
+            return None, *gradients(ctx.f, ctx.saved_tensors, ctx.needs_input_grad[1:], grads[0])
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -118,7 +169,7 @@ class _AddDense(torch.autograd.Function):
         ctx.f, ctx.s, ctx.p, ctx.seed = f, s, p, seed
         ctx.save_for_backward(x, *tensors)
         with no_autocast(x) or nullcontext():
-            return _plain(dropped(x, p, seed) if p else x, y, f, s, *tensors)
+            return _sum(y, dropped(x, p, seed) if p else x, f(*tensors), s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -134,7 +185,7 @@ class _AddDense(torch.autograd.Function):
             def branch(x: Tensor, *tensors: Tensor) -> Tensor:
                 return _plain(dropped(x, p, ctx.seed) if p else x, torch.zeros_like(u), ctx.f, s, *tensors)
 
-            dx, *rest = _gradients(branch, (x, *tensors), (needs[1], *needs[6:]), u)
+            dx, *rest = gradients(branch, (x, *tensors), (needs[1], *needs[6:]), u)
             return u, dx, None, None, None, None, *rest
         dx = None
 
@@ -142,10 +193,61 @@ class _AddDense(torch.autograd.Function):
             nonlocal dx
             flat = u.reshape(-1, u.shape[-1])  # (n, o)
             if needs[1]:
-                dx = (flat @ delta.detach().to(u.dtype)).view(x.shape) * s
+                dx = _times(flat, delta.detach().to(u.dtype), s).view(x.shape)
                 dx = dropped(dx, p, ctx.seed) if p else dx
             x_hat = (dropped(x, p, ctx.seed) if p else x).reshape(-1, x.shape[-1])
-            return (flat.mT @ x_hat) * s
+            return _times(flat.mT, x_hat.to(u.dtype), s)
 
-        rest = _gradients(ctx.f, tuple(tensors), needs[6:], of_delta)
+        rest = gradients(ctx.f, tuple(tensors), needs[6:], of_delta)
+        return u, dx, None, None, None, None, *rest
+
+
+class _AddFactors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        y, x, f, s, p, seed, *tensors = operands
+        ctx.f, ctx.s, ctx.p, ctx.seed = f, s, p, seed
+        ctx.save_for_backward(x, *tensors)
+        with no_autocast(x) or nullcontext():
+            a, b, *shift = f(*tensors)
+            x_hat = dropped(x, p, seed) if p else x
+            y = y.add(shift[0].to(y.dtype), alpha=s) if shift else y
+            return _sum(y, F.linear(x_hat, a.to(x.dtype)), b, s)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with no_autocast(grads[0]) or nullcontext():
+            return _AddFactors._backward(ctx, grads[0])
+
+    @staticmethod
+    def _backward(ctx: Any, u: Tensor) -> Any:
+        f, s, p, seed, needs = ctx.f, ctx.s, ctx.p, ctx.seed, ctx.needs_input_grad
+        x, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives: of the plain form
+
+            def branch(x: Tensor, *tensors: Tensor) -> Tensor:
+                return _plain_factors(dropped(x, p, seed) if p else x, torch.zeros_like(u), s, *f(*tensors))
+
+            dx, *rest = gradients(branch, (x, *tensors), (needs[1], *needs[6:]), u)
+            return u, dx, None, None, None, None, *rest
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs[6:], strict=True)]
+        with torch.enable_grad():
+            factors = f(*inputs)  # A, B and perhaps β, with the graph that leads to them alone
+        (a, b), rows = (t.detach().to(u.dtype) for t in factors[:2]), u.numel() // u.shape[-1]
+        flat, x_hat = u.reshape(rows, len(b)), (dropped(x, p, seed) if p else x).reshape(rows, x.shape[-1]).to(u.dtype)
+        v = _times(flat, b, s)  # s u B (n, r), which dA and dx share
+        dx = None
+        if needs[1]:  # no view: autograd adds other gradients of x into its memory
+            dx = v.view(*u.shape[:-1], len(a)) @ a
+            dx = dropped(dx, p, seed) if p else dx
+        products = (
+            lambda: v.mT @ x_hat,
+            lambda: _times(flat.mT, x_hat @ a.mT, s),
+            lambda: s * flat.sum(0),
+        )
+        trained = [(t, product().to(t.dtype)) for t, product in zip(factors, products, strict=False) if t.requires_grad]
+        wanted = [t for t in inputs if t.requires_grad]
+        outs, grads = [t for t, _ in trained], [grad for _, grad in trained]
+        of_tensors = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True) if outs else ())
+        rest = [next(of_tensors) if t.requires_grad else None for t in inputs]
         return u, dx, None, None, None, None, *rest

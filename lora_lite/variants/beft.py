@@ -42,4 +42,5 @@ class BEFT:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        return y + (layer.scale * layer.lora_shift).to(y.dtype)
+        shift = layer.lora_shift
+        return y + (shift if layer.is_whole else layer.scale * shift).to(y.dtype)

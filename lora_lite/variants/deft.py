@@ -20,7 +20,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig
 from ..core.validate import positive_or_none
 from ..core.variant import Layer, ParamSpec, register
+from ..families.factors import at_inference
 from ..families.sparse import wide
+from ..ops.few import plus
 from ..ops.recompute import recomputed
 
 __all__ = ["DEFT", "DEFTConfig"]
@@ -44,10 +46,8 @@ class DEFTConfig(AdapterConfig):
 
 @register
 class DEFT:
-    name = "deft"
-    config = DEFTConfig
-    base_weight = "read"
-    handles_scale = True
+    name, config = "deft", DEFTConfig
+    base_weight, handles_scale = "read", True
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DEFTConfig) -> dict[str, ParamSpec]:
@@ -66,11 +66,14 @@ class DEFT:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        cfg, bias = layer.cfg, y.new_zeros(()) if layer.bias is None else layer.bias
-        tensors = (layer.lora_P,) if cfg.para else (layer.lora_P, layer.lora_P0, layer.lora_R, layer.lora_R0)
+        cfg, wx = layer.cfg, y if layer.bias is None else y - layer.bias
+        factors = partial(_factors, cfg.decomposition, _scaling(layer))
+        tensors = [getattr(layer, f"lora_{name}") for name in ("P", *([] if cfg.para else ("P0", "R", "R0")))]
         x = y.new_zeros(()) if cfg.para else torch.dropout(x, cfg.dropout, layer.training)  # kept where it's used
-        change = recomputed(partial(_change, cfg.decomposition, _scaling(layer)), x, y, bias, *tensors)
-        return y + (change * layer.scale).to(y.dtype)
+        if at_inference(layer):
+            return plus(y, _product(x, wx, *layer.constant("factors", factors, *tensors)), layer.scale)
+        change = recomputed(lambda x, wx, *tensors: _product(x, wx, *factors(*tensors)), x, wx, *tensors)
+        return y + (change if layer.is_whole else change * layer.scale).to(y.dtype)
 
 
 def _scaling(layer: Layer) -> float:
@@ -78,18 +81,20 @@ def _scaling(layer: Layer) -> float:
 
 
 def _projection(p: Float[Tensor, "o r"], kind: str) -> tuple[Float[Tensor, "o r"], Float[Tensor, "o r"]]:
-    """Q and E of P; of P = 0 both are 0."""
-    p = wide(p)
-    q = p if kind == "relu" else torch.linalg.qr(p).Q * p.any(dim=0)
+    q = wide(p) if kind == "relu" else torch.linalg.qr(wide(p)).Q * p.any(dim=0)  # of P = 0 both are 0
     return q, q.relu() if kind == "relu" else q
 
 
-def _change(kind: str, s: float, x: Tensor, y: Tensor, bias: Tensor, p: Tensor, *more: Tensor) -> Tensor:
+def _factors(kind: str, s: float, p: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    """Q and E of PaRa; Q, E - E0 and s (R - R0)."""
     q, e = _projection(p, kind)
-    x, wx = wide(x), wide(y) - wide(bias)  # (*b, i), and W x (*b, o)
-    if not more:  # PaRa
-        return -(wx @ e.to(x.dtype)) @ q.mT.to(x.dtype)
-    p0, r, r0 = more
-    e = e - _projection(p0.to(p.dtype), kind)[1]  # a cast of parameters alone must not part them
-    h = x @ (s * (r - r0.to(r.dtype))).mT.to(x.dtype) - wx @ e.to(x.dtype)  # (*b, r)
-    return h @ q.mT.to(x.dtype)
+    if not more:
+        return q, e
+    p0, r, r0 = (t.to(p.dtype) for t in more)  # a cast of parameters alone must not part them
+    return q, e - _projection(p0, kind)[1], s * (r - r0)
+
+
+def _product(x: Tensor, wx: Float[Tensor, "*b o"], q: Tensor, e: Tensor, *r: Tensor) -> Float[Tensor, "*b o"]:
+    wx = wide(wx)
+    h = wx @ e.to(wx.dtype)  # (*b, r)
+    return (wide(x) @ r[0].mT.to(wx.dtype) - h if r else -h) @ q.mT.to(wx.dtype)

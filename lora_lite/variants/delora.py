@@ -12,15 +12,14 @@ Checked    against PEFT DeloraConfig: outputs, gradients, three AdamW steps
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..families.factors import with_factors
 from ..families.sparse import wide
-from ..ops.recompute import recomputed
 
 __all__ = ["DeLoRA", "DeLoRAConfig"]
 
@@ -68,9 +67,8 @@ class DeLoRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        x = F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x
-        branch = recomputed(_branch, x, layer.lora_A, layer.lora_B, layer.lora_lambda, layer.lora_norm)
-        return y + (branch * layer.scale).to(y.dtype)
+        tensors = layer.lora_A, layer.lora_B, layer.lora_lambda, layer.lora_norm
+        return with_factors(layer, x, y, _factors, *tensors, dropout=layer.cfg.dropout)
 
 
 def _factors(a: Tensor, b: Tensor, strength: Tensor, norm: Tensor) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
@@ -78,8 +76,3 @@ def _factors(a: Tensor, b: Tensor, strength: Tensor, norm: Tensor) -> tuple[Floa
     a, b = wide(a), wide(b)
     lengths = a.norm(dim=1).clamp(min=SMALLEST) * b.norm(dim=0).clamp(min=SMALLEST)  # (r,)
     return a * norm.to(a.dtype), b * (strength.to(b.dtype) / (len(a) * lengths))
-
-
-def _branch(x: Float[Tensor, "*b i"], *tensors: Tensor) -> Float[Tensor, "*b o"]:
-    a, b = _factors(*tensors)
-    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))

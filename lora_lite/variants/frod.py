@@ -15,6 +15,7 @@ Checked    against PEFT FrodConfig: V and the places, outputs, gradients, three 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,10 +23,11 @@ from ..core.config import BaseConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
-from ..families.factors import seeded_dropout
 from ..families.joint import fit_joint, joint_specs, joint_tensors, places_of
+from ..families.sparse import rows_of
+from ..ops.few import few_wide
 from ..ops.joint import joint_change
-from ..ops.recompute import recomputed
+from ..ops.sparse import is_sparse_enough
 
 __all__ = ["FRoD", "FRoDConfig"]
 
@@ -72,6 +74,9 @@ class FRoD:
 
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-        drop = seeded_dropout(layer, layer.cfg.dropout)
-        tensors = layer.lora_l, layer.lora_s, layer.lora_l0, *joint_tensors(layer)
-        return x + layer.scale * recomputed(lambda x, *tensors: joint_change(drop(x), *tensors), x, *tensors)
+        (v, inverse, places), cfg, i = joint_tensors(layer), layer.cfg, layer.in_features
+        is_sparse = is_sparse_enough(x, places.shape[1], i, i)
+        rows = rows_of(layer, places, i, i) if is_sparse else None
+        z = few_wide(F.dropout(x, cfg.dropout, layer.training) if cfg.dropout else x)
+        change = joint_change(z, layer.lora_l, layer.lora_s, layer.lora_l0, v, inverse, places, rows)
+        return x + (change if layer.is_whole else layer.scale * change).to(x.dtype)

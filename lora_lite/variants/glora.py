@@ -13,6 +13,7 @@ Checked    against PEFT GloraConfig, with and without a bias: outputs, gradients
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -45,8 +46,7 @@ class GLoRAConfig(AdapterConfig):
 
 @register
 class GLoRA:
-    name = "glora"
-    config = GLoRAConfig
+    name, config = "glora", GLoRAConfig
     handles_scale = True
 
     @staticmethod
@@ -87,7 +87,7 @@ class GLoRA:
 
 def _delta(layer: Layer) -> tuple[Any, ...]:
     tensors = layer.lora_A_Xd, layer.lora_A_Xu, layer.lora_B_Xd, layer.lora_B_Xu
-    return lambda ad, au, bd, bu: layer.matrix() * (ad @ au) + bd @ bu, *tensors
+    return lambda ad, au, bd, bu: torch.addcmul(bd @ bu, layer.matrix(), ad @ au), *tensors
 
 
 def _shift(layer: Layer) -> Float[Tensor, "#o"] | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from ..core.config import AdapterConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
-from ..ops.recompute import recomputed
+from ..families.factors import as_low_rank, with_factors
 
 __all__ = ["GraLoRA", "GraLoRAConfig"]
 
@@ -67,22 +66,11 @@ class GraLoRA:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        cfg, (a, b, *general) = layer.cfg, _tensors(layer)
-        parts = b.unflatten(1, (cfg.k, -1)).permute(1, 0, 3, 2)  # (n, j, o/k, r/k)
-        down = torch.block_diag(*a.mT)  # (k r, i), its rows as (n, j, r/k)
-        up = torch.cat([torch.block_diag(*part) for part in parts], dim=1)  # (o, k r)
-        if general:
-            down, up = torch.cat([down, general[0]]), torch.cat([up, general[1]], dim=1)
-        return LowRank(down, up, layer.scale * _scaling(cfg), cfg.dropout if layer.training else 0.0)
+        return as_low_rank(layer, partial(_factors, layer.cfg), *_tensors(layer), dropout=layer.cfg.dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        cfg, x = layer.cfg, F.dropout(x, layer.cfg.dropout, layer.training)
-        return y + layer.scale * _scaling(cfg) * recomputed(partial(_branch, cfg.k), x, *_tensors(layer))
-
-
-def _scaling(cfg: GraLoRAConfig) -> float:
-    return cfg.alpha / (cfg.r + cfg.hybrid_r)
+        return with_factors(layer, x, y, partial(_factors, layer.cfg), *_tensors(layer), dropout=layer.cfg.dropout)
 
 
 def _tensors(layer: Layer) -> list[Tensor]:
@@ -90,10 +78,13 @@ def _tensors(layer: Layer) -> list[Tensor]:
     return [layer.lora_a, layer.lora_b, *general]
 
 
-def _branch(k: int, x: Float[Tensor, "*b i"], a: Tensor, b: Tensor, *general: Tensor) -> Float[Tensor, "*b o"]:
-    h = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (k, -1)), a.to(x.dtype))
-    h, b = h.unflatten(-1, (k, -1)), b.to(x.dtype).unflatten(1, (k, -1))  # (*b, n, j, q), (j, n, q, o/k), q = r/k
-    out = torch.einsum("...njq,jnqo->...jo", h, b).flatten(-2)  # (*b, o)
-    for factor in general:
-        x = F.linear(x, factor.to(x.dtype))
-    return out + x if general else out
+def _factors(
+    cfg: GraLoRAConfig, a: Float[Tensor, "k m r"], b: Float[Tensor, "k r n"], *general: Tensor
+) -> tuple[Tensor, Tensor]:
+    """s A (k r + h, i) and B (o, k r + h), of zeros outside of the blocks: two products in place of k + k²."""
+    parts = b.unflatten(1, (cfg.k, -1)).permute(1, 0, 3, 2)  # (n, j, o/k, r/k)
+    down = torch.block_diag(*a.mT)  # (k r, i), its rows as (n, j, r/k)
+    up = torch.cat([torch.block_diag(*part) for part in parts], dim=1)  # (o, k r)
+    if general:
+        down, up = torch.cat([down, general[0]]), torch.cat([up, general[1]], dim=1)
+    return cfg.alpha / (cfg.r + cfg.hybrid_r) * down, up

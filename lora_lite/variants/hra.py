@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
-from ..families.factors import check_directions
-from ..families.orthogonal import change_by
+from ..families.factors import check_directions, with_factors
 from ..ops.householder import reflections, subspace_reflections
 
 __all__ = ["HRA", "HRAConfig"]
@@ -58,7 +57,7 @@ class HRA:
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
         tensors = [layer.lora_u, layer.lora_u0.to(layer.lora_u.dtype)] if layer.cfg.apply_GS else [layer.lora_u]
-        return x + change_by(layer, x, _factors, _product, *tensors)
+        return with_factors(layer, x, x, _factors, *tensors)
 
 
 def _in_pairs(u: Float[Tensor, "i r"]) -> None:
@@ -72,10 +71,8 @@ def _in_pairs(u: Float[Tensor, "i r"]) -> None:
     u.copy_(half.repeat_interleave(2, dim=-1))
 
 
-def _factors(u: Float[Tensor, "i r"], *start: Float[Tensor, "i r"]) -> Float[Tensor, "2 i k"]:
-    return torch.stack(subspace_reflections(u, *start) if start else reflections(u))  # L, M
-
-
-def _product(x: Float[Tensor, "*b i"], factors: Float[Tensor, "2 i k"]) -> Float[Tensor, "*b i"]:
-    left, right = factors.to(x.dtype)
-    return (x @ right) @ left.mT
+def _factors(u: Float[Tensor, "i r"], *start: Float[Tensor, "i r"]) -> tuple[Tensor, Tensor]:
+    """Mᵀ (k, i) and L (i, k), of numbers in float32 at least."""
+    u, *others = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (u, *start))
+    left, right = subspace_reflections(u, *others) if others else reflections(u)
+    return right.mT, left

@@ -13,17 +13,21 @@ Checked    against PEFT LoraConfig(kasa_config=KasaConfig()): outputs, gradients
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.factors import FactorsConfig, check_directions, with_factors
+from ..families.factors import FactorsConfig, as_low_rank, at_inference, check_directions, with_factors
+from ..ops.few import few_wide, plus
 from ..ops.low_rank import add_low_rank
 
 __all__ = ["KaSA", "KaSAConfig"]
+_TENSORS = "lora_A", "lora_B", "lora_d", "lora_Vt", "lora_Ut"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +46,8 @@ class KaSAConfig(FactorsConfig):
 
 @register
 class KaSA:
-    name = "kasa"
-    config = KaSAConfig
-    base_weight = "read"
-    has_identity_init = False
-    handles_scale = True
+    name, config = "kasa", KaSAConfig
+    base_weight, has_identity_init, handles_scale = "read", False, True
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: KaSAConfig) -> dict[str, ParamSpec]:
@@ -77,16 +78,23 @@ class KaSA:
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        d = layer.lora_d
-        a, b = torch.cat([layer.lora_A, layer.lora_Vt]), torch.cat([layer.lora_B, layer.lora_Ut], 1)  # (2r, i), (o, 2r)
-        s = torch.cat([layer.cfg.scaling * d, -torch.ones_like(d)])  # (2r,)
-        return LowRank(a, b, layer.scale * s, layer.cfg.dropout if layer.training else 0.0)
+        tensors = [getattr(layer, name) for name in _TENSORS]
+        return as_low_rank(layer, partial(_factors, layer.cfg.scaling), *tensors, dropout=layer.cfg.dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        y = add_low_rank(y, x, layer.lora_Vt, layer.lora_Ut, -layer.scale)
+        s, tensors = layer.cfg.scaling, [getattr(layer, name) for name in _TENSORS]
+        if at_inference(layer):
+            (a, b, d, vt, ut), x = tensors, few_wide(x)
+            a, b, vt, ut = (t.to(x.dtype) for t in (a, b, vt, ut))  # four products: a copy as one pair takes longer
+            lora = F.linear(F.linear(x, a) * (s * d).to(x.dtype), b)
+            return plus(y, lora - F.linear(F.linear(x, vt), ut), layer.scale)
+        if layer.training and layer.cfg.dropout:  # of the LoRA alone
+            y, tensors = add_low_rank(y, x, layer.lora_Vt, layer.lora_Ut, -layer.scale), tensors[:3]
+        return with_factors(layer, x, y, partial(_factors, s), *tensors, dropout=layer.cfg.dropout)
 
-        def factors(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-            return (layer.cfg.scaling * d)[:, None] * a, b  # (r, i), (o, r)
 
-        return with_factors(layer, x, y, factors, layer.lora_A, layer.lora_B, layer.lora_d, dropout=layer.cfg.dropout)
+def _factors(s: float, a: Tensor, b: Tensor, d: Float[Tensor, "r"], *truncated: Tensor) -> tuple[Tensor, Tensor]:
+    """s diag(d) A and B; with what is taken out, [s diag(d) A; V_tᵀ] (2r, i) and [B, -U_t S_t] (o, 2r)."""
+    a, (vt, ut) = (s * d)[:, None] * a, truncated or (a[:0], b[:, :0])
+    return torch.cat([a, vt.to(a.dtype)]), torch.cat([b, -ut.to(b.dtype)], 1)

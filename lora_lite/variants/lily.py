@@ -26,7 +26,8 @@ from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
 from ..errors import ConfigError
 from ..families.projections import add_shared, names_in_stack
-from ..ops.recompute import recomputed
+from ..ops.few import few_wide
+from ..ops.recompute import add_dense, recomputed
 
 __all__ = ["Lily", "LilyConfig"]
 
@@ -51,16 +52,13 @@ class LilyConfig(AdapterConfig):
 
     def names(self, path: str, place: tuple[str | None, int | None]) -> tuple[str, str]:
         """The layer's A and B; of shared ones they tell with whom."""
-        if not self.share:
-            return "down", "up"
         a, b = names_in_stack(path, place, self.stride_A)
-        return f"A_{a}".strip("_"), f"B_{b}".strip("_")
+        return (f"A_{a}".strip("_"), f"B_{b}".strip("_")) if self.share else ("down", "up")
 
 
 @register
 class Lily:
-    name = "lily"
-    config = LilyConfig
+    name, config = "lily", LilyConfig
     handles_scale = True
 
     @staticmethod
@@ -82,18 +80,21 @@ class Lily:
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         cfg, s = layer.cfg, layer.scale * layer.cfg.scaling
         a, b = (getattr(layer, f"lora_{name}") for name in cfg.names(layer.path, layer.block or (None, None)))
+        x = few_wide(x)
+        h = F.linear(x, a.to(x.dtype))  # (*b, r)
+        return add_dense(y, h, _mixed, recomputed(_chances, h, layer.lora_router), b, s=s)
 
-        def branch(x: Tensor, a: Tensor, b: Tensor, router: Tensor) -> Tensor:
-            h = F.linear(x, a.to(x.dtype))  # (*b, r)
-            wide = torch.promote_types(h.dtype, router.dtype)
-            chances = F.linear(h.to(wide), router.to(wide)).softmax(-1)  # (*b, E)
-            p = chances.reshape(-1, cfg.num_B).sum(0) / max(1, h.numel() // cfg.r)  # (E,), of no tokens 0 and no NaN
-            mixed = (p @ b.to(wide).view(cfg.num_B, -1)).view(cfg.r, -1)  # B̄ (r, o)
-            return (h @ mixed.to(h.dtype)) * s
 
-        return y + recomputed(branch, x, a, b, layer.lora_router).to(y.dtype)
+def _chances(h: Float[Tensor, "*b r"], router: Float[Tensor, "E r"]) -> Float[Tensor, "E"]:
+    wide = torch.promote_types(h.dtype, router.dtype)
+    every = F.linear(h.to(wide), router.to(wide)).softmax(-1).reshape(-1, len(router))  # (n, E)
+    return every.sum(0) / max(1, len(every))  # of no tokens 0 and no NaN
+
+
+def _mixed(p: Float[Tensor, "E"], b: Float[Tensor, "Er o"]) -> Float[Tensor, "o r"]:
+    return (p @ b.to(p.dtype).view(len(p), -1)).view(-1, b.shape[1]).mT  # B̄ᵀ
 
 
 def _pair(a: str, b: str, d_in: int, d_out: int, cfg: LilyConfig) -> dict[str, ParamSpec]:
-    first = ParamSpec((cfg.r, d_in), "kaiming", keep_dtype=True)
-    return {a: first, b: ParamSpec((cfg.num_B * cfg.r, d_out), keep_dtype=True)}
+    up = ParamSpec((cfg.num_B * cfg.r, d_out), keep_dtype=True)
+    return {a: ParamSpec((cfg.r, d_in), "kaiming", keep_dtype=True), b: up}

@@ -63,7 +63,7 @@ class LoKr:
     def low_rank(layer: Layer) -> LowRank:
         names, tensors, rows = _parts(layer)
 
-        def delta(*values: Tensor) -> Float[Tensor, "o i"]:
+        def delta(*values: Tensor) -> Tensor:
             w1, w2 = sides(dict(zip(names, values, strict=True)))
             product = torch.kron(reduce(torch.matmul, w1), reduce(torch.matmul, w2)) * layer.cfg.scaling
             return product if rows is None else product * rows[:, None]
@@ -74,7 +74,7 @@ class LoKr:
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         names, tensors, rows = _parts(layer)
 
-        def branch(x: Tensor, *values: Tensor) -> Float[Tensor, "*b o"]:
+        def branch(x: Tensor, *values: Tensor) -> Tensor:
             w1, w2 = sides({name: value.to(x.dtype) for name, value in zip(names, values, strict=True)})
             product = kronecker_product(x, w1, w2)
             return product if rows is None else product * rows.to(x.dtype)

@@ -23,7 +23,9 @@ from ..core.config import AdapterConfig
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
 from ..families.dense import as_low_rank, with_delta
-from ..ops.recompute import recomputed
+from ..ops.few import few_wide, plus
+from ..ops.low_rank import is_traced_or_transformed
+from ..ops.recompute import add_dense
 
 __all__ = ["MiSS", "MissConfig"]
 
@@ -47,8 +49,7 @@ class MissConfig(AdapterConfig):
 
 @register
 class MiSS:
-    name = "miss"
-    config = MissConfig
+    name, config = "miss", MissConfig
     handles_scale = True
 
     @staticmethod
@@ -83,10 +84,14 @@ class MiSS:
         block, r = layer.lora_block, layer.cfg.r
         if layer.cfg.form == "bat":
             return with_delta(layer, x, y, partial(_bat, layer), block)
-        x = F.pad(F.dropout(x, layer.cfg.dropout, layer.training), (0, -x.shape[-1] % r))
-        h = x.unflatten(-1, (-1, r)).sum(-2) * layer.scale  # (*b, r)
-        change = recomputed(lambda h, block: h @ block.to(h.dtype), h, block)  # of a cast block nothing is kept
-        return y + change.tile(layer.out_features // block.shape[1]).to(y.dtype)
+        x = F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x
+        x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
+        h = few_wide(x).view(*x.shape[:-1], x.shape[-1] // r, r).sum(-2)  # (*b, r): all that is kept
+        copies = layer.out_features // block.shape[1]
+        if torch.is_grad_enabled() or is_traced_or_transformed():
+            return add_dense(y, h, lambda t: (t if copies == 1 else t.tile(copies)).mT, block, s=layer.scale)
+        change = h @ block.to(h.dtype)
+        return plus(y, change if copies == 1 else change.repeat(*[1] * (y.dim() - 1), copies), layer.scale)
 
 
 def _bat(layer: Layer, block: Float[Tensor, "a r r"]) -> Float[Tensor, "o i"]:

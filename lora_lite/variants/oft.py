@@ -24,8 +24,8 @@ from torch import Tensor
 from ..core.config import BaseConfig
 from ..core.validate import is_number
 from ..core.variant import Layer, ParamSpec, register
-from ..families.orthogonal import change_by, check_cayley, check_divides, series_terms
-from ..ops.cayley import rotation_less_identity, skew, turned_by
+from ..families.orthogonal import check_cayley, check_divides, series_terms, with_turn
+from ..ops.cayley import rotation_less_identity, skew
 
 __all__ = ["OFT", "OFTConfig"]
 
@@ -66,23 +66,20 @@ class OFT:
 
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
-        return x + _change(layer, x) if layer.cfg.side == "input" else x
+        return with_turn(layer, x, x, partial(_turn, layer.cfg), layer.lora_R) if layer.cfg.side == "input" else x
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         if layer.cfg.side == "input":
             return y
-        return y + _change(layer, y if layer.bias is None else y - layer.bias)
+        wx = y if layer.bias is None else y - layer.bias
+        return with_turn(layer, y, wx, partial(_turn, layer.cfg), layer.lora_R)
 
     @staticmethod
     @torch.no_grad()
     def on_step(targets: Mapping[str, Layer], cfg: OFTConfig, step: int) -> None:
         for layer in targets.values():
             layer.lora_R.copy_(_bounded(layer.lora_R, layer.cfg))
-
-
-def _change(layer: Layer, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    return change_by(layer, x, partial(_turn, layer.cfg), turned_by, layer.lora_R)
 
 
 def _turn(cfg: OFTConfig, v: Float[Tensor, "n p"]) -> Float[Tensor, "n s s"]:

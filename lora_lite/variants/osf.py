@@ -24,8 +24,7 @@ from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..errors import ConfigError
 from ..families.dense import with_delta
-from ..families.factors import with_factors
-from ..ops.low_rank import is_traced_or_transformed
+from ..families.factors import at_inference, with_factors
 
 __all__ = ["OSF", "OSFConfig"]
 
@@ -82,7 +81,7 @@ class OSF:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        if layer.training or torch.is_grad_enabled() or is_traced_or_transformed():
+        if not at_inference(layer):
             return with_factors(layer, x, y, partial(_factors, layer.cfg.project), *_tensors(layer))
         # At inference their one matrix, remembered, is less than the factors: half of all directions are trained.
         return with_delta(layer, x, y, lambda *t: torch.mm(*_factors(layer.cfg.project, *t)[::-1]), *_tensors(layer))

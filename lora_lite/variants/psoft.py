@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.orthogonal import change_by, check_cayley, series_terms
+from ..families.factors import with_core
+from ..families.orthogonal import check_cayley, series_terms
 from ..families.principal import PrincipalConfig, factor_specs, fit_factors
 from ..ops.cayley import bounded, rotation_less_identity, skew
-from ..ops.recompute import frozen_linear
 
 __all__ = ["PSOFT", "PSOFTConfig"]
 
@@ -74,13 +73,8 @@ class PSOFT:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        cfg, x = layer.cfg, F.dropout(x, layer.cfg.dropout, layer.training)
-        h = frozen_linear(x, layer.lora_V)  # (*b, r), all that has to be kept
-        return y + frozen_linear(change_by(layer, h, partial(_core, cfg), _product, *_trained(layer)), layer.lora_U)
-
-
-def _product(h: Float[Tensor, "*b r"], core: Float[Tensor, "r r"]) -> Float[Tensor, "*b r"]:
-    return F.linear(h, core.to(h.dtype))
+        core, factors = partial(_core, layer.cfg), (layer.lora_V, layer.lora_U)
+        return with_core(layer, x, y, factors, core, *_trained(layer), dropout=layer.cfg.dropout)
 
 
 def _trained(layer: Layer) -> list[Tensor]:
@@ -90,7 +84,8 @@ def _trained(layer: Layer) -> list[Tensor]:
 
 
 def _core(cfg: PSOFTConfig, r: Tensor, b: Float[Tensor, "r"], a: Float[Tensor, "r"]) -> Float[Tensor, "r r"]:
-    """M - I."""
+    """M - I, of numbers in float32 at least."""
+    r, b, a = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (r, b, a))
     q = bounded(skew(r, cfg.r), cfg.cayley_neumann_eps if cfg.use_cayley_neumann else None) if cfg.orth else None
     turn = r - torch.eye(cfg.r).to(r) if q is None else rotation_less_identity(q, series_terms(cfg))  # C - I
     return b[:, None] * turn * a + ((b - 1) * a + (a - 1)).diag()

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..core.targets import Target
 from ..core.variant import Layer, LowRank, ParamSpec, register
 from ..families.projections import projection_specs
-from ..ops.recompute import recomputed
+from ..ops.few import few_wide
+from ..ops.recompute import frozen_linear, recomputed
 from .vera import VeRAConfig
 
 __all__ = ["PVeRA", "PVeRAConfig"]
@@ -66,17 +67,18 @@ class PVeRA:
         r, s = layer.cfg.r, layer.scale
         is_sampled = layer.training or layer.cfg.sample_at_inference
         a, b = layer.lora_A[: 2 * r if is_sampled else r, : layer.in_features], layer.lora_B[: layer.out_features]
-        x = F.dropout(x, layer.cfg.dropout, layer.training)
+        x = few_wide(F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x)
         drawn = layer.generator(x) if is_sampled else None  # None in a graph of torch.compile, too
         seed = None if drawn is None else drawn.initial_seed()
 
-        def branch(x: Tensor, d: Tensor, lambda_b: Tensor) -> Tensor:
-            z = F.linear(x, a.to(x.dtype)) * d[: len(a)]  # μ (*b, r), or both (*b, 2r)
+        def branch(z: Tensor, d: Tensor, lambda_b: Tensor, b: Tensor) -> Tensor:
+            dtype, z = z.dtype, z * d[: z.shape[-1]]  # μ (*b, r), or both (*b, 2r)
             if is_sampled:
                 mean, log_variance = z.chunk(2, -1)  # (*b, r)
-                generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+                generator = None if seed is None else torch.Generator(z.device).manual_seed(seed)
                 noise = torch.randn(mean.shape, dtype=z.dtype, device=z.device, generator=generator)
                 z = mean + noise * (log_variance / 2).exp()
-            return F.linear(z.to(x.dtype), b.to(x.dtype)) * (s * lambda_b)
+            return F.linear(z.to(dtype), b.to(dtype)) * (s * lambda_b)
 
-        return y + recomputed(branch, x, layer.lora_d, layer.lora_b).to(y.dtype)
+        # A x is kept in x's place
+        return y + recomputed(branch, frozen_linear(x, a), layer.lora_d, layer.lora_b, b).to(y.dtype)

@@ -7,26 +7,31 @@
 Identity   λ = 0, bit-exact
 Base       never read: any layer kind
 Departs    as PEFT's code: Â counts its slices k first and B̂ n first, so slice (k, n) of one meets another of the other.
-           A and B are drawn as there in bfloat16, so a seed gives PEFT's where its machine has that. They are drawn
-           again at load; with save_projection=True they are in the file
+           A and B are drawn as there in bfloat16, so a seed gives PEFT's where its machine has that; again at load, or
+           with save_projection=True they are in the file
 Checked    against PEFT RandLoraConfig: A and B, dense and sparse, outputs, gradients, three AdamW steps
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
-from ..families.factors import Factors, SeededConfig, as_low_rank, with_factors
-from ..families.projections import draw_bases
+from ..families.factors import SeededConfig, as_low_rank, at_inference, with_factors
+from ..families.projections import draw_bases, ordered_factors, scaled_slices
+from ..ops.low_rank import add_low_rank
 
 __all__ = ["RandLoRA", "RandLoRAConfig"]
+
+_OF_DRAWS = "save_projection", "sparse", "very_sparse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +44,7 @@ class RandLoRAConfig(SeededConfig):
     save_projection: bool = False
     sparse: bool = False
     very_sparse: bool = False
-    SAME_AT_ALL_LAYERS: ClassVar[tuple[str, ...]] = (
-        *SeededConfig.SAME_AT_ALL_LAYERS,
-        *("r", "seed", "save_projection", "sparse", "very_sparse"),
-    )
+    SAME_AT_ALL_LAYERS: ClassVar[Any] = (*SeededConfig.SAME_AT_ALL_LAYERS, "r", "seed", *_OF_DRAWS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,8 +53,7 @@ class RandLoRAConfig(SeededConfig):
 
 @register
 class RandLoRA:
-    name = "randlora"
-    config = RandLoRAConfig
+    name, config = "randlora", RandLoRAConfig
     handles_scale = True
 
     @staticmethod
@@ -67,26 +68,32 @@ class RandLoRA:
         q, p = sorted((max(t.d_in for t in targets), max(t.d_out for t in targets)))
         a, b = (cfg.r, 1, q), (p, math.ceil(q / cfg.r), cfg.r)
         rarity = math.sqrt(q) if cfg.very_sparse else 3.0 if cfg.sparse else None
-        fixed: Any = {"trainable": False, "saved": "always" if cfg.save_projection else "never"}
+        fixed: Any = {"trainable": False, "keep_dtype": True, "saved": "always" if cfg.save_projection else "never"}
         first, second = draw_bases(cfg.seed, rarity), draw_bases(cfg.seed, rarity, after=a)
         return {"A": ParamSpec(a, first, **fixed), "B": ParamSpec(b, second, **fixed)}
 
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
-        return as_low_rank(layer, *_parts(layer), dropout=layer.cfg.dropout)
+        f, _, *tensors = _parts(layer, layer.lora_lambda.dtype)
+        return as_low_rank(layer, f, *tensors, dropout=layer.cfg.dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        return with_factors(layer, x, y, *_parts(layer), dropout=layer.cfg.dropout)
+        f, s, *tensors = _parts(layer, x.dtype)
+        if not at_inference(layer):
+            return with_factors(layer, x, y, f, *tensors, dropout=layer.cfg.dropout)
+        *small, wide = tensors  # B̂ is shared: no layer keeps a copy
+        narrow = layer.constant("narrow", partial(scaled_slices, s), *small, x.new_empty(0))
+        return add_low_rank(y, x, *ordered_factors(layer.in_features, narrow, wide), layer.scale)
 
 
-def _parts(layer: Layer) -> tuple[Factors, Tensor, Tensor]:
-    q, p = sorted((layer.in_features, layer.out_features))
-    n, s, a = math.ceil(q / layer.cfg.r), layer.cfg.alpha / layer.cfg.r, layer.lora_A[..., :q]  # (r, 1, q)
-    wide = layer.lora_B[:p, :n].flatten(1)  # B̂ (p, r N)
+def _parts(layer: Layer, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The function that gives A and B, s, and the function's tensors: λ, γ, and what is taken of the shared A and B."""
+    (q, p), i, cfg = sorted((layer.in_features, layer.out_features)), layer.in_features, layer.cfg
+    s, like = cfg.alpha / cfg.r, torch.empty(0, dtype=dtype)
 
-    def factors(scales: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        narrow = (s * scales[..., None] * a * gamma).flatten(0, 1)  # Â (r N, q)
-        return (narrow, wide) if q == layer.in_features else (wide.mT, narrow.mT)
+    def factors(scales: Tensor, gamma: Tensor, a: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        return ordered_factors(i, scaled_slices(s, scales, gamma, a, like), wide)
 
-    return factors, layer.lora_lambda, layer.lora_gamma
+    shared = layer.lora_A[..., :q], layer.lora_B[:p, : math.ceil(q / cfg.r)]
+    return factors, s, layer.lora_lambda, layer.lora_gamma, *shared

@@ -14,6 +14,7 @@ Checked    against PEFT RoadConfig: outputs, gradients, three AdamW steps
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from ..core.config import BaseConfig
 from ..core.variant import Layer, ParamSpec, register
+from ..families.factors import at_inference
 from ..families.orthogonal import check_divides
-from ..ops.recompute import recomputed
+from ..ops.pairs import mix_halves
 
 __all__ = ["RoAd", "RoAdConfig"]
 
@@ -59,22 +61,19 @@ class RoAd:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        def change(y: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
-            c1_less_1, c2 = (c.to(y.dtype) for c in _coefficients(theta, alpha, cfg))  # (o / g, 2 or 1, g / 2)
-            first, second = y.unflatten(-1, (-1, 2, cfg.group_size // 2)).unbind(-2)
-            turned = torch.stack([-second, first], dim=-2)  # J y (*b, o / g, 2, g / 2)
-            return (c1_less_1 * y.view(turned.shape) + c2 * turned).flatten(-3)
-
-        cfg = layer.cfg
-        return y + layer.scale * recomputed(change, y, layer.lora_theta, layer.lora_alpha)
+        cfg, tensors = layer.cfg, (layer.lora_theta, layer.lora_alpha)
+        half, f = cfg.group_size // 2, partial(_coefficients, cfg)
+        if not at_inference(layer):
+            return mix_halves(y, half, f, *tensors, s=layer.scale)
+        return mix_halves(y, half, lambda c: c, layer.constant("p, q", f, *tensors), s=layer.scale)
 
 
-def _coefficients(
-    theta: Float[Tensor, "p"], alpha: Float[Tensor, "p"], cfg: RoAdConfig
-) -> tuple[Float[Tensor, "n k h"], Float[Tensor, "n k h"]]:
-    """c1 - 1 and c2, in float32 at least, by group and half; k = 1 for both halves alike."""
-    shape = (-1, {1: 1, 2: 2, 4: 4}[cfg.form], cfg.group_size // 2)
+def _coefficients(cfg: RoAdConfig, theta: Float[Tensor, "p"], alpha: Float[Tensor, "p"]) -> Float[Tensor, "2 o"]:
+    """p = c1 - 1 and q = ∓c2, in float32 at least: J y is -y_2 in the first half of a group, and y_1 in the second."""
+    shape = (-1, {1: 1, 2: 2, 4: 4}[cfg.form], cfg.group_size // 2)  # by group and half; 1 for both halves alike
     theta, alpha = (t.to(torch.promote_types(t.dtype, torch.float32)).view(shape) for t in (theta, alpha))
     t1, t2 = (theta[:, :2], theta[:, 2:]) if cfg.form == 4 else (theta, theta)
     a1, a2 = (alpha[:, :2], alpha[:, 2:]) if cfg.form == 4 else (alpha, alpha)
-    return (a1 - 1) * t1.cos() - 2 * (t1 / 2).sin().square(), a2 * t2.sin()
+    p, c2 = (a1 - 1) * t1.cos() - 2 * (t1 / 2).sin().square(), a2 * t2.sin()
+    p, q = p.expand(-1, 2, -1), torch.cat([-c2[:, :1], c2[:, -1:]], 1)
+    return torch.stack([p.flatten(), q.flatten()])

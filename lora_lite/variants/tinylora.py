@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register, seeded
-from ..families.factors import SeededConfig
-from ..ops.recompute import frozen_linear, recomputed
+from ..families.factors import SeededConfig, with_core
+from ..ops.recompute import recomputed
 from ..ops.svd import leading_svd
 
 __all__ = ["TinyLoRA", "TinyLoRAConfig"]
@@ -52,8 +51,7 @@ class TinyLoRAConfig(SeededConfig):
 
 @register
 class TinyLoRA:
-    name = "tinylora"
-    config = TinyLoRAConfig
+    name, config = "tinylora", TinyLoRAConfig
     base_weight = "read"
     handles_scale = True
 
@@ -84,17 +82,19 @@ class TinyLoRA:
     @staticmethod
     def low_rank(layer: Layer) -> LowRank:
         dropout = layer.cfg.dropout if layer.training else 0.0
-        return LowRank(layer.lora_V, layer.lora_U @ _r(layer).to(layer.lora_U.dtype), layer.scale, dropout)
+        r = recomputed(_r, *_tensors(layer)).to(layer.lora_U.dtype)
+        return LowRank(layer.lora_V, layer.lora_U @ r, layer.scale, dropout)
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        h = frozen_linear(F.dropout(x, layer.cfg.dropout, layer.training), layer.lora_V)  # (*b, r): all that is kept
-        return y + frozen_linear(F.linear(h, (layer.scale * _r(layer)).to(h.dtype)), layer.lora_U)
+        factors = layer.lora_V, layer.lora_U
+        return with_core(layer, x, y, factors, _r, *_tensors(layer), dropout=layer.cfg.dropout)
 
 
-def _r(layer: Layer) -> Float[Tensor, "r r"]:
-    def mixed(v: Tensor, p: Tensor, group: Tensor) -> Tensor:
-        row = v.index_select(0, group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
-        return torch.einsum("u,urs->rs", row.to(p.dtype), p)
+def _tensors(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.lora_v, layer.lora_P, layer.lora_group
 
-    return recomputed(mixed, layer.lora_v, layer.lora_P, layer.lora_group)
+
+def _r(v: Float[Tensor, "groups u"], p: Float[Tensor, "u r r"], group: Tensor) -> Float[Tensor, "r r"]:
+    row = v.index_select(0, group.clamp(0, len(v) - 1))[0]  # (u,), whatever a file says
+    return torch.einsum("u,urs->rs", row.to(p.dtype), p)

@@ -86,13 +86,11 @@ class UniLoRA:
         return with_factors(layer, x, y, *_parts(layer), dropout=layer.cfg.dropout)
 
 
-def _parts(layer: Layer) -> tuple[Factors, Tensor]:
-    tables, norms = (layer.lora_indices_A, layer.lora_indices_B), layer.lora_norms  # of this call, in its backward too
-
-    def factors(theta: Tensor) -> Any:
+def _parts(layer: Layer) -> tuple[Factors, Tensor, Tensor, Tensor, Tensor]:
+    def factors(theta: Tensor, norms: Tensor, *tables: Tensor) -> Any:
         return tuple((norms * theta).index_select(0, table.flatten().int()).view(table.shape) for table in tables)
 
-    return factors, layer.lora_theta
+    return factors, layer.lora_theta, layer.lora_norms, layer.lora_indices_A, layer.lora_indices_B
 
 
 def _indices(target: Target, cfg: UniLoRAConfig) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,8 +23,10 @@ from ..core.config import AdapterConfig
 from ..core.targets import Target
 from ..core.validate import is_number
 from ..core.variant import Layer, LowRank, ParamSpec, register
+from ..families.factors import at_inference
 from ..families.projections import projection_specs
-from ..ops.recompute import recomputed
+from ..ops.few import few_wide, plus
+from ..ops.recompute import frozen_linear, recomputed
 
 __all__ = ["VeRA", "VeRAConfig"]
 
@@ -74,12 +76,15 @@ class VeRA:
 
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-        s, i, o = layer.scale, layer.in_features, layer.out_features
+        x = few_wide(F.dropout(x, layer.cfg.dropout, layer.training) if layer.cfg.dropout else x)
+        # z is kept in x's place. Of A and B, cast for each layer, nothing is: they are 256 ranks wide.
+        z = frozen_linear(x, layer.lora_A[:, : layer.in_features])
+        d, scales, b = layer.lora_d, layer.lora_b, layer.lora_B[: layer.out_features]
+        if at_inference(layer):
+            return plus(y, _rows(z, d, b), layer.scale, scales)
+        scales = scales if layer.is_whole else layer.scale * scales
+        return y + recomputed(lambda z, d, scales, b: _rows(z, d, b) * scales, z, d, scales, b).to(y.dtype)
 
-        def branch(x: Tensor, d: Tensor, scales: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            h = (x @ a[:, :i].mT.to(x.dtype)) * d  # (*b, r), in the wider dtype of the two
-            return (h.to(x.dtype) @ b[:o].mT.to(x.dtype)) * (s * scales)
 
-        x = torch.nn.functional.dropout(x, layer.cfg.dropout, layer.training)
-        # Of A and B, cast for each layer, nothing is kept: they are 256 ranks wide.
-        return y + recomputed(branch, x, layer.lora_d, layer.lora_b, layer.lora_A, layer.lora_B).to(y.dtype)
+def _rows(z: Float[Tensor, "*b r"], d: Float[Tensor, "r"], b: Float[Tensor, "o r"]) -> Float[Tensor, "*b o"]:
+    return F.linear((z * d).to(z.dtype), b.to(z.dtype))  # rounded from the wider dtype of the two

@@ -462,13 +462,13 @@ class One(nn.Module):
 
 
 INPUT = 64 * 576 * 4
-KEPT = {  # bytes at 64 tokens: x itself; of TinyLoRA's h and v alone
+KEPT = {  # bytes at 64 tokens: x itself; of PVeRA A x in its place, of Lily h and p too, of TinyLoRA h and v alone
     "randlora": (INPUT, peft.RandLoraConfig, {}, {}),
-    "pvera": (INPUT, peft.PveraConfig, {}, {}),
+    "pvera": (64 * 2 * 256 * 4, peft.PveraConfig, {}, {}),
     "vblora": (INPUT, peft.VBLoRAConfig, {"vector_length": 192}, {"vector_length": 192}),
     "unilora": (INPUT, peft.UniLoraConfig, {}, {}),
     "tinylora": (None, peft.TinyLoraConfig, {}, {}),
-    "lily": (INPUT, peft.LilyConfig, {}, {}),
+    "lily": (INPUT + 64 * 32 * 4 + 2 * 4, peft.LilyConfig, {}, {}),
 }
 
 
