@@ -59,6 +59,7 @@ class AdapterState:
     batch: Batch | None = None  # the block in which rows have adapters or scales of their own
     on: tuple[bool, ...] | None = None  # which rows, or labels, of a batch it is on; None: all
     row_scales: tuple[float, ...] | None = None  # in the place of `scale`
+    in_place: Scale | None = None  # within `capturable`: the one whose tensor captured graphs read
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
     plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer
     traced: Scale = field(init=False)  # for a graph of torch.compile: an input of it, which may change
@@ -85,6 +86,7 @@ class AdapterState:
         self, batch: Batch | None, on: tuple[bool, ...] | None, row_scales: tuple[float, ...] | None
     ) -> tuple[Any, ...]:
         """It returns the arguments that undo it."""
+        check_uncaptured([self], "give rows scales of their own")
         before = self.batch, self.on, self.row_scales
         self.changes = self.changes or Changes(self.plain)
         self.changes.most = self.changes.most or MOST_BLOCKS
@@ -94,6 +96,10 @@ class AdapterState:
         return before
 
     def _show(self) -> None:
+        if self.in_place is not None:
+            self.in_place.value.fill_(self.scale)
+            self.plain = self.traced = self.in_place
+            return
         # A tensor of inference mode could take part in no training later.
         with nullcontext() if is_compiling() else torch.inference_mode(False):
             value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")  # (): it casts nothing up
@@ -129,7 +135,7 @@ class AdapterState:
     def __getstate__(self) -> dict[str, Any]:
         # No forward of a copy is pending, nor is it in the block that the original is in.
         plain = Scale(self.scale, self.scale == 0, self.scale == 1)
-        alone = {"batch": None, "on": None, "row_scales": None, "plain": plain}
+        alone = {"batch": None, "on": None, "row_scales": None, "plain": plain, "in_place": None}
         value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
         return self.__dict__ | alone | {"changes": None, "traced": plain._replace(value=value)}
 
@@ -387,7 +393,8 @@ def not_attached(name: str, model: nn.Module) -> str:
 
 def check_unmerged(session: Session, action: str) -> None:
     """TargetError while adapters are merged: their effect is in the weights, so nothing would change it. And where each
-    row has its own."""
+    row has its own, or graphs read their tensors."""
+    check_uncaptured(session.adapters.values(), action)
     if session.batch is not None:
         raise TargetError(f"can't {action}: each row has its own adapter or scale\n  leave the block of `rows` first")
     merged = [name for name, state in session.adapters.items() if state.merged]
@@ -395,6 +402,14 @@ def check_unmerged(session: Session, action: str) -> None:
         raise TargetError(
             f"can't {action}: {', '.join(merged)} {'is' if len(merged) == 1 else 'are'} merged into the weights\n"
             f"  lora_lite.unmerge(model) first"
+        )
+
+
+def check_uncaptured(states: Iterable[AdapterState], action: str) -> None:
+    """TargetError within `capturable`, for what would leave graphs with the tensors, or the numbers, of before."""
+    if any(state.in_place is not None for state in states):
+        raise TargetError(
+            f"can't {action} within `capturable`: a captured graph would go on with what was\n  leave the block first"
         )
 
 
