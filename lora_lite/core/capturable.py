@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, TargetError
+from .adapter import get_adapter
 from .names import IN_EXPERT
 from .scale import Changes, Scale
 from .state import AdapterState, check_unmerged, session_of
@@ -25,9 +26,6 @@ class InferenceOnly(Changes[Scale]):
     def __init__(self, root: nn.Module, state: AdapterState, value: Scale) -> None:
         super().__init__(value)
         self.root, self.state = root, state
-
-    def change(self, value: Scale, set_in: int | None = None) -> None:
-        """`AdapterState` has filled the tensor."""
 
     def of_this_call(self, value: Scale) -> Scale:
         problem = ""
@@ -55,7 +53,7 @@ def capturable(model: nn.Module) -> Iterator[None]:
             ll.adapters(model)["default"].scale = 0.5
             graph.replay()                          # at 0.5
 
-    The scale of each adapter is a tensor () in float64 on its device, filled in place, on the current stream: replay on
+    The scale of each adapter is a tensor () in float64 on its layers' device, filled in place, on the current stream: replay on
     that. Scale 0 and 1 take the products of any other scale, and what eval remembers elsewhere, such as DoRA's norm, is
     computed in each call. What would leave a graph with the tensors of before (attach, detach, merge, unload, rows,
     configure) raises. After the block the scale that graphs read is NaN, so a replay there can't pass for a result.
@@ -69,9 +67,14 @@ def capturable(model: nn.Module) -> Iterator[None]:
     check_unmerged(session, "capture")
     states = [state for state in session.adapters.values() if not state.unloaded]
     if not states:
-        raise TargetError(f"no adapter at work on this {type(root).__name__}, so a graph needs no block\n  attach first")
+        raise TargetError(
+            f"no adapter at work on this {type(root).__name__}, so a graph needs no block\n  attach first"
+        )
     for state in states:
-        _check(state)
+        _check(state, get_adapter(root, state.name).is_sharded)
+    if len(devices := {site.base.stored.device for state in states for site in state.sites}) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise TargetError(f"the adapted layers are on {names}\n  a CUDA graph is of one device: keep the model on it")
     with ExitStack() as undo:
         for state in states:
             undo.enter_context(_in_place(root, state))
@@ -84,9 +87,8 @@ def _in_place(root: nn.Module, state: AdapterState) -> Iterator[None]:
     changes, before = state.changes, state.scale
     with torch.inference_mode(False):
         value = torch.tensor(before, dtype=torch.float64, device=_device(state))  # (): it casts nothing up
-    state.in_place = Scale(value, False, False)
+    state.plain = state.traced = state.in_place = Scale(value, False, False)
     state.changes = InferenceOnly(root, state, state.in_place)
-    state.set_scale(before)
     try:
         yield
     finally:
@@ -98,12 +100,13 @@ def _in_place(root: nn.Module, state: AdapterState) -> Iterator[None]:
             state.set_scale(now)
 
 
-def _check(state: AdapterState) -> None:
+def _check(state: AdapterState, is_sharded: bool) -> None:
     """TargetError for an adapter that a graph can't follow."""
-    devices = {tensor.device for site in state.sites for _, tensor in site.tensors()}
-    if len(devices) > 1:
-        names = " and ".join(sorted(map(str, devices)))
-        raise TargetError(f"adapter {state.name!r} is on {names}, and a graph is of one device\n  use one of them")
+    if is_sharded:
+        raise TargetError(
+            f"adapter {state.name!r} is sharded by fully_shard or ZeRO-3, which move its parameters about\n"
+            f"  run it without a graph"
+        )
     for site in state.sites:
         method = f"method {site.cfg.variant!r}"
         if reason := lookup(site.cfg.variant).not_capturable:
@@ -113,12 +116,11 @@ def _check(state: AdapterState) -> None:
         elif site.through_weight:
             problem = "its module reads the weight, and the hooks there are no part of a graph"
         elif IN_EXPERT.search(site.path):
-            problem = "an expert is called or not, by the tokens"
+            problem = "an expert is called where a token is routed to it, and else not"
         else:
             continue
         raise TargetError(f"{site.path}: can't be captured: {problem}\n  merge the adapter, or run it without a graph")
 
 
 def _device(state: AdapterState) -> torch.device:
-    site = state.sites[0]
-    return site.tensor(next(iter(site.specs))).device
+    return state.sites[0].base.stored.device

@@ -223,7 +223,8 @@ class Layer:
         """
         memo, name = self._site.memo, f"{self._prefix} {name}" if self._prefix else name
         name = name if self._expert is None else f"{name}[{self._expert}]"
-        remember = not (self.training or torch.is_grad_enabled() or self.in_graph or is_transformed())
+        is_recorded = is_compiling() or self._site.state.in_place is not None  # `in_graph`, without its call
+        remember = not (self.training or torch.is_grad_enabled() or is_recorded or is_transformed())
         if not (remember or is_compiling()):
             memo.pop(name, None)  # it takes as much memory as the adapter
         kept_inputs, result = memo.get(name, ((), None)) if remember else ((), None)

@@ -72,7 +72,7 @@ class DoRA:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         a, b, cfg = layer.lora_A, layer.lora_B, layer.cfg
-        dropout = cfg.dropout if layer.training else 0.0
+        dropout = cfg.dropout if cfg.dropout and layer.training else 0.0
         return add_low_rank(y, x, a, b, cfg.scaling, dropout, _gain(layer, a, b), layer.scale, layer.bias)
 
 
