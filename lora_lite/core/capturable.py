@@ -1,7 +1,7 @@
 """Blocks whose calls a graph may record: the scale is a tensor on the adapter's device, and nothing asks for its value.
 
-A CUDA graph records kernels with the addresses of their tensors, and each number as it is. So a number that is to change
-has to be a tensor that is filled in place. PyTorch's optimizers have `capturable=True` for the same, hence the name.
+A CUDA graph records kernels with the addresses of their tensors, and each number as it is. So a number that is to
+change has to be a tensor that is filled in place. PyTorch's optimizers call that `capturable=True`, hence the name.
 """
 
 from collections.abc import Iterator
@@ -53,10 +53,10 @@ def capturable(model: nn.Module) -> Iterator[None]:
             ll.adapters(model)["default"].scale = 0.5
             graph.replay()                          # at 0.5
 
-    The scale of each adapter is a tensor () in float64 on its layers' device, filled in place, on the current stream: replay on
-    that. Scale 0 and 1 take the products of any other scale, and what eval remembers elsewhere, such as DoRA's norm, is
-    computed in each call. What would leave a graph with the tensors of before (attach, detach, merge, unload, rows,
-    configure) raises. After the block the scale that graphs read is NaN, so a replay there can't pass for a result.
+    The scale of each adapter is a tensor () in float64 on its layers' device, filled on the current stream: replay on
+    that one. Scale 0 and 1 take the products of any other scale, and what eval remembers elsewhere, such as DoRA's
+    norm, is computed in each call. What would leave a graph with the tensors of before (attach, detach, merge, unload,
+    rows, configure) raises. After the block the scale that graphs read is NaN, so a replay can't pass for a result.
 
     Raises:
         TargetError: without an adapter that is at work; for one that is merged, sharded, or on several devices; for a

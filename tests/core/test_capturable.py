@@ -278,7 +278,7 @@ def test_experts_and_convolutions_are_refused_by_name() -> None:
         ll.capturable(model).__enter__()
     convolution = nn.Sequential(nn.Conv1d(4, 4, 3))
     ll.attach(convolution, ll.LoRAConfig(r=2, kinds="conv", target_names="0"))
-    with pytest.raises(ll.TargetError, match="0: .*its module reads the weight"):
+    with pytest.raises(ll.TargetError, match=r"0: .*its module reads the weight"):
         ll.capturable(convolution).__enter__()
 
 
