@@ -174,7 +174,7 @@ def check_follows(model: Any, decoder: StaticDecoder, replay: Callable[[], None]
 def _logits(decoder: StaticDecoder, step: Callable[[], None]) -> Tensor:
     decoder.rewind()
     step()
-    return decoder.logits.float()
+    return decoder.logits.float().clone()  # a step writes the next ones in their place
 
 
 def row(model: Any, rows: int, tokens: int, device: torch.device) -> Tensor:
