@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 
 class StaticDecoder:
@@ -13,11 +14,18 @@ class StaticDecoder:
 
     ids         (b, t), the prompts
     length      of the cache, the prompt's tokens included
+
+    Raises ValueError for a model whose cache isn't all of that length.
     """
 
     def __init__(self, model: Any, ids: Tensor, length: int) -> None:
         self.model, self.prompt = model.eval(), ids.shape[1]
         self.cache = StaticCache(config=model.config, max_cache_len=length)
+        if any(type(layer) is not StaticLayer for layer in self.cache.layers):
+            raise ValueError(
+                f"{type(model).__name__} has layers that don't keep all tokens, such as a sliding window\n"
+                f"  measure it with --only training"
+            )
         self.columns = torch.arange(length, device=ids.device)
         self.position = torch.tensor([self.prompt], device=ids.device)  # (1,), of the token that a step reads
         with torch.no_grad():
@@ -45,7 +53,8 @@ class StaticDecoder:
         """Back to the end of the prompt: what the cache has after it is overwritten before it is seen."""
         self.token.copy_(self.first)
         self.position.fill_(self.prompt)
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers
+        for layer in layers:
             layer.cumulative_length.fill_(self.prompt)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import quantized, tiny_llama
+from models import SIZES, quantized, tiny_llama
 from test_capturable import recorded
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
 
 import lora_lite as ll
@@ -228,6 +229,12 @@ def test_a_static_decoder_makes_what_generate_makes(base: Any) -> None:
             tokens.append(decoder.token.clone())
         assert torch.equal(torch.cat(tokens, 1), wanted)
         decoder.rewind()
+
+
+def test_a_sliding_window_is_refused(base: Any) -> None:
+    config = MistralConfig(**SIZES, intermediate_size=64, sliding_window=4)
+    with pytest.raises(ValueError, match=r"such as a sliding window\n  measure it with --only training"):
+        StaticDecoder(MistralForCausalLM(config), row(base, 1, 4, CPU), 8)
 
 
 # ---- floors -----------------------------------------------------------------------------------------
