@@ -153,6 +153,23 @@ def test_one_graph_serves_several_files(tmp_path: Path) -> None:
     assert torch.allclose(logits(decoder), outputs[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("c", [0.0, 1.0])
+@pytest.mark.parametrize("variant", ["double", "lora"])
+def test_a_step_that_is_recorded_at_0_or_1_goes_on_elsewhere(variant: str, c: float, double: Any) -> None:
+    """Also of a method that leaves the blend of base and method to the runtime, which has no blend at 0 and at 1."""
+    model, adapter, decoder = adapted(variant)
+    plain = {}
+    for other in (0.7, 1.0, 0.0):
+        with ll.scaled(model, other):
+            plain[other] = logits(decoder)
+    adapter.scale = c
+    with ll.capturable(model):
+        graph = recorded(decoder)[0]
+        for other, wanted in plain.items():
+            adapter.scale = other
+            assert torch.allclose(logits(decoder, graph), wanted, atol=1e-5)
+
+
 def test_each_of_several_adapters_has_a_scale_of_its_own() -> None:
     model, _, decoder = adapted("lora")
     trained(model, "ia3", "gain", seed=2)
