@@ -11,7 +11,6 @@ this machine.
 """
 
 import json
-import platform
 import random
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from contenders import (
 )
 from layer import layer
 from loguru import logger
-from measure import Ratio, Times, floor, in_a_process, interleaved, peak_of, saved
+from measure import Ratio, Times, floor, in_a_process, interleaved, machine, peak_of, saved
 from methods import methods
 from peft import PeftModel
 from picture import draw, show
@@ -294,12 +293,6 @@ def main(
     record["ratios"] = [ratio.record() for ratio in ratios]
     (out / "bench.json").write_text(json.dumps(record, indent=2) + "\n")
     draw(ratios, out / "bench.png")
-
-
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.platform()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import platform
 import random
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,3 +140,9 @@ def in_a_process(*arguments: str) -> str:
     caching = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, env=caching)
     return done.stdout
+
+
+def machine() -> dict[str, object]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.platform()}

@@ -10,6 +10,7 @@ from .compose.history_variant import HistoryConfig
 from .compose.rows import rows
 from .core.adapter import Adapter, adapters
 from .core.attach import attach, detach
+from .core.capturable import capturable
 from .core.config import AdapterConfig, BaseConfig
 from .core.idle import bring_back, unload_to
 from .core.layer import Layer
@@ -69,11 +70,11 @@ __all__ = [
     "REGISTRY", "Adapter", "AdapterConfig", "Audit", "Audited", "BaseConfig", "Calibrated", "Center", "Combined",
     "Contrast", "HistoryConfig", "Kernel", "Layer", "LayerErrors", "Merged", "Method", "ParamSpec", "Plan", "Quantized",
     "Round", "Statistics", "Suggestion", "Target", "Variant", "__version__", "adapters", "attach", "audit",
-    "bring_back", "calibrate_scale", "capture", "combine", "config_for", "contrast", "correct_gradients", "detach",
-    "disabled", "drop_round", "freeze_into", "greedy_answers", "history", "kl_divergence", "load", "load_base",
-    "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint", "param_groups", "plan", "prompt_batches",
-    "quantize_residual", "register", "residual_errors", "restore", "rows", "save", "save_peft", "scaled", "suggest",
-    "unload_to", "unmerge",
+    "bring_back", "calibrate_scale", "capturable", "capture", "combine", "config_for", "contrast", "correct_gradients",
+    "detach", "disabled", "drop_round", "freeze_into", "greedy_answers", "history", "kl_divergence", "load",
+    "load_base", "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint", "param_groups", "plan",
+    "prompt_batches", "quantize_residual", "register", "residual_errors", "restore", "rows", "save", "save_peft",
+    "scaled", "suggest", "unload_to", "unmerge",
 ]
 # fmt: on
 __all__ += errors.__all__

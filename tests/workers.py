@@ -214,6 +214,21 @@ def room(folder: Path) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def in_place() -> None:
+    """Within `capturable` a compiled model has one graph for all scales: what eager mode makes of them there."""
+    for variant in ("lora", "dora", "ia3"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = tiny_llama(num_hidden_layers=1)
+        perturb(adapter := ll.attach(model, config(variant)), 0.2)
+        fast = torch.compile(model, fullgraph=True, backend="eager")
+        with ll.capturable(model), torch.no_grad():
+            for c in (1.0, 0.0, 0.4):
+                adapter.scale = c
+                torch.testing.assert_close(fast(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def late() -> None:
     """A compiled model sees adapters, and histories, that come to layers that had none, the base frozen or not."""
     for is_frozen in (False, True):
@@ -553,6 +568,8 @@ def fsdp(variant: str, folder: Path) -> None:
     assert is_identity or not ll.REGISTRY[variant].has_identity_init
     with pytest.raises(ll.TargetError, match="sharded by fully_shard"):
         ll.detach(model)
+    with pytest.raises(ll.TargetError, match=r"sharded by fully_shard.*about\n  run it without"), ll.capturable(model):
+        pass
     with pytest.raises(ll.TargetError, match="attach first, then fully_shard"):
         ll.attach(shard(tiny_llama()), config("lora"))
     tensor_parallel = parallelize_module(tiny_llama(), mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
@@ -693,6 +710,7 @@ if __name__ == "__main__":
         through(covering(), rows, folder)
         poles(Path(folder))
         room(Path(folder))
+        in_place()
         late()
         vanishing()
         rounds_of_many_methods(Path(folder))

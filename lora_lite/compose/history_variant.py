@@ -32,6 +32,7 @@ class History:
     has_identity_init = False
     handles_scale = True
     leads = True
+    not_capturable = "each call brings the rounds' coefficients from the host"
 
     @staticmethod
     def base_weight(cfg: HistoryConfig) -> str:

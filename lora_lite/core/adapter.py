@@ -22,7 +22,17 @@ from .layer import Layer
 from .names import check_shapes
 from .scaled import check_in_use, finite_scale, scaled
 from .shared import Shared
-from .state import AdapterState, Method, Site, check_unmerged, not_attached, session_at, session_of, sites_of
+from .state import (
+    AdapterState,
+    Method,
+    Site,
+    check_unmerged,
+    not_attached,
+    session_at,
+    session_of,
+    sites_of,
+    within_capturable,
+)
 from .targets import Target
 from .variant import ParamSpec, Variant, check_takes_data, lookup
 
@@ -110,6 +120,8 @@ class Adapter:
             After these, and after what the variant's own code raises, the adapter is as it was.
         """
         self._check_unmerged("configure")
+        if self._state.in_place is not None:
+            raise within_capturable("configure")
         methods = self._state.methods
         fixed = {name for method in methods for name in changes.keys() - set(lookup(method.cfg.variant).live)}
         following = [method for method in methods if changes.keys() <= set(lookup(method.cfg.variant).live)]

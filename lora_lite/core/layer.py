@@ -29,6 +29,7 @@ class Layer:
     layer.cfg, .scale      the adapter's config at this layer; its scale, a number, and in a graph of
                            torch.compile a tensor without dimensions
     layer.is_off, .is_whole    is the scale 0, or 1
+    layer.in_graph         is the call of a graph (torch.compile, `capturable`), which can't choose by values
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
     layer.path, .block     where it is: its path, and the stack of blocks with the index in it
@@ -120,6 +121,10 @@ class Layer:
     @property
     def is_whole(self) -> bool:
         return (self._scale or self._site.state.scale_of_call()).is_one
+
+    @property
+    def in_graph(self) -> bool:
+        return is_compiling() or self._site.state.in_place is not None
 
     def grad(self, name: str) -> Tensor | None:
         """The gradient of one of its tensors. Of an expert it is a part of the stack's: a slice has no `.grad`."""
@@ -224,13 +229,14 @@ class Layer:
         for equal inputs.
 
         It is remembered in eval mode with gradients off and outside of every function transform, so that a training
-        step, a transform and compile never meet a kept tensor. Equal means by value, against kept copies: version
+        step, a transform and a graph never meet a kept tensor. Equal means by value, against kept copies: version
         counters or addresses would miss an edit through `.data`, a swapped tensor or a reshard. The comparison reads
         (r, d) tensors, the result the (d_out, d_in) weight, which is read-only while an adapter is on it.
         """
         memo, name = self._site.memo, f"{self._prefix} {name}" if self._prefix else name
         name = name if self._expert is None else f"{name}[{self._expert}]"
-        remember = not (self.training or torch.is_grad_enabled() or is_compiling() or is_transformed())
+        is_recorded = is_compiling() or self._site.state.in_place is not None  # `in_graph`, without its call
+        remember = not (self.training or torch.is_grad_enabled() or is_recorded or is_transformed())
         if not (remember or is_compiling()):
             memo.pop(name, None)  # it takes as much memory as the adapter
         kept_inputs, result = memo.get(name, ((), None)) if remember else ((), None)

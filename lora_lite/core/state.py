@@ -59,6 +59,7 @@ class AdapterState:
     batch: Batch | None = None  # the block in which rows have adapters or scales of their own
     on: tuple[bool, ...] | None = None  # which rows, or labels, of a batch it is on; None: all
     row_scales: tuple[float, ...] | None = None  # in the place of `scale`
+    in_place: Scale | None = None  # within `capturable`: the one whose tensor captured graphs read
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
     plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer
     traced: Scale = field(init=False)  # for a graph of torch.compile: an input of it, which may change
@@ -70,6 +71,10 @@ class AdapterState:
     def set_scale(self, scale: float, set_in: int | None = None) -> tuple[float, int]:
         """It returns the arguments that undo it."""
         before = self.scale, -1 if self.changes is None else self.changes.set_in
+        if self.in_place is not None:
+            self.scale = scale
+            self.in_place.value.fill_(scale)
+            return before
         if is_compiling():
             self.changes = None  # there is no clock in a graph: what is pending goes by the scale as it is
             self.scale = scale
@@ -85,6 +90,8 @@ class AdapterState:
         self, batch: Batch | None, on: tuple[bool, ...] | None, row_scales: tuple[float, ...] | None
     ) -> tuple[Any, ...]:
         """It returns the arguments that undo it."""
+        if self.in_place is not None:
+            raise within_capturable("give rows scales of their own")
         before = self.batch, self.on, self.row_scales
         self.changes = self.changes or Changes(self.plain)
         self.changes.most = self.changes.most or MOST_BLOCKS
@@ -129,7 +136,7 @@ class AdapterState:
     def __getstate__(self) -> dict[str, Any]:
         # No forward of a copy is pending, nor is it in the block that the original is in.
         plain = Scale(self.scale, self.scale == 0, self.scale == 1)
-        alone = {"batch": None, "on": None, "row_scales": None, "plain": plain}
+        alone = {"batch": None, "on": None, "row_scales": None, "plain": plain, "in_place": None}
         value = torch.tensor(self.scale, dtype=torch.float64, device="cpu")
         return self.__dict__ | alone | {"changes": None, "traced": plain._replace(value=value)}
 
@@ -339,8 +346,7 @@ def number_sites(methods: Iterable[Method]) -> None:
 
 def sites_of(module: nn.Module) -> dict[str, Site]:
     """The adapters at one layer, in the order attached; an empty dict that isn't kept if there is none."""
-    sites: dict[str, Site] = module.__dict__.get(SITES, {})
-    return sites
+    return cast(dict[str, Site], module.__dict__.get(SITES, {}))
 
 
 def _insert_in_order(known: dict[str, Known], name: str, value: Known) -> None:
@@ -388,15 +394,23 @@ def not_attached(name: str, model: nn.Module) -> str:
 
 def check_unmerged(session: Session, action: str) -> None:
     """TargetError while adapters are merged: their effect is in the weights, so nothing would change it. And where each
-    row has its own."""
+    row has its own, or graphs read their tensors."""
+    if any(state.in_place for state in session.adapters.values()):
+        raise within_capturable(action)
     if session.batch is not None:
         raise TargetError(f"can't {action}: each row has its own adapter or scale\n  leave the block of `rows` first")
-    merged = [name for name, state in session.adapters.items() if state.merged]
-    if merged:
+    if merged := [name for name, state in session.adapters.items() if state.merged]:
         raise TargetError(
             f"can't {action}: {', '.join(merged)} {'is' if len(merged) == 1 else 'are'} merged into the weights\n"
             f"  lora_lite.unmerge(model) first"
         )
+
+
+def within_capturable(action: str) -> TargetError:
+    """The error for what would leave captured graphs with the tensors, or the numbers, of before."""
+    return TargetError(
+        f"can't {action} within `capturable`: a captured graph would go on with what was\n  leave the block first"
+    )
 
 
 def _alive(references: list[weakref.ref[T]]) -> list[T]:

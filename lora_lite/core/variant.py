@@ -167,6 +167,7 @@ class Variant:
     live               config fields that `Adapter.configure` may change while the adapter is attached
     reads_input        `forward` looks at x. If not, no patches or one-hot vectors have to be made for it
     leads              its adapters come before those that don't lead, whenever they were attached
+    not_capturable     why no graph can follow it (`capturable`); empty for a method that one can
 
     On fused experts (a config with FUSED_EXPERTS): where the weight is unused, `forward` runs once, on the block's
     output, and must be affine in y alone (what it adds whatever y is can't be merged); otherwise every expert has
@@ -183,6 +184,7 @@ class Variant:
     live: tuple[str, ...] = ()
     reads_input: bool = True
     leads: bool = False
+    not_capturable: str = ""
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:

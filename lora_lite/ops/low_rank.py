@@ -63,6 +63,8 @@ def add_low_rank(
         with off:
             return add_low_rank(y, x, a, b, s, dropout, gain, c, bias)
     # written out, as are the casts below: of one token, a Python call is 1 % of the time
+    if (s if gain is None else c).__class__ is not float and isinstance(s if gain is None else c, Tensor):
+        return _of_tensor(y, x, a, b, s, dropout, gain, c, bias)
     if torch.is_grad_enabled():
         needs_grad = a.requires_grad or b.requires_grad or x.requires_grad or y.requires_grad
         if needs_grad or (gain is not None and gain.requires_grad) or (bias is not None and bias.requires_grad):
@@ -112,6 +114,28 @@ def _with_gain(y: Tensor, branch: Tensor, s: Any, gain: Tensor, c: Any, bias: Te
         return torch.mul(torch.add(y, branch, alpha=s), gain, out=out)
     wx = y.to(branch.dtype) if bias is None else y.to(branch.dtype) - bias.to(branch.dtype)
     return torch.add(y, gain * torch.add(wx, branch, alpha=s) - wx, alpha=c, out=out)
+
+
+def _of_tensor(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, p: float, gain: Tensor | None, c: Any, bias: Tensor | None
+) -> Tensor:
+    """y' at a scale (s, or c with a gain) that is a tensor (), which nothing waits for: a captured graph reads it.
+
+    Without gradients it isn't rounded to 16 bits, as a product of a tensor of that dtype with it would on a GPU.
+    """
+    if torch.is_grad_enabled() or p:
+        return _reference(y, x, a, b, s, p, gain, c, bias)
+    if x.numel() > FEW * x.shape[-1]:
+        if gain is None:
+            b, s = b.to(torch.promote_types(b.dtype, torch.float32)) * s, 1.0
+        return _forward(y, x, a, b, s, gain, c, bias)[0]
+    if x.dtype not in WIDE:
+        x = x.float()
+    change = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))  # (*b, o)
+    if gain is not None:
+        wx = y.to(x.dtype) if bias is None else y.to(x.dtype) - bias.to(x.dtype)
+        change, s = gain * torch.add(wx, change, alpha=s) - wx, c
+    return torch.addcmul(y, change, s).to(y.dtype)
 
 
 def _forward(

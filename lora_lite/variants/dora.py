@@ -72,7 +72,7 @@ class DoRA:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         a, b, cfg = layer.lora_A, layer.lora_B, layer.cfg
-        dropout = cfg.dropout if layer.training else 0.0
+        dropout = cfg.dropout if cfg.dropout and layer.training else 0.0
         return add_low_rank(y, x, a, b, cfg.scaling, dropout, _gain(layer, a, b), layer.scale, layer.bias)
 
 
@@ -91,9 +91,9 @@ def _weight_norm(
     gram = a @ a.mT  # A Aᵀ (r, r)
     inner = torch.addmm(wa, b, gram, beta=2 * s, alpha=s * s)  # 2s W Aᵀ + s² B A Aᵀ (o, r)
     ratio = 1 + torch.linalg.vecdot(inner, b) / base_norm.square()  # n²/n0² (o,)
-    if torch.compiler.is_compiling():  # a graph can't choose by values, but it can refuse
+    if layer.in_graph:  # it can't choose by values, but it can refuse
         # one line, or generated C++ breaks; no path, or equal blocks would not share a graph
-        text = "DoRA: a row of W + s B A all but vanishes; run without torch.compile, or train at a lower learning rate"
+        text = "DoRA: a row of W + s B A all but vanishes; run it without a graph, or train at a lower learning rate"
         torch._assert_async(~(ratio < CANCELLED).any(), text)
     elif ratio.amin() < CANCELLED:
         return (layer.dense_weight() + s * b @ a).norm(dim=1)

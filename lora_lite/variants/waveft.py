@@ -58,6 +58,7 @@ class WaveFT:
     name = "waveft"
     config = WaveFTConfig
     handles_scale = True
+    not_capturable = "each call makes the filter of its wavelet on the host"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: WaveFTConfig) -> dict[str, ParamSpec]:
