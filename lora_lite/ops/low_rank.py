@@ -99,12 +99,20 @@ def is_transformed() -> bool:
 def _reference(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: Any, p: float, gain: Tensor | None, c: Any, bias: Tensor | None
 ) -> Tensor:
-    """The equation as it stands."""
-    branch = ((F.dropout(x, p) @ a.to(x.dtype).mT) * s) @ b.to(x.dtype).mT
+    """The equation as it stands, of few tokens without gradients in float32 as elsewhere. A graph takes long to compile
+    if it has many nodes."""
+    is_few = not torch.is_grad_enabled() and x.dtype not in WIDE and x.numel() <= FEW * x.shape[-1]
+    x, dtype = x.float() if is_few else x, y.dtype
+    a, b, x = (
+        a if a.dtype == x.dtype else a.to(x.dtype),
+        b if b.dtype == x.dtype else b.to(x.dtype),
+        F.dropout(x, p) if p else x,
+    )
+    branch = F.linear(F.linear(x, a) * s, b)
     if gain is None:
-        return y + branch
+        return (y + branch).to(dtype)
     wx = y if bias is None else y - bias
-    return y + c * ((gain - 1).to(x.dtype) * wx + gain.to(x.dtype) * branch)
+    return (y + c * ((gain - 1).to(x.dtype) * wx + gain.to(x.dtype) * branch)).to(dtype)
 
 
 def _with_gain(y: Tensor, branch: Tensor, s: Any, gain: Tensor, c: Any, bias: Tensor | None) -> Tensor:
