@@ -46,7 +46,7 @@ def growth_of_starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
 
 
 def by_blocks(rounds: int) -> Iterator[Ratio]:
-    plans, attaches, loads = ({FEW: [], MANY: []} for _ in range(3))  # type: dict[int, list[float]], ...
+    plans, attaches, loads = (seconds_by((FEW, MANY)) for _ in range(3))
     models = {blocks: llama(blocks) for blocks in (FEW, MANY)}
     with tempfile.TemporaryDirectory() as folder:
         for blocks, model in models.items():
@@ -55,19 +55,20 @@ def by_blocks(rounds: int) -> Iterator[Ratio]:
             ll.detach(model)
         for _ in range(rounds):
             for blocks, model in models.items():
-                plans[blocks].append(seconds_of(lambda m=model: ll.plan(m, CONFIG)))
-                attaches[blocks].append(seconds_of(lambda m=model: ll.attach(m, CONFIG)))
+                plans[blocks].append(seconds_of(ll.plan, model, CONFIG))
+                attaches[blocks].append(seconds_of(ll.attach, model, CONFIG))
                 ll.detach(model)
-                loads[blocks].append(seconds_of(lambda m=model, n=blocks: ll.load(m, f"{folder}/{n}.safetensors")))
+                loads[blocks].append(seconds_of(ll.load, model, f"{folder}/{blocks}.safetensors"))
                 ll.detach(model)
     for what, seconds in (("plan", plans), ("attach", attaches), ("load", loads)):
         yield linear(f"{what}: {MANY} blocks / 4 x {FEW}", seconds[MANY], seconds[FEW], 4)
 
 
 def by_adapters(rounds: int) -> Iterator[Ratio]:
-    model, runs = llama(FEW), []
+    model = llama(FEW)
+    runs: list[list[float]] = []
     for _ in range(rounds):
-        runs.append([seconds_of(lambda i=i: ll.attach(model, CONFIG, f"a{i}")) for i in range(ADAPTERS)])
+        runs.append([seconds_of(ll.attach, model, CONFIG, f"a{i}") for i in range(ADAPTERS)])
         ll.detach(model)
     first = [run[0] for run in runs]
     yield linear(f"attach of the {ADAPTERS}th adapter / the first", [run[-1] for run in runs], first, 1)
@@ -76,7 +77,7 @@ def by_adapters(rounds: int) -> Iterator[Ratio]:
 
 def by_experts(rounds: int) -> Iterator[Ratio]:
     numbers = EXPERTS // 4, EXPERTS
-    plans, merges = ({number: [] for number in numbers} for _ in range(2))  # type: dict[int, list[float]], ...
+    plans, merges = (seconds_by(numbers) for _ in range(2))
     models = {number: listed_experts(number) for number in numbers}
     with tempfile.TemporaryDirectory() as temporary:
         folders = {number: Path(temporary, str(number)) for number in numbers}
@@ -84,8 +85,8 @@ def by_experts(rounds: int) -> Iterator[Ratio]:
             checkpoint(folder, number)
         for _ in range(rounds):
             for number, folder in folders.items():
-                plans[number].append(seconds_of(lambda m=models[number]: ll.plan(m, CONFIG)))
-                merges[number].append(seconds_of(lambda f=folder: merge_plan(f)))
+                plans[number].append(seconds_of(ll.plan, models[number], CONFIG))
+                merges[number].append(seconds_of(merge_plan, folder))
     few, many = numbers
     yield linear(f"plan: {BLOCKS} blocks of {many} experts / 4 x {few}", plans[many], plans[few], 4)
     yield linear(f"merge plan from headers: {many} experts / 4 x {few}", merges[many], merges[few], 4)
@@ -96,26 +97,34 @@ def linear(measure: str, large: list[float], small: list[float], times: int) -> 
     return seconds.ratio(measure, "large", "small", 1.0, GROUP)
 
 
-def seconds_of(run: Callable[[], object]) -> float:
+def seconds_by(sizes: tuple[int, ...]) -> dict[int, list[float]]:
+    return {size: [] for size in sizes}
+
+
+def seconds_of(run: Callable[..., object], *args: Any) -> float:
     gc.collect()
     gc.disable()
     started = time.process_time()
-    run()
+    run(*args)
     seconds = time.process_time() - started
     gc.enable()
     return seconds
 
 
 def llama(blocks: int) -> nn.Module:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, num_hidden_layers=blocks))
 
 
 def qwen(experts: int) -> Qwen3MoeConfig:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8}
-    routing = {"num_experts": experts, "num_experts_per_tok": 2, "architectures": ["Qwen3MoeForCausalLM"]}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8}
+    routing: dict[str, Any] = {
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "architectures": ["Qwen3MoeForCausalLM"],
+    }
     return Qwen3MoeConfig(**sizes, **heads, **routing, num_hidden_layers=BLOCKS, dtype=torch.float32)
 
 
