@@ -12,6 +12,7 @@ this machine.
 
 import json
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -39,9 +40,11 @@ from contenders import (
     text,
     train_step,
 )
+from growth import growth_of_starting
 from layer import layer
 from loguru import logger
 from measure import Ratio, Times, floor, in_a_process, interleaved, machine, peak_of, saved
+from merge import on_disk
 from methods import methods
 from peft import PeftModel
 from picture import draw, show
@@ -176,11 +179,24 @@ def starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
             attaches = {"ours": lambda model: ll.attach(model, ll.LoRAConfig(r=16)), "PEFT": attach_peft}
             for name in order.sample(list(attaches), 2):
                 attached[name].append(timed(attaches[name], load()))
-    yield Times(attached).ratio("attach to 210 layers / PEFT", "ours", "PEFT", 0.2, "starting")
-    yield Times(loaded).ratio("load a file / PEFT", "ours", "PEFT", 0.2, "starting")
+    yield Times(attached).ratio("attach to 210 layers / PEFT", "ours", "PEFT", 0.1, "starting")
+    yield Times(loaded).ratio("load a file / PEFT", "ours", "PEFT", 0.1, "starting")
     runs = {name: lambda name=name: in_a_process("-c", f"import {name}") for name in ("torch", "lora_lite")}
     times = interleaved(runs, rounds, "import")
-    yield times.ratio("import lora_lite / import torch", "lora_lite", "torch", 1.05, "starting")
+    yield times.ratio("import lora_lite / import torch", "lora_lite", "torch", 1.04, "starting")
+    yield from in_and_out(rounds)
+
+
+def in_and_out(rounds: int) -> Iterator[Ratio]:
+    """Seconds of this process on the processors to enter `merged` and to leave it: others' work doesn't count."""
+    model, seconds = ours(), []
+    for _ in range(rounds):
+        started = time.process_time()
+        with ll.merged(model):
+            pass
+        seconds.append(time.process_time() - started)
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    yield Ratio("seconds to enter merged and to leave it", middle, 1.0, low, high, "starting")
 
 
 def attach_peft(model: nn.Module) -> object:
@@ -252,6 +268,8 @@ SECTIONS: dict[str, Section] = {
     "methods": methods,
     "memory": memory,
     "starting": starting,
+    "growth": growth_of_starting,
+    "on disk": on_disk,
     "pissa": pissa,
     "training": training,
     "quantised": quantised,

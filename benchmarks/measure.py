@@ -27,7 +27,7 @@ class Ratio:
     """One line of the table.
 
     low, high  the quartiles of the ratios by round, or None
-    of         where these are None, what the value is: "exact", or of the "fastest" round
+    of         where these are None, what the value is: "exact", or of the "fastest" round, the "highest"
     """
 
     measure: str

@@ -17,16 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from loguru import logger
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
+
+if TYPE_CHECKING:
+    from measure import Ratio
 
 WIDTH, RANK, SHARD = 4096, 16, 16
 """Matrices are WIDTH², SHARD of them in a file."""
@@ -52,9 +56,24 @@ def main() -> None:
         compare(folder, args)
 
 
-def compare(folder: Path, args: argparse.Namespace) -> None:
-    size = sum(file.stat().st_size for file in (folder / "big" / "base").iterdir())
-    adapter = (folder / "big" / "adapter.safetensors").stat().st_size
+def on_disk(ids: Tensor, rounds: int) -> Iterator["Ratio"]:
+    """The section of `make bench`: 4 layers, 0.94 GB; the ids are those that the other sections take."""
+    from measure import Ratio, Times
+
+    args = argparse.Namespace(layers=4, rounds=max(3, rounds // 3), variant="lora", base_weights="original")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make(folder / "tiny", 1, 64, args)
+        make(folder / "big", args.layers, WIDTH, args)
+        results, adapter = run_all(folder, args), (folder / "big" / "adapter.safetensors").stat().st_size
+    times = Times({way: [seconds for seconds, _ in runs] for way, runs in results.items()})
+    yield times.ratio("merge on disk / PEFT's merge_and_unload and save", "ours", "peft", 0.8, "on disk")
+    peak = max(peak for _, peak in results["ours"]) - adapter / 2**20
+    yield Ratio("its peak above start less the adapter, MiB", peak, 64, group="on disk", of="highest")
+
+
+def run_all(folder: Path, args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, MiB above start) of each run by way, each in a process of its own."""
     ways = ["ours", "peft"] if args.variant == "lora" and args.base_weights == "original" else ["ours"]
     results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}  # (seconds, MiB)
     for _ in range(args.rounds):
@@ -63,13 +82,20 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
             command += ["--base-weights", args.base_weights]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             results[way].append(tuple(json.loads(done.stdout.splitlines()[-1])))
+    return results
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    size = sum(file.stat().st_size for file in (folder / "big" / "base").iterdir())
+    adapter = (folder / "big" / "adapter.safetensors").stat().st_size
+    results = run_all(folder, args)
     print(f"checkpoint {size / 1e9:.2f} GB, {args.base_weights}; {args.variant} of {adapter / 2**20:.0f} MiB")
     print(f"{'':<8}{'seconds':>20}{'peak above start, MiB':>24}")
     for way, runs in results.items():
         seconds, peaks = zip(*runs, strict=True)
         print(f"{way:<8}{' '.join(f'{s:.1f}' for s in seconds):>20}{' '.join(f'{p:.0f}' for p in peaks):>24}")
-    if len(ways) == 2:
-        medians = [[statistics.median(column) for column in zip(*results[way], strict=True)] for way in ways]
+    if len(results) == 2:
+        medians = [[statistics.median(column) for column in zip(*runs, strict=True)] for runs in results.values()]
         print(f"ours / PEFT: time {medians[0][0] / medians[1][0]:.2f}, memory {medians[0][1] / medians[1][1]:.3f}")
 
 

@@ -91,7 +91,12 @@ def main(
     print(
         f"SmolLM2-135M-Instruct in {stored_in()}, {torch.get_num_threads()} threads, LoRA of rank {RANK}, {ROWS} rows"
     )
-    base, one, many, theirs = load().eval().requires_grad_(False), with_adapters(1), with_adapters(ROWS), with_peft(ROWS)
+    base, one, many, theirs = (
+        load().eval().requires_grad_(False),
+        with_adapters(1),
+        with_adapters(ROWS),
+        with_peft(ROWS),
+    )
     pairs = [
         ("8 adapters", "1 adapter", 1.3),
         ("8 adapters", "PEFT", 0.4),

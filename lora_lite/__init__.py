@@ -24,7 +24,7 @@ from .measure.audit import Audit, Audited
 from .measure.capture import Statistics, capture
 from .measure.contrast import Center, Contrast, Method, contrast
 from .merging.audit import audit
-from .merging.in_memory import merge, unmerge
+from .merging.in_memory import merge, merged, unmerge
 from .variants import *
 from .version import __version__
 
@@ -72,7 +72,7 @@ __all__ = [
     "Round", "Statistics", "Suggestion", "Target", "Variant", "__version__", "adapters", "attach", "audit",
     "bring_back", "calibrate_scale", "capturable", "capture", "combine", "config_for", "contrast", "correct_gradients",
     "detach", "disabled", "drop_round", "freeze_into", "greedy_answers", "history", "kl_divergence", "load",
-    "load_base", "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint", "param_groups", "plan",
+    "load_base", "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint", "merged", "param_groups", "plan",
     "prompt_batches", "quantize_residual", "register", "residual_errors", "restore", "rows", "save", "save_peft",
     "scaled", "suggest", "unload_to", "unmerge",
 ]

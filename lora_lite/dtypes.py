@@ -16,7 +16,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def fits(values: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Are all of these (of a dtype in STORAGE_DTYPES) finite, and still so in this dtype? One pass and one wait;
     `isfinite` takes several passes."""
-    if not values.numel():
-        return True
+    if not values.numel() or (dtype in (None, values.dtype) and math.isfinite(values.sum())):
+        return True  # one that isn't finite would show in the sum, which is the faster; a sum may overflow
     ends = torch.stack(values.aminmax())  # NaN if there is one
     return all(map(math.isfinite, ends.to(dtype or values.dtype).tolist()))

@@ -9,6 +9,7 @@
   `support_avx512bf16_for_cpu = False` keeps the layout.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -207,6 +208,8 @@ def raise_if_repacked(module: Any, path: str) -> None:
 
 
 def _layers_4bit(model: nn.Module) -> dict[str, Any]:
+    if "bitsandbytes.nn" not in sys.modules:  # while nothing has imported it, nothing is of it
+        return {}
     return {path: module for path, module in model.named_modules() if _is_4bit(module)}
 
 

@@ -69,12 +69,13 @@ def base_record(model: nn.Module, layers: Iterable[BaseLayer]) -> BaseRecord:
 
     The fingerprint of a layer of an unknown storage is the dtype alone, which tells no two such weights apart.
     """
+    layers = list(layers)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return BaseRecord(
         type(model).__name__,
         getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         dtype_name(floating),
-        quantization_of(model),
+        quantization_of(model, layers),
         {layer.path: [dtype_name(layer.stored.dtype), *layer.storage.samples(layer)] for layer in layers},
     )
 

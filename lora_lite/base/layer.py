@@ -160,8 +160,10 @@ class BaseLayer:
 def layer_of(module: nn.Module, path: str = "") -> BaseLayer | None:
     """The module as a layer that is called; None if it is none."""
     # Most modules have no parameters of their own, and so are no norm.
-    layers = (_layer(path, module, kind) for kind in (_CALLED if module._parameters else KINDS))
-    return next((layer for layer in layers if layer is not None), None)
+    for kind in _CALLED if module._parameters else KINDS:
+        if (size := kind.size(module)) is not None:
+            return _stored(path, module, kind, size)
+    return None
 
 
 def find_layers(modules: Modules) -> dict[str, BaseLayer]:
@@ -209,11 +211,14 @@ def _below(outer: str, path: str) -> str:
 
 
 def _layer(path: str, module: nn.Module, kind: Kind) -> BaseLayer | None:
-    """The one place where kind and storage are asked."""
-    if (size := kind.size(module)) is None:
-        return None
+    size = kind.size(module)
+    return None if size is None else _stored(path, module, kind, size)
+
+
+def _stored(path: str, module: nn.Module, kind: Kind, size: Size) -> BaseLayer:
+    """The one place where the storage is asked."""
     # torch's own class with plain numbers in it is nobody's quantised layer, so no quantiser is asked.
-    plain = type(module) is nn.Linear and DENSE.holds(module, kind)
+    plain = type(module) is nn.Linear and DENSE.holds_size(module, kind, size)
     storage = DENSE if plain else next(storage for storage in STORAGES if storage.holds(module, kind))
     # A forward on the instance is anyone's (accelerate, a patch); an unknown storage may round its input.
     is_plain = storage.decodes and "forward" not in vars(module) and kind.computes_its_product(module)
@@ -247,12 +252,17 @@ def _packed(module: nn.Module, path: str) -> list[BaseLayer | None]:
     return packed or [layer_of(module, path)]
 
 
-def quantization_of(model: nn.Module) -> Quantization | None:
+def quantization_of(model: nn.Module, known: Iterable[BaseLayer] = ()) -> Quantization | None:
     """How the model was quantised, for the record in an adapter file, or None.
+
+    known   layers of it that were found just now: the dense ones among them aren't looked at again
 
     The method is that of the first layer of a known one; "unknown" if all layers that aren't dense are of no known way.
     """
-    layers = [layer for path, module in model.named_modules() for layer in _right_in(module, path)]
+    called = (layer for layer in known if layer.kind in _CALLED and "parametrizations" not in layer.module._modules)
+    dense = {id(layer.module) for layer in called if layer.storage.is_dense}
+    asked = ((path, module) for path, module in model.named_modules() if id(module) not in dense)
+    layers = [layer for path, module in asked for layer in _right_in(module, path)]
     quantized = [layer for layer in layers if layer is not None and not (layer.storage.is_dense or layer.is_lazy)]
     if not quantized:
         return None

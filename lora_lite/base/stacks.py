@@ -19,6 +19,7 @@ Shapes = Mapping[str, tuple[int, int]]  # path -> (d_in, d_out) of linear layers
 Place = tuple[str | None, int | None]  # ("model.layers.", 3): stack and index of the block; (None, None) in no stack
 
 _NUMBERED = re.compile(r"(?:^|(?<=\.))([^\W\d]\w*\.)(\d+)(?=\.)")
+_NUMBERED_PART = re.compile(r"(?<=\.)[^.]*?([0-9]+)(?=\.|\Z)")
 _ENDS_IN_NUMBER = re.compile(r"(.*?)([0-9]+)")
 _LAYERS = (nn.Linear, _ConvNd, nn.Embedding)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -101,10 +102,8 @@ def find_stacks(modules: Modules, shapes: Shapes | None = None) -> Stacks:
 
 def _numbers(path: str) -> Iterator[tuple[str, int, str]]:
     """(`model.layers.`, 3, `model.layers.3`) for each part of a path, after the first, that ends in a number."""
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if i and (match := _ENDS_IN_NUMBER.fullmatch(part)):
-            yield ".".join([*parts[:i], match[1]]), int(match[2]), ".".join(parts[: i + 1])
+    for match in _NUMBERED_PART.finditer(path):
+        yield path[: match.start(1)], int(match[1]), path[: match.end()]
 
 
 def _listed(parent: str, modules: Modules, shapes: Shapes) -> list[int]:
@@ -153,7 +152,7 @@ def _beside(path: str, modules: Modules, counts: Mapping[str, int]) -> Iterator[
 
 def _are_experts(module: nn.Module, d_in: int, n: int) -> bool:
     """True for a list of n modules of one class with linear layers, and for a module that holds bare matrices alone."""
-    if _is_layer(module):
+    if not (module._parameters or module._modules) or _is_layer(module):  # an activation function has neither
         return False
     children = list(module.children())
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -169,5 +168,7 @@ def _are_experts(module: nn.Module, d_in: int, n: int) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
+    if isinstance(module, _LAYERS):
+        return True
     size = size_of(module)
-    return (size is not None and not size.experts) or isinstance(module, _LAYERS)
+    return size is not None and not size.experts

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..dtypes import STORAGE_DTYPES, dtype_name
 from ..errors import QuantizedWeightError
 from . import sharding
-from .kinds import Kind
+from .kinds import Kind, Size
 
 if TYPE_CHECKING:
     from .layer import BaseLayer
@@ -104,8 +104,13 @@ class Dense(Storage):
     is_dense = True
 
     def holds(self, module: Any, kind: Kind) -> bool:
-        weight, size = kind.stored(module), kind.size(module)
-        if size is None or not holds_numbers(weight):
+        size = kind.size(module)
+        return size is not None and self.holds_size(module, kind, size)
+
+    def holds_size(self, module: Any, kind: Kind, size: Size) -> bool:
+        """Is it stored so, with the size that its kind gave?"""
+        weight = kind.stored(module)
+        if not holds_numbers(weight):
             return False
         shape = sharding.shape_of(weight)  # packed codes have another one
         if len(shape) < 2:
@@ -172,7 +177,7 @@ def linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> F
 def spread(tensor: Tensor) -> list[float]:
     """Up to SAMPLES elements from the first to the last."""
     flat = (tensor if tensor.is_contiguous() else tensor.mT).detach().reshape(-1)
-    return flat[torch.tensor(spread_places(flat.numel()), device=flat.device)].float().tolist()
+    return flat.index_select(0, torch.tensor(spread_places(flat.numel()), device=flat.device)).float().tolist()
 
 
 @cache

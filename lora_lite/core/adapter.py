@@ -218,7 +218,8 @@ class Adapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable tensors, for an optimiser."""
-        return (tensor for _, tensor in self.named_tensors() if isinstance(tensor, nn.Parameter))
+        tensors = (tensor for place in self._places(self.sites()) for _, tensor in place.tensors())
+        return (tensor for tensor in tensors if isinstance(tensor, nn.Parameter))
 
     def state_dict(self, resume: bool = True) -> dict[str, Tensor]:
         """Every tensor that is saved by its key in a file, detached; a sharded one stays sharded. Without `resume`, not
@@ -290,8 +291,9 @@ class Adapter:
 
     def counts(self) -> str:
         """How many layers of each kind, for messages: "30 o_proj, 30 down_proj"; of the stream, "30 block"."""
-        kinds = Counter({s.path: "block" if s.base.is_block else s.path.split(".")[-1] for s in self.sites()}.values())
-        fused = {site.path.rpartition(".")[2] for site in self.sites() if site.target.experts}
+        sites = list(self.sites())
+        kinds = Counter({s.path: "block" if s.base.is_block else s.path.rpartition(".")[2] for s in sites}.values())
+        fused = {site.path.rpartition(".")[2] for site in sites if site.target.experts}
         return ", ".join(f"{n} {'blocks of fused ' if kind in fused else ''}{kind}" for kind, n in kinds.items())
 
     def _check_unmerged(self, what: str) -> None:

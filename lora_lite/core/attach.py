@@ -19,7 +19,7 @@ from .adapted_weight import take_back
 from .adapter import Adapter, adapters, get_adapter
 from .config import BaseConfig
 from .hooks import register_hooks
-from .names import TIES
+from .names import SITES, TIES
 from .positions import watch
 from .resolve import attachable, check_free, check_name, check_weights_present, checked_configs, resolve
 from .room import empty_room, with_room
@@ -147,6 +147,7 @@ def installed(
     scale: float = 1.0,
     steps: int | None = None,
     freeze: bool = True,
+    owned: bool = False,
 ) -> Iterator[Adapter]:
     """The transaction under attach and load: an adapter on the model, taken off again if the block raises.
 
@@ -154,16 +155,14 @@ def installed(
     tensors     the values by their keys in a file; without them, each starts as its ParamSpec says
     steps       of the training that the tensors come from, None if the file doesn't say
     freeze      freeze the base, which the adapter whose place this one takes has done already
+    owned       nobody else holds `tensors`, nor a part of their memory: the adapter takes them without a copy
     """
     session, state = session_at(root), _state(root, methods, name, scale, 0 if tensors is None else steps)
     check_name(name, session, type(root).__name__)
     check_free(state.sites)
     check_unmerged(session, "attach another adapter")
-    adapted = {id(p) for other in session.adapters for p in Adapter(root, other).parameters()}  # they stay trainable
-    trainable = (p for p in root.parameters() if freeze and p.requires_grad and id(p) not in adapted)
-    change = BaseChange(
-        trainable, repackable(root) if freeze else ()
-    )  # not of targets alone: gradients pass the others too
+    # Not of targets alone: gradients pass the others too.
+    change = BaseChange(_trainable(root, session), repackable(root)) if freeze else BaseChange((), ())
 
     with torch.inference_mode(False), ExitStack() as undo:  # tensors of inference mode could never be trained
         undo.callback(_forget, root, session, name)
@@ -176,7 +175,7 @@ def installed(
         # Each undo is noted before its step, so that a failure within the step is undone as well.
         for site in state.sites:
             undo.callback(uninstall, site.module, site.slot)
-            _install(site, tensors)
+            _install(site, tensors, owned)
         for method in methods:
             if specs := lookup(method.cfg.variant).shared_specs([site.target for site in method.sites], method.cfg):
                 _install_shared(root, state, method, specs, tensors)
@@ -185,6 +184,19 @@ def installed(
         forget_graphs()
         yield Adapter(root, name)
         undo.pop_all()
+
+
+def _trainable(root: nn.Module, session: Session) -> Iterator[nn.Parameter]:
+    """The parameters that want a gradient, but for those of adapters.
+
+    Those are told by their names: with many adapters, a look at each site and tensor takes longer than all else.
+    """
+    ours = set().union(*(state.names for state in session.adapters.values()))
+    for module in root.modules():
+        if not isinstance(module, Shared):
+            names = ours if SITES in module.__dict__ else ()
+            parameters = (p for name, p in module._parameters.items() if name not in names)
+            yield from (p for p in parameters if p is not None and p.requires_grad)
 
 
 def forget_graphs() -> None:
@@ -259,10 +271,11 @@ def _state(root: nn.Module, methods: list[Method], name: str, scale: float, step
     return state
 
 
-def _install(site: Site, tensors: Tensors | None) -> None:
+def _install(site: Site, tensors: Tensors | None, owned: bool = False) -> None:
     site.add()
+    device = site.base.stored.device
     for name, spec in site.specs.items():
-        hold(site, name, _value(spec, site.key(name), site.cfg, site.base.stored.device, tensors, site.stacked))
+        hold(site, name, _value(spec, site.key(name), site.cfg, device, tensors, site.stacked, owned))
     # Hooks run in the order of registering, so one that is first moves those that were first before it along.
     for other in [s for s in sites_of(site.module).values() if s.is_first][::-1] if site.is_first else [site]:
         register_hooks(other)
@@ -322,6 +335,7 @@ def _value(
     device: torch.device | str,
     tensors: Tensors | None,
     stacked: bool = False,
+    owned: bool = False,
 ) -> Tensor:
     """The first value of a tensor: from a file, or as its ParamSpec says."""
     if tensors is None or (spec.saved != "always" and key not in tensors):
@@ -329,14 +343,15 @@ def _value(
         for part in value if stacked else [value]:  # each expert's by itself: its size is what the bounds are of
             spec.fill(part)
     else:
-        # A copy, made out of inference mode: a tensor that was made within it could never be trained.
-        value = tensors[key].to(device, copy=True)
+        # A tensor that was made within inference mode could never be trained; its copy, made out of it, can.
+        value = tensors[key].to(device, copy=not owned or tensors[key].is_inference())
     return nn.Parameter(value) if spec.trainable else value
 
 
 def hold(site: Site, name: str, value: Tensor) -> None:
-    is_parameter = isinstance(value, nn.Parameter)
-    (site.module.register_parameter if is_parameter else site.module.register_buffer)(site.attribute(name), value)
+    is_parameter, attribute = isinstance(value, nn.Parameter), site.attribute(name)
+    site.state.names.add(attribute)
+    (site.module.register_parameter if is_parameter else site.module.register_buffer)(attribute, value)
 
 
 def _exchange(site: Site, values: Tensors) -> None:

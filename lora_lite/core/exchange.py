@@ -21,7 +21,8 @@ def replaced(
     """The transaction under load(replace=True): `installed`, where an adapter of that name is attached. The new one has
     its place in the order. If the block raises, the old one is there again, with the very tensors that it had.
 
-    root    what `attachable` gave
+    root        what `attachable` gave
+    tensors     nobody else's: they are taken without a copy
     """
     session, adapter = session_at(root), get_adapter(root, name)
     check_unmerged(session, f"replace {name!r}")
@@ -33,7 +34,7 @@ def replaced(
         for site in before.sites:
             uninstall(site.module, site.slot)
         _leave(root, session, before)
-        with installed(root, methods, name, tensors, scale, steps, freeze=False) as adapter:
+        with installed(root, methods, name, tensors, scale, steps, freeze=False, owned=True) as adapter:
             yield adapter
     except BaseException:
         _put_back(root, session, before, values)

@@ -17,35 +17,43 @@ from ..base.probe import check_norm, not_linear
 from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .config import BaseConfig
 from .layer import Layer
-from .names import TIES
+from .names import SITES, TIES
 from .shared import Shared
 from .state import SESSION, AdapterState, Method, Session, Site, Tensors, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
-from .variant import ParamSpec, adds_constant, lookup, weight_use
+from .variant import ParamSpec, adds_constant, asks_more, lookup, weight_use
 
 _NAME = re.compile(r"lora_[A-Za-z0-9]+(_[A-Za-z0-9]+)*")
+_NUMBERED = re.compile(r"lora_[0-9]+_")
+_WRAPPERS = (DistributedDataParallel, DataParallel)
 MOST_METHODS = 64
 """One adapter has no more of them, so that a file, which anyone may have written, can't cost more."""
 
 Overrides = Mapping[str, Mapping[str, Any]]
 """Path of a target -> the config fields that differ there."""
+Known = dict[tuple[int, int, int, bool], dict[str, ParamSpec]]
+"""(d_in, d_out, experts, by_weight) -> the tensors of a method there."""
 
 
 def attachable(model: nn.Module) -> nn.Module:
     """The module that adapters go on: the model itself, or what torch.compile has wrapped."""
     root: nn.Module = getattr(model, "_orig_mod", model)
+    has_sites = False
     for path, module in model.named_modules():
-        if isinstance(module, DistributedDataParallel | DataParallel):
+        if isinstance(module, _WRAPPERS):
             raise TargetError(
                 f"{type(module).__name__} has registered the parameters already: it would never reduce new ones' "
                 f"gradients\n  attach first, then wrap"
             )
-        if module is not root and SESSION in module.__dict__:
+        attributes = module.__dict__
+        has_sites = has_sites or SITES in attributes
+        if SESSION in attributes and module is not root:
             raise TargetError(
                 f"{path}: adapters were attached to this part alone\n  attach to the same module each time"
             )
-    session_of(root)  # raises on a part of a model that has adapters
+    if has_sites and SESSION not in root.__dict__:
+        session_of(root)  # raises on a part of a model that has adapters
     return root
 
 
@@ -107,7 +115,8 @@ def make_sites(
     for path, reason in not_linear(unsure.values()).items() if unsure else ():
         kind = type(unsure[path].module).__name__
         raise TargetError(f"{path}: an adapter can't act on this {kind}: {reason}\n  leave it out with exclude_names")
-    sites = [make_site(target, layer, cfg, overrides.get(target.path, {})) for target, layer in targets.items()]
+    known: Known = {}
+    sites = [make_site(target, layer, cfg, overrides.get(target.path, {}), known) for target, layer in targets.items()]
     for site in sites:
         _check_storage(site)
         if site.target.is_diagonal and lookup(cfg.variant).reads_input:
@@ -118,13 +127,20 @@ def make_sites(
     return sites
 
 
-def make_site(target: Target, layer: BaseLayer, cfg: BaseConfig, overrides: Mapping[str, Any]) -> Site:
-    """The record of one layer, which no adapter is at yet."""
-    try:
-        cfg = cfg.with_overrides(overrides)
-    except ConfigError as error:
-        raise ConfigError(f"{target.path}: {error}") from error
-    return Site(target, layer, cfg, dict(overrides), weight_use(cfg), is_stacked(target, cfg), specs_at(target, cfg))
+def make_site(
+    target: Target, layer: BaseLayer, cfg: BaseConfig, overrides: Mapping[str, Any], known: Known | None = None
+) -> Site:
+    """The record of one layer, which no adapter is at yet; `known` are the specs at others with this config."""
+    if overrides or known is None or asks_more(cfg):
+        try:
+            cfg = cfg.with_overrides(overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{target.path}: {error}") from error
+        specs = specs_at(target, cfg)
+    else:  # `param_specs` knows a layer by its size alone, so layers of one size have the same
+        size = target.d_in, target.d_out, target.experts, target.by_weight
+        specs = known[size] = known.get(size) or specs_at(target, cfg)
+    return Site(target, layer, cfg, dict(overrides), weight_use(cfg), is_stacked(target, cfg), dict(specs))
 
 
 def make_stand_in(
@@ -172,7 +188,7 @@ def specs_at(target: Target, cfg: BaseConfig) -> dict[str, ParamSpec]:
         raise ConfigError(f"{path}: {error}") from error
     # "__" starts the adapter's name in `lora_A__fr`, so no tensor's name may have it, and `lora_2_` is of its second
     # method at a layer, which one that leads, as a history, never has.
-    wrong = [n for n in specs if not _NAME.fullmatch(n) or (re.match("lora_[0-9]+_", n) and not variant.leads)]
+    wrong = [n for n in specs if not _NAME.fullmatch(n) or (_NUMBERED.match(n) and not variant.leads)]
     if wrong or not specs:
         raise VariantError(
             f"variant {variant.name!r}: param_specs gave {list(specs)}; wanted one name or more, each like lora_xyz"

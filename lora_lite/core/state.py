@@ -60,6 +60,7 @@ class AdapterState:
     on: tuple[bool, ...] | None = None  # which rows, or labels, of a batch it is on; None: all
     row_scales: tuple[float, ...] | None = None  # in the place of `scale`
     in_place: Scale | None = None  # within `capturable`: the one whose tensor captured graphs read
+    names: set[str] = field(default_factory=set)  # of its tensors on layers, in one set for all of them
     suffix: str = field(init=False)  # of its tensors' names on a layer: nothing, or `__fr` of adapter fr
     plain: Scale = field(init=False)  # made when c changes, not at each call: a token passes every layer
     traced: Scale = field(init=False)  # for a graph of torch.compile: an input of it, which may change
@@ -159,7 +160,8 @@ class Site:
     memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)  # of `Layer.constant`
     positions: Any = None  # the `Positions` at which its method acts, one for all sites of a config; None: at all
     as_they_are: tuple[tuple[str, str], ...] = ()  # of tensors that a call's view casts to nothing: name, attribute
-    ran: bool = False  # a forward outside of torch.compile has called the layer, at any scale, since its first adapter
+    # A forward outside of torch.compile has called the layer, at any scale, since its first adapter: one there knows.
+    ran: bool = False
     never_ran: bool = False  # none had when the adapter's file was written, although one had called other layers
 
     @property
@@ -213,15 +215,18 @@ class Site:
         return ((name, self.tensor(name)) for name in self.specs)
 
     def add(self) -> None:
-        """Remember the adapter at its layer. That the layer has been called is known of each adapter there."""
-        at_weight = (other for other in sites_of(self.module).values() if other.prefix == self.prefix)
-        self.ran = self.ran or any(other.ran for other in at_weight)
+        """Remember the adapter at its layer."""
+        before = sites_of(self.module).get(self.slot)
+        self.ran = self.ran or (before is not None and before.ran)
         _insert_in_order(self.module.__dict__.setdefault(SITES, {}), self.slot, self)
 
     def drop(self) -> None:
-        """Forget it there; the last one leaves no trace."""
-        del sites_of(self.module)[self.slot]
-        if not sites_of(self.module):
+        """Forget it there; the last one leaves no trace. That the layer has been called stays known of it."""
+        sites = sites_of(self.module)
+        del sites[self.slot]
+        if self.ran and (other := next((s for s in sites.values() if s.prefix == self.prefix), None)):
+            other.ran = True
+        if not sites:
             del self.module.__dict__[SITES]
 
     def __post_init__(self) -> None:

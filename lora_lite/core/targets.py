@@ -214,9 +214,9 @@ def _left_out(
         within = f"{path}." if path in known else within
         if (
             "linear" in cfg.kinds
-            and stacks.place(path)[0]
             and not f"{path}.".startswith(within)
             and _has_matrices(module)
+            and stacks.place(path)[0]
         ):
             kinds = list(kinds_by_weight(module))
             if not kinds or any(kind.category not in cfg.kinds for kind in kinds):
@@ -228,6 +228,8 @@ def _left_out(
 
 def _has_matrices(module: nn.Module) -> bool:
     """Are there matrices right in this module, which is no norm, embedding, convolution or parametrisation of one?"""
+    if not module._parameters and "parametrizations" not in module._modules:  # nearly all modules
+        return False
     if isinstance(module, (_ConvNd, nn.Embedding, nn.EmbeddingBag, ParametrizationList, *NORMS)):
         return False
     tensors = [p for p in bare_parameters(module).values() if p.is_floating_point()]

@@ -247,6 +247,8 @@ class Variant:
     """`(layer, x) -> x_new`, before the layer."""
 
 
+_BY_SIZE: Any = Variant.__dict__["layer_specs"].__func__
+
 REGISTRY: dict[str, type[Variant]] = {}  # every registered variant, by name
 
 _USES = ("unused", "read", "dense")
@@ -315,6 +317,11 @@ def weight_use(cfg: BaseConfig) -> str:
     if use not in _USES:
         raise VariantError(f"variant {cfg.variant!r}: base_weight gave {use!r}; wanted one of {_USES}")
     return use
+
+
+def asks_more(cfg: BaseConfig) -> bool:
+    """Do a config's tensors at a layer depend on more than its size?"""
+    return getattr(lookup(cfg.variant).layer_specs, "__func__", None) is not _BY_SIZE
 
 
 def needs_data(cfg: BaseConfig) -> bool:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.variant import Layer, LowRank
+from ..ops.few import plus
 from ..ops.recompute import add_dense, recomputed
 from .factors import at_inference
 
@@ -31,7 +32,7 @@ def with_delta(
         return add_dense(y, x, f, *tensors, s=layer.scale, dropout=p)
     # At inference ΔW is remembered, in x's dtype: it costs more than its product, and so does a cast of it.
     delta = layer.constant("delta", lambda *t: f(*t[:-1]).to(t[-1].dtype), *tensors, x.new_empty(0))
-    return y.add(F.linear(x, delta), alpha=layer.scale)
+    return plus(y, F.linear(x, delta), layer.scale)
 
 
 def as_low_rank(layer: Layer, f: Delta, *tensors: Tensor, dropout: float = 0.0) -> LowRank:

@@ -14,6 +14,7 @@ from ..core.config import AdapterConfig
 from ..core.validate import positive_or_none
 from ..core.variant import Layer, LowRank
 from ..errors import ConfigError
+from ..ops.few import plus
 from ..ops.low_rank import add_low_rank, is_traced_or_transformed
 from ..ops.recompute import Factors, add_factors, frozen_linear
 
@@ -79,7 +80,7 @@ def with_factors(
         return add_factors(y, x, f, *tensors, s=layer.scale, dropout=dropout if layer.training else 0.0)
     a, b, *shift = layer.constant("factors", f, *tensors)
     y = add_low_rank(y, x, a, b, layer.scale)
-    return y.add(shift[0].to(y.dtype), alpha=layer.scale) if shift else y
+    return plus(y, shift[0].to(y.dtype), layer.scale) if shift else y
 
 
 def with_core(

@@ -79,7 +79,7 @@ def with_entries(
 ) -> Float[Tensor, "*b o"]:
     """`with_branch` of a ΔW that is `values` (n,) at `places` (n,) and zero elsewhere."""
     o, i = layer.out_features, layer.in_features
-    if is_sparse_enough(x, len(values), o, i):
+    if not layer.in_graph and is_sparse_enough(x, len(values), o, i):
         return add_sparse(y, x, values, rows_of(layer, places, o, i), layer.scale)
     cost = GATHERED * len(values)
     return with_branch(layer, x, y, partial(scattered, o, i), partial(gathered, o), cost, values, places)

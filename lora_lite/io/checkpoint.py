@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def _attached(
             return
     else:
         room = None
-    put = installed if known is None else replaced
+    put = partial(installed, owned=True) if known is None else replaced  # the tensors were read for it alone
     with put(root, methods, name, tensors, file.scale, file.steps) as adapter:
         session_at(root).adapters[name].max_rank = room
         file.check_ties({p for p, site in sites.items() if site.base.ties} for sites in by_path)

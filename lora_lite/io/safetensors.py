@@ -81,16 +81,16 @@ class Header:
             entry = Entry(entry.dtype, entry.shape[1:], entry.start + index * size, entry.start + (index + 1) * size)
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: {key} is stored as {entry.dtype}; wanted one of {', '.join(DTYPES)}")
-        raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)  # (bytes,)
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])  # of its own, and no view: an adapter takes it
         file.seek(entry.start)
-        buffer = memoryview(raw.numpy())  # type: ignore[arg-type]
+        buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         while done < len(buffer):  # one call of the system reads at most 2 GiB
             count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
             if not count:
                 raise CheckpointError(f"{self.path} became shorter while it was read")
             done += count
-        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return tensor
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

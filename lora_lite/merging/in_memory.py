@@ -127,8 +127,8 @@ def unmerge(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Within the block all adapters are in the weights, as by `merge(quantized="dequantize")`, with all that it raises.
-    Nothing is logged."""
+    """Within the block all adapters are in the weights, as by `merge(quantized="dequantize")`, with all that it raises:
+    a forward costs what the base's does. After it the weights are the original ones, bit for bit. Nothing is logged."""
     root, session = session_of(model)
     check_unmerged(session, "merge")
     check_in_use(session.adapters.values())

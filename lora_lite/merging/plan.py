@@ -1,7 +1,7 @@
 """The plan of a merge on disk: every tensor of the output, copied or computed, in the shards of the base. It is made
 from headers, so that what can't be is known before the first byte is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -111,6 +111,7 @@ class MergePlan:
                 if biases:
                     module.bias = self._bias(path, biases[0])
                 values, shared = tensors.at(path, site), tensors.shared(path, number)
+                _release([site])
                 site = make_stand_in(target, cfg, module, values, scale, shared=shared, number=number)
             sites.append(site)
         return in_order(sites)
@@ -297,6 +298,7 @@ class MergePlan:
         module.sealed = in_place
         out = weight if in_place else torch.empty_like(weight, dtype=dtype)  # (d_out, d_in)
         check_fits(location.target.path, affine.write(weight, out))
+        _release(sites)
         return out.mT.contiguous() if ref.transposed else out
 
     def _merged_bias(self, path: str, ref: TensorRef) -> Iterator[Tensor]:
@@ -361,3 +363,10 @@ class MergePlan:
         if (self._base.path / INDEX).exists():
             parameters = sum(torch.Size(tensor.shape).numel() for shard in self.shards for tensor in shard.tensors)
             write_index(folder, self.shards, parameters)
+
+
+def _release(sites: Iterable[Site]) -> None:
+    """Sites and their methods know each other: until Python looks for such rings of references, and a dozen of the
+    largest tensors pass by then, they would hold their weight and what a method remembers of it."""
+    for site in sites:
+        site.method.sites.clear()

@@ -69,7 +69,7 @@ def add_turn(
 
     turn    a pure function of tensors in any dtype
     """
-    if is_traced_or_transformed():
+    if is_traced_or_transformed() or isinstance(s, Tensor):
         return y + s * turned_by(x, turn(*tensors))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *tensors)):
         out: Tensor = _AddTurn.apply(None if y is x else y, x, turn, float(s), *tensors)

@@ -1,5 +1,7 @@
 """Few tokens without gradients: a cast of a weight to 16 bits takes longer there than 16-bit products save."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,12 @@ def few_wide(x: Tensor) -> Tensor:
     return x.float()
 
 
-def plus(y: Tensor, change: Tensor, s: float = 1.0, scales: Tensor | None = None) -> Tensor:
-    """y + s scales ⊙ change in y's dtype, rounded once, for a change that may be wider; without gradients."""
+def plus(y: Tensor, change: Tensor, s: Any = 1.0, scales: Tensor | None = None) -> Tensor:
+    """y + s scales ⊙ change in y's dtype, rounded once, for a change that may be wider; without gradients. s is a
+    number, or a tensor () whose value nothing asks for."""
+    if isinstance(s, Tensor):
+        change = change if scales is None else change * scales.to(change.dtype)
+        return torch.addcmul(y.to(change.dtype), change, s.to(change.dtype)).to(y.dtype)
     if scales is not None:
         return torch.addcmul(y, change, scales.to(change.dtype), value=s, out=torch.empty_like(y))
     if change.dtype == y.dtype:

@@ -93,7 +93,7 @@ def add_factors(
         return out
     with no_autocast(x) or nullcontext():
         a, b, *shift = f(*tensors)
-        y = y.add(shift[0].to(y.dtype), alpha=s) if shift else y
+        y = plus(y, shift[0].to(y.dtype), s) if shift else y
         return add_low_rank(y, x, a, b, s, dropout)
 
 

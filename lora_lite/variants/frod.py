@@ -75,7 +75,7 @@ class FRoD:
     @staticmethod
     def forward_input(layer: Layer, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b i"]:
         (v, inverse, places), cfg, i = joint_tensors(layer), layer.cfg, layer.in_features
-        is_sparse = is_sparse_enough(x, places.shape[1], i, i)
+        is_sparse = not layer.in_graph and is_sparse_enough(x, places.shape[1], i, i)
         rows = rows_of(layer, places, i, i) if is_sparse else None
         z = few_wide(F.dropout(x, cfg.dropout, layer.training) if cfg.dropout else x)
         change = joint_change(z, layer.lora_l, layer.lora_s, layer.lora_l0, v, inverse, places, rows)

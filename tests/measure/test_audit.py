@@ -39,6 +39,7 @@ import lora_lite as ll
 from lora_lite.base.still import random_kept
 from lora_lite.cli.commands import app
 from lora_lite.core.effective import Affine
+from lora_lite.core.ran import has_run
 from lora_lite.core.state import sites_of
 from lora_lite.io.adapter_file import read_file
 from lora_lite.merging.audit import difference
@@ -425,7 +426,7 @@ def test_an_output_without_numbers_can_not_be_differentiated() -> None:
 
 
 def ran(model: nn.Module) -> dict[str, bool]:
-    return {site.path: site.ran for module in model.modules() for site in sites_of(module).values()}
+    return {site.path: has_run(site.base) for module in model.modules() for site in sites_of(module).values()}
 
 
 @pytest.mark.usefixtures("unseen")

@@ -552,3 +552,23 @@ def test_the_callers_modes_leave_the_result_alone(variant: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), model.parameters(), strict=True))
     ll.attach(models[2], config("lora"))
     models[2](input_ids=IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_block_of_merged_is_the_adapters_and_leaves_every_bit(fails: bool) -> None:
+    model = tiny_llama(torch.bfloat16)
+    perturb(ll.attach(model, ll.LoRAConfig(r=2)))
+    before, attached = snapshot(model), logits(model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        with ll.merged(model):
+            torch.testing.assert_close(logits(model), attached, rtol=0.05, atol=0.05)
+            changed = [name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])]
+            assert len(changed) == len(ll.adapters(model)["default"].targets)
+            assert all(name.endswith(".weight") for name in changed)
+            if fails:
+                raise KeyError("within the block")
+    except KeyError:
+        assert fails
+    assert same_snapshot(before, snapshot(model))
+    assert torch.equal(logits(model), attached)

@@ -1,10 +1,12 @@
 """Merging on disk: equal to merging in memory bit for bit, for every method, base and layout; whole or not at all."""
 
+import gc
 import json
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
 from lora_lite.base.layer import layer_of, quantization_of
+from lora_lite.merging.base_folder import BaseFolder
 from lora_lite.merging.on_disk import MARKER
 
 
@@ -366,6 +369,28 @@ def saved(tmp_path: Path) -> Path:
 
 def merge_in(folder: Path, **options: Any) -> ll.Merged:
     return ll.merge_checkpoint(folder / "base", folder / "a.safetensors", folder / "out", **options)
+
+
+def test_one_weight_is_in_memory_at_a_time_without_help_of_the_garbage_collector(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, weights, most = BaseFolder.read, [], []
+
+    def noted(self: BaseFolder, key: str, index: int | None = None) -> torch.Tensor:
+        tensor = read(self, key, index)
+        weights.append(weakref.ref(tensor))
+        most.append(sum(weight() is not None for weight in weights))
+        return tensor
+
+    monkeypatch.setattr(BaseFolder, "read", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        merge_in(saved)
+    finally:
+        gc.enable()
+    assert len(most) > 10
+    assert max(most) <= 2, most  # the one that is being written, and the next
 
 
 def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
