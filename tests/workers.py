@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,21 @@ def late() -> None:
             perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names=path)), 1.0)
             ll.freeze_into(model)
             torch.testing.assert_close(fast(x), model(x))
+
+
+def beside() -> None:
+    """Of two models of one class, compiled in any order, each goes on with its own adapters, or with none."""
+    layers = [config("lora", target_names="proj"), config("dora", target_names="proj"), None]
+    for of_first, of_second in permutations(layers, 2):
+        torch._dynamo.reset()
+        first, second = OneLinear(bias=False), OneLinear(bias=False)
+        for model, cfg in ((first, of_first), (second, of_second)):
+            model.requires_grad_(False)
+            if cfg is not None:
+                perturb(ll.attach(model, cfg), 1.0)
+        x, fast = torch.randn(5, 16), [torch.compile(m.forward, backend="eager") for m in (first, second)]
+        for _ in range(2):
+            torch.testing.assert_close([f(x) for f in fast], [first(x), second(x)])
 
 
 def vanishing() -> None:
@@ -712,6 +728,7 @@ if __name__ == "__main__":
         room(Path(folder))
         in_place()
         late()
+        beside()
         vanishing()
         rounds_of_many_methods(Path(folder))
         parts_that_run(Path(folder))

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -200,10 +199,14 @@ def _trainable(root: nn.Module, session: Session) -> Iterator[nn.Parameter]:
 
 
 def forget_graphs() -> None:
-    """A graph of torch.compile (2.13) that saw a module without hooks would go on without those that it gets now, since
-    it guards no empty dict of hooks: every graph is made again."""
-    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes a second
-        sys.modules["torch._dynamo"].reset_code_caches()
+    """Every graph of torch.compile is made again, and from now on with a guard that modules without hooks have none.
+
+    By default (torch 2.13) none has it: the graph of a base would serve an adapted model of the same class.
+    """
+    import torch._dynamo  # takes a second, once; transformers' models and PyTorch's optimizers have it done already
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.reset_code_caches()
 
 
 @contextmanager
