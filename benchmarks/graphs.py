@@ -1,4 +1,4 @@
-"""SmolLM2-135M under torch.compile: a training step with its blocks compiled, and a token with the whole model compiled.
+"""SmolLM2-135M under torch.compile: a training step with its blocks compiled, a token with the whole model compiled.
 
 A step: 2 x 256 tokens, each block compiled, so that all share one graph. A token: batch 1 in a StaticCache, the model's
 forward as one graph, after a prompt without one. Both change the scale and the adapter's values once they are compiled,
@@ -97,9 +97,7 @@ def _decode(model: Any, ids: Tensor) -> Callable[[], None]:
         if not given or int(given["position_ids"]) >= MOST - 1:
             start()
         out = forward(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        given.update(
-            input_ids=out.logits[:, -1].argmax(-1, keepdim=True), position_ids=given["position_ids"] + 1
-        )
+        given.update(input_ids=out.logits[:, -1].argmax(-1, keepdim=True), position_ids=given["position_ids"] + 1)
 
     return token
 

@@ -28,6 +28,7 @@ class Ratio:
 
     low, high  the quartiles of the ratios by round, or None
     of         where these are None, what the value is: "exact", or of the "fastest" round, the "highest"
+    floors     what the products, and what the passes over memory, would take alone, as the same ratio
     """
 
     measure: str
@@ -37,6 +38,7 @@ class Ratio:
     high: float | None = None
     group: str = ""
     of: str = "exact"
+    floors: tuple[float, ...] = ()
 
     @property
     def met(self) -> bool | None:
@@ -53,11 +55,19 @@ class Times:
 
     seconds: dict[str, list[float]]
 
-    def ratio(self, measure: str, one: str, other: str, mark: float | None = None, group: str = "") -> Ratio:
+    def ratio(
+        self,
+        measure: str,
+        one: str,
+        other: str,
+        mark: float | None = None,
+        group: str = "",
+        floors: tuple[float, ...] = (),
+    ) -> Ratio:
         """The median of the rounds' ratios: what slows the machine down for some rounds slows both."""
         of_rounds = sorted(a / b for a, b in zip(self.seconds[one], self.seconds[other], strict=True))
         low, middle, high = statistics.quantiles(of_rounds, n=4)
-        return Ratio(measure, middle, mark, low, high, group)
+        return Ratio(measure, middle, mark, low, high, group, floors=floors)
 
     def above(self, other: str) -> "Times":
         """The time that each contender takes above another one's, by round."""

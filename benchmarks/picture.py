@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 def show(ratios: Sequence[Ratio], seconds: float) -> None:
     """Print the table, at 80 columns."""
     table = Table(box=None, pad_edge=False)
-    for name in ("measure", "ratio", "quartiles", "mark", ""):
+    for name in ("measure", "ratio", "quartiles", "floors", "mark", ""):
         table.add_column(name, justify="left" if name == "measure" else "right", overflow="fold")
     group = ""
     for ratio in ratios:
@@ -25,7 +25,8 @@ def show(ratios: Sequence[Ratio], seconds: float) -> None:
         spread = ratio.of if ratio.low is None else f"{ratio.low:.2f} {ratio.high:.2f}"
         mark = "" if ratio.mark is None else f"{ratio.mark:.2f}"
         met = {None: "", True: "met", False: "missed"}[ratio.met]
-        table.add_row(ratio.measure, f"{ratio.value:.3f}", spread, mark, met)
+        floors = " ".join(f"{floor:.2f}" for floor in ratio.floors)
+        table.add_row(ratio.measure, f"{ratio.value:.3f}", spread, floors, mark, met)
     Console(width=80).print(table)
     verdicts = [ratio.met for ratio in ratios]
     print(f"{verdicts.count(True)} marks met, {verdicts.count(False)} missed; {seconds / 60:.1f} minutes")

@@ -8,15 +8,16 @@ adapter for all rows, the base, and PEFT's `adapter_names`; how a step grows fro
 adapters cost that are attached and unloaded. Ratios of interleaved runs, with their quartiles.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
 import typer
 from contenders import RANK, load, settle, stored_in
 from loguru import logger
-from measure import Times, interleaved
+from measure import Ratio, Times, interleaved
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import DynamicCache
 
 import lora_lite as ll
@@ -80,6 +81,21 @@ def show(times: Times, pairs: Sequence[tuple[str, str, float | None]], group: st
         ratio = times.ratio(f"{one} / {other}", one, other, mark)
         verdict = "" if mark is None else f"  mark {mark:g} {'met' if ratio.met else 'missed'}"
         print(f"{group:8}{ratio.measure:44}{ratio.value:6.2f} ({ratio.low:.2f} to {ratio.high:.2f}){verdict}")
+
+
+def mixed_batch(ids: Tensor, rounds: int) -> Iterator[Ratio]:
+    """The section of `make bench`: the decoding of 8 rows."""
+    names = [f"a{i}" for i in range(ROWS)]
+    contenders = {
+        "base": decode(load().eval().requires_grad_(False), ROWS),
+        "1 adapter": decode(with_adapters(1), ROWS),
+        "8 adapters": decode(with_adapters(ROWS), ROWS, names),
+        "PEFT": decode(with_peft(ROWS), ROWS, adapter_names=names),
+    }
+    times = interleaved(contenders, rounds, "rows")
+    yield times.ratio("decode 8 rows, 8 adapters / 1 adapter", "8 adapters", "1 adapter", 1.3, "rows")
+    yield times.ratio("decode 8 rows, 8 adapters / PEFT", "8 adapters", "PEFT", 0.4, "rows")
+    yield times.ratio("decode 8 rows, base / PEFT", "base", "PEFT", None, "rows")
 
 
 def main(

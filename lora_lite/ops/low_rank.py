@@ -75,14 +75,14 @@ def add_low_rank(
     elif x.numel() <= FEW * x.shape[-1]:
         # In float32 (float64 for x in it) throughout, rounded once: at that size the casts of A and B are what takes
         # time, and float32 products are the faster ones on a CPU.
-        wide = x if x.dtype in WIDE else x.float()
-        if a.dtype != wide.dtype or b.dtype != wide.dtype:
-            a, b = a.to(wide.dtype), b.to(wide.dtype)
-        branch = F.linear(F.linear(wide, a), b)  # (*b, o)
+        x_wide = x if x.dtype in WIDE else x.float()
+        if a.dtype != x_wide.dtype or b.dtype != x_wide.dtype:
+            a, b = a.to(x_wide.dtype), b.to(x_wide.dtype)
+        branch = F.linear(F.linear(x_wide, a), b)  # (*b, o)
         if gain is not None:
             return _with_gain(y, branch, s, gain, c, bias)
         out = branch.add_(y) if s == 1 else torch.add(y, branch, alpha=s, out=branch)
-        return out if wide is x else out.to(y.dtype)
+        return out if x_wide is x else out.to(y.dtype)
     return _forward(y, x, a, b, s, gain, c, bias)[0]
 
 
