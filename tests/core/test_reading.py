@@ -86,3 +86,16 @@ def test_a_training_step_of_a_lora_and_a_dora_takes_few_calls() -> None:
     x = torch.randn(64, 8)
     calls = python_calls(lambda: model(x).sum().backward())
     assert 10 < len(calls) <= 50, calls
+
+
+def test_idle_adapters_of_rows_take_few_calls() -> None:
+    """The first adapter's hook makes the update of all rows, and the others see that it has."""
+    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    for i in range(8):
+        ll.attach(model, ll.LoRAConfig(r=2, target_names="0"), f"a{i}")
+    x = torch.randn(8, 1, 8)
+    with torch.no_grad(), ll.rows(model, [f"a{i}" for i in range(8)]):
+        model[0](x)
+        calls = python_calls(lambda: model[0](x))
+    assert calls.count("mixed.py:mixed") == 1
+    assert len(calls) <= 8 * 5 + 8, calls
