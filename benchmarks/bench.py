@@ -35,6 +35,7 @@ from rows import mixed_batch
 from starting import pissa, starting
 from steps import compiled, decoding, quantised, training
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from lora_lite.base.load import product_milliseconds, product_times
 from lora_lite.dtypes import dtype_name
@@ -77,6 +78,7 @@ def main(
     """Measure, and print a line for each ratio, with its mark."""
     logger.remove()
     warnings.simplefilter("ignore")
+    disable_progress_bar()  # of loading: each contender has its own model
     torch.manual_seed(0)
     choose(dtype)
     compared = torch.bfloat16, torch.float32

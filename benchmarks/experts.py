@@ -1,4 +1,4 @@
-"""Multiplications that a LoRA on routed experts adds for one token: 64 experts, 4 of them at work. Counted, not timed."""
+"""Multiplications that a LoRA on routed experts adds for a token: 64 experts, 4 of them at work. Counted, not timed."""
 
 from collections.abc import Iterator
 

@@ -52,6 +52,7 @@ def _ratios(work: str, contenders: Mapping[str, tuple[Make, Any]], ids: Tensor, 
         if name in ("lora", "dora"):
             change(model)
             runs[name]()
+            ll.adapters(model)["default"].scale = 1.0
             more = counters["stats"]["unique_graphs"] - before
             yield Ratio(f"compiled {work}, {name}: graph breaks", breaks, 0, group="compiled")
             yield Ratio(f"compiled {work}, {name}: graphs for another scale and values", more, 0, group="compiled")
@@ -70,7 +71,6 @@ def change(model: Any) -> None:
     adapter.scale = 0.5
     for parameter in adapter.parameters():
         parameter.mul_(1.01)
-    adapter.scale = 1.0
 
 
 def _step(model: Any, ids: Tensor) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 few tokens     without gradients, in eval mode: (ours - bare layer) / (PEFT - bare layer), in float32 and bfloat16
 training step  forward and backward of 2 x 256 tokens, with the gradients of x and of the adapter; no optimizer, which
                is the same code: ours / PEFT's
+               Ours may remember what it makes of its tensors, where PEFT's makes it again; docs/limits.md says how much
 kept           bytes that autograd keeps from the forward for the backward: ours / PEFT's, exact
 
 Rank 16 where r is a LoRA's rank, and the defaults otherwise. PEFT's side opens the folder that `save_peft` writes, and

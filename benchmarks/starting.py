@@ -16,6 +16,12 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 
+FIRST_ATTACH = (
+    "import torch, lora_lite as ll\n"
+    "ll.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), ll.LoRAConfig(r=2, target_names='0'))"
+)
+"""In a process without transformers or an optimizer: `torch._dynamo` is imported."""
+
 
 def starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     """Attach and load on a model that is there, each on a fresh one; the import in processes of their own."""
@@ -39,9 +45,11 @@ def starting(ids: Tensor, rounds: int) -> Iterator[Ratio]:
                 attached[name].append(timed(attaches[name], load()))
     yield Times(attached).ratio("attach to 210 layers / PEFT", "ours", "PEFT", 0.1, "starting")
     yield Times(loaded).ratio("load a file / PEFT", "ours", "PEFT", 0.1, "starting")
-    runs = {name: lambda name=name: in_a_process("-c", f"import {name}") for name in ("torch", "lora_lite")}
+    codes = {"torch": "import torch", "lora_lite": "import lora_lite", "attach": FIRST_ATTACH}
+    runs = {name: lambda code=code: in_a_process("-c", code) for name, code in codes.items()}
     times = interleaved(runs, rounds, "import")
     yield times.ratio("import lora_lite / import torch", "lora_lite", "torch", 1.04, "starting")
+    yield times.ratio("import and first attach / import torch", "attach", "torch", None, "starting")
     yield from in_and_out(rounds)
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -259,8 +260,9 @@ def beside() -> None:
             if cfg is not None:
                 perturb(ll.attach(model, cfg), 1.0)
         x, fast = torch.randn(5, 16), [torch.compile(m.forward, backend="eager") for m in (first, second)]
-        for _ in range(2):
-            torch.testing.assert_close([f(x) for f in fast], [first(x), second(x)])
+        with ThreadPoolExecutor(1) as threads:  # options of torch.compile are of the thread that sets them
+            for run in (map, threads.map, map):
+                torch.testing.assert_close([*run(lambda f, x=x: f(x), fast)], [first(x), second(x)])
 
 
 def vanishing() -> None:

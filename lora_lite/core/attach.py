@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ConfigError, TargetError, VariantError
 from .adapted_weight import take_back
 from .adapter import Adapter, adapters, get_adapter
 from .config import BaseConfig
+from .graphs import forget_graphs
 from .hooks import register_hooks
 from .names import SITES, TIES
 from .positions import watch
@@ -196,17 +197,6 @@ def _trainable(root: nn.Module, session: Session) -> Iterator[nn.Parameter]:
             names = ours if SITES in module.__dict__ else ()
             parameters = (p for name, p in module._parameters.items() if name not in names)
             yield from (p for p in parameters if p is not None and p.requires_grad)
-
-
-def forget_graphs() -> None:
-    """Every graph of torch.compile is made again, and from now on with a guard that modules without hooks have none.
-
-    By default (torch 2.13) none has it: the graph of a base would serve an adapted model of the same class.
-    """
-    import torch._dynamo  # takes a second, once; transformers' models and PyTorch's optimizers have it done already
-
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch._dynamo.reset_code_caches()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .adapter import get_adapter
 from .names import IN_EXPERT
 from .scale import Changes, Scale
 from .state import AdapterState, check_unmerged, session_of
-from .variant import lookup
+from .variant import reason_for_no_graph
 
 
 class InferenceOnly(Changes[Scale]):
@@ -25,16 +25,18 @@ class InferenceOnly(Changes[Scale]):
 
     def __init__(self, root: nn.Module, state: AdapterState, value: Scale) -> None:
         super().__init__(value)
-        self.root, self.state = root, state
+        self.root, self.state, self.address = root, state, _address(state)
 
     def of_this_call(self, value: Scale) -> Scale:
         problem = ""
         if torch.is_grad_enabled():
             problem = "a call with gradients\n  call the model under torch.no_grad()"
-        elif self.root.training:
+        elif self.root.training or any(site.module.training for site in self.state.sites):
             problem = "a call in training mode, whose random numbers a graph would repeat\n  model.eval() first"
         elif _device(self.state) != value.value.device:
             problem = f"the model has left {value.value.device}\n  move it first, then enter the block"
+        elif _address(self.state) != self.address:
+            problem = "its tensors have moved in memory\n  cast the model first, then enter the block"
         if problem:
             raise ConfigError(f"adapter {self.state.name!r}, within `capturable`: {problem}")
         return value
@@ -43,8 +45,8 @@ class InferenceOnly(Changes[Scale]):
 @contextmanager
 def capturable(model: nn.Module) -> Iterator[None]:
     """Within the block, a CUDA graph that is captured of the model goes on with what is set later, without a new
-    capture: `adapter.scale = c`, `scaled(model, c)`, and the values of `adapter.load_state_dict`, `restore`, and
-    `load(..., replace=True)` into room for them (`max_rank=`).
+    capture: `adapter.scale = c`, `scaled(model, c)` around a replay, and the values of `adapter.load_state_dict`,
+    `restore`, and `load(..., replace=True)` into room for them (`max_rank=`).
 
         with ll.capturable(model), torch.no_grad():
             step()                                  # warm up, on a side stream
@@ -64,6 +66,8 @@ def capturable(model: nn.Module) -> Iterator[None]:
         ConfigError: in a call with gradients, in training mode, or on another device.
     """
     root, session = session_of(model)
+    if any(state.in_place for state in session.adapters.values()):
+        raise TargetError("the model is in a block of `capturable` already\n  capture within that one")
     check_unmerged(session, "capture")
     states = [state for state in session.adapters.values() if not state.unloaded]
     if not states:
@@ -109,7 +113,7 @@ def _check(state: AdapterState, is_sharded: bool) -> None:
         )
     for site in state.sites:
         method = f"method {site.cfg.variant!r}"
-        if reason := lookup(site.cfg.variant).not_capturable:
+        if reason := reason_for_no_graph(site.cfg):
             problem = f"{method}: {reason}"
         elif site.positions is not None:
             problem = f"{method} acts at positions, which each call works out"
@@ -120,6 +124,11 @@ def _check(state: AdapterState, is_sharded: bool) -> None:
         else:
             continue
         raise TargetError(f"{site.path}: can't be captured: {problem}\n  merge the adapter, or run it without a graph")
+
+
+def _address(state: AdapterState) -> int:
+    """Where its first tensor lies: a cast of the model gives all of them other memory."""
+    return next(tensor.data_ptr() for site in state.sites for _, tensor in site.tensors())
 
 
 def _device(state: AdapterState) -> torch.device:

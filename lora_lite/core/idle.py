@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError
 from .adapter import get_adapter
-from .attach import forget_graphs
 from .exchange import reorder
+from .graphs import forget_graphs
 from .positions import watch_calls
 from .state import AdapterState, check_unmerged, session_of
 

@@ -28,7 +28,7 @@ class Layer:
     layer.grad("lora_A")   the gradient of one of them, or None
     layer.cfg, .scale      the adapter's config at this layer; its scale, a number, and in a graph of
                            torch.compile a tensor without dimensions
-    layer.is_off, .is_whole    is the scale 0, or 1
+    layer.is_off, .is_whole    is the scale 0, or 1; layer.scaled(t) is t times the scale
     layer.in_graph         is the call of a graph (torch.compile, `capturable`), which can't choose by values
     layer.in_features, .out_features, .bias, .training
     layer.weight           (d_out, d_in), of a dense layer only
@@ -121,6 +121,11 @@ class Layer:
     @property
     def is_whole(self) -> bool:
         return (self._scale or self._site.state.scale_of_call()).is_one
+
+    def scaled(self, change: Tensor) -> Tensor:
+        """The scale times a change; the change itself at 1, for which a graph, which serves any scale, doesn't ask."""
+        product: Tensor = change if not self.in_graph and self.is_whole else self.scale * change
+        return product
 
     @property
     def in_graph(self) -> bool:
@@ -231,7 +236,7 @@ class Layer:
         It is remembered in eval mode with gradients off and outside of every function transform, so that a training
         step, a transform and a graph never meet a kept tensor. Equal means by value, against kept copies: version
         counters or addresses would miss an edit through `.data`, a swapped tensor or a reshard. The comparison reads
-        (r, d) tensors, the result the (d_out, d_in) weight, which is read-only while an adapter is on it.
+        the inputs, the result may read the (d_out, d_in) weight too, which is read-only while an adapter is on it.
         """
         memo, name = self._site.memo, f"{self._prefix} {name}" if self._prefix else name
         name = name if self._expert is None else f"{name}[{self._expert}]"

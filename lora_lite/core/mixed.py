@@ -41,7 +41,7 @@ def mixed(module: nn.Module, site: Site, rows: Rows, x: Tensor, y: Tensor) -> Te
     known = batch.products.get(id(module))
     if known is not None and known.is_whole and known.is_of(batch, module) and site is not known.first:
         return y  # the first has looked at the rest
-    if known is None or not (known.is_of(batch, module) and known.is_as_it_was(x)):
+    if known is None or not (known.is_of(batch, module) and known.is_as_it_was(module, x)):
         known = batch.products[id(module)] = _products(module, batch, x)
     if not known.is_whole:
         return None
@@ -68,6 +68,7 @@ class Products:
     training: bool  # is the layer in training?
     tensors: list[tuple[Any, str, Tensor, int, int]]  # where each lies, its address and its version, as they were
     configs: list[tuple[Site, Any]]
+    hooks: int  # how many the layer has, those of others among them
     is_whole: bool = False  # does every adapter have such factors?
     wide: tuple[Tensor, ...] = ()  # Aᵀ (n, i, r) and s Bᵀ (n, r, o), in float32 or wider
     narrow: tuple[Tensor, ...] = ()  # the same in the dtype of the activations
@@ -76,7 +77,9 @@ class Products:
     def is_of(self, batch: Batch, module: nn.Module) -> bool:
         return self.version == batch.version and self.training == module.training
 
-    def is_as_it_was(self, x: Tensor) -> bool:
+    def is_as_it_was(self, module: nn.Module, x: Tensor) -> bool:
+        if len(module._forward_hooks) != self.hooks:
+            return False
         for site, cfg in self.configs:
             if site.cfg is not cfg:
                 return False
@@ -94,14 +97,17 @@ def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
     dicts = [(m._parameters if name in m._parameters else m._buffers, name) for m, name in places]
     tensors = [(place, name, place[name]) for place, name in dicts]
     if any(t is not None and t.is_inference() for _, _, t in tensors):  # these have no version
-        return Products(sites[0], batch.version, module.training, [], [])
+        return Products(sites[0], batch.version, module.training, [], [], len(module._forward_hooks))
     products = Products(
         sites[0],
         batch.version,
         module.training,
         [(place, name, t, t.data_ptr(), t._version) for place, name, t in tensors if t is not None],
         [(site, site.cfg) for site in sites],
+        len(module._forward_hooks),
     )
+    if not _are_neighbours(module):
+        return products
     wide = torch.promote_types(x.dtype, torch.float32)
     factors: list[LowRank | None] = [None] * batch.size
     for site in sites:
@@ -127,6 +133,14 @@ def _products(module: nn.Module, batch: Batch, x: Tensor) -> Products:
     # s Bᵀ with r rows in memory: a token's product with it takes less than half as long.
     products.wide, products.is_whole = (a.to(wide).mT, b.to(wide).mT.contiguous()), True
     return products
+
+
+def _are_neighbours(module: nn.Module) -> bool:
+    """Is no hook of anyone else between those of the adapters? It would see the updates of all of them at once."""
+    ours = {handle.id for site in sites_of(module).values() for handle in site.handles}
+    is_ours = [key in ours for key in module._forward_hooks]
+    first, last = is_ours.index(True), len(is_ours) - is_ours[::-1].index(True)
+    return all(is_ours[first:last])
 
 
 def _filled_up(update: LowRank | None, rank: int, d_in: int, d_out: int, x: Tensor) -> tuple[Tensor, Tensor]:

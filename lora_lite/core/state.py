@@ -19,6 +19,7 @@ from ..base.bitsandbytes import keep_layout
 from ..base.fingerprint import BaseRecord
 from ..base.layer import BaseLayer
 from ..errors import TargetError
+from .graphs import guard_hooks
 from .names import SITES, file_key, numbered
 from .rows import Batch, Rows
 from .scale import Changes, Scale
@@ -73,6 +74,11 @@ class AdapterState:
         """It returns the arguments that undo it."""
         before = self.scale, -1 if self.changes is None else self.changes.set_in
         if self.in_place is not None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise TargetError(
+                    f"adapter {self.name!r}: the scale changes within a step that is being captured, so each replay "
+                    f"would set it again\n  capture a step for one scale, and set it before each replay"
+                )
             self.scale = scale
             self.in_place.value.fill_(scale)
             return before
@@ -132,6 +138,8 @@ class AdapterState:
     @property
     def is_idle(self) -> bool:
         """Do its hooks leave everything as it is?"""
+        if self.in_place is not None:  # any scale may come
+            return False
         return self.merged or self.unloaded or self.scale_of_call().is_zero
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,7 +165,7 @@ class Site:
     method: Method = field(init=False)  # as is this
     number: int = 1  # of the methods of its adapter at this weight: two on one layer act in the config's order
     handles: list[RemovableHandle] = field(default_factory=list)
-    memo: dict[str, tuple[list[Tensor], Tensor]] = field(default_factory=dict)  # of `Layer.constant`
+    memo: dict[str, tuple[list[Tensor], Any]] = field(default_factory=dict)  # of `Layer.constant`
     positions: Any = None  # the `Positions` at which its method acts, one for all sites of a config; None: at all
     as_they_are: tuple[tuple[str, str], ...] = ()  # of tensors that a call's view casts to nothing: name, attribute
     # A forward outside of torch.compile has called the layer, at any scale, since its first adapter: one there knows.
@@ -240,6 +248,10 @@ class Site:
     def __getstate__(self) -> dict[str, Any]:
         specs = {name: replace(spec, init="zeros") for name, spec in self.specs.items()}  # functions may not pickle
         return self.__dict__ | {"memo": {}, "specs": specs}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields)
+        guard_hooks()  # no attach may have run in this process
 
 
 class BaseChange:

@@ -167,7 +167,8 @@ class Variant:
     live               config fields that `Adapter.configure` may change while the adapter is attached
     reads_input        `forward` looks at x. If not, no patches or one-hot vectors have to be made for it
     leads              its adapters come before those that don't lead, whenever they were attached
-    not_capturable     why no graph can follow it (`capturable`); empty for a method that one can
+    not_capturable     why no graph can follow it (`capturable`); empty for a method that one can. Or a function of the
+                       config that says so
 
     On fused experts (a config with FUSED_EXPERTS): where the weight is unused, `forward` runs once, on the block's
     output, and must be affine in y alone (what it adds whatever y is can't be merged); otherwise every expert has
@@ -184,7 +185,7 @@ class Variant:
     live: tuple[str, ...] = ()
     reads_input: bool = True
     leads: bool = False
-    not_capturable: str = ""
+    not_capturable: str | Callable[[Any], str] = ""
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
@@ -317,6 +318,12 @@ def weight_use(cfg: BaseConfig) -> str:
     if use not in _USES:
         raise VariantError(f"variant {cfg.variant!r}: base_weight gave {use!r}; wanted one of {_USES}")
     return use
+
+
+def reason_for_no_graph(cfg: BaseConfig) -> str:
+    """Why no captured graph can follow a config's variant; empty if one can."""
+    declared = lookup(cfg.variant).not_capturable
+    return declared(cfg) if callable(declared) else declared
 
 
 def asks_more(cfg: BaseConfig) -> bool:

@@ -72,8 +72,8 @@ def with_factors(
 ) -> Float[Tensor, "*b o"]:
     """y + c (drop(x) Aᵀ Bᵀ + shift) at the layer's scale c. The backward keeps x and the tensors alone.
 
-    f           (A (r, i), B (o, r)), or these and a shift (o,): a pure function, of nothing but its arguments. At
-                inference they are remembered
+    f           (A (r, i), B (o, r)), or these and a shift (o,): a pure function of its arguments, and of config fields
+                that aren't `live`, since at inference the factors are remembered by the tensors alone
     dropout     in training, of the branch alone
     """
     if not at_inference(layer):

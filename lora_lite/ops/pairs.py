@@ -58,7 +58,7 @@ class _Mix(torch.autograd.Function):
             p, q = s * coefficients.detach().to(u.dtype)
             dy = torch.addcmul(u, u, p).add_(_swapped(u * q, half)) if needs[0] else None
             products = u * y, u * _swapped(y, half)  # no vecdot, which autocast would round
-            return s * torch.stack([product.flatten(0, -2).sum(0) for product in products])
+            return s * torch.stack([product.reshape(-1, product.shape[-1]).sum(0) for product in products])
 
         rest = gradients(ctx.f, tuple(tensors), needs[4:], of_coefficients)
         return dy, None, None, None, *rest

@@ -43,4 +43,4 @@ class BEFT:
     @staticmethod
     def forward(layer: Layer, x: Float[Tensor, "*b i"], y: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
         shift = layer.lora_shift
-        return y + (shift if layer.is_whole else layer.scale * shift).to(y.dtype)
+        return y + layer.scaled(shift).to(y.dtype)

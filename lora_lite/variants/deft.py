@@ -73,7 +73,7 @@ class DEFT:
         if at_inference(layer):
             return plus(y, _product(x, wx, *layer.constant("factors", factors, *tensors)), layer.scale)
         change = recomputed(lambda x, wx, *tensors: _product(x, wx, *factors(*tensors)), x, wx, *tensors)
-        return y + (change if layer.is_whole else change * layer.scale).to(y.dtype)
+        return y + layer.scaled(change).to(y.dtype)
 
 
 def _scaling(layer: Layer) -> float:

@@ -79,4 +79,4 @@ class FRoD:
         rows = rows_of(layer, places, i, i) if is_sparse else None
         z = few_wide(F.dropout(x, cfg.dropout, layer.training) if cfg.dropout else x)
         change = joint_change(z, layer.lora_l, layer.lora_s, layer.lora_l0, v, inverse, places, rows)
-        return x + (change if layer.is_whole else layer.scale * change).to(x.dtype)
+        return x + layer.scaled(change).to(x.dtype)

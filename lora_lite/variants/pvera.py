@@ -44,6 +44,10 @@ class PVeRA:
     handles_scale = True
 
     @staticmethod
+    def not_capturable(cfg: PVeRAConfig) -> str:
+        return "each call draws numbers, which a graph would repeat" if cfg.sample_at_inference else ""
+
+    @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PVeRAConfig) -> dict[str, ParamSpec]:
         return {
             "lora_d": ParamSpec((2 * cfg.r,), lambda t: t.fill_(cfg.d_initial), keep_dtype=True),

@@ -82,7 +82,7 @@ class VeRA:
         d, scales, b = layer.lora_d, layer.lora_b, layer.lora_B[: layer.out_features]
         if at_inference(layer):
             return plus(y, _rows(z, d, b), layer.scale, scales)
-        scales = scales if layer.is_whole else layer.scale * scales
+        scales = layer.scaled(scales)
         return y + recomputed(lambda z, d, scales, b: _rows(z, d, b) * scales, z, d, scales, b).to(y.dtype)
 
 

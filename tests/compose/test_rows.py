@@ -658,3 +658,23 @@ def test_rows_that_can_not_be_told_apart_are_refused() -> None:
     for others, got in (((X,), "a tuple"), (X[:3], r"a tensor of \(3, 7, 16\)")):
         with ll.rows(model, NAMES), pytest.raises(ll.TargetError, match=f"whose argument 'others' is {got}"):
             model(X, others)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hook_between_two_adapters_sees_the_rows_that_are_its_own(late: bool) -> None:
+    """With one between them, or put there later, the rows aren't made in one product."""
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names="0"), "a"), 1.0)
+    handle = None if late else model[0].register_forward_hook(lambda module, args, y: 1.5 * y)
+    perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names="0"), "b"), 1.0)
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    with ll.rows(model, ["a", "b"]):
+        with torch.no_grad():
+            model(x)
+        if handle is None:
+            handle = model[0].register_forward_hook(lambda module, args, y: 1.5 * y)
+            hooks = model[0]._forward_hooks
+            hooks.move_to_end(next(key for key in reversed(hooks) if key != handle.id))  # b's after it
+        with_gradients = model(x).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), with_gradients)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lora_lite as ll
+from lora_lite.core.variant import reason_for_no_graph
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -53,7 +54,7 @@ def adapted(variant: str, **fields: Any) -> tuple[Any, ll.Adapter, StaticDecoder
 
 def refusal(variant: str) -> str:
     """Why the block can't take an adapter of this method; nothing where it can."""
-    if reason := ll.REGISTRY[variant].not_capturable:
+    if reason := reason_for_no_graph(config(variant)):
         return reason
     return {"reft": "acts at positions", "tokens": "its module reads the weight"}.get(variant, "")
 
@@ -98,7 +99,7 @@ def test_what_a_graph_cant_follow_is_refused_by_name(variant: str) -> None:
         pass
 
 
-@pytest.mark.parametrize("variant", [name for name in sorted(ll.REGISTRY) if ll.REGISTRY[name].not_capturable])
+@pytest.mark.parametrize("variant", [name for name in sorted(ll.REGISTRY) if reason_for_no_graph(config(name))])
 def test_what_is_refused_as_a_method_does_bring_numbers_from_the_host(variant: str) -> None:
     decoder = adapted(variant)[2]
     assert any("lift" in name for name in recorded(decoder)[1])
@@ -252,12 +253,13 @@ def test_what_would_leave_a_graph_with_old_tensors_raises(tmp_path: Path) -> Non
         "combine adapters": lambda: ll.combine(model, {"default": 1.0}, into="both"),
         "give rows adapters of their own": lambda: ll.rows(model, ["default", None]).__enter__(),
         "give rows scales of their own": lambda: ll.scaled(model, [0.0, 1.0]).__enter__(),
-        "capture": lambda: ll.capturable(model).__enter__(),
     }
     with ll.capturable(model):
         for action, run in tries.items():
             with pytest.raises(ll.TargetError, match=rf"can't {action} within `capturable`.*\n  leave the block first"):
                 run()
+        with pytest.raises(ll.TargetError, match="in a block of `capturable` already\n  capture within that one"):
+            ll.capturable(model).__enter__()
         with torch.no_grad():
             assert model(PROMPTS).logits.isfinite().all()  # and nothing has changed
     with torch.no_grad(), ll.scaled(model, [0.0, 1.0]):
@@ -316,3 +318,36 @@ def test_a_cuda_graph_goes_on_with_other_scales_and_values(variant: str) -> None
         perturb(adapter, 0.1, seed=2)
         adapter.scale = 1.0
         assert torch.allclose(logits(decoder, replay), logits(decoder), atol=1e-5)
+
+
+def test_a_scale_that_changes_within_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fills would be a part of the graph."""
+    model, adapter, _ = adapted("lora")
+    with ll.capturable(model):
+        adapter.scale = 0.5
+        with monkeypatch.context() as capturing:
+            capturing.setattr(torch.cuda, "is_available", lambda: True)
+            capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            wanted = "that is being captured(?s:.*)\n  capture a step for one scale, and set it before each replay"
+            with pytest.raises(ll.TargetError, match=wanted), ll.scaled(model, 0.1):
+                pass
+            with pytest.raises(ll.TargetError, match=wanted):
+                adapter.scale = 0.1
+        assert adapter.scale == 0.5
+
+
+def test_a_sampling_method_a_part_in_training_and_a_cast_are_refused() -> None:
+    model = adapted("pvera", sample_at_inference=True)[0]
+    with pytest.raises(ll.TargetError, match="draws numbers"), ll.capturable(model):
+        pass
+    model, adapter, decoder = adapted("lora", dropout=0.5)
+    with ll.capturable(model), torch.no_grad():
+        assert not adapter._state.is_idle
+        logits(decoder)
+        model.get_submodule(next(iter(adapter.targets))).train()
+        with pytest.raises(ll.ConfigError, match=r"training mode.*\n  model.eval\(\) first"):
+            logits(decoder)
+        model.eval()
+        model.to(torch.float64)
+        with pytest.raises(ll.ConfigError, match="have moved in memory\n  cast the model first"):
+            logits(decoder)
