@@ -109,6 +109,19 @@ def test_without_gradients_and_of_no_rows(case: Case) -> None:
     assert case.ours(*empty, *case.inputs[tokens:]).shape == case.plain(*empty, *case.inputs[tokens:]).shape
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_one_vector(case: Case) -> None:
+    tokens = sum(t.dim() == 3 and t.shape[:2] == (3, 2) for t in case.inputs)
+    inputs = [*(t[0, 0] for t in case.inputs[:tokens]), *case.inputs[tokens:]]
+    results = []
+    for function in (case.ours, case.plain):
+        trained = [t.clone().requires_grad_() for t in inputs]
+        out = function(*trained)
+        results.append((out, *torch.autograd.grad(out.square().sum(), trained)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_factors_that_need_no_gradient_cost_no_product() -> None:
     """With B frozen there is no uᵀ h: of (o, r) numbers none are computed."""
     a, b = drawn(2, I).requires_grad_(), drawn(O, 2)
