@@ -42,7 +42,7 @@ OTHER_RANKS = {"adamss", "pvera", "randlora", "supertuning", "tinylora", "unilor
 """Whose r isn't a LoRA's: it keeps its default."""
 D_IN, D_OUT, FEW, BURST = 576, 1536, (1, 8), 4
 DTYPES = torch.float32, torch.bfloat16
-SECONDS = 0.05
+SECONDS = 0.04
 """Of each timing at a time, of a round."""
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far the outputs may lie apart, as a share of their norm."""

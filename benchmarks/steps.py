@@ -50,8 +50,6 @@ def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
         "dora": ours("dora"),
         "PEFT DoRA": peft(use_dora=True),
         "crowded": crowded,
-        "rank 64": ours(r=64),
-        "15 blocks": ours(layers=range(15)),
         "bare hook": bare(),
     }
     if in_bf16 := stored_in() == torch.bfloat16:  # PEFT's adapters are in the base's dtype
@@ -67,9 +65,6 @@ def training(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     yield times.ratio("DoRA step / frozen base", "dora", "base", None, "training", floors)
     yield times.ratio("DoRA step / PEFT", "dora", "PEFT DoRA", 0.6, "training")
     yield times.ratio("LoRA step with 8 disabled adapters / without", "crowded", "lora", 1.05, "training")
-    added = times.above("base")
-    yield added.ratio("step time added at rank 64 / at rank 16", "rank 64", "lora", 4.0, "training")
-    yield added.ratio("step time added by 30 blocks / by 15", "lora", "15 blocks", group="training")
     for name in ("PEFT", *(["PEFT bf16"] if in_bf16 else []), "PEFT DoRA", "bare hook"):
         yield times.ratio(f"{name} step / frozen base", name, "base", group="peers")
 
