@@ -34,7 +34,7 @@ def show(ratios: Sequence[Ratio], seconds: float) -> None:
 
 def draw(ratios: Sequence[Ratio], file: Path) -> None:
     """Each ratio as a share of its mark: left of the line is met."""
-    marked = [ratio for ratio in ratios if ratio.mark is not None][::-1]
+    marked = [ratio for ratio in ratios if ratio.mark][::-1]  # none of what has to be 0
     figure, axes = plt.subplots(figsize=(8, 0.3 * len(marked) + 1), dpi=100)
     shares = [ratio.value / ratio.mark for ratio in marked if ratio.mark]
     colours = ["#3b7a57" if ratio.met else "#b5483a" for ratio in marked]
