@@ -152,16 +152,16 @@ def _forward(
     """y' and h (n, r), in the dtype of x; two products, the second with the sum in it."""
     (o, _), (_, i), rows = b.shape, a.shape, x.numel() // x.shape[-1]
     if gain is None:
-        out = y.clone(memory_format=torch.contiguous_format)  # no view, which could not be changed in place later
+        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view, which could not be changed in place later
     else:
         # y' = [y + c (g - 1) ⊙ (y - b)] + s h (c g ⊙ B)ᵀ: then what follows is the same as without a gain
         wx = y if bias is None else y - bias
-        out = torch.addcmul(y, wx, (c * (gain - 1)).to(y.dtype)).contiguous()
+        y = out = torch.addcmul(y, wx, (c * (gain - 1)).to(y.dtype)).contiguous()
         b = (c * gain)[:, None] * b
     if a.dtype != x.dtype or b.dtype != x.dtype:
         a, b = a.to(x.dtype), b.to(x.dtype)
     h = F.linear(x.reshape(rows, i), a)  # (n, r)
-    out.view(rows, o).addmm_(h, b.mT, alpha=s)
+    torch.addmm(y.reshape(rows, o), h, b.mT, alpha=s, out=out.view(rows, o))
     return out, h
 
 
