@@ -17,7 +17,8 @@ from ..base.layer import BaseLayer, layer_of
 from ..base.probe import norm_offset
 from ..core.adapter import adapters
 from ..core.effective import Affine, in_order, random_rows
-from ..core.state import Site, Swap, Unparametrized, sites_at
+from ..core.state import Site, sites_at
+from ..core.swap import Swap, Unparametrized
 from ..dtypes import STORAGE_DTYPES, dtype_name, fits
 from ..errors import BaseModelError, TargetError
 

@@ -196,8 +196,8 @@ class _AddLowRank(torch.autograd.Function):
             if x_hat is None:
                 raise RuntimeError("a second derivative with A frozen: x isn't kept\n  use torch.func, or train A too")
             h = x_hat @ down.mT
-        uh = _product(flat.mT, h, s) if needs[3] or needs[5] else None  # s uᵀ h (o, r)
-        v = _product(flat, up, s)  # s u (c g ⊙ B) (n, r), which dA and dx share
+        uh = times(flat.mT, h, s) if needs[3] or needs[5] else None  # s uᵀ h (o, r)
+        v = times(flat, up, s)  # s u (c g ⊙ B) (n, r), which dA and dx share
         da = None if x_hat is None else v.mT @ x_hat
         dx = None
         if needs[1]:
@@ -218,7 +218,7 @@ class _AddLowRank(torch.autograd.Function):
         return dy, dx, da, db, None, dg, None, dbias, None
 
 
-def _product(a: Tensor, b: Tensor, s: float) -> Tensor:
+def times(a: Tensor, b: Tensor, s: float) -> Tensor:
     """s a b, in one pass."""
     return a @ b if s == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .dropout import dropout_seed, dropped
 from .few import few_wide, plus
-from .low_rank import add_low_rank, is_traced_or_transformed, no_autocast
+from .low_rank import add_low_rank, is_traced_or_transformed, no_autocast, times
 
 _is_autocast_on = torch._C._is_any_autocast_enabled
 Factors = Callable[..., tuple[Tensor, ...]]
@@ -113,11 +113,6 @@ def _sum(y: Tensor, x: Tensor, w: Tensor, s: float) -> Tensor:
     return out
 
 
-def _times(a: Tensor, b: Tensor, s: float) -> Tensor:
-    """s a b, in one pass."""
-    return a @ b if s == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=s)
-
-
 def gradients(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: tuple[bool, ...], u: Any) -> list[Any]:
     """The gradients of f(*inputs) for u, or for what u makes of f's value; None for an input that needs none."""
     twice = torch.is_grad_enabled()  # a graph of the gradients is wanted, so they are of the inputs themselves
@@ -193,10 +188,10 @@ class _AddDense(torch.autograd.Function):
             nonlocal dx
             flat = u.reshape(-1, u.shape[-1])  # (n, o)
             if needs[1]:
-                dx = _times(flat, delta.detach().to(u.dtype), s).view(x.shape)
+                dx = times(flat, delta.detach().to(u.dtype), s).view(x.shape)
                 dx = dropped(dx, p, ctx.seed) if p else dx
             x_hat = (dropped(x, p, ctx.seed) if p else x).reshape(-1, x.shape[-1])
-            return _times(flat.mT, x_hat.to(u.dtype), s)
+            return times(flat.mT, x_hat.to(u.dtype), s)
 
         rest = gradients(ctx.f, tuple(tensors), needs[6:], of_delta)
         return u, dx, None, None, None, None, *rest
@@ -235,17 +230,13 @@ class _AddFactors(torch.autograd.Function):
             factors = f(*inputs)  # A, B and perhaps β, with the graph that leads to them alone
         (a, b), rows = (t.detach().to(u.dtype) for t in factors[:2]), u.numel() // u.shape[-1]
         flat, x_hat = u.reshape(rows, len(b)), (dropped(x, p, seed) if p else x).reshape(rows, x.shape[-1]).to(u.dtype)
-        v = _times(flat, b, s)  # s u B (n, r), which dA and dx share
+        v = times(flat, b, s)  # s u B (n, r), which dA and dx share
         dx = None
         if needs[1]:  # no view: autograd adds other gradients of x into its memory
             dx = v.view(*u.shape[:-1], len(a)) @ a
             dx = dropped(dx, p, seed) if p else dx
-        products = (
-            lambda: v.mT @ x_hat,
-            lambda: _times(flat.mT, x_hat @ a.mT, s),
-            lambda: s * flat.sum(0),
-        )
-        trained = [(t, product().to(t.dtype)) for t, product in zip(factors, products, strict=False) if t.requires_grad]
+        products = {0: lambda: v.mT @ x_hat, 1: lambda: times(flat.mT, x_hat @ a.mT, s), 2: lambda: s * flat.sum(0)}
+        trained = [(t, products[i]().to(t.dtype)) for i, t in enumerate(factors) if t.requires_grad]
         wanted = [t for t in inputs if t.requires_grad]
         outs, grads = [t for t, _ in trained], [grad for _, grad in trained]
         of_tensors = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True) if outs else ())

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_lite as ll
 from lora_lite.base.layer import layer_of, quantization_of
 from lora_lite.core.effective import Affine
-from lora_lite.core.state import Swap
+from lora_lite.core.swap import Swap
 
 MODES = [{"variant": name} for name in sorted(ll.REGISTRY) if acts_everywhere(name)]
 MODES += [{"variant": "abliteration", "normalization": mode} for mode in ("pre", "full", "column")]
