@@ -1,13 +1,4 @@
-"""transformers' Trainer with adapters: checkpoints hold adapters, not the base, and a quantised base may train.
-
-    from lora_lite.trainer import AdapterTrainer
-    trainer = AdapterTrainer(model, args, train_dataset=...)
-    trainer.train()  # train(resume_from_checkpoint=True) goes on from the last checkpoint
-
-`class MyTrainer(AdapterCheckpoints, SFTTrainer)` does the same for a trainer of your own. For preference training,
-`DPOTrainer(model, ref_model=reference(model), ...)` takes the model itself with its adapter off. Without it TRL loads a
-second model by its name: beside a quantised model that is another one (first loss 0.73, where ln 2 = 0.69 is right).
-"""
+"""transformers' Trainer with adapters: the mixin, which goes before any trainer that is one of its kind."""
 
 import os
 from collections.abc import Iterator
@@ -20,18 +11,15 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .base.layer import find_layers
-from .base.still import still
-from .core.adapter import adapters, get_adapter
-from .core.ran import grouped
-from .core.scaled import scaled
-from .core.state import session_of
-from .core.variant import config_for
-from .errors import CheckpointError, TargetError, brief
-from .io.checkpoint import restore, save
-from .measure.audit import watched_step
+from ..base.layer import find_layers
+from ..core.adapter import adapters
+from ..core.ran import grouped
+from ..core.variant import config_for
+from ..errors import CheckpointError, TargetError, brief
+from ..io.checkpoint import restore, save
+from ..measure.audit import watched_step
 
-__all__ = ["AdapterCheckpoints", "AdapterTrainer", "Reference", "reference"]
+__all__ = ["AdapterCheckpoints", "AdapterTrainer"]
 
 
 class AdapterCheckpoints:
@@ -172,58 +160,3 @@ def _trainable(model: Any) -> Iterator[None]:
     finally:
         delattr(model, flag)
         model.__dict__.update(before)
-
-
-# ---- the reference of preference training ----------------------------------------------------------
-
-
-def reference(model: nn.Module, name: str | None = None) -> nn.Module:
-    """The model without one adapter, or all, as an object to pass as `ref_model=`; it follows the model's weights.
-
-    Each call runs the model in eval mode, without gradients, at scale 0. It has the model's attributes (`config`,
-    `device`, `generate`) and no parameters or modules: what a trainer does to its reference (`.eval()`, `.to()`, other
-    dropouts) doesn't touch the model that is trained. TRL's `sync_ref_model` has no weights to write into here.
-
-    To start from a trained adapter as it is, use TRL's `precompute_ref_log_probs=True` without a reference.
-
-    Raises:
-        TargetError: for a model without an adapter, or an unknown name.
-    """
-    root = session_of(model)[0]
-    if name is not None:
-        get_adapter(root, name)
-    if not adapters(root):
-        raise TargetError(f"{type(root).__name__} has no adapter to switch off\n  lora_lite.attach one first")
-    return Reference(root, name)
-
-
-class Reference(nn.Module):
-    """A model whose adapter is off in every call: the result of `reference`."""
-
-    def __init__(self, model: nn.Module, name: str | None) -> None:
-        super().__init__()
-        self.__dict__.update(_model=model, _name=name)  # no submodule: what is done to all modules doesn't reach it
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with the adapter off."""
-        with self._off() as model:  # not `forward`: trainers replace it by their own, here and in the model alike
-            return model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the adapter off."""
-        with self._off() as model:
-            return model.generate(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's state dict: TRL remembers log-probabilities by a hash of it."""
-        return self._model.state_dict(*args, **kwargs)
-
-    @contextmanager
-    def _off(self) -> Iterator[Any]:
-        with still(self._model), scaled(self._model, 0.0, self._name):
-            yield self._model
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        return getattr(self.__dict__["_model"], name)
