@@ -15,10 +15,11 @@ from ...core.names import check_shapes, file_key
 from ...core.state import Tensors
 from ...core.targets import Target
 from ...errors import brief
+from ..factors import Layers
 from ..keys import PREFIX
 from .folder import PeftFolder
 from .kinds import takes_adalora
-from .parts import Layers, Part, Written, as_stored, config_of, names_of, same_everywhere
+from .parts import Part, Written, as_stored, config_of, names_of, same_everywhere
 from .settings import number_of, whole_of
 
 _DEFAULTS: dict[str, Any] = {"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1}

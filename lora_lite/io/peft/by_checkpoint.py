@@ -10,35 +10,22 @@ went: no number is computed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from ...base.layer import BaseLayer, find_layers
 from ...core.names import file_key
 from ...errors import CheckpointError
+from ..factors import Factors, Layers
 from ..keys import PREFIX, THEIRS
 from .kinds import is_plain_linear
 from .lora import patterns
-from .parts import Layers, Written
+from .parts import Written
 
 _CURE = "leave it out (exclude_names), or write the folder without per_expert"
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The update of a layer, alpha / r B A; of fused experts, with an axis for them in front."""
-
-    a: Float[Tensor, "*e r i"]
-    b: Float[Tensor, "*e o r"]
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-2]
 
 
 def written(root: nn.Module, layers: Layers, factors: Mapping[str, Factors], **fields: Any) -> Written:

@@ -16,10 +16,11 @@ from ...core.state import Site, Tensors
 from ...core.targets import Target
 from ...core.variant import config_for, lookup
 from ...errors import CheckpointError, ConfigError, brief
+from ..factors import Layers
 from ..keys import PREFIX
 from ..safetensors import DTYPES
 from .folder import PeftFolder
-from .parts import Layers, Part, Written, config_of, names_of
+from .parts import Part, Written, config_of, names_of
 from .patterns import by_pattern
 from .settings import flag_of, number_of, text_of, whole_of
 from .table import AtLayer, Format, Named, Setting, Shape

@@ -10,8 +10,9 @@ from ...core.names import check_shapes, file_key
 from ...core.state import Tensors
 from ...core.targets import Target
 from ...errors import CheckpointError
+from ..factors import Layers
 from .folder import PeftFolder, ia3_on
-from .parts import Layers, Part, Written, as_stored, config_of, names_of, written_at
+from .parts import Part, Written, as_stored, config_of, names_of, written_at
 
 
 def parts(source: PeftFolder, targets: Mapping[str, Target], layers: Mapping[str, BaseLayer]) -> list[Part]:

@@ -16,11 +16,12 @@ from ...core.state import Site
 from ...core.targets import Target
 from ...core.variant import lookup
 from ...errors import CheckpointError, brief
+from ..factors import Layers
 from . import forms
 from .conversion import moved_keys, named_like_experts, old_keys
 from .folder import PeftFolder
 from .kinds import is_conv, is_plain_linear
-from .parts import Layers, Part, Written, config_of, names_of, same_everywhere, written_at
+from .parts import Part, Written, config_of, names_of, same_everywhere, written_at
 from .patterns import alphas_of, check_rank
 from .settings import flag_of, number_of
 from .ties import tied_paths

@@ -18,13 +18,13 @@ from ...core.targets import Target
 from ...core.variant import ParamSpec, config_for
 from ...dtypes import STORAGE_DTYPES
 from ...errors import CheckpointError, ConfigError
+from ..factors import Layers
 from ..keys import THEIRS
 from ..safetensors import DTYPES, check_numbers
 from . import forms
 from .folder import PeftFolder
 from .ties import mirrored
 
-Layers = dict[str, list[Site]]  # path -> the sites of the chosen adapters there, in the order attached
 Written = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by PEFT's key, settings
 
 

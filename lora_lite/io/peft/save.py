@@ -1,36 +1,28 @@
 """Adapters written as PEFT's folders: as they are where PEFT has them, else as a plain LoRA of what they change."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from loguru import logger
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ...core.adapter import Adapter, adapters, get_adapter
-from ...core.change import Change, added_change
-from ...core.effective import delta_weight
-from ...core.names import check_shapes
-from ...core.state import Site, check_unmerged, session_of
-from ...core.validate import is_number
-from ...errors import CheckpointError, ConfigError
-from ...ops.svd import balanced_factors, energy_rank, low_rank_factors
+from ...core.adapter import Adapter, get_adapter
+from ...core.state import check_unmerged, session_of
+from ...errors import CheckpointError
+from ..factors import PLAIN, Factors, Layers, adapted_layers, check_cut, low_rank
 from ..keys import PREFIX
 from ..safetensors import check_numbers, replacing
 from . import adalora, by_checkpoint, by_table, forms, ia3, lora, whole
 from .beside import VARIANTS
-from .by_checkpoint import Factors
 from .conversion import moved_keys, old_keys
 from .folder import CONFIG, WEIGHTS
 from .formats import FORMATS
-from .parts import Layers, Written, written_at
+from .parts import Written, written_at
 
 _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
     "lora": lora.written,
@@ -42,8 +34,6 @@ _WRITERS: dict[str, Callable[[nn.Module, Layers], Written]] = {  # by variant
     "ia3_ff": ia3.written,
     "adalora": adalora.written,
 }
-
-_PLAIN = ("lora", "eva", "loftq")  # that are two factors, at any layer
 
 
 def save_peft(
@@ -87,18 +77,13 @@ def save_peft(
     check_unmerged(session, "export")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; PEFT's format is a folder of two files")
-    if not (rank is None or (type(rank) is int and rank > 0)):
-        raise ConfigError(f"rank={rank!r}: wanted an integer of at least 1, or None")
-    if energy is not None and (rank is not None or not is_number(energy) or not 0 < energy <= 1):
-        raise ConfigError(f"energy={energy!r} with rank={rank}: wanted a share above 0, at most 1, without a rank")
-    if max_error is not None and ((rank is None and energy is None) or not is_number(max_error)):
-        raise ConfigError(f"max_error={max_error!r} with rank={rank}: wanted a number beside a rank or an energy")
+    check_cut(rank, energy, max_error)
     chosen = [get_adapter(model, one) for one in ([name] if isinstance(name, str) else name)]
-    layers, worst = _layers(model, chosen), None
+    layers, worst = adapted_layers(model, chosen), None
     is_cut = rank is not None or energy is not None
     if is_cut or per_expert:
         _check_lacks(layers, is_plain=is_cut)
-        factors, worst = _low_rank(layers, rank, energy, max_error) if is_cut else (_own_factors(chosen, layers), None)
+        factors, worst = low_rank(layers, rank, energy, max_error) if is_cut else (_own_factors(chosen, layers), None)
         fields = {"use_rslora": False, "lora_dropout": 0.0, "use_dora": False}
         write = by_checkpoint.written if per_expert else _plain
         tensors, settings = write(root, layers, factors, **fields)
@@ -111,22 +96,6 @@ def save_peft(
     _write(folder, tensors, _about(root, chosen[0]) | settings)
     logger.info(f"saved {' and '.join(map(str, chosen))} to {folder} in PEFT's format ({settings['peft_type']})")
     return worst
-
-
-def _layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
-    names = [adapter.name for adapter in chosen]
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(f"name={names}: wanted one adapter, or several different ones")
-    layers: Layers = {}
-    for adapter in (adapter for adapter in adapters(model).values() if adapter.name in names):
-        if adapter.is_sharded:
-            raise CheckpointError(
-                f"adapter {adapter.name!r} is sharded\n  use lora_lite.save, then load it in one process to convert it"
-            )
-        check_shapes(adapter.state_dict(), adapter.specs(), f"adapter {adapter.name!r} in memory")
-        for site in adapter.sites():
-            layers.setdefault(site.path, []).append(site)
-    return layers
 
 
 def _check_lacks(layers: Layers, is_plain: bool = False) -> None:
@@ -186,7 +155,7 @@ def _own_factors(chosen: Sequence[Adapter], layers: Layers) -> dict[str, Factors
     factors = {}
     for path, (site, *others) in layers.items():
         cfg: Any = site.cfg
-        if others or cfg.variant not in _PLAIN or set(site.specs) - {"lora_A", "lora_B"} or site.positions is not None:
+        if others or cfg.variant not in PLAIN or set(site.specs) - {"lora_A", "lora_B"} or site.positions is not None:
             raise CheckpointError(
                 f"{path}: per_expert is for one LoRA of two factors, and here is {cfg.variant!r}\n"
                 f"  give rank= to write what it changes as a plain LoRA"
@@ -202,65 +171,6 @@ def _plain(root: nn.Module, layers: Layers, factors: Mapping[str, Factors], **fi
         tensors |= written_at(root, layers, site, {"lora_A": factors[path].a, "lora_B": factors[path].b})
     ranks = {path: (pair.rank, pair.alpha) for path, pair in factors.items()}
     return tensors, lora.settings_of(root, layers, ranks, **fields)
-
-
-def _low_rank(
-    layers: Layers, rank: int | None, energy: float | None, max_error: float | None
-) -> tuple[dict[str, Factors], float]:
-    """The factors of what the adapters change, and the greatest relative error of a layer. Raises CheckpointError."""
-    factors, norms = {}, {}  # by path
-    for path, sites in layers.items():
-        factors[path], norms[path] = _factors_of(path, sites, rank, energy)
-    errors = {path: rest / size if size else 0.0 for path, (rest, size) in norms.items()}
-    worst = max(errors, key=lambda path: errors[path])
-    rest, size = (math.hypot(*values) for values in zip(*norms.values(), strict=True))  # of all layers
-    overall = rest / size if size else 0.0
-    low, high = (f(pair.rank for pair in factors.values()) for f in (min, max))
-    form = f"rank {rank}" if energy is None else f"rank {low} to {high}, with {energy:g} of the energy at each layer"
-    line = f"as a LoRA of {form}: relative error {overall:.1e} overall, {errors[worst]:.1e} at worst ({worst})"
-    logger.info(line)
-    if max_error is not None and not errors[worst] <= max_error:
-        raise CheckpointError(
-            f"{line}\n  wanted at most max_error={max_error}; nothing was written: give a higher rank or energy"
-        )
-    return factors, errors[worst]
-
-
-def _factors_of(
-    path: str, sites: Sequence[Site], rank: int | None, energy: float | None
-) -> tuple[Factors, tuple[float, float]]:
-    """The factors of what a layer's adapters change, and (‖W' - W - B A‖, ‖W' - W‖). Raises CheckpointError."""
-    dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
-    is_stack = sites[0].base.kind.category == "experts"
-    pairs, norms = [], []
-    for expert in range(sites[0].base.experts) if is_stack else [None]:
-        # Where the change is a product itself, as a LoRA's, no matrix of the layer's size is made.
-        change = added_change(sites, expert) or Change(None, *delta_weight(sites, expert))
-        if change.shift is not None and change.shift.any():
-            raise CheckpointError(
-                f"{path}: {sites[0].cfg.variant!r} changes its bias, which a plain LoRA can't hold\n"
-                f"  keep it as our file (lora_lite.save), or merge it"
-            )
-        a, b = (factor.to(dtype) for factor in _factors(change, rank, energy))  # (r, i), (o, r)
-        # From the factors as they are written: rounding counts as error, too.
-        norms.append((change.distance(a, b), change.norm()))
-        pairs.append((a, b))
-    rest, size = (math.hypot(*values) for values in zip(*norms, strict=True))
-    r = max(len(a) for a, _ in pairs)  # experts may need less: zeros fill them up
-    filled = [(F.pad(a, (0, 0, 0, r - len(a))), F.pad(b, (0, r - len(a)))) for a, b in pairs]
-    a, b = (torch.stack(side) if is_stack else side[0] for side in zip(*filled, strict=True))
-    return Factors(a, b, float(r)), (rest, size)  # alpha = r: a scaling of 1
-
-
-def _factors(change: Change, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
-    """The A and B with the least ‖W' - W - B A‖ of this rank, or of the least one that holds the energy."""
-    if change.a is None and rank is not None:
-        a, b = low_rank_factors(change.b, rank)
-    else:
-        svd = change.svd()
-        a, b = balanced_factors(svd, energy_rank(svd[1], energy or 1.0) if rank is None else min(rank, len(svd[1])))
-    empty = 0 if rank is None else rank - len(a)  # of a small layer: servers know one rank for all
-    return F.pad(a, (0, 0, 0, empty)), F.pad(b, (0, empty))
 
 
 def _as_peft_reads(root: nn.Module, tensors: Mapping[str, Tensor], layers: Layers) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from .kinds import is_embedding, is_plain_linear
 from .table import Format, Named, Setting
 
 if TYPE_CHECKING:
+    from ..factors import Layers
     from .folder import PeftFolder
-    from .parts import Layers
 
 VERA = Format(
     "VERA",

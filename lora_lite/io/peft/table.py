@@ -15,8 +15,8 @@ from ...core.state import Site
 from ...core.targets import Target
 
 if TYPE_CHECKING:
+    from ..factors import Layers
     from .folder import PeftFolder
-    from .parts import Layers
 
 Named = dict[str, Tensor]
 Shape = tuple[int, ...]

@@ -14,12 +14,13 @@ from ...base.layer import BaseLayer
 from ...core.names import file_key
 from ...core.state import Site
 from ...errors import CheckpointError
+from ..factors import Layers
 from ..keys import PREFIX
 from ..raw import base_tensors
 from . import tokens
 from .conversion import moved_keys
 from .formats import FORMATS
-from .parts import Layers, Written, names_of
+from .parts import Written, names_of
 from .ties import tied_paths
 
 # The types whose config has bias=, and what it calls their targets' own.
