@@ -31,6 +31,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .base.load import load_base
     from .io.checkpoint import load, restore, save
+    from .io.formats.save import save_as
     from .io.peft.load import load_peft
     from .io.peft.save import save_peft
     from .measure.answers import greedy_answers, marker_rate
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _ON_FIRST_USE = {
     "base.load": ("load_base",),
     "io.checkpoint": ("load", "restore", "save"),
+    "io.formats.save": ("save_as",),
     "io.peft.load": ("load_peft",),
     "io.peft.save": ("save_peft",),
     "measure.answers": ("greedy_answers", "marker_rate"),
@@ -73,8 +75,8 @@ __all__ = [
     "bring_back", "calibrate_scale", "capturable", "capture", "combine", "config_for", "contrast", "correct_gradients",
     "detach", "disabled", "drop_round", "freeze_into", "greedy_answers", "history", "kl_divergence", "load",
     "load_base", "load_peft", "logit_gap", "marker_rate", "merge", "merge_checkpoint", "merged", "param_groups", "plan",
-    "prompt_batches", "quantize_residual", "register", "residual_errors", "restore", "rows", "save", "save_peft",
-    "scaled", "suggest", "unload_to", "unmerge",
+    "prompt_batches", "quantize_residual", "register", "residual_errors", "restore", "rows", "save", "save_as",
+    "save_peft", "scaled", "suggest", "unload_to", "unmerge",
 ]
 # fmt: on
 __all__ += errors.__all__

@@ -30,7 +30,10 @@ from ..core.variant import ParamSpec, Variant, lookup
 from ..errors import CheckpointError, ConfigError, brief
 from ..version import __version__
 from .adapter_file import DIGEST, FORMAT, METADATA, SEVERAL, AdapterFile, FileMethod, checked, read_file
+from .formats.load import load_pieces
+from .formats.table import of_header, of_path
 from .keys import layers_of, resolve
+from .peft.folder import CONFIG as PEFT_SETTINGS
 from .peft.folder import DIFFUSERS_SETTINGS
 from .peft.load import load_peft
 from .raw import load_raw
@@ -93,8 +96,8 @@ def load(
 
     The path may also be a file or a folder of raw tensors, as ZeRO-3 and FSDP consolidation write them: with a
     wrapper's prefix, in shards, base weights mixed in (lora_lite/io/raw.py). They don't say how they were trained, so
-    `cfg` does; its filters aren't needed. Of several adapters in it, `name` takes the one of that name. A file of
-    diffusers says it in its metadata, and is read as load_peft reads it.
+    `cfg` does; its filters aren't needed. Of several adapters in it, `name` takes the one of that name. A folder of
+    PEFT's, a file of diffusers and other programs' formats (docs/formats.md) say it, and are known by what is in them.
 
     replace     put it in the place of the attached adapter of that name, whatever that is: method, rank, layers. If it
                 fails, that one is as it was
@@ -109,10 +112,20 @@ def load(
 
     It raises what attach raises, too; the model is then as it was.
     """
-    (header, *others), root = read_any(path), attachable(model)
+    root = attachable(model)
+    if cfg is None and (known := of_path(Path(path))) is not None:
+        _check_plain(path, replace, max_rank)
+        return load_pieces(root, Path(path), known, name)
+    if cfg is None and (Path(path) / PEFT_SETTINGS).is_file():
+        _check_plain(path, replace, max_rank)
+        return load_peft(root, path, name)
+    header, *others = read_any(path)
     if cfg is None and not others and DIFFUSERS_SETTINGS in header.metadata:
         _check_plain(header.path, replace, max_rank)
-        return load_peft(model, header.path, name)
+        return load_peft(root, header.path, name)
+    if cfg is None and not others and (known := of_header(header)) is not None:
+        _check_plain(header.path, replace, max_rank)
+        return load_pieces(root, header.path, known, name)
     if others or METADATA not in header.metadata:
         _check_plain(path, replace, max_rank)
         return load_raw(root, Path(path), [header, *others], cfg, name, verify_base)

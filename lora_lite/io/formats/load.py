@@ -1,0 +1,100 @@
+"""Adapters of other programs' files attached as adapters of this library."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from ...core.adapter import Adapter
+from ...core.attach import installed
+from ...core.config import BaseConfig
+from ...core.names import check_shapes
+from ...core.resolve import attachable, make_sites
+from ...core.state import Method, number_sites
+from ...core.variant import ParamSpec, lookup
+from ...errors import CheckpointError
+from ..safetensors import check_numbers
+from .format import Format, Piece, Pieces
+
+
+def load_pieces(model: nn.Module, path: Path, known: Format, name: str) -> Adapter:
+    """Attach the adapter of a file of this format.
+
+    Raises:
+        CheckpointError: for a file that isn't one, whole, and on this model's layers.
+
+    It raises what attach raises, too; the model is then as it was.
+    """
+    root = attachable(model)
+    pieces = known.read(root, path)
+    if not pieces:
+        raise CheckpointError(f"{path} has no tensors of a layer: there is no adapter in it")
+    methods = [_method(of_variant) for of_variant in _by_variant(pieces)]
+    number_sites(methods)
+    tensors: dict[str, Tensor] = {}
+    wanted: dict[str, ParamSpec] = {}
+    for site in (site for method in methods for site in method.sites):
+        values = pieces[site.path].tensors
+        check_numbers(dict(values), f"{path}: {site.path}", "save the adapter again")
+        tensors |= {site.key(tensor): value.to(site.cfg.dtype).contiguous() for tensor, value in values.items()}
+        wanted |= {site.key(tensor): spec for tensor, spec in site.specs.items() if tensor in values or spec.trainable}
+    check_shapes(tensors, wanted, str(path))
+    with installed(root, methods, name, _zeros(methods) | tensors, owned=True) as adapter:
+        for method in methods:
+            _fill(adapter, method, tensors)
+        logger.info(f"loaded {adapter} from {path}, a {known.says}")
+    return adapter
+
+
+def _zeros(methods: list[Method]) -> dict[str, Tensor]:
+    places = ((site, name, spec) for method in methods for site in method.sites for name, spec in site.specs.items())
+    return {site.key(name): torch.zeros(spec.shape, dtype=site.cfg.dtype) for site, name, spec in places}
+
+
+@torch.no_grad()
+def _fill(adapter: Adapter, method: Method, tensors: dict[str, Tensor]) -> None:
+    """Compute what no file holds as it is the base's, such as DoRA's norms; then the file's values are put back."""
+    sites = [site for site in method.sites if not all(site.key(name) in tensors for name in site.specs)]
+    # A copy: the adapter has taken the tensors themselves, which `init` writes into.
+    values = {key: tensors[key].clone() for site in sites for name in site.specs if (key := site.key(name)) in tensors}
+    views = adapter.views(method) if sites else {}
+    for site in sites:
+        lookup(method.cfg.variant).init(views[site.path], site.cfg)
+    if values:
+        adapter.load_state_dict(adapter.state_dict() | values)
+
+
+def _by_variant(pieces: Pieces) -> list[list[Piece]]:
+    variants = dict.fromkeys(piece.cfg.variant for piece in pieces.values())
+    return [[piece for piece in pieces.values() if piece.cfg.variant == variant] for variant in variants]
+
+
+def _method(pieces: list[Piece]) -> Method:
+    """A method with the config that most of its layers have, and what differs by layer."""
+    (most, _), *_ = Counter(_own(piece.cfg) for piece in pieces).most_common(1)
+    overrides = {p.target.path: dict(own - most) for p in pieces if (own := _own(p.cfg)) != most}
+    layers = {piece.target: piece.layer for piece in pieces}
+    shared: dict[str, Any] = {
+        "target_names": (_exactly(target.path for target in layers),),
+        "kinds": tuple(dict.fromkeys(layer.kind.category for layer in layers.values())),
+        "dtype": reduce(torch.promote_types, (piece.cfg.dtype for piece in pieces)),
+        "per_layer": {_exactly([path]): differing for path, differing in overrides.items()},
+    }
+    cfg = replace(next(piece.cfg for piece in pieces if _own(piece.cfg) == most), **shared)
+    return Method(cfg, make_sites(layers, cfg, overrides))
+
+
+def _own(cfg: BaseConfig) -> frozenset[tuple[str, Any]]:
+    """The fields that may differ by layer, with their values."""
+    return frozenset((f.name, getattr(cfg, f.name)) for f in fields(cfg) if f.name not in cfg.SAME_AT_ALL_LAYERS)
+
+
+def _exactly(paths: Iterable[str]) -> str:
+    return f"^({'|'.join(map(re.escape, paths))})$"

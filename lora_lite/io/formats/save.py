@@ -1,0 +1,168 @@
+"""`save_as`: adapters in the format of another program, and the proof that the file is the adapter."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import nn
+
+from ...core.adapter import get_adapter
+from ...core.change import Change, added_change, total
+from ...core.effective import delta_weight
+from ...core.resolve import make_stand_in
+from ...core.state import Site, check_unmerged, session_of
+from ...core.variant import config_for
+from ...errors import CheckpointError, ConfigError
+from ..checkpoint import save
+from ..factors import PLAIN, Factors, Layers, adapted_layers, check_cut, low_rank
+from ..peft.save import save_peft
+from ..safetensors import check_numbers
+from .format import Format, Piece, Pieces
+from .table import FORMATS
+
+OURS, PEFT = "lora-lite", "peft"
+
+
+def save_as(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: str,
+    name: str = "default",
+    rank: int | None = None,
+    energy: float | int | None = None,
+    max_error: float | None = None,
+    **options: Any,
+) -> float:
+    """Write an adapter in the format of another program; the file is read back, and compared with the adapter.
+
+    format      "lora-lite", "peft" (as save_peft), or one of docs/formats.md, which has the `options` of each
+    rank, energy, max_error     as of save_peft: methods of any kind as a plain LoRA, which includes the scale
+
+    Returns the greatest relative difference ‖ΔW of the file - ΔW‖ / ‖ΔW‖ of a layer, which is logged: 0 where the
+    numbers are the same; the rounding, where the format has 16 bits; what a rank cuts off.
+
+    Raises:
+        CheckpointError: for what the format can't say, naming it and the conversion that helps. Nothing is written.
+        ConfigError: for an unknown format or option.
+        TargetError: for an unknown name.
+    """
+    if format not in (OURS, PEFT, *FORMATS):
+        raise ConfigError(f"format={format!r}: wanted one of {', '.join((OURS, PEFT, *FORMATS))}")
+    check_cut(rank, energy, max_error)
+    known, is_cut = FORMATS.get(format), rank is not None or energy is not None
+    allowed = known.options if known is not None else frozenset({"per_expert"} if format == PEFT else ())
+    if unknown := sorted(options.keys() - allowed):
+        raise ConfigError(f"format={format!r} has no option {unknown[0]!r}: wanted one of {sorted(allowed) or 'none'}")
+    if known is None and format == PEFT:
+        return save_peft(model, path, name, rank, max_error, energy, **options) or 0.0
+    if known is None:
+        if is_cut:
+            raise ConfigError("a file of ours holds every method as it is\n  leave rank and energy out")
+        save(model, path, name)
+        return 0.0
+    root, session = session_of(model)
+    check_unmerged(session, "export")
+    adapter = get_adapter(model, name)
+    layers, path = adapted_layers(model, [adapter]), Path(path)
+    if is_cut:
+        factors, _ = low_rank(layers, rank, energy, max_error)
+        pieces = {p: _plain(sites[0], factors[p], sites[0].cfg.dtype) for p, sites in layers.items()}
+    else:
+        pieces = {p: _native(known, sites, adapter.scale) for p, sites in layers.items()}
+    for p, piece in pieces.items():
+        check_numbers(dict(piece.tensors), f"{name} in memory: {p}", "nothing was written")
+    known.write(root, pieces, path, **options)
+    worst = difference(layers, known.read(root, path), path)
+    logger.info(f"saved {adapter} to {path}, a {known.says}: ΔW differs by {worst:.1e} at most in a layer")
+    return worst
+
+
+def _plain(site: Site, pair: Factors, dtype: torch.dtype) -> Piece:
+    make: Any = config_for("lora")
+    cfg = make(r=pair.rank, alpha=pair.alpha, dtype=dtype)
+    return Piece(site.target, site.base, cfg, {"lora_A": pair.a, "lora_B": pair.b})
+
+
+def _native(known: Format, sites: Sequence[Site], scale: float) -> Piece:
+    """An adapter's method at a layer as it is. Raises CheckpointError for what the format hasn't."""
+    site, cfg = sites[0], sites[0].cfg
+    variant = "lora" if cfg.variant in PLAIN else cfg.variant
+
+    def refused(problem: str, cure: str) -> CheckpointError:
+        return CheckpointError(f"{site.path or 'the model itself'}: a {known.says} can't hold {problem}\n  {cure}")
+
+    as_lora = "give rank= or energy= to write what it changes as a plain LoRA"
+    if len(sites) > 1:
+        raise refused(f"{len(sites)} methods at one layer", as_lora)
+    if variant not in known.variants:
+        raise refused(f"{variant!r}, only {', '.join(known.variants)}", as_lora)
+    if site.positions is not None:
+        raise refused("an adapter that acts at some positions of a sequence", "keep it as our file (lora_lite.save)")
+    tensors = {name: tensor.detach() for name, tensor in site.tensors()}
+    if variant != "lora":
+        if scale != 1 and variant != "steer":
+            raise refused(f"the scale {scale:g} of {variant!r}", f"set it to 1, or {as_lora}")
+        return Piece(site.target, site.base, cfg, tensors, scale)
+    if further := sorted(tensors.keys() - {"lora_A", "lora_B"}):
+        raise refused(f"{further[0]}, which adds a constant", "keep it as our file (lora_lite.save), or merge it")
+    if scale == 0:
+        raise refused("an adapter at scale 0, which does nothing", "set its scale first")
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    one: Any = cfg
+    # alpha / r holds rsLoRA's scaling and the adapter's own, so that the tensors stay what they are.
+    return _plain(site, Factors(a, b if scale > 0 else -b, one.scaling * one.r * abs(scale)), cfg.dtype)
+
+
+# ---- the proof --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def difference(layers: Layers, pieces: Pieces, path: Path) -> float:
+    """The greatest relative difference of a layer between its adapters' change and that of the pieces.
+
+    Raises:
+        CheckpointError: where a layer is in one of them alone: something would have been dropped.
+    """
+    if layers.keys() != pieces.keys():
+        lost = sorted(layers.keys() ^ pieces.keys())
+        raise CheckpointError(f"{path}: {len(lost)} layers are in the adapter or in the file alone, such as {lost[0]}")
+    return max(_difference(sites, pieces[p]) for p, sites in layers.items())
+
+
+def _difference(sites: Sequence[Site], piece: Piece) -> float:
+    site = sites[0]
+    if piece.cfg.variant == site.cfg.variant and added_change(sites) is None:  # a method that reads W: by its tensors
+        live, ours, theirs = dict(site.tensors()), site.cfg, piece.cfg
+        if getattr(ours, "scaling", 1.0) != getattr(theirs, "scaling", 1.0):
+            return math.inf
+        pairs = [(live[name].double(), tensor.double()) for name, tensor in piece.tensors.items()]
+        return max(float((a - b).norm()) / (float(a.norm()) or 1.0) for a, b in pairs)
+    stand_in = make_stand_in(site.target, piece.cfg, _module(site), piece.tensors, piece.scale)
+    experts = range(site.base.experts) if site.stacked else [None]
+    changes = [(_change(sites, expert), _change([stand_in], expert)) for expert in experts]
+    rest, size = (math.hypot(*norms) for norms in zip(*(_norms(*pair) for pair in changes), strict=True))
+    return rest / size if size else rest
+
+
+def _change(sites: Sequence[Site], expert: int | None) -> Change:
+    return added_change(sites, expert) or Change(None, *delta_weight(sites, expert))
+
+
+def _norms(live: Change, read: Change) -> tuple[float, float]:
+    """‖read - live‖ and ‖live‖ of weights and shifts."""
+    shift, other = (c.shift if c.shift is not None else torch.zeros(()) for c in (live, read))
+    rest = total([live, read.times(-1.0)]).norm()
+    return math.hypot(rest, float((shift - other).norm())), math.hypot(live.norm(), float(shift.norm()))
+
+
+def _module(site: Site) -> nn.Module:
+    """A module of the layer's shape that holds nothing but a file's tensors."""
+    stack = (site.base.experts,) if site.stacked else ()
+    module = nn.Linear(site.target.d_in, site.target.d_out, bias=False, device="meta")
+    weight = torch.empty(*stack, site.target.d_out, site.target.d_in, dtype=torch.int8, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
