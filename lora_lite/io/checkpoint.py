@@ -30,12 +30,8 @@ from ..core.variant import ParamSpec, Variant, lookup
 from ..errors import CheckpointError, ConfigError, brief
 from ..version import __version__
 from .adapter_file import DIGEST, FORMAT, METADATA, SEVERAL, AdapterFile, FileMethod, checked, read_file
-from .formats.load import load_pieces
-from .formats.table import of_header, of_path
+from .formats.load import by_header, by_path
 from .keys import layers_of, resolve
-from .peft.folder import CONFIG as PEFT_SETTINGS
-from .peft.folder import DIFFUSERS_SETTINGS
-from .peft.load import load_peft
 from .raw import load_raw
 from .safetensors import check_names, check_numbers, read_any, write_tensors
 
@@ -112,22 +108,15 @@ def load(
 
     It raises what attach raises, too; the model is then as it was.
     """
-    root = attachable(model)
-    if cfg is None and (known := of_path(Path(path))) is not None:
+    # Only what can't be a file of ours is looked at more closely.
+    if cfg is None and Path(path).suffix != ".safetensors" and (load_other := by_path(Path(path))) is not None:
         _check_plain(path, replace, max_rank)
-        return load_pieces(root, Path(path), known, name)
-    if cfg is None and (Path(path) / PEFT_SETTINGS).is_file():
-        _check_plain(path, replace, max_rank)
-        return load_peft(root, path, name)
-    header, *others = read_any(path)
-    if cfg is None and not others and DIFFUSERS_SETTINGS in header.metadata:
-        _check_plain(header.path, replace, max_rank)
-        return load_peft(root, header.path, name)
-    if cfg is None and not others and (known := of_header(header)) is not None:
-        _check_plain(header.path, replace, max_rank)
-        return load_pieces(root, header.path, known, name)
+        return load_other(model, Path(path), name)
+    (header, *others), root = read_any(path), attachable(model)
     if others or METADATA not in header.metadata:
         _check_plain(path, replace, max_rank)
+        if cfg is None and not others and (load_other := by_header(header)) is not None:
+            return load_other(root, header.path, name)
         return load_raw(root, Path(path), [header, *others], cfg, name, verify_base)
     if cfg is not None:
         raise ConfigError(f"{header.path} holds the config of its adapter\n  leave cfg= out: it is for raw tensors")

@@ -38,7 +38,7 @@ def never(_: Path | Header) -> bool:
 
 @dataclass(frozen=True)
 class Format:
-    """What another program reads and writes.
+    """A kind of file that another program reads and writes.
 
     read      the pieces of a file, on the layers of this model: (model, path) -> pieces. The file is untrusted. Raises
               CheckpointError for what it can't be, or would lose. What a method computes from the base (DoRA's norms)

@@ -2,9 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,35 @@ from ...core.resolve import attachable, make_sites
 from ...core.state import Method, number_sites
 from ...core.variant import ParamSpec, lookup
 from ...errors import CheckpointError
-from ..safetensors import check_numbers
+from ..peft.folder import CONFIG as PEFT_SETTINGS
+from ..peft.folder import DIFFUSERS_SETTINGS
+from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
+from ..peft.load import load_peft
+from ..safetensors import Header, check_numbers
 from .format import Format, Piece, Pieces
+from .table import FORMATS
+
+Loader = Callable[[nn.Module, Path, str], Adapter]
+"""(model, path, name) -> the adapter that is attached."""
 
 
-def load_pieces(model: nn.Module, path: Path, known: Format, name: str) -> Adapter:
+def by_path(path: Path) -> Loader | None:
+    """The loader of a file or folder whose first bytes, or names, are another program's; None for any other."""
+    if (path / PEFT_SETTINGS).is_file() and (path / PEFT_WEIGHTS).is_file():
+        return load_peft
+    known = next((known for known in FORMATS.values() if known.is_path(path)), None)
+    return None if known is None else partial(load_pieces, known)
+
+
+def by_header(header: Header) -> Loader | None:
+    """The loader of a safetensors file whose keys or metadata are another program's; None for any other."""
+    if DIFFUSERS_SETTINGS in header.metadata:
+        return load_peft
+    known = next((known for known in FORMATS.values() if known.is_header(header)), None)
+    return None if known is None else partial(load_pieces, known)
+
+
+def load_pieces(known: Format, model: nn.Module, path: Path, name: str) -> Adapter:
     """Attach the adapter of a file of this format.
 
     Raises:
@@ -78,22 +102,25 @@ def _by_variant(pieces: Pieces) -> list[list[Piece]]:
 
 def _method(pieces: list[Piece]) -> Method:
     """A method with the config that most of its layers have, and what differs by layer."""
-    (most, _), *_ = Counter(_own(piece.cfg) for piece in pieces).most_common(1)
-    overrides = {p.target.path: dict(own - most) for p in pieces if (own := _own(p.cfg)) != most}
+    counts = Counter(str(_settings(piece.cfg)) for piece in pieces)
+    usual = next(piece.cfg for piece in pieces if counts[str(_settings(piece.cfg))] == max(counts.values()))
+    settings = _settings(usual)
+    differing = {p.target.path: {k: v for k, v in _settings(p.cfg).items() if v != settings[k]} for p in pieces}
+    overrides = {path: values for path, values in differing.items() if values}
     layers = {piece.target: piece.layer for piece in pieces}
     shared: dict[str, Any] = {
         "target_names": (_exactly(target.path for target in layers),),
         "kinds": tuple(dict.fromkeys(layer.kind.category for layer in layers.values())),
         "dtype": reduce(torch.promote_types, (piece.cfg.dtype for piece in pieces)),
-        "per_layer": {_exactly([path]): differing for path, differing in overrides.items()},
+        "per_layer": {_exactly([path]): values for path, values in overrides.items()},
     }
-    cfg = replace(next(piece.cfg for piece in pieces if _own(piece.cfg) == most), **shared)
+    cfg = replace(usual, **shared)
     return Method(cfg, make_sites(layers, cfg, overrides))
 
 
-def _own(cfg: BaseConfig) -> frozenset[tuple[str, Any]]:
+def _settings(cfg: BaseConfig) -> dict[str, Any]:
     """The fields that may differ by layer, with their values."""
-    return frozenset((f.name, getattr(cfg, f.name)) for f in fields(cfg) if f.name not in cfg.SAME_AT_ALL_LAYERS)
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in cfg.SAME_AT_ALL_LAYERS}
 
 
 def _exactly(paths: Iterable[str]) -> str:
