@@ -24,7 +24,7 @@ from ..peft.folder import CONFIG as PEFT_SETTINGS
 from ..peft.folder import DIFFUSERS_SETTINGS
 from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
 from ..peft.load import load_peft
-from ..safetensors import Header, check_numbers
+from ..safetensors import Header, check_numbers, read_any
 from .format import Format, Piece, Pieces
 from .table import FORMATS
 
@@ -46,6 +46,18 @@ def by_header(header: Header) -> Loader | None:
         return load_peft
     known = next((known for known in FORMATS.values() if known.is_header(header)), None)
     return None if known is None else partial(load_pieces, known)
+
+
+def loader_of(path: Path) -> Loader | None:
+    """The loader of another program's adapter; None for a file of ours, and for tensors that don't tell.
+
+    Raises:
+        CheckpointError: for a file that can't be read.
+    """
+    if (loader := by_path(path)) is not None:
+        return loader
+    headers = read_any(path)
+    return by_header(headers[0]) if len(headers) == 1 else None
 
 
 def load_pieces(known: Format, model: nn.Module, path: Path, name: str) -> Adapter:
