@@ -86,8 +86,8 @@ def _bar(label: str, *figures: bars.ProgressColumn) -> bars.Progress:
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show log lines, and a traceback where it fails.")] = False,
 ) -> None:
-    """Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from other programs' formats;
-    quantise a base with the start of one."""
+    """Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from other programs'
+    formats; quantise a base with the start of one."""
 
 
 @app.command(cls=Command)
@@ -233,8 +233,8 @@ def convert(
 ) -> None:
     """Turn an adapter from one program's format into another's.
 
-    Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory. What was written is
-    read back, and compared with the adapter.
+    Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory. What was written
+    is read back, and compared with the adapter.
     """
     pairs = {key: value for key, _, value in (option.partition("=") for option in options or ())}
     if wrong := [option for option in options or () if "=" not in option]:

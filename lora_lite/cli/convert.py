@@ -53,7 +53,8 @@ def convert(
     to = to or (PEFT if is_ours or is_cut or options else OURS)
     model = _base(base_dir, record)
     adapter = load(model, source)
-    layers, cut = len(adapter.targets), {"rank": rank, "energy": energy, "max_error": max_error}
+    layers = len(adapter.targets)
+    cut: dict[str, Any] = {"rank": rank, "energy": energy, "max_error": max_error}
     line = f"{target}: {{}}, {'lora' if is_cut else adapter.variant}, {layers} layers"
     if to == PEFT and is_cut:
         error = save_peft(model, target, **cut, **options)
