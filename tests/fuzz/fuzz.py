@@ -7,21 +7,19 @@ It starts from whole files and from the corpus (corpus/<reader>.zip), and stops 
 nor refused by an error of ours.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parent))
 with atheris.instrument_imports(include=["lora_lite.io", "lora_lite.core", "lora_lite.base", "gguf"]):
-    from readers import MARK, MOST, READERS, read, starts
+    from mutate import mutated
+    from readers import MOST, READERS, read, starts
 
 CORPUS = Path(__file__).parent / "corpus"
 LARGEST = 8192  # bytes of an input that is kept
@@ -46,74 +44,10 @@ def keep(name: str, folder: str) -> None:
                     archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
-ODD = (
-    None,
-    True,
-    -1,
-    0,
-    1,
-    2,
-    8,
-    2**31,
-    2**63,
-    1e308,
-    float("nan"),
-    "",
-    "F32",
-    "I64",
-    "q_proj",
-    ".*",
-    [],
-    {},
-    [0, 0],
-    [1, 8],
-)
-
-
-def mutated(data: bytes, most: int, seed: int) -> bytes:
-    """Half of the inputs by changed bytes; in the others one value of a JSON part is another, gone, twice, or a part of
-    its own: changed bytes alone are rarely JSON."""
-    random = Random(seed)
-    parts = data.split(MARK)
-    index = random.randrange(len(parts))
-    try:
-        whole = json.loads(parts[index])
-    except (ValueError, RecursionError):
-        return bytes(atheris.Mutate(data, len(data)))
-    places = [
-        (outer, key) for outer in nodes(whole) for key in (outer if isinstance(outer, dict) else range(len(outer)))
-    ]
-    if not places or random.random() < 0.3:
-        return bytes(atheris.Mutate(data, len(data)))
-    for _ in range(random.choice((1, 1, 1, 2, 4))):
-        outer, key = random.choice(places)
-        other, its = random.choice(places)
-        try:
-            value, theirs = outer[key], other[its]
-        except (KeyError, IndexError):  # gone by the change before
-            continue
-        kind = random.randrange(5)
-        if kind == 0:
-            outer[key] = random.choice(ODD)
-        elif kind == 1 and isinstance(value, int | float):
-            outer[key] = random.choice((value + 1, value - 1, -value, value * 2, value * 1.5))
-        elif kind == 2:
-            outer.pop(key)
-        elif kind == 3 and isinstance(outer, dict):
-            outer[f"{its}" if random.random() < 0.5 else f"{key}{random.choice(('', '2', '.weight', '__fr'))}"] = value
-        else:
-            outer[key] = json.loads(json.dumps(theirs))
-    parts[index] = json.dumps(whole).encode()
-    result = MARK.join(parts)
-    return result if len(result) <= most else data
-
-
-def nodes(value: Any) -> Iterator[Any]:
-    """Every object and list in a JSON value."""
-    if isinstance(value, dict | list):
-        yield value
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from nodes(inner)
+def changed(data: bytes, most: int, seed: int) -> bytes:
+    """An input like this one: libFuzzer's own change of bytes, or one of JSON's values."""
+    other = mutated(data, Random(seed))
+    return other if other is not None and len(other) <= most else bytes(atheris.Mutate(data, len(data)))
 
 
 def main() -> None:
@@ -128,7 +62,7 @@ def main() -> None:
         print(f"inputs in {folder}", flush=True)
     limits = [f"-max_len={MOST}", "-timeout=20", "-rss_limit_mb=4000"]
     arguments = [sys.argv[0], *folders, *limits, *options]
-    atheris.Setup(arguments, lambda data: read(READERS[name], data) and None, custom_mutator=mutated)
+    atheris.Setup(arguments, lambda data: read(READERS[name], data) and None, custom_mutator=changed)
     atheris.Fuzz()
 
 
