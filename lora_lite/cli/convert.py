@@ -48,8 +48,9 @@ def convert(
         raise ConfigError("max_error is of a conversion to a LoRA of some rank: give that, or an energy, too")
     if energy is not None and (rank is not None or not 0 < energy <= 1):
         raise ConfigError(f"energy={energy} with rank={rank}: wanted a share above 0, at most 1, without a rank")
-    is_ours = loader_of(source) is None
-    record = read_adapter(source).record if is_ours else None  # another program's file has none
+    record = None  # another program's file has none
+    if is_ours := loader_of(source) is None:
+        record = read_adapter(source).record
     to = to or (PEFT if is_ours or is_cut or options else OURS)
     model = _base(base_dir, record)
     adapter = load(model, source)
