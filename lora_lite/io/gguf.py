@@ -1,4 +1,4 @@
-"""GGUF files as untrusted input, and written: the container of llama.cpp (docs/gguf.md of ggml, version 3, little-endian).
+"""GGUF files as untrusted input, and written: llama.cpp's container (docs/gguf.md of ggml, version 3, little-endian).
 
     "GGUF", version u32, tensors u64, fields u64
     fields       key, type u32, value
@@ -75,16 +75,17 @@ def read_gguf(path: Path) -> Gguf:
             F16, BF16, F64 and Q8_0, which a model may have and no adapter.
     """
     try:
-        with open_file(path) as raw:
+        # Fields are a few bytes each, and open_file's calls go to the system.
+        with open_file(path) as raw, io.BufferedReader(raw, 1 << 16) as file:  # type: ignore[type-var]
             size = os.fstat(raw.fileno()).st_size
-            return _read(path, _Cursor(io.BufferedReader(raw, 1 << 16), size), size)  # type: ignore[type-var]
-    except _Damage as error:
+            return _read(path, _Cursor(file, size), size)
+    except _DamageError as error:
         raise CheckpointError(
             f"{path} is no GGUF file, or is damaged: {brief(error, 600)}\n  copy or convert it again"
         ) from error
 
 
-class _Damage(ValueError):
+class _DamageError(ValueError):
     """What is wrong in a file, before its name is put to it."""
 
 
@@ -96,11 +97,11 @@ class _Cursor:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.left:
-            raise _Damage(f"{what} would be {count} bytes, and {self.left} are left")
+            raise _DamageError(f"{what} would be {count} bytes, and {self.left} are left")
         self.left -= count
         read = self.file.read(count)
         if len(read) < count:
-            raise _Damage("it became shorter while it was read")
+            raise _DamageError("it became shorter while it was read")
         return read
 
     def number(self, code: str, what: str) -> Any:
@@ -110,53 +111,53 @@ class _Cursor:
         """A count of things of at least some bytes each."""
         count = self.number("Q", what)
         if count > min(most, self.left // least):
-            raise _Damage(f"{count} {what} in the {self.left} bytes that are left; wanted at most {most}")
+            raise _DamageError(f"{count} {what} in the {self.left} bytes that are left; wanted at most {most}")
         return count
 
     def text(self, what: str, longest: int = LONGEST_TEXT) -> str:
         try:
             return self.take(self.count(longest, f"bytes of {what}"), what).decode()
         except UnicodeDecodeError as error:
-            raise _Damage(f"{what} is no UTF-8") from error
+            raise _DamageError(f"{what} is no UTF-8") from error
 
 
 def _read(path: Path, cursor: _Cursor, size: int) -> Gguf:
     if cursor.take(4, "its first bytes") != MAGIC:
-        raise _Damage("it doesn't begin with GGUF")
+        raise _DamageError("it doesn't begin with GGUF")
     version = cursor.number("I", "the version")
     if version not in VERSIONS:
-        raise _Damage(f"its version is {version}, of {VERSIONS}; a file for big-endian machines isn't read")
+        raise _DamageError(f"its version is {version}, of {VERSIONS}; a file for big-endian machines isn't read")
     tensors, count = cursor.count(MOST, "tensors", 24), cursor.count(MOST, "fields", 13)
     fields: dict[str, Value] = {}
     for _ in range(count):
         key = cursor.text("a field's key", 65_535)
         if key in fields:  # readers differ in which of two they take, so a file could be two
-            raise _Damage(f"the field {key!r} is there twice")
+            raise _DamageError(f"the field {key!r} is there twice")
         fields[key] = _value(cursor, key)
     alignment = fields.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
-        raise _Damage(f"general.alignment={alignment!r}; wanted a power of 2 from 8 on")
+        raise _DamageError(f"general.alignment={alignment!r}; wanted a power of 2 from 8 on")
     places: dict[str, tuple[str, tuple[int, ...], int]] = {}  # name -> type, shape, offset
     for _ in range(tensors):
         name = cursor.text("a tensor's name", LONGEST_TENSOR_NAME)
         if name in places:
-            raise _Damage(f"the tensor {name!r} is there twice")
+            raise _DamageError(f"the tensor {name!r} is there twice")
         places[name] = _place(cursor, name, fields.get("general.type"))
     check_names([*fields, *places], str(path))
     start = _padded(size - cursor.left, alignment)
     entries, stop, end = {}, start, start
     for name, (dtype, shape, offset) in places.items():
         if start + offset != end:
-            raise _Damage(
+            raise _DamageError(
                 f"{name!r} begins at byte {offset} of the data, and the tensors before it end at {end - start}"
             )
         numbers, width = _BYTES[dtype]
         if not shape or shape[-1] % numbers:
-            raise _Damage(f"{name!r} is {dtype} {shape}")
+            raise _DamageError(f"{name!r} is {dtype} {shape}")
         stop = end + prod(shape) // numbers * width
         entries[name], end = Entry(dtype, shape, end, stop), _padded(stop, alignment)
     if places and not stop <= size <= end:  # the last one's padding may be left out
-        raise _Damage(f"its tensors end at byte {stop}, and it has {size}")
+        raise _DamageError(f"its tensors end at byte {stop}, and it has {size}")
     return Gguf(Header(path, entries, {}, start), fields)
 
 
@@ -178,23 +179,23 @@ def _value(cursor: _Cursor, key: str) -> Value:
 
 def _code(kind: int, key: str) -> str:
     if kind not in _SCALARS:  # a list of lists, too: llama.cpp takes none
-        raise _Damage(f"the field {key!r} has the type {kind}")
+        raise _DamageError(f"the field {key!r} has the type {kind}")
     return _SCALARS[kind]
 
 
 def _place(cursor: _Cursor, name: str, of: Value) -> tuple[str, tuple[int, ...], int]:
     dimensions = cursor.number("I", f"the dimensions of {name!r}")
     if not 1 <= dimensions <= 4:
-        raise _Damage(f"{name!r} has {dimensions} dimensions; wanted 1 to 4")
+        raise _DamageError(f"{name!r} has {dimensions} dimensions; wanted 1 to 4")
     sizes = [cursor.number("Q", f"the sizes of {name!r}") for _ in range(dimensions)]
     kind, offset = cursor.number("I", f"the type of {name!r}"), cursor.number("Q", f"the offset of {name!r}")
     if kind not in _TYPES:
-        raise _Damage(
+        raise _DamageError(
             f"{name!r} has GGML's type {kind} in a file of the type {brief(of)!r}; "
             f"an adapter's tensors are {', '.join(_TYPES.values())}, and a model's file is no adapter"
         )
     if not all(0 < size < 1 << 40 for size in sizes):
-        raise _Damage(f"{name!r} has the sizes {sizes}")
+        raise _DamageError(f"{name!r} has the sizes {sizes}")
     return _TYPES[kind], tuple(reversed(sizes)), offset
 
 

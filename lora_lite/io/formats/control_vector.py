@@ -5,8 +5,8 @@
     controlvector.layer_count   how many directions there are
     direction.3                 F32 (d,), added to the residual stream at the output of block 3, counted from 0
 
-llama.cpp starts at block 1: a vector at block 0 has no place. It adds the vector times --control-vector-scaled's number,
-at all tokens; so what is written is c v. On a model the file is a steer with kinds="block".
+llama.cpp starts at block 1: a vector at block 0 has no place. It adds the vector at all tokens, times the number of
+--control-vector-scaled; so what is written is c v. On a model the file is a steer with kinds="block".
 """
 
 import re

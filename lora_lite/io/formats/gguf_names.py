@@ -1,7 +1,7 @@
 """llama.cpp's names of a model's layers, and the order that it has their output rows in.
 
-The names are those of gguf.TensorNameMap. What else a conversion does to a weight is in llama.cpp's conversion/*.py, one
-class for each architecture: read there, and each type of model below run in llama.cpp beside transformers.
+The names are those of gguf.TensorNameMap. What else a conversion does to a weight is in llama.cpp's conversion/*.py,
+one class for each architecture: read there, and each type of model below run in llama.cpp beside transformers.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ def same(name: str, config: Any, d_out: int) -> None:
 
 
 def rotary(name: str, config: Any, d_out: int) -> Tensor | None:
-    """q and k of each head have the two halves of the rotary pairs beside each other, as Meta's checkpoints had them."""
+    """In each head of q and k the two numbers of a rotary pair are neighbours, as in Meta's checkpoints."""
     heads = {"attn_q": config.num_attention_heads, "attn_k": _groups(config)}.get(name)
     return None if heads is None else torch.arange(d_out).reshape(heads, 2, -1).mT.reshape(-1)
 
@@ -64,10 +64,43 @@ class Architecture:
 ARCHITECTURES = {  # by model_type of transformers
     "llama": Architecture("llama", rotary),
     "mistral": Architecture("llama", rotary),
+    "mixtral": Architecture("llama", rotary),
+    "smollm3": Architecture("smollm3", rotary),
+    "arcee": Architecture("arcee", rotary),
+    "granite": Architecture("granite", rotary, is_plain=False),
+    "granitemoe": Architecture("granitemoe", rotary, is_plain=False),
+    "olmo": Architecture("olmo", rotary),
+    "ernie4_5": Architecture("ernie4_5"),
+    "apertus": Architecture("apertus"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
+    "qwen2_moe": Architecture("qwen2moe"),
+    "qwen3_moe": Architecture("qwen3moe"),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2", is_plain=False),
+    "gemma3_text": Architecture("gemma3", is_plain=False),
+    "phi": Architecture("phi2"),
     "phi3": Architecture("phi3"),
     "gpt2": Architecture("gpt2"),
+    "gpt_bigcode": Architecture("starcoder"),
+    "starcoder2": Architecture("starcoder2"),
+    "gpt_neox": Architecture("gptneox", by_head),
+    "bloom": Architecture("bloom", by_head),
+    "falcon": Architecture("falcon", by_group),
+    "stablelm": Architecture("stablelm"),
+    "olmo2": Architecture("olmo2", is_plain=False),
+    "olmo3": Architecture("olmo2", is_plain=False),
+    "olmoe": Architecture("olmoe"),
+    "cohere": Architecture("command-r"),
+    "cohere2": Architecture("cohere2"),
+    "exaone4": Architecture("exaone4", is_plain=False),
+    "seed_oss": Architecture("seed_oss"),
+    "glm": Architecture("chatglm"),
+    "glm4": Architecture("glm4", is_plain=False),
+    "gpt_oss": Architecture("gpt-oss"),
+    "nemotron": Architecture("nemotron"),
+    "hunyuan_v1_dense": Architecture("hunyuan-dense"),
+    "jais2": Architecture("jais2"),
 }
 
 
