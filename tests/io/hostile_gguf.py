@@ -52,18 +52,22 @@ def numbers(raw: bytes) -> list[tuple[str, int, int]]:
     places, place = [("version", 4, 4), ("tensors", 8, 8), ("fields", 16, 8)], 24
 
     def take(what: str, width: int) -> int:
+        """A number; the place is after it, and after the bytes that it counts, of a text."""
         nonlocal place
         places.append((what, place, width))
-        place += width
-        return int.from_bytes(raw[place - width : place], "little")
+        value = int.from_bytes(raw[place : place + width], "little")
+        place += width + (value if what in ("key", "text", "name") else 0)
+        return value
 
     tensors, fields = (int.from_bytes(raw[start : start + 8], "little") for start in (8, 16))
     for _ in range(fields):
-        place += take("key", 8)
-        kind = take("type", 4)
-        place += take("text", 8) if kind == 8 else struct.calcsize(SCALARS[kind])
+        take("key", 8)
+        if (kind := take("type", 4)) == 8:
+            take("text", 8)
+        else:
+            place += struct.calcsize(SCALARS[kind])
     for _ in range(tensors):
-        place += take("name", 8)
+        take("name", 8)
         for _ in range(take("dimensions", 4)):
             take("size", 8)
         take("kind", 4)

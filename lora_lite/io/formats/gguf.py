@@ -109,7 +109,7 @@ def _piece(
     if (rows := names.rows(name, target.d_out)) is not None and len(b) == len(rows):
         b = b[rows.argsort()]
     dtype, r = torch.promote_types(a.dtype, b.dtype), len(a)
-    cfg = config(where, "lora", r=r, alpha=abs(alpha) or r, dtype=dtype)
+    cfg = config(where, "lora", r=r, alpha=abs(alpha) or float(r), dtype=dtype)
     return Piece(target, layer, cfg, {"lora_A": a, "lora_B": -b if alpha < 0 else b})
 
 
