@@ -184,8 +184,9 @@ def many(what: str) -> Damage:
 
 
 def twice(parts: Parts) -> Parts:
-    again = parts.infos[0]._replace(offset=parts.infos[-1].offset)
-    return parts._replace(infos=[*parts.infos[:-1], again])
+    """The first tensor a second time, with the bytes to go with it."""
+    data = parts.data + bytes(-len(parts.data) % 32)
+    return parts._replace(infos=[*parts.infos, parts.infos[0]._replace(offset=len(data))], data=data + parts.data)
 
 
 NAMES = [

@@ -931,9 +931,9 @@ def test_a_hostile_file(reader: str, damage: Damage, right: str, model: Any, tmp
 
 def test_the_set_is_large_and_its_sources_are_valid(model: Any, tmp_path: Path) -> None:
     assert sum(len(cases) for cases in CASES.values()) >= 200
-    for name, (write, call) in READERS.items():
+    for name, reader in READERS.items():
         (tmp_path / name).mkdir()
-        call(model, write(tmp_path / name), tmp_path / "out")
+        reader.call(model, reader.write(tmp_path / name), tmp_path / "out")
         ll.detach(model)
 
 

@@ -248,7 +248,7 @@ def test_what_is_not_written_is_named(tmp_path: Path) -> None:
     ll.attach(other, config("lora"))
     other.config.model_type = "x\ny"
     refused(
-        r"LlamaForCausalLM \(model_type 'x\\\\ny'\) has no GGUF architecture .*\n  known: apertus, .*\n  merge it",
+        r"LlamaForCausalLM \(model_type 'x\\ny'\) has no GGUF architecture .*\n  known: apertus, .*\n  merge it",
         other,
     )
     ll.detach(other)
