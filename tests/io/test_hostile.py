@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hostile_gguf
 import jaxtyping
 import pytest
 import torch
@@ -44,6 +45,8 @@ class Reader(NamedTuple):
     """Into an empty folder; gives the safetensors file that is to be damaged."""
     call: Callable[[Any, Path, Path], Any]
     """(model, that file, a folder for output)"""
+    trained: Callable[[], Any] = lambda: trained()
+    """The model with the adapter that is in it."""
 
 
 @functools.cache
@@ -155,6 +158,27 @@ BASE = Reader(write_base, lambda model, file, out: merged(model, file.parent, me
 LABELS = BASE._replace(write=write_labels)
 READERS = {"adapter": ADAPTER, "raw": RAW, "shards": SHARDS, "peft": PEFT, "diffusers": DIFFUSERS}
 READERS |= {"merge": MERGE, "base": BASE, "labels": LABELS}
+
+
+def write_gguf(folder: Path) -> Path:
+    ll.save_as(trained(), folder / "a.gguf", "gguf")
+    return folder / "a.gguf"
+
+
+@functools.cache
+def steered() -> Any:
+    """Of directions whose length is exact, so that what a file has, c v, is all of it."""
+    model, cfg = tiny_llama(), ll.SteerConfig(kinds="block", layers=[1])
+    ll.attach(model, cfg, calibration_data={"directions": torch.eye(64)[5] * 2})
+    return model
+
+
+def write_control_vector(folder: Path) -> Path:
+    ll.save_as(steered(), folder / "a.gguf", "gguf-control-vector")
+    return folder / "a.gguf"
+
+
+READERS |= {"gguf": Reader(write_gguf, ADAPTER.call), "vector": Reader(write_control_vector, ADAPTER.call, steered)}
 
 Damage = Callable[[Path, random.Random], Any]
 """Change the file (and what is beside it) in place."""
@@ -802,6 +826,12 @@ LABELS_CONFIG: list[Case] = [
     ),  # type: ignore[misc]
 ]
 
+REPLACED: list[Case] = [
+    *((f"file-{name}", replaced(make), "error") for name, make in FILES.items()),
+    ("zeros", lambda file, rng: file.write_bytes(bytes(1000)), "error"),
+    ("noise", lambda file, rng: file.write_bytes(b"GGUF" + rng.randbytes(5000)), "error"),
+]
+
 CASES: dict[str, list[Case]] = {
     "adapter": [*ANY, *METADATA],
     "raw": [*ANY, *FOREIGN],
@@ -811,6 +841,8 @@ CASES: dict[str, list[Case]] = {
     "merge": [*ANY[::12], *METADATA[::6]],
     "base": [*ANY[::12], *INDEXED[::4], *BASE_CONFIG],
     "labels": LABELS_CONFIG,
+    "gguf": [*hostile_gguf.cases((b"general.architecture", b"general.type", b"adapter.type"), "error"), *REPLACED],
+    "vector": [*hostile_gguf.cases((b"general.architecture",), "same"), *REPLACED],
 }
 
 
@@ -887,9 +919,9 @@ def test_a_hostile_file(reader: str, damage: Damage, right: str, model: Any, tmp
     else:
         assert right != "error"
         loaded = ll.adapters(model)["default"].state_dict()
-        assert all(
-            torch.equal(loaded[key], value) for key, value in ll.adapters(trained())["default"].state_dict().items()
-        )
+        written = ll.adapters(READERS[reader].trained())["default"].state_dict()
+        assert loaded.keys() == written.keys()
+        assert all(torch.equal(loaded[key], value) for key, value in written.items())
     if ll.adapters(model):
         ll.detach(model)
     assert same_snapshot(before, snapshot(model))
@@ -899,9 +931,9 @@ def test_a_hostile_file(reader: str, damage: Damage, right: str, model: Any, tmp
 
 def test_the_set_is_large_and_its_sources_are_valid(model: Any, tmp_path: Path) -> None:
     assert sum(len(cases) for cases in CASES.values()) >= 200
-    for name, (write, call) in READERS.items():
+    for name, reader in READERS.items():
         (tmp_path / name).mkdir()
-        call(model, write(tmp_path / name), tmp_path / "out")
+        reader.call(model, reader.write(tmp_path / name), tmp_path / "out")
         ll.detach(model)
 
 

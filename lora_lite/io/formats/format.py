@@ -31,6 +31,11 @@ Pieces = dict[str, Piece]
 """The pieces of an adapter by the layers' paths in the model."""
 
 
+def on_its_layer(_: nn.Module, piece: Piece) -> str:
+    """The path of a piece's own layer."""
+    return piece.target.path
+
+
 def never(_: Path | Header) -> bool:
     """Nothing is told from it."""
     return False
@@ -55,6 +60,7 @@ class Format:
     is_path: Callable[[Path], bool] = never  # by the first bytes of a file, or the names in a folder; raises nothing
     is_header: Callable[[Header], bool] = never  # by the keys of a safetensors file
     options: frozenset[str] = field(default=frozenset())  # further arguments of `write`
+    place: Callable[[nn.Module, Piece], str] = on_its_layer  # where `read` gives a piece back: its path there
 
 
 def config(where: str, variant: str, **fields: Any) -> BaseConfig:

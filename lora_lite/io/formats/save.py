@@ -65,6 +65,8 @@ def save_as(
         save(model, path, name)
         return 0.0
     root, session = session_of(model)
+    if is_cut and "lora" not in known.variants:
+        raise ConfigError(f"format={format!r}: rank and energy make a LoRA, and it holds none\n  leave them out")
     check_unmerged(session, "export")
     adapter = get_adapter(model, name)
     layers, path = adapted_layers(model, [adapter]), Path(path)
@@ -76,7 +78,9 @@ def save_as(
     for p, piece in pieces.items():
         check_numbers(dict(piece.tensors), f"{name} in memory: {p}", "nothing was written")
     known.write(root, pieces, path, **options)
-    worst = difference(layers, known.read(root, path), path)
+    worst = difference(
+        {known.place(root, pieces[p]): sites for p, sites in layers.items()}, known.read(root, path), path
+    )
     logger.info(f"saved {adapter} to {path}, a {known.says}: ΔW differs by {worst:.1e} at most in a layer")
     return worst
 
@@ -96,12 +100,15 @@ def _native(known: Format, sites: Sequence[Site], scale: float) -> Piece:
         return CheckpointError(f"{site.path or 'the model itself'}: a {known.says} can't hold {problem}\n  {cure}")
 
     as_lora = "give rank= or energy= to write what it changes as a plain LoRA"
+    as_lora = as_lora if "lora" in known.variants else "keep it as our file (lora_lite.save)"
     if len(sites) > 1:
         raise refused(f"{len(sites)} methods at one layer", as_lora)
     if variant not in known.variants:
         raise refused(f"{variant!r}, only {', '.join(known.variants)}", as_lora)
     if site.positions is not None:
         raise refused("an adapter that acts at some positions of a sequence", "keep it as our file (lora_lite.save)")
+    if scale == 0:
+        raise refused("an adapter at scale 0, which does nothing", "set its scale first")
     tensors = {name: tensor.detach() for name, tensor in site.tensors()}
     if variant != "lora":
         if scale != 1 and variant != "steer":
@@ -109,8 +116,6 @@ def _native(known: Format, sites: Sequence[Site], scale: float) -> Piece:
         return Piece(site.target, site.base, cfg, tensors, scale)
     if further := sorted(tensors.keys() - {"lora_A", "lora_B"}):
         raise refused(f"{further[0]}, which adds a constant", "keep it as our file (lora_lite.save), or merge it")
-    if scale == 0:
-        raise refused("an adapter at scale 0, which does nothing", "set its scale first")
     a, b = tensors["lora_A"], tensors["lora_B"]
     one: Any = cfg
     # alpha / r holds rsLoRA's scaling and the adapter's own, so that the tensors stay what they are.
@@ -135,6 +140,9 @@ def difference(layers: Layers, pieces: Pieces, path: Path) -> float:
 
 def _difference(sites: Sequence[Site], piece: Piece) -> float:
     site = sites[0]
+    if piece.cfg.variant == "steer":  # no weight holds it; a file may have it at another place, where c v is the same
+        ours, theirs = site.state.scale * site.tensor("lora_v").double(), piece.scale * piece.tensors["lora_v"].double()
+        return float((theirs - ours).norm()) / (float(ours.norm()) or 1.0)
     if piece.cfg.variant == site.cfg.variant and added_change(sites) is None:  # a method that reads W: by its tensors
         live, ours, theirs = dict(site.tensors()), site.cfg, piece.cfg
         if getattr(ours, "scaling", 1.0) != getattr(theirs, "scaling", 1.0):
