@@ -1,6 +1,6 @@
 """The formats of other programs, by name."""
 
-from . import mlx
+from . import diffusers, mlx
 from .format import Format
 
-FORMATS: dict[str, Format] = {known.name: known for known in (mlx.FORMAT,)}
+FORMATS: dict[str, Format] = {known.name: known for known in (mlx.FORMAT, diffusers.FORMAT)}
