@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...base.layer import BaseLayer
 from ...base.matrices import ALL_CHANNELS
 from ...core.names import check_shapes, file_key
-from ...core.state import Site
 from ...core.targets import Target
 from ...core.variant import lookup
 from ...errors import CheckpointError, brief
