@@ -238,7 +238,7 @@ def in_file(piece: Piece, place: Place) -> dict[str, Tensor]:
         if cfg.variant == "dora":
             values["lora_m"] = lora.magnitude(piece.layer, cfg.scaling, values)
         rows = {"lora_B": b.reshape(*b.shape, *ones)}
-        rows |= {"lora_m": values["lora_m"].reshape(-1, *(ones or (1,)))} if "lora_m" in values else {}
+        rows |= {"lora_m": values["lora_m"].reshape(-1, 1, *ones)} if "lora_m" in values else {}
         rows = {name: swap(value) if place.is_swapped else value for name, value in rows.items()}
         named = {_LORA["lora_A"]: a.unflatten(1, (-1, *kernel)) if kernel else a, _LORA["lora_B"]: rows["lora_B"]}
         named |= {_SCALE: rows["lora_m"]} if "lora_m" in rows else {}
