@@ -9,8 +9,10 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from models import OneLinear, config, perturb
 from safetensors.torch import load_file, save_file
-from test_diffusers import MODELS, assert_close, output
+from test_diffusers import MODELS, assert_close, output, unet
 from test_for_diffusers import pipeline_of
+from test_laws import same_snapshot, snapshot
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import lora_lite as ll
 from lora_lite.io.formats.kohya_kinds import swap
@@ -155,14 +157,9 @@ def sdxl_output(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("names", ["diffusers", "original"])
 def test_diffusers_reads_sdxl_by_its_own_names(names: str, tmp_path: Path) -> None:
     model, other, file = sdxl(), sdxl(), tmp_path / "a.safetensors"
-    cfg = config(
-        "lora",
-        r=3,
-        alpha=5.0,
-        target_names=r"time_emb_proj|conv|to_|net|proj_(in|out)|linear_",
-        kinds=("linear", "conv"),
-    )
-    perturb(ll.attach(model, cfg), 0.1)
+    places, kinds = r"time_emb_proj|conv|to_|net|proj_(in|out)|linear_", ("linear", "conv")
+    left = "add_embedding" if names == "diffusers" else ()  # diffusers takes its own name of it for another layer's
+    perturb(ll.attach(model, config("lora", r=3, alpha=5.0, target_names=places, exclude_names=left, kinds=kinds)), 0.1)
     ll.save_as(model, file, "kohya", names=names)
     assert any("lora_unet_input_blocks_8_1_transformer_blocks_1_attn2_to_k." in key for key in load_file(file)) is (
         names == "original"
@@ -177,9 +174,7 @@ def test_diffusers_reads_sdxl_by_its_own_names(names: str, tmp_path: Path) -> No
     torch.testing.assert_close(sdxl_output(again), wanted, rtol=1e-5, atol=1e-5)
 
 
-DOUBLE = (
-    r"(?<!single_)transformer_blocks.*(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|net|linear)|proj_out|norm\.linear"
-)
+DOUBLE = r"(?<!single_)transformer_blocks.*(to_[qkv]|add_[qkv]|to_out\.0|to_add_out|net|linear)|proj_out|norm\.linear"
 
 
 def test_diffusers_reads_flux_by_its_own_names(tmp_path: Path) -> None:
@@ -266,3 +261,180 @@ def test_a_fused_layer_by_other_methods(variant: str, tmp_path: Path) -> None:
     ll.attach(other, config(variant, r=2, target_names=r"^transformer_blocks.*to_[qkv]"))
     with pytest.raises(ll.CheckpointError, match=r"qkv is one layer there, and .* of its parts isn't one of it\n"):
         ll.save_as(other, tmp_path / "b.safetensors", "kohya", names="original")
+
+
+# ---- what a file cannot be ------------------------------------------------------------------------------------------
+
+
+def few_layers() -> Any:
+    """A square layer, a convolution, an embedding, and two layers that share a name with underscores."""
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.a = torch.nn.Linear(6, 6)
+    model.conv = torch.nn.Conv2d(4, 6, 3)
+    model.token = torch.nn.Embedding(5, 6)
+    model.b = torch.nn.Module()
+    model.b.c = torch.nn.Linear(6, 8)
+    model.b_c = torch.nn.Linear(6, 8)
+    return model.eval()
+
+
+def tensors_of(**others: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A LoRA of the square layer, and what else is said: `a__alpha` is lora_unet_a.alpha."""
+    given = {"a__lora_down.weight": torch.randn(2, 6), "a__lora_up.weight": torch.randn(6, 2)} | others
+    return {f"lora_unet_{key.replace('__', '.')}": tensor for key, tensor in given.items()}
+
+
+ONE = torch.ones
+REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "no partner": ({"conv__lora_up.weight": ONE(6, 2, 1, 1)}, r"unet_conv has lora_up.weight\n  wanted lora_down"),
+    "alpha alone": ({"conv__alpha": ONE(())}, r"unet_conv has alpha\n  wanted the factors of one method"),
+    "two methods": ({"a__hada_w1_a": ONE(6, 2)}, r"unet_a has hada_w1_a, .*\n  wanted the factors of one method"),
+    "an unknown kind": ({"a__diff_b": ONE(6)}, r"unet_a.diff_b is of no kind that is known\n  nothing is left out"),
+    "an unknown model": (
+        {"": ONE(2)},
+        r"lora_unet_ is of no model that is known here\n  names .* begin with lora",
+    ),
+    "an unknown layer": ({"x__lora_up.weight": ONE(6, 2)}, r"1 of its 2 layers of lora_unet are not in this Module"),
+    "a shared name": (
+        {"b_c__lora_down.weight": ONE(2, 6), "b_c__lora_up.weight": ONE(8, 2)},
+        r"lora_unet_b_c is the name of b.c, b_c\n  rename it",
+    ),
+    "an embedding": (
+        {"token__lora_down.weight": ONE(2, 5), "token__lora_up.weight": ONE(6, 2)},
+        r"token is of token, a layer of the kind 'embedding'\n  leave it out",
+    ),
+    "a wide alpha": ({"a__alpha": ONE(2)}, r"a.alpha is F32 \(2,\)\n  wanted one finite number"),
+    "alpha of nothing": ({"a__alpha": torch.tensor(float("nan"))}, r"a.alpha is F32 \(\)\n  wanted one finite number"),
+    "another kernel": (
+        {"conv__lora_down.weight": ONE(2, 4, 5, 5), "conv__lora_up.weight": ONE(6, 2, 1, 1)},
+        r"conv.lora_down.weight is \(2, 4, 5, 5\)\n  wanted a matrix, or one with the kernel \(3, 3\)",
+    ),
+    "a kernel above": ({"a__lora_up.weight": ONE(6, 2, 3, 3)}, r"lora_up.weight is \(6, 2, 3, 3\)\n  wanted a matrix"),
+    "ranks": ({"a__lora_up.weight": ONE(6, 3)}, r"wrong shapes"),
+    "a core on a linear": ({"a__lora_mid.weight": ONE(2, 2, 3, 3)}, r"lora_mid.weight is \(2, 2, 3, 3\)\n  wanted"),
+    "norms by columns": (
+        {"a__dora_scale": ONE(1, 6)},
+        r"a.dora_scale is \(1, 6\)\n  wanted .* wd_on_out=False",
+    ),
+    "NaN": ({"a__lora_up.weight": ONE(6, 2) / 0}, r"lora_unet_a: 1 tensors hold NaN"),
+    "a part of LoHa": (
+        {f"conv__hada_{name}": ONE(2, 2) for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1")},
+        r"wanted hada_w1_a, hada_w1_b, hada_w2_a and hada_w2_b, and both cores or none",
+    ),
+    "LoHa's core": (
+        {f"conv__hada_w{i}_{x}": ONE(2, 6 if x == "a" else 4) for i in (1, 2) for x in "ab"}
+        | {f"conv__hada_t{i}": ONE(2, 2, 5, 5) for i in (1, 2)},
+        r"hada_t1 is \(2, 2, 5, 5\)\n  wanted \(r, r, \*\(3, 3\)\)",
+    ),
+    "LoHa's matrix": (
+        {f"conv__hada_{name}": ONE(6) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+        r"hada_w1_a is \(6,\)\n  wanted a matrix",
+    ),
+    "a decomposed LoKr": (
+        {"conv__lokr_w1": ONE(2, 2), "conv__lokr_w2": ONE(3, 2, 3, 3), "conv__dora_scale": ONE(6, 1, 1, 1)},
+        r"LoHa and LoKr with a dora_scale .* aren't known here",
+    ),
+    "a half of LoKr": ({"conv__lokr_w1": ONE(2, 2)}, r"has lokr_w1\n  wanted lokr_w1 or its two factors, and lokr_w2"),
+    "LoKr's kernel": (
+        {"conv__lokr_w1": ONE(2, 2), "conv__lokr_w2": ONE(3, 2, 5, 5)},
+        r"lokr_w2 is \(3, 2, 5, 5\)\n  wanted a matrix, or one with the kernel",
+    ),
+    "LoKr's ranks": (
+        {"conv__lokr_w1": ONE(2, 2), "conv__lokr_w2_a": ONE(3, 1), "conv__lokr_w2_b": ONE(2, 18)},
+        r"its factors are .*\n  wanted one rank in all",
+    ),
+    "LoKr of another size": (
+        {"conv__lokr_w1": ONE(2, 2), "conv__lokr_w2": ONE(3, 3, 3, 3)},
+        r"wrong shapes: W1 \(2, 2\) and W2 \(3, 3\) are of a layer \(6, 54\), and conv is \(6, 36\)",
+    ),
+    "LoKr of a split": (
+        {"conv__lokr_w1": ONE(6, 1), "conv__lokr_w2": ONE(1, 4, 3, 3)},
+        r"no decompose_factor splits \(6, 4\) into W1 \(6, 1\) and W2 \(1, 4\)\n  make a LoRA",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_file_cannot_be_is_named(case: str, tmp_path: Path) -> None:
+    others, message = REFUSED[case]
+    file, model = tmp_path / "a.safetensors", few_layers()
+    save_file(tensors_of(), file)
+    ll.detach(model, ll.load(model, file).name)
+    save_file(tensors_of(**others), file)
+    before = snapshot(model)
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.load(model, file)
+    assert same_snapshot(before, snapshot(model))
+
+
+def test_what_is_not_written_is_named(tmp_path: Path) -> None:
+    model, file = few_layers(), tmp_path / "a.safetensors"
+    ll.attach(model, config("lora", target_names=r"b_c|b\.c|^a$"))
+    with pytest.raises(ll.CheckpointError, match=r"b.c: b_c is the name of b.c, b_c\n  leave them out"):
+        ll.save_as(model, file, "kohya")
+    with pytest.raises(ll.CheckpointError, match=r"a: the original of a Module has no such layer\n  write it with"):
+        ll.save_as(model, file, "kohya", names="original")
+    with pytest.raises(ll.ConfigError, match=r"names='sgm': wanted 'diffusers' or 'original'"):
+        ll.save_as(model, file, "kohya", names="sgm")
+    with pytest.raises(ll.ConfigError, match=r"prefix='unet': wanted one of lora_unet, "):
+        ll.save_as(model, file, "kohya", prefix="unet")
+    with pytest.raises(ll.CheckpointError, match=r"is a folder; kohya's format is one file"):
+        ll.save_as(model, tmp_path, "kohya")
+    ll.detach(model)
+    ll.attach(model, config("lora", target_names="token", kinds="embedding"))
+    with pytest.raises(ll.CheckpointError, match=r"token: kohya's format has no adapter on .* 'embedding'\n  leave it"):
+        ll.save_as(model, file, "kohya")
+    flux = MODELS["flux"]()
+    ll.attach(flux, config("lora", target_names=r"^transformer_blocks.*to_q"))
+    with pytest.raises(ll.CheckpointError, match=r"to_q is a part of double_blocks_0_img_attn_qkv there, .*to_k"):
+        ll.save_as(flux, file, "kohya", names="original")
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (0.0, 1.0), (3.0, 1.5), (-1.0, -0.5), ("int", 2.0)])
+def test_alpha(alpha: Any, scale: float, tmp_path: Path) -> None:
+    """None and 0 are the rank, to kohya and LyCORIS too; some files have it as an integer."""
+    value = torch.tensor(4) if alpha == "int" else None if alpha is None else torch.tensor(alpha)
+    stored = tensors_of() | ({} if value is None else {"lora_unet_a.alpha": value})
+    save_file(stored, tmp_path / "a.safetensors")
+    model = few_layers()
+    ll.load(model, tmp_path / "a.safetensors")
+    x, before = torch.randn(3, 6), few_layers().a
+    down, up = stored["lora_unet_a.lora_down.weight"], stored["lora_unet_a.lora_up.weight"]
+    wanted = before(x) + scale * x @ down.T @ up.T
+    torch.testing.assert_close(model.a(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def text_encoder(width: int) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=50, max_position_embeddings=8)).eval()
+
+
+def test_a_file_of_a_pipeline(tmp_path: Path, log: list[str]) -> None:
+    """Each model takes its own; of two text encoders with one set of names the one of its width."""
+    file, stored, wanted = tmp_path / "a.safetensors", {}, []
+    models = [("lora_unet", unet), ("lora_te1", lambda: text_encoder(16)), ("lora_te2", lambda: text_encoder(24))]
+    for prefix, build in models:
+        model = build()
+        perturb(ll.attach(model, config("lora", target_names=r"(to_q|q_proj)$")), 0.2)
+        ll.save_as(model, file, "kohya", prefix=prefix)
+        stored |= load_file(file)
+        wanted.append({key: t.clone() for key, t in ll.adapters(model)["default"].state_dict().items()})
+    assert "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.alpha" in stored  # as in transformers 4
+    save_file(stored, file)
+    for (prefix, build), tensors in zip(models, wanted, strict=True):
+        loaded = ll.load(build(), file).state_dict()
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+        assert any(f"{prefix} is this model's; " in line and "left there" in line for line in log)
+    save_file({key.replace("te2", "te3"): t for key, t in stored.items()} | stored, file)
+    with pytest.raises(ll.CheckpointError, match=r"lora_te3.*, 2 have names and sizes of this CLIP.*\n  write the one"):
+        ll.load(text_encoder(24), file)
+
+
+def test_files_without_a_name_for_them_are_known_by_their_keys(tmp_path: Path) -> None:
+    save_file({"diffusion_model.x.lora_down.weight": ONE(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ll.CheckpointError, match=r"diffusion_model.x.lora_down.weight is of no model that is known"):
+        ll.load(few_layers(), tmp_path / "a.safetensors")
