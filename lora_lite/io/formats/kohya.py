@@ -17,7 +17,7 @@ from typing import Any
 
 from loguru import logger
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from ...base.layer import BaseLayer, find_layers, shapes_of
 from ...base.matrices import ALL_CHANNELS
@@ -142,7 +142,7 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names
         if not takes(piece.layer):
             problem = f"kohya's format has no adapter on a layer of the kind {piece.layer.kind.category!r}"
             raise CheckpointError(f"{p or 'the model itself'}: {problem}\n  {_CURE}")
-    known, tensors = Names(root, find_layers(dict(root.named_modules()))), {}
+    known, tensors = Names(root, find_layers(dict(root.named_modules()))), dict[str, Tensor]()
     for name, place in _places(known, pieces, names).items():
         parts = [pieces[p] for p in place.paths]
         by_end = in_file(parts[0], place) if len(parts) == 1 else fused(parts, name)

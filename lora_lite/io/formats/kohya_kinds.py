@@ -1,7 +1,7 @@
 """The methods in kohya's and LyCORIS' files: the tensors of one layer as ours, and ours as theirs.
 
 The equations are the same, and so are the factors' shapes, but for a convolution's LoRA, whose down is (r, i, *k) and
-whose up (o, r, 1, 1). LoKr's sizes are found from its tensors, as no file says how a side was split.
+whose up (o, r, 1, 1). LoKr's sizes are stored from its tensors, as no file says how a side was split.
 """
 
 import math
@@ -44,11 +44,11 @@ def parts_of(header: Header, name: str, keys: Mapping[str, str], place: Place, t
         got = ", ".join(sorted(keys)) or "nothing"
         raise CheckpointError(f"{where} has {brief(got)}\n  {missing}: the tensors of a layer are whole, or not there")
     tensors = check_numbers(header.read(keys[end] for end in sorted(ends)), where, "save the adapter again")
-    found = {end: tensors[keys[end]] for end in ends}
+    stored = {end: tensors[keys[end]] for end in ends}
     alpha = _alpha(header, keys[_ALPHA]) if _ALPHA in keys else 0.0
     make = _lora if "lora_up.weight" in ends else _loha if "hada_w1_a" in ends else _lokr
     rows = sum(target.d_out for target in targets)
-    variant, fields, values, rank = make(where, found, targets[0], rows)
+    variant, fields, values, rank = make(where, stored, targets[0], rows)
     scale = (alpha or rank) / rank if rank else 1.0  # of LoKr with two whole matrices
     if scale < 0:
         first = "lora_B" if variant in ("lora", "dora") else "lora_w1_a" if "lora_w1_a" in values else "lora_w1"
@@ -93,11 +93,11 @@ def _alpha(header: Header, key: str) -> float:
     return value
 
 
-Made = tuple[str, dict[str, Any], dict[str, Tensor], int]  # variant, fields, tensors, the rank that alpha is divided by
+Ours = tuple[str, dict[str, Any], dict[str, Tensor], int]  # variant, fields, tensors, the rank that alpha is divided by
 
 
-def _lora(where: str, found: Mapping[str, Tensor], target: Target, rows: int) -> Made:
-    down, up, mid = found["lora_down.weight"], found["lora_up.weight"], found.get(_MID)
+def _lora(where: str, stored: Mapping[str, Tensor], target: Target, rows: int) -> Ours:
+    down, up, mid = stored["lora_down.weight"], stored["lora_up.weight"], stored.get(_MID)
     kernel = target.kernel if mid is None else (1,) * len(target.kernel)
     a, b = _as_matrix(where, "lora_down.weight", down, kernel), _as_matrix(where, "lora_up.weight", up, ())
     if mid is not None:
@@ -106,8 +106,8 @@ def _lora(where: str, found: Mapping[str, Tensor], target: Target, rows: int) ->
             raise _wrong(where, _MID, mid, f"(r, r, *{target.kernel}) of a convolution, with lora_down (r, i, 1, 1)")
         a = torch.einsum("mn...,ni->mi...", mid.float(), a.float()).flatten(1)  # (r, i k)
     values, variant = {"lora_A": a, "lora_B": b}, "lora"
-    if _SCALE in found:
-        scale, variant = found[_SCALE], "dora"
+    if _SCALE in stored:
+        scale, variant = stored[_SCALE], "dora"
         if scale.ndim < 2 or scale.shape != (rows, *[1] * (scale.ndim - 1)):
             cure = "(o, 1, ...), a norm for each row; LyCORIS' wd_on_out=False, by columns, isn't known here"
             raise _wrong(where, _SCALE, scale, cure)
@@ -127,8 +127,8 @@ def _wrong(where: str, end: str, tensor: Tensor, wanted: str) -> CheckpointError
     return CheckpointError(f"{where}.{end} is {tuple(tensor.shape)}\n  wanted {wanted}")
 
 
-def _loha(where: str, found: Mapping[str, Tensor], target: Target, rows: int) -> Made:
-    values = {ours: found[end] for ours, end in _LOHA.items() if end in found}
+def _loha(where: str, stored: Mapping[str, Tensor], target: Target, rows: int) -> Ours:
+    values = {ours: stored[end] for ours, end in _LOHA.items() if end in stored}
     for ours, value in values.items():
         if not value.numel() or (value.ndim != 2 and ours not in ("lora_t1", "lora_t2")):
             raise _wrong(where, _LOHA[ours], value, "a matrix")
@@ -147,10 +147,10 @@ def _core(where: str, end: str, core: Tensor, target: Target) -> Tensor:
     return core.reshape(*core.shape, *[1] * (2 - len(target.kernel)))
 
 
-def _lokr(where: str, found: Mapping[str, Tensor], target: Target, rows: int) -> Made:
+def _lokr(where: str, stored: Mapping[str, Tensor], target: Target, rows: int) -> Ours:
     """LoKr. A side of which the file has factors is whole here where our rule of ranks, LyCORIS' too, has it so."""
     kernel, places = target.kernel, math.prod(target.kernel)
-    values = {ours.removeprefix("lora_"): found[end] for ours, end in _LOKR.items() if end in found}
+    values = {ours.removeprefix("lora_"): stored[end] for ours, end in _LOKR.items() if end in stored}
     for name, value in values.items():
         allowed = (kernel,) if name == "t2" else ((), kernel) if name in ("w2", "w2_b") else ((),)
         if value.ndim < 2 or not value.numel() or tuple(value.shape[2:]) not in allowed:

@@ -20,7 +20,7 @@ from ...errors import CheckpointError, brief
 from ..keys import core
 
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lycoris_")
-"""What names begin with: the model that they are of."""
+"""The beginnings of names, which tell the model that they are of."""
 
 # Within a block of the UNet: diffusers' name -> SGM's.
 _IN_RESNET = {
@@ -128,7 +128,7 @@ def _sgm(paths: Collection[str]) -> dict[str, Place]:
 
 
 def _bfl(paths: Collection[str]) -> dict[str, Place]:
-    places = {theirs: (ours,) for theirs, ours in _IN_FLUX.items()}
+    places: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in _IN_FLUX.items()}
     for stack, theirs, inside in (
         ("transformer_blocks", "double_blocks", _IN_DOUBLE),
         ("single_transformer_blocks", "single_blocks", _IN_SINGLE),
