@@ -71,9 +71,10 @@ def base_record(model: nn.Module, layers: Iterable[BaseLayer]) -> BaseRecord:
     """
     layers = list(layers)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return BaseRecord(
         type(model).__name__,
-        getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        None if name is None else str(name),  # diffusers keeps the Path that a model was loaded from
         dtype_name(floating),
         quantization_of(model, layers),
         {layer.path: [dtype_name(layer.stored.dtype), *layer.storage.samples(layer)] for layer in layers},

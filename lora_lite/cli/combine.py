@@ -11,8 +11,7 @@ from ..base.load import load_as_recorded
 from ..compose.combine import combine as combine_attached
 from ..core.targets import Target
 from ..errors import ConfigError
-from ..io.checkpoint import load_onto_stand_in, save
-from .convert import load_any
+from ..io.checkpoint import load, load_onto_stand_in, save
 from .norms import is_free
 from .stored import OURS, StoredAdapter, read_adapter
 
@@ -42,7 +41,7 @@ def combine(parts: Sequence[str], out: Path, base_dir: Path | None = None, **how
     else:
         model = load_as_recorded(str(base_dir), adapters[0].record, device_map="cpu")
         for name, adapter in zip(weights, adapters, strict=True):
-            load_any(model, adapter.path, name=name)
+            load(model, adapter.path, name=name)
     combined = combine_attached(model, weights, INTO, **how)
     save(model, out, INTO)
     return f"{out}: {OURS}, {combined}"

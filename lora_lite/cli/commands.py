@@ -23,6 +23,7 @@ from ..merging.on_disk import merge_checkpoint
 from ..merging.residual import quantize_residual
 from .combine import combine as combine_adapters
 from .compare import compare
+from .convert import NAMES
 from .convert import convert as convert_adapter
 from .engines import Engine, verdict
 from .plot import plot_norms
@@ -85,8 +86,8 @@ def _bar(label: str, *figures: bars.ProgressColumn) -> bars.Progress:
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show log lines, and a traceback where it fails.")] = False,
 ) -> None:
-    """Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from PEFT; quantise a base
-    with the start of one."""
+    """Look at LoRA-like adapters on disk, merge them into a checkpoint, convert them to and from other programs'
+    formats; quantise a base with the start of one."""
 
 
 @app.command(cls=Command)
@@ -211,23 +212,35 @@ def quantize(
     show_errors(result.errors)
 
 
+TO = f"Format to write: {', '.join(NAMES)}. By default PEFT's of a file of ours, and ours of any other."
+
+
 @app.command(cls=Command)
 def convert(
-    source: Annotated[Path, typer.Argument(help="An adapter file or PEFT folder.")],
+    source: Annotated[Path, typer.Argument(help="An adapter: a file of ours, a PEFT folder, another program's file.")],
     target: Annotated[Path, typer.Argument(help="File or folder to make, where there is none.")],
     base: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
+    to: Annotated[str | None, typer.Option(help=TO)] = None,
     rank: Annotated[int | None, typer.Option(help="Make a plain LoRA of this rank, of any method.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Refuse a LoRA with a larger relative error.")] = None,
     energy: Annotated[float | None, typer.Option(help=ENERGY)] = None,
     per_expert: Annotated[
-        bool, typer.Option("--per-expert", help="Name layers as the base's checkpoint does.")
+        bool, typer.Option("--per-expert", help="To PEFT: name layers as the base's checkpoint does.")
     ] = False,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the format (docs/formats.md), as prefix=unet.")
+    ] = None,
 ) -> None:
-    """Turn an adapter file into a PEFT folder, or back.
+    """Turn an adapter from one program's format into another's.
 
-    Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory.
+    Opens the whole base on the CPU, as the adapter was trained on it: that takes its size in memory. What was written
+    is read back, and compared with the adapter.
     """
-    print(convert_adapter(source, target, base, rank, max_error, energy, per_expert))
+    pairs = {key: value for key, _, value in (option.partition("=") for option in options or ())}
+    if wrong := [option for option in options or () if "=" not in option]:
+        raise ConfigError(f"--set {wrong[0]}: wanted an option and its value, as prefix=unet")
+    given = pairs | ({"per_expert": True} if per_expert else {})
+    print(convert_adapter(source, target, base, to, rank, max_error, energy, given))
 
 
 HOW = "exact: ranks add up. svd: the best of a rank or energy. ties, dare, magnitude: sums of a density of each delta."

@@ -15,6 +15,7 @@ from ..core.targets import Target
 from ..core.variant import weight_use
 from ..errors import CheckpointError, brief
 from ..io.adapter_file import METADATA, AdapterFile, FileMethod, checked
+from ..io.formats.load import check_ours
 from ..io.peft.folder import CONFIG, WEIGHTS
 from ..io.peft.load import StoredLayer, read_layers
 from ..io.safetensors import Header, read_any
@@ -50,6 +51,7 @@ def read_stored(path: Path) -> StoredAdapter | list[Header]:
         CheckpointError: for what is damaged or none of them.
         VariantError: for an unknown method.
     """
+    check_ours(path)
     if is_peft(path):
         return _peft(path)
     headers = read_any(path)

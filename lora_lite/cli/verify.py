@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..base.load import load_as_recorded, load_base
 from ..errors import BaseModelError, ConfigError
+from ..io.checkpoint import load
 from ..io.safetensors import read_header, write_tensors
-from .convert import load_any
 from .stored import read_adapter
 
 WINDOW = 512  # tokens that a forward sees at most
@@ -53,7 +53,7 @@ def verify_merge(
     with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
         paths = []
         model = load_as_recorded(str(base_dir), record)
-        load_any(model, adapter, verify_base=as_trained)
+        load(model, adapter, verify_base=as_trained)
         for i, logits in enumerate(_logits(model, ids)):
             paths.append(Path(folder) / f"{i}.safetensors")  # tokens times vocabulary may not fit into memory
             write_tensors(paths[-1], {"logits": logits}, {})

@@ -40,7 +40,7 @@ class Factors:
         return self.a.shape[-2]
 
 
-def check_cut(rank: int | None, energy: float | None, max_error: float | None) -> None:
+def check_cut(rank: int | None, energy: float | int | None, max_error: float | int | None) -> None:
     """ConfigError unless these say how an adapter of any method becomes a plain LoRA, or that it doesn't."""
     if not (rank is None or (type(rank) is int and rank > 0)):
         raise ConfigError(f"rank={rank!r}: wanted an integer of at least 1, or None")
@@ -73,7 +73,7 @@ def adapted_layers(model: nn.Module, chosen: Sequence[Adapter]) -> Layers:
 
 
 def low_rank(
-    layers: Layers, rank: int | None, energy: float | None, max_error: float | None
+    layers: Layers, rank: int | None, energy: float | int | None, max_error: float | int | None
 ) -> tuple[dict[str, Factors], float]:
     """The factors of what the adapters change, and the greatest relative error of a layer. Raises CheckpointError."""
     factors, norms = {}, {}  # by path
@@ -95,7 +95,7 @@ def low_rank(
 
 
 def _factors_of(
-    path: str, sites: Sequence[Site], rank: int | None, energy: float | None
+    path: str, sites: Sequence[Site], rank: int | None, energy: float | int | None
 ) -> tuple[Factors, tuple[float, float]]:
     """The factors of what a layer's adapters change, and (‖W' - W - B A‖, ‖W' - W‖). Raises CheckpointError."""
     dtype = reduce(torch.promote_types, (site.cfg.dtype for site in sites), torch.float32)
@@ -120,7 +120,7 @@ def _factors_of(
     return Factors(a, b, float(r)), (rest, size)  # alpha = r: a scaling of 1
 
 
-def _factors(change: Change, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
+def _factors(change: Change, rank: int | None, energy: float | int | None) -> tuple[Tensor, Tensor]:
     """The A and B with the least ‖W' - W - B A‖ of this rank, or of the least one that holds the energy."""
     if change.a is None and rank is not None:
         a, b = low_rank_factors(change.b, rank)

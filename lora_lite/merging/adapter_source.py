@@ -21,6 +21,7 @@ from ..core.targets import Target
 from ..core.variant import ParamSpec, lookup
 from ..errors import CheckpointError
 from ..io.adapter_file import AdapterFile, read_file
+from ..io.formats.load import check_ours
 from ..io.peft import beside, forms
 from ..io.peft.conversion import led_to_model
 from ..io.peft.folder import CONFIG, PeftFolder, read_folder
@@ -71,6 +72,7 @@ def open_adapter(path: Path, model: Any) -> AdapterSource:
         CheckpointError: for anything else, and for what would be lost of it.
         VariantError: for a method that isn't registered.
     """
+    check_ours(path)
     if not path.is_dir():
         file = read_file(path)
         # By its shape alone it is taken for a linear layer.

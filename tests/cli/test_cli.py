@@ -31,6 +31,7 @@ from models import (
 from oracles import NOT_AFFINE
 from safetensors.torch import load_file, save_file
 from test_checkpoint import rewrite
+from test_diffusers import output, unet
 from test_verify import TEXT, with_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -43,6 +44,7 @@ from lora_lite.cli.report import inspect
 from lora_lite.cli.tables import shortened
 from lora_lite.core.effective import delta_weight
 from lora_lite.core.state import sites_of
+from lora_lite.io.formats.table import FORMATS
 
 needs_base = pytest.mark.parametrize("variant", ["abliteration", "dora", "ia3", "ia3_ff"])
 needs_none = pytest.mark.parametrize("variant", ["lora", "pissa"])
@@ -737,6 +739,39 @@ def test_a_folder_with_a_head_is_shown_without_a_wrong_number(base: Path, tmp_pa
     assert ours["lm_head"].tensors is None  # a whole weight here, a difference there
 
 
+@pytest.mark.parametrize("format", [name for name, known in FORMATS.items() if "lora" in known.variants])
+def test_convert_to_another_programs_format_and_back(format: str, base: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path, config("lora", r=4, alpha=8.0))
+    there = tmp_path / "there.gguf"  # a file or a folder: the name is the user's
+    done = shown("convert", path, there, "--base", base, "--to", format, columns=None)
+    assert re.fullmatch(
+        rf"{re.escape(str(there))}: {FORMATS[format].says}, lora, 14 layers\n"
+        r"read back: its ΔW differs from the adapter's by \S+ at most in a layer\n",
+        done,
+    )
+    shown("convert", there, tmp_path / "back.safetensors", "--base", base)
+    before, after = load_file(path), load_file(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_convert_opens_a_base_of_diffusers(tmp_path: Path) -> None:
+    model = unet()
+    model.save_pretrained(tmp_path / "unet")
+    perturb(ll.attach(model, config("lora", target_names="to_q")))
+    ll.save(model, tmp_path / "a.safetensors")
+    shown("convert", tmp_path / "a.safetensors", tmp_path / "peft", "--base", tmp_path / "unet")
+    other = unet()
+    ll.load(other, tmp_path / "peft")
+    assert torch.equal(output(other), output(model))
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "logging"}')
+    for folder, reason in ((tmp_path, "is a pipeline"), (tmp_path / "unet", "'logging' is no model of diffusers")):
+        result = run("convert", tmp_path / "a.safetensors", tmp_path / "new", "--base", folder)
+        assert result.exit_code == 2
+        assert reason in result.stderr
+
+
 def test_convert_writes_over_nothing_and_takes_no_tensors(base: Path, tmp_path: Path) -> None:
     path = saved(tmp_path, config("lora", r=2))
     (tmp_path / "there").mkdir()
@@ -746,6 +781,9 @@ def test_convert_writes_over_nothing_and_takes_no_tensors(base: Path, tmp_path: 
         ([path, tmp_path / "new", "--max-error", 0.1], "max_error is of a conversion to a LoRA of some rank"),
         ([tmp_path / "raw.safetensors", tmp_path / "new"], "holds tensors, and no config"),
         ([path, tmp_path / "new", "--rank", 0], "rank=0: wanted"),
+        ([path, tmp_path / "new", "--to", "onnx"], "format='onnx': wanted one of lora-lite, peft, "),
+        ([path, tmp_path / "new", "--to", "mlx", "--set", "prefix"], "--set prefix: wanted an option and its value"),
+        ([path, tmp_path / "new", "--to", "mlx", "--set", "prefix=a"], "format='mlx' has no option 'prefix'"),
     ):
         result = run("convert", *args, "--base", base)
         assert result.exit_code == 2

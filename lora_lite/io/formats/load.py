@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..peft.folder import CONFIG as PEFT_SETTINGS
 from ..peft.folder import DIFFUSERS_SETTINGS
 from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
 from ..peft.load import load_peft
-from ..safetensors import Header, check_numbers
+from ..safetensors import Header, check_numbers, read_header
 from .format import Format, Piece, Pieces
 from .table import FORMATS
 
@@ -38,16 +39,40 @@ def by_path(path: Path) -> Loader | None:
         return load_peft
     if any(path.glob(f"*/{PEFT_SETTINGS}")) and not any(path.glob("*.safetensors")):
         return load_peft  # which names the adapters in it
-    known = next((known for known in FORMATS.values() if known.is_path(path)), None)
+    known = _by_path(path)
     return None if known is None else partial(load_pieces, known)
 
 
 def by_header(header: Header) -> Loader | None:
     """The loader of a safetensors file whose keys or metadata are another program's; None for any other."""
+    known = _by_header(header)
     if DIFFUSERS_SETTINGS in header.metadata:
         return load_peft
-    known = next((known for known in FORMATS.values() if known.is_header(header)), None)
     return None if known is None else partial(load_pieces, known)
+
+
+def loader_of(path: Path) -> Loader | None:
+    """The loader of another program's adapter; None for a file of ours, and for what can't be read or told."""
+    if (loader := by_path(path)) is None and path.is_file():
+        with suppress(CheckpointError):  # whoever asked reads it next, and says so
+            loader = by_header(read_header(path))
+    return loader
+
+
+def check_ours(path: Path) -> None:
+    """CheckpointError for a file that only `load` reads, on a model: neither ours nor a folder of PEFT's."""
+    if (loader := loader_of(path)) is None or (loader is load_peft and path.is_dir()):
+        return
+    convert = f"lora-lite convert {path} adapter.safetensors --base BASE"
+    raise CheckpointError(f"{path} is another program's adapter\n  make a file of ours of it: {convert}")
+
+
+def _by_path(path: Path) -> Format | None:
+    return next((known for known in FORMATS.values() if known.is_path(path)), None)
+
+
+def _by_header(header: Header) -> Format | None:
+    return next((known for known in FORMATS.values() if known.is_header(header)), None)
 
 
 def load_pieces(known: Format, model: nn.Module, path: Path, name: str) -> Adapter:

@@ -34,7 +34,7 @@ def save_as(
     name: str = "default",
     rank: int | None = None,
     energy: float | int | None = None,
-    max_error: float | None = None,
+    max_error: float | int | None = None,
     **options: Any,
 ) -> float:
     """Write an adapter in the format of another program; the file is read back, and compared with the adapter.

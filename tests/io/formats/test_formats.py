@@ -1,5 +1,7 @@
 """Laws over the formats of other programs: a file holds the adapter, gives it back, and drops nothing in silence."""
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from models import IDS, attach, config, perturb, tiny_llama
 from test_laws import logits, same_snapshot, snapshot
 
 import lora_lite as ll
+from lora_lite.cli.report import inspect
 from lora_lite.io.formats.table import FORMATS
 
 OF_LORA = [name for name, known in FORMATS.items() if "lora" in known.variants]
@@ -152,3 +155,15 @@ def test_our_own_and_pefts_formats_by_name(format: str, tmp_path: Path) -> None:
     ll.load(other, tmp_path / "a")
     with torch.no_grad():
         assert torch.equal(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+@per_format
+def test_what_reads_files_without_a_model_names_the_conversion(format: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    ll.attach(model, config("lora"))
+    path, _ = saved(model, tmp_path, format)
+    match = rf"is another program's adapter\n.*lora-lite convert {re.escape(str(path))} adapter.safetensors --base BASE"
+    for read in (inspect, partial(ll.merge_checkpoint, tmp_path / "base", out_dir=tmp_path / "out")):
+        with pytest.raises(ll.CheckpointError, match=match):
+            read(path)

@@ -1,0 +1,43 @@
+"""Nearly whole files, of a seed and of a fuzzer: each is read, or refused by an error of ours, and the model stays as
+it was."""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import jaxtyping
+import pytest
+from mutate import damaged
+from readers import READERS, read, starts
+
+CASES = 1000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_type_checks() -> Iterator[None]:
+    """Users have none: a type check's own error must not stand in for ours."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_whole_files_are_read(name: str) -> None:
+    assert all(read(READERS[name], data) for data in starts(name))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_thousand_damaged_files(name: str) -> None:
+    random, whole = Random(name), list(starts(name))
+    answers = [read(READERS[name], damaged(random.choice(whole), random)) for _ in range(CASES)]
+    assert 0 < sum(answers) < CASES
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "corpus").glob("*.zip")), ids=lambda file: file.stem)
+def test_the_corpus(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        assert archive.namelist()
+        for entry in archive.namelist():
+            read(READERS[file.stem], archive.read(entry))
