@@ -30,6 +30,7 @@ _FACTORS = {*_LORA.values(), *_LOHA.values(), *_LOKR.values(), _MID}
 ENDS = {*_FACTORS, _SCALE, _ALPHA}
 MARKS = tuple(f".{end}" for end in sorted(_FACTORS))
 _ROWS = ("lora_B", "lora_m", "lora_w1_a", "lora_w2_a")  # whose first axis is the layer's rows
+MOST_AS_LORA = 256  # the rank of a LoKr whose split ours has no name for
 Part = tuple[BaseConfig, dict[str, Tensor]]
 
 
@@ -51,7 +52,7 @@ def parts_of(header: Header, name: str, keys: Mapping[str, str], place: Place, t
     variant, fields, values, rank = make(where, stored, targets[0], rows)
     scale = (alpha or rank) / rank if rank else 1.0  # of LoKr with two whole matrices
     if scale < 0:
-        first = "lora_B" if variant in ("lora", "dora") else "lora_w1_a" if "lora_w1_a" in values else "lora_w1"
+        first = "lora_B" if "lora_B" in values else "lora_w1_a" if "lora_w1_a" in values else "lora_w1"
         values[first] = -values[first]
     dtype = reduce(torch.promote_types, (value.dtype for value in values.values()))
     cfg = config(where, variant, alpha=abs(scale) * fields["r"], dtype=dtype, **fields)
@@ -170,9 +171,8 @@ def _lokr(where: str, stored: Mapping[str, Tensor], target: Target, rows: int) -
     for factor in (-1, max(low, m), low, m):
         if (split(rows, factor), split(target.d_in // places, factor)) == wanted:
             break
-    else:
-        problem = f"no decompose_factor splits {(rows, m * n)} into W1 ({low}, {m}) and W2 ({k}, {n})"
-        raise CheckpointError(f"{where}: {problem}\n  make a LoRA of it with the program that trained it")
+    else:  # LyCORIS has the smaller part of a side first, whatever its factor is, and ours PEFT's order
+        return _as_lora(where, torch.kron(_product(w1).float(), _product(w2).float()), wanted, rank)
     r, is_parted = rank or max(k, n), "w1_a" in values and 2 * rank < max(low, m)
     parts_w2 = {name: value for name, value in values.items() if name in ("w2_a", "w2_b", "t2")}
     if 2 * r >= max(k, n) or not parts_w2:
@@ -182,6 +182,17 @@ def _lokr(where: str, stored: Mapping[str, Tensor], target: Target, rows: int) -
     fields = {"r": r, "decompose_factor": factor, "decompose_both": is_parted}
     fields["use_effective_conv2d"] = has_core and "t2" in parts_w2
     return "lokr", fields, {f"lora_{name}": value for name, value in (parts_w1 | parts_w2).items()}, rank
+
+
+def _as_lora(where: str, delta: Float[Tensor, "o i"], sizes: Any, rank: int) -> Ours:
+    """Any change of a small layer as a LoRA, one of whose factors is the identity. Raises CheckpointError for more."""
+    o, i = delta.shape
+    r = min(o, i)
+    if r > MOST_AS_LORA:
+        problem = f"its sides are split as {sizes}, which no decompose_factor does, and it would be a LoRA of rank {r}"
+        raise CheckpointError(f"{where}: {problem}\n  make a LoRA of it with the program that trained it")
+    a, b = (torch.eye(i), delta) if i <= o else (delta, torch.eye(o))
+    return "lora", {"r": r}, {"lora_A": a, "lora_B": b}, rank
 
 
 def _product(side: Sequence[Tensor]) -> Tensor:

@@ -83,9 +83,12 @@ TRAINED: dict[str, dict[str, Any]] = {
     "lokr": {"algo": "lokr"},
     "lokr of factors": {"algo": "lokr", "decompose_both": True},
     "lokr with a core": {"algo": "lokr", "use_tucker": True, "linear_dim": 1},
-    "lokr by 4": {"algo": "lokr", "factor": 2},
+    "lokr by 2": {"algo": "lokr", "factor": 2},
     "lokr, whole": {"algo": "lokr", "full_matrix": True},
+    "lokr by a large factor": {"algo": "lokr", "factor": 8, "use_tucker": True},
+    "lokr, its larger parts first": {"algo": "lokr", "unbalanced_factorization": True, "decompose_both": True},
 }
+SPLIT_OTHERWISE = ("lokr by a large factor", "lokr, its larger parts first")  # at some layers, which are LoRAs here
 
 
 @pytest.mark.parametrize("kind", TRAINED)
@@ -105,6 +108,8 @@ def test_we_compute_what_lycoris_does(name: str, kind: str, tmp_path: Path) -> N
     model = MODELS[name]()
     adapter = ll.load(model, file)
     assert len(adapter.targets) == len(network.loras)
+    variants = {{"locon": "lora"}.get(name, name) for name in [kind.replace(",", "").split()[0]]}
+    assert {*adapter.variant.split(" + ")} == variants | ({"lora"} if kind in SPLIT_OTHERWISE else set())
     torch.testing.assert_close(output(model), wanted, rtol=1e-4, atol=2e-5)
     ll.save_as(model, tmp_path / "b.safetensors", "kohya", prefix="lycoris")
     again = MODELS[name]()
@@ -274,6 +279,7 @@ def few_layers() -> Any:
     model = torch.nn.Module()
     model.a = torch.nn.Linear(6, 6)
     model.conv = torch.nn.Conv2d(4, 6, 3)
+    model.wide = torch.nn.Linear(300, 300)
     model.token = torch.nn.Embedding(5, 6)
     model.b = torch.nn.Module()
     model.b.c = torch.nn.Linear(6, 8)
@@ -351,8 +357,8 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         r"wrong shapes: W1 \(2, 2\) and W2 \(3, 3\) are of a layer \(6, 54\), and conv is \(6, 36\)",
     ),
     "LoKr of a split": (
-        {"conv__lokr_w1": ONE(6, 1), "conv__lokr_w2": ONE(1, 4, 3, 3)},
-        r"no decompose_factor splits \(6, 4\) into W1 \(6, 1\) and W2 \(1, 4\)\n  make a LoRA",
+        {"wide__lokr_w1": ONE(20, 1), "wide__lokr_w2": ONE(15, 300)},
+        r"its sides are split as \(\(20, 15\), \(1, 300\)\), which no .* a LoRA of rank 300\n  make a LoRA",
     ),
 }
 
