@@ -36,8 +36,10 @@ from ..core.variant import REGISTRY, ParamSpec, config_for, lookup
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, LoraLiteError, brief
 from .keys import core, layers_of, plain_key, resolve
+from .peft.folder import DIFFUSERS
 from .safetensors import DTYPES, Entry, Header, check_numbers
 
+COMPONENTS = {"unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"}
 Layers = dict[str, dict[str, str]]  # path of a layer in the file -> name of a tensor there -> its key in the file
 Comparison = dict[
     str, tuple[str, bool | None]
@@ -66,7 +68,9 @@ def load_raw(
     """`load` of raw tensors. Without a cfg, the CheckpointError says what the tensors look like."""
     cfg = None if cfg is None else checked_config(cfg)
     live = base_tensors(root)
-    raw = _sorted_keys(path, {key: header for header in headers for key in header.entries}, live)
+    by_key = {key: header for header in headers for key in header.entries}
+    _check_no_pipelines(root, path, by_key)
+    raw = _sorted_keys(path, by_key, live)
     chosen = _chosen(raw, name)
     keys = raw.layers.pop(chosen)
     shared = keys.pop(PLACE, {})
@@ -91,6 +95,17 @@ def load_raw(
     counts = f"{len(stored)} tensors of adapter {chosen!r}, {_counts(comparison)}"
     logger.info(f"loaded {adapter} from {path}: {counts}{left}")
     return adapter
+
+
+def _check_no_pipelines(root: nn.Module, path: Path, keys: Iterable[str]) -> None:
+    """CheckpointError for a file of a pipeline of diffusers, whose keys begin with its names of models."""
+    starts = {key.partition(".")[0] for key in keys}
+    if starts and starts <= COMPONENTS - {name for name, _ in root.named_children()}:
+        one = min(starts)
+        raise CheckpointError(
+            f"{path} is of a pipeline's {', '.join(sorted(starts))}, without the settings that newer files have\n"
+            f"  diffusers takes alpha = r for it: take {one}. off its keys, and give cfg=LoRAConfig(r=...)"
+        )
 
 
 # ---- what each key is ---------------------------------------------------------------------------
@@ -198,12 +213,15 @@ def _description(raw: _Raw, layers: Layers, targets: Mapping[str, Target]) -> st
             fits[f"lora_lite.config_for({cfg.variant!r})({rank}...)"] = set().union(*filter(None, lacking))
     whole = [call for call, buffers in fits.items() if not buffers]
     calls = whole or [f"{call}, but for {', '.join(sorted(buffers))}" for call, buffers in fits.items()]
+    is_diffusers = any(header.path.name == DIFFUSERS for header in raw.headers.values())
     return (
         f"{raw.path} has no lora_lite metadata: raw tensors say neither the method nor its settings, such as alpha\n"
         f"  {sum(map(len, shapes.values()))} tensors at {len(shapes)} layers, such as {path}: "
         f"{brief(', '.join(f'{tensor} {shape}' for tensor, shape in example.items()), 400)}\n"
         f"  their names and shapes fit {' or '.join(calls) or 'no registered variant at one rank'}\n"
         f"  give the config that they were trained with: lora_lite.load(model, path, cfg=...)"
+        + "\n  it is a file of diffusers without settings, for which diffusers takes alpha = r"
+        * is_diffusers
     )
 
 

@@ -100,6 +100,18 @@ READERS = {
     "mlx": Reader((("adapters.safetensors", ""), FOLDER[1]), adapters_for(LORAS, partial(ll.save_as, format="mlx"))),
 }
 
+DIFFUSERS = (("pytorch_lora_weights.safetensors", "lora_adapter_metadata"),)
+READERS["diffusers"] = Reader(DIFFUSERS, adapters_for([*LORAS, ANY[2]], partial(ll.save_as, format="diffusers")))
+
+
+def kohya(target: Any, folder: Path) -> None:
+    folder.mkdir()
+    ll.save_as(target, folder / "a.safetensors", "kohya")
+
+
+LYCORIS = [cls(r=r, target_names=NAMES) for cls in (ll.LoHaConfig, ll.LoKrConfig) for r in (1, 9)]
+READERS["kohya"] = Reader(ONE, adapters_for([*LORAS, ANY[2], *LYCORIS], kohya))
+
 
 def packed(reader: Reader, folder: Path) -> bytes:
     """The input of a folder's files."""

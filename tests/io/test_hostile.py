@@ -134,6 +134,11 @@ def write_diffusers(folder: Path) -> Path:
     return folder / "pytorch_lora_weights.safetensors"
 
 
+def write_kohya(folder: Path) -> Path:
+    ll.save_as(trained(), folder / "a.safetensors", "kohya")
+    return folder / "a.safetensors"
+
+
 @functools.cache
 def merge_source() -> tuple[Path, Path]:
     """A whole base and a whole adapter, outside of what a case damages."""
@@ -153,10 +158,11 @@ def merged(model: Any, base: Path, file: Path, out: Path) -> None:
 
 PEFT = Reader(write_peft, lambda model, file, out: ll.load_peft(model, file.parent))
 DIFFUSERS = Reader(write_diffusers, lambda model, file, out: ll.load(model, file))
+KOHYA = Reader(write_kohya, lambda model, file, out: ll.load(model, file))
 MERGE = Reader(write_adapter, lambda model, file, out: merged(model, merge_source()[0], file, out))
 BASE = Reader(write_base, lambda model, file, out: merged(model, file.parent, merge_source()[1], out))
 LABELS = BASE._replace(write=write_labels)
-READERS = {"adapter": ADAPTER, "raw": RAW, "shards": SHARDS, "peft": PEFT, "diffusers": DIFFUSERS}
+READERS = {"adapter": ADAPTER, "raw": RAW, "shards": SHARDS, "peft": PEFT, "diffusers": DIFFUSERS, "kohya": KOHYA}
 READERS |= {"merge": MERGE, "base": BASE, "labels": LABELS}
 
 
@@ -831,6 +837,35 @@ REPLACED: list[Case] = [
     ("zeros", lambda file, rng: file.write_bytes(bytes(1000)), "error"),
     ("noise", lambda file, rng: file.write_bytes(b"GGUF" + rng.randbytes(5000)), "error"),
 ]
+LAYER = "lora_te_model_layers_0_mlp_up_proj"
+KOHYA_KEYS = [
+    *(
+        LAYER,
+        f"{LAYER}.",
+        f".{LAYER}.alpha",
+        "lora_te_.alpha",
+        "lora_te_",
+        "lora_unet_.lora_up.weight",
+        "lora_down.weight",
+    ),
+    *(f"{LAYER}{'_' * 380}.alpha", "lora_te_model.layers.0.mlp.up_proj.lora_down.weight", "lora_te9_x.lora_up.weight"),
+    *(
+        f"{LAYER}.{end}"
+        for end in ("lora_up", "lora_mid.weight", "hada_w1_a", "lokr_w1", "dora_scale", "diff", "alpha.x")
+    ),
+    *(f"lora_te_model_layers_{i}_mlp_up_proj.lora_down.weight" for i in (-1, 2, "00", 10**99, "\u0660")),
+    *("lora_te_lm_head.lora_down.weight", "lora_te_model_norm.lora_down.weight", "lora_te_model.lora_down.weight"),
+]
+KOHYA_SHAPES = [[128], [1, 128], [64, 2], [2, 64, 1, 1, 1, 1, 1], [2, 8, 8], [1, 2, 64], [2, 32, 2], [2, 64, 1, 1]]
+KOHYAS: list[Case] = [
+    *((f"kohya-key-{i}", renamed(key), "error") for i, key in enumerate(KOHYA_KEYS)),
+    *((f"kohya-shape-{i}", entry(shape=value), "either") for i, value in enumerate(KOHYA_SHAPES)),
+    (
+        "kohya-many",
+        header(lambda held: held.update({f"lora_te_{i}.alpha": held[first(held)] for i in range(9999)})),
+        "error",
+    ),
+]
 
 CASES: dict[str, list[Case]] = {
     "adapter": [*ANY, *METADATA],
@@ -838,6 +873,7 @@ CASES: dict[str, list[Case]] = {
     "shards": [*ANY[::6], *INDEXED],
     "peft": [*ANY[::6], *PEFT_SETTINGS],
     "diffusers": [*ANY[::6], *DESCRIBED],
+    "kohya": [*(case for case in ANY if case[0] != "offsets-6"), *KOHYAS],  # which is its place, after an alpha
     "merge": [*ANY[::12], *METADATA[::6]],
     "base": [*ANY[::12], *INDEXED[::4], *BASE_CONFIG],
     "labels": LABELS_CONFIG,

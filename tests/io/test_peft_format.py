@@ -420,6 +420,8 @@ def test_the_folders_in_a_root_are_named(tmp_path: Path) -> None:
         rf"{tmp_path} is no adapter folder of PEFT: wanted .* in it\n  2 of its folders are: de, fr; load one of them"
     )
     refused(tmp_path, message)
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.load(tiny_llama(), tmp_path)
     assert ll.load_peft(tiny_llama(), tmp_path / "fr").targets
     (tmp_path / "de").rename(tmp_path / ("\x1b" * 200))
     refused(tmp_path, r"2 of its folders are: \?+, fr|2 of its folders are: fr, \?+")

@@ -37,6 +37,8 @@ def by_path(path: Path) -> Loader | None:
     """The loader of a file or folder whose first bytes, or names, are another program's; None for any other."""
     if (path / PEFT_SETTINGS).is_file() and (path / PEFT_WEIGHTS).is_file():
         return load_peft
+    if any(path.glob(f"*/{PEFT_SETTINGS}")) and not any(path.glob("*.safetensors")):
+        return load_peft  # which names the adapters in it
     known = _by_path(path)
     return None if known is None else partial(load_pieces, known)
 

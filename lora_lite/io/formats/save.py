@@ -144,10 +144,13 @@ def _difference(sites: Sequence[Site], piece: Piece) -> float:
         ours, theirs = site.state.scale * site.tensor("lora_v").double(), piece.scale * piece.tensors["lora_v"].double()
         return float((theirs - ours).norm()) / (float(ours.norm()) or 1.0)
     if piece.cfg.variant == site.cfg.variant and added_change(sites) is None:  # a method that reads W: by its tensors
-        live, ours, theirs = dict(site.tensors()), site.cfg, piece.cfg
-        if getattr(ours, "scaling", 1.0) != getattr(theirs, "scaling", 1.0):
-            return math.inf
-        pairs = [(live[name].double(), tensor.double()) for name, tensor in piece.tensors.items()]
+        live, scales = dict(site.tensors()), [getattr(cfg, "scaling", 1.0) for cfg in (site.cfg, piece.cfg)]
+        factors = {"lora_B": scales}  # a file may hold α/r in B
+        pairs = [
+            (live[name].double() * ours, tensor.double() * theirs)
+            for name, tensor in piece.tensors.items()
+            for ours, theirs in [factors.get(name, (1.0, 1.0))]
+        ]
         return max(float((a - b).norm()) / (float(a.norm()) or 1.0) for a, b in pairs)
     stand_in = make_stand_in(site.target, piece.cfg, _module(site), piece.tensors, piece.scale)
     experts = range(site.base.experts) if site.stacked else [None]

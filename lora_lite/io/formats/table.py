@@ -1,6 +1,7 @@
 """The formats of other programs, by name."""
 
-from . import control_vector, gguf, mlx
+from . import control_vector, diffusers, gguf, kohya, mlx
 from .format import Format
 
-FORMATS: dict[str, Format] = {known.name: known for known in (mlx.FORMAT, gguf.FORMAT, control_vector.FORMAT)}
+ALL = (gguf.FORMAT, control_vector.FORMAT, mlx.FORMAT, diffusers.FORMAT, kohya.FORMAT)
+FORMATS: dict[str, Format] = {known.name: known for known in ALL}

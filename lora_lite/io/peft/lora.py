@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...base.layer import BaseLayer
 from ...base.matrices import ALL_CHANNELS
 from ...core.names import check_shapes, file_key
-from ...core.state import Site
 from ...core.targets import Target
 from ...core.variant import lookup
 from ...errors import CheckpointError, brief
@@ -129,7 +128,9 @@ def written(root: nn.Module, layers: Layers) -> Written:
         alpha = float(site.cfg.r if site.cfg.alpha is None else site.cfg.alpha)
         ranks[path] = (site.cfg.r * groups, alpha * (math.sqrt(groups) if rslora else groups))
         values = {name: site.tensor(name).detach() for name in site.specs if name not in ("lora_m", "lora_n0")}
-        values |= {"lora_m": _magnitude(site)} if is_dora else {}  # (o,)
+        if is_dora:
+            stored = {name: site.tensor(name).detach() for name in site.specs}
+            values["lora_m"] = magnitude(site.base, site.cfg.scaling, stored)  # (o,)
         tensors |= written_at(root, layers, site, values)
     fields = {"use_rslora": rslora, "lora_dropout": dropout, "use_dora": is_dora} | (
         {"lora_bias": True} if bias else {}
@@ -149,15 +150,16 @@ def written_orthogonal(root: nn.Module, layers: Layers) -> Written:
 
 
 @torch.no_grad()
-def _magnitude(site: Site) -> Tensor:
-    """m of DoRA; where n0 was rounded to 16 bits, the m that gives the same outputs with norms of the live weight."""
-    a, b, m, n0 = (site.tensor(f"lora_{name}").detach() for name in ("A", "B", "m", "n0"))
+def magnitude(layer: BaseLayer, scaling: float, tensors: Mapping[str, Tensor]) -> Tensor:
+    """m (o,) of DoRA; where n0 was rounded to 16 bits, the m that gives the same outputs with norms of the live
+    weight."""
+    a, b, m, n0 = (tensors[f"lora_{name}"] for name in ("A", "B", "m", "n0"))
     if torch.promote_types(n0.dtype, torch.float32) == n0.dtype:
         return m
-    weight = site.base.as_it_is_now().dense_weight().double()  # (o, i)
+    weight = layer.as_it_is_now().dense_weight().double()  # (o, i)
     square = weight.square().sum(1)  # (o,)
     # Outputs are m / ‖W + s B A‖ times those of W + s B A: here with a norm that starts from the rounded n0.
-    moved = (weight + site.cfg.scaling * b.double() @ a.double()).square().sum(1)
+    moved = (weight + scaling * b.double() @ a.double()).square().sum(1)
     return (m.double() * (moved / (n0.double().square() + moved - square)).sqrt()).float()
 
 
