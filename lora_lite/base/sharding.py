@@ -44,6 +44,35 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor() if is_dtensor(tensor) else tensor
 
 
+def bounds(size: int, mesh: Any, rank: int | None = None) -> tuple[int, int]:
+    """From where to where an axis of this size goes in a process of a mesh of one dimension: this one, or `rank`."""
+    part = -(-size // mesh.size())  # as torch.chunk does it, so the last one may be shorter
+    start = min(size, part * (mesh.get_local_rank() if rank is None else rank))
+    return start, min(size, start + part)
+
+
+def has_empty_part(tensor: Any) -> bool:
+    """Has a process no number of this DTensor, which is parted along one axis?"""
+    start, stop = bounds(tensor.shape[tensor.placements[0].dim], tensor.device_mesh, tensor.device_mesh.size() - 1)
+    return start == stop
+
+
+def elements(tensor: Any, indices: Tensor) -> Tensor:
+    """The elements at these indices of a DTensor's whole tensor as a flat one. All processes ask together."""
+    from torch.distributed.tensor import Shard
+
+    if len(tensor.placements) > 1 or type(tensor.placements[0]) is not Shard:
+        return whole(tensor).reshape(-1).index_select(0, indices)
+    axis, local = tensor.placements[0].dim, tensor.to_local()
+    start, stop = bounds(tensor.shape[axis], tensor.device_mesh)
+    places = list(torch.unravel_index(indices, tensor.shape))
+    is_mine = (start <= places[axis]) & (places[axis] < stop)
+    places[axis] = places[axis].sub(start).clamp(0, max(0, stop - start - 1))
+    values = torch.where(is_mine, local[tuple(places)], 0)
+    torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group())  # exact: one process has each
+    return values
+
+
 def any_process(is_true: bool, device: torch.device) -> bool:
     """Is it true in any of the processes that train together? All of them ask, each with a tensor on its device."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

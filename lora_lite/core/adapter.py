@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..base import sharding
 from ..base.fingerprint import BaseRecord
 from ..base.kinds import is_instance
+from ..base.split import is_block_of_parts
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
@@ -206,9 +207,15 @@ class Adapter:
 
     @property
     def is_sharded(self) -> bool:
-        """True once fully_shard or ZeRO-3 has its parameters or its layers' weights: all processes save together."""
-        weights = [site.base.stored for site in self._state.sites]
-        tensors = [*weights, *dict(self.named_tensors()).values()]
+        """True once each process has a part of its parameters or of its layers' weights: all save together."""
+        return any(site.parts is not None for site in self._state.sites) or self.is_managed
+
+    @property
+    def is_managed(self) -> bool:
+        """True once fully_shard or ZeRO-3 has its parameters or its layers' weights."""
+        sites = [site for site in self._state.sites if site.parts is None]
+        weights = [site.base.stored for site in sites if not is_block_of_parts(site.base)]
+        tensors = [*weights, *(tensor for place in self._places(sites) for _, tensor in place.tensors())]
         # Parameters of the root itself stay whole after a forward, and are fully_shard's all the same.
         return any(map(sharding.is_sharded, tensors)) or is_instance(self._model, *sharding.FSDP2)
 

@@ -123,7 +123,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     root, session = session_of(model)
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
-    if sharded := [adapter.name for adapter in leaving if adapter.is_sharded]:  # before anything changes
+    if sharded := [adapter.name for adapter in leaving if adapter.is_managed]:  # before anything changes
         raise TargetError(
             f"adapter {sharded[0]!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
             f"  use lora_lite.disabled(model), or load the base again"
@@ -342,6 +342,7 @@ def _value(
 
 
 def hold(site: Site, name: str, value: Tensor) -> None:
+    value = value if site.parts is None else site.parts.part(site, name, value)
     is_parameter, attribute = isinstance(value, nn.Parameter), site.attribute(name)
     site.state.names.add(attribute)
     (site.module.register_parameter if is_parameter else site.module.register_buffer)(attribute, value)
