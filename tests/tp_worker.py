@@ -6,6 +6,7 @@ Every law compares with one process, which each of the two is as well: the same 
 """
 
 import faulthandler
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -161,6 +162,8 @@ def training() -> None:
         trains_as_one(name, ll.LoRAConfig(r=4, target_names="lm_head", target_roles=(), tied_weights="apart"))
     trains_as_one("qwen3", lora)
     trains_as_one("mixtral", ll.LoRAConfig(r=4, target_names="self_attn", target_roles=()))
+    trains_as_one("qwen2", ll.config_for("reft")(r=3, kinds="block", first=4, last=0))
+    trains_as_one("qwen3", config("norm", target_names=r"layernorm$|model\.norm$"))
     for is_reentrant in (True, False):
         trains_as_one("llama", ll.LoRAConfig(r=4, dropout=0.3, **EVERYWHERE), checkpointed(is_reentrant))
 
@@ -173,8 +176,181 @@ def checkpointed(is_reentrant: bool) -> Any:
     return prepare
 
 
+# ---- files, and what else an attached adapter can do -----------------------------------------------
+
+
+def contents(file: Path) -> tuple[Any, bytes]:
+    """The header and the tensors' bytes: a header's keys come in any order."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def files() -> None:
+    """A file is that of one process, byte for byte; a whole file's values are parted by load and restore."""
+    cfg = ll.LoRAConfig(r=4, bias=True, target_names=("_proj$", "lm_head"), target_roles=())
+    for name in ("qwen3", "uneven"):
+        mine, theirs = FOLDER / f"{name}.one.{dist.get_rank()}", FOLDER / f"{name}.two"
+        for (model, adapter), file in zip(both(name, cfg), (mine, theirs), strict=True):
+            ll.save(model, file)  # fresh: A is as it was drawn
+            assert adapter.is_sharded == (file is theirs)
+        dist.barrier()
+        assert contents(mine) == contents(theirs)
+        (alone, one), (model, adapter) = both(name, cfg)
+        move(one)
+        ll.save(alone, mine)
+        wanted = alone(input_ids=BATCH).logits
+        for put in (ll.restore, ll.load):
+            if put is ll.load:
+                ll.detach(model)
+                assert not ll.adapters(model)
+            put(model, mine)
+            with torch.no_grad():
+                torch.testing.assert_close(model(input_ids=BATCH).logits, wanted.detach(), rtol=1e-5, atol=1e-5)
+            ll.save(model, theirs)
+            dist.barrier()
+            assert contents(mine) == contents(theirs)
+        with pytest.raises(ll.CheckpointError, match=r"is sharded\n.*load it in one process"):
+            ll.save_peft(model, FOLDER / "peft")
+        with pytest.raises(ll.CheckpointError, match="was not written"):
+            ll.save(model, mine / "a.safetensors")
+        ll.detach(model)
+        room = ll.load(model, mine, max_rank=8)
+        assert {tuple(t.shape) for k, t in room.named_tensors() if k.endswith("q_proj.lora_A")} == {(8, 64)}
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=BATCH).logits, wanted.detach(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def life() -> None:
+    """Off is the base bit for bit, detach leaves nothing, scales and several adapters add up, generation goes on."""
+    cfg = ll.LoRAConfig(r=4, target_names=("_proj$", "lm_head"), target_roles=())
+    base = parted("llama")
+    plain, keys = base(input_ids=BATCH).logits, list(base.state_dict())
+    (alone, one), (model, adapter) = both("llama", cfg)
+    assert torch.equal(model(input_ids=BATCH).logits, plain)  # the identity at the start
+    for m in (alone, model):
+        torch.manual_seed(6)
+        ll.attach(m, ll.LoRAConfig(r=2, target_names="(v|down)_proj$"), name="fr").scale = -0.7
+        for its in ll.adapters(m).values():
+            move(its)
+    on = alone(input_ids=BATCH).logits
+    assert not torch.allclose(on, plain, atol=0.1)
+    torch.testing.assert_close(model(input_ids=BATCH).logits, on, rtol=1e-5, atol=1e-5)
+    with ll.disabled(model):
+        assert torch.equal(model(input_ids=BATCH).logits, plain)
+    results: list[torch.Tensor] = []
+    for m in (alone, model):
+        with ll.rows(m, ["fr", None, "default", "fr"]):
+            results.append(m(input_ids=BATCH).logits)
+        with ll.scaled(m, [0.0, 1.0, -2.0, 0.5], "default"):
+            results.append(m(input_ids=BATCH).logits)
+        results.append(m.generate(BATCH[:, :6], max_new_tokens=8, do_sample=False))
+        results.append(torch.tensor(ll.kl_divergence(m, [BATCH])))
+    for got, wanted in zip(results[4:], results[:4], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    ll.detach(model, "fr")
+    ll.detach(model)
+    assert torch.equal(model(input_ids=BATCH).logits, plain)
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def positions() -> None:
+    """A LoRA that acts from some tokens on."""
+    logits = []
+    for model, adapter in both("llama", ll.LoRAConfig(r=4, invocation_tokens=[3, 10], **EVERYWHERE)):
+        move(adapter)
+        logits.append(model(input_ids=BATCH).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+
+
+def refusals() -> None:
+    """Everything that isn't right on parts is refused by name, before anything changes."""
+    model = parted("qwen3")
+    modules, keys = [vars(module).copy() for module in model.modules()], list(model.state_dict())
+    for variant in sorted(ll.REGISTRY.keys() - {"lora", "history", "norm", "tokens", "bias"}):
+        with pytest.raises(ll.TargetError, match=rf"_proj: '{variant}' isn't two factors .*\n  use lora, or leave"):
+            ll.plan(model, config(variant))
+    with pytest.raises(ll.TargetError, match=r"q_proj: 'bias' isn't two factors"):
+        ll.plan(parted("biases"), config("bias"))
+    hooked = r"each process has the whole layer, and a part of its gradients alone\n.*load the model without tp_plan"
+    for method, named, reason in (
+        ("norm", r"self_attn\.q_norm", hooked),
+        ("tokens", r"embed_tokens", r"tensor parallelism has hooked this embedding, and adapters go on its linear"),
+    ):
+        with pytest.raises(ll.TargetError, match=f"{named}: {reason}"):
+            ll.attach(model, config(method))
+    with pytest.raises(ll.TargetError, match=r"embed_tokens: tensor parallelism has hooked this embedding"):
+        ll.attach(model, ll.LoRAConfig(r=2, kinds="embedding", target_names="embed_tokens"))
+    assert list(model.state_dict()) == keys
+    assert modules == [vars(module) for module in model.modules()]
+    with pytest.raises(ll.TargetError, match=r"parted as \(_StridedShard.*, and factors follow parts of its rows"):
+        ll.attach(parted("phi3"), ll.LoRAConfig(r=2, **EVERYWHERE))
+    experts = parted("mixtral")
+    with pytest.raises(ll.TargetError, match=r"mlp\.experts\S*: tensor parallelism has hooked this experts"):
+        ll.attach(experts, ll.LoRAConfig(r=2, kinds="experts"))
+
+
+def afterwards() -> None:
+    """On an attached adapter, too: what would read or move a part alone."""
+    model = parted("llama")
+    adapter = ll.attach(model, ll.LoRAConfig(r=2, **EVERYWHERE))
+    for action in (
+        lambda: ll.merge(model),
+        lambda: ll.merged(model).__enter__(),
+        lambda: ll.freeze_into(model),
+        lambda: ll.combine(model, {"default": 1.0}, into="both"),
+        lambda: ll.capturable(model).__enter__(),
+        lambda: ll.unload(model, "default"),
+        lambda: ll.save_gguf(model, FOLDER / "a.gguf") if hasattr(ll, "save_gguf") else None,
+        lambda: ll.load(model, FOLDER / "none", replace=True),
+        lambda: ll.capture(model, [BATCH], ["model.layers.0.mlp.up_proj"], what="output", progress=False),
+        lambda: ll.capture(model, [BATCH], ["model.layers.0.mlp.down_proj"], what="input", progress=False),
+        lambda: ll.audit(model, {"input_ids": BATCH, "labels": BATCH}),
+        lambda: ll.quantize_residual,
+        lambda: ll.attach(model, ll.LoRAConfig(r=2, **EVERYWHERE), "room", max_rank=4),
+        lambda: torch.compile(model, backend="aot_eager")(input_ids=BATCH),
+    ):
+        try:
+            out = action()
+            print("NO ERROR", out if not hasattr(out, "values") else {k: v.mean.shape for k, v in out.items()}) if dist.get_rank() == 0 else 0
+        except Exception as e:
+            print(type(e).__name__, str(e)[:600]) if dist.get_rank() == 0 else 0
+
+
+def by_torch() -> None:
+    """torch's own parallelize_module, whose layers are called with DTensors and give plain tensors."""
+    styles = torch_parallel
+    plan: dict[str, Any] = {f"model.layers.*.self_attn.{n}_proj": styles.ColwiseParallel() for n in "qkv"}
+    plan |= {f"model.layers.*.mlp.{n}_proj": styles.ColwiseParallel() for n in ("gate", "up")}
+    plan |= {f"model.layers.*.{n}_proj": styles.RowwiseParallel() for n in ("self_attn.o", "mlp.down")}
+    plan |= {"lm_head": styles.ColwiseParallel(output_layouts=Replicate())}
+    mesh = init_device_mesh("cpu", (WORLD,))
+    cfg = ll.LoRAConfig(r=4, dropout=0.3, target_names=("_proj$", "lm_head"), target_roles=())
+
+    def parallelized(name: str) -> Any:
+        return torch_parallel.parallelize_module(whole(name), mesh, plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "parted", parallelized)
+        trains_as_one("llama", cfg)
+    odd = {"model.layers.0.mlp.up_proj": styles.ColwiseParallel(use_local_output=False)}
+    model = torch_parallel.parallelize_module(whole("llama"), mesh, odd)
+    ll.attach(model, ll.LoRAConfig(r=2, target_names="layers.0.mlp.up_proj"))
+    up = model.model.layers[0].mlp.up_proj
+    with pytest.raises(ll.TargetError, match=r"up_proj: a tensor-parallel layer of 64 -> 128 was called with"):
+        up(torch.ones(1, 64))
+    odd = {"model.layers.0.mlp.down_proj": styles.RowwiseParallel(output_layouts=Shard(0))}
+    model = torch_parallel.parallelize_module(whole("llama"), mesh, odd)
+    ll.attach(model, ll.LoRAConfig(r=2, target_names="layers.0.mlp.down_proj"))
+    with pytest.raises(ll.TargetError, match=r"down_proj: .* with, and gave, \(4, 64\) and \(2, 64\)\n  wanted the same"):
+        model.model.layers[0].mlp.down_proj(torch.ones(4, 64))
+
+
 def members() -> list[Any]:
-    return [training]
+    return [globals()[n] for n in os.environ.get("JOBS", "training files life positions refusals afterwards by_torch").split()]
 
 
 def member(rank: int) -> None:
