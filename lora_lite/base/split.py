@@ -112,6 +112,24 @@ def is_parallel(layer: BaseLayer) -> bool:
     return not layer.module.__dict__.keys().isdisjoint(MARKS) and layer.kind is not BLOCK
 
 
+def mesh_of(model: nn.Module) -> Any:
+    """The DeviceMesh of the processes that a model is parted over; None of a model that isn't."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    marked = (module for module in model.modules() if not vars(module).keys().isdisjoint(MARKS))
+    parameters: Any = (parameter for module in marked for parameter in module.parameters(recurse=False))
+    return next((parameter.device_mesh for parameter in parameters if is_dtensor(parameter)), None)
+
+
+def shows_part(module: nn.Module, before: bool) -> bool:
+    """Does a process see a part of a module's features alone: of its input, if before, else of its output?"""
+    if vars(module).keys().isdisjoint(MARKS):
+        return False
+    weight: Any = getattr(module, "weight", None)
+    is_split = is_dtensor(weight) and isinstance(module, nn.Linear)
+    return not is_split or before == (weight.placements[0].dim == 1)
+
+
 def is_block_of_parts(layer: BaseLayer) -> bool:
     """Is it the residual stream of a block that has parted layers in it, and is parted in no other way?"""
     if layer.kind is not BLOCK or not is_dtensor(layer.stored):
@@ -130,10 +148,10 @@ def split_of(layer: BaseLayer) -> Split:
     from torch.distributed.tensor import Shard
 
     weight: Any = layer.stored
-    if layer.kind is not LINEAR or layer.by_weight:
-        problem = f"tensor parallelism has hooked this {layer.kind.category}, and adapters go on its linear layers"
-    elif not is_dtensor(weight):  # a norm of the heads of one process, a projection that all share
+    if not is_dtensor(weight):  # a norm of the heads of one process, a projection that all share
         problem = "each process has the whole layer, and a part of its gradients alone"
+    elif layer.kind is not LINEAR or layer.by_weight:
+        problem = f"tensor parallelism has parted this {layer.kind.category}, and adapters go on its linear layers"
     elif len(weight.placements) > 1 or type(weight.placements[0]) is not Shard:
         problem = f"its weight is parted as {weight.placements}, and factors follow parts of its rows or columns alone"
     elif has_empty_part(weight):

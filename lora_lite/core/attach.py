@@ -25,6 +25,7 @@ from .resolve import attachable, check_free, check_name, check_weights_present, 
 from .room import empty_room, with_room
 from .scaled import check_in_use, scaled
 from .shared import Shared
+from .split import share_whole
 from .state import (
     AdapterState,
     BaseChange,
@@ -87,6 +88,7 @@ def attach(
         if max_rank is not None:
             empty_room(adapter, rank)
             methods[0].sites[0].state.max_rank = max_rank
+        share_whole(root, (tensor for _, tensor in adapter.named_tensors()))
     logger.info(f"attached {adapter}: {adapter.counts()}")
     logger.trace("attached {!r} at {}", name, adapter.targets)
     return adapter

@@ -4,14 +4,17 @@ A method goes there whose `low_rank` gives two of its own tensors as they are, A
 them is that of a smaller layer, and nothing else has to be known of the method.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..base.split import CURE, Split, split_of
+from ..base.sharding import is_dtensor
+from ..base.split import CURE, Split, mesh_of, split_of
 from ..errors import TargetError
 from .layer import Layer
 from .scale import Scale
@@ -50,6 +53,16 @@ class Parts:
 
         new: Tensor = method(scale, y, x) if scale.rows is None else scale.rows.run(site.path, method, y, x)
         return new
+
+
+@torch.no_grad()
+def share_whole(model: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Give all processes of a tensor-parallel model the first one's numbers of the tensors that each has whole: they
+    may have drawn others."""
+    mesh = mesh_of(model)
+    for tensor in () if mesh is None else tensors:
+        if not is_dtensor(tensor):
+            dist.broadcast(tensor.detach(), group=mesh.get_group(), group_src=0)
 
 
 def parts_of(site: Site) -> Parts:
