@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def both(name: str, cfg: Any, seed: int = 5, **options: Any) -> Iterator[tuple[Any, ll.Adapter]]:
-    """The model in one process, then in two, with an adapter; the second process is at another place in its generator."""
+    """The model in one process, then in two, with an adapter. The second process draws other numbers."""
     for load in (whole, parted):
         model = load(name)
         torch.manual_seed(seed + (dist.get_rank() if load is parted else 0))
@@ -227,7 +226,7 @@ def life() -> None:
     cfg = ll.LoRAConfig(r=4, target_names=("_proj$", "lm_head"), target_roles=())
     base = parted("llama")
     plain, keys = base(input_ids=BATCH).logits, list(base.state_dict())
-    (alone, one), (model, adapter) = both("llama", cfg)
+    (alone, _), (model, _) = both("llama", cfg)
     assert torch.equal(model(input_ids=BATCH).logits, plain)  # the identity at the start
     for m in (alone, model):
         torch.manual_seed(6)
@@ -308,7 +307,7 @@ def afterwards() -> None:
         (lambda: ll.merged(model).__enter__(), ll.TargetError, r"weight is sharded\n  save the adapter"),
         (lambda: ll.freeze_into(model), ll.TargetError, f"{one_process} keep it in one process"),
         (lambda: ll.combine(model, {"default": 1.0}, into="c"), ll.TargetError, f"{one_process} combine it in one"),
-        (lambda: ll.capturable(model).__enter__(), ll.TargetError, f"{sharded}, which send"),
+        (lambda: ll.capturable(model).__enter__(), ll.TargetError, f"{sharded}, which move"),
         (lambda: ll.unload_to(model, "cpu", "default"), ll.TargetError, rf"{sharded}\n  keep it where it is"),
         (lambda: ll.load(model, file, replace=True), ll.TargetError, rf"{sharded}\n.* detach it, then load"),
         (lambda: ll.capture(model, [BATCH], [up], what="output"), ll.TargetError, f"{up}: .* sees a part of its out"),
@@ -367,12 +366,10 @@ def by_torch() -> None:
     odd = {"model.layers.0.mlp.down_proj": styles.RowwiseParallel(output_layouts=Shard(0))}
     model = torch_parallel.parallelize_module(whole("llama"), mesh, odd)
     ll.attach(model, ll.LoRAConfig(r=2, target_names="layers.0.mlp.down_proj"))
-    with pytest.raises(ll.TargetError, match=r"down_proj: .* with, and gave, \(4, 64\) and \(2, 64\)\n  wanted the same"):
+    with pytest.raises(
+        ll.TargetError, match=r"down_proj: .* with, and gave, \(4, 64\) and \(2, 64\)\n  wanted the same"
+    ):
         model.model.layers[0].mlp.down_proj(torch.ones(4, 64))
-
-
-def members() -> list[Any]:
-    return [globals()[n] for n in os.environ.get("JOBS", "training files life positions refusals afterwards room by_torch").split()]
 
 
 def member(rank: int) -> None:
@@ -382,7 +379,7 @@ def member(rank: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     store = f"file://{FOLDER}/rendezvous"
     dist.init_process_group("gloo", store, timeout=timedelta(seconds=60), rank=rank, world_size=WORLD)
-    for job in members():
+    for job in (training, files, life, positions, refusals, afterwards, room, by_torch):
         try:
             job()
         except Exception as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .kinds import is_instance
 
+MARKS = "_is_hooked", "_distribute_module_applied"  # on each module of a tp_plan: transformers' mark, and torch's
 FSDP2 = "torch.distributed.fsdp", "FSDPModule"  # the class of a module that fully_shard was given
 
 
@@ -24,6 +25,11 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_dtensor(tensor: Tensor) -> bool:
     """True for a parameter of fully_shard or of tensor parallelism."""
     return is_instance(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def is_parallel(module: Any) -> bool:
+    """Has tensor parallelism parted this module, or hooked it?"""
+    return not module.__dict__.keys().isdisjoint(MARKS)
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -57,18 +63,25 @@ def has_empty_part(tensor: Any) -> bool:
     return start == stop
 
 
-def elements(tensor: Any, indices: Tensor) -> Tensor:
-    """The elements at these indices of a DTensor's whole tensor as a flat one. All processes ask together."""
+def mesh_of(model: Any) -> Any:
+    """The DeviceMesh of the processes that tensor parallelism has parted a model over; None of any other model."""
+    parameters = (p for module in model.modules() if is_parallel(module) for p in module.parameters(recurse=False))
+    return next((parameter.device_mesh for parameter in parameters if is_dtensor(parameter)), None)
+
+
+def elements(tensor: Any, places: list[int]) -> Tensor:
+    """The elements at these places of a DTensor's whole tensor as a flat one. All processes ask together."""
     from torch.distributed.tensor import Shard
 
+    indices = torch.tensor(places, device=tensor.device)
     if len(tensor.placements) > 1 or type(tensor.placements[0]) is not Shard:
         return whole(tensor).reshape(-1).index_select(0, indices)
     axis, local = tensor.placements[0].dim, tensor.to_local()
     start, stop = bounds(tensor.shape[axis], tensor.device_mesh)
-    places = list(torch.unravel_index(indices, tensor.shape))
-    is_mine = (start <= places[axis]) & (places[axis] < stop)
-    places[axis] = places[axis].sub(start).clamp(0, max(0, stop - start - 1))
-    values = torch.where(is_mine, local[tuple(places)], 0)
+    index = list(torch.unravel_index(indices, tensor.shape))
+    is_mine = (start <= index[axis]) & (index[axis] < stop)
+    index[axis] = index[axis].sub(start).clamp(0, max(0, stop - start - 1))
+    values = torch.where(is_mine, local[tuple(index)], 0)
     torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group())  # exact: one process has each
     return values
 

@@ -25,9 +25,8 @@ from ..ops.dropout import dropout_seed, dropped
 from ..ops.low_rank import no_autocast
 from .kinds import BLOCK, LINEAR
 from .layer import BaseLayer
-from .sharding import bounds, has_empty_part, is_dtensor
+from .sharding import bounds, has_empty_part, is_dtensor, is_parallel
 
-MARKS = "_is_hooked", "_distribute_module_applied"  # on each module of a tp_plan: transformers' mark, and torch's
 CURE = "leave it out with exclude_names, or load the model without tp_plan and shard it by fully_shard"
 
 
@@ -64,7 +63,9 @@ class Split:
         if not is_plain or x.shape[:-1] != y.shape[:-1] or x.shape[-1] not in sizes[0] or y.shape[-1] not in sizes[1]:
             got = " and ".join(f"{tuple(t.shape)}{' in parts' * is_dtensor(t)}" for t in (x, y))
             problem = f"{path}: a tensor-parallel layer of {self.d_in} -> {self.d_out} was called with, and gave, {got}"
-            raise TargetError(f"{problem}\n  wanted the same tokens in both (no sequence parallelism), as plain tensors")
+            raise TargetError(
+                f"{problem}\n  wanted the same tokens in both (no sequence parallelism), as plain tensors"
+            )
         return x, y
 
     def add(
@@ -107,23 +108,9 @@ class Split:
         return x * mask[..., start:stop]
 
 
-def is_parallel(layer: BaseLayer) -> bool:
-    """Has tensor parallelism parted the module, or hooked it? Not the residual stream, which each process has whole."""
-    return not layer.module.__dict__.keys().isdisjoint(MARKS) and layer.kind is not BLOCK
-
-
-def mesh_of(model: nn.Module) -> Any:
-    """The DeviceMesh of the processes that a model is parted over; None of a model that isn't."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    marked = (module for module in model.modules() if not vars(module).keys().isdisjoint(MARKS))
-    parameters: Any = (parameter for module in marked for parameter in module.parameters(recurse=False))
-    return next((parameter.device_mesh for parameter in parameters if is_dtensor(parameter)), None)
-
-
 def shows_part(module: nn.Module, before: bool) -> bool:
     """Does a process see a part of a module's features alone: of its input, if before, else of its output?"""
-    if vars(module).keys().isdisjoint(MARKS):
+    if not is_parallel(module):
         return False
     weight: Any = getattr(module, "weight", None)
     is_split = is_dtensor(weight) and isinstance(module, nn.Linear)
@@ -135,12 +122,12 @@ def is_block_of_parts(layer: BaseLayer) -> bool:
     if layer.kind is not BLOCK or not is_dtensor(layer.stored):
         return False
     parameters: Any = [p for p in layer.module.parameters() if is_dtensor(p)]
-    marked = any(not vars(module).keys().isdisjoint(MARKS) for module in layer.module.modules())
+    marked = any(map(is_parallel, layer.module.modules()))
     return marked and all(len(p.placements) == 1 for p in parameters)
 
 
 def split_of(layer: BaseLayer) -> Split:
-    """How the weight of a layer is parted, for which `is_parallel` holds.
+    """How the weight of a layer is parted, whose module is_parallel.
 
     Raises:
         TargetError: for a layer that isn't parted over its outputs or its inputs, in equal parts but for the last.

@@ -176,11 +176,10 @@ def linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> F
 
 def spread(tensor: Tensor) -> list[float]:
     """Up to SAMPLES elements from the first to the last."""
-    flat = (tensor if tensor.is_contiguous() else tensor.mT).detach()
-    places = torch.tensor(spread_places(flat.numel()), device=flat.device)
-    if sharding.is_dtensor(flat):
-        return sharding.elements(flat, places).float().tolist()
-    return flat.reshape(-1).index_select(0, places).float().tolist()
+    if sharding.is_dtensor(tensor):
+        return sharding.elements(tensor.detach(), spread_places(tensor.numel())).float().tolist()
+    flat = (tensor if tensor.is_contiguous() else tensor.mT).detach().reshape(-1)
+    return flat.index_select(0, torch.tensor(spread_places(flat.numel()), device=flat.device)).float().tolist()
 
 
 @cache

@@ -88,7 +88,8 @@ def attach(
         if max_rank is not None:
             empty_room(adapter, rank)
             methods[0].sites[0].state.max_rank = max_rank
-        share_whole(root, (tensor for _, tensor in adapter.named_tensors()))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            share_whole(root, (tensor for _, tensor in adapter.named_tensors()))
     logger.info(f"attached {adapter}: {adapter.counts()}")
     logger.trace("attached {!r} at {}", name, adapter.targets)
     return adapter
@@ -125,7 +126,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     root, session = session_of(model)
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
-    if sharded := [adapter.name for adapter in leaving if adapter.is_managed]:  # before anything changes
+    if sharded := [
+        adapter.name for adapter in leaving if adapter.is_sharded and adapter.is_managed
+    ]:  # before anything changes
         raise TargetError(
             f"adapter {sharded[0]!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
             f"  use lora_lite.disabled(model), or load the base again"

@@ -14,7 +14,7 @@ from ..base.affine import check_affine
 from ..base.kinds import Size
 from ..base.layer import BaseLayer, stand_in
 from ..base.probe import check_norm, not_linear
-from ..base.split import is_block_of_parts, is_parallel
+from ..base.split import is_block_of_parts
 from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .config import BaseConfig
 from .layer import Layer
@@ -143,7 +143,8 @@ def make_site(
         size = target.d_in, target.d_out, target.experts, target.by_weight
         specs = known[size] = known.get(size) or specs_at(target, cfg)
     site = Site(target, layer, cfg, dict(overrides), weight_use(cfg), is_stacked(target, cfg), dict(specs))
-    site.parts = parts_of(site) if is_parallel(layer) else None
+    if sharding.is_parallel(layer.module):
+        site.parts = parts_of(site)
     return site
 
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..base.sharding import is_dtensor
-from ..base.split import CURE, Split, mesh_of, split_of
+from ..base.kinds import BLOCK
+from ..base.sharding import is_dtensor, mesh_of
+from ..base.split import CURE, Split, split_of
 from ..errors import TargetError
 from .layer import Layer
 from .scale import Scale
@@ -65,12 +66,14 @@ def share_whole(model: nn.Module, tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor.detach(), group=mesh.get_group(), group_src=0)
 
 
-def parts_of(site: Site) -> Parts:
-    """How the tensors of a new site are parted, whose layer `is_parallel`.
+def parts_of(site: Site) -> Parts | None:
+    """How the tensors of a new site are parted, whose module is_parallel; None of a block, whose stream is whole.
 
     Raises:
         TargetError: for a layer or a method that can't be parted.
     """
+    if site.base.kind is BLOCK:
+        return None
     split = split_of(site.base)
     axes = _axes(site, split)
     if axes is None:
