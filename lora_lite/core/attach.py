@@ -25,7 +25,7 @@ from .resolve import attachable, check_free, check_name, check_weights_present, 
 from .room import empty_room, with_room
 from .scaled import check_in_use, scaled
 from .shared import Shared
-from .split import share_whole
+from .split import check_tokens_are_whole, share_whole
 from .state import (
     AdapterState,
     BaseChange,
@@ -256,6 +256,8 @@ def _state(root: nn.Module, methods: list[Method], name: str, scale: float, step
     """The state that new sites share. Raises TargetError for a weight that is not on this machine, or tied."""
     every = [site for method in methods for site in method.sites]
     check_weights_present(every)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        check_tokens_are_whole(root)
     for method in methods:
         if method.cfg.tied_weights != "apart":
             tie(root, method.cfg, method.sites, every)

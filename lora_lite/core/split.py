@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..base.kinds import BLOCK
-from ..base.sharding import is_dtensor, mesh_of
+from ..base.sharding import is_dtensor, is_parallel, mesh_of
 from ..base.split import CURE, Split, split_of
 from ..errors import TargetError
 from .layer import Layer
@@ -22,7 +22,7 @@ from .scale import Scale
 from .state import Site
 from .variant import LowRank, Variant, lookup
 
-PARTS = "init", "group_init", "refresh", "shared_specs", "on_step", "penalty"  # of a method that needs more than x
+MORE = "init", "group_init", "refresh", "shared_specs", "on_step", "penalty"  # of a method that needs more than x
 ONE = Scale(1.0, False, True)
 
 
@@ -45,6 +45,7 @@ class Parts:
         tensors: dict[str, Any] = {name: getattr(module, site.attribute(name)) for name in site.specs}
         mesh = next(iter(tensors.values())).device_mesh
         x, y = self.split.local(site.path, mesh, x, y)
+        x = x.to(y.dtype)  # the layer's output says in which dtype it computes
 
         def method(c: Scale, y: Tensor, x: Tensor) -> Tensor:
             local = {name: tensor.to_local() for name, tensor in tensors.items()}
@@ -66,6 +67,15 @@ def share_whole(model: nn.Module, tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor.detach(), group=mesh.get_group(), group_src=0)
 
 
+def check_tokens_are_whole(model: nn.Module) -> None:
+    """TargetError for sequence parallelism: on a whole layer, gradients would be those of a part of the tokens."""
+    for path, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        if is_parallel(module) and is_dtensor(weight) and all(p.is_replicate() for p in weight.placements):
+            problem = f"{path}: each process computes it for a part of the tokens (sequence parallelism)"
+            raise TargetError(f"{problem}\n  leave it out of the plan, or shard the model by fully_shard")
+
+
 def parts_of(site: Site) -> Parts | None:
     """How the tensors of a new site are parted, whose module is_parallel; None of a block, whose stream is whole.
 
@@ -85,7 +95,7 @@ def parts_of(site: Site) -> Parts | None:
 def _axes(site: Site, split: Split) -> dict[str, int | None] | None:
     """The axis of each tensor, by its name; None for a method whose tensors don't say theirs."""
     variant = lookup(site.cfg.variant)
-    more = [part for part in PARTS if getattr(variant, part) is not getattr(Variant, part)]
+    more = [part for part in MORE if getattr(variant, part) is not getattr(Variant, part)]
     if more or variant.forward_input is not None or variant.low_rank is Variant.low_rank:
         return None
     if site.base_weight != "unused" or any(spec.saved != "always" or spec.dtype for spec in site.specs.values()):
