@@ -50,7 +50,7 @@ class Parts:
         def method(c: Scale, y: Tensor, x: Tensor) -> Tensor:
             local = {name: tensor.to_local() for name, tensor in tensors.items()}
             factors: Any = lookup(site.cfg.variant).low_rank(Layer(module, site, y.dtype, c, instead=local))
-            form = LowRank(*factors)
+            form: Any = LowRank(*factors)
             return self.split.add(y, x, form.a, form.b, mesh, form.s, form.dropout, form.shift)
 
         new: Tensor = method(scale, y, x) if scale.rows is None else scale.rows.run(site.path, method, y, x)
