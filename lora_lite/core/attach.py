@@ -126,9 +126,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     root, session = session_of(model)
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
-    if sharded := [
-        adapter.name for adapter in leaving if adapter.is_sharded and adapter.is_managed
-    ]:  # before anything changes
+    # Before anything changes.
+    if sharded := [each.name for each in leaving if each.is_sharded and each.is_managed]:
         raise TargetError(
             f"adapter {sharded[0]!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
             f"  use lora_lite.disabled(model), or load the base again"
