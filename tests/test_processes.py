@@ -23,5 +23,5 @@ def test_in_processes(job: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_model_that_its_plan_parts(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("tp_worker.py")), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
