@@ -253,6 +253,10 @@ def life() -> None:
     torch.testing.assert_close(halves[1], part, rtol=2e-2, atol=1e-2)  # bfloat16, too
     for got, wanted in zip(results[4:], results[:4], strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for its in ll.adapters(model).values():  # 0 times an infinity is no base
+        its.load_state_dict({key: torch.full(t.shape, torch.inf) for key, t in its.state_dict().items()})
+    with ll.disabled(model):
+        assert torch.equal(model(input_ids=BATCH).logits, plain)
     ll.detach(model, "fr")
     ll.detach(model)
     assert torch.equal(model(input_ids=BATCH).logits, plain)
