@@ -1,4 +1,5 @@
-"""torch.compile(fullgraph=True), DDP and FSDP2 in processes of their own: what each goes through, workers.py says."""
+"""torch.compile(fullgraph=True), DDP, FSDP2 and tensor parallelism in processes of their own: what each goes through,
+workers.py and tp_worker.py say."""
 
 import os
 import subprocess
@@ -16,4 +17,11 @@ def test_in_processes(job: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "CXX"}
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_a_model_that_its_plan_parts(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("tp_worker.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

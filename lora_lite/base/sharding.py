@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .kinds import is_instance
 
+MARKS = "_is_hooked", "_distribute_module_applied"  # on each module of a tp_plan: transformers' mark, and torch's
 FSDP2 = "torch.distributed.fsdp", "FSDPModule"  # the class of a module that fully_shard was given
 
 
@@ -24,6 +25,11 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_dtensor(tensor: Tensor) -> bool:
     """True for a parameter of fully_shard or of tensor parallelism."""
     return is_instance(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def is_parallel(module: Any) -> bool:
+    """Has tensor parallelism parted this module, or hooked it?"""
+    return not module.__dict__.keys().isdisjoint(MARKS)
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -42,6 +48,42 @@ def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; of a DTensor all shards, gathered by all processes together."""
     sharded: Any = tensor  # full_tensor() is a collective call: without one process the others wait forever
     return sharded.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def bounds(size: int, mesh: Any, rank: int | None = None) -> tuple[int, int]:
+    """From where to where an axis of this size goes in a process of a mesh of one dimension: this one, or `rank`."""
+    part = -(-size // mesh.size())  # as torch.chunk does it, so the last one may be shorter
+    start = min(size, part * (mesh.get_local_rank() if rank is None else rank))
+    return start, min(size, start + part)
+
+
+def has_empty_part(tensor: Any) -> bool:
+    """Has a process no number of this DTensor, which is parted along one axis?"""
+    start, stop = bounds(tensor.shape[tensor.placements[0].dim], tensor.device_mesh, tensor.device_mesh.size() - 1)
+    return start == stop
+
+
+def mesh_of(model: Any) -> Any:
+    """The DeviceMesh of the processes that tensor parallelism has parted a model over; None of any other model."""
+    parameters = (p for module in model.modules() if is_parallel(module) for p in module.parameters(recurse=False))
+    return next((parameter.device_mesh for parameter in parameters if is_dtensor(parameter)), None)
+
+
+def elements(tensor: Any, places: list[int]) -> Tensor:
+    """The elements at these places of a DTensor's whole tensor as a flat one. All processes ask together."""
+    from torch.distributed.tensor import Shard
+
+    indices = torch.tensor(places, device=tensor.device)
+    if len(tensor.placements) > 1 or type(tensor.placements[0]) is not Shard:
+        return whole(tensor).reshape(-1).index_select(0, indices)
+    axis, local = tensor.placements[0].dim, tensor.to_local()
+    start, stop = bounds(tensor.shape[axis], tensor.device_mesh)
+    index = list(torch.unravel_index(indices, tensor.shape))
+    is_mine = (start <= index[axis]) & (index[axis] < stop)
+    index[axis] = index[axis].sub(start).clamp(0, max(0, stop - start - 1))
+    values = torch.where(is_mine, local[tuple(index)], 0)
+    torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group())  # exact: one process has each
+    return values
 
 
 def any_process(is_true: bool, device: torch.device) -> bool:

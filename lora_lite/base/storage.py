@@ -176,6 +176,8 @@ def linear_by_rows(t: Float[Tensor, "*b i"], weight: Shaped[Tensor, "o i"]) -> F
 
 def spread(tensor: Tensor) -> list[float]:
     """Up to SAMPLES elements from the first to the last."""
+    if sharding.is_dtensor(tensor):
+        return sharding.elements(tensor.detach(), spread_places(tensor.numel())).float().tolist()
     flat = (tensor if tensor.is_contiguous() else tensor.mT).detach().reshape(-1)
     return flat.index_select(0, torch.tensor(spread_places(flat.numel()), device=flat.device)).float().tolist()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..base import sharding
 from ..base.fingerprint import BaseRecord
 from ..base.kinds import is_instance
+from ..base.split import is_block_of_parts
 from ..dtypes import dtype_name
 from ..errors import CheckpointError, ConfigError, TargetError
 from .layer import Layer
@@ -206,11 +207,22 @@ class Adapter:
 
     @property
     def is_sharded(self) -> bool:
-        """True once fully_shard or ZeRO-3 has its parameters or its layers' weights: all processes save together."""
+        """True once each process has a part of its parameters or of its layers' weights: all save together."""
         weights = [site.base.stored for site in self._state.sites]
         tensors = [*weights, *dict(self.named_tensors()).values()]
         # Parameters of the root itself stay whole after a forward, and are fully_shard's all the same.
         return any(map(sharding.is_sharded, tensors)) or is_instance(self._model, *sharding.FSDP2)
+
+    @property
+    def is_managed(self) -> bool:
+        """True of a sharded adapter whose parameters fully_shard or ZeRO-3 keeps a hold of; not of one that has its
+        parts itself, on tensor-parallel layers."""
+        if any(is_instance(module, *sharding.FSDP2) for module in self._model.modules()):
+            return True
+        sites = [site for site in self._state.sites if site.parts is None]
+        weights = [site.base.stored for site in sites if not is_block_of_parts(site.base)]
+        tensors = [tensor for place in self._places(sites) for _, tensor in place.tensors()]
+        return any(map(sharding.is_sharded, [*weights, *tensors]))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""

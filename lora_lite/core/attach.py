@@ -25,6 +25,7 @@ from .resolve import attachable, check_free, check_name, check_weights_present, 
 from .room import empty_room, with_room
 from .scaled import check_in_use, scaled
 from .shared import Shared
+from .split import check_tokens_are_whole, share_whole
 from .state import (
     AdapterState,
     BaseChange,
@@ -87,6 +88,8 @@ def attach(
         if max_rank is not None:
             empty_room(adapter, rank)
             methods[0].sites[0].state.max_rank = max_rank
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            share_whole(root, (tensor for _, tensor in adapter.named_tensors()))
     logger.info(f"attached {adapter}: {adapter.counts()}")
     logger.trace("attached {!r} at {}", name, adapter.targets)
     return adapter
@@ -123,7 +126,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     root, session = session_of(model)
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
-    if sharded := [adapter.name for adapter in leaving if adapter.is_sharded]:  # before anything changes
+    # Before anything changes.
+    if sharded := [each.name for each in leaving if each.is_sharded and each.is_managed]:
         raise TargetError(
             f"adapter {sharded[0]!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
             f"  use lora_lite.disabled(model), or load the base again"
@@ -251,6 +255,8 @@ def _state(root: nn.Module, methods: list[Method], name: str, scale: float, step
     """The state that new sites share. Raises TargetError for a weight that is not on this machine, or tied."""
     every = [site for method in methods for site in method.sites]
     check_weights_present(every)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        check_tokens_are_whole(root)
     for method in methods:
         if method.cfg.tied_weights != "apart":
             tie(root, method.cfg, method.sites, every)
@@ -342,6 +348,7 @@ def _value(
 
 
 def hold(site: Site, name: str, value: Tensor) -> None:
+    value = value if site.parts is None else site.parts.part(site, name, value)
     is_parameter, attribute = isinstance(value, nn.Parameter), site.attribute(name)
     site.state.names.add(attribute)
     (site.module.register_parameter if is_parameter else site.module.register_buffer)(attribute, value)

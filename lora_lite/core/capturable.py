@@ -108,7 +108,7 @@ def _check(state: AdapterState, is_sharded: bool) -> None:
     """TargetError for an adapter that a graph can't follow."""
     if is_sharded:
         raise TargetError(
-            f"adapter {state.name!r} is sharded by fully_shard or ZeRO-3, which move its parameters about\n"
+            f"adapter {state.name!r} is sharded by fully_shard, ZeRO-3 or tensor parallelism, which move numbers\n"
             f"  run it without a graph"
         )
     for site in state.sites:

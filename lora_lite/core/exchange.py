@@ -27,7 +27,8 @@ def replaced(
     session, adapter = session_at(root), get_adapter(root, name)
     check_unmerged(session, f"replace {name!r}")
     if adapter.is_sharded:
-        raise TargetError(f"adapter {name!r} is sharded by fully_shard or ZeRO-3\n  use lora_lite.restore")
+        problem = f"adapter {name!r} is sharded by fully_shard, ZeRO-3 or tensor parallelism"
+        raise TargetError(f"{problem}\n  use lora_lite.restore; on tensor-parallel layers detach it, then load")
     order, before = list(session.adapters), session.adapters[name]
     values = [dict(site.tensors()) for site in before.sites]
     try:

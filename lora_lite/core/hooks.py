@@ -55,6 +55,9 @@ def register_hooks(site: Site) -> None:
     if site.base.kind is BLOCK:
         handles.append(after(partial(_stream_hook, name)))
         return
+    if site.parts is not None:
+        handles.append(after(partial(_parted_hook, name), with_kwargs=True))
+        return
     if variant.forward_input is not None:
         handles.append(before(partial(_input_hook, name), with_kwargs=True))  # x may come by keyword
     if site.target.is_diagonal and variant.reads_input:
@@ -158,6 +161,16 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
         new = scale.rows.run(site.path, lambda c, x: adapt_input(Layer(module, site, x.dtype, c), x), x)
     new = new if site.positions is None else site.positions.choose(site.path, new, x)
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
+
+
+def _parted_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+    """A layer of which each process computes a part."""
+    site, scale = _called(module, name)
+    if scale is None:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))  # (*b, d_in), or this process's part
+    new = site.parts.output(module, site, scale, x, y)
+    return new if site.positions is None else site.positions.choose(site.path, new, y)
 
 
 def _stream_hook(name: str, block: nn.Module, args: tuple[Any, ...], y: Any) -> Any:

@@ -59,7 +59,8 @@ def _states(model: nn.Module, names: str | Sequence[str], action: str) -> list[A
     check_unmerged(session, action)
     adapters = [get_adapter(model, name) for name in ([names] if isinstance(names, str) else names)]
     if sharded := [adapter.name for adapter in adapters if adapter.is_sharded]:
-        raise TargetError(f"can't {action} {sharded[0]!r}: fully_shard or ZeRO-3 manages its parameters")
+        problem = f"can't {action} {sharded[0]!r}: it is sharded by fully_shard, ZeRO-3 or tensor parallelism"
+        raise TargetError(f"{problem}\n  keep it where it is, within lora_lite.disabled(model)")
     return [session.adapters[adapter.name] for adapter in adapters]
 
 

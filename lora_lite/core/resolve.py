@@ -14,11 +14,13 @@ from ..base.affine import check_affine
 from ..base.kinds import Size
 from ..base.layer import BaseLayer, stand_in
 from ..base.probe import check_norm, not_linear
+from ..base.split import is_block_of_parts
 from ..errors import ConfigError, QuantizedWeightError, TargetError, VariantError
 from .config import BaseConfig
 from .layer import Layer
 from .names import SITES, TIES
 from .shared import Shared
+from .split import parts_of
 from .state import SESSION, AdapterState, Method, Session, Site, Tensors, session_of, sites_of
 from .targets import Selection, Target
 from .validate import is_name
@@ -140,7 +142,10 @@ def make_site(
     else:  # `param_specs` knows a layer by its size alone, so layers of one size have the same
         size = target.d_in, target.d_out, target.experts, target.by_weight
         specs = known[size] = known.get(size) or specs_at(target, cfg)
-    return Site(target, layer, cfg, dict(overrides), weight_use(cfg), is_stacked(target, cfg), dict(specs))
+    site = Site(target, layer, cfg, dict(overrides), weight_use(cfg), is_stacked(target, cfg), dict(specs))
+    if sharding.is_parallel(layer.module):
+        site.parts = parts_of(site)
+    return site
 
 
 def make_stand_in(
@@ -234,9 +239,8 @@ def check_weights_present(sites: Iterable[Site]) -> None:
             problem = "has no shape yet\n  run one forward before attach"
         elif weight.is_meta:
             problem = "is on the meta device\n  load it before attach, with a device_map that offloads no target"
-        elif sharding.is_dtensor(weight):
-            problem = "is a DTensor already\n  attach first, then fully_shard; "
-            problem += "of a tensor-parallel model, load it without tp_plan"
+        elif sharding.is_dtensor(weight) and site.parts is None and not is_block_of_parts(site.base):
+            problem = "is a DTensor already\n  attach first, then fully_shard"
         else:
             continue
         raise TargetError(f"{site.path}: its weight {problem}")

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..base.split import shows_part
 from ..base.stacks import find_stacks
 from ..base.still import still
 from ..core.config import BaseConfig
@@ -146,6 +147,9 @@ def _hooked_paths(model: nn.Module, where: BaseConfig | Iterable[str] | None, wh
             f"  its blocks are {', '.join(blocks[:2]) or 'none'}...; any module's path will do"
         )
     if what != "residual":
+        if parts := [path for path in paths if shows_part(modules[path], what == "input")]:
+            problem = f"{parts[0]}: tensor parallelism has parted it: each process sees a part of its {what}, if any"
+            raise TargetError(f"{problem}\n  capture a block's residual, or load the model without tp_plan")
         return {path: path for path in paths}
     hooked = {}
     for path in paths:
