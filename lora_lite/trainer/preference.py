@@ -52,7 +52,9 @@ def snapshot(model: nn.Module) -> nn.Module:
         if adapter.is_sharded:
             problem = f"adapter {adapter.name!r} is sharded, so no copy of it can take its place in a forward"
             raise TargetError(f"{problem}\n  {NOT_SHARDED}")
-    tensors = {path: tensor.detach().clone() for a in trained for path, tensor in _placed(root, a.name).items()}
+    # A copy requires a gradient where its tensor does, though none is taken: torch.matmul goes another way without.
+    placed = {path: tensor for adapter in trained for path, tensor in _placed(root, adapter.name).items()}
+    tensors = {path: t.detach().clone().requires_grad_(t.requires_grad) for path, t in placed.items()}
     return Reference(root, {adapter.name: adapter.scale for adapter in trained}, tensors)
 
 
@@ -90,7 +92,8 @@ class Reference(nn.Module):
         scales = {name: self._scale(name, adapter.scale) for name, adapter in adapters(self._model).items()}
         off = {path for name, scale in scales.items() if scale == 0 for path in _placed(self._model, name)}
         on = {f"scale of {name}": torch.tensor(scale) for name, scale in scales.items() if scale != 0}
-        return {path: tensor for path, tensor in (state | self._tensors).items() if path not in off} | on
+        copies = {path: tensor.detach() for path, tensor in self._tensors.items()}
+        return {path: tensor for path, tensor in (state | copies).items() if path not in off} | on
 
     def _scale(self, name: str, scale: float) -> float:
         return self._scales.get(name, self._scales.get(None, scale))
@@ -101,7 +104,7 @@ class Reference(nn.Module):
                 return getattr(model, method)(*args, **kwargs)
             current = dict(_tensors_of(model))  # a trainer may have moved them since
             for path, tensor in self._tensors.items():
-                self._tensors[path] = tensor.to(current[path].device)
+                self._tensors[path] = tensor.detach().to(current[path].device).requires_grad_(tensor.requires_grad)
             tensors = {f"model.{path}": tensor for path, tensor in self._tensors.items()}
             return functional_call(_Call(model, method), tensors, args, kwargs)
 

@@ -8,11 +8,14 @@ from typing import Any
 import trl
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.import_utils import suppress_experimental_warning
 
 from lora_lite.trainer import AdapterCheckpoints
+
+with suppress_experimental_warning():  # TRL's own way, and each import would warn
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 WORDS = ("the", "cat", "dog", "sat", "ran", "on", "mat", "road", "good", "bad")
 STORIES = [" ".join(WORDS[(i * k + j) % len(WORDS)] for j in range(8)) for i in range(4) for k in (1, 3)]
