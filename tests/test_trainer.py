@@ -1,6 +1,5 @@
-"""Trainers: the first step is audited, no trained head is lost, and a reference model is the adapter switched off."""
+"""Trainers: the first step is audited, and no trained head is lost."""
 
-import math
 import os
 import socket
 import subprocess
@@ -11,63 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, attach, config, loss_of, perturb, quantized, tiny_llama
+from models import IDS, config, perturb, tiny_llama
 from test_audit import FEW, SMALL, Experts, X, gpt2, jamba
 from test_ecosystem import Tokens, arguments
 from test_laws import logits
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-)
+from transformers import LlamaConfig, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
 
 import lora_lite as ll
-from lora_lite.trainer import AdapterCheckpoints, AdapterTrainer, reference
+from lora_lite.trainer import AdapterTrainer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),  # torch's, on a machine without an accelerator
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # which TRL 1.16 still calls
-]
-WORDS = ("the", "cat", "dog", "sat", "ran", "on", "mat", "road", "good", "bad")
-STORIES = [" ".join(WORDS[(i * k + j) % len(WORDS)] for j in range(8)) for i in range(4) for k in (1, 3)]
-PAIRS = [
-    {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran on the road"},
-    {"prompt": "the dog", "chosen": " ran on", "rejected": " sat bad bad mat"},
-]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    special = ("[PAD]", "[UNK]", "[EOS]")
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate((*special, *WORDS))}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=32
-    )
-
-
-def trl_arguments(kind: Any, folder: Path, **overrides: Any) -> Any:
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "activation_checkpointing": False,
-    }
-    return kind(**(options | overrides))
+# torch's, on a machine without an accelerator
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 
 
 def values(adapter: ll.Adapter) -> dict[str, torch.Tensor]:
@@ -210,29 +164,6 @@ def test_what_is_loaded_on_a_base_with_wrong_gradients_serves_and_does_not_train
     assert all(torch.equal(tensor, start[key]) for key, tensor in adapter.state_dict().items())
 
 
-def test_trls_fused_loss_with_an_adapter_on_the_head_stops_the_first_step(tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    class Trains(AdapterCheckpoints, SFTTrainer):
-        pass
-
-    def trainer(**fields: Any) -> Any:
-        model = tiny_llama()
-        perturb(ll.attach(model, config("lora", **fields)))
-        data = Dataset.from_list([{"text": story} for story in STORIES])
-        args = trl_arguments(SFTConfig, tmp_path, max_length=16)
-        return Trains(model, args, train_dataset=data, processing_class=tokenizer())
-
-    with pytest.raises(ll.TargetError, match="never called, while the model reads the weight itself: lm_head\n"):
-        trainer(target_names="_proj$|lm_head").train()
-    fits = trainer()
-    fits.train()
-    assert fits.state.global_step == 2
-    fits.save_model(str(tmp_path / "end"))
-    assert (tmp_path / "end" / "default.safetensors").is_file()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["ddp", "zero"])
 def test_two_processes(job: str, tmp_path: Path) -> None:
@@ -328,125 +259,7 @@ def test_an_adapter_on_the_head_is_saved_with_it(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ll.TargetError, match=r"^AdapterTrainer is given .*, not 'org/name'\n  load the model and"):
+    with pytest.raises(
+        ll.TargetError, match=r"^AdapterTrainer is given .*, not 'org/name'\n  .*load_base\('org/name'\) and"
+    ):
         AdapterTrainer("org/name", arguments(tmp_path))
-
-
-# ---- the reference ------------------------------------------------------------------------------
-
-
-def test_the_reference_is_the_base_and_touches_nothing() -> None:
-    model = tiny_llama()
-    with torch.no_grad():
-        base = model(input_ids=IDS).logits
-        bare = model.generate(IDS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0)
-    perturb(ll.attach(model, config("lora", dropout=0.5)), 0.5)
-    model.train()
-    model.model.layers[1].eval()
-    modes, moved = [module.training for module in model.modules()], logits(model)
-    reference_ = reference(model)
-    reference_.eval().requires_grad_(False).to(torch.float64)
-    out = reference_(input_ids=IDS)
-    assert torch.equal(out.logits, base)
-    assert not out.logits.requires_grad
-    assert torch.equal(reference_.generate(IDS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0), bare)
-    assert [module.training for module in model.modules()] == modes
-    assert not any(module is not reference_ for module in reference_.modules())
-    assert not list(reference_.parameters())
-    assert reference_.state_dict().keys() == model.state_dict().keys()
-    assert reference_.config is model.config
-    assert reference_.device == model.device
-    assert not hasattr(reference_, "_hf_peft_config_loaded")
-    assert all(p.requires_grad for p in ll.adapters(model)["default"].parameters())
-    assert not torch.equal(moved, base)
-    assert ll.adapters(model)["default"].scale == 1.0
-
-
-def test_the_reference_of_one_adapter_keeps_the_others_on() -> None:
-    model = tiny_llama()
-    perturb(ll.attach(model, config("lora"), name="kept"))
-    wanted = logits(model)
-    perturb(ll.attach(model, config("lora"), name="new"), seed=2)
-    assert torch.equal(reference(model, "new")(input_ids=IDS).logits, wanted)
-    with pytest.raises(ll.TargetError, match="no adapter 'other'"):
-        reference(model, "other")
-    with pytest.raises(ll.TargetError, match="LlamaForCausalLM has no adapter to switch off"):
-        reference(tiny_llama())
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_reference_between_forward_and_backward_leaves_checkpointed_gradients(use_reentrant: bool) -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = tiny_llama().train()
-        adapter = ll.attach(model, config("lora"))
-        perturb(adapter)
-        if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        loss = loss_of(model)
-        reference(model)(input_ids=IDS)
-        loss.backward()
-        found.append([p.grad for p in adapter.parameters()])
-    torch.testing.assert_close(*found)
-
-
-def dpo(model: Any, folder: Path, ref_model: Any, **overrides: Any) -> Any:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    class Trains(AdapterCheckpoints, DPOTrainer):
-        pass
-
-    args = trl_arguments(DPOConfig, folder, max_length=16, **overrides)
-    data = Dataset.from_list(PAIRS * 2)
-    return Trains(model, ref_model=ref_model, args=args, train_dataset=data, processing_class=tokenizer())
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_dpo_on_a_quantised_base_starts_from_ln_2(checkpointing: bool, tiny: str, tmp_path: Path) -> None:
-    model = quantized(tiny, "nf4")
-    ll.attach(model, config("lora"))
-    before = len(list(model.modules()))
-    trainer = dpo(model, tmp_path, reference(model), max_steps=3, activation_checkpointing=checkpointing)
-    trainer.train()
-    first, *_, last = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert abs(first["loss"] - math.log(2)) < 1e-5
-    assert first["rewards/margins"] == 0
-    assert last["loss"] < first["loss"] - 1e-3
-    assert len(list(model.modules())) == before
-
-
-def test_precomputed_log_probabilities_are_those_of_the_reference(tiny: str, tmp_path: Path) -> None:
-    losses = []
-    for precomputed in (False, True):
-        torch.manual_seed(0)
-        model = quantized(tiny, "nf4")
-        ll.attach(model, config("lora"))
-        ref = None if precomputed else reference(model)
-        trainer = dpo(model, tmp_path, ref, max_steps=3, precompute_ref_log_probs=precomputed)
-        trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-def test_grpo_takes_the_reference_after_construction(tiny: str, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Trains(AdapterCheckpoints, GRPOTrainer):
-        pass
-
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(completion)) for completion in completions]
-
-    model = ll.load_base(tiny, torch.float32)
-    perturb(attach(model, config("lora")))
-    args = trl_arguments(
-        GRPOConfig, tmp_path, beta=0.1, num_generations=2, max_completion_length=4, max_steps=1, temperature=1.0
-    )
-    data = Dataset.from_list([{"prompt": pair["prompt"]} for pair in PAIRS * 2])
-    trainer: Any = Trains(model, reward, args=args, train_dataset=data, processing_class=tokenizer())
-    trainer.ref_model = reference(trainer.model)
-    trainer.train()
-    assert next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry) > 0
-    assert isinstance(trainer, Trainer)

@@ -4,12 +4,12 @@
     trainer = AdapterTrainer(model, args, train_dataset=...)
     trainer.train()  # train(resume_from_checkpoint=True) goes on from the last checkpoint
 
-`class MyTrainer(AdapterCheckpoints, SFTTrainer)` does the same for a trainer of your own. For preference training,
-`DPOTrainer(model, ref_model=reference(model), ...)` takes the model itself with its adapter off. Without it TRL loads a
-second model by its name: beside a quantised model that is another one (first loss 0.73, where ln 2 = 0.69 is right).
+`class MyTrainer(AdapterCheckpoints, SFTTrainer)` does the same for a trainer of TRL, or of your own. One that has a
+reference (DPO, KTO, GRPO, ...) takes the model itself for it, with its adapters as they are when the trainer is made;
+`ref_model=reference(model)` is the base. No second model is loaded.
 """
 
 from .checkpoints import AdapterCheckpoints, AdapterTrainer
-from .preference import Reference, reference
+from .preference import Reference, reference, snapshot
 
-__all__ = ["AdapterCheckpoints", "AdapterTrainer", "Reference", "reference"]
+__all__ = ["AdapterCheckpoints", "AdapterTrainer", "Reference", "reference", "snapshot"]

@@ -18,6 +18,7 @@ from ..core.variant import config_for
 from ..errors import CheckpointError, TargetError, brief
 from ..io.checkpoint import restore, save
 from ..measure.audit import watched_step
+from .construction import adapters_kept, construction
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer"]
 
@@ -27,10 +28,15 @@ class AdapterCheckpoints:
 
     Optimizer, schedule and random states are the Trainer's own; DeepSpeed's own checkpoint beside them holds the base.
 
+    ref_model   (of TRL's trainers that have a reference) None: the model with its adapters as they are now, `snapshot`;
+                `reference(model)`: the base; or a model of your own, where the trainer takes one. No second model is
+                loaded.
+
     Raises:
-        TargetError: for a model without an adapter; for trained parameters in no adapter, which no checkpoint would
-            hold; after the first backward, before the optimizer's step (DeepSpeed takes that within the backward), for
-            adapters that take no part in it.
+        ConfigError: for settings that the adapter would not survive, or that say two things of it.
+        TargetError: for a model without an adapter, a peft_config, generation by vLLM; for trained parameters in no
+            adapter, which no checkpoint would hold; after the first backward, before the optimizer's step (DeepSpeed
+            takes that within the backward), for adapters that take no part in it.
         QuantizedWeightError: before the first step, where the base gives wrong gradients or none.
     """
 
@@ -38,16 +44,16 @@ class AdapterCheckpoints:
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, nn.Module):
-            given = "a model_init" if model is None else brief(repr(model))
-            problem = f"{type(self).__name__} is given a model with an adapter on it, not {given}"
-            raise TargetError(
-                f"{problem}\n  load the model and lora_lite.attach first; for a search, one for each trial"
-            )
+            raise TargetError(f"{type(self).__name__} is given {_not_a_model(model)}")
+        kinds = type(self).__mro__
+        call = construction((kinds[0], *kinds[kinds.index(AdapterCheckpoints) + 1 :]), model, args, kwargs)
         if not adapters(model):
             raise TargetError(f"{type(model).__name__} has no adapter to train\n  lora_lite.attach one first")
         _check_saved(model)
-        with _trainable(model):
-            super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        call.add_reference(model)
+        with _trainable(model), adapters_kept(model), call.without_loading():
+            super().__init__(*call.args, **call.kwargs)
+        call.finish(self)
         cast(Any, self).add_callback(_Schedules(model))
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -114,6 +120,15 @@ class _Schedules(TrainerCallback):
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):
     """transformers.Trainer for a model with adapters."""
+
+
+def _not_a_model(model: Any) -> str:
+    wanted = "a model with an adapter on it"
+    if model is None:
+        cure = "load the model and lora_lite.attach first; for a search, one for each trial"
+        return f"{wanted}, not a model_init\n  {cure}"
+    load = f"lora_lite.load_base({model!r})" if isinstance(model, str) else "load the model"
+    return f"{wanted}, not {brief(repr(model))}\n  {load} and lora_lite.attach first, and give it that model"
 
 
 def _check_saved(model: nn.Module) -> None:
