@@ -95,6 +95,97 @@ def plain(stage: int) -> None:
                 ll.detach(model)
 
 
+def cpu_adam() -> None:
+    """DeepSpeed's own Adam, which a compiler has made before: offloaded states are its purpose."""
+    for stage in (2, 3):
+        model, adapter = built("lora", stage, late=True)
+        engine = engine_of(model, adapter, stage, offload=True, cpu_adam=True)
+        losses = train(engine, 4)
+        assert losses[-1] < losses[0]
+        ll.save(model, FOLDER / f"{stage}.safetensors")
+        alone = tiny_llama()
+        ll.load(alone, FOLDER / f"{stage}.safetensors")
+        engine.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(alone(input_ids=BATCH).logits, engine(input_ids=BATCH).logits)
+
+
+def accelerated(stage: int, offload: bool) -> None:
+    """Through Accelerate: save_state has the adapter's file beside DeepSpeed's own, and goes on to the same bits."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    from lora_lite.trainer.accelerate import keep_adapters
+
+    folder = FOLDER / f"accelerate-{offload}"
+
+    def prepared(late: bool) -> tuple[Any, Any, Any]:
+        AcceleratorState._reset_state()  # a process has one, with one plugin
+        plugin = DeepSpeedPlugin(hf_ds_config=settings(stage, offload) | {"gradient_accumulation_steps": 1})
+        accelerator = Accelerator(deepspeed_plugin=plugin)
+        keep_adapters(accelerator)
+        model, adapter = built("dora", stage, late)
+        optimizer = torch.optim.AdamW(list(adapter.parameters()), lr=1e-2)
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    def steps(accelerator: Any, model: Any, optimizer: Any) -> list[float]:
+        batch, losses = BATCH.chunk(2)[accelerator.process_index], []
+        for _ in range(2):
+            loss = model(input_ids=batch, labels=batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    whole = prepared(late=True)
+    assert type(whole[1]).__name__ == "DeepSpeedEngine"
+    steps(*whole)
+    whole[0].save_state(str(folder), exclude_frozen_parameters=True)
+    last = steps(*whole)
+    ll.save(whole[1], folder / "end.safetensors")
+    again = prepared(late=False)
+    again[0].load_state(str(folder), load_module_strict=False)
+    assert steps(*again) == last
+    ll.save(again[1], folder / "resumed.safetensors")
+    same_file(folder / "end.safetensors", folder / "resumed.safetensors")
+    alone = tiny_llama()
+    ll.load(alone, folder / "default.safetensors", verify_base=False)
+
+
+def trained(stage: int, offload: bool) -> None:
+    """Through transformers' Trainer: 2 and 2 steps are 4."""
+    from test_ecosystem import Tokens, arguments
+
+    from lora_lite.trainer import AdapterTrainer
+
+    def trainer(run: str, steps: int) -> Any:
+        more = {"gradient_accumulation_steps": "auto", "train_micro_batch_size_per_gpu": "auto"}
+        args = arguments(
+            FOLDER / run,
+            max_steps=steps,
+            save_steps=2,
+            lr_scheduler_type="constant",
+            deepspeed=settings(stage, offload) | more,
+            use_cpu=False,
+        )
+        return AdapterTrainer(built("lora", stage, late=True)[0], args, train_dataset=Tokens())
+
+    def losses(of: Any) -> list[float]:
+        return [entry["loss"] for entry in of.state.log_history if "loss" in entry]
+
+    whole = trainer("whole", 4)
+    whole.train()
+    assert type(whole.model_wrapped).__name__ == "DeepSpeedEngine"
+    trainer("part", 2).train()
+    again = trainer("part", 4)
+    again.train(resume_from_checkpoint=True)
+    assert losses(again) == losses(whole)
+    for run in ("whole", "part"):
+        assert (FOLDER / run / "checkpoint-4" / "default.safetensors").is_file()
+    same_file(*(FOLDER / run / "checkpoint-4" / "default.safetensors" for run in ("whole", "part")))
+
+
 def consolidated(variant: str, folder: Path) -> None:
     """What zero_to_fp32.py makes of the checkpoint loads as the adapter that was saved beside it."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
@@ -125,5 +216,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    {"plain2": lambda: plain(2), "plain3": lambda: plain(3)}[JOB]()
+    jobs: dict[str, Any] = {
+        "plain": plain,
+        "cpu-adam": lambda _: cpu_adam(),
+        "accelerate": lambda stage: (accelerated(stage, False), accelerated(stage, True)),
+        "trainer": lambda stage: trained(stage, offload=True),
+    }
+    name, _, stage = JOB.partition(" ")
+    jobs[name](int(stage or 0))
     dist.destroy_process_group()

@@ -27,7 +27,7 @@ def two_processes(script: str, *arguments: str | Path, folder: Path, timeout: fl
         port = str(free.getsockname()[1])
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **env}
+    shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **env}
     logs = [folder / f"log{rank}" for rank in range(2)]
     with ExitStack() as stack:
         processes = []
