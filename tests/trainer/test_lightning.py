@@ -48,7 +48,9 @@ def module(cfg: Any = None, **names: float) -> Module:
     return Module(model)
 
 
-def fit(what: Module, folder: Path, steps: int, *, resume: Path | None = None, ours: bool = True, **options: Any) -> Any:
+def fit(
+    what: Module, folder: Path, steps: int, *, resume: Path | None = None, ours: bool = True, **options: Any
+) -> Any:
     callbacks: list[Any] = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -94,6 +96,8 @@ def test_adapters_of_a_checkpoint_are_files(tmp_path: Path) -> None:
     fit(whole, tmp_path, 2)
     paths = save_adapters(tmp_path / "step=2.ckpt", tmp_path / "files")
     assert [path.name for path in paths] == ["default.safetensors", "fr.safetensors"]
+    with pytest.raises(ll.CheckpointError, match=r"pickle, which is never opened.*\n.*\n.*lightning\.save_adapters"):
+        ll.load(tiny_llama(), tmp_path / "step=2.ckpt")
     alone = tiny_llama()
     for name in ("default", "fr"):
         ll.load(alone, tmp_path / "files" / f"{name}.safetensors", name)
