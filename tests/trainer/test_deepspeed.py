@@ -1,4 +1,4 @@
-"""DeepSpeed with adapters, by each way to it, and no process that waits for another's error: two gloo processes each."""
+"""DeepSpeed by each way to it, and no process that waits for another's error: in two gloo processes each."""
 
 import shutil
 import subprocess
@@ -11,7 +11,8 @@ from processes import both_pass, two_processes
 pytestmark = pytest.mark.slow
 BUILD = (
     "import deepspeed.ops; deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False;"
-    "import torch; from deepspeed.ops.adam import DeepSpeedCPUAdam; DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(1))])"
+    "import torch; from deepspeed.ops.adam import DeepSpeedCPUAdam;"
+    "DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(1))])"
 )
 """One process compiles the operator, as two would wait for each other's lock."""
 
