@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
         torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
 
     folder = args.model or str(smollm2_folder())
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(device)
     torch.manual_seed(0)  # before attach: each process starts from the same numbers
     adapter = ll.attach(model, ll.LoRAConfig(r=8))  # before the model is wrapped
     if args.fsdp:

@@ -90,7 +90,7 @@ def load_base(
     compute_dtype = compute_dtype or chosen.compute
     if quantization is not None:
         options["quantization_config"] = bnb_config(quantization, compute_dtype, double_quant)
-    load = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
+    load: Any = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
     reasons: list[str] = []
     for attempt in chosen.attempts:
         model = None  # what failed must be gone before the next is loaded

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from ..core.adapter import adapters
@@ -53,7 +53,7 @@ class AdapterCallback(Callback):
         """Check the module, and let it load a checkpoint without the base."""
         model = _model(pl_module)
         check_saved(model)
-        if weights_only := [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.save_weights_only]:
+        if weights_only := [c for c in trainer.checkpoint_callbacks if getattr(c, "save_weights_only", False)]:
             problem = f"{type(weights_only[0]).__name__}(save_weights_only=True) asks no callback, and writes the base"
             raise TargetError(f"{problem}\n  leave it out: a checkpoint has the adapters and the optimizer's state")
         self._loading = pl_module.register_load_state_dict_post_hook(_leave_base)
