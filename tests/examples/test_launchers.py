@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 def torchrun(*arguments: str) -> list[str]:
     """The losses that two processes print."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, str(EXAMPLES / "torchrun.py"), *arguments], capture_output=True, text=True, timeout=280
     )
