@@ -5,7 +5,7 @@ import logging
 import platform
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +90,14 @@ def load_base(
     compute_dtype = compute_dtype or chosen.compute
     if quantization is not None:
         options["quantization_config"] = bnb_config(quantization, compute_dtype, double_quant)
-    load = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
+    load: Any = (auto_class or transformers.AutoModelForCausalLM).from_pretrained
     reasons: list[str] = []
     for attempt in chosen.attempts:
         model = None  # what failed must be gone before the next is loaded
         try:
             with warnings.catch_warnings():  # of two quantization_configs; _check_quantization raises if it matters
                 warnings.filterwarnings("ignore", "You passed `quantization_config`")
-                model = load(model_id, dtype=attempt, **options)
+                model, info = load(model_id, dtype=attempt, output_loading_info=True, **options)
             if quantization is not None:
                 _check_quantization(model_id, model, quantization, double_quant)
             timed = _settle_dtype(model, attempt, chosen)
@@ -115,10 +115,25 @@ def load_base(
         if trust and type(model).__module__.startswith("transformers_modules"):
             _trusted.add(model_id)
         _report(model_id, model, timed)
+        _warn_of_adapters(model_id, info["unexpected_keys"])
         return model
     raise BaseModelError(
         f"{model_id} works in none of {len(reasons)} dtypes on {', '.join(devices())}\n  " + "\n  ".join(reasons)
     )
+
+
+def of_adapters(keys: Iterable[str]) -> list[str]:
+    """The keys that an adapter's tensors have: a trainer that knows nothing of adapters saves them with the base."""
+    return sorted(key for key in keys if any(part.startswith("lora_") for part in key.split(".")))
+
+
+def _warn_of_adapters(model_id: str, unexpected: Iterable[str]) -> None:
+    """from_pretrained leaves out what its model doesn't have."""
+    if lost := of_adapters(unexpected):
+        logger.warning(
+            f"{model_id} holds {len(lost)} tensors of an adapter, which this model is without, such as {lost[0]}\n"
+            f"  lora_lite.load(model, {model_id!r}, cfg=...) puts it on, with the config that it was trained with"
+        )
 
 
 def load_as_recorded(folder: str, record: BaseRecord | None, **kwargs: Any) -> Any:

@@ -4,13 +4,14 @@ A DTensor says its whole shape; a parameter of ZeRO-3 is an empty tensor with th
 """
 
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import LoraLiteError
 from .kinds import is_instance
 
 MARKS = "_is_hooked", "_distribute_module_applied"  # on each module of a tp_plan: transformers' mark, and torch's
@@ -93,6 +94,33 @@ def any_process(is_true: bool, device: torch.device) -> bool:
     count = torch.tensor(int(is_true), device=device)  # NCCL reduces tensors on the GPU alone
     torch.distributed.all_reduce(count)  # without it one process would raise, and the others wait in their next step
     return bool(count)
+
+
+@contextmanager
+def all_or_none(together: bool) -> Iterator[None]:
+    """All processes leave the block, or all raise: one that raised alone would leave the others waiting for it.
+
+    together    all processes enter the block; if not, this does nothing. The block makes no collective call that some
+                of them might not reach
+
+    Raises:
+        LoraLiteError: in a process that has not failed itself, with the error of the first one that has.
+    """
+    if not (together and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    outcomes: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(outcomes, error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            raise LoraLiteError(f"process {rank} failed, so no process goes on\n  {outcome}")
 
 
 def has_master(tensor: Tensor) -> bool:

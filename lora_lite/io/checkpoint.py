@@ -44,17 +44,16 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     resume      with what only a training needs that goes on from here, such as the state of a schedule
 
     A crash leaves the old file or the new one, never a part. Under FSDP2 and ZeRO-3 every process must call this:
-    shards are gathered, and the first process writes.
+    shards are gathered, and the first process writes. If one of them can't, all raise.
 
     Raises:
         TargetError: for an unknown name.
         CheckpointError: if path is a folder, if a tensor holds NaN or an infinity or has lost its shape, as under a
-            partitioning that this library doesn't know (gather it first); where it is sharded in every process, also
-            when the first one could not write.
+            partitioning that this library doesn't know (gather it first); where it is sharded, also when the first
+            process could not write.
+        LoraLiteError: where it is sharded, for what another process raised.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
     adapter, memory = get_adapter(model, name), f"adapter {name!r} in memory"
     # The digests read the tensors of the adapters that come first, so all are gathered at once, not this one alone.
     with sharding.gathered(tensor for other in adapters(model).values() for _, tensor in other.named_tensors()):
@@ -62,18 +61,31 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         specs, live = adapter.specs(resume), adapter.state_dict(resume)
         tensors = {key: sharding.whole(value).cpu().clone().contiguous() for key, value in live.items()}
         digests = _digests_of_first(model, name)
-    check_shapes(tensors, specs, memory)
-    check_numbers(tensors, memory, _GO_BACK, specs)
-    check_names(tensors, memory)
-    metadata = _metadata(model, adapter, digests, resume)
-    with _first_process(path, adapter.is_sharded) as is_first:
-        if is_first:
-            write_tensors(path, tensors, metadata)
-            logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
-            schedules = [v for v in adapter.variant.split(" + ") if lookup(v).on_step is not Variant.on_step]
-            if schedules and adapter.never_stepped:
-                problem = f"{path}: {schedules[0]!r} has a schedule, and no step of it was taken"
-                logger.warning(f"{problem}\n  call adapter.step() after optimizer.step(), or train by AdapterTrainer")
+    with sharding.all_or_none(adapter.is_sharded):
+        check_shapes(tensors, specs, memory)
+        check_numbers(tensors, memory, _GO_BACK, specs)
+        check_names(tensors, memory)
+        metadata = _metadata(model, adapter, digests, resume)
+    with sharding.all_or_none(adapter.is_sharded):  # one process may have a NaN that the first, which writes, has not
+        if not adapter.is_sharded or torch.distributed.get_rank() == 0:
+            _write(path, adapter, tensors, metadata)
+
+
+def _write(path: Path, adapter: Adapter, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; an adapter is one file, such as {path / 'adapter.safetensors'}")
+    try:
+        write_tensors(path, tensors, metadata)
+    except OSError as error:
+        if not adapter.is_sharded:
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} was not written: {reason}\n  the first process writes for all") from error
+    logger.info(f"saved {adapter} to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    schedules = [v for v in adapter.variant.split(" + ") if lookup(v).on_step is not Variant.on_step]
+    if schedules and adapter.never_stepped:
+        problem = f"{path}: {schedules[0]!r} has a schedule, and no step of it was taken"
+        logger.warning(f"{problem}\n  call adapter.step() after optimizer.step(), or train by AdapterTrainer")
 
 
 def load(
@@ -199,14 +211,33 @@ def _check_plain(path: str | os.PathLike[str], replace: bool, max_rank: int | No
 def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Adapter:
     """Copy a file's values and scale into an adapter that is attached: training goes on with the same parameters.
 
-    Under FSDP2 and ZeRO-3 each process takes its shards. Nothing has changed where it raises.
+    Under FSDP2 and ZeRO-3 each process takes its shards, and if one of them can't, all raise. Nothing has changed where
+    it raises.
 
     Raises:
         CheckpointError: unless config, base, keys and shapes are the same; once ZeRO-3's optimizer has copies of the
             values.
         TargetError: for an unknown name.
+        LoraLiteError: where it is sharded, for what another process raised.
     """
-    file, adapter = read_file(path), get_adapter(model, name)
+    adapter = get_adapter(model, name)
+    first = [other for other in adapters(model).values() if other.leads]
+    with sharding.gathered(tensor for other in first for _, tensor in other.named_tensors()):
+        digests = _digests_of_first(model, name)
+    with sharding.all_or_none(adapter.is_sharded):  # one process may lack the file
+        file = read_file(path)
+        tensors = _values(model, file, adapter, digests)
+    adapter.load_state_dict(tensors)
+    adapter.scale = file.scale
+    if file.steps is not None:
+        adapter.steps = file.steps
+    logger.info(f"restored {adapter} from {path}")
+    return adapter
+
+
+def _values(model: nn.Module, file: AdapterFile, adapter: Adapter, digests: list[str]) -> dict[str, torch.Tensor]:
+    """The adapter's tensors with a file's values, by their keys. CheckpointError where it isn't of this adapter."""
+    name = adapter.name
     check_in_use([session_of(model)[1].adapters[name]])
     mapping = resolve(file.path, file.targets, set(adapter.targets), adapter.base["class"])
     differ: dict[str, Any] = {}
@@ -226,7 +257,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
             f"{other_base(str(file.path), recorded, adapter.base_record)}\n"
             f"  training goes on on its own base: load that, or detach and use lora_lite.load"
         )
-    if file.on != _digests_of_first(model, name):
+    if file.on != digests:
         raise CheckpointError(_other_histories(file))
     by_path = [{site.path: site for site in live.sites} for _, live in methods]
     wanted = [{path: mapping[path] for path in in_file.targets} for in_file, _ in methods]
@@ -239,12 +270,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], name: str = "default
     shapes = adapter.shapes()
     check_shapes(file.header.entries, {in_file: shapes[keys[in_file]] for in_file in specs}, str(file.path))
     state = adapter.state_dict()  # what the file leaves to a resume stays as it is
-    adapter.load_state_dict(state | {keys[key]: tensor for key, tensor in file.tensors(specs).items()})
-    adapter.scale = file.scale
-    if file.steps is not None:
-        adapter.steps = file.steps
-    logger.info(f"restored {adapter} from {path}")
-    return adapter
+    return state | {keys[key]: tensor for key, tensor in file.tensors(specs).items()}
 
 
 def _differing(in_file: FileMethod, live: Method, mapping: Mapping[str, str]) -> dict[str, Any]:
@@ -316,27 +342,6 @@ def _other_histories(file: AdapterFile) -> str:
         f"{file.path} was trained on top of {'another history' if file.on else 'no history'} than this model has\n"
         f"  its outputs will not be those that it was trained for: load the history first, as it was then"
     )
-
-
-@contextmanager
-def _first_process(path: Path, together: bool) -> Iterator[bool]:
-    """True in the process that writes: this one, or of those that save together the first.
-
-    These leave the block once that one has, or all raise CheckpointError if it failed: a process that raised alone
-    would leave the others to wait for it at their next collective call.
-    """
-    if not together:
-        yield True
-        return
-    error = None
-    try:
-        yield torch.distributed.get_rank() == 0
-    except Exception as caught:
-        error = caught
-    outcome = [error and f"{type(error).__name__}: {error}"]
-    torch.distributed.broadcast_object_list(outcome)  # the first one's, to all
-    if outcome[0]:
-        raise CheckpointError(f"{path} was not written: {outcome[0]}\n  the first process writes for all") from error
 
 
 def _sites(root: nn.Module, file: AdapterFile, method: FileMethod) -> dict[str, Site]:

@@ -145,7 +145,10 @@ def _entry(key: str, value: dict[str, Any], start: int, size: int) -> Entry:
 def _no_safetensors(path: Path, first: bytes, reason: str) -> CheckpointError:
     pickled = first.startswith((b"PK", b"\x80"))  # torch.save writes a zip, and wrote a bare pickle before 1.6
     kind = "looks like a pickle, which is never opened: it can run code" if pickled else "is cut short or damaged"
-    return CheckpointError(f"{path} is no safetensors file; it {kind}\n  {reason}\n  copy or save it again")
+    cure = "copy or save it again"
+    if path.suffix == ".ckpt":
+        cure = "of a Lightning checkpoint, lora_lite.trainer.lightning.save_adapters(path, folder) makes files"
+    return CheckpointError(f"{path} is no safetensors file; it {kind}\n  {reason}\n  {cure}")
 
 
 def check_names(names: Iterable[Any], where: str) -> None:

@@ -16,6 +16,7 @@ from ..base.kinds import Conv1D, Linear
 from ..base.layer import BaseLayer, layer_of
 from ..base.stacks import starred
 from ..base.still import random_kept
+from ..core.adapter import adapters
 from ..core.ran import Layers, adapted, grouped, in_graphs, trained
 from ..core.state import check_unmerged, session_of, sites_at
 from ..errors import TargetError
@@ -79,9 +80,10 @@ def parts_taken(model: nn.Module, batch: Batch) -> Audit:
         loss = _scalar(outputs(root, batch))
         if loss.requires_grad:
             loss.backward()
-    name = type(root).__name__
-    if problems := [*_faults(layers, calls), *_uncalled(layers, calls)]:
-        raise TargetError("\n".join([f"{name}: not every adapter takes part in this forward", *problems]))
+    name, problems = type(root).__name__, [*_faults(layers, calls), *_uncalled(layers, calls)]
+    with sharding.all_or_none(any(adapter.is_sharded for adapter in adapters(root).values())):
+        if problems:
+            raise TargetError("\n".join([f"{name}: not every adapter takes part in this forward", *problems]))
     counts = {path: len(trained({path: layer})) for path, layer in layers.items()}
     audited = tuple(Audited(path, True, n, n) for path, n in counts.items())  # all others have raised
     return Audit(name, audited, tuple(_unadapted(root)) if any(counts.values()) else ())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.layer import BaseLayer, find_layers, layer_of
+from ..base.load import of_adapters
 from ..base.probe import norm_offset
 from ..base.storage import spread_places
 from ..core.names import file_key
@@ -84,6 +85,11 @@ class BaseFolder:
         self.config: dict[str, Any] | None = read_json(path / "config.json") if has_config else None
         self.packed: dict[str, Packed] = find_packed(self.headers)
         self.model = None if self.config is None else skeleton(path, self.config, len(self.headers))
+        named = set() if self.model is None else {*self.model.state_dict()}
+        if (buried := of_adapters(self.headers)) and not of_adapters(named):
+            problem = f"{path} holds {len(buried)} tensors of an adapter beside the base, such as {buried[0]}"
+            cure = "give the folder of the base; load(model, path, cfg=...) and save make a file of that adapter"
+            raise CheckpointError(f"{problem}\n  {cure}")
         self._name = path.name if self.model is None else type(self.model).__name__
         self._conversions()
         self._grouped: dict[

@@ -199,7 +199,7 @@ def _check_layer(layer: MergedLayer, is_shared: bool) -> None:
         cure = "take them off first, and put them on again afterwards"
     elif sharding.is_sharded(weight) or weight.is_meta:
         problem = f"its weight is {'sharded' if sharding.is_sharded(weight) else 'offloaded'}"
-        cure = "save the adapter, and merge on a whole model or with lora_lite.merge_checkpoint"
+        cure = "lora_lite.save the adapter, then merge in one process on a whole model, or with merge_checkpoint"
     elif is_shared:
         problem = "another module shares its weight, as an embedding does with a tied head: it would change as well"
         cure = 'adapt it with tied_weights="together", untie them, or leave the layer out with exclude_names'

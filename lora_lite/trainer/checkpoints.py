@@ -1,6 +1,5 @@
 """transformers' Trainer with adapters: the mixin, which goes before any trainer that is one of its kind."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +10,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from ..base.layer import find_layers
 from ..core.adapter import adapters
-from ..core.ran import grouped
-from ..core.variant import config_for
-from ..errors import CheckpointError, TargetError, brief
-from ..io.checkpoint import restore, save
+from ..errors import TargetError, brief
 from ..measure.audit import watched_step
 from .construction import adapters_kept, construction
+from .files import check_saved, restore_all, save_all, step_all
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer"]
 
@@ -49,7 +45,7 @@ class AdapterCheckpoints:
         call = construction((kinds[0], *kinds[kinds.index(AdapterCheckpoints) + 1 :]), model, args, kwargs)
         if not adapters(model):
             raise TargetError(f"{type(model).__name__} has no adapter to train\n  lora_lite.attach one first")
-        _check_saved(model)
+        check_saved(model)
         call.add_reference(model)
         with _trainable(model), adapters_kept(model), call.without_loading():
             super().__init__(*call.args, **call.kwargs)
@@ -61,7 +57,7 @@ class AdapterCheckpoints:
         step: Any = super()
         if self._is_audited:
             return step.training_step(model, *args, **kwargs)
-        _check_saved(model)
+        check_saved(model)
         with watched_step(model):
             loss = step.training_step(model, *args, **kwargs)
         self._is_audited = True
@@ -89,21 +85,20 @@ class AdapterCheckpoints:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write every adapter, the processing class and the arguments to a folder."""
         trainer: Any = self
-        _check_saved(trainer.model)
+        check_saved(trainer.model)
         folder = Path(output_dir or trainer.args.output_dir)
-        for name, adapter in adapters(trainer.model).items():
-            if trainer.args.should_save or adapter.is_sharded:
-                save(trainer.model, folder / f"{name}.safetensors", name, resume=True)
+        # Of its checkpoints all processes know; what a user's script saves, one of them may call by itself.
+        save_all(trainer.model, folder, trainer.args.should_save, _internal_call and trainer.args.world_size > 1)
         if trainer.args.should_save:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
             torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _restore_all(model or cast(Any, self).model, resume_from_checkpoint)
+        restore_all(model or cast(Any, self).model, resume_from_checkpoint, together=True)
 
     def _load_best_model(self) -> None:
-        _restore_all(cast(Any, self).model, cast(Any, self).state.best_model_checkpoint)
+        restore_all(cast(Any, self).model, cast(Any, self).state.best_model_checkpoint, together=True)
 
 
 class _Schedules(TrainerCallback):
@@ -113,9 +108,7 @@ class _Schedules(TrainerCallback):
         self._model = model
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        for adapter in adapters(self._model).values():
-            if adapter.in_training:
-                adapter.step()
+        step_all(self._model)
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):
@@ -129,36 +122,6 @@ def _not_a_model(model: Any) -> str:
         return f"{wanted}, not a model_init\n  {cure}"
     load = f"lora_lite.load_base({model!r})" if isinstance(model, str) else "load the model"
     return f"{wanted}, not {brief(repr(model))}\n  {load} and lora_lite.attach first, and give it that model"
-
-
-def _check_saved(model: nn.Module) -> None:
-    """TargetError for a parameter that is trained, and in no adapter: no checkpoint would hold it."""
-    inside = {id(parameter) for adapter in adapters(model).values() for parameter in adapter.parameters()}
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    if lost:
-        problem = f"{len(lost)} parameters would be trained and are in no adapter, so no checkpoint would hold them"
-        freeze = "freeze them (requires_grad_(False))"
-        put = next(
-            (f"put them into the adapter: attach(model, [cfg, {full}]); or " for full in _fulls(model, lost)), ""
-        )
-        raise TargetError(f"{problem}: {grouped(lost)}\n  {put}{freeze}")
-
-
-def _fulls(model: nn.Module, lost: list[str]) -> Iterator[str]:
-    """For each of these parameters that an adapter can train, the config that does."""
-    layers = find_layers(dict(model.named_modules()))
-    for path in (path for name in lost for path in (name, name.rpartition(".")[0]) if path in layers):
-        kind = layers[path].kind.category
-        kinds = "" if kind in config_for("full").kinds else f", kinds={kind!r}"
-        yield f"ll.FullConfig(target_names={path.rpartition('.')[2]!r}{kinds})"
-
-
-def _restore_all(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    files = {name: Path(folder) / f"{name}.safetensors" for name in adapters(model)}
-    if missing := [str(file) for file in files.values() if not file.is_file()]:  # before the first one is copied
-        raise CheckpointError(f"{folder} is no checkpoint of these adapters\n  missing: {', '.join(missing)}")
-    for name, file in files.items():
-        restore(model, file, name)
 
 
 @contextmanager

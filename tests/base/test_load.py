@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, tiny_folder, tiny_llama
+from models import IDS, perturb, tiny_folder, tiny_llama
 
 import lora_lite as ll
 from lora_lite.base import load as base
@@ -134,15 +134,35 @@ def test_the_message_names_an_unknown_kind(tiny: str, log: list[str], monkeypatc
     load = AutoModelForCausalLM.from_pretrained
 
     def in_float8(*args: Any, **kwargs: Any) -> Any:
-        model = load(*args, **kwargs)
+        model, info = load(*args, **kwargs)
         layer = model.model.layers[0].mlp.up_proj
         layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
-        return model
+        return model, info
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", in_float8)
     monkeypatch.setattr(base, "_one_token", lambda model: None)
     ll.load_base(tiny)
     assert f"loaded {tiny} in unknown (Parameter, float8_e4m3fn) weights, all else in bfloat16, on cpu" in log[0]
+
+
+def test_a_folder_with_an_adapter_beside_the_base_is_spoken_of(tmp_path: Path, log: list[str]) -> None:
+    """As Trainer and accelerator.save_state write it without our part: from_pretrained drops the adapter."""
+    model = tiny_llama()
+    adapter = ll.attach(model, ll.LoRAConfig(r=2, target_names="q_proj"))
+    perturb(adapter)
+    ll.save(model, tmp_path / "alone.safetensors")
+    model.save_pretrained(tmp_path / "both")
+    again = ll.load_base(str(tmp_path / "both"), torch.float32)
+    warned = [line for line in log if line.startswith("WARNING")]
+    assert len(warned) == 1
+    assert "holds 4 tensors of an adapter, which this model is without, such as model.layers.0.self_attn" in warned[0]
+    assert "lora_lite.load(model, '" in warned[0]
+    ll.load(again, tmp_path / "both", cfg=ll.LoRAConfig(r=2))
+    assert all(
+        torch.equal(t, adapter.state_dict()[key]) for key, t in ll.adapters(again)["default"].state_dict().items()
+    )
+    with pytest.raises(ll.CheckpointError, match=r"both holds 4 tensors of an adapter beside the base.*\n  give the"):
+        ll.merge_checkpoint(tmp_path / "both", tmp_path / "alone.safetensors", tmp_path / "merged")
 
 
 def test_the_checkpoints_dtype_is_tried_first(tiny: str) -> None:

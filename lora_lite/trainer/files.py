@@ -1,0 +1,83 @@
+"""The adapters of a model as files of a trainer's checkpoint: `<name>.safetensors` for each, and no base."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from ..base import sharding
+from ..base.layer import find_layers
+from ..core.adapter import adapters
+from ..core.ran import grouped
+from ..core.variant import config_for
+from ..errors import CheckpointError, TargetError
+from ..io.checkpoint import restore, save
+
+__all__ = ["check_saved", "restore_all", "save_all", "step_all"]
+
+
+def save_all(
+    model: nn.Module, folder: str | os.PathLike[str], writes: bool, together: bool = False, ending: str = ""
+) -> None:
+    """Write every adapter to `<name><ending>.safetensors` in a folder, with the state of its schedule.
+
+    writes      this process writes whole adapters; sharded ones all processes save together
+    together    all processes call this: if one of them fails, all raise
+    """
+    sharded = {name for name, adapter in adapters(model).items() if adapter.is_sharded}
+    # Processes agree about sharded ones within `save`, which makes collective calls.
+    with sharding.all_or_none(together and not sharded):
+        for name in adapters(model):
+            if writes or name in sharded:
+                save(model, _file(folder, name, ending), name, resume=True)
+
+
+def restore_all(model: nn.Module, folder: str | os.PathLike[str], together: bool = False, ending: str = "") -> None:
+    """Copy the values of such files into the adapters of the model.
+
+    Raises:
+        CheckpointError: before the first one is copied, if one is missing; and what `restore` raises.
+        LoraLiteError: for what another process raised, where they do this together.
+    """
+    every = adapters(model)
+    with sharding.all_or_none(together):  # a disk of its own may lack a file
+        files = {name: _file(folder, name, ending) for name in every}
+        if missing := [str(file) for file in files.values() if not file.is_file()]:
+            raise CheckpointError(f"{folder} is no checkpoint of these adapters\n  missing: {', '.join(missing)}")
+    with sharding.all_or_none(together and not any(adapter.is_sharded for adapter in every.values())):
+        for name, file in files.items():
+            restore(model, file, name)
+
+
+def step_all(model: nn.Module) -> None:
+    """The schedules of the adapters that are trained take a step: after the optimizer's."""
+    for adapter in adapters(model).values():
+        if adapter.in_training:
+            adapter.step()
+
+
+def check_saved(model: nn.Module) -> None:
+    """TargetError for a parameter that is trained, and in no adapter: no checkpoint would hold it."""
+    inside = {id(parameter) for adapter in adapters(model).values() for parameter in adapter.parameters()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if lost:
+        problem = f"{len(lost)} parameters would be trained and are in no adapter, so no checkpoint would hold them"
+        freeze = "freeze them (requires_grad_(False))"
+        put = next(
+            (f"put them into the adapter: attach(model, [cfg, {full}]); or " for full in _fulls(model, lost)), ""
+        )
+        raise TargetError(f"{problem}: {grouped(lost)}\n  {put}{freeze}")
+
+
+def _fulls(model: nn.Module, lost: list[str]) -> Iterator[str]:
+    """For each of these parameters that an adapter can train, the config that does."""
+    layers = find_layers(dict(model.named_modules()))
+    for path in (path for name in lost for path in (name, name.rpartition(".")[0]) if path in layers):
+        kind = layers[path].kind.category
+        kinds = "" if kind in config_for("full").kinds else f", kinds={kind!r}"
+        yield f"ll.FullConfig(target_names={path.rpartition('.')[2]!r}{kinds})"
+
+
+def _file(folder: str | os.PathLike[str], name: str, ending: str) -> Path:
+    return Path(folder) / f"{name}{ending}.safetensors"
