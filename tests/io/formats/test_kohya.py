@@ -484,3 +484,22 @@ def test_a_damaged_file_loads_or_is_refused(method: str, tmp_path: Path) -> None
             raised += 1
         assert same_snapshot(before, snapshot(model))
     assert 75 < raised < 150
+
+
+def test_two_names_of_one_layer_are_refused(tmp_path: Path) -> None:
+    model, file, stored = MODELS["flux"](), tmp_path / "a.safetensors", {}
+    ll.attach(model, config("lora", target_names=r"single_transformer_blocks.*proj_out"))
+    for names in ("diffusers", "original"):
+        ll.save_as(model, file, "kohya", prefix="lora_unet", names=names)
+        stored |= load_file(file)
+    save_file(stored, file)
+    with pytest.raises(ll.CheckpointError, match=r"is of .*proj_out, as another name in the file is"):
+        ll.load(MODELS["flux"](), file)
+
+
+def test_an_upsampler_without_attention_before_it_is_the_second_part_of_its_block() -> None:
+    model = unet()
+    names = original_names(model, {path for path, _ in model.named_modules()})
+    ups = {name: place.paths for name, place in names.items() if name.startswith("output_blocks")}
+    assert ups["output_blocks_1_1_conv"] == ("up_blocks.0.upsamplers.0.conv",)
+    assert names["input_blocks_2_0_op"].paths == ("down_blocks.0.downsamplers.0.conv",)
