@@ -10,14 +10,14 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
-from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 from lora_lite.core.state import sites_of
@@ -26,26 +26,12 @@ MARK = b"\n--8<--\n"
 MOST = 1 << 16  # bytes of an input
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.down_proj = nn.Linear(8, 8, bias=False), nn.Linear(12, 8)
-        self.norm = nn.LayerNorm(8)
-
-
-class Small(nn.Module):
-    """Names and sizes of a model, and nothing to run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(8, 10, bias=False)
-
-
 @functools.cache
 def model() -> Any:
+    """Names and sizes of a Llama, all of them small."""
     torch.manual_seed(0)
-    return Small()
+    sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
 
 
 @dataclass(frozen=True)
@@ -61,7 +47,8 @@ def adapters_for(cfgs: list[Any], write: Callable[[Any, Path], Any]) -> Callable
     def seeds(folder: Path) -> Iterator[Path]:
         for number, cfg in enumerate(cfgs):
             torch.manual_seed(number)
-            ll.attach(model(), cfg)
+            data = {"directions": torch.eye(8)[0]} if isinstance(cfg, ll.SteerConfig) else None
+            ll.attach(model(), cfg, calibration_data=data)
             write(model(), folder / str(number))
             ll.detach(model())
             yield folder / str(number)
@@ -109,6 +96,15 @@ def kohya(target: Any, folder: Path) -> None:
     ll.save_as(target, folder / "a.safetensors", "kohya")
 
 
+def gguf(target: Any, folder: Path, format: str = "gguf") -> None:
+    folder.mkdir()
+    ll.save_as(target, folder / "a.gguf", format)
+
+
+STEER = ll.SteerConfig(kinds="block", layers=[1])
+vectors = adapters_for([STEER], partial(gguf, format="gguf-control-vector"))
+READERS["gguf"] = Reader((("a.gguf", ""),), adapters_for(LORAS, gguf), lambda m, folder: ll.load(m, folder / "a.gguf"))
+READERS["gguf-control-vector"] = replace(READERS["gguf"], seeds=vectors)
 LYCORIS = [cls(r=r, target_names=NAMES) for cls in (ll.LoHaConfig, ll.LoKrConfig) for r in (1, 9)]
 READERS["kohya"] = Reader(ONE, adapters_for([*LORAS, ANY[2], *LYCORIS], kohya))
 
