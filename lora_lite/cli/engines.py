@@ -263,7 +263,10 @@ def _notes(adapter: Served, engine: Engine) -> Iterator[str]:
         rank = max(adapter.rank, adapter.stated.rank if adapter.stated else 0)
         yield f"start it with --enable-lora --max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)}"
     if engine == "llama.cpp":
-        yield "python convert_lora_to_gguf.py FOLDER --base BASE makes its file"
+        # The library's own conversion has no aLoRA and no experts.
+        theirs = any(layer.at_positions or ".experts." in layer.path for layer in adapter.layers)
+        ours = f"lora-lite convert {shlex.quote(str(adapter.path))} adapter.gguf --to gguf --base BASE"
+        yield f"{'python convert_lora_to_gguf.py FOLDER --base BASE' if theirs else ours} makes its file"
     heads = [layer.path for layer in adapter.layers if layer.name == "lm_head"]
     if engine == "llama.cpp" and heads:  # convert_lora_to_gguf.py: "ignored in base model", llama.cpp #9065
         yield "lm_head: it refuses one that is tied to the embedding"

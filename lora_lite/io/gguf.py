@@ -86,13 +86,13 @@ def read_gguf(path: Path) -> Gguf:
 
 
 class _DamageError(ValueError):
-    """What is wrong in a file, before its name is put to it."""
+    """A fault of a file, before the file's name is put to it."""
 
 
 class _Cursor:
     """A place in a file, which knows how many bytes are left."""
 
-    def __init__(self, file: io.BufferedReader, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.left = file, size
 
     def take(self, count: int, what: str) -> bytes:

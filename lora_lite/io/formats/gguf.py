@@ -70,7 +70,7 @@ def read(root: nn.Module, path: Path) -> Pieces:
     if architecture != names.architecture.name:
         problem = f"an adapter of another model: {ARCHITECTURE}={brief(repr(architecture))}"
         raise CheckpointError(f"{path} is {problem}\n  this {type(root).__name__} is {names.architecture.name!r}")
-    alpha = file.fields.get(ALPHA, 0.0)
+    alpha: Any = file.fields.get(ALPHA, 0.0)
     if not is_number(alpha):
         raise CheckpointError(f"{path}: {ALPHA}={brief(repr(alpha))}: wanted a number")
     by_layer: dict[str, dict[str, str]] = defaultdict(dict)  # llama.cpp's name -> our tensor -> key
@@ -146,7 +146,7 @@ def write(root: nn.Module, pieces: Pieces, path: Path, modelfile: str | None = N
         for side, value in (("lora_a", a.mT if name == EMBEDDING else a), ("lora_b", b)):
             # GGML multiplies by no float64: the proof tells what the rounding is.
             tensors[f"{name}.{side}"] = value.float() if value.dtype == torch.float64 else value
-    fields = {ARCHITECTURE: names.architecture.name, **ADAPTER, ALPHA: float(alpha)}
+    fields: dict[str, str | int | float] = {ARCHITECTURE: names.architecture.name, **ADAPTER, ALPHA: float(alpha)}
     with replacing(path) as file:
         write_gguf(file, fields, tensors)
     if modelfile is not None:

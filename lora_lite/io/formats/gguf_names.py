@@ -119,7 +119,7 @@ class Named:
 
 def text_config(root: nn.Module) -> Any:
     """The config of the language model; None where there is none."""
-    config = getattr(root, "config", None)
+    config: Any = getattr(root, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

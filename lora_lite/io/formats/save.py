@@ -141,8 +141,8 @@ def difference(layers: Layers, pieces: Pieces, path: Path) -> float:
 def _difference(sites: Sequence[Site], piece: Piece) -> float:
     site = sites[0]
     if piece.cfg.variant == "steer":  # no weight holds it; a file may have it at another place, where c v is the same
-        ours, theirs = site.state.scale * site.tensor("lora_v").double(), piece.scale * piece.tensors["lora_v"].double()
-        return float((theirs - ours).norm()) / (float(ours.norm()) or 1.0)
+        before = site.state.scale * site.tensor("lora_v").double()
+        return float((piece.scale * piece.tensors["lora_v"].double() - before).norm()) / (float(before.norm()) or 1.0)
     if piece.cfg.variant == site.cfg.variant and added_change(sites) is None:  # a method that reads W: by its tensors
         live, scales = dict(site.tensors()), [getattr(cfg, "scaling", 1.0) for cfg in (site.cfg, piece.cfg)]
         factors = {"lora_B": scales}  # a file may hold α/r in B
