@@ -181,6 +181,6 @@ def _leave_base(module: nn.Module, incompatible: Any) -> None:
 
 
 def _scale_of(trainer: Trainer) -> float:
-    """The factor of the loss in float16 mixed precision, applied before this callback sees it."""
+    """The factor of the loss under mixed precision in float16, which is in it before this callback sees it."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())

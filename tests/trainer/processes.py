@@ -20,7 +20,7 @@ class Ended:
 
 
 def two_processes(script: str, *arguments: str | Path, folder: Path, timeout: float = 300, **env: str) -> Ended:
-    """Run a script of this folder; subprocess.TimeoutExpired for a process that doesn't end. Nobody ends the other one
+    """Run a script of this folder; TimeoutError for a process that doesn't end. Nobody ends the other one
     when the first has failed, as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
