@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from inspect import Parameter, Signature
 from typing import Any
 
+import torch
 from loguru import logger
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -42,6 +43,13 @@ class Construction:
     def add_reference(self, model: nn.Module) -> None:
         """Take the model as it is now for the reference that a trainer would load, unless the user has given one."""
         takes_one = "ref_model" in self.signature.parameters
+        if getattr(self.settings, "precompute_ref_log_probs", False) and _uses_deepspeed(self.settings):
+            # TRL takes the model as it is, in an engine: before training no other call gathers what ZeRO-3 shards.
+            if self.reference is None:
+                return
+            if isinstance(self.reference, Reference):
+                problem = f"{self.trainer}: under DeepSpeed, precompute_ref_log_probs=True runs the model as it is"
+                raise ConfigError(f"{problem}\n  leave ref_model out, or don't precompute")
         # Documented by GRPOConfig and RLOOConfig: at beta = 0 no reference is loaded. What others call beta is none of
         # that; a config that can `sync_ref_model` has a reference.
         if not takes_one and getattr(self.settings, "sync_ref_model", None) is not None:
@@ -58,7 +66,8 @@ class Construction:
         if isinstance(self.reference, Reference):
             self._check_reference()
         if takes_one:
-            self._give("ref_model", self.reference)
+            is_ours = isinstance(self.reference, Reference) and _uses_deepspeed(self.settings)
+            self._give("ref_model", _Prepared(model) if is_ours else self.reference)
 
     def _snapshot(self, model: nn.Module) -> nn.Module:
         if is_deepspeed_zero3_enabled():
@@ -99,7 +108,9 @@ class Construction:
     def finish(self, trainer: Any) -> None:
         """Give the reference to a trainer that took none, and refuse one that TRL has loaded all the same."""
         if self.beta is not None:
-            trainer.beta, trainer.ref_model = self.beta, self.reference
+            trainer.beta = self.beta
+        if isinstance(self.reference, Reference):
+            trainer.ref_model = self.reference
         loaded = getattr(trainer, "ref_model", None)
         if self.reference is None and isinstance(loaded, nn.Module) and not adapters(loaded):  # else it is a copy
             problem = f"{self.trainer} has loaded a second {type(loaded).__name__} as its reference"
@@ -123,6 +134,19 @@ def construction(kinds: Sequence[type], model: nn.Module, args: Sequence[Any], k
     _check_template(name, settings)
     _check_dropout(model, settings)
     return Construction(name, signature, (model, *args), kwargs, settings, arguments.get("ref_model", reference))
+
+
+class _Prepared(nn.Module):
+    """The place of a reference while TRL makes an engine of it, for which DeepSpeed wants parameters. The engine of the
+    model itself is what gathers its weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.config, self.parameter = model.config, nn.Parameter(torch.zeros(1), requires_grad=False)
+
+
+def _uses_deepspeed(settings: Any) -> bool:
+    return getattr(settings, "deepspeed_plugin", None) is not None
 
 
 def _signature(kinds: Sequence[type]) -> Signature:
