@@ -1,9 +1,9 @@
-"""One of two processes in which TRL's trainers run, with torchrun's variables: trl_worker.py JOB FOLDER KIND."""
+"""One of two processes in which TRL's trainers run, with torchrun's variables: ddp, zero2 or zero3, then a folder."""
 
 import faulthandler
 import json
+import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +11,79 @@ sys.path.append(str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  puts the folders of the tests on the path
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import load_from_disk
 from loguru import logger
 from models import config, perturb, tiny_llama
-from trl_tiny import logged, trainer_of, trl_arguments
+from trl_tiny import KINDS, logged, trainer_of, trl_arguments
 
 import lora_lite as ll
-from lora_lite.trainer import reference
+from lora_lite.trainer import Reference, reference
 
-JOB, FOLDER, KIND = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-ZERO = {
-    "zero_optimization": {"stage": int(JOB[-1]), "stage3_param_persistence_threshold": 0} if JOB != "ddp" else {},
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": 1,
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}
+JOB, FOLDER = sys.argv[1], Path(sys.argv[2])
+NAMES = ("loss", "kl", "rewards/margins")
+
+
+def settings() -> dict[str, Any]:
+    if JOB == "ddp":
+        return {}
+    zero = {
+        "zero_optimization": {"stage": int(JOB[-1]), "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return {"deepspeed": zero, "use_cpu": False}
+
+
+def trained() -> Any:
+    model = tiny_llama()
+    perturb(ll.attach(model, config("lora")))
+    return model
 
 
 def main() -> None:
-    """The figures of two steps of a trained adapter, whose reference is the base."""
-    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant"}
-    if JOB != "ddp":
-        settings |= {"deepspeed": ZERO, "use_cpu": False}
-    model = tiny_llama()
-    perturb(ll.attach(model, config("lora")))
+    """Two steps of each trainer, on a trained adapter: the reference is the base, and as the adapter was."""
+    figures = {}
+    for kind in ("dpo", "kto", "grpo"):
+        model = trained()
+        trainer = trainer_of(kind, model, FOLDER / JOB, {"ref_model": reference(model)}, **settings())
+        trainer.train()
+        assert isinstance(trainer.ref_model, Reference)
+        figures[kind] = {name: logged(trainer, name) for name in NAMES}
     if JOB == "zero3":
-        trl_arguments(type(trainer_args()), FOLDER / "args", **settings)  # from here on ZeRO-3 is on
-        with pytest.raises(ll.TargetError, match="ZeRO-3 shards the adapters"):
-            trainer_of(KIND, model, FOLDER / JOB, **settings)
-    choice = {} if JOB == "zero2" and False else {"ref_model": reference(model)}
-    trainer = trainer_of(KIND, model, FOLDER / JOB, choice, **settings)
+        trl_arguments(KINDS["dpo"].config, FOLDER, **settings())
+        with pytest.raises(ll.TargetError, match="OurDPOTrainer: ZeRO-3 shards the adapters"):
+            trainer_of("dpo", trained(), FOLDER / JOB, **settings())
+    else:
+        trainer = trainer_of("dpo", trained(), FOLDER / JOB, **settings())
+        trainer.train()
+        assert logged(trainer, "rewards/margins")[0] == 0
+    precomputed: Any = {"precompute_ref_log_probs": True, **settings()}
+    model = trained()
+    if JOB != "ddp":
+        with pytest.raises(ll.ConfigError, match="under DeepSpeed, precompute_ref_log_probs=True runs the model as it"):
+            trainer_of("dpo", model, FOLDER / JOB, {"ref_model": reference(model)}, **precomputed)
+    data = load_from_disk(FOLDER / "pairs")  # the log-probabilities go beside it, where both processes find them
+    trainer = trainer_of("dpo", model, FOLDER / JOB, {"train_dataset": data}, **precomputed)
     trainer.train()
-    names = ("loss", "kl", "rewards/margins")
-    figures = {name: logged(trainer, name) for name in names}
+    figures["start"] = {name: logged(trainer, name) for name in NAMES}
     if trainer.args.process_index == 0:
-        (FOLDER / f"{JOB}-{KIND}.json").write_text(json.dumps(figures))
+        (FOLDER / f"{JOB}.json").write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(280, exit=True)  # whatever hangs says where
+    logger.disable("lora_lite")
+    torch.set_num_threads(1)
+    if JOB != "ddp":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        # Accelerate starts DeepSpeed on accelerators alone: it would count one process here.
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
+    main()
+    torch.distributed.destroy_process_group()
