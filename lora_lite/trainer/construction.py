@@ -44,12 +44,9 @@ class Construction:
         """Take the model as it is now for the reference that a trainer would load, unless the user has given one."""
         takes_one = "ref_model" in self.signature.parameters
         if getattr(self.settings, "precompute_ref_log_probs", False) and _uses_deepspeed(self.settings):
-            # TRL takes the model as it is, in an engine: before training no other call gathers what ZeRO-3 shards.
-            if self.reference is None:
+            self._check_precomputed()
+            if self.reference is None:  # TRL runs the model as it is then, in an engine
                 return
-            if isinstance(self.reference, Reference):
-                problem = f"{self.trainer}: under DeepSpeed, precompute_ref_log_probs=True runs the model as it is"
-                raise ConfigError(f"{problem}\n  leave ref_model out, or don't precompute")
         # Documented by GRPOConfig and RLOOConfig: at beta = 0 no reference is loaded. What others call beta is none of
         # that; a config that can `sync_ref_model` has a reference.
         if not takes_one and getattr(self.settings, "sync_ref_model", None) is not None:
@@ -68,6 +65,14 @@ class Construction:
         if takes_one:
             is_ours = isinstance(self.reference, Reference) and _uses_deepspeed(self.settings)
             self._give("ref_model", _Prepared(model) if is_ours else self.reference)
+
+    def _check_precomputed(self) -> None:
+        if is_deepspeed_zero3_enabled():  # the hooks of both engines would stay on one model, and their steps differ
+            problem = f"{self.trainer}: precompute_ref_log_probs=True makes a second ZeRO-3 engine of the model"
+            raise ConfigError(f"{problem}, and the first step fails\n  don't precompute, and {NOT_SHARDED}")
+        if isinstance(self.reference, Reference):
+            problem = f"{self.trainer}: under DeepSpeed, precompute_ref_log_probs=True runs the model as it is"
+            raise ConfigError(f"{problem}\n  leave ref_model out, or don't precompute")
 
     def _snapshot(self, model: nn.Module) -> nn.Module:
         if is_deepspeed_zero3_enabled():
