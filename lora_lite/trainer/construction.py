@@ -136,6 +136,7 @@ def construction(kinds: Sequence[type], model: nn.Module, args: Sequence[Any], k
     settings = arguments.get("args")
     _check_peft_config(name, arguments.get("peft_config"))
     _check_generation(name, settings)
+    _check_teacher(name, settings)
     _check_template(name, settings)
     _check_dropout(model, settings)
     return Construction(name, signature, (model, *args), kwargs, settings, arguments.get("ref_model", reference))
@@ -176,6 +177,14 @@ def _check_generation(trainer: str, settings: Any) -> None:
         cure = "use_vllm=False generates with the model and its adapter"
         cure = cure if hasattr(settings, "use_vllm") else f"use a trainer that can generate without vLLM: {cure}"
         raise TargetError(f"{problem}\n  {cure}")
+
+
+def _check_teacher(trainer: str, settings: Any) -> None:
+    """TargetError for a teacher that is the model as it was: where it isn't PEFT's, TRL loads another one."""
+    kind = getattr(settings, "teacher_model_kind", "live")
+    if kind != "live":
+        problem = f"{trainer}: teacher_model_kind={kind!r} loads a second model, beside a quantised base another one"
+        raise TargetError(f"{problem}\n  use 'live', the model with its adapter")
 
 
 def _check_template(trainer: str, settings: Any) -> None:

@@ -16,6 +16,7 @@ from lora_lite.trainer import reference
 
 with suppress_experimental_warning():
     from trl.experimental.async_grpo import AsyncGRPOConfig
+    from trl.experimental.sdft import SDFTConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),
@@ -69,6 +70,12 @@ def test_generation_by_vllm(kind: str, tmp_path: Path) -> None:
 def test_a_trainer_that_generates_by_vllm_alone(tmp_path: Path) -> None:
     args = trl_arguments(AsyncGRPOConfig, tmp_path)
     with pytest.raises(ll.TargetError, match=r"vLLM would .*\n  use a trainer that can generate without vLLM"):
+        trainer_of("grpo", adapted(), tmp_path, {"args": args})
+
+
+def test_a_teacher_that_would_be_loaded(tmp_path: Path) -> None:
+    args = trl_arguments(SDFTConfig, tmp_path, teacher_model_kind="base", num_generations=2)
+    with pytest.raises(ll.TargetError, match=r"teacher_model_kind='base' loads a second model.*\n  use 'live'"):
         trainer_of("grpo", adapted(), tmp_path, {"args": args})
 
 
