@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -38,15 +38,16 @@ class Construction:
     kwargs: Mapping[str, Any]
     settings: Any  # the trainer's `args`
     reference: Any = None  # the user's, until `add_reference`
-    beta: float | None = field(default=None)  # of a trainer that takes no reference, and loads one unless this is 0
+    beta: float | None = None  # of a trainer that takes no reference, and loads one unless this is 0
 
     def add_reference(self, model: nn.Module) -> None:
         """Take the model as it is now for the reference that a trainer would load, unless the user has given one."""
         takes_one = "ref_model" in self.signature.parameters
-        if getattr(self.settings, "precompute_ref_log_probs", False) and _uses_deepspeed(self.settings):
+        is_theirs = self.reference is not None and not isinstance(self.reference, Reference)
+        is_precomputed = getattr(self.settings, "precompute_ref_log_probs", False) and _uses_deepspeed(self.settings)
+        if is_precomputed and not is_theirs:
             self._check_precomputed()
-            if self.reference is None:  # TRL runs the model as it is then, in an engine
-                return
+            return  # TRL runs the model as it is, in an engine
         # Documented by GRPOConfig and RLOOConfig: at beta = 0 no reference is loaded. What others call beta is none of
         # that; a config that can `sync_ref_model` has a reference.
         if not takes_one and getattr(self.settings, "sync_ref_model", None) is not None:
@@ -70,7 +71,7 @@ class Construction:
         if is_deepspeed_zero3_enabled():  # the hooks of both engines would stay on one model, and their steps differ
             problem = f"{self.trainer}: precompute_ref_log_probs=True makes a second ZeRO-3 engine of the model"
             raise ConfigError(f"{problem}, and the first step fails\n  don't precompute, and {NOT_SHARDED}")
-        if isinstance(self.reference, Reference):
+        if self.reference is not None:
             problem = f"{self.trainer}: under DeepSpeed, precompute_ref_log_probs=True runs the model as it is"
             raise ConfigError(f"{problem}\n  leave ref_model out, or don't precompute")
 
@@ -78,13 +79,13 @@ class Construction:
         if is_deepspeed_zero3_enabled():
             problem = f"{self.trainer}: ZeRO-3 shards the adapters, so they can't be kept as they are for its reference"
             raise TargetError(f"{problem}\n  {NOT_SHARDED}")
-        kept: Any = snapshot(model)
+        copied: Any = snapshot(model)
         logger.info(
-            f"{self.trainer}: the reference is this model with its adapters as they are now ({kept.size:,} numbers are "
+            f"{self.trainer}: the reference is this model with its adapters as they are now ({copied.size:,} numbers are "
             f"copied), which for fresh ones is the base\n"
             f"  for the base whatever they are, pass ref_model=lora_lite.trainer.reference(model)"
         )
-        return kept
+        return copied
 
     def _check_reference(self) -> None:
         if getattr(self.settings, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP") == "true":
