@@ -81,8 +81,8 @@ class Construction:
             raise TargetError(f"{problem}\n  {NOT_SHARDED}")
         copied: Any = snapshot(model)
         logger.info(
-            f"{self.trainer}: the reference is this model with its adapters as they are now ({copied.size:,} numbers are "
-            f"copied), which for fresh ones is the base\n"
+            f"{self.trainer}: the reference is this model with its adapters as they are now ({copied.size:,} "
+            f"numbers are copied), which for fresh ones is the base\n"
             f"  for the base whatever they are, pass ref_model=lora_lite.trainer.reference(model)"
         )
         return copied
