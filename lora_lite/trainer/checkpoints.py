@@ -52,7 +52,7 @@ class AdapterCheckpoints:
         _check_saved(model)
         call.add_reference(model)
         with _trainable(model), adapters_kept(model), call.without_loading():
-            super().__init__(*call.args, **call.kwargs)  # type: ignore[call-arg]
+            super().__init__(*call.args, **call.kwargs)
         call.finish(self)
         cast(Any, self).add_callback(_Schedules(model))
 
