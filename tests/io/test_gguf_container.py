@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hostile_gguf
 import pytest
 import torch
 
@@ -124,3 +125,14 @@ def test_a_file_that_became_shorter(tmp_path: Path) -> None:
 def test_a_name_that_ggml_has_no_room_for(tmp_path: Path) -> None:
     with pytest.raises(ll.CheckpointError, match="is longer than the 63 bytes of a tensor's name in GGML"):
         written(tmp_path / "a.gguf", **{"x" * 64: torch.ones(1)})
+
+
+def test_names_that_are_there_twice(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.gguf")
+    whole = hostile_gguf.parted(path.read_bytes())
+    path.write_bytes(hostile_gguf.joined(hostile_gguf.twice(whole)))
+    with pytest.raises(ll.CheckpointError, match=r"the tensor 'blk.0.attn_q.weight.lora_a' is there twice"):
+        read_gguf(path)
+    path.write_bytes(hostile_gguf.joined(whole._replace(fields=[*whole.fields, whole.fields[0]])))
+    with pytest.raises(ll.CheckpointError, match=r"the field 'general.architecture' is there twice"):
+        read_gguf(path)
