@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..io.formats.table import FORMATS
 from ..io.peft.beside import VARIANTS as WHOLE
 from ..io.peft.save import is_written
 from .served import PLAIN, Served, ServedLayer, read_served
@@ -37,6 +38,7 @@ class Cure(Enum):
     """The conversion after which an engine takes an adapter."""
 
     FOLDER = "a PEFT folder"
+    OWN_FORMAT = "a file of its own format"
     PER_EXPERT = "a PEFT folder by the names of checkpoints"
     SAME_RANK = "a plain LoRA of its own rank"
     TWICE_THE_RANK = "a plain LoRA of twice its rank"
@@ -78,6 +80,10 @@ def _is_other_method(layer: ServedLayer) -> bool:
     return layer.method not in known and layer.in_weight and not (layer.is_start_lost or layer.is_norm)
 
 
+def _is_of_experts(layer: ServedLayer) -> bool:
+    return layer.is_fused or ".experts." in layer.path
+
+
 def _without_partners(adapter: Served) -> list[str]:
     """The attentions of which q_proj, or v_proj beside it, is missing."""
     blocks: dict[str, set[str]] = {}
@@ -105,27 +111,31 @@ def _is_regex(adapter: Served) -> list[str]:
     return ALL if isinstance(text, str) and text not in ("all", "all-linear") else []
 
 
+OWN_FORMATS: Mapping[Engine, str] = {"llama.cpp": "gguf", "mlx": "mlx"}  # to what `convert --to` is given
+OWN_READERS = tuple(OWN_FORMATS)
+FOLDER_READERS: tuple[Engine, ...] = ("vllm", "sglang", "peft")
 LORA_SERVERS: tuple[Engine, ...] = ("vllm", "sglang", "llama.cpp")
+LORA_READERS: tuple[Engine, ...] = (*LORA_SERVERS, "mlx")
 RULES = (
     # vllm/lora/lora_model.py; sglang/srt/lora/lora_config.py; llama.cpp's convert_lora_to_gguf.py; peft/config.py
-    Rule((*LORA_SERVERS, "peft"), "it reads PEFT folders", lambda a: [] if a.is_folder else ALL, Cure.FOLDER),
-    # mlx_lm/tuner/utils.py, load_adapters: adapters.safetensors with A and B transposed, one rank and scale for all
-    Rule(("mlx",), "it reads a format of its own, adapters.safetensors", lambda a: ALL, Cure.MERGE),
+    Rule(FOLDER_READERS, "it reads PEFT folders", lambda a: [] if a.is_folder else ALL, Cure.FOLDER),
+    # src/llama-adapter.cpp; mlx_lm/tuner/utils.py, load_adapters: io/formats/gguf.py and mlx.py have these formats
+    Rule(OWN_READERS, "it reads a format of its own", lambda a: ALL, Cure.OWN_FORMAT),
     # vllm/lora/peft_helper.py ("DoRA"); sglang's lora.py has no magnitude; convert_lora_to_gguf.py: "Unexpected name"
     Rule(LORA_SERVERS, "it has no DoRA", _layers(lambda x: x.method == "dora"), Cure.SOME_RANK),
     # A and B are relative to a base that the start wrote (peft/tuners/lora/layer.py, pissa_init), and no server looks
-    Rule(LORA_SERVERS, "its start is no part of the base", _layers(lambda x: x.method in STARTS), Cure.TWICE_THE_RANK),
+    Rule(LORA_READERS, "its start is no part of the base", _layers(lambda x: x.method in STARTS), Cure.TWICE_THE_RANK),
     # the same, of a start that only a base in PEFT's memory went with (docs/limits.md)
     Rule(
-        (*LORA_SERVERS, "mlx"),
+        LORA_READERS,
         "what its start took out of the base is in no file",
         _layers(lambda x: x.is_start_lost),
         Cure.NONE,
     ),
     # peft_helper.py wants r and lora_alpha; lora.py asserts peft_type; convert_lora_to_gguf.py: "Unexpected name"
-    Rule(LORA_SERVERS, "it has no such method", _layers(_is_other_method), Cure.SOME_RANK),
+    Rule(LORA_READERS, "it has no such method", _layers(_is_other_method), Cure.SOME_RANK),
     # no LoRA is a change of a norm's vector
-    Rule(LORA_SERVERS, "it has no norms", _layers(lambda x: x.is_norm and x.method not in WHOLE), Cure.MERGE),
+    Rule(LORA_READERS, "it has no norms", _layers(lambda x: x.is_norm and x.method not in WHOLE), Cure.MERGE),
     # peft/mapping.py has no such peft_type
     Rule(
         ("peft",),
@@ -140,9 +150,9 @@ RULES = (
         Cure.TWICE_THE_RANK,
     ),
     # peft_helper.py: "modules_to_save being None", vllm #9280; llama.cpp #11554; sglang's lora.py knows no such key
-    Rule(LORA_SERVERS, "it takes no whole tensors", _layers(lambda x: x.method in (*WHOLE, "whole")), Cure.MERGE),
+    Rule(LORA_READERS, "it takes no whole tensors", _layers(lambda x: x.method in (*WHOLE, "whole")), Cure.MERGE),
     # peft_helper.py: "Adapter bias is not supported"; convert_lora_to_gguf.py: "Unexpected name"; none in sglang
-    Rule(LORA_SERVERS, "it has no bias of a LoRA", _layers(lambda x: x.has_bias), Cure.MERGE),
+    Rule(LORA_READERS, "it has no bias of a LoRA", _layers(lambda x: x.has_bias), Cure.MERGE),
     # vllm #19710 was closed, sglang #16942 is open: the setting is dropped, and the adapter on everywhere
     Rule(("vllm", "sglang", "mlx"), "it acts on all tokens", _layers(lambda x: x.at_positions), Cure.NONE),
     # convert_lora_to_gguf.py writes alora_invocation_tokens of a LoRA, llama.cpp #15327; PEFT has aLoRA
@@ -159,32 +169,32 @@ RULES = (
         _layers(lambda x: not (x.in_weight or x.at_positions)),
         Cure.NONE,
     ),
-    # sglang #40835 (open): alpha / r whatever use_rslora says; llama.cpp's get_scale (src/llama-adapter.h) as well
-    Rule(("sglang", "llama.cpp"), "it scales by alpha / r, not rsLoRA", _layers(lambda x: x.rslora), Cure.SAME_RANK),
+    # sglang #40835 (open): alpha / r whatever use_rslora says
+    Rule(("sglang",), "it scales by alpha / r, not rsLoRA", _layers(lambda x: x.rslora), Cure.SAME_RANK),
     # vllm #55545: rsLoRA of experts was scaled by alpha / r up to September 2026
     Rule(
         ("vllm",),
         "it scaled experts by alpha / r, not rsLoRA",
-        _layers(lambda x: x.rslora and (x.is_fused or ".experts." in x.path)),
+        _layers(lambda x: x.rslora and _is_of_experts(x)),
         Cure.SAME_RANK,
     ),
     # PEFT's format has no scale beside alpha / r
-    Rule((*LORA_SERVERS, "peft"), "it has no scale of ours", lambda a: [] if a.scale == 1 else ALL, Cure.SAME_RANK),
+    Rule(FOLDER_READERS, "it has no scale of ours", lambda a: [] if a.scale == 1 else ALL, Cure.SAME_RANK),
     # peft_helper.py: vllm_lora_scaling_factor is one, of r and lora_alpha
     Rule(("vllm",), "it has one alpha / r for all layers", _other_than_most(lambda x: x.scaling), Cure.SAME_RANK),
     # lora_config.py: rank_overrides, alpha_overrides, for its admission to refuse
     Rule(("sglang",), "it has one r for all layers", _other_than_most(lambda x: x.rank), Cure.SAME_RANK),
-    # the same; convert_lora_to_gguf.py writes lora_alpha alone, and ranks are the tensors'
-    Rule(
-        ("sglang", "llama.cpp"), "it has one alpha for all layers", _other_than_most(lambda x: x.alpha), Cure.SAME_RANK
-    ),
+    # the same
+    Rule(("sglang",), "it has one alpha for all layers", _other_than_most(lambda x: x.alpha), Cure.SAME_RANK),
     # vllm/config/lora.py, MaxLoRARanks
     Rule(("vllm",), f"its ranks end at {VLLM_RANKS[-1]}", _ranks_above, Cure.MERGE),
     # lora_model.py: an expert's module by its number (models with is_3d_moe_weight, as gpt-oss, read them fused);
     # sglang's lora.py, _ROUTED_EXPERT_PATTERN; llama.cpp's convert_hf_to_gguf.py stacks experts by their numbers
     Rule(LORA_SERVERS, "it reads experts one by one", _layers(lambda x: x.is_fused), Cure.PER_EXPERT),
+    # mlx_lm/tuner/lora.py, LoRASwitchLinear, has a layout of its own, which isn't written here
+    Rule(("mlx",), "its experts aren't written here", _layers(_is_of_experts), Cure.MERGE),
     # vllm/lora/layers: linear layers, embeddings, heads; so are sglang's layers.py and llama.cpp's build_lora_mm
-    Rule(LORA_SERVERS, "it has no convolutions", _layers(lambda x: x.is_conv), Cure.MERGE),
+    Rule(LORA_READERS, "it has no convolutions", _layers(lambda x: x.is_conv), Cure.MERGE),
     # sglang/srt/lora/utils.py, get_normalized_target_modules: "Only 'all' or 'all-linear' can be used as the string"
     Rule(("sglang",), "it takes no regex as target_modules", _is_regex, Cure.PER_EXPERT),
     # the same: what isn't named there is left out of its buffers
@@ -232,6 +242,8 @@ class Verdict:
 
 def verdict(path: Path, engine: Engine) -> Verdict:
     """Ask each rule of an engine. Raises CheckpointError for what is no adapter."""
+    if engine in OWN_FORMATS and FORMATS[OWN_FORMATS[engine]].is_path(path):
+        return Verdict(path, engine, [], [], ["it is in its own format, and no more is known of it here"])
     adapter = read_served(path)
     checks = ((rule, rule.finds(adapter)) for rule in RULES if engine in rule.engines)
     reasons = [Reason(rule.says, layers, rule.cure) for rule, layers in checks if layers]
@@ -254,7 +266,17 @@ def _commands(adapter: Served, engine: Engine, cures: set[Cure]) -> Iterator[str
     if Cure.MERGE in cures:
         return
     options = ["" if rank is None else f" --rank {rank}", " --per-expert" * (Cure.PER_EXPERT in cures)]
-    yield f"lora-lite convert {path} FOLDER --base BASE{''.join(options)}"
+    # Experts and aLoRA go into GGUF by llama.cpp's own script.
+    by_script = engine == "llama.cpp" and any(_is_of_experts(layer) or layer.at_positions for layer in adapter.layers)
+    if engine in OWN_FORMATS and not by_script:
+        goal = "adapter.gguf" if engine == "llama.cpp" else "FOLDER"
+        yield f"lora-lite convert {path} {goal} --to {OWN_FORMATS[engine]} --base BASE{options[0]}"
+        return
+    if not (by_script and cures == {Cure.OWN_FORMAT} and adapter.is_folder):
+        yield f"lora-lite convert {path} FOLDER --base BASE{''.join(options)}"
+        path = "FOLDER"
+    if by_script:
+        yield f"python convert_lora_to_gguf.py {path} --base BASE"
 
 
 def _notes(adapter: Served, engine: Engine) -> Iterator[str]:
@@ -262,13 +284,5 @@ def _notes(adapter: Served, engine: Engine) -> Iterator[str]:
     if engine == "vllm":
         rank = max(adapter.rank, adapter.stated.rank if adapter.stated else 0)
         yield f"start it with --enable-lora --max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)}"
-    if engine == "llama.cpp":
-        # The library's own conversion has no aLoRA and no experts.
-        theirs = any(layer.at_positions or ".experts." in layer.path for layer in adapter.layers)
-        ours = f"lora-lite convert {shlex.quote(str(adapter.path))} adapter.gguf --to gguf --base BASE"
-        yield f"{'python convert_lora_to_gguf.py FOLDER --base BASE' if theirs else ours} makes its file"
-    heads = [layer.path for layer in adapter.layers if layer.name == "lm_head"]
-    if engine == "llama.cpp" and heads:  # convert_lora_to_gguf.py: "ignored in base model", llama.cpp #9065
-        yield "lm_head: it refuses one that is tied to the embedding"
     if engine == "vllm" and {"lm_head", "embed_tokens"} & {layer.name for layer in adapter.layers}:
         yield "lm_head, embed_tokens: models with embedding_modules alone"  # vllm/lora/utils.py

@@ -19,7 +19,8 @@ import lora_lite as ll
 from lora_lite.cli.engines import ENGINES, RULES, SGLANG_NAMES, Cure, verdict
 from lora_lite.cli.served import read_served
 
-SERVERS = ("vllm", "sglang", "llama.cpp")
+SERVERS, FOLDER_READERS = ("vllm", "sglang", "llama.cpp"), ("vllm", "sglang", "peft")
+READERS = (*SERVERS, "mlx")
 EXPERTS = {"target_names": "experts", "kinds": "experts"}
 Q_AND_V = {"target_names": ["q_proj", "v_proj"]}
 
@@ -46,22 +47,26 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 # refused: model, config, settings that differ in a PEFT folder (None: a file of ours), engines, words
 CASES: list[tuple[str, Any, dict[str, Any] | None, tuple[str, ...], str]] = [
-    ("llama", lora(), None, (*SERVERS, "peft"), r"it reads PEFT folders"),
-    ("llama", lora(), {}, ("mlx",), r"it reads a format of its own, adapters\.safetensors"),
+    ("llama", lora(), None, FOLDER_READERS, r"it reads PEFT folders"),
+    ("llama", lora(), {}, ("llama.cpp", "mlx"), r"it reads a format of its own"),
+    ("llama", "scaled", None, ("llama.cpp", "mlx"), r"it reads a format of its own"),
+    ("llama", lora(rslora=True, per_layer={"v_proj": {"r": 2}}), {}, ("llama.cpp", "mlx"), r"it reads a format of its"),
+    ("llama", config("dora", **Q_AND_V), {}, ("mlx",), r"it reads a format of its own"),
+    ("qwen3", lora(**EXPERTS), {}, ("mlx",), r"its experts aren't written here: model"),
     ("llama", config("dora", **Q_AND_V), {}, SERVERS, r"it has no DoRA: model.* and 3 more"),
     ("llama", config("dora", **Q_AND_V), None, SERVERS, r"it has no DoRA"),
-    ("llama", config("pissa", r=4, **Q_AND_V), None, SERVERS, r"its start is no part of the base: model"),
+    ("llama", config("pissa", r=4, **Q_AND_V), None, READERS, r"its start is no part of the base: model"),
     ("llama", config("pissa", r=4, **Q_AND_V), None, ("peft",), r"it has such a start by writing the base: model"),
     ("llama", lora(**Q_AND_V), {"init_lora_weights": "pissa"}, SERVERS, r"its start is no part of the base"),
-    ("llama", config("ia3", target_names="k_proj"), {}, SERVERS, r"it has no such method: model.*k_proj"),
+    ("llama", config("ia3", target_names="k_proj"), {}, READERS, r"it has no such method: model.*k_proj"),
     ("llama", config("ssteer"), None, ("peft",), r"it has no such method: model"),
-    ("llama", mixed(), {}, SERVERS, r"it takes no whole tensors: lm_head"),
+    ("llama", mixed(), {}, READERS, r"it takes no whole tensors: lm_head"),
     ("llama", mixed(), None, SERVERS, r"it takes no whole tensors: lm_head"),
-    ("biased", lora(bias=True, **Q_AND_V), {}, SERVERS, r"it has no bias of a LoRA: model"),
+    ("biased", lora(bias=True, **Q_AND_V), {}, READERS, r"it has no bias of a LoRA: model"),
     ("biased", lora(bias=True, **Q_AND_V), None, SERVERS, r"it has no bias of a LoRA: model"),
-    ("llama", lora(rslora=True), {}, ("sglang", "llama.cpp"), r"it scales by alpha / r, not rsLoRA: model"),
+    ("llama", lora(rslora=True), {}, ("sglang",), r"it scales by alpha / r, not rsLoRA: model"),
     ("qwen3", lora(rslora=True, **EXPERTS), None, ("vllm",), r"it scaled experts by alpha / r, not rsLoRA: model"),
-    ("llama", "scaled", None, (*SERVERS, "peft"), r"it has no scale of ours"),
+    ("llama", "scaled", None, FOLDER_READERS, r"it has no scale of ours"),
     (
         "llama",
         lora(per_layer={"v_proj": {"alpha": 4.0}}),
@@ -80,10 +85,10 @@ CASES: list[tuple[str, Any, dict[str, Any] | None, tuple[str, ...], str]] = [
         "llama",
         lora(per_layer={"v_proj": {"alpha": 4.0}}),
         {},
-        ("sglang", "llama.cpp"),
+        ("sglang",),
         r"it has one alpha for all layers: model.*v_proj",
     ),
-    ("llama", config("ia3", kinds=("norm",), target_names=()), None, SERVERS, r"it has no norms: model"),
+    ("llama", config("ia3", kinds=("norm",), target_names=()), None, READERS, r"it has no norms: model"),
     ("llama", lora(r=513, **Q_AND_V), {}, ("vllm",), r"its ranks end at 512: model"),
     ("qwen3", lora(**EXPERTS), {}, SERVERS, r"it reads experts one by one: model.layers.0.mlp.experts and 3 more"),
     ("mixtral", lora(**EXPERTS), None, SERVERS, r"it reads experts one by one: model"),
@@ -150,13 +155,17 @@ def test_what_a_rule_refuses_and_the_command_that_helps(
         answer = verdict(path, engine)  # type: ignore[arg-type]
         assert answer.commands
         for i, command in enumerate(answer.commands):
+            if command.startswith("python"):  # llama.cpp's own script
+                continue
             goal = tmp_path / f"{engine}{i}"
-            places = {"BASE": str(base), "FOLDER": str(goal), "MERGED": str(goal)}
+            places = {"BASE": str(base), **dict.fromkeys(("FOLDER", "MERGED", "adapter.gguf"), str(goal))}
             done = run(*(places.get(word, word) for word in shlex.split(command)[1:]))
             assert done.exit_code == 0, done.stderr
             if "convert" in command:
-                assert words(goal, engine)[1] == 0
-                error = re.search(r"relative error at most (\S+) in a layer", done.stdout)
+                assert words(goal, engine)[1] == 0 or "python" in answer.commands[-1]
+                error = re.search(
+                    r"(?:relative error|adapter's by) (?:at most )?(\S+) (?:at most )?in a layer", done.stdout
+                )
                 is_near = any(reason.cure is Cure.SOME_RANK for reason in answer.reasons)
                 assert error is None or is_near or float(error[1]) < 1e-5, command
             else:
@@ -190,7 +199,7 @@ def test_every_rule_has_a_case() -> None:
     assert all(any(re.match(match.split(":")[0], rule.says) for match in matches) for rule in RULES)
 
 
-def test_a_lora_as_of_smollm2_is_taken_but_by_mlx(tmp_path: Path) -> None:
+def test_a_folder_of_a_lora_as_of_smollm2_is_taken_or_converted(tmp_path: Path) -> None:
     """Its layers have SmolLM2's names; the head is tied, and has no adapter."""
     model = tiny_llama(tie_word_embeddings=True)
     path = written(model, lora(r=16), {}, tmp_path)
@@ -198,15 +207,15 @@ def test_a_lora_as_of_smollm2_is_taken_but_by_mlx(tmp_path: Path) -> None:
     assert {engine: text[0].rpartition(": ")[2] for engine, text in lines.items()} == {
         "vllm": "vllm takes it",
         "sglang": "sglang takes it",
-        "llama.cpp": "llama.cpp takes it",
+        "llama.cpp": "llama.cpp refuses it",
         "mlx": "mlx refuses it",
         "peft": "peft takes it",
     }
     assert lines["vllm"][1:] == ["  -  start it with --enable-lora --max-lora-rank 16"]
-    note = re.sub(r"\s+", " ", " ".join(lines["llama.cpp"][1:]))
-    assert note.rstrip().endswith(" adapter.gguf --to gguf --base BASE makes its file")
-    assert lines["mlx"][1] == "  -  it reads a format of its own, adapters.safetensors"
-    assert re.sub(r"\s+", " ", " ".join(lines["mlx"][2:])).startswith("this helps: lora-lite merge BASE ")
+    for engine, command in (("llama.cpp", "adapter.gguf --to gguf"), ("mlx", "FOLDER --to mlx")):
+        assert lines[engine][1] == "  -  it reads a format of its own"
+        cure = re.sub(r"\s+", " ", " ".join(lines[engine][2:])).rstrip()
+        assert re.fullmatch(rf"this helps: lora-lite convert \S+ {command} --base BASE", cure)
 
 
 def test_a_server_reads_r_and_lora_alpha_alone(tmp_path: Path) -> None:
@@ -263,8 +272,6 @@ def test_what_is_not_refused(tmp_path: Path) -> None:
         [
             (lora(rslora=True), "vllm"),
             (lora(per_layer={"v_proj": {"r": 2, "alpha": 4.0}}), "vllm"),  # the same alpha / r
-            (lora(per_layer={"v_proj": {"r": 2}}), "llama.cpp"),  # ranks are the tensors'
-            (lora(invocation_tokens=[3, 4]), "llama.cpp"),
             (config("dora", **Q_AND_V), "peft"),
             (mixed(), "peft"),
         ]
@@ -274,9 +281,17 @@ def test_what_is_not_refused(tmp_path: Path) -> None:
         assert words(path, engine)[1] == 0
 
 
+@pytest.mark.parametrize("settings", [None, {}])
+def test_llama_cpps_own_script_has_alora(settings: dict[str, Any] | None, tmp_path: Path) -> None:
+    path = written(tiny_llama(), lora(invocation_tokens=[3, 4]), settings, tmp_path)
+    *first, last = verdict(path, "llama.cpp").commands
+    folder = path if settings is not None else "FOLDER"
+    assert last == f"python convert_lora_to_gguf.py {folder} --base BASE"
+    assert [command.split()[1] for command in first] == ([] if settings is not None else ["convert"])
+
+
 def test_heads_and_embeddings_are_noted(tmp_path: Path) -> None:
     path = written(tiny_llama(), lora(target_names="lm_head"), {}, tmp_path)
-    assert "lm_head: it refuses one that is tied to the embedding" in words(path, "llama.cpp")[0]
     assert "models with embedding_modules alone" in words(path, "vllm")[0]
 
 
