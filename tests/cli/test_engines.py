@@ -163,9 +163,7 @@ def test_what_a_rule_refuses_and_the_command_that_helps(
             assert done.exit_code == 0, done.stderr
             if "convert" in command:
                 assert words(goal, engine)[1] == 0 or "python" in answer.commands[-1]
-                error = re.search(
-                    r"(?:relative error|adapter's by) (?:at most )?(\S+) (?:at most )?in a layer", done.stdout
-                )
+                error = re.search(r"(?:error at most|adapter's by) (\S+) (?:at most )?in a layer", done.stdout)
                 is_near = any(reason.cure is Cure.SOME_RANK for reason in answer.reasons)
                 assert error is None or is_near or float(error[1]) < 1e-5, command
             else:
@@ -214,8 +212,8 @@ def test_a_folder_of_a_lora_as_of_smollm2_is_taken_or_converted(tmp_path: Path) 
     assert lines["vllm"][1:] == ["  -  start it with --enable-lora --max-lora-rank 16"]
     for engine, command in (("llama.cpp", "adapter.gguf --to gguf"), ("mlx", "FOLDER --to mlx")):
         assert lines[engine][1] == "  -  it reads a format of its own"
-        cure = re.sub(r"\s+", " ", " ".join(lines[engine][2:])).rstrip()
-        assert re.fullmatch(rf"this helps: lora-lite convert \S+ {command} --base BASE", cure)
+        cure = "".join("".join(lines[engine][2:]).split())  # a long path is broken
+        assert cure == f"thishelps:lora-lite convert {path} {command} --base BASE".replace(" ", "")
 
 
 def test_a_server_reads_r_and_lora_alpha_alone(tmp_path: Path) -> None:
