@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models import config, perturb, tiny_llama
-from test_trainer import tokenizer
+from trl_tiny import tokenizer
 
 import lora_lite as ll
 

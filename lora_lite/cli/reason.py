@@ -4,7 +4,7 @@ from ..errors import LoraLiteError
 
 # Packages that a command may lack, and the extra that has them.
 EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "demo", "transformers": "hf", "accelerate": "hf"}
-EXTRAS |= {"bitsandbytes": "bnb"}
+EXTRAS |= {"bitsandbytes": "bnb", "gguf": "gguf", "diffusers": "diffusers"}
 
 
 def reason(error: Exception) -> str:

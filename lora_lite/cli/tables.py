@@ -21,6 +21,7 @@ from .engines import ALL, Verdict
 from .report import LayerReport, Report, grouped
 
 GAP = 2  # spaces between columns
+LONGEST = 200  # characters of a value of a config
 UNLIMITED = 10_000  # columns of an output that is no terminal and that COLUMNS says nothing of
 
 
@@ -80,7 +81,8 @@ def show_difference(a: Path, b: Path, difference: Difference) -> None:
     if difference.equal:
         out.print("equal")
         return
-    rows = [(name, *map(_value, values)) for name, values in difference.config.items()]
+    # A config of another program's file names each layer, in texts of any length.
+    rows = [(name, *(shortened(_value(v), LONGEST) for v in values)) for name, values in difference.config.items()]
     for name, values in difference.base.items():
         rows.append((f"base {name}", *map(_quantised if name == "quantization" else _value, values)))
     if rows:

@@ -25,7 +25,7 @@ from ..peft.folder import CONFIG as PEFT_SETTINGS
 from ..peft.folder import DIFFUSERS_SETTINGS
 from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
 from ..peft.load import load_peft
-from ..safetensors import Header, check_numbers, read_header
+from ..safetensors import Header, check_numbers, read_any
 from .format import Format, Piece, Pieces
 from .table import FORMATS
 
@@ -53,9 +53,10 @@ def by_header(header: Header) -> Loader | None:
 
 def loader_of(path: Path) -> Loader | None:
     """The loader of another program's adapter; None for a file of ours, and for what can't be read or told."""
-    if (loader := by_path(path)) is None and path.is_file():
+    if (loader := by_path(path)) is None:
         with suppress(CheckpointError):  # whoever asked reads it next, and says so
-            loader = by_header(read_header(path))
+            header, *others = read_any(path)
+            loader = None if others else by_header(header)
     return loader
 
 
@@ -63,8 +64,8 @@ def check_ours(path: Path) -> None:
     """CheckpointError for a file that only `load` reads, on a model: neither ours nor a folder of PEFT's."""
     if (loader := loader_of(path)) is None or (loader is load_peft and path.is_dir()):
         return
-    convert = f"lora-lite convert {path} adapter.safetensors --base BASE"
-    raise CheckpointError(f"{path} is another program's adapter\n  make a file of ours of it: {convert}")
+    convert = f"lora-lite convert {path} adapter.safetensors --base BASE"  # in the one line that the command shows
+    raise CheckpointError(f"{path} is another program's adapter; make a file of ours of it: {convert}")
 
 
 def _by_path(path: Path) -> Format | None:
@@ -139,10 +140,18 @@ def _method(pieces: list[Piece]) -> Method:
         "target_names": (_exactly(target.path for target in layers),),
         "kinds": tuple(dict.fromkeys(layer.kind.category for layer in layers.values())),
         "dtype": reduce(torch.promote_types, (piece.cfg.dtype for piece in pieces)),
-        "per_layer": {_exactly([path]): values for path, values in overrides.items()},
+        "per_layer": {_exactly(paths): values for values, paths in _alike(overrides)},
     }
     cfg = replace(usual, **shared)
     return Method(cfg, make_sites(layers, cfg, overrides))
+
+
+def _alike(overrides: dict[str, dict[str, Any]]) -> list[tuple[dict[str, Any], list[str]]]:
+    """Each set of fields that differ, with its layers."""
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for path, values in overrides.items():
+        groups.setdefault(str(values), (values, []))[1].append(path)
+    return list(groups.values())
 
 
 def _settings(cfg: BaseConfig) -> dict[str, Any]:
