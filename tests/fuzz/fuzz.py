@@ -7,7 +7,6 @@ It starts from whole files and from the corpus (corpus/<reader>.zip), and stops 
 nor refused by an error of ours.
 """
 
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -35,13 +34,11 @@ def kept(name: str) -> dict[str, bytes]:
 
 
 def keep(name: str, folder: str) -> None:
-    """Write the few inputs of a run that reach all of its code as the corpus: the same file for the same inputs."""
-    with tempfile.TemporaryDirectory() as least:
-        subprocess.run([sys.executable, __file__, name, "-merge=1", least, folder], check=True)
-        with zipfile.ZipFile(CORPUS / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted(Path(least).iterdir()):
-                if path.stat().st_size <= LARGEST:
-                    archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    """Write the inputs of a run as the corpus: libFuzzer keeps those that reach code which no other does."""
+    with zipfile.ZipFile(CORPUS / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(Path(folder).iterdir()):
+            if path.stat().st_size <= LARGEST:
+                archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def changed(data: bytes, most: int, seed: int) -> bytes:
@@ -55,13 +52,12 @@ def main() -> None:
     if options[:1] == ["keep"]:
         keep(name, options[1])
         return
-    folders = [] if "-merge=1" in options else [tempfile.mkdtemp(prefix=f"fuzz-{name}-")]
-    for folder in folders:
-        for number, data in enumerate([*starts(name), *kept(name).values()]):
-            Path(folder, f"start-{number:04}").write_bytes(data)
-        print(f"inputs in {folder}", flush=True)
+    folder = tempfile.mkdtemp(prefix=f"fuzz-{name}-")
+    for number, data in enumerate([*starts(name), *kept(name).values()]):
+        Path(folder, f"start-{number:04}").write_bytes(data)
+    print(f"inputs in {folder}", flush=True)
     limits = [f"-max_len={MOST}", "-timeout=20", "-rss_limit_mb=4000"]
-    arguments = [sys.argv[0], *folders, *limits, *options]
+    arguments = [sys.argv[0], folder, *limits, *options]
     atheris.Setup(arguments, lambda data: read(READERS[name], data) and None, custom_mutator=changed)
     atheris.Fuzz()
 

@@ -35,9 +35,9 @@ def test_a_thousand_damaged_files(name: str) -> None:
     assert 0 < sum(answers) < CASES
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "corpus").glob("*.zip")), ids=lambda file: file.stem)
-def test_the_corpus(file: Path) -> None:
-    with zipfile.ZipFile(file) as archive:
+@pytest.mark.parametrize("name", READERS)
+def test_the_corpus(name: str) -> None:
+    with zipfile.ZipFile(Path(__file__).parent / "corpus" / f"{name}.zip") as archive:
         assert archive.namelist()
         for entry in archive.namelist():
-            read(READERS[file.stem], archive.read(entry))
+            read(READERS[name], archive.read(entry))
