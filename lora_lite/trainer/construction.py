@@ -206,6 +206,17 @@ def _check_dropout(model: nn.Module, settings: Any) -> None:
             raise ConfigError(f"{problem}\n  attach it with dropout=0, or train with disable_dropout=False")
 
 
+def check_no_penalty(trainer: str, model: nn.Module) -> None:
+    """TargetError for an adapter with a penalty, where a step has not called the `compute_loss` that adds it."""
+    for adapter in adapters(model).values():
+        if adapter.penalty() is not None:
+            problem = f"{trainer}'s training_step doesn't call compute_loss, so adapter {adapter.name!r} is without its"
+            raise TargetError(
+                f"{problem} penalty ({adapter.variant})\n  use a method without one, or a trainer that calls "
+                f"AdapterCheckpoints.compute_loss in each step"
+            )
+
+
 @contextmanager
 def adapters_kept(model: nn.Module) -> Iterator[None]:
     """Within the block, a constructor, adapters keep their numbers: on a quantised base TRL rounds to bfloat16 all that

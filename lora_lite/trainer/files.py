@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from loguru import logger
 from torch import nn
 
 from ..base import sharding
@@ -14,7 +16,7 @@ from ..core.variant import config_for
 from ..errors import CheckpointError, TargetError
 from ..io.checkpoint import restore, save
 
-__all__ = ["check_saved", "restore_all", "save_all", "step_all"]
+__all__ = ["check_saved", "restore_all", "save_all", "step_all", "warn_of_heads"]
 
 
 def save_all(
@@ -68,6 +70,30 @@ def check_saved(model: nn.Module) -> None:
             (f"put them into the adapter: attach(model, [cfg, {full}]); or " for full in _fulls(model, lost)), ""
         )
         raise TargetError(f"{problem}: {grouped(lost)}\n  {put}{freeze}")
+
+
+def warn_of_heads(model: nn.Module) -> None:
+    """Log a warning for a head in no adapter: if it started at random, no file holds it, and a reload has another."""
+    if heads := _heads(model):
+        put = next((f"attach(model, [cfg, {full}])" for full in _fulls(model, heads)), "put it into the adapter")
+        logger.warning(
+            f"{type(model).__name__}: the head is in no adapter, so it stays as it is: {grouped(heads)}\n"
+            f"  that is right for a head that was loaded with the model; one that started at random is in no file, and "
+            f"a reload gives another\n  to train it: {put}"
+        )
+
+
+def _heads(model: Any) -> list[str]:
+    """The parameters beside the base_model of a transformers model that has one, but for those in an adapter or below
+    one, and for the head of a language model, which is loaded with it."""
+    body, embeddings = getattr(model, "base_model", model), getattr(model, "get_output_embeddings", None)
+    if body is model or embeddings is None or embeddings() is not None:
+        return []
+    inside = {id(parameter) for parameter in body.parameters()}
+    inside |= {id(parameter) for adapter in adapters(model).values() for parameter in adapter.parameters()}
+    below = {path for adapter in adapters(model).values() for path in adapter.targets}
+    others = (name for name, parameter in model.named_parameters() if id(parameter) not in inside)
+    return [name for name in others if below.isdisjoint((name, name.rpartition(".")[0]))]
 
 
 def _fulls(model: nn.Module, lost: list[str]) -> Iterator[str]:
