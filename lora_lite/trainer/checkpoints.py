@@ -14,14 +14,16 @@ from ..core.adapter import adapters
 from ..errors import TargetError, brief
 from ..measure.audit import in_effect, watched_evaluation, watched_step
 from ..measure.calls import Calls
-from .construction import adapters_kept, check_no_penalty, construction
+from .construction import REFERENCE, adapters_kept, check_no_penalty, construction, resume_reference
 from .files import check_saved, restore_all, save_all, step_all, warn_of_heads
+from .preference import Reference
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer"]
 
 
 class AdapterCheckpoints:
-    """Mixin for a Trainer of a model with adapters: `checkpoint-N/<name>.safetensors` for each, and no base.
+    """Mixin for a Trainer of a model with adapters: `checkpoint-N/<name>.safetensors` for each, and no base; with a
+    reference that is the model as it was, its copy of them in `reference.pt`, from which a resumed training goes on.
 
     Optimizer, schedule and random states are the Trainer's own; DeepSpeed's own checkpoint beside them holds the base.
 
@@ -112,9 +114,24 @@ class AdapterCheckpoints:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
             torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+            if _internal_call and (ref_model := self._copied_reference()) is not None:
+                ref_model.save(folder / REFERENCE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_all(model or cast(Any, self).model, resume_from_checkpoint, together=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The trainer's own, which it calls where it goes on, under DeepSpeed too; and the reference."""
+        trainer: Any = super()
+        trainer._load_optimizer_and_scheduler(checkpoint)
+        ref_model = self._copied_reference()
+        if checkpoint is not None and ref_model is not None:
+            resume_reference(cast(Any, self), ref_model, Path(checkpoint, REFERENCE))
+
+    def _copied_reference(self) -> Reference | None:
+        """The reference, where it is the model with adapters as they were."""
+        ref_model = getattr(self, "ref_model", None)
+        return ref_model if isinstance(ref_model, Reference) and ref_model.size else None
 
     def _load_best_model(self) -> None:
         restore_all(cast(Any, self).model, cast(Any, self).state.best_model_checkpoint, together=True)

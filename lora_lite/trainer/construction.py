@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..core.adapter import adapters
 from ..core.config import BaseConfig
-from ..errors import ConfigError, TargetError, brief
+from ..errors import CheckpointError, ConfigError, TargetError, brief
 from .preference import NOT_SHARDED, Reference, snapshot
 
+REFERENCE = "reference.pt"  # in a checkpoint: the reference that the training began with
 TEMPLATES = (".jinja", ".j2")
 
 
@@ -215,6 +217,22 @@ def check_no_penalty(trainer: str, model: nn.Module) -> None:
                 f"{problem} penalty ({adapter.variant})\n  use a method without one, or a trainer that calls "
                 f"AdapterCheckpoints.compute_loss in each step"
             )
+
+
+def resume_reference(trainer: Any, ref_model: Reference, file: Path) -> None:
+    """Go on from the reference that a training began with: the adapters may be others where it goes on.
+
+    Raises:
+        CheckpointError: where log-probabilities were computed by another one before; and what `restore` raises.
+    """
+    if not file.is_file():
+        problem = f"{file} is missing: the reference is the model with its adapters as they were attached here"
+        logger.warning(f"{problem}\n  a training that began with others took those")
+    elif not getattr(trainer.args, "precompute_ref_log_probs", False):
+        ref_model.restore(file)
+    elif not ref_model.is_in(file):
+        problem = f"{file}: the training began with another reference than log-probabilities were computed by here"
+        raise CheckpointError(f"{problem}\n  attach the adapters that it began with, before the trainer is made")
 
 
 @contextmanager

@@ -57,9 +57,8 @@ def snapshot(model: nn.Module) -> nn.Module:
     placed = {path: tensor for adapter in trained for path, tensor in _placed(root, adapter.name).items()}
     tensors = {path: t.detach().clone().requires_grad_(t.requires_grad) for path, t in placed.items()}
     states = session_of(root)[1].adapters.values()
-    # What is merged is in the weights, whatever its scale says.
-    scales = {s.name: None if s.merged else 0.0 if s.unloaded else s.scale for s in states}
-    return Reference(root, {None: 0.0, **scales}, tensors)
+    scales: dict[str | None, float] = {state.name: 0.0 if state.unloaded else state.scale for state in states}
+    return Reference(root, {None: 0.0} | scales, tensors)
 
 
 PARTS = "get_base_model", "get_decoder", "get_encoder", "get_input_embeddings", "get_output_embeddings"  # that give it
@@ -69,11 +68,9 @@ NOT_SHARDED = "pass ref_model=lora_lite.trainer.reference(model), the base, whic
 class Reference(nn.Module):
     """A model whose adapters have other scales and tensors in every call: what `reference` and `snapshot` give."""
 
-    def __init__(
-        self, model: nn.Module, scales: Mapping[str | None, float | None], tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, model: nn.Module, scales: Mapping[str | None, float], tensors: Mapping[str, Tensor]) -> None:
         """
-        scales      by adapter; None: of all others. A scale of None is whatever it is then
+        scales      by adapter; None: of all others
         tensors     (of the adapters' shapes) by path in the model, in the place of those there
         """
         super().__init__()
@@ -130,8 +127,7 @@ class Reference(nn.Module):
         return {path: tensor for path, tensor in (state | copies).items() if path not in off} | on
 
     def _scale(self, name: str, scale: float) -> float:
-        fixed: float | None = self._scales.get(name, self._scales.get(None))
-        return scale if fixed is None else fixed
+        return self._scales.get(name, self._scales.get(None, scale))
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         with self._as_it_was() as model:

@@ -145,17 +145,6 @@ def test_a_snapshot_is_without_the_adapters_that_come_later() -> None:
         then(input_ids=IDS)
 
 
-def test_a_snapshot_beside_what_is_merged() -> None:
-    model = tiny_llama()
-    perturb(ll.attach(model, config("lora"), name="before"), 0.5)
-    ll.merge(model, "before")
-    adapter = ll.attach(model, config("lora"))
-    perturb(adapter, 0.5, seed=2)
-    start, then = logits(model), snapshot(model)
-    perturb(adapter, 0.5, seed=3)
-    assert torch.equal(then(input_ids=IDS).logits, start)
-
-
 @pytest.mark.parametrize("part", ["lm_head", "model", "base_model", "get_decoder", "get_output_embeddings"])
 def test_a_reference_has_no_parts(part: str) -> None:
     model = tiny_llama()

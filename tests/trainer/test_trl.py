@@ -274,6 +274,49 @@ def test_the_frozen_copy_is_that_of_a_second_model(tmp_path: Path) -> None:
     assert ours["rewards/margins"][-1] != 0
 
 
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
+def test_a_resumed_training_has_the_reference_that_it_began_with(kind: str, tmp_path: Path, log: list[str]) -> None:
+    """Whatever the adapter is where it goes on: that of the start, a fresh one, or that of the checkpoint."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    model = model_for(kind)
+    perturb(ll.adapters(model)["default"])
+    whole = trainer_of(kind, model, tmp_path / "run", **options)
+    whole.train()
+    half = tmp_path / "run" / "checkpoint-2"
+    name = "kl" if kind in ("grpo", "rloo") else "rewards/margins"
+
+    def goes_on(model: Any) -> None:
+        again = trainer_of(kind, model, tmp_path / "again", **options)
+        again.train(resume_from_checkpoint=str(half))
+        for figure in ("loss", name):
+            assert logged(again, figure)[-2:] == logged(whole, figure)[-2:]
+        for key, tensor in ll.adapters(model)["default"].state_dict().items():
+            assert torch.equal(tensor, ll.adapters(whole.model)["default"].state_dict()[key]), key
+
+    goes_on(model_for(kind))
+    loaded = model_for(kind)
+    ll.detach(loaded)
+    ll.load(loaded, half / "default.safetensors")
+    goes_on(loaded)
+    assert not [line for line in log if "reference.pt" in line]
+    (half / "reference.pt").unlink()
+    trainer_of(kind, model_for(kind), tmp_path / "again", **options).train(resume_from_checkpoint=str(half))
+    assert any(re.match(r"WARNING .*reference\.pt is missing: the reference is the model with its", x) for x in log)
+
+
+def test_computed_before_a_resume_the_reference_has_to_be_that_of_the_start(tmp_path: Path) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "precompute_ref_log_probs": True}
+    model = model_for("dpo")
+    perturb(ll.adapters(model)["default"])
+    ll.save(model, tmp_path / "start.safetensors")
+    trainer_of("dpo", model, tmp_path, **options).train()
+    model = model_for("dpo")
+    with pytest.raises(ll.CheckpointError, match=r"began with another reference than .*\n  attach the adapters that it"):
+        trainer_of("dpo", model, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    ll.restore(model, tmp_path / "start.safetensors")
+    trainer_of("dpo", model, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_grpo_gives_beta_back_and_takes_either_reference(tmp_path: Path) -> None:
     trainer = trainer_of("grpo", model_for("grpo"), tmp_path, beta=0.25)
     assert (trainer.beta, trainer.args.beta) == (0.25, 0.25)
