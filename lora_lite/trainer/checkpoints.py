@@ -15,7 +15,7 @@ from ..errors import TargetError, brief
 from ..measure.audit import in_effect, watched_evaluation, watched_step
 from ..measure.calls import Calls
 from .construction import REFERENCE, adapters_kept, check_no_penalty, construction, resume_reference
-from .files import check_saved, restore_all, save_all, step_all, warn_of_heads
+from .files import check_saved, restore_all, restore_settings, save_all, step_all, warn_of_heads
 from .preference import Reference
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer"]
@@ -124,6 +124,8 @@ class AdapterCheckpoints:
         """The trainer's own, which it calls where it goes on, under DeepSpeed too; and the reference."""
         trainer: Any = super()
         trainer._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and cast(Any, self).is_deepspeed_enabled:
+            restore_settings(cast(Any, self).model, checkpoint)
         ref_model = self._copied_reference()
         if checkpoint is not None and ref_model is not None:
             resume_reference(cast(Any, self), ref_model, Path(checkpoint, REFERENCE))
@@ -134,7 +136,14 @@ class AdapterCheckpoints:
         return ref_model if isinstance(ref_model, Reference) and ref_model.size else None
 
     def _load_best_model(self) -> None:
-        restore_all(cast(Any, self).model, cast(Any, self).state.best_model_checkpoint, together=True)
+        trainer: Any = self
+        folder = trainer.state.best_model_checkpoint
+        if not trainer.is_deepspeed_enabled:
+            restore_all(trainer.model, folder, together=True)
+            return
+        library: Any = super()
+        library._load_best_model()  # into the engine, whose optimizer has copies of what is trained
+        restore_settings(trainer.model, folder)
 
 
 class _Schedules(TrainerCallback):

@@ -14,9 +14,10 @@ from ..core.adapter import adapters
 from ..core.ran import grouped
 from ..core.variant import config_for
 from ..errors import CheckpointError, TargetError
+from ..io.adapter_file import read_file
 from ..io.checkpoint import restore, save
 
-__all__ = ["check_saved", "restore_all", "save_all", "step_all", "warn_of_heads"]
+__all__ = ["check_saved", "restore_all", "restore_settings", "save_all", "step_all", "warn_of_heads"]
 
 
 def save_all(
@@ -27,11 +28,10 @@ def save_all(
     writes      this process writes whole adapters; sharded ones all processes save together
     together    all processes call this: if one of them fails, all raise
     """
-    sharded = {name for name, adapter in adapters(model).items() if adapter.is_sharded}
-    # Processes agree about sharded ones within `save`, which makes collective calls.
-    with sharding.all_or_none(together and not sharded):
-        for name in adapters(model):
-            if writes or name in sharded:
+    for name, adapter in adapters(model).items():
+        # Processes agree about sharded ones within `save`, which makes collective calls.
+        with sharding.all_or_none(together and not adapter.is_sharded):
+            if writes or adapter.is_sharded:
                 save(model, _file(folder, name, ending), name, resume=True)
 
 
@@ -47,9 +47,19 @@ def restore_all(model: nn.Module, folder: str | os.PathLike[str], together: bool
         files = {name: _file(folder, name, ending) for name in every}
         if missing := [str(file) for file in files.values() if not file.is_file()]:
             raise CheckpointError(f"{folder} is no checkpoint of these adapters\n  missing: {', '.join(missing)}")
-    with sharding.all_or_none(together and not any(adapter.is_sharded for adapter in every.values())):
-        for name, file in files.items():
+    for name, file in files.items():
+        with sharding.all_or_none(together and not every[name].is_sharded):
             restore(model, file, name)
+
+
+def restore_settings(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Take the scales and the counts of steps of such files: the values come from a checkpoint of DeepSpeed's own."""
+    with sharding.all_or_none(True):
+        files = {name: read_file(_file(folder, name, "")) for name in adapters(model)}
+    for name, adapter in adapters(model).items():
+        adapter.scale = files[name].scale
+        if (steps := files[name].steps) is not None:
+            adapter.steps = steps
 
 
 def step_all(model: nn.Module) -> None:

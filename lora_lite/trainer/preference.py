@@ -156,7 +156,9 @@ class Reference(nn.Module):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         value = getattr(self.__dict__["_model"], name)
         if isinstance(value, nn.Module) or name in PARTS:
-            problem = f"{name!r} of a {type(self).__name__} would be that of the model, with its adapters as they are now"
+            problem = (
+                f"{name!r} of a {type(self).__name__} would be that of the model, with its adapters as they are now"
+            )
             raise TargetError(f"{problem}\n  call the reference itself, or pass ref_model=, a second model")
         return value
 

@@ -170,5 +170,7 @@ def test_a_snapshot_in_a_file(tmp_path: Path) -> None:
     assert torch.equal(then(input_ids=IDS).logits, start)
     ll.detach(model)
     ll.attach(model, config("lora", target_names="q_proj"))
-    with pytest.raises(ll.CheckpointError, match=r"reference\.pt is the reference of other adapters .*\n  attach those"):
+    with pytest.raises(
+        ll.CheckpointError, match=r"reference\.pt is the reference of other adapters .*\n  attach those"
+    ):
         snapshot(model).restore(tmp_path / "reference.pt")

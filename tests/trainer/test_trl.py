@@ -139,7 +139,7 @@ def with_a_frozen_head(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "rloo"])
 def test_a_frozen_adapter_on_a_head_that_the_loss_reads_stops_the_first_step(kind: str, tmp_path: Path) -> None:
     trainer = trainer_of(kind, with_a_frozen_head(kind), tmp_path)
-    with pytest.raises(ll.TargetError, match="the first training step\n.*reads the weight itself: lm_head\n"):
+    with pytest.raises(ll.TargetError, match=r"the first training step\n.*reads the weight itself: lm_head\n"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -148,7 +148,7 @@ def test_a_frozen_adapter_on_a_head_that_the_loss_reads_stops_the_first_step(kin
 def test_an_adapter_on_a_head_that_an_evaluation_reads_stops_it(kind: str, tmp_path: Path) -> None:
     rows = Dataset.from_list(KINDS[kind].rows * 2)
     trainer = trainer_of(kind, with_a_frozen_head(kind), tmp_path, {"eval_dataset": rows})
-    with pytest.raises(ll.TargetError, match="the first step of the evaluation\n.*weight itself: lm_head\n"):
+    with pytest.raises(ll.TargetError, match=r"the first step of the evaluation\n.*weight itself: lm_head\n"):
         trainer.evaluate()
     with ll.disabled(trainer.model):
         base = trainer.evaluate()["eval_loss"]
@@ -311,7 +311,9 @@ def test_computed_before_a_resume_the_reference_has_to_be_that_of_the_start(tmp_
     ll.save(model, tmp_path / "start.safetensors")
     trainer_of("dpo", model, tmp_path, **options).train()
     model = model_for("dpo")
-    with pytest.raises(ll.CheckpointError, match=r"began with another reference than .*\n  attach the adapters that it"):
+    with pytest.raises(
+        ll.CheckpointError, match=r"began with another reference than .*\n  attach the adapters that it"
+    ):
         trainer_of("dpo", model, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     ll.restore(model, tmp_path / "start.safetensors")
     trainer_of("dpo", model, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
