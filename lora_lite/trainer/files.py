@@ -28,10 +28,14 @@ def save_all(
     writes      this process writes whole adapters; sharded ones all processes save together
     together    all processes call this: if one of them fails, all raise
     """
+    tensors = [tensor for adapter in adapters(model).values() for _, tensor in adapter.named_tensors()]
     for name, adapter in adapters(model).items():
-        # Processes agree about sharded ones within `save`, which makes collective calls.
-        with sharding.all_or_none(together and not adapter.is_sharded):
-            if writes or adapter.is_sharded:
+        if adapter.is_sharded:  # processes agree within `save`, which makes collective calls
+            save(model, _file(folder, name, ending), name, resume=True)
+            continue
+        # `save` of a whole one gathers those of ZeRO-3 too: all processes do that, though one of them writes.
+        with sharding.gathered(tensors if together else ()), sharding.all_or_none(together):
+            if writes:
                 save(model, _file(folder, name, ending), name, resume=True)
 
 
