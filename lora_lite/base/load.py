@@ -116,6 +116,7 @@ def load_base(
             _trusted.add(model_id)
         _report(model_id, model, timed)
         _warn_of_adapters(model_id, info["unexpected_keys"])
+        _warn_of_random(model_id, model, info["missing_keys"])
         return model
     raise BaseModelError(
         f"{model_id} works in none of {len(reasons)} dtypes on {', '.join(devices())}\n  " + "\n  ".join(reasons)
@@ -133,6 +134,18 @@ def _warn_of_adapters(model_id: str, unexpected: Iterable[str]) -> None:
         logger.warning(
             f"{model_id} holds {len(lost)} tensors of an adapter, which this model is without, such as {lost[0]}\n"
             f"  lora_lite.load(model, {model_id!r}, cfg=...) puts it on, with the config that it was trained with"
+        )
+
+
+def _warn_of_random(model_id: str, model: Any, missing: Iterable[str]) -> None:
+    """from_pretrained draws what its folder lacks: of a language model that becomes a classifier, the head."""
+    if lacking := sorted(missing):
+        names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        layer = lacking[0].removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        logger.warning(
+            f"{model_id} lacks {len(lacking)} tensors of this {type(model).__name__}, which start at random: {names}\n"
+            f"  the next load draws others: put them into the adapter, by attach(model, [cfg, "
+            f"ll.FullConfig(target_names={layer!r})])"
         )
 
 

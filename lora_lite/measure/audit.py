@@ -90,8 +90,9 @@ def parts_taken(model: nn.Module, batch: Batch) -> Audit:
 
 
 @contextmanager
-def watched_step(model: nn.Module) -> Iterator[None]:
-    """Within the block runs a training step, up to its backward, of a model that may be wrapped.
+def watched_step(model: nn.Module) -> Iterator[Calls]:
+    """Within the block runs a training step, up to its backward, of a model that may be wrapped. Where it generates
+    first, `forget_calls` of what this gives, before the loss: a head that generation calls, the loss may read.
 
     Layers that this batch didn't call, which others may, are a warning; so is what isn't known since it is compiled.
 
@@ -106,11 +107,9 @@ def watched_step(model: nn.Module) -> Iterator[None]:
     parameters = trained({path: layer for path, layer in layers.items() if id(layer.module) in compiled})
     fresh = [key for key, parameter in parameters.items() if parameter.grad is None]
     with watching(root, plain, reads=not compiled) as calls:
-        yield
-    name, problems = type(root).__name__, list(_faults(plain, calls))
-    if sharding.any_process(bool(problems), next(root.parameters()).device):
-        lines = problems or ["  another process says which"]
-        raise TargetError("\n".join([f"{name}: not every adapter takes part in the first training step", *lines]))
+        yield calls
+    name = type(root).__name__
+    _raise_together(root, "the first training step", list(_faults(plain, calls)))
     doubts = list(_uncalled(plain, calls))  # another batch may call them
     if none := [key for key in fresh if parameters[key].grad is None]:
         doubts.append(f"  no gradient in compiled parts, after the first step: {grouped(none)}")
@@ -118,15 +117,42 @@ def watched_step(model: nn.Module) -> Iterator[None]:
         logger.warning("\n".join([f"{name}: not every adapter took part in the first training step", *doubts]))
 
 
+@contextmanager
+def watched_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block runs a step of an evaluation, of a model that may be wrapped.
+
+    Raises:
+        TargetError: in every process if there are several, for layers whose weight is read without a call.
+    """
+    root, _ = session_of(model)
+    compiled = in_graphs(model)
+    layers = {path: layer for path, layer in in_effect(root).items() if id(layer.module) not in compiled}
+    with watching(root, layers, reads=not compiled) as calls:
+        yield
+    _raise_together(root, "the first step of the evaluation", list(_bypassed(layers, calls)))
+
+
+def in_effect(model: nn.Module) -> dict[str, BaseLayer]:
+    """Each layer with an adapter that isn't off, by its path."""
+    layers = adapted(session_of(model)[0]).items()
+    return {path: layer for path, layer in layers if any(not site.state.is_idle for site in sites_at(layer))}
+
+
+def _raise_together(root: nn.Module, where: str, problems: list[str]) -> None:
+    """TargetError in all processes, if there are problems in one."""
+    if sharding.any_process(bool(problems), next(root.parameters()).device):
+        lines = problems or ["  another process says which"]
+        raise TargetError("\n".join([f"{type(root).__name__}: not every adapter takes part in {where}", *lines]))
+
+
 def _working(model: nn.Module) -> tuple[nn.Module, dict[str, BaseLayer]]:
     """The module that adapters were attached to, and each layer with an adapter that isn't off. Raises TargetError, and
     QuantizedWeightError for weights that adapters can't train on."""
     root, session = session_of(model)
     check_unmerged(session, "audit")
-    every = adapted(root)
-    layers = {path: layer for path, layer in every.items() if any(not s.state.is_idle for s in sites_at(layer))}
+    layers = in_effect(root)
     if not layers:
-        reason, cure = ("every adapter is at scale 0", "set a scale") if every else ("no adapter", "attach one")
+        reason, cure = ("every adapter is at scale 0", "set a scale") if adapted(root) else ("no adapter", "attach one")
         raise TargetError(f"nothing to audit on this {type(root).__name__}: {reason}\n  {cure} first")
     if trained(layers):  # attach has checked this; load hasn't, since what it loads may be for inference
         probe.check_gradients(root, layers)
@@ -147,9 +173,7 @@ def _unadapted(root: nn.Module) -> list[str]:
 def _faults(layers: Layers, calls: Calls) -> Iterator[str]:
     """Lines of a message on layers whose weight was read without a call, and on parameters of layers that were called
     whose gradient is None."""
-    if read := (layers.keys() - calls.called) & calls.read:
-        yield f"  never called, while the model reads the weight itself: {grouped(read)}"
-        yield "    no adapter on them can have an effect: leave them out with exclude_names"
+    yield from _bypassed(layers, calls)
     ran = {path: layer for path, layer in layers.items() if path in calls.called}
     if none := trained(ran).keys() - calls.gradients:
         yield f"  no gradient, although the layer ran: {grouped(none)}"
@@ -157,6 +181,13 @@ def _faults(layers: Layers, calls: Calls) -> Iterator[str]:
             "    the loss doesn't depend on them: are the inputs of a reentrant checkpoint without gradients "
             "(model.enable_input_require_grads()), or does a part run under no_grad?"
         )
+
+
+def _bypassed(layers: Layers, calls: Calls) -> Iterator[str]:
+    """Lines of a message on layers whose weight was read without a call."""
+    if read := (layers.keys() - calls.called) & calls.read:
+        yield f"  never called, while the model reads the weight itself: {grouped(read)}"
+        yield "    no adapter on them can have an effect: leave them out with exclude_names"
 
 
 def _uncalled(layers: Layers, calls: Calls) -> Iterator[str]:

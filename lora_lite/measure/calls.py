@@ -34,6 +34,14 @@ class Calls:
         default_factory=set
     )  # whose weight went into an operation, in a call of the layer or outside
     gradients: set[str] = field(default_factory=set)  # parameters of adapters that got a gradient, be it exactly 0
+    by_weight: list[Site] = field(default_factory=list)  # whose flag says that something has multiplied by the weight
+
+    def forget_calls(self) -> None:
+        """Begin again: what ran so far was not what is asked about. Gradients stay, which come at the end."""
+        for noted in (self.called, self.reached, self.read):
+            noted.clear()
+        for site in self.by_weight:
+            site.ran = False
 
 
 @contextmanager
@@ -55,6 +63,7 @@ def watching(root: nn.Module, layers: Layers, reads: bool = True) -> Iterator[Ca
                 flags += [(site, site.ran) for site in sites_at(layer)]
             else:
                 stack.enter_context(layer.module.register_forward_pre_hook(partial(_note, calls.called, path)))
+        calls.by_weight = [site for site, _ in flags]
         for site, _ in flags:
             site.ran = False
         for key, parameter in parameters.items():  # DeepSpeed empties .grad, FSDP2 exchanges what a hook is on

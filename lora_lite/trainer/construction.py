@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +19,15 @@ from loguru import logger
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..core.adapter import adapters
+from ..core.adapter import Adapter, adapters
 from ..core.config import BaseConfig
-from ..errors import ConfigError, TargetError, brief
+from ..core.variant import Variant, lookup
+from ..errors import CheckpointError, ConfigError, TargetError, brief
 from .preference import NOT_SHARDED, Reference, snapshot
 
+REFERENCE = "reference.pt"  # in a checkpoint: the reference that the training began with
+LIBRARIES = "trl", "transformers"
+SWITCHES = {"adalora": "total_step", "adamss": "use_asa", "oft": "coft"}  # without which their schedule does nothing
 TEMPLATES = (".jinja", ".j2")
 
 
@@ -39,6 +45,7 @@ class Construction:
     settings: Any  # the trainer's `args`
     reference: Any = None  # the user's, until `add_reference`
     beta: float | None = None  # of a trainer that takes no reference, and loads one unless this is 0
+    between: Sequence[str] = ()  # the classes between the mixin and TRL that have a constructor of their own
 
     def add_reference(self, model: nn.Module) -> None:
         """Take the model as it is now for the reference that a trainer would load, unless the user has given one."""
@@ -52,6 +59,12 @@ class Construction:
         # that; a config that can `sync_ref_model` has a reference.
         if not takes_one and getattr(self.settings, "sync_ref_model", None) is not None:
             self.beta = self.settings.beta or None
+        if self.beta and self.between:
+            logger.warning(
+                f"{self.trainer}: while TRL's constructor runs, args.beta is 0, so that it loads no reference; that is "
+                f"what {', '.join(self.between)}.__init__ reads of it\n  read self.beta in a later method, or in the "
+                f"constructor of a class above AdapterCheckpoints"
+            )
         if self.reference is None and (takes_one or self.beta):
             self.reference = self._snapshot(model)
         if self.reference is None:
@@ -112,7 +125,9 @@ class Construction:
                 self.settings.beta = self.beta
 
     def finish(self, trainer: Any) -> None:
-        """Give the reference to a trainer that took none, and refuse one that TRL has loaded all the same."""
+        """Give the reference to a trainer that took none, and refuse one that TRL has loaded all the same, and what the
+        settings that it has chosen by itself don't reach."""
+        _check_adapters(self.trainer, trainer.model, trainer.args)
         if self.beta is not None:
             trainer.beta = self.beta
         if isinstance(self.reference, Reference):
@@ -139,8 +154,11 @@ def construction(kinds: Sequence[type], model: nn.Module, args: Sequence[Any], k
     _check_generation(name, settings)
     _check_teacher(name, settings)
     _check_template(name, settings)
-    _check_dropout(model, settings)
-    return Construction(name, signature, (model, *args), kwargs, settings, arguments.get("ref_model", reference))
+    _check_adapters(name, model, settings)
+    reference = arguments.get("ref_model", reference)
+    theirs = takewhile(lambda kind: kind.__module__.partition(".")[0] not in LIBRARIES, kinds[1:])
+    between = [kind.__name__ for kind in theirs if "__init__" in vars(kind)]
+    return Construction(name, signature, (model, *args), kwargs, settings, reference, between=between)
 
 
 class _Prepared(nn.Module):
@@ -197,6 +215,27 @@ def _check_template(trainer: str, settings: Any) -> None:
         raise ConfigError(f"{problem}\n  {cure}")
 
 
+def _check_adapters(trainer: str, model: nn.Module, settings: Any) -> None:
+    _check_dropout(model, settings)
+    if not _uses_deepspeed(settings):
+        return
+    for adapter in adapters(model).values():
+        if is_deepspeed_zero3_enabled() and adapter.in_training and _has_penalty(adapter):
+            problem = f"{trainer}: adapter {adapter.name!r} ({adapter.variant}) adds a penalty to the loss, of whole"
+            raise TargetError(f"{problem} tensors, and ZeRO-3 parts them\n  train it by DDP or ZeRO-2")
+        for cfg in adapter.configs if adapter.in_training else ():
+            is_off = cfg.variant in SWITCHES and not getattr(cfg, SWITCHES[cfg.variant])
+            if lookup(cfg.variant).on_step is not Variant.on_step and not is_off:
+                problem = (
+                    f"{trainer}: adapter {adapter.name!r} ({cfg.variant}) has a schedule, which writes into tensors"
+                )
+                raise TargetError(f"{problem} that DeepSpeed keeps copies of, and reads gradients\n  train it by DDP")
+
+
+def _has_penalty(adapter: Adapter) -> bool:
+    return any(lookup(cfg.variant).penalty is not Variant.penalty for cfg in adapter.configs)
+
+
 def _check_dropout(model: nn.Module, settings: Any) -> None:
     """ConfigError for dropout that TRL is asked to switch off (by default, in DPO), and can't: it is no module."""
     for adapter in adapters(model).values() if getattr(settings, "disable_dropout", False) else ():
@@ -204,6 +243,33 @@ def _check_dropout(model: nn.Module, settings: Any) -> None:
         if dropout and adapter.in_training:
             problem = f"adapter {adapter.name!r} has dropout={dropout:g}, which disable_dropout=True doesn't reach"
             raise ConfigError(f"{problem}\n  attach it with dropout=0, or train with disable_dropout=False")
+
+
+def check_no_penalty(trainer: str, model: nn.Module) -> None:
+    """TargetError for an adapter with a penalty, where a step has not called the `compute_loss` that adds it."""
+    for adapter in adapters(model).values():
+        if adapter.in_training and _has_penalty(adapter):
+            problem = f"{trainer}'s training_step doesn't call compute_loss, so adapter {adapter.name!r} is without its"
+            raise TargetError(
+                f"{problem} penalty ({adapter.variant})\n  use a method without one, or a trainer that calls "
+                f"AdapterCheckpoints.compute_loss in each step"
+            )
+
+
+def resume_reference(trainer: Any, ref_model: Reference, file: Path) -> None:
+    """Go on from the reference that a training began with: the adapters may be others where it goes on.
+
+    Raises:
+        CheckpointError: where log-probabilities were computed by another one before; and what `restore` raises.
+    """
+    if not file.is_file():
+        problem = f"{file} is missing: the reference is the model with its adapters as they were attached here"
+        logger.warning(f"{problem}\n  a training that began with others took those")
+    elif not getattr(trainer.args, "precompute_ref_log_probs", False):
+        ref_model.restore(file)
+    elif not ref_model.is_in(file):
+        problem = f"{file}: the training began with another reference than log-probabilities were computed by here"
+        raise CheckpointError(f"{problem}\n  attach the adapters that it began with, before the trainer is made")
 
 
 @contextmanager

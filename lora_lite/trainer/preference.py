@@ -1,5 +1,6 @@
 """The reference of preference training: the model itself, with its adapters off or as they were."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -13,7 +14,7 @@ from ..base.still import still
 from ..core.adapter import adapters, get_adapter
 from ..core.scaled import scaled
 from ..core.state import session_of
-from ..errors import TargetError
+from ..errors import CheckpointError, TargetError
 
 __all__ = ["Reference", "reference", "snapshot"]
 
@@ -35,9 +36,9 @@ def reference(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def snapshot(model: nn.Module) -> nn.Module:
-    """The model with its adapters as they are now, as an object to pass as `ref_model=`: a copy of each that is to be
-    trained, and its scale. It is a `reference` otherwise. Of fresh adapters it is the base, bit for bit, where the
-    method starts at the identity.
+    """The model with its adapters as they are now, as an object to pass as `ref_model=`: the scale of each, 0 for those
+    that come later, and a copy of each that is to be trained. It is a `reference` otherwise. Of fresh adapters it is
+    the base, bit for bit, where the method starts at the identity.
 
     AdapterCheckpoints takes it where no `ref_model` is given: preference training is held to the policy that it starts
     from (Rafailov et al. 2023, arXiv:2305.18290, section 4), which may be the result of another training.
@@ -55,9 +56,12 @@ def snapshot(model: nn.Module) -> nn.Module:
     # A copy requires a gradient where its tensor does, though none is taken: torch.matmul goes another way without.
     placed = {path: tensor for adapter in trained for path, tensor in _placed(root, adapter.name).items()}
     tensors = {path: t.detach().clone().requires_grad_(t.requires_grad) for path, t in placed.items()}
-    return Reference(root, {adapter.name: adapter.scale for adapter in trained}, tensors)
+    states = session_of(root)[1].adapters.values()
+    scales: dict[str | None, float] = {state.name: 0.0 if state.unloaded else state.scale for state in states}
+    return Reference(root, {None: 0.0} | scales, tensors)
 
 
+PARTS = "get_base_model", "get_decoder", "get_encoder", "get_input_embeddings", "get_output_embeddings"  # that give it
 NOT_SHARDED = "pass ref_model=lora_lite.trainer.reference(model), the base, which a fresh adapter's start is"
 
 
@@ -66,7 +70,7 @@ class Reference(nn.Module):
 
     def __init__(self, model: nn.Module, scales: Mapping[str | None, float], tensors: Mapping[str, Tensor]) -> None:
         """
-        scales      by adapter; None: of all
+        scales      by adapter; None: of all others
         tensors     (of the adapters' shapes) by path in the model, in the place of those there
         """
         super().__init__()
@@ -80,6 +84,33 @@ class Reference(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the adapters as they are in the reference."""
         return self._run("generate", *args, **kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write its scales, and its copies by their paths in the model; `restore` reads them."""
+        tensors = {path: tensor.detach().cpu() for path, tensor in self._tensors.items()}
+        torch.save({"scales": self._scales, "tensors": tensors}, path)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take the scales and copies of such a file.
+
+        Raises:
+            CheckpointError: unless it is of the same adapters.
+        """
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        tensors, shapes = stored["tensors"], {key: tensor.shape for key, tensor in self._tensors.items()}
+        if shapes != {key: tensor.shape for key, tensor in tensors.items()}:
+            problem = f"{path} is the reference of other adapters than this model has in training"
+            raise CheckpointError(f"{problem}\n  attach those that the training began with")
+        like = self._tensors.items()
+        self._tensors.update({key: tensors[key].to(t).requires_grad_(t.requires_grad) for key, t in like})
+        self._scales.update(stored["scales"])
+
+    def is_in(self, path: str | os.PathLike[str]) -> bool:
+        """Does `restore` of this file leave it as it is?"""
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = stored["tensors"]
+        same = stored["scales"] == self._scales and tensors.keys() == self._tensors.keys()
+        return same and all(torch.equal(tensors[key], tensor.cpu()) for key, tensor in self._tensors.items())
 
     @property
     def size(self) -> int:
@@ -112,14 +143,24 @@ class Reference(nn.Module):
     def _as_it_was(self) -> Iterator[Any]:
         with ExitStack() as stack:
             stack.enter_context(still(self._model))
-            for name, scale in self._scales.items():
-                stack.enter_context(scaled(self._model, scale, name))
+            states = session_of(self._model)[1].adapters
+            for name in dict.fromkeys((*states, *filter(None, self._scales))):
+                scale = self._scales.get(name, self._scales.get(None))
+                is_gone = name not in states or states[name].unloaded
+                if scale is not None and not (is_gone and scale == 0):  # one that was on and is gone is an error
+                    stack.enter_context(scaled(self._model, scale, name))
             yield self._model
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        return getattr(self.__dict__["_model"], name)
+        value = getattr(self.__dict__["_model"], name)
+        if isinstance(value, nn.Module) or name in PARTS:
+            problem = (
+                f"{name!r} of a {type(self).__name__} would be that of the model, with its adapters as they are now"
+            )
+            raise TargetError(f"{problem}\n  call the reference itself, or pass ref_model=, a second model")
+        return value
 
 
 class _Call(nn.Module):

@@ -128,6 +128,16 @@ def test_one_message_says_how_a_quantised_model_was_loaded_and_where(
     assert re.search(rf"INFO loaded {tiny} in {message}.*, on cpu of cpu \(.+, \d+ threads\)", log[0])
 
 
+def test_what_a_folder_lacks_is_a_warning(tiny: str, log: list[str]) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    ll.load_base(tiny)
+    assert len(log) == 1
+    ll.load_base(tiny, auto_class=AutoModelForSequenceClassification, pad_token_id=0)
+    match = r"WARNING .* lacks 1 tensors of this LlamaForSequenceClassification, which start at random: score\.weight\n"
+    assert re.match(match + r".*attach\(model, \[cfg, ll\.FullConfig\(target_names='score'\)\]\)$", log[-1])
+
+
 def test_the_message_names_an_unknown_kind(tiny: str, log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 

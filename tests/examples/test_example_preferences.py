@@ -13,13 +13,19 @@ import grpo
 import preferences
 import pytest
 import torch
+from datasets import Dataset
 from models import config, perturb, tiny_llama
 from transformers import AutoTokenizer
+from trl import DPOConfig
+from trl_tiny import PAIRS, tokenizer, trl_arguments
 
 import lora_lite as ll
+from lora_lite.trainer import reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # which TRL reads
+    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),  # torch's, on a machine without an accelerator
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # which TRL 1.16 still calls
 ]
 EXAMPLES = Path(dpo.__file__).parent
 SMALL: dict[str, Any] = {"r": 2, "lr": 1e-2, "dtype": "float32", "steps": 2, "held_out": 2, "tokens": 6, "seed": 0}
@@ -57,29 +63,32 @@ def test_reversed_pairs_are_the_pairs_the_other_way_round() -> None:
     assert torch.equal(dpo.reversed_pairs(swapped)["input_ids"], inputs["input_ids"])
 
 
-def test_a_step_at_both_poles_has_the_gradients_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against each pole by itself, with a loss of its own in the place of DPO's."""
+def test_a_step_at_both_poles_has_the_gradients_of_two(tmp_path: Path) -> None:
+    """Against DPO at each pole by itself: at c = -1, with the pairs the other way round."""
     model = tiny_llama()
     adapter = ll.attach(model, config("lora"))
     perturb(adapter)
+    swapped = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
 
-    def loss(self: Any, model: Any, inputs: Any) -> torch.Tensor:
-        chosen, rejected = model(**inputs).logits.log_softmax(-1)[..., 5].chunk(2)
-        return (rejected - chosen).mean()
+    def gradients(kind: Any, pairs: Any) -> list[torch.Tensor]:
+        trainer = kind(
+            model,
+            ref_model=reference(model),
+            args=trl_arguments(DPOConfig, tmp_path, max_length=16),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tokenizer(),
+        )
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        assert len(inputs["input_ids"]) == 2 * len(pairs)
+        return list(torch.autograd.grad(trainer.compute_loss(model, inputs), list(adapter.parameters())))
 
-    monkeypatch.setattr(dpo.Trainer, "compute_loss", loss)
-    trainer = object.__new__(dpo.TrainerAtBothPoles)
-    inputs = {"input_ids": torch.arange(24).reshape(4, 6)}
-
-    def gradients(value: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.autograd.grad(value, list(adapter.parameters())))
-
-    both = gradients(trainer.compute_loss(model, inputs))
-    with ll.scaled(model, 1.0):
-        up = gradients(loss(None, model, inputs))
+    model.train()
+    both = gradients(dpo.TrainerAtBothPoles, PAIRS)
+    up = gradients(dpo.Trainer, PAIRS)
     with ll.scaled(model, -1.0):
-        down = gradients(loss(None, model, dpo.reversed_pairs(inputs)))
+        down = gradients(dpo.Trainer, swapped)
     for sum_, *parts in zip(both, up, down, strict=True):
+        assert all(part.any() for part in parts)
         torch.testing.assert_close(sum_, parts[0] + parts[1])
 
 

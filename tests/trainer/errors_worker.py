@@ -80,6 +80,7 @@ def raises() -> None:
     ll.restore(model, good)
     if KIND == "fsdp":
         audits()
+        beside_a_whole_one()
     ll.save(model, FOLDER / "again.safetensors")
     dist.barrier()
     before, after = (load_file(file) for file in (good, FOLDER / "again.safetensors"))
@@ -110,6 +111,33 @@ def audits() -> None:
     with fails(1, "not called in this forward"):
         ll.audit(model, torch.full((2, 8), float(dist.get_rank())))
     assert len(ll.audit(model, torch.zeros(2, 8)).layers) == 2
+
+
+def beside_a_whole_one() -> None:
+    """Of a trainer's checkpoint, where one adapter is sharded and another isn't."""
+    from torch.distributed.fsdp import fully_shard
+
+    from lora_lite.trainer.files import restore_all, save_all
+
+    model, rank = tiny_llama(), dist.get_rank()
+    for name, block in (("sharded", 0), ("whole", 1)):
+        ll.attach(model, config("lora", target_names=rf"layers\.{block}\..*up_proj"), name=name)
+    fully_shard(model.model.layers[0])
+    assert [adapter.is_sharded for adapter in ll.adapters(model).values()] == [True, False]
+    both = FOLDER / f"both{rank}"
+    save_all(model, FOLDER / "both0", rank == 0, together=True)
+    if rank == 0:
+        (FOLDER / "blocked" / "whole.safetensors").mkdir(parents=True)
+    else:
+        both.mkdir()
+        (both / "sharded.safetensors").write_bytes((FOLDER / "both0" / "sharded.safetensors").read_bytes())
+        (both / "whole.safetensors").write_bytes(b"no file of safetensors")
+    dist.barrier()
+    with fails(0, "is a folder"):
+        save_all(model, FOLDER / "blocked", rank == 0, together=True)
+    with fails(1, "both1/whole.safetensors"):
+        restore_all(model, both, together=True)
+    restore_all(model, FOLDER / "both0", together=True)
 
 
 @ll.register

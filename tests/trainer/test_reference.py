@@ -1,5 +1,6 @@
 """The reference of preference training: the model with its adapters off, or as they were."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +122,55 @@ def test_a_snapshot_generates_and_keeps_the_scale() -> None:
     assert torch.equal(then(input_ids=IDS).logits, start)
     assert torch.equal(then.generate(IDS[:1, :4], **options), text)
     assert (adapter.scale, frozen.scale, model.training) == (-1.0, 1.0, True)
+
+
+def test_a_snapshot_is_without_the_adapters_that_come_later() -> None:
+    model = tiny_llama()
+    frozen, adapter = ll.attach(model, config("lora"), name="before"), ll.attach(model, config("lora"))
+    for seed, each_adapter in enumerate((frozen, adapter)):
+        perturb(each_adapter, 0.5, seed=seed)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    frozen.scale = 0.5
+    start, then = logits(model), snapshot(model)
+    perturb(ll.attach(model, config("lora"), name="later"), 0.5, seed=3)
+    frozen.scale = -1.0
+    assert not torch.equal(logits(model), start)
+    assert torch.equal(then(input_ids=IDS).logits, start)
+    assert not any("later" in path for path in then.state_dict())
+    ll.detach(model, "later")
+    assert torch.equal(then(input_ids=IDS).logits, start)
+    ll.detach(model, "before")
+    with pytest.raises(ll.TargetError, match="no adapter 'before'"):
+        then(input_ids=IDS)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model", "base_model", "get_decoder", "get_output_embeddings"])
+def test_a_reference_has_no_parts(part: str) -> None:
+    model = tiny_llama()
+    ll.attach(model, config("lora"))
+    for ref_model in (reference(model), snapshot(model)):
+        with pytest.raises(ll.TargetError, match=rf"'{part}' of a Reference .* as they are now\n  call the reference"):
+            getattr(ref_model, part)
+
+
+def test_a_snapshot_in_a_file(tmp_path: Path) -> None:
+    model = tiny_llama()
+    adapter = ll.attach(model, config("lora"))
+    perturb(adapter, 0.5)
+    adapter.scale = 0.5
+    start = logits(model)
+    snapshot(model).save(tmp_path / "reference.pt")
+    adapter.scale = 1.0
+    perturb(adapter, 0.5, seed=2)
+    then = snapshot(model)
+    assert not then.is_in(tmp_path / "reference.pt")
+    then.restore(tmp_path / "reference.pt")
+    assert then.is_in(tmp_path / "reference.pt")
+    assert torch.equal(then(input_ids=IDS).logits, start)
+    ll.detach(model)
+    ll.attach(model, config("lora", target_names="q_proj"))
+    with pytest.raises(
+        ll.CheckpointError, match=r"reference\.pt is the reference of other adapters .*\n  attach those"
+    ):
+        snapshot(model).restore(tmp_path / "reference.pt")

@@ -13,6 +13,7 @@ from trl_tiny import KINDS, mixed, tokenizer, trainer_of, trl_arguments
 
 import lora_lite as ll
 from lora_lite.trainer import reference
+from lora_lite.trainer.construction import _check_adapters
 
 with suppress_experimental_warning():
     from trl.experimental.async_grpo import AsyncGRPOConfig
@@ -101,6 +102,49 @@ def test_dropout_that_is_to_be_switched_off(tmp_path: Path) -> None:
     trainer_of("dpo", adapted(dropout=0.1), tmp_path, disable_dropout=False)
 
 
+def test_dropout_that_settings_left_out_switch_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    defaults = trl.DPOConfig.__init__
+    on_this_machine: Any = {"use_cpu": True, "bf16": False}
+    monkeypatch.setattr(trl.DPOConfig, "__init__", lambda self, *a, **kw: defaults(self, *a, **on_this_machine | kw))
+    rows = Dataset.from_list(KINDS["dpo"].rows * 2)
+    with pytest.raises(ll.ConfigError, match=r"dropout=0\.1, which disable_dropout=True doesn't reach"):
+        mixed(trl.DPOTrainer)(adapted(dropout=0.1), train_dataset=rows, processing_class=tokenizer())
+
+
+def under_deepspeed(folder: Path) -> Any:
+    """Settings as TrainingArguments has them then; its engine is made after the checks."""
+    args = trl_arguments(trl.SFTConfig, folder)
+    args.deepspeed_plugin = object()
+    return {"args": args}
+
+
+def with_method(cfg: Any) -> Any:
+    model = tiny_llama()
+    ll.attach(model, cfg)
+    return model
+
+
+def test_penalties_and_schedules_under_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = (
+        r"OurSFTTrainer: adapter 'default' \((adalora|adamss)\) has a schedule, .* DeepSpeed .*\n  train it by DDP"
+    )
+    for cfg in (ll.AdaLoRAConfig(total_step=9, tinit=1, tfinal=1), ll.AdaMSSConfig(use_asa=True)):
+        with pytest.raises(ll.TargetError, match=schedule):
+            trainer_of("sft", with_method(cfg), tmp_path, under_deepspeed(tmp_path))
+    monkeypatch.setattr("lora_lite.trainer.construction.is_deepspeed_zero3_enabled", lambda: True)
+    match = (
+        r"OurSFTTrainer: adapter 'default' \(kasa\) adds a penalty .* ZeRO-3 parts them\n  train it by DDP or ZeRO-2"
+    )
+    with pytest.raises(ll.TargetError, match=match):
+        trainer_of("sft", with_method(config("kasa")), tmp_path, under_deepspeed(tmp_path))
+
+
+def test_a_schedule_that_is_off_is_none() -> None:
+    for cfg in (ll.AdaLoRAConfig(), ll.AdaMSSConfig(), ll.OFTConfig(block_size=4)):
+        _check_adapters("OurTrainer", with_method(cfg), under_deepspeed(Path())["args"])
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "rloo"])
 def test_a_reference_that_is_to_be_synchronised(kind: str, tmp_path: Path) -> None:
     with pytest.raises(
@@ -160,3 +204,20 @@ def test_a_second_model_that_was_loaded_all_the_same(tiny: str, tmp_path: Path) 
         mixed(Hidden)(model, lambda completions, **_: [0.0] * len(completions), settings, **data)
     trainer = mixed(HandedOn)(model, lambda completions, **_: [0.0] * len(completions), settings, **data)
     assert type(trainer.ref_model).__name__ == "Reference"
+
+
+def test_a_constructor_that_reads_a_beta_which_is_put_away(tmp_path: Path, log: list[str]) -> None:
+    kind = KINDS["grpo"]
+    data = {"train_dataset": Dataset.from_list(kind.rows * 2), "processing_class": tokenizer()}
+    for beta in (0.0, 0.1):
+        settings = trl_arguments(kind.config, tmp_path, **(kind.settings | {"beta": beta}))
+        warned = [line for line in log if "HandedOn.__init__ reads" in line]
+        assert not warned
+        mixed(HandedOn)(adapted(), lambda completions, **_: [0.0] * len(completions), settings, **data)
+    trainer_of("grpo", adapted(), tmp_path)
+    warned = [line for line in log if "args.beta is 0" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("WARNING OurHandedOn: while TRL's constructor runs, args.beta is 0")
+    assert warned[0].endswith(
+        "read self.beta in a later method, or in the constructor of a class above AdapterCheckpoints"
+    )

@@ -2,11 +2,13 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from models import config, perturb, quantized, tiny_llama
 from safetensors.torch import load_file
 from test_audit import FEW
@@ -97,16 +99,80 @@ def test_a_head_that_is_trained_in_no_adapter_is_named(tmp_path: Path) -> None:
         trainer_of("reward", model, tmp_path)
 
 
+def test_a_head_in_no_adapter_is_a_warning(tmp_path: Path, log: list[str]) -> None:
+    warned = r"WARNING .*: the head is in no adapter, .*: score\.weight\n"
+    model = model_for("reward")
+    trainer_of("reward", model, tmp_path)
+    trainer_of("sft", model_for("sft"), tmp_path)  # the head of a language model comes with it
+    assert not [line for line in log if "the head" in line]
+    ll.detach(model)
+    ll.attach(model, config("lora"))
+    trainer_of("reward", model, tmp_path)
+    lines = [line for line in log if re.match(warned, line)]
+    assert len(lines) == 1
+    assert lines[0].endswith("to train it: attach(model, [cfg, ll.FullConfig(target_names='score')])")
+    ll.attach(model, config("lora", target_names="score"), name="head")
+    trainer_of("reward", model, tmp_path)
+    assert len([line for line in log if re.match(warned, line)]) == 1
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "grpo", "rloo"])
 def test_an_adapter_on_a_head_that_the_loss_reads_stops_the_first_step(kind: str, tmp_path: Path) -> None:
     model = model_for(kind, target_names="_proj$|lm_head")
     perturb(ll.adapters(model)["default"])
     start = ll.adapters(model)["default"].state_dict()["lm_head.lora_B"].clone()
-    # Generation calls the head, and the loss doesn't: then it is the gradient that is missed.
-    match = "no gradient, .*lm_head.lora_A" if kind in ("grpo", "rloo") else "reads the weight itself: lm_head\n"
-    with pytest.raises(ll.TargetError, match=match):
+    with pytest.raises(ll.TargetError, match="reads the weight itself: lm_head\n"):  # though generation calls it
         trainer_of(kind, model, tmp_path).train()
     assert torch.equal(ll.adapters(model)["default"].state_dict()["lm_head.lora_B"], start)
+
+
+def with_a_frozen_head(kind: str) -> Any:
+    """A model for this trainer, with an earlier adapter on its head."""
+    model = model_for(kind)
+    before = ll.attach(model, config("lora", target_names="lm_head"), name="before")
+    perturb(before, 0.5)
+    for parameter in before.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "rloo"])
+def test_a_frozen_adapter_on_a_head_that_the_loss_reads_stops_the_first_step(kind: str, tmp_path: Path) -> None:
+    trainer = trainer_of(kind, with_a_frozen_head(kind), tmp_path)
+    with pytest.raises(ll.TargetError, match=r"the first training step\n.*reads the weight itself: lm_head\n"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_an_adapter_on_a_head_that_an_evaluation_reads_stops_it(kind: str, tmp_path: Path) -> None:
+    rows = Dataset.from_list(KINDS[kind].rows * 2)
+    trainer = trainer_of(kind, with_a_frozen_head(kind), tmp_path, {"eval_dataset": rows})
+    with pytest.raises(ll.TargetError, match=r"the first step of the evaluation\n.*weight itself: lm_head\n"):
+        trainer.evaluate()
+    with ll.disabled(trainer.model):
+        base = trainer.evaluate()["eval_loss"]
+    with pytest.raises(ll.TargetError, match="the first step of the evaluation"):  # it was off, not passed
+        trainer.evaluate()
+    with ll.scaled(trainer.model, 0.0, "before"):
+        assert trainer.evaluate()["eval_loss"] == base
+        assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
+def test_a_step_without_compute_loss_has_no_place_for_a_penalty(tmp_path: Path) -> None:
+    for kind in ("sft", "online_dpo"):
+        model = model_for(kind)
+        ll.detach(model)
+        adapter = ll.attach(model, config("kasa"))
+        start = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+        trainer = trainer_of(kind, model, tmp_path, max_steps=1)
+        if kind == "sft":
+            trainer.train()
+            continue
+        match = r"OurOnlineDPOTrainer's training_step doesn't call compute_loss, .* without its penalty \(kasa\)\n  use"
+        with pytest.raises(ll.TargetError, match=match):
+            trainer.train()
+        assert all(torch.equal(tensor, start[key]) for key, tensor in adapter.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "cpo", "orpo"])
@@ -206,6 +272,51 @@ def test_the_frozen_copy_is_that_of_a_second_model(tmp_path: Path) -> None:
     ours = figures(trainer_of("dpo", models[0], tmp_path, max_steps=3))
     assert ours == figures(trainer_of("dpo", models[1], tmp_path, {"ref_model": second}, max_steps=3))
     assert ours["rewards/margins"][-1] != 0
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
+def test_a_resumed_training_has_the_reference_that_it_began_with(kind: str, tmp_path: Path, log: list[str]) -> None:
+    """Whatever the adapter is where it goes on: that of the start, a fresh one, or that of the checkpoint."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    model = model_for(kind)
+    perturb(ll.adapters(model)["default"])
+    whole = trainer_of(kind, model, tmp_path / "run", **options)
+    whole.train()
+    half = tmp_path / "run" / "checkpoint-2"
+    name = "kl" if kind in ("grpo", "rloo") else "rewards/margins"
+
+    def goes_on(model: Any) -> None:
+        again = trainer_of(kind, model, tmp_path / "again", **options)
+        again.train(resume_from_checkpoint=str(half))
+        for figure in ("loss", name):
+            assert logged(again, figure)[-2:] == logged(whole, figure)[-2:]
+        for key, tensor in ll.adapters(model)["default"].state_dict().items():
+            assert torch.equal(tensor, ll.adapters(whole.model)["default"].state_dict()[key]), key
+
+    goes_on(model_for(kind))
+    loaded = model_for(kind)
+    ll.detach(loaded)
+    ll.load(loaded, half / "default.safetensors")
+    goes_on(loaded)
+    assert not [line for line in log if "reference.pt" in line]
+    (half / "reference.pt").unlink()
+    trainer_of(kind, model_for(kind), tmp_path / "again", **options).train(resume_from_checkpoint=str(half))
+    assert any(re.match(r"WARNING .*reference\.pt is missing: the reference is the model with its", x) for x in log)
+
+
+def test_computed_before_a_resume_the_reference_has_to_be_that_of_the_start(tmp_path: Path) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "precompute_ref_log_probs": True}
+    model = model_for("dpo")
+    perturb(ll.adapters(model)["default"])
+    ll.save(model, tmp_path / "start.safetensors")
+    trainer_of("dpo", model, tmp_path, **options).train()
+    model = model_for("dpo")
+    with pytest.raises(
+        ll.CheckpointError, match=r"began with another reference than .*\n  attach the adapters that it"
+    ):
+        trainer_of("dpo", model, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    ll.restore(model, tmp_path / "start.safetensors")
+    trainer_of("dpo", model, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_grpo_gives_beta_back_and_takes_either_reference(tmp_path: Path) -> None:
