@@ -19,8 +19,8 @@ FSDP2 = "torch.distributed.fsdp", "FSDPModule"  # the class of a module that ful
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a tensor of which this process holds a part."""
-    return is_dtensor(tensor) or is_partitioned(tensor)
+    """True for a tensor of which each process holds a part, or that ZeRO-3 keeps a hold of."""
+    return is_dtensor(tensor) or is_of_zero(tensor)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -31,6 +31,11 @@ def is_dtensor(tensor: Tensor) -> bool:
 def is_parallel(module: Any) -> bool:
     """Has tensor parallelism parted this module, or hooked it?"""
     return not module.__dict__.keys().isdisjoint(MARKS)
+
+
+def is_of_zero(tensor: Tensor) -> bool:
+    """True for a parameter of ZeRO-3, whole or not: small ones stay whole, and each step writes its own copy there."""
+    return hasattr(tensor, "ds_id")
 
 
 def is_partitioned(tensor: Tensor) -> bool:

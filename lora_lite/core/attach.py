@@ -127,11 +127,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
     # Before anything changes.
-    if sharded := [each.name for each in leaving if each.is_sharded and each.is_managed]:
-        raise TargetError(
-            f"adapter {sharded[0]!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
-            f"  use lora_lite.disabled(model), or load the base again"
-        )
+    for adapter in leaving:
+        if (by := adapter.sharded_by) not in ("", "tensor parallelism"):  # of that, each process has its own parts
+            raise TargetError(
+                f"adapter {adapter.name!r} is sharded by {by}, which keeps a hold of the parameters\n"
+                f"  use lora_lite.disabled(model), or load the base again"
+            )
     for site in [site for adapter in leaving for site in adapter.sites()]:
         uninstall(site.module, site.slot)
     if len(leaving) == len(session.adapters):  # the base is read-only until the last one goes

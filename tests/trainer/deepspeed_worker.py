@@ -89,10 +89,33 @@ def plain(stage: int) -> None:
 
         consolidated(variant, folder)
         if stage == 3:
-            with pytest.raises(ll.TargetError, match=r"sharded\n  lora_lite\.save .*merge_checkpoint"):
-                ll.merge(model)
-            with pytest.raises(ll.TargetError, match="sharded"):
-                ll.detach(model)
+            refused(model)
+    if stage == 3:
+        kept_whole()
+
+
+def refused(model: Any) -> None:
+    with pytest.raises(ll.TargetError, match=r"sharded by ZeRO-3\n  lora_lite\.save .*merge_checkpoint"):
+        ll.merge(model)
+    with pytest.raises(ll.TargetError, match="sharded by ZeRO-3, which keeps a hold"):
+        ll.detach(model)
+
+
+def kept_whole() -> None:
+    """At DeepSpeed's own threshold each of these small parameters is whole in every process, and managed as well."""
+    model = tiny_llama()
+    adapter = ll.attach(model, config("norm", target_names=r"layernorm$|model\.norm$"))
+    cfg = settings(3)
+    del cfg["zero_optimization"]["stage3_param_persistence_threshold"]
+    optimizer = torch.optim.AdamW(list(adapter.parameters()), lr=1e-2)
+    train(deepspeed.initialize(model=model, optimizer=optimizer, config=cfg)[0], 2)
+    assert model.model.norm.weight.shape == (64,)
+    refused(model)
+    ll.save(model, FOLDER / "whole.safetensors")
+    alone = tiny_llama()
+    ll.load(alone, FOLDER / "whole.safetensors")
+    values = ll.adapters(alone)["default"].state_dict()
+    assert all(torch.equal(tensor, values[key]) for key, tensor in adapter.state_dict().items())
 
 
 def cpu_adam() -> None:
