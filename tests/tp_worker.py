@@ -215,6 +215,8 @@ def files() -> None:
         with pytest.raises(error, match=r"was not written: (FileExists|NotADirectory)Error"):
             ll.save(model, mine / "a.safetensors")
         ll.detach(model)
+        with pytest.raises(ll.LoraLiteError, match="is not a file"):  # in the process that has it as well
+            ll.load(model, FOLDER / "nowhere" if dist.get_rank() else mine)
         room = ll.load(model, mine, max_rank=8)
         assert {tuple(t.shape) for k, t in room.named_tensors() if k.endswith("q_proj.lora_A")} == {(8, 64)}
         with torch.no_grad():

@@ -206,27 +206,29 @@ class Adapter:
         return self._state.steps == 0
 
     @property
-    def sharded_by(self) -> str:
-        """By what its parameters or its layers' weights are sharded: "fully_shard", "ZeRO-3", "tensor parallelism", or
-        "DTensors" that somebody else has put there; "" while they are whole."""
-        weights = [site.base.stored for site in self._state.sites]
-        tensors = [*weights, *dict(self.named_tensors()).values()]
+    def is_sharded(self) -> bool:
+        """True once each process has a part of its parameters or of its layers' weights: all save together."""
         # Parameters of the root itself stay whole after a forward, and are fully_shard's all the same.
-        if not any(map(sharding.is_sharded, tensors)) and not is_instance(self._model, *sharding.FSDP2):
+        return any(map(sharding.is_sharded, self._tensors())) or is_instance(self._model, *sharding.FSDP2)
+
+    def _tensors(self) -> list[Tensor]:
+        """Its own and its layers' weights."""
+        return [*(site.base.stored for site in self._state.sites), *dict(self.named_tensors()).values()]
+
+    @property
+    def sharded_by(self) -> str:
+        """By what it is sharded: "fully_shard", "ZeRO-3", "tensor parallelism", or "DTensors" that somebody else has
+        put there; "" while it is whole."""
+        if not self.is_sharded:
             return ""
         if any(is_instance(module, *sharding.FSDP2) for module in self._model.modules()):
             return "fully_shard"
-        if any(map(sharding.is_of_zero, tensors)):
+        if any(map(sharding.is_of_zero, self._tensors())):
             return "ZeRO-3"
         sites = [site for site in self._state.sites if site.parts is None]
         weights = [site.base.stored for site in sites if not is_block_of_parts(site.base)]
         rest = [tensor for place in self._places(sites) for _, tensor in place.tensors()]
         return "DTensors" if any(map(sharding.is_dtensor, [*weights, *rest])) else "tensor parallelism"
-
-    @property
-    def is_sharded(self) -> bool:
-        """True once each process has a part of its parameters or of its layers' weights: all save together."""
-        return bool(self.sharded_by)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""

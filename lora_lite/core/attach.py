@@ -127,12 +127,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
     # Before anything changes.
-    for adapter in leaving:
-        if (by := adapter.sharded_by) not in ("", "tensor parallelism"):  # of that, each process has its own parts
-            raise TargetError(
-                f"adapter {adapter.name!r} is sharded by {by}, which keeps a hold of the parameters\n"
-                f"  use lora_lite.disabled(model), or load the base again"
-            )
+    # Of tensor parallelism, each process has its own parts.
+    if sharded := [each for each in leaving if each.is_sharded and each.sharded_by != "tensor parallelism"]:
+        problem = f"adapter {sharded[0].name!r} is sharded by {sharded[0].sharded_by}"
+        raise TargetError(
+            f"{problem}, which keeps a hold of the parameters\n  use lora_lite.disabled(model), or load the base again"
+        )
     for site in [site for adapter in leaving for site in adapter.sites()]:
         uninstall(site.module, site.slot)
     if len(leaving) == len(session.adapters):  # the base is read-only until the last one goes
