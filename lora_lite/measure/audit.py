@@ -96,8 +96,8 @@ def watched_step(model: nn.Module) -> Iterator[None]:
     Layers that this batch didn't call, which others may, are a warning; so is what isn't known since it is compiled.
 
     Raises:
-        TargetError: in every process if there are several, for layers whose weight is read without a call and for
-            parameters without a gradient.
+        TargetError: for layers whose weight is read without a call and for parameters without a gradient.
+        LoraLiteError: of several processes in the others, with that.
         QuantizedWeightError: as attach, where training would get wrong gradients or none.
     """
     root, layers = _working(model)
@@ -108,9 +108,10 @@ def watched_step(model: nn.Module) -> Iterator[None]:
     with watching(root, plain, reads=not compiled) as calls:
         yield
     name, problems = type(root).__name__, list(_faults(plain, calls))
-    if sharding.any_process(bool(problems), next(root.parameters()).device):
-        lines = problems or ["  another process says which"]
-        raise TargetError("\n".join([f"{name}: not every adapter takes part in the first training step", *lines]))
+    with sharding.all_or_none(True):
+        if problems:
+            first = f"{name}: not every adapter takes part in the first training step"
+            raise TargetError("\n".join([first, *problems]))
     doubts = list(_uncalled(plain, calls))  # another batch may call them
     if none := [key for key in fresh if parameters[key].grad is None]:
         doubts.append(f"  no gradient in compiled parts, after the first step: {grouped(none)}")
