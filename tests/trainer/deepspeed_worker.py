@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 from models import config, perturb, tiny_llama
+from processes import two_on_cpu
 
 import lora_lite as ll
 
@@ -163,6 +164,7 @@ def accelerated(stage: int, offload: bool) -> None:
 
     whole = prepared(late=True)
     assert type(whole[1]).__name__ == "DeepSpeedEngine"
+    assert whole[0].num_processes == whole[1].world_size == 2
     steps(*whole)
     whole[0].save_state(str(folder), exclude_frozen_parameters=True)
     last = steps(*whole)
@@ -200,6 +202,7 @@ def trained(stage: int, offload: bool) -> None:
     whole = trainer("whole", 4)
     whole.train()
     assert type(whole.model_wrapped).__name__ == "DeepSpeedEngine"
+    assert whole.args.world_size == whole.model_wrapped.world_size == 2
     trainer("part", 2).train()
     again = trainer("part", 4)
     again.train(resume_from_checkpoint=True)
@@ -245,6 +248,7 @@ if __name__ == "__main__":
         "accelerate": lambda stage: (accelerated(stage, False), accelerated(stage, True)),
         "trainer": lambda stage: trained(stage, offload=True),
     }
+    two_on_cpu()
     name, _, stage = JOB.partition(" ")
     jobs[name](int(stage or 0))
     dist.destroy_process_group()
