@@ -1,16 +1,12 @@
 """Trainers: the first step is audited, and no trained head is lost."""
 
-import os
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import IDS, config, perturb, tiny_llama
+from processes import both_pass
 from test_audit import FEW, SMALL, Experts, X, gpt2, jamba
 from test_ecosystem import Tokens, arguments
 from test_laws import logits
@@ -167,23 +163,9 @@ def test_what_is_loaded_on_a_base_with_wrong_gradients_serves_and_does_not_train
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["ddp", "zero"])
 def test_two_processes(job: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     tiny_llama().save_pretrained(tmp_path / "llama")
     gpt2().save_pretrained(tmp_path / "gpt2-base")
-    command = [sys.executable, str(Path(__file__).with_name("trainer_worker.py")), job, str(tmp_path)]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-    with ExitStack() as stack:
-        processes = []
-        for rank in ("0", "1"):
-            log = stack.enter_context((tmp_path / f"log{rank}").open("w"))
-            env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-            process = stack.enter_context(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-            stack.callback(process.kill)
-            processes.append(process)
-        codes = [process.wait(timeout=300) for process in processes]
-    assert codes == [0, 0], "\n".join((tmp_path / f"log{rank}").read_text()[-3000:] for rank in range(2))
+    both_pass("../trainer_worker.py", job, tmp_path, folder=tmp_path)
 
 
 # ---- a trained head -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from loguru import logger
 from models import IDS, config, tiny_llama
+from processes import two_on_cpu
 from safetensors.torch import load_file
 from test_audit import SMALL
 from test_ecosystem import Tokens, arguments
@@ -71,6 +72,7 @@ def zero() -> None:
     for variant in ("lora", "dora"):
         whole = zero_trainer(variant, f"{variant}-whole", 4)
         whole.train()
+        assert whole.args.world_size == 2
         assert losses(whole)[-1] < losses(whole)[0]
         for call in (ll.merge, ll.detach):
             with pytest.raises(ll.TargetError, match="sharded"):
@@ -137,5 +139,6 @@ if __name__ == "__main__":
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
         deepspeed.init_distributed(dist_backend="gloo")
+        two_on_cpu()
         zero()
     torch.distributed.destroy_process_group()

@@ -19,8 +19,8 @@ FSDP2 = "torch.distributed.fsdp", "FSDPModule"  # the class of a module that ful
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a tensor of which this process holds a part."""
-    return is_dtensor(tensor) or is_partitioned(tensor)
+    """True for a tensor of which each process holds a part, or that ZeRO-3 keeps a hold of."""
+    return is_dtensor(tensor) or is_of_zero(tensor)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -33,22 +33,24 @@ def is_parallel(module: Any) -> bool:
     return not module.__dict__.keys().isdisjoint(MARKS)
 
 
-def is_partitioned(tensor: Tensor) -> bool:
-    """True for a parameter of ZeRO-3, except while it is gathered."""
-    status = getattr(tensor, "ds_status", None)  # a ZeroParamStatus, on DeepSpeed's parameters alone
-    return status is not None and status.name != "AVAILABLE"
+def is_of_zero(tensor: Tensor) -> bool:
+    """True for a parameter of ZeRO-3, whole or not: small ones stay whole, and each step writes its own copy there."""
+    return hasattr(tensor, "ds_id")
 
 
-def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape of the whole tensor."""
-    partitioned: Any = tensor  # its own shape is (0,) while the other processes hold the rest
-    return torch.Size(partitioned.ds_shape) if is_partitioned(tensor) else tensor.shape
+def is_partitioned(tensor: Any) -> bool:
+    """True for a parameter of ZeRO-3 of which this process holds a part at the moment."""
+    return is_of_zero(tensor) and tensor.ds_status.name != "AVAILABLE"
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of a DTensor all shards, gathered by all processes together."""
-    sharded: Any = tensor  # full_tensor() is a collective call: without one process the others wait forever
-    return sharded.full_tensor() if is_dtensor(tensor) else tensor
+def shape_of(tensor: Any) -> torch.Size:
+    """The shape of the whole tensor; its own is (0,) while the other processes hold the rest."""
+    return torch.Size(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
+
+
+def whole(tensor: Any) -> Any:
+    """The tensor itself; of a DTensor all shards, gathered by all processes together: a collective call."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def bounds(size: int, mesh: Any, rank: int | None = None) -> tuple[int, int]:
@@ -85,15 +87,6 @@ def elements(tensor: Any, places: list[int]) -> Tensor:
     values = torch.where(is_mine, local[tuple(index)], 0)
     torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group())  # exact: one process has each
     return values
-
-
-def any_process(is_true: bool, device: torch.device) -> bool:
-    """Is it true in any of the processes that train together? All of them ask, each with a tensor on its device."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return is_true
-    count = torch.tensor(int(is_true), device=device)  # NCCL reduces tensors on the GPU alone
-    torch.distributed.all_reduce(count)  # without it one process would raise, and the others wait in their next step
-    return bool(count)
 
 
 @contextmanager
@@ -133,8 +126,8 @@ def gathered(tensors: Iterable[Tensor], modifier_rank: int | None = None) -> Abs
 
     What the process modifier_rank writes into them reaches all others at the end; without one, writes are lost.
     """
-    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
-    if not partitioned:  # the same in all processes, as a parameter is partitioned in all or in none
+    # The same in all processes, as a parameter is partitioned in all or in none.
+    if not (partitioned := [tensor for tensor in tensors if is_partitioned(tensor)]):
         return nullcontext()
     return sys.modules["deepspeed"].zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
 

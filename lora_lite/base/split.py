@@ -138,7 +138,9 @@ def split_of(layer: BaseLayer) -> Split:
     if not is_dtensor(weight):  # a norm of the heads of one process, a projection that all share
         problem = "each process has the whole layer, and a part of its gradients alone"
     elif layer.kind is not LINEAR or layer.by_weight:
-        problem = f"tensor parallelism has parted this {layer.kind.category}, and adapters go on its linear layers"
+        category = layer.kind.category
+        name = type(layer.module).__name__ if category == LINEAR.category else category  # such as Conv1D
+        problem = f"tensor parallelism has parted this {name}, and adapters go on its linear layers"
     elif len(weight.placements) > 1 or type(weight.placements[0]) is not Shard:
         problem = f"its weight is parted as {weight.placements}, and factors follow parts of its rows or columns alone"
     elif has_empty_part(weight):

@@ -14,7 +14,7 @@ from ..io.safetensors import check_numbers
 def check_whole(adapter: Adapter, action: str) -> None:
     """TargetError for a sharded adapter, CheckpointError for a NaN in it."""
     if adapter.is_sharded:
-        problem = f"adapter {adapter.name!r} is sharded by fully_shard or tensor parallelism"
+        problem = f"adapter {adapter.name!r} is sharded by {adapter.sharded_by}"
         raise TargetError(f"{problem}\n  save it, and {action} it in one process")
     memory = f"adapter {adapter.name!r} in memory"
     check_numbers(adapter.state_dict(), memory, "go back to an earlier file of it", adapter.specs())

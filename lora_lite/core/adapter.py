@@ -208,21 +208,27 @@ class Adapter:
     @property
     def is_sharded(self) -> bool:
         """True once each process has a part of its parameters or of its layers' weights: all save together."""
-        weights = [site.base.stored for site in self._state.sites]
-        tensors = [*weights, *dict(self.named_tensors()).values()]
         # Parameters of the root itself stay whole after a forward, and are fully_shard's all the same.
-        return any(map(sharding.is_sharded, tensors)) or is_instance(self._model, *sharding.FSDP2)
+        return any(map(sharding.is_sharded, self._tensors())) or is_instance(self._model, *sharding.FSDP2)
+
+    def _tensors(self) -> list[Tensor]:
+        """Its own and its layers' weights."""
+        return [*(site.base.stored for site in self._state.sites), *dict(self.named_tensors()).values()]
 
     @property
-    def is_managed(self) -> bool:
-        """True of a sharded adapter whose parameters fully_shard or ZeRO-3 keeps a hold of; not of one that has its
-        parts itself, on tensor-parallel layers."""
+    def sharded_by(self) -> str:
+        """By what it is sharded: "fully_shard", "ZeRO-3", "tensor parallelism", or "DTensors" that somebody else has
+        put there; "" while it is whole."""
+        if not self.is_sharded:
+            return ""
         if any(is_instance(module, *sharding.FSDP2) for module in self._model.modules()):
-            return True
+            return "fully_shard"
+        if any(map(sharding.is_of_zero, self._tensors())):
+            return "ZeRO-3"
         sites = [site for site in self._state.sites if site.parts is None]
         weights = [site.base.stored for site in sites if not is_block_of_parts(site.base)]
-        tensors = [tensor for place in self._places(sites) for _, tensor in place.tensors()]
-        return any(map(sharding.is_sharded, [*weights, *tensors]))
+        rest = [tensor for place in self._places(sites) for _, tensor in place.tensors()]
+        return "DTensors" if any(map(sharding.is_dtensor, [*weights, *rest])) else "tensor parallelism"
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers by their key in a file: `<path>.lora_A`, whatever the adapter's name."""

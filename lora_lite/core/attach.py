@@ -127,10 +127,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     check_unmerged(session, "detach")
     leaving = list(adapters(root).values()) if name is None else [get_adapter(model, name)]
     # Before anything changes.
-    if sharded := [each.name for each in leaving if each.is_sharded and each.is_managed]:
+    # Of tensor parallelism, each process has its own parts.
+    if sharded := [each for each in leaving if each.is_sharded and each.sharded_by != "tensor parallelism"]:
+        problem = f"adapter {sharded[0].name!r} is sharded by {sharded[0].sharded_by}"
         raise TargetError(
-            f"adapter {sharded[0]!r} is sharded by fully_shard or ZeRO-3, which keep a hold of the parameters\n"
-            f"  use lora_lite.disabled(model), or load the base again"
+            f"{problem}, which keeps a hold of the parameters\n  use lora_lite.disabled(model), or load the base again"
         )
     for site in [site for adapter in leaving for site in adapter.sites()]:
         uninstall(site.module, site.slot)

@@ -75,7 +75,7 @@ def capturable(model: nn.Module) -> Iterator[None]:
             f"no adapter at work on this {type(root).__name__}, so a graph needs no block\n  attach first"
         )
     for state in states:
-        _check(state, get_adapter(root, state.name).is_sharded)
+        _check(state, get_adapter(root, state.name).sharded_by)
     if len(devices := {site.base.stored.device for state in states for site in state.sites}) > 1:
         names = " and ".join(sorted(map(str, devices)))
         raise TargetError(f"the adapted layers are on {names}\n  a CUDA graph is of one device: keep the model on it")
@@ -104,13 +104,11 @@ def _in_place(root: nn.Module, state: AdapterState) -> Iterator[None]:
             state.set_scale(now)
 
 
-def _check(state: AdapterState, is_sharded: bool) -> None:
+def _check(state: AdapterState, sharded_by: str) -> None:
     """TargetError for an adapter that a graph can't follow."""
-    if is_sharded:
-        raise TargetError(
-            f"adapter {state.name!r} is sharded by fully_shard, ZeRO-3 or tensor parallelism, which move numbers\n"
-            f"  run it without a graph"
-        )
+    if sharded_by:
+        problem = f"adapter {state.name!r} is sharded by {sharded_by}, which moves numbers"
+        raise TargetError(f"{problem}\n  run it without a graph")
     for site in state.sites:
         method = f"method {site.cfg.variant!r}"
         if reason := reason_for_no_graph(site.cfg):

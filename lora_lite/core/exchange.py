@@ -27,7 +27,7 @@ def replaced(
     session, adapter = session_at(root), get_adapter(root, name)
     check_unmerged(session, f"replace {name!r}")
     if adapter.is_sharded:
-        problem = f"adapter {name!r} is sharded by fully_shard, ZeRO-3 or tensor parallelism"
+        problem = f"adapter {name!r} is sharded by {adapter.sharded_by}"
         raise TargetError(f"{problem}\n  use lora_lite.restore; on tensor-parallel layers detach it, then load")
     order, before = list(session.adapters), session.adapters[name]
     values = [dict(site.tensors()) for site in before.sites]

@@ -58,8 +58,8 @@ def _states(model: nn.Module, names: str | Sequence[str], action: str) -> list[A
     session = session_of(model)[1]
     check_unmerged(session, action)
     adapters = [get_adapter(model, name) for name in ([names] if isinstance(names, str) else names)]
-    if sharded := [adapter.name for adapter in adapters if adapter.is_sharded]:
-        problem = f"can't {action} {sharded[0]!r}: it is sharded by fully_shard, ZeRO-3 or tensor parallelism"
+    if sharded := next((adapter for adapter in adapters if adapter.is_sharded), None):
+        problem = f"can't {action} {sharded.name!r}: it is sharded by {sharded.sharded_by}"
         raise TargetError(f"{problem}\n  keep it where it is, within lora_lite.disabled(model)")
     return [session.adapters[adapter.name] for adapter in adapters]
 

@@ -43,8 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
 
     resume      with what only a training needs that goes on from here, such as the state of a schedule
 
-    A crash leaves the old file or the new one, never a part. Under FSDP2 and ZeRO-3 every process must call this:
-    shards are gathered, and the first process writes. If one of them can't, all raise.
+    A crash leaves the old file or the new one, never a part. Under FSDP2, ZeRO-3 and tensor parallelism every process
+    must call this: shards are gathered, and the first process writes. If one of them can't, all raise.
 
     Raises:
         TargetError: for an unknown name.
@@ -118,13 +118,17 @@ def load(
         CheckpointError: unless every key and shape fits.
         ConfigError: for a cfg beside the one in a file.
 
-    It raises what attach raises, too; the model is then as it was.
+    It raises what attach raises, too; the model is then as it was. On a model that is sharded already (tensor
+    parallelism, zero.Init) all processes call it, and a file that one of them can't read none of them loads.
     """
-    # Only what can't be a file of ours is looked at more closely.
-    if cfg is None and Path(path).suffix != ".safetensors" and (load_other := by_path(Path(path))) is not None:
+    with sharding.all_or_none(any(map(sharding.is_sharded, model.parameters()))):  # one process may lack the file
+        # Only what can't be a file of ours is looked at more closely.
+        load_other = by_path(Path(path)) if cfg is None and Path(path).suffix != ".safetensors" else None
+        headers = read_any(path) if load_other is None else []
+    if load_other is not None:
         _check_plain(path, replace, max_rank)
         return load_other(model, Path(path), name)
-    (header, *others), root = read_any(path), attachable(model)
+    (header, *others), root = headers, attachable(model)
     if others or METADATA not in header.metadata:
         _check_plain(path, replace, max_rank)
         if cfg is None and not others and (load_other := by_header(header)) is not None:

@@ -97,8 +97,8 @@ def watched_step(model: nn.Module) -> Iterator[Calls]:
     Layers that this batch didn't call, which others may, are a warning; so is what isn't known since it is compiled.
 
     Raises:
-        TargetError: in every process if there are several, for layers whose weight is read without a call and for
-            parameters without a gradient.
+        TargetError: for layers whose weight is read without a call and for parameters without a gradient.
+        LoraLiteError: of several processes in the others, with that.
         QuantizedWeightError: as attach, where training would get wrong gradients or none.
     """
     root, layers = _working(model)
@@ -139,10 +139,11 @@ def in_effect(model: nn.Module) -> dict[str, BaseLayer]:
 
 
 def _raise_together(root: nn.Module, where: str, problems: list[str]) -> None:
-    """TargetError in all processes, if there are problems in one."""
-    if sharding.any_process(bool(problems), next(root.parameters()).device):
-        lines = problems or ["  another process says which"]
-        raise TargetError("\n".join([f"{type(root).__name__}: not every adapter takes part in {where}", *lines]))
+    """TargetError if there are problems; LoraLiteError with them in the other processes."""
+    with sharding.all_or_none(True):
+        if problems:
+            first = f"{type(root).__name__}: not every adapter takes part in {where}"
+            raise TargetError("\n".join([first, *problems]))
 
 
 def _working(model: nn.Module) -> tuple[nn.Module, dict[str, BaseLayer]]:

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from loguru import logger
 from torch import nn
 
-from ..base import sharding
 from ..base.affine import check_affine
 from ..base.layer import BaseLayer
 from ..base.still import full_precision
@@ -25,6 +24,7 @@ from ..measure.calls import check_called, check_choice
 from .merged_weights import MergedLayer, changes
 
 CHOICES = (None, "dequantize", "requantize")
+ELSEWHERE = "lora_lite.save the adapter, then merge in one process on a whole model, or with merge_checkpoint"
 
 
 def merge(
@@ -154,6 +154,9 @@ def _undo(session: Session) -> None:
 
 def _layers(root: nn.Module, chosen: Sequence[Adapter], quantized: str | None) -> list[MergedLayer]:
     """Every layer that one of these adapters is on. Raises what can be told without computing anything."""
+    for adapter in chosen:
+        if by := adapter.sharded_by:
+            raise TargetError(f"adapter {adapter.name!r} is sharded by {by}\n  {ELSEWHERE}")
     names = {adapter.name for adapter in chosen}
     holders = Counter(id(p) for module in root.modules() for p in module.parameters(recurse=False))
     layers = []
@@ -197,9 +200,8 @@ def _check_layer(layer: MergedLayer, is_shared: bool) -> None:
     elif is_hooked and not base.storage.is_dense and holder is module:
         problem = f"something else has hooks on this {type(module).__name__}, and another layer will stand in its place"
         cure = "take them off first, and put them on again afterwards"
-    elif sharding.is_sharded(weight) or weight.is_meta:
-        problem = f"its weight is {'sharded' if sharding.is_sharded(weight) else 'offloaded'}"
-        cure = "lora_lite.save the adapter, then merge in one process on a whole model, or with merge_checkpoint"
+    elif weight.is_meta:
+        problem, cure = "its weight is offloaded", ELSEWHERE
     elif is_shared:
         problem = "another module shares its weight, as an embedding does with a tied head: it would change as well"
         cure = 'adapt it with tied_weights="together", untie them, or leave the layer out with exclude_names'

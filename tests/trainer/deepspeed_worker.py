@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 from models import config, perturb, tiny_llama
+from processes import two_on_cpu
 
 import lora_lite as ll
 
@@ -89,10 +90,33 @@ def plain(stage: int) -> None:
 
         consolidated(variant, folder)
         if stage == 3:
-            with pytest.raises(ll.TargetError, match=r"sharded\n  lora_lite\.save .*merge_checkpoint"):
-                ll.merge(model)
-            with pytest.raises(ll.TargetError, match="sharded"):
-                ll.detach(model)
+            refused(model)
+    if stage == 3:
+        kept_whole()
+
+
+def refused(model: Any) -> None:
+    with pytest.raises(ll.TargetError, match=r"sharded by ZeRO-3\n  lora_lite\.save .*merge_checkpoint"):
+        ll.merge(model)
+    with pytest.raises(ll.TargetError, match="sharded by ZeRO-3, which keeps a hold"):
+        ll.detach(model)
+
+
+def kept_whole() -> None:
+    """At DeepSpeed's own threshold each of these small parameters is whole in every process, and managed as well."""
+    model = tiny_llama()
+    adapter = ll.attach(model, config("norm", target_names=r"layernorm$|model\.norm$"))
+    cfg = settings(3)
+    del cfg["zero_optimization"]["stage3_param_persistence_threshold"]
+    optimizer = torch.optim.AdamW(list(adapter.parameters()), lr=1e-2)
+    train(deepspeed.initialize(model=model, optimizer=optimizer, config=cfg)[0], 2)
+    assert model.model.norm.weight.shape == (64,)
+    refused(model)
+    ll.save(model, FOLDER / "whole.safetensors")
+    alone = tiny_llama()
+    ll.load(alone, FOLDER / "whole.safetensors")
+    values = ll.adapters(alone)["default"].state_dict()
+    assert all(torch.equal(tensor, values[key]) for key, tensor in adapter.state_dict().items())
 
 
 def cpu_adam() -> None:
@@ -140,6 +164,7 @@ def accelerated(stage: int, offload: bool) -> None:
 
     whole = prepared(late=True)
     assert type(whole[1]).__name__ == "DeepSpeedEngine"
+    assert whole[0].num_processes == whole[1].world_size == 2
     steps(*whole)
     whole[0].save_state(str(folder), exclude_frozen_parameters=True)
     last = steps(*whole)
@@ -179,6 +204,7 @@ def trained(stage: int, offload: bool) -> None:
     whole = trainer("whole", 4)
     whole.train()
     assert type(whole.model_wrapped).__name__ == "DeepSpeedEngine"
+    assert whole.args.world_size == whole.model_wrapped.world_size == 2
     trainer("part", 2).train()
     again = trainer("part", 4)
     again.train(resume_from_checkpoint=True)
@@ -233,6 +259,7 @@ if __name__ == "__main__":
         "accelerate": lambda stage: (accelerated(stage, False), accelerated(stage, True)),
         "trainer": lambda stage: trained(stage, offload=True),
     }
+    two_on_cpu()
     name, _, stage = JOB.partition(" ")
     jobs[name](int(stage or 0))
     dist.destroy_process_group()

@@ -81,6 +81,11 @@ def raises() -> None:
     if KIND == "fsdp":
         audits()
         beside_a_whole_one()
+    else:
+        fresh = sharded(tiny_llama())
+        with fails(1, "is not a file"):
+            ll.load(fresh, good if rank == 0 else FOLDER / "nowhere")
+        ll.load(fresh, good)
     ll.save(model, FOLDER / "again.safetensors")
     dist.barrier()
     before, after = (load_file(file) for file in (good, FOLDER / "again.safetensors"))

@@ -25,7 +25,7 @@ def two_processes(script: str, *arguments: str | Path, folder: Path, timeout: fl
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **env}
     logs = [folder / f"log{rank}" for rank in range(2)]
@@ -49,6 +49,15 @@ def two_processes(script: str, *arguments: str | Path, folder: Path, timeout: fl
             time.sleep(0.05)
     codes = [process.returncode for process in processes]
     return Ended(codes, [log.read_text() for log in logs], abs(ends[0] - ends[1]))
+
+
+def two_on_cpu() -> None:
+    """Within a process, before its first Accelerator: Accelerate starts DeepSpeed on accelerators alone, and would
+    count one process."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
 
 
 def both_pass(*arguments: str | Path, folder: Path, **options: float) -> None:

@@ -116,6 +116,51 @@ def test_what_no_file_would_hold_is_refused_and_so_is_another_folder(tmp_path: P
         accelerator.load_state(str(tmp_path / "b"))
 
 
+def test_files_of_one_name_are_refused_and_a_second_call_changes_nothing(tmp_path: Path) -> None:
+    def of(*names: str | None) -> Accelerator:
+        accelerator = Accelerator(cpu=True)
+        keep_adapters(accelerator)
+        keep_adapters(accelerator)
+        for name in names:
+            model = tiny_llama(num_hidden_layers=1)
+            if name is not None:
+                perturb(ll.attach(model, config("lora"), name))
+            accelerator.prepare(model)
+        return accelerator
+
+    with pytest.raises(
+        ll.ConfigError, match=r"fr_1\.safetensors would be the file of two adapters\n  give the adapter"
+    ):
+        of("fr_1", "fr").save_state(str(tmp_path / "two"))
+    for names in (("model",), (None, "model")):
+        with pytest.raises(ll.ConfigError, match=r"model(_1)?\.safetensors would be the file of a model, too"):
+            of(*names).save_state(str(tmp_path / "model"))
+    for folder in ("two", "model"):
+        assert not list((tmp_path / folder).glob("*.safetensors"))
+    accelerator = of("default", None)  # the second model's weights are its own
+    accelerator.save_state(str(tmp_path / "twice"))
+    names = {file.name for file in (tmp_path / "twice").iterdir() if file.suffix == ".safetensors"}
+    assert names == {"default.safetensors", "model.safetensors"}
+    accelerator.load_state(str(tmp_path / "twice"))
+
+
+def test_another_hook_may_have_taken_models_before(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    first, second = (tiny_llama(num_hidden_layers=1) for _ in range(2))
+    adapter = ll.attach(second, config("lora"))
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.pop(0))
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.remove(first))
+    keep_adapters(accelerator)
+    accelerator.prepare(first, second)
+    perturb(adapter)
+    before = values(second)
+    accelerator.save_state(str(tmp_path))
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"default_1.safetensors"}
+    perturb(adapter, seed=3)
+    accelerator.load_state(str(tmp_path))
+    assert all(torch.equal(t, before[key]) for key, t in values(second).items())
+
+
 @pytest.mark.slow
 def test_in_two_processes(tmp_path: Path) -> None:
     both_pass("accelerate_worker.py", tmp_path, folder=tmp_path)

@@ -11,11 +11,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  puts the folders of the tests on the path
 import pytest
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from datasets import load_from_disk
 from loguru import logger
 from models import config, perturb, tiny_llama
+from processes import two_on_cpu
 from trl_tiny import KINDS, logged, trainer_of, trl_arguments
 
 import lora_lite as ll
@@ -89,7 +88,6 @@ if __name__ == "__main__":
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        # Accelerate starts DeepSpeed on accelerators alone: it would count one process here.
-        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
+        two_on_cpu()
     main()
     torch.distributed.destroy_process_group()
