@@ -25,8 +25,8 @@ from ...base.stacks import find_stacks
 from ...core.targets import Target
 from ...errors import CheckpointError, ConfigError, brief
 from ..peft.kinds import is_conv, is_linear_module
-from ..safetensors import Header, read_any, replacing
-from .format import Format, Piece, Pieces
+from ..safetensors import Header, read_any
+from .format import Contents, Format, Piece, Pieces
 from .kohya_kinds import ENDS, MARKS, fused, in_file, parts_of
 from .kohya_names import PREFIXES, Names, Place, component_of, split_prefix
 
@@ -124,8 +124,8 @@ def _fits(header: Header, keys: Mapping[str, str], known: Names, name: str, laye
 # ---- write ------------------------------------------------------------------------------------------
 
 
-def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names: Any = "diffusers") -> None:
-    """Write a file.
+def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names: Any = "diffusers") -> Contents:
+    """The contents of a file.
 
     prefix      the model's: "lora_unet", "lora_te1", "lycoris"; None: `component_of` the model
     names       "diffusers": the model's own paths, which all readers but sd-scripts know of SDXL and Flux, too;
@@ -147,8 +147,7 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names
         parts = [pieces[p] for p in place.paths]
         by_end = in_file(parts[0], place) if len(parts) == 1 else fused(parts, name)
         tensors |= {f"{prefix}_{name}.{end}": tensor.cpu().contiguous().clone() for end, tensor in by_end.items()}
-    with replacing(path) as file:
-        file.write(to_bytes(tensors, metadata={"format": "pt"}))
+    return {path: to_bytes(tensors, metadata={"format": "pt"})}
 
 
 def _places(known: Names, pieces: Pieces, names: str) -> dict[str, Place]:

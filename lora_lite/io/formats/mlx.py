@@ -29,12 +29,13 @@ from ...core.targets import Target
 from ...core.validate import is_number
 from ...errors import CheckpointError, brief
 from ..keys import layers_of
+from ..peft.folder import CONFIG
+from ..peft.folder import MLX_WEIGHTS as WEIGHTS
 from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
 from ..peft.kinds import is_plain_linear
-from ..safetensors import Header, read_header, read_json, replacing
-from .format import Format, Piece, Pieces, config, read_matrix
+from ..safetensors import Header, read_header, read_json
+from .format import Contents, Format, Piece, Pieces, config, read_matrix
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _OURS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "lora_m"}
 _NAMES = {"lora": {"lora_A", "lora_B"}, "dora": {"lora_A", "lora_B", "lora_m"}}  # by fine_tune_type
 _AS_LORA = "give rank= or energy= to write what they change as a plain LoRA"
@@ -95,10 +96,8 @@ def _piece(header: Header, kind: str, scale: float, keys: Mapping[str, str], tar
 # ---- write ------------------------------------------------------------------------------------------
 
 
-def write(root: nn.Module, pieces: Pieces, path: Path) -> None:
-    """Write a folder that MLX reads."""
-    if path.is_file():
-        raise CheckpointError(f"{path} is a file; MLX's adapter is a folder of two files")
+def write(root: nn.Module, pieces: Pieces, path: Path) -> Contents:
+    """The contents of a folder that MLX reads."""
     kinds = {piece.cfg.variant for piece in pieces.values()}
     if len(kinds) > 1:
         raise CheckpointError(f"MLX's folder holds one method, and here are {', '.join(sorted(kinds))}\n  {_AS_LORA}")
@@ -121,10 +120,8 @@ def write(root: nn.Module, pieces: Pieces, path: Path) -> None:
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
     settings = {"fine_tune_type": kinds.pop(), "num_layers": blocks, "lora_parameters": parameters}
     whole = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-    with replacing(path / CONFIG) as config_file, replacing(path / WEIGHTS) as weights:
-        config_file.write((json.dumps(settings, indent=2) + "\n").encode())
-        weights.write(to_bytes(whole, metadata={"format": "mlx"}))
-        (path / CONFIG).unlink(missing_ok=True)  # the old config never lies beside the new weights
+    described = (json.dumps(settings, indent=2) + "\n").encode()
+    return {path / WEIGHTS: to_bytes(whole, metadata={"format": "mlx"}), path / CONFIG: described}
 
 
 def _keys(root: nn.Module, pieces: Pieces) -> tuple[list[str], int]:

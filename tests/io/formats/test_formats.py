@@ -170,3 +170,62 @@ def test_what_reads_files_without_a_model_names_the_conversion(format: str, tmp_
             continue
         with pytest.raises(ll.CheckpointError, match=match):
             read(path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("format", ["gguf", "mlx", "diffusers"])  # those that put a scale into B
+def test_what_is_not_proved_takes_no_place(format: str, tmp_path: Path) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    perturb(ll.attach(other, config("lora", target_names="q_proj")), 0.2)
+    saved(other, tmp_path, format)
+    fields = {"target_names": "(q|k|o)_proj", "alpha": 4.0, "per_layer": {"q_proj": {"alpha": 4e6}}}
+    perturb(ll.attach(model, config("lora", dtype=torch.float16, **fields)), 0.2)
+    before = contents(tmp_path)
+    with pytest.raises(ll.CheckpointError, match=r"NaN, infinities or no float(.|\n)*nothing was written"):
+        saved(model, tmp_path, format)
+    with pytest.raises(ll.CheckpointError, match=r"nothing was written"):
+        ll.save_as(model, tmp_path / "new" / "a.safetensors", format)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("peft", "mlx"), ("mlx", "peft"), ("peft", "diffusers"), ("mlx", "diffusers"), ("diffusers", "mlx")],
+)
+def test_another_formats_folder_is_refused(first: str, second: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    perturb(ll.attach(model, config("lora", target_names="q_proj")), 0.2)
+    ll.save_as(model, tmp_path / "a", first)
+    before = contents(tmp_path)
+    perturb(ll.adapters(model)["default"], 0.2)
+    with pytest.raises(ll.CheckpointError, match=r"a (has|is an MLX|is no adapter folder of PEFT).*"):
+        ll.save_as(model, tmp_path / "a", second)
+    assert contents(tmp_path) == before
+    ll.save_as(model, tmp_path / "a", first)
+    other = tiny_llama()
+    ll.load(other, tmp_path / "a")
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    model = tiny_llama()
+    ll.attach(model, config("lora"))
+    (tmp_path / "a.safetensors").mkdir()
+    (tmp_path / "b").write_text("b")
+    with pytest.raises(ll.CheckpointError, match=r"a\.safetensors is a folder"):
+        ll.save_as(model, tmp_path / "a.safetensors", "diffusers")
+    for format in ("diffusers", "mlx"):
+        with pytest.raises(ll.CheckpointError, match=r"b is a file"):
+            ll.save_as(model, tmp_path / "b", format)
+
+
+def test_a_tied_embedding_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    ll.attach(model, config("lora", kinds="embedding", target_names="embed_tokens", tied_weights="together"))
+    with pytest.raises(ll.CheckpointError, match=r"embed_tokens: .*tied to another layer.*\n  .*lora_lite.save"):
+        ll.save_as(model, tmp_path / "a", "diffusers")
+    assert not (tmp_path / "a").exists()

@@ -120,7 +120,7 @@ def test_what_a_folder_cannot_be_is_named(tmp_path: Path) -> None:
         r"embed_tokens: MLX's LoRA of a embedding|is no linear layer",
         {"model.embed_tokens.lora_a": torch.ones(96, 2), "model.embed_tokens.lora_b": torch.ones(2, 64)},
     )
-    with pytest.raises(ll.CheckpointError, match="is a file; MLX's adapter is a folder"):
+    with pytest.raises(ll.CheckpointError, match="is a file; what is written is a folder"):
         ll.save_as(model, weights, "mlx")
 
 
