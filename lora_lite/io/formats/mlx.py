@@ -33,6 +33,7 @@ from ..peft.folder import CONFIG
 from ..peft.folder import MLX_WEIGHTS as WEIGHTS
 from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
 from ..peft.kinds import is_plain_linear
+from ..peft.lora import magnitude
 from ..safetensors import Header, read_header, read_json
 from .format import Contents, Format, Piece, Pieces, config, read_matrix
 
@@ -88,7 +89,8 @@ def _piece(header: Header, kind: str, scale: float, keys: Mapping[str, str], tar
     a, b = (read_matrix(header, keys[name]).mT.contiguous() for name in ("lora_A", "lora_B"))  # (r, i), (o, r)
     values = {"lora_A": a, "lora_B": b if scale > 0 else -b}
     if "lora_m" in wanted:
-        values["lora_m"] = header.read([keys["lora_m"]])[keys["lora_m"]]
+        # Of 16 bits m is exact in float32, and so are then the norms that it is compared with, as in MLX.
+        values["lora_m"] = header.read([keys["lora_m"]])[keys["lora_m"]].float()
     dtype = reduce(torch.promote_types, (value.dtype for value in values.values()))
     return Piece(target, layer, config(where, kind, r=len(a), alpha=abs(scale) * len(a), dtype=dtype), values)
 
@@ -115,7 +117,7 @@ def write(root: nn.Module, pieces: Pieces, path: Path) -> Contents:
         tensors[file_key(p, "lora_a")] = F.pad(a, (0, 0, 0, empty)).mT  # (i, r)
         tensors[file_key(p, "lora_b")] = F.pad(b, (0, empty)).mT  # (r, o)
         if "lora_m" in piece.tensors:
-            tensors[file_key(p, "m")] = piece.tensors["lora_m"]
+            tensors[file_key(p, "m")] = magnitude(piece.layer, configs[p].scaling, piece.tensors)
     keys, blocks = _keys(root, pieces)
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
     settings = {"fine_tune_type": kinds.pop(), "num_layers": blocks, "lora_parameters": parameters}

@@ -17,7 +17,7 @@ from ...core.change import Change, added_change, total
 from ...core.effective import delta_weight
 from ...core.resolve import make_stand_in
 from ...core.state import Site, check_unmerged, session_of
-from ...core.variant import config_for
+from ...core.variant import config_for, weight_use
 from ...errors import CheckpointError, ConfigError, brief
 from ..checkpoint import save
 from ..factors import PLAIN, Factors, Layers, adapted_layers, check_cut, low_rank
@@ -188,16 +188,9 @@ def _difference(sites: Sequence[Site], piece: Piece) -> float:
     if piece.cfg.variant == "steer":  # no weight holds it; a file may have it at another place, where c v is the same
         before = site.state.scale * site.tensor("lora_v").double()
         return float((piece.scale * piece.tensors["lora_v"].double() - before).norm()) / (float(before.norm()) or 1.0)
-    if piece.cfg.variant == site.cfg.variant and added_change(sites) is None:  # a method that reads W: by its tensors
-        live, scales = dict(site.tensors()), [getattr(cfg, "scaling", 1.0) for cfg in (site.cfg, piece.cfg)]
-        factors = {"lora_B": scales}  # a file may hold α/r in B
-        pairs = [
-            (live[name].double() * ours, tensor.double() * theirs)
-            for name, tensor in piece.tensors.items()
-            for ours, theirs in [factors.get(name, (1.0, 1.0))]
-        ]
-        return max(float((a - b).norm()) / (float(a.norm()) or 1.0) for a, b in pairs)
-    stand_in = make_stand_in(site.target, piece.cfg, _module(site), piece.tensors, piece.scale)
+    device = next(tensor.device for _, tensor in site.tensors())
+    tensors = {name: tensor.to(device) for name, tensor in piece.tensors.items()}
+    stand_in = make_stand_in(site.target, piece.cfg, _module(site, weight_use(piece.cfg)), tensors, piece.scale)
     experts = range(site.base.experts) if site.stacked else [None]
     changes = [(_change(sites, expert), _change([stand_in], expert)) for expert in experts]
     rest, size = (math.hypot(*norms) for norms in zip(*(_norms(*pair) for pair in changes), strict=True))
@@ -215,10 +208,14 @@ def _norms(live: Change, read: Change) -> tuple[float, float]:
     return math.hypot(rest, float((shift - other).norm())), math.hypot(live.norm(), float(shift.norm()))
 
 
-def _module(site: Site) -> nn.Module:
-    """A module of the layer's shape that holds nothing but a file's tensors."""
+def _module(site: Site, use: str) -> nn.Module:
+    """A module of the layer's shape, for a file's tensors. It has the layer's weight for a method that reads it (DoRA),
+    and none for any other."""
     stack = (site.base.experts,) if site.stacked else ()
     module = nn.Linear(site.target.d_in, site.target.d_out, bias=False, device="meta")
-    weight = torch.empty(*stack, site.target.d_out, site.target.d_in, dtype=torch.int8, device="meta")
+    if use == "unused":
+        weight = torch.empty(*stack, site.target.d_out, site.target.d_in, dtype=torch.int8, device="meta")
+    else:
+        weight = site.base.as_it_is_now().dense_weight()  # (o, i)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module

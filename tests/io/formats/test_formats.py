@@ -1,6 +1,7 @@
 """Laws over the formats of other programs: a file holds the adapter, gives it back, and drops nothing in silence."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from test_laws import logits, same_snapshot, snapshot
 
 import lora_lite as ll
 from lora_lite.cli.report import inspect
+from lora_lite.core.effective import delta_weight
+from lora_lite.io.factors import adapted_layers
+from lora_lite.io.formats.save import difference
 from lora_lite.io.formats.table import FORMATS
 
 OF_LORA = [name for name, known in FORMATS.items() if "lora" in known.variants]
@@ -229,3 +233,29 @@ def test_a_tied_embedding_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ll.CheckpointError, match=r"embed_tokens: .*tied to another layer.*\n  .*lora_lite.save"):
         ll.save_as(model, tmp_path / "a", "diffusers")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("format", [name for name, known in FORMATS.items() if "dora" in known.variants])
+def test_the_difference_is_of_what_the_weights_become(format: str, tmp_path: Path) -> None:
+    model, known = tiny_llama(), FORMATS[format]
+    perturb(ll.attach(model, config("dora", target_names=r"(q|up)_proj")), 0.05)
+    path, worst = saved(model, tmp_path, format)
+    assert worst < 1e-5
+    layers = adapted_layers(model, [ll.adapters(model)["default"]])
+    pieces = known.read(model, path)
+    site = layers["model.layers.1.self_attn.q_proj"][0]
+    for name, wrong in (("lora_m", 1.1), ("lora_B", 2.0)):
+        piece = pieces[site.path]
+        tensors = piece.tensors | {name: piece.tensors[name] * wrong}
+        other = tiny_llama()
+        moved = dict(ll.load(other, path).named_tensors())
+        with torch.no_grad():
+            next(t for key, t in moved.items() if key == f"{site.path}.{name}").mul_(wrong)
+        (before, _), (after, _) = (
+            delta_weight(adapted_layers(m, [ll.adapters(m)["default"]])[site.path]) for m in (model, other)
+        )
+        wanted = float((after - before).norm() / before.norm())
+        assert difference(layers, pieces | {site.path: replace(piece, tensors=tensors)}, path) == pytest.approx(
+            wanted, 1e-3
+        )
+        assert wanted > 0.1
