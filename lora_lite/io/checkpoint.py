@@ -121,13 +121,13 @@ def load(
     It raises what attach raises, too; the model is then as it was.
     """
     # Only what can't be a file of ours is looked at more closely.
-    if cfg is None and Path(path).suffix != ".safetensors" and (load_other := by_path(Path(path))) is not None:
+    if (Path(path).suffix != ".safetensors" or Path(path).is_dir()) and (load_other := by_path(Path(path), cfg)):
         _check_plain(path, replace, max_rank)
         return load_other(model, Path(path), name)
     (header, *others), root = read_any(path), attachable(model)
     if others or METADATA not in header.metadata:
         _check_plain(path, replace, max_rank)
-        if cfg is None and not others and (load_other := by_header(header)) is not None:
+        if not others and (load_other := by_header(header, cfg)) is not None:
             return load_other(root, header.path, name)
         return load_raw(root, Path(path), [header, *others], cfg, name, verify_base)
     if cfg is not None:

@@ -103,12 +103,20 @@ def _component(header: Header, known: Names, layers: Mapping[str, BaseLayer]) ->
     if shared := [name for name in names if len(known.find(split_prefix(name)[1])) > 1]:
         paths = ", ".join(place.paths[0] for place in known.find(split_prefix(shared[0])[1])[:3])
         raise CheckpointError(f"{header.path}: {brief(shared[0])} is the name of {paths}\n  rename it in the file")
+    others = {p: keys for p, keys in by_prefix.items() if p != prefix}
+    for name, keys in (pair for of_prefix in others.values() for pair in of_prefix.items()):
+        if known.find(split_prefix(name)[1]) and _fits(header, keys, known, name, layers):
+            problem = f"{brief(name)} is this {type(known.root).__name__}'s, too, beside {prefix.removesuffix('_')}"
+            raise CheckpointError(
+                f"{header.path}: {problem}\n  give all of them one prefix, or take them out of the file"
+            )
     for keys in names.values():
         if unknown := sorted(keys.keys() - ENDS):
             cure = "nothing is left out in silence: LoRA, LoCon, DoRA, LoHa and LoKr are read"
             raise CheckpointError(f"{header.path}: {brief(keys[unknown[0]])} is of no kind that is known\n  {cure}")
-    if others := {p: sum(map(len, keys.values())) for p, keys in by_prefix.items() if p != prefix}:
-        left = f"{sum(others.values())} tensors of {', '.join(p.removesuffix('_') for p in others)} left there"
+    if others:
+        count = sum(len(keys) for of_prefix in others.values() for keys in of_prefix.values())
+        left = f"{count} tensors of {', '.join(p.removesuffix('_') for p in others)} left there"
         logger.info(f"{header.path}: {prefix.removesuffix('_')} is this model's; {left}")
     return dict(names)
 

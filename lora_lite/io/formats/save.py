@@ -74,6 +74,8 @@ def save_as(
     check_unmerged(session, "export")
     adapter = get_adapter(model, name)
     layers, path = adapted_layers(model, [adapter]), Path(path)
+    if adapter.scale == 0:
+        raise CheckpointError(f"{name!r} is at scale 0, which does nothing\n  set its scale first")
     if is_cut:
         factors, _ = low_rank(layers, rank, energy, max_error)
         pieces = {p: _plain(sites[0], factors[p], sites[0].cfg.dtype) for p, sites in layers.items()}
@@ -152,8 +154,6 @@ def _native(known: Format, sites: Sequence[Site], scale: float) -> Piece:
         raise refused(f"{variant!r}, only {', '.join(known.variants)}", as_lora)
     if site.positions is not None:
         raise refused("an adapter that acts at some positions of a sequence", "keep it as our file (lora_lite.save)")
-    if scale == 0:
-        raise refused("an adapter at scale 0, which does nothing", "set its scale first")
     tensors = {name: tensor.detach() for name, tensor in site.tensors()}
     if variant != "lora":
         if scale != 1 and variant != "steer":

@@ -122,6 +122,8 @@ def test_what_it_cannot_say_is_named(format: str, tmp_path: Path) -> None:
     ll.attach(model, config("lora")).scale = 0.0
     with pytest.raises(ll.CheckpointError, match=r"scale 0, which does nothing\n  set its scale"):
         saved(model, tmp_path, format)
+    with pytest.raises(ll.CheckpointError, match=r"scale 0, which does nothing\n  set its scale"):
+        saved(model, tmp_path, format, rank=2)
     assert not place(tmp_path, format).exists()
 
 
@@ -135,6 +137,18 @@ def test_another_model_is_refused(format: str, tmp_path: Path) -> None:
         with pytest.raises(ll.LoraLiteError, match=r"not in this|shapes|another"):
             ll.load(other, path)
         assert same_snapshot(before, snapshot(other))
+
+
+@per_format
+def test_a_config_beside_a_file_that_has_one_is_an_error(format: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    ll.attach(model, config("lora"))
+    path, _ = saved(model, tmp_path, format)
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"(adapter|adapter\.gguf|weights\.safetensors) says how its adapter was made\n  leave cfg= out",
+    ):
+        ll.load(tiny_llama(), path, cfg=config("lora"))
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
@@ -259,3 +273,19 @@ def test_the_difference_is_of_what_the_weights_become(format: str, tmp_path: Pat
             wanted, 1e-3
         )
         assert wanted > 0.1
+
+
+@pytest.mark.parametrize("format", ["mlx", "peft", "gguf"])
+def test_a_format_is_known_whatever_the_name_ends_in(format: str, tmp_path: Path) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    perturb(ll.attach(model, config("lora")), 0.2)
+    path = tmp_path / "a.safetensors"
+    ll.save_as(model, path, format)
+    if format == "gguf":
+        with pytest.raises(
+            ll.CheckpointError, match=r"no safetensors file; it is a GGUF file\n.*\n  name it a\.gguf"):
+        ):
+            ll.load(other, path)
+        path = path.rename(path.with_suffix(".gguf"))
+    ll.load(other, path)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)

@@ -442,6 +442,21 @@ def test_a_file_of_a_pipeline(tmp_path: Path, log: list[str]) -> None:
         ll.load(text_encoder(24), file)
 
 
+def test_layers_of_this_model_under_another_prefix_are_not_left_there(tmp_path: Path) -> None:
+    model, file = text_encoder(16), tmp_path / "a.safetensors"
+    perturb(ll.attach(model, config("lora", target_names=r"(q_proj|fc2)$")), 0.2)
+    ll.save_as(model, file, "kohya")
+    stored = {key.replace("lora_te", "lycoris") if "fc2" in key else key: t for key, t in load_file(file).items()}
+    other = {
+        "lycoris_elsewhere.lora_down.weight": torch.ones(2, 16),
+        "lycoris_elsewhere.lora_up.weight": torch.ones(16, 2),
+    }
+    save_file(stored | other, file)
+    match = r"lycoris_\w*fc2 is this CLIPTextModel's, too, beside lora_te\n  give all of them one prefix"
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.load(text_encoder(16), file)
+
+
 def test_files_without_a_name_for_them_are_known_by_their_keys(tmp_path: Path) -> None:
     save_file({"diffusion_model.x.lora_down.weight": ONE(2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(ll.CheckpointError, match=r"diffusion_model.x.lora_down.weight is of no model that is known"):
