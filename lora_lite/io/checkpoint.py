@@ -123,7 +123,8 @@ def load(
     """
     with sharding.all_or_none(any(map(sharding.is_sharded, model.parameters()))):  # one process may lack the file
         # Only what can't be a file of ours is looked at more closely.
-        load_other = by_path(Path(path)) if cfg is None and Path(path).suffix != ".safetensors" else None
+        may_be_ours = Path(path).suffix == ".safetensors" and not Path(path).is_dir()
+        load_other = None if may_be_ours else by_path(Path(path), cfg)
         headers = read_any(path) if load_other is None else []
     if load_other is not None:
         _check_plain(path, replace, max_rank)
@@ -131,7 +132,7 @@ def load(
     (header, *others), root = headers, attachable(model)
     if others or METADATA not in header.metadata:
         _check_plain(path, replace, max_rank)
-        if cfg is None and not others and (load_other := by_header(header)) is not None:
+        if not others and (load_other := by_header(header, cfg)) is not None:
             return load_other(root, header.path, name)
         return load_raw(root, Path(path), [header, *others], cfg, name, verify_base)
     if cfg is not None:

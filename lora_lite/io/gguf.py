@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -206,7 +207,7 @@ def _padded(size: int, alignment: int) -> int:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def write_gguf(file: BinaryIO, fields: Mapping[str, str | int | float], tensors: Mapping[str, Tensor]) -> None:
+def write_gguf(file: BufferedIOBase, fields: Mapping[str, str | int | float], tensors: Mapping[str, Tensor]) -> None:
     """Write a whole GGUF file: texts, ints as u32, floats as f32; tensors of float32, float16 or bfloat16, row-major.
 
     Raises:
@@ -234,6 +235,6 @@ def _packed(text: str) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode()
 
 
-def _write_padded(file: BinaryIO, data: bytes) -> None:
+def _write_padded(file: BufferedIOBase, data: bytes) -> None:
     file.write(data)
     file.write(bytes(_padded(len(data), ALIGNMENT) - len(data)))

@@ -68,8 +68,8 @@ def load_raw(
     """`load` of raw tensors. Without a cfg, the CheckpointError says what the tensors look like."""
     cfg = None if cfg is None else checked_config(cfg)
     live = base_tensors(root)
+    headers = _of_component(root, path, list(headers), cfg)
     by_key = {key: header for header in headers for key in header.entries}
-    _check_no_pipelines(root, path, by_key)
     raw = _sorted_keys(path, by_key, live)
     chosen = _chosen(raw, name)
     keys = raw.layers.pop(chosen)
@@ -97,15 +97,23 @@ def load_raw(
     return adapter
 
 
-def _check_no_pipelines(root: nn.Module, path: Path, keys: Iterable[str]) -> None:
-    """CheckpointError for a file of a pipeline of diffusers, whose keys begin with its names of models."""
-    starts = {key.partition(".")[0] for key in keys}
-    if starts and starts <= COMPONENTS - {name for name, _ in root.named_children()}:
-        one = min(starts)
+def _of_component(root: nn.Module, path: Path, headers: list[Header], cfg: BaseConfig | None) -> list[Header]:
+    """The headers; of a pipeline of diffusers, whose keys begin with its name of a model, without that.
+
+    Raises:
+        CheckpointError: for a pipeline's file without a cfg, or with several models.
+    """
+    starts = sorted({key.partition(".")[0] for header in headers for key in header.entries})
+    if not starts or not COMPONENTS.difference(name for name, _ in root.named_children()).issuperset(starts):
+        return headers
+    if cfg is None or len(starts) > 1:
+        cure = "write the one that is this model into a file of its own, and " * (len(starts) > 1)
         raise CheckpointError(
-            f"{path} is of a pipeline's {', '.join(sorted(starts))}, without the settings that newer files have\n"
-            f"  diffusers takes alpha = r for it: take {one}. off its keys, and give cfg=LoRAConfig(r=...)"
+            f"{path} is of a pipeline's {', '.join(starts)}, without the settings that newer files have\n"
+            f"  diffusers takes alpha = r for it: {cure}give cfg=LoRAConfig(r=...)"
         )
+    named = [{key.partition(".")[2]: entry for key, entry in header.entries.items()} for header in headers]
+    return [replace(header, entries=entries) for header, entries in zip(headers, named, strict=True)]
 
 
 # ---- what each key is ---------------------------------------------------------------------------

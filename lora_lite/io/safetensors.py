@@ -148,6 +148,8 @@ def _no_safetensors(path: Path, first: bytes, reason: str) -> CheckpointError:
     cure = "copy or save it again"
     if path.suffix == ".ckpt":
         cure = "of a Lightning checkpoint, lora_lite.trainer.lightning.save_adapters(path, folder) makes files"
+    if first.startswith(b"GGUF"):
+        kind, cure = "is a GGUF file", f"name it {path.stem}.gguf"
     return CheckpointError(f"{path} is no safetensors file; it {kind}\n  {reason}\n  {cure}")
 
 

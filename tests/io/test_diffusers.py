@@ -163,8 +163,15 @@ def test_a_file_without_settings(tmp_path: Path) -> None:
     ll.load(model, tmp_path, cfg=ll.LoRAConfig(r=4, alpha=6.0))
     assert_close(output(model), output(other))
     save_file({f"unet.{key}": tensor for key, tensor in load_file(tmp_path / FILE).items()}, tmp_path / FILE)
-    with pytest.raises(ll.CheckpointError, match=r"of a pipeline's unet, without .*\n.* take unet\. off its keys, and"):
+    with pytest.raises(ll.CheckpointError, match=r"of a pipeline's unet, without .*\n.*: give cfg=LoRAConfig"):
         ll.load(unet(), tmp_path)
+    model = unet()
+    ll.load(model, tmp_path, cfg=ll.LoRAConfig(r=4, alpha=6.0))
+    assert_close(output(model), output(other))
+    stored = load_file(tmp_path / FILE)
+    save_file(stored | {"text_encoder.a.lora_A.weight": torch.ones(4, 2)}, tmp_path / FILE)
+    with pytest.raises(ll.CheckpointError, match=r"of a pipeline's text_encoder, unet, .*\n.* into a file of its own"):
+        ll.load(unet(), tmp_path, cfg=ll.LoRAConfig(r=4, alpha=6.0))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,6 +10,7 @@ llama.cpp starts at block 1: a vector at block 0 has no place. It adds the vecto
 """
 
 import re
+from io import BytesIO
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,8 +20,7 @@ from ...core.targets import block_layers
 from ...errors import CheckpointError, brief
 from ..gguf import read_gguf, write_gguf
 from ..keys import layers_of
-from ..safetensors import replacing
-from .format import Format, Piece, Pieces, config
+from .format import Contents, Format, Piece, Pieces, config
 from .gguf import ARCHITECTURE, CONTROL_VECTOR, is_control_vector
 from .gguf_names import architecture_of, named_layers, text_config
 
@@ -98,8 +98,8 @@ def _blocks(root: nn.Module, path: Path) -> dict[int, str]:
 # ---- write ------------------------------------------------------------------------------------------
 
 
-def write(root: nn.Module, pieces: Pieces, path: Path) -> None:
-    """Write a file that llama.cpp reads by --control-vector."""
+def write(root: nn.Module, pieces: Pieces, path: Path) -> Contents:
+    """The contents of a file that llama.cpp reads by --control-vector."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; GGUF is one file, such as {path / 'vector.gguf'}")
     architecture_of(root)  # llama.cpp adds vectors in the models that are known here, and in others without a word none
@@ -115,8 +115,9 @@ def write(root: nn.Module, pieces: Pieces, path: Path) -> None:
             raise CheckpointError(f"{p}: a second vector at block {block}\n  steer at one place of each block")
         tensors[key] = (piece.scale * piece.tensors["lora_v"].double()).float()
     fields = {ARCHITECTURE: CONTROL_VECTOR, HINT: text_config(root).model_type, COUNT: len(tensors)}
-    with replacing(path) as file:
-        write_gguf(file, fields, tensors)
+    file = BytesIO()
+    write_gguf(file, fields, tensors)
+    return {path: file.getvalue()}
 
 
 FORMAT = Format(

@@ -25,8 +25,7 @@ from ..peft import forms, lora
 from ..peft.folder import DIFFUSERS, DIFFUSERS_SETTINGS, read_folder
 from ..peft.load import parts_of, stored_tensors
 from ..peft.parts import written_at
-from ..safetensors import replacing
-from .format import Format, Piece, Pieces
+from .format import Contents, Format, Piece, Pieces
 
 _CURE = "leave it out (exclude_names), keep it as our file (lora_lite.save), or merge it"
 
@@ -58,8 +57,8 @@ def read(root: nn.Module, path: Path) -> Pieces:
     }
 
 
-def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None) -> None:
-    """Write a file, or a folder with one.
+def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None) -> Contents:
+    """The contents of a file, or of the one in a folder.
 
     prefix      the component; None: `component_of` the model; "": none, as a model's save_lora_adapter writes it
     """
@@ -76,6 +75,8 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None) -> No
     for p, (site,) in layers.items():
         if problem := forms.lacks(site):
             raise CheckpointError(f"{p or 'the model itself'}: {problem}\n  {_CURE}")
+        if site.base.ties:
+            raise CheckpointError(f"{p}: it is tied to another layer, and diffusers adapts one alone\n  {_CURE}")
         groups = site.target.experts if site.base.kind is ALL_CHANNELS else 1  # PEFT's r is of all groups
         ranks[p] = site.cfg.r * groups, float(site.cfg.r * groups)
         tensors |= written_at(root, layers, site, _values(site, pieces[p]))
@@ -84,8 +85,8 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None) -> No
     start = f"{prefix}." if prefix else ""
     whole = {start + key.removeprefix(PREFIX): tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     described = json.dumps({f"{start}{setting}": value for setting, value in settings.items()}, sort_keys=True)
-    with replacing(path if path.suffix == ".safetensors" else path / DIFFUSERS) as file:
-        file.write(to_bytes(whole, metadata={"format": "pt", DIFFUSERS_SETTINGS: described}))
+    file = path if path.suffix == ".safetensors" else path / DIFFUSERS
+    return {file: to_bytes(whole, metadata={"format": "pt", DIFFUSERS_SETTINGS: described})}
 
 
 def _values(site: Site, piece: Piece) -> dict[str, Tensor]:

@@ -30,6 +30,9 @@ class Piece:
 Pieces = dict[str, Piece]
 """The pieces of an adapter by the layers' paths in the model."""
 
+Contents = dict[Path, bytes]
+"""What is to be written, by the path of each file."""
+
 
 def on_its_layer(_: nn.Module, piece: Piece) -> str:
     """The path of a piece's own layer."""
@@ -48,15 +51,16 @@ class Format:
     read      the pieces of a file, on the layers of this model: (model, path) -> pieces. The file is untrusted. Raises
               CheckpointError for what it can't be, or would lose. What a method computes from the base (DoRA's norms)
               need not be there
-    write     puts pieces into a file or folder: (model, pieces, path, **options). A crash leaves the old one or the new
-              one. Raises CheckpointError for what the format can't say, before anything is written
+    write     the contents of the files that hold these pieces, for a file or folder at this path: (model, pieces, path,
+              **options). Of a folder's files that which tells what it is comes last. It writes nothing: `save_as` does,
+              once they are proved. Raises CheckpointError for what the format can't say
     """
 
     name: str  # of format= and --to
     says: str  # for a person, such as "GGUF LoRA"
     variants: tuple[str, ...]  # the methods that it holds as they are; others go as a plain LoRA (rank=, energy=)
     read: Callable[[nn.Module, Path], Pieces]
-    write: Callable[..., None]
+    write: Callable[..., Contents]
     is_path: Callable[[Path], bool] = never  # by the first bytes of a file, or the names in a folder; raises nothing
     is_header: Callable[[Header], bool] = never  # by the keys of a safetensors file
     options: frozenset[str] = field(default=frozenset())  # further arguments of `write`

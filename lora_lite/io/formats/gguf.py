@@ -12,6 +12,7 @@ transformers'. Layers whose scaling isn't alpha / r have the rest in lora_b.
 """
 
 from collections import Counter, defaultdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from ...errors import CheckpointError, ConfigError, brief
 from ..gguf import Gguf, is_gguf, read_gguf, write_gguf
 from ..keys import layers_of
 from ..peft.kinds import is_embedding, is_plain_linear
-from ..safetensors import replacing
-from .format import Format, Piece, Pieces, config
+from .format import Contents, Format, Piece, Pieces, config
 from .gguf_names import Named, named_layers
 
 ARCHITECTURE, TYPE, ALPHA = "general.architecture", "general.type", "adapter.lora.alpha"
@@ -122,8 +122,8 @@ def check_layer(where: str, name: str, layer: BaseLayer) -> None:
 # ---- write ------------------------------------------------------------------------------------------
 
 
-def write(root: nn.Module, pieces: Pieces, path: Path, modelfile: str | None = None) -> None:
-    """Write a file that llama.cpp reads; `modelfile` names Ollama's base, and a Modelfile is written beside it."""
+def write(root: nn.Module, pieces: Pieces, path: Path, modelfile: str | None = None) -> Contents:
+    """The contents of a file that llama.cpp reads; `modelfile` names Ollama's base, and a Modelfile goes beside it."""
     _check_place(path, modelfile)
     names = named_layers(root)
     by_path = {p: name for name, p in names.by_name.items()}
@@ -147,11 +147,10 @@ def write(root: nn.Module, pieces: Pieces, path: Path, modelfile: str | None = N
             # GGML multiplies by no float64: the proof tells what the rounding is.
             tensors[f"{name}.{side}"] = value.float() if value.dtype == torch.float64 else value
     fields: dict[str, str | int | float] = {ARCHITECTURE: names.architecture.name, **ADAPTER, ALPHA: float(alpha)}
-    with replacing(path) as file:
-        write_gguf(file, fields, tensors)
-    if modelfile is not None:
-        with replacing(path.parent / MODELFILE) as file:
-            file.write(_modelfile(path, modelfile).encode())
+    file = BytesIO()
+    write_gguf(file, fields, tensors)
+    beside = {} if modelfile is None else {path.parent / MODELFILE: _modelfile(path, modelfile).encode()}
+    return {path: file.getvalue(), **beside}
 
 
 def _check_place(path: Path, modelfile: str | None) -> None:

@@ -25,8 +25,8 @@ from ...base.stacks import find_stacks
 from ...core.targets import Target
 from ...errors import CheckpointError, ConfigError, brief
 from ..peft.kinds import is_conv, is_linear_module
-from ..safetensors import Header, read_any, replacing
-from .format import Format, Piece, Pieces
+from ..safetensors import Header, read_any
+from .format import Contents, Format, Piece, Pieces
 from .kohya_kinds import ENDS, MARKS, fused, in_file, parts_of
 from .kohya_names import PREFIXES, Names, Place, component_of, split_prefix
 
@@ -103,12 +103,20 @@ def _component(header: Header, known: Names, layers: Mapping[str, BaseLayer]) ->
     if shared := [name for name in names if len(known.find(split_prefix(name)[1])) > 1]:
         paths = ", ".join(place.paths[0] for place in known.find(split_prefix(shared[0])[1])[:3])
         raise CheckpointError(f"{header.path}: {brief(shared[0])} is the name of {paths}\n  rename it in the file")
+    others = {p: keys for p, keys in by_prefix.items() if p != prefix}
+    for name, keys in (pair for of_prefix in others.values() for pair in of_prefix.items()):
+        if known.find(split_prefix(name)[1]) and _fits(header, keys, known, name, layers):
+            problem = f"{brief(name)} is this {type(known.root).__name__}'s, too, beside {prefix.removesuffix('_')}"
+            raise CheckpointError(
+                f"{header.path}: {problem}\n  give all of them one prefix, or take them out of the file"
+            )
     for keys in names.values():
         if unknown := sorted(keys.keys() - ENDS):
             cure = "nothing is left out in silence: LoRA, LoCon, DoRA, LoHa and LoKr are read"
             raise CheckpointError(f"{header.path}: {brief(keys[unknown[0]])} is of no kind that is known\n  {cure}")
-    if others := {p: sum(map(len, keys.values())) for p, keys in by_prefix.items() if p != prefix}:
-        left = f"{sum(others.values())} tensors of {', '.join(p.removesuffix('_') for p in others)} left there"
+    if others:
+        count = sum(len(keys) for of_prefix in others.values() for keys in of_prefix.values())
+        left = f"{count} tensors of {', '.join(p.removesuffix('_') for p in others)} left there"
         logger.info(f"{header.path}: {prefix.removesuffix('_')} is this model's; {left}")
     return dict(names)
 
@@ -124,8 +132,8 @@ def _fits(header: Header, keys: Mapping[str, str], known: Names, name: str, laye
 # ---- write ------------------------------------------------------------------------------------------
 
 
-def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names: Any = "diffusers") -> None:
-    """Write a file.
+def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names: Any = "diffusers") -> Contents:
+    """The contents of a file.
 
     prefix      the model's: "lora_unet", "lora_te1", "lycoris"; None: `component_of` the model
     names       "diffusers": the model's own paths, which all readers but sd-scripts know of SDXL and Flux, too;
@@ -147,8 +155,7 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names
         parts = [pieces[p] for p in place.paths]
         by_end = in_file(parts[0], place) if len(parts) == 1 else fused(parts, name)
         tensors |= {f"{prefix}_{name}.{end}": tensor.cpu().contiguous().clone() for end, tensor in by_end.items()}
-    with replacing(path) as file:
-        file.write(to_bytes(tensors, metadata={"format": "pt"}))
+    return {path: to_bytes(tensors, metadata={"format": "pt"})}
 
 
 def _places(known: Names, pieces: Pieces, names: str) -> dict[str, Place]:

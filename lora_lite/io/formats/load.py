@@ -20,7 +20,7 @@ from ...core.names import check_shapes
 from ...core.resolve import attachable, make_sites
 from ...core.state import Method, number_sites
 from ...core.variant import ParamSpec, lookup
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ..peft.folder import CONFIG as PEFT_SETTINGS
 from ..peft.folder import DIFFUSERS_SETTINGS
 from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
@@ -33,19 +33,32 @@ Loader = Callable[[nn.Module, Path, str], Adapter]
 """(model, path, name) -> the adapter that is attached."""
 
 
-def by_path(path: Path) -> Loader | None:
-    """The loader of a file or folder whose first bytes, or names, are another program's; None for any other."""
+def _check_unsaid(path: Path, cfg: BaseConfig | None) -> None:
+    if cfg is not None:
+        raise ConfigError(f"{path} says how its adapter was made\n  leave cfg= out: it is for raw tensors")
+
+
+def by_path(path: Path, cfg: BaseConfig | None = None) -> Loader | None:
+    """The loader of a file or folder whose first bytes, or names, are another program's; None for any other, and for a
+    folder of PEFT's beside a config, which is then of raw tensors. ConfigError for a config beside any other format."""
+    if (known := _by_path(path)) is not None:
+        _check_unsaid(path, cfg)
+        return partial(load_pieces, known)
+    if cfg is not None:
+        return None
     if (path / PEFT_SETTINGS).is_file() and (path / PEFT_WEIGHTS).is_file():
         return load_peft
     if any(path.glob(f"*/{PEFT_SETTINGS}")) and not any(path.glob("*.safetensors")):
         return load_peft  # which names the adapters in it
-    known = _by_path(path)
-    return None if known is None else partial(load_pieces, known)
+    return None
 
 
-def by_header(header: Header) -> Loader | None:
-    """The loader of a safetensors file whose keys or metadata are another program's; None for any other."""
+def by_header(header: Header, cfg: BaseConfig | None = None) -> Loader | None:
+    """The loader of a safetensors file whose keys or metadata are another program's; None for any other. ConfigError
+    for a config beside it."""
     known = _by_header(header)
+    if known is not None or DIFFUSERS_SETTINGS in header.metadata:
+        _check_unsaid(header.path, cfg)
     if DIFFUSERS_SETTINGS in header.metadata:
         return load_peft
     return None if known is None else partial(load_pieces, known)

@@ -29,12 +29,14 @@ from ...core.targets import Target
 from ...core.validate import is_number
 from ...errors import CheckpointError, brief
 from ..keys import layers_of
+from ..peft.folder import CONFIG
+from ..peft.folder import MLX_WEIGHTS as WEIGHTS
 from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
 from ..peft.kinds import is_plain_linear
-from ..safetensors import Header, read_header, read_json, replacing
-from .format import Format, Piece, Pieces, config, read_matrix
+from ..peft.lora import magnitude
+from ..safetensors import Header, read_header, read_json
+from .format import Contents, Format, Piece, Pieces, config, read_matrix
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _OURS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "lora_m"}
 _NAMES = {"lora": {"lora_A", "lora_B"}, "dora": {"lora_A", "lora_B", "lora_m"}}  # by fine_tune_type
 _AS_LORA = "give rank= or energy= to write what they change as a plain LoRA"
@@ -87,7 +89,8 @@ def _piece(header: Header, kind: str, scale: float, keys: Mapping[str, str], tar
     a, b = (read_matrix(header, keys[name]).mT.contiguous() for name in ("lora_A", "lora_B"))  # (r, i), (o, r)
     values = {"lora_A": a, "lora_B": b if scale > 0 else -b}
     if "lora_m" in wanted:
-        values["lora_m"] = header.read([keys["lora_m"]])[keys["lora_m"]]
+        # Of 16 bits m is exact in float32, and so are then the norms that it is compared with, as in MLX.
+        values["lora_m"] = header.read([keys["lora_m"]])[keys["lora_m"]].float()
     dtype = reduce(torch.promote_types, (value.dtype for value in values.values()))
     return Piece(target, layer, config(where, kind, r=len(a), alpha=abs(scale) * len(a), dtype=dtype), values)
 
@@ -95,10 +98,8 @@ def _piece(header: Header, kind: str, scale: float, keys: Mapping[str, str], tar
 # ---- write ------------------------------------------------------------------------------------------
 
 
-def write(root: nn.Module, pieces: Pieces, path: Path) -> None:
-    """Write a folder that MLX reads."""
-    if path.is_file():
-        raise CheckpointError(f"{path} is a file; MLX's adapter is a folder of two files")
+def write(root: nn.Module, pieces: Pieces, path: Path) -> Contents:
+    """The contents of a folder that MLX reads."""
     kinds = {piece.cfg.variant for piece in pieces.values()}
     if len(kinds) > 1:
         raise CheckpointError(f"MLX's folder holds one method, and here are {', '.join(sorted(kinds))}\n  {_AS_LORA}")
@@ -116,15 +117,13 @@ def write(root: nn.Module, pieces: Pieces, path: Path) -> None:
         tensors[file_key(p, "lora_a")] = F.pad(a, (0, 0, 0, empty)).mT  # (i, r)
         tensors[file_key(p, "lora_b")] = F.pad(b, (0, empty)).mT  # (r, o)
         if "lora_m" in piece.tensors:
-            tensors[file_key(p, "m")] = piece.tensors["lora_m"]
+            tensors[file_key(p, "m")] = magnitude(piece.layer, configs[p].scaling, piece.tensors)
     keys, blocks = _keys(root, pieces)
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
     settings = {"fine_tune_type": kinds.pop(), "num_layers": blocks, "lora_parameters": parameters}
     whole = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-    with replacing(path / CONFIG) as config_file, replacing(path / WEIGHTS) as weights:
-        config_file.write((json.dumps(settings, indent=2) + "\n").encode())
-        weights.write(to_bytes(whole, metadata={"format": "mlx"}))
-        (path / CONFIG).unlink(missing_ok=True)  # the old config never lies beside the new weights
+    described = (json.dumps(settings, indent=2) + "\n").encode()
+    return {path / WEIGHTS: to_bytes(whole, metadata={"format": "mlx"}), path / CONFIG: described}
 
 
 def _keys(root: nn.Module, pieces: Pieces) -> tuple[list[str], int]:

@@ -2,8 +2,10 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,13 +17,13 @@ from ...core.change import Change, added_change, total
 from ...core.effective import delta_weight
 from ...core.resolve import make_stand_in
 from ...core.state import Site, check_unmerged, session_of
-from ...core.variant import config_for
-from ...errors import CheckpointError, ConfigError
+from ...core.variant import config_for, weight_use
+from ...errors import CheckpointError, ConfigError, brief
 from ..checkpoint import save
 from ..factors import PLAIN, Factors, Layers, adapted_layers, check_cut, low_rank
 from ..peft.save import save_peft
-from ..safetensors import check_numbers
-from .format import Format, Piece, Pieces
+from ..safetensors import check_numbers, replacing, sync_folder
+from .format import Contents, Format, Piece, Pieces
 from .table import FORMATS
 
 OURS, PEFT = "lora-lite", "peft"
@@ -37,7 +39,8 @@ def save_as(
     max_error: float | int | None = None,
     **options: Any,
 ) -> float:
-    """Write an adapter in the format of another program; the file is read back, and compared with the adapter.
+    """Write an adapter in the format of another program; the file is read back, and compared with the adapter, before
+    it takes its place.
 
     format      "lora-lite", "peft" (as save_peft), or one of docs/formats.md, which has the `options` of each
     rank, energy, max_error     as of save_peft: methods of any kind as a plain LoRA, which includes the scale
@@ -46,7 +49,8 @@ def save_as(
     numbers are the same; the rounding, where the format has 16 bits; what a rank cuts off.
 
     Raises:
-        CheckpointError: for what the format can't say, naming it and the conversion that helps. Nothing is written.
+        CheckpointError: for what the format can't say, naming it and the conversion that helps; for a file that isn't
+            the adapter; for a folder with other things in it. Nothing is written.
         ConfigError: for an unknown format or option.
         TargetError: for an unknown name.
     """
@@ -70,6 +74,8 @@ def save_as(
     check_unmerged(session, "export")
     adapter = get_adapter(model, name)
     layers, path = adapted_layers(model, [adapter]), Path(path)
+    if adapter.scale == 0:
+        raise CheckpointError(f"{name!r} is at scale 0, which does nothing\n  set its scale first")
     if is_cut:
         factors, _ = low_rank(layers, rank, energy, max_error)
         pieces = {p: _plain(sites[0], factors[p], sites[0].cfg.dtype) for p, sites in layers.items()}
@@ -77,12 +83,53 @@ def save_as(
         pieces = {p: _native(known, sites, adapter.scale) for p, sites in layers.items()}
     for p, piece in pieces.items():
         check_numbers(dict(piece.tensors), f"{name} in memory: {p}", "nothing was written")
-    known.write(root, pieces, path, **options)
-    worst = difference(
-        {known.place(root, pieces[p]): sites for p, sites in layers.items()}, known.read(root, path), path
-    )
+    contents = known.write(root, pieces, path, **options)
+    _check_goal(known, path, contents)
+    with _proving(path, contents) as written:
+        proof = known.read(root, written)
+        for p, piece in proof.items():
+            check_numbers(dict(piece.tensors), f"{path}: {p}", "they are too large for the dtype of the file")
+        worst = difference({known.place(root, pieces[p]): sites for p, sites in layers.items()}, proof, path)
+        if not math.isfinite(worst):
+            raise CheckpointError(f"{path}: ΔW of the file differs from the adapter's by {worst}")
     logger.info(f"saved {adapter} to {path}, a {known.says}: ΔW differs by {worst:.1e} at most in a layer")
     return worst
+
+
+def _check_goal(known: Format, path: Path, contents: Contents) -> None:
+    """CheckpointError where the files would come among others, of which a reader may take the wrong ones."""
+    if folder := next((goal for goal in contents if goal.is_dir()), None):
+        raise CheckpointError(f"{folder} is a folder, and a file is to be written there\n  name another place")
+    if path in contents:
+        return
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; what is written is a folder ({known.says})\n  name a new folder")
+    names = {goal.name for goal in contents}
+    if path.is_dir() and (others := sorted(set(os.listdir(path)) - names)):
+        problem = f"has {brief(', '.join(others))}, which is no part of a {known.says}"
+        raise CheckpointError(f"{path} {problem}\n  name a new folder: what reads this one could take another adapter")
+
+
+@contextmanager
+def _proving(path: Path, contents: Contents) -> Iterator[Path]:
+    """Where the files lie while they are read back, beside their places; they take them if the block raises nothing."""
+    beside = next(parent for parent in path.absolute().parents if parent.is_dir())  # a rename is atomic in one system
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=beside) as folder:
+        files = {goal: Path(folder) / goal.relative_to(path.parent) for goal in contents}
+        for goal, file in files.items():
+            with replacing(file) as handle:
+                handle.write(contents[goal])
+        try:
+            yield Path(folder) / path.name
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}\n  nothing was written".replace(folder, str(path.parent))) from error
+        for goal in files:
+            goal.parent.mkdir(parents=True, exist_ok=True)
+        if path not in contents and len(files) > 1:
+            goal.unlink(missing_ok=True)  # the last: an old one never lies beside the new weights
+        for goal, file in files.items():
+            os.replace(file, goal)
+            sync_folder(goal.parent)
 
 
 def _plain(site: Site, pair: Factors, dtype: torch.dtype) -> Piece:
@@ -107,8 +154,6 @@ def _native(known: Format, sites: Sequence[Site], scale: float) -> Piece:
         raise refused(f"{variant!r}, only {', '.join(known.variants)}", as_lora)
     if site.positions is not None:
         raise refused("an adapter that acts at some positions of a sequence", "keep it as our file (lora_lite.save)")
-    if scale == 0:
-        raise refused("an adapter at scale 0, which does nothing", "set its scale first")
     tensors = {name: tensor.detach() for name, tensor in site.tensors()}
     if variant != "lora":
         if scale != 1 and variant != "steer":
@@ -143,16 +188,9 @@ def _difference(sites: Sequence[Site], piece: Piece) -> float:
     if piece.cfg.variant == "steer":  # no weight holds it; a file may have it at another place, where c v is the same
         before = site.state.scale * site.tensor("lora_v").double()
         return float((piece.scale * piece.tensors["lora_v"].double() - before).norm()) / (float(before.norm()) or 1.0)
-    if piece.cfg.variant == site.cfg.variant and added_change(sites) is None:  # a method that reads W: by its tensors
-        live, scales = dict(site.tensors()), [getattr(cfg, "scaling", 1.0) for cfg in (site.cfg, piece.cfg)]
-        factors = {"lora_B": scales}  # a file may hold α/r in B
-        pairs = [
-            (live[name].double() * ours, tensor.double() * theirs)
-            for name, tensor in piece.tensors.items()
-            for ours, theirs in [factors.get(name, (1.0, 1.0))]
-        ]
-        return max(float((a - b).norm()) / (float(a.norm()) or 1.0) for a, b in pairs)
-    stand_in = make_stand_in(site.target, piece.cfg, _module(site), piece.tensors, piece.scale)
+    device = next(tensor.device for _, tensor in site.tensors())
+    tensors = {name: tensor.to(device) for name, tensor in piece.tensors.items()}
+    stand_in = make_stand_in(site.target, piece.cfg, _module(site, weight_use(piece.cfg)), tensors, piece.scale)
     experts = range(site.base.experts) if site.stacked else [None]
     changes = [(_change(sites, expert), _change([stand_in], expert)) for expert in experts]
     rest, size = (math.hypot(*norms) for norms in zip(*(_norms(*pair) for pair in changes), strict=True))
@@ -170,10 +208,14 @@ def _norms(live: Change, read: Change) -> tuple[float, float]:
     return math.hypot(rest, float((shift - other).norm())), math.hypot(live.norm(), float(shift.norm()))
 
 
-def _module(site: Site) -> nn.Module:
-    """A module of the layer's shape that holds nothing but a file's tensors."""
+def _module(site: Site, use: str) -> nn.Module:
+    """A module of the layer's shape, for a file's tensors. It has the layer's weight for a method that reads it (DoRA),
+    and none for any other."""
     stack = (site.base.experts,) if site.stacked else ()
     module = nn.Linear(site.target.d_in, site.target.d_out, bias=False, device="meta")
-    weight = torch.empty(*stack, site.target.d_out, site.target.d_in, dtype=torch.int8, device="meta")
+    if use == "unused":
+        weight = torch.empty(*stack, site.target.d_out, site.target.d_in, dtype=torch.int8, device="meta")
+    else:
+        weight = site.base.as_it_is_now().dense_weight()  # (o, i)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module

@@ -50,6 +50,7 @@ from .formats import FORMATS, format_of
 from .table import Format
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+MLX_WEIGHTS = "adapters.safetensors"  # of a folder with a CONFIG of its own
 DIFFUSERS, DIFFUSERS_SETTINGS = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 NO_MODULES: Mapping[str, nn.Module] = {}
 MOST_COMPONENTS = 8  # models of a pipeline in one file

@@ -20,7 +20,7 @@ from ..safetensors import check_numbers, replacing
 from . import adalora, by_checkpoint, by_table, forms, ia3, lora, whole
 from .beside import VARIANTS
 from .conversion import moved_keys, old_keys
-from .folder import CONFIG, WEIGHTS
+from .folder import CONFIG, MLX_WEIGHTS, WEIGHTS
 from .formats import FORMATS
 from .parts import Written, written_at
 
@@ -77,6 +77,9 @@ def save_peft(
     check_unmerged(session, "export")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; PEFT's format is a folder of two files")
+    if (folder / MLX_WEIGHTS).exists():
+        problem = f"{folder} is an MLX adapter ({MLX_WEIGHTS}), whose settings PEFT's would take the place of"
+        raise CheckpointError(f"{problem}\n  name a new folder")
     check_cut(rank, energy, max_error)
     chosen = [get_adapter(model, one) for one in ([name] if isinstance(name, str) else name)]
     layers, worst = adapted_layers(model, chosen), None

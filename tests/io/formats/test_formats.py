@@ -1,6 +1,7 @@
 """Laws over the formats of other programs: a file holds the adapter, gives it back, and drops nothing in silence."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from test_laws import logits, same_snapshot, snapshot
 
 import lora_lite as ll
 from lora_lite.cli.report import inspect
+from lora_lite.core.effective import delta_weight
+from lora_lite.io.factors import adapted_layers
+from lora_lite.io.formats.save import difference
 from lora_lite.io.formats.table import FORMATS
 
 OF_LORA = [name for name, known in FORMATS.items() if "lora" in known.variants]
@@ -118,6 +122,8 @@ def test_what_it_cannot_say_is_named(format: str, tmp_path: Path) -> None:
     ll.attach(model, config("lora")).scale = 0.0
     with pytest.raises(ll.CheckpointError, match=r"scale 0, which does nothing\n  set its scale"):
         saved(model, tmp_path, format)
+    with pytest.raises(ll.CheckpointError, match=r"scale 0, which does nothing\n  set its scale"):
+        saved(model, tmp_path, format, rank=2)
     assert not place(tmp_path, format).exists()
 
 
@@ -131,6 +137,18 @@ def test_another_model_is_refused(format: str, tmp_path: Path) -> None:
         with pytest.raises(ll.LoraLiteError, match=r"not in this|shapes|another"):
             ll.load(other, path)
         assert same_snapshot(before, snapshot(other))
+
+
+@per_format
+def test_a_config_beside_a_file_that_has_one_is_an_error(format: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    ll.attach(model, config("lora"))
+    path, _ = saved(model, tmp_path, format)
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"(adapter|adapter\.gguf|weights\.safetensors) says how its adapter was made\n  leave cfg= out",
+    ):
+        ll.load(tiny_llama(), path, cfg=config("lora"))
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
@@ -170,3 +188,104 @@ def test_what_reads_files_without_a_model_names_the_conversion(format: str, tmp_
             continue
         with pytest.raises(ll.CheckpointError, match=match):
             read(path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("format", ["gguf", "mlx", "diffusers"])  # those that put a scale into B
+def test_what_is_not_proved_takes_no_place(format: str, tmp_path: Path) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    perturb(ll.attach(other, config("lora", target_names="q_proj")), 0.2)
+    saved(other, tmp_path, format)
+    fields = {"target_names": "(q|k|o)_proj", "alpha": 4.0, "per_layer": {"q_proj": {"alpha": 4e6}}}
+    perturb(ll.attach(model, config("lora", dtype=torch.float16, **fields)), 0.2)
+    before = contents(tmp_path)
+    with pytest.raises(ll.CheckpointError, match=r"NaN, infinities or no float(.|\n)*nothing was written"):
+        saved(model, tmp_path, format)
+    with pytest.raises(ll.CheckpointError, match=r"nothing was written"):
+        ll.save_as(model, tmp_path / "new" / "a.safetensors", format)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("peft", "mlx"), ("mlx", "peft"), ("peft", "diffusers"), ("mlx", "diffusers"), ("diffusers", "mlx")],
+)
+def test_another_formats_folder_is_refused(first: str, second: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    perturb(ll.attach(model, config("lora", target_names="q_proj")), 0.2)
+    ll.save_as(model, tmp_path / "a", first)
+    before = contents(tmp_path)
+    perturb(ll.adapters(model)["default"], 0.2)
+    with pytest.raises(ll.CheckpointError, match=r"a (has|is an MLX|is no adapter folder of PEFT).*"):
+        ll.save_as(model, tmp_path / "a", second)
+    assert contents(tmp_path) == before
+    ll.save_as(model, tmp_path / "a", first)
+    other = tiny_llama()
+    ll.load(other, tmp_path / "a")
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    model = tiny_llama()
+    ll.attach(model, config("lora"))
+    (tmp_path / "a.safetensors").mkdir()
+    (tmp_path / "b").write_text("b")
+    with pytest.raises(ll.CheckpointError, match=r"a\.safetensors is a folder"):
+        ll.save_as(model, tmp_path / "a.safetensors", "diffusers")
+    for format in ("diffusers", "mlx"):
+        with pytest.raises(ll.CheckpointError, match=r"b is a file"):
+            ll.save_as(model, tmp_path / "b", format)
+
+
+def test_a_tied_embedding_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    ll.attach(model, config("lora", kinds="embedding", target_names="embed_tokens", tied_weights="together"))
+    with pytest.raises(ll.CheckpointError, match=r"embed_tokens: .*tied to another layer.*\n  .*lora_lite.save"):
+        ll.save_as(model, tmp_path / "a", "diffusers")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("format", [name for name, known in FORMATS.items() if "dora" in known.variants])
+def test_the_difference_is_of_what_the_weights_become(format: str, tmp_path: Path) -> None:
+    model, known = tiny_llama(), FORMATS[format]
+    perturb(ll.attach(model, config("dora", target_names=r"(q|up)_proj")), 0.05)
+    path, worst = saved(model, tmp_path, format)
+    assert worst < 1e-5
+    layers = adapted_layers(model, [ll.adapters(model)["default"]])
+    pieces = known.read(model, path)
+    site = layers["model.layers.1.self_attn.q_proj"][0]
+    for name, wrong in (("lora_m", 1.1), ("lora_B", 2.0)):
+        piece = pieces[site.path]
+        tensors = piece.tensors | {name: piece.tensors[name] * wrong}
+        other = tiny_llama()
+        moved = dict(ll.load(other, path).named_tensors())
+        with torch.no_grad():
+            next(t for key, t in moved.items() if key == f"{site.path}.{name}").mul_(wrong)
+        (before, _), (after, _) = (
+            delta_weight(adapted_layers(m, [ll.adapters(m)["default"]])[site.path]) for m in (model, other)
+        )
+        wanted = float((after - before).norm() / before.norm())
+        assert difference(layers, pieces | {site.path: replace(piece, tensors=tensors)}, path) == pytest.approx(
+            wanted, 1e-3
+        )
+        assert wanted > 0.1
+
+
+@pytest.mark.parametrize("format", ["mlx", "peft", "gguf"])
+def test_a_format_is_known_whatever_the_name_ends_in(format: str, tmp_path: Path) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    perturb(ll.attach(model, config("lora")), 0.2)
+    path = tmp_path / "a.safetensors"
+    ll.save_as(model, path, format)
+    if format == "gguf":
+        with pytest.raises(
+            ll.CheckpointError, match=r"no safetensors file; it is a GGUF file\n.*\n  name it a\.gguf"):
+        ):
+            ll.load(other, path)
+        path = path.rename(path.with_suffix(".gguf"))
+    ll.load(other, path)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
