@@ -159,7 +159,7 @@ def trained(stage: int, offload: bool) -> None:
 
     from lora_lite.trainer import AdapterTrainer
 
-    def trainer(run: str, steps: int, **settings: Any) -> Any:
+    def trainer(run: str, steps: int, **options: Any) -> Any:
         more = {"gradient_accumulation_steps": "auto", "train_micro_batch_size_per_gpu": "auto"}
         args = arguments(
             FOLDER / run,
@@ -168,7 +168,7 @@ def trained(stage: int, offload: bool) -> None:
             lr_scheduler_type="constant",
             deepspeed=settings(stage, offload) | more,
             use_cpu=False,
-            **settings,
+            **options,
         )
         model = built("lora", stage, late=True)[0]
         return AdapterTrainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens())
