@@ -1,13 +1,17 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) by TRL: towards plain words, or both ways.
 
     python examples/dpo.py             # on SmolLM2-135M; nothing is downloaded
-    python examples/dpo.py --poles     # one adapter: at c = +1 plain words are preferred, at c = -1 long ones
+    python examples/dpo.py --poles     # one adapter, trained at c = +1 for plain words and at c = -1 for long ones
 
 The model draws some answers to each question. Of these, the one with the largest share of short words is chosen, and
 the one with the smallest is rejected: a rule that a program checks. The reference is the model with its adapter off.
 
 With --poles each step is the sum of two losses: at c = +1 that of the pairs, at c = -1 that of the pairs the other way
 round. Nothing asks for that at the other end of the scale otherwise; the table shows both ends in either case.
+
+These few minutes train one pole alone, as far as new questions show it: with the defaults the loss of both falls from
+1.386 to 0.964, and the held-out share of plain words goes from 0.569 to 0.816 at c = +1, and to 0.564 at c = -1, where
+the answers do change (KL 0.141). More --steps on more pairs are needed to see whether the other pole follows.
 """
 
 from pathlib import Path
@@ -96,6 +100,10 @@ def main(
         logger.info(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         ll.save(base, out / "adapter.safetensors")
         rows = scores(base, tokenizer, asked, (1.0, -1.0), tokens)
+        if poles:
+            logger.info(
+                "with the defaults, expect c = +1 to move on held-out questions, and c = -1 to stay at the base's"
+            )
         show(f"DPO at {'both poles' if poles else 'c = +1'}", asked[0], rows)
         inputs = ll.prompt_batches(tokenizer, asked)[0]
         check_reload(load(source, None, dtype), out / "adapter.safetensors", inputs, logits_of(base, inputs))
