@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     def state() -> dict[str, Any]:
         tensors = get_model_state_dict(wrapped, options=ADAPTERS)
+        tensors = {key: t for key, t in tensors.items() if ".lora_" in key}  # a tied weight's second name stays there
         moments = get_optimizer_state_dict(wrapped, optimizer, options=ADAPTERS)
         return {"adapter": tensors, "optimizer": moments, "step": torch.tensor(len(losses))}
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import IDS, attach, config, tiny_llama
+from processes import both_pass
 from torch import nn
 
 import lora_lite as ll
@@ -186,3 +187,8 @@ def test_the_first_step_is_audited(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a bad batch"):
         fit(failing, tmp_path, 2)
     assert not any(layer._forward_pre_hooks for layer in failing.modules())
+
+
+@pytest.mark.slow
+def test_in_two_processes(tmp_path: Path) -> None:
+    both_pass("lightning_worker.py", tmp_path, folder=tmp_path, timeout=150)
