@@ -282,9 +282,7 @@ def test_a_format_is_known_whatever_the_name_ends_in(format: str, tmp_path: Path
     path = tmp_path / "a.safetensors"
     ll.save_as(model, path, format)
     if format == "gguf":
-        with pytest.raises(
-            ll.CheckpointError, match=r"no safetensors file; it is a GGUF file\n.*\n  name it a\.gguf"):
-        ):
+        with pytest.raises(ll.CheckpointError, match=r"no safetensors file; it is a GGUF file\n.*\n  name it a\.gguf"):
             ll.load(other, path)
         path = path.rename(path.with_suffix(".gguf"))
     ll.load(other, path)
