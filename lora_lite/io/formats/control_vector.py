@@ -68,7 +68,8 @@ def read(root: nn.Module, path: Path) -> Pieces:
                 f"  its {HINT} is {brief(repr(hint))}, and this model's type {kinds.pop()!r}"
             )
         if block == 0:
-            raise CheckpointError(f"{path}: {key}: llama.cpp refuses a vector at block 0, and so does this reader")
+            problem = "llama.cpp refuses a vector at block 0, and so does this reader"
+            raise CheckpointError(f"{path}: {key}: {problem}\n  write the file again without {key}")
         by_path[blocks[block]] = key
     targets, layers = layers_of(root, path, by_path, ("block",))
     pieces = {}
@@ -110,7 +111,8 @@ def write(root: nn.Module, pieces: Pieces, path: Path) -> Contents:
             raise CheckpointError(f"{p}: {problem}\n  keep it as our file (lora_lite.save)")
         if (block := piece.target.block) == 0:
             raise CheckpointError(f"{p}: llama.cpp has no place for a vector at block 0\n  leave it out (layers=)")
-        key, _ = f"direction.{block}", place(root, piece)
+        key = f"direction.{block}"
+        place(root, piece)  # which refuses a layer whose output isn't its block's
         if key in tensors:
             raise CheckpointError(f"{p}: a second vector at block {block}\n  steer at one place of each block")
         tensors[key] = (piece.scale * piece.tensors["lora_v"].double()).float()

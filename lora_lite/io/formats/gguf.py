@@ -116,13 +116,15 @@ def _piece(
 def check_layer(where: str, name: str, layer: BaseLayer) -> None:
     """CheckpointError for a layer on which llama.cpp has no LoRA."""
     if not (is_embedding(layer) if name == EMBEDDING else is_plain_linear(layer)):
-        raise CheckpointError(f"{where}: llama.cpp's LoRA of a {layer.kind.category} layer isn't known here\n  {_CURE}")
+        raise CheckpointError(
+            f"{where}: llama.cpp's LoRA of a layer of the kind {layer.kind.category!r} isn't known here\n  {_CURE}"
+        )
 
 
 # ---- write ------------------------------------------------------------------------------------------
 
 
-def write(root: nn.Module, pieces: Pieces, path: Path, modelfile: str | None = None) -> Contents:
+def write(root: nn.Module, pieces: Pieces, path: Path, modelfile: Any = None) -> Contents:
     """The contents of a file that llama.cpp reads; `modelfile` names Ollama's base, and a Modelfile goes beside it."""
     _check_place(path, modelfile)
     names = named_layers(root)
@@ -153,12 +155,17 @@ def write(root: nn.Module, pieces: Pieces, path: Path, modelfile: str | None = N
     return {path: file.getvalue(), **beside}
 
 
-def _check_place(path: Path, modelfile: str | None) -> None:
+def _check_place(path: Path, modelfile: Any) -> None:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; GGUF is one file, such as {path / 'adapter.gguf'}")
     if modelfile is None:
         return
-    if not modelfile or set(modelfile) & set("\r\n") or modelfile != modelfile.strip():
+    if (
+        not isinstance(modelfile, str)
+        or not modelfile
+        or set(modelfile) & set("\r\n")
+        or modelfile != modelfile.strip()
+    ):
         raise ConfigError(f"modelfile={modelfile!r}: wanted the name of Ollama's base model, such as 'llama3.2:1b'")
     other = path.parent / MODELFILE
     if other.exists() and other.read_bytes() != _modelfile(path, modelfile).encode():
@@ -173,7 +180,8 @@ def _is_tied(root: nn.Module, names: Named) -> bool:
     """Are embedding and head one tensor? Then GGUF has it once, as token_embd."""
     ends = [root.get_submodule(names.by_name[name]) for name in (EMBEDDING, HEAD) if name in names.by_name]
     weights = [getattr(module, "weight", None) for module in ends]
-    return bool(getattr(names.config, "tie_word_embeddings", False)) or (len(weights) == 2 and weights[0] is weights[1])
+    says_so = names.architecture.always_ties or getattr(names.config, "tie_word_embeddings", False)
+    return bool(says_so) or (len(weights) == 2 and weights[0] is weights[1])
 
 
 FORMAT = Format("gguf", "GGUF LoRA", ("lora",), read, write, is_path=is_path, options=frozenset({"modelfile"}))

@@ -58,6 +58,7 @@ class Architecture:
 
     name: str  # general.architecture
     order: Order = same
+    always_ties: bool = False  # does llama.cpp take the embedding for the head, whatever the config says?
     is_plain: bool = True  # does a block add what its MLP's last layer puts out as it is?
 
 
@@ -77,7 +78,7 @@ ARCHITECTURES = {  # by model_type of transformers
     "qwen2_moe": Architecture("qwen2moe"),
     "qwen3_moe": Architecture("qwen3moe"),
     "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2", is_plain=False),
+    "gemma2": Architecture("gemma2", always_ties=True, is_plain=False),
     "gemma3_text": Architecture("gemma3", is_plain=False),
     "phi": Architecture("phi2"),
     "phi3": Architecture("phi3"),

@@ -1,6 +1,7 @@
 """Adapters of other programs' files attached as adapters of this library."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -77,7 +78,8 @@ def check_ours(path: Path) -> None:
     """CheckpointError for a file that only `load` reads, on a model: neither ours nor a folder of PEFT's."""
     if (loader := loader_of(path)) is None or (loader is load_peft and path.is_dir()):
         return
-    convert = f"lora-lite convert {path} adapter.safetensors --base BASE"  # in the one line that the command shows
+    # in the one line that the command shows
+    convert = f"lora-lite convert {shlex.quote(str(path))} adapter.safetensors --base BASE"
     raise CheckpointError(f"{path} is another program's adapter; make a file of ours of it: {convert}")
 
 

@@ -36,6 +36,7 @@ from ..peft.kinds import is_plain_linear
 from ..peft.lora import magnitude
 from ..safetensors import Header, read_header, read_json
 from .format import Contents, Format, Piece, Pieces, config, read_matrix
+from .gguf_names import text_config
 
 _OURS = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "lora_m"}
 _NAMES = {"lora": {"lora_A", "lora_B"}, "dora": {"lora_A", "lora_B", "lora_m"}}  # by fine_tune_type
@@ -85,7 +86,9 @@ def _piece(header: Header, kind: str, scale: float, keys: Mapping[str, str], tar
     if keys.keys() != wanted:
         raise CheckpointError(f"{where} has {', '.join(sorted(keys))}\n  wanted {', '.join(sorted(wanted))}")
     if not is_plain_linear(layer):
-        raise CheckpointError(f"{where}: MLX's LoRA of a {layer.kind.category} layer isn't read here\n  {_CURE}")
+        raise CheckpointError(
+            f"{where}: MLX's LoRA of a layer of the kind {layer.kind.category!r} isn't read here\n  {_CURE}"
+        )
     a, b = (read_matrix(header, keys[name]).mT.contiguous() for name in ("lora_A", "lora_B"))  # (r, i), (o, r)
     values = {"lora_A": a, "lora_B": b if scale > 0 else -b}
     if "lora_m" in wanted:
@@ -107,6 +110,12 @@ def write(root: nn.Module, pieces: Pieces, path: Path) -> Contents:
     if others:
         kind = pieces[others[0]].layer.kind.category
         raise CheckpointError(f"{others[0]}: MLX's LoRA of a layer of the kind {kind!r} isn't written here\n  {_CURE}")
+    is_composite = text_config(root) is not getattr(root, "config", None)  # a vision tower beside the language model
+    for p, piece in pieces.items():
+        if any(isinstance(m, nn.Embedding) and m.weight is piece.layer.module.weight for m in root.modules()):
+            raise CheckpointError(f"{p} is tied to the embedding, and mlx-lm has no such layer then\n  {_CURE}")
+        if is_composite and not {"language_model", "lm_head"} & set(p.split(".")):
+            raise CheckpointError(f"{p} is outside of the language model, which is all that mlx-lm loads\n  {_CURE}")
     configs: dict[str, Any] = {p: piece.cfg for p, piece in pieces.items()}
     rank = max(cfg.r for cfg in configs.values())
     (scale, _), *_ = Counter(cfg.scaling for cfg in configs.values()).most_common(1)

@@ -45,6 +45,9 @@ def save_as(
     format      "lora-lite", "peft" (as save_peft), or one of docs/formats.md, which has the `options` of each
     rank, energy, max_error     as of save_peft: methods of any kind as a plain LoRA, which includes the scale
 
+    Files of "lora-lite" and "peft" have the adapter's tensors bit for bit and aren't read back: without a rank 0 is
+    returned for them, and with one what it cuts off.
+
     Returns the greatest relative difference ‖ΔW of the file - ΔW‖ / ‖ΔW‖ of a layer, which is logged: 0 where the
     numbers are the same; the rounding, where the format has 16 bits; what a rank cuts off.
 

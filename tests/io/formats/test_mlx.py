@@ -122,7 +122,7 @@ def test_what_a_folder_cannot_be_is_named(tmp_path: Path) -> None:
     refused(r"wrong shapes", tensors | {f"{path}.lora_b": torch.ones(3, 64)})
     refused(r"NaN", tensors | {f"{path}.lora_b": torch.full((4, 64), float("nan"))})
     refused(
-        r"embed_tokens: MLX's LoRA of a embedding|is no linear layer",
+        r"embed_tokens: MLX's LoRA of a layer of the kind 'embedding'|is no linear layer",
         {"model.embed_tokens.lora_a": torch.ones(96, 2), "model.embed_tokens.lora_b": torch.ones(2, 64)},
     )
     with pytest.raises(ll.CheckpointError, match="is a file; what is written is a folder"):
@@ -139,3 +139,10 @@ def test_what_is_not_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ll.CheckpointError, match=r"holds one method, and here are dora, lora\n.*rank="):
         ll.save_as(model, tmp_path / "a", "mlx")
     assert not (tmp_path / "a").exists()
+
+
+def test_layers_that_mlx_lm_cannot_load_are_named(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    ll.attach(model, config("lora", target_names="lm_head", tied_weights="apart"))
+    with pytest.raises(ll.CheckpointError, match=r"lm_head is tied to the embedding, and mlx-lm has no such layer"):
+        ll.save_as(model, tmp_path / "a", "mlx")
