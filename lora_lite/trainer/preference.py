@@ -58,7 +58,7 @@ def snapshot(model: nn.Module) -> nn.Module:
     tensors = {path: t.detach().clone().requires_grad_(t.requires_grad) for path, t in placed.items()}
     states = session_of(root)[1].adapters.values()
     scales: dict[str | None, float] = {state.name: 0.0 if state.unloaded else state.scale for state in states}
-    return Reference(root, {None: 0.0} | scales, tensors)
+    return Reference(root, {None: 0.0, **scales}, tensors)
 
 
 PARTS = "get_base_model", "get_decoder", "get_encoder", "get_input_embeddings", "get_output_embeddings"  # that give it
