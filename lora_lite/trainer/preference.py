@@ -57,14 +57,9 @@ def snapshot(model: nn.Module) -> nn.Module:
     placed = {path: tensor for adapter in trained for path, tensor in _placed(root, adapter.name).items()}
     tensors = {path: t.detach().clone().requires_grad_(t.requires_grad) for path, t in placed.items()}
     states = session_of(root)[1].adapters.values()
-<<<<<<< HEAD
     scales: dict[str | None, float] = {None: 0.0}  # of names that come later
     scales |= {state.name: 0.0 if state.unloaded else state.scale for state in states}
     return Reference(root, scales, tensors)
-=======
-    scales: dict[str | None, float] = {state.name: 0.0 if state.unloaded else state.scale for state in states}
-    return Reference(root, {None: 0.0, **scales}, tensors)
->>>>>>> m1
 
 
 PARTS = "get_base_model", "get_decoder", "get_encoder", "get_input_embeddings", "get_output_embeddings"  # that give it
