@@ -31,7 +31,7 @@ Pieces = dict[str, Piece]
 """The pieces of an adapter by the layers' paths in the model."""
 
 Contents = dict[Path, bytes]
-"""What is to be written, by the path of each file."""
+"""The bytes to be written, by the path of each file."""
 
 
 def on_its_layer(_: nn.Module, piece: Piece) -> str:
