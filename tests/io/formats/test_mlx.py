@@ -9,6 +9,7 @@ import torch
 from models import IDS, config, perturb, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_laws import logits
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lora_lite as ll
 
@@ -146,3 +147,16 @@ def test_layers_that_mlx_lm_cannot_load_are_named(tmp_path: Path) -> None:
     ll.attach(model, config("lora", target_names="lm_head", tied_weights="apart"))
     with pytest.raises(ll.CheckpointError, match=r"lm_head is tied to the embedding, and mlx-lm has no such layer"):
         ll.save_as(model, tmp_path / "a", "mlx")
+
+
+def test_a_vision_tower_is_named(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(**sizes, vocab_size=50)
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=5))
+    ll.attach(model, config("lora", target_names="vision_tower.*q_proj"))
+    with pytest.raises(ll.CheckpointError, match=r"vision_tower.*q_proj is outside of the language model"):
+        ll.save_as(model, tmp_path / "a", "mlx")
+    ll.detach(model)
+    ll.attach(model, config("lora", target_names="language_model.*q_proj"))
+    assert ll.save_as(model, tmp_path / "a", "mlx") < 1e-6
