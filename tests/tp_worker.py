@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from loguru import logger
 from models import SIZES, config, moe, tiny_llama
+from processes import leave
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import parallel as torch_parallel
@@ -408,7 +409,7 @@ def member(rank: int) -> None:
             job()
         except Exception as error:
             raise RuntimeError(job.__name__) from error
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

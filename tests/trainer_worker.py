@@ -10,7 +10,7 @@ import pytest
 import torch
 from loguru import logger
 from models import IDS, config, tiny_llama
-from processes import two_on_cpu
+from processes import leave, two_on_cpu
 from safetensors.torch import load_file
 from test_audit import SMALL
 from test_ecosystem import Tokens, arguments
@@ -141,4 +141,4 @@ if __name__ == "__main__":
         deepspeed.init_distributed(dist_backend="gloo")
         two_on_cpu()
         zero()
-    torch.distributed.destroy_process_group()
+    leave()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from loguru import logger
 from models import config, tiny_llama
+from processes import leave
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_lite as ll
@@ -82,4 +83,4 @@ if __name__ == "__main__":
     logger.disable("lora_lite")
     torch.set_num_threads(1)
     main()
-    dist.destroy_process_group()
+    leave()

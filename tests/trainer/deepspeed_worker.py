@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 from models import config, perturb, tiny_llama
-from processes import two_on_cpu
+from processes import leave, two_on_cpu
 
 import lora_lite as ll
 
@@ -259,4 +259,4 @@ if __name__ == "__main__":
     two_on_cpu()
     name, _, stage = JOB.partition(" ")
     jobs[name](int(stage or 0))
-    dist.destroy_process_group()
+    leave()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 from models import config, tiny_llama
+from processes import leave
 from safetensors.torch import load_file
 from torch import nn
 
@@ -186,4 +187,4 @@ if __name__ == "__main__":
         ll.attach(model, ll.AdapterConfig(variant="broken"))  # of DDP and FSDP2 it comes before any collective call
         print("attached", flush=True)
         dist.all_reduce(torch.ones(1))  # as the next step of a training
-    dist.destroy_process_group()
+    leave()

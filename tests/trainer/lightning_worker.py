@@ -10,6 +10,7 @@ import conftest  # noqa: F401  puts the folders of the tests on the path
 import torch
 import torch.distributed as dist
 from loguru import logger
+from processes import leave
 from test_lightning import fit, module, values
 
 import lora_lite as ll
@@ -41,4 +42,4 @@ if __name__ == "__main__":
     logger.disable("lora_lite")
     torch.set_num_threads(1)
     main()
-    dist.destroy_process_group()
+    leave()

@@ -8,6 +8,9 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
 
 
 @dataclass
@@ -58,6 +61,21 @@ def two_on_cpu() -> None:
     from accelerate.utils import DistributedType
 
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
+
+
+def leave() -> NoReturn:
+    """End this process, one of a group, with code 0 and without the interpreter's own end.
+
+    Gloo's threads end with the group, and that outlives its destruction: functions of torch.distributed.nn.functional
+    and deepspeed.comm.torch, imported once it is there, have it as a default argument. A thread that lets go of a
+    collective call's tensor while the interpreter ends is unwound through C++, which aborts the process now and then:
+    "terminate called without an active exception".
+    """
+    dist.barrier()  # nobody's connection ends while another process needs it
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def both_pass(*arguments: str | Path, folder: Path, **options: float) -> None:

@@ -14,7 +14,7 @@ import torch
 from datasets import load_from_disk
 from loguru import logger
 from models import config, perturb, tiny_llama
-from processes import two_on_cpu
+from processes import leave, two_on_cpu
 from trl_tiny import KINDS, logged, trainer_of, trl_arguments
 
 import lora_lite as ll
@@ -90,4 +90,4 @@ if __name__ == "__main__":
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         two_on_cpu()
     main()
-    torch.distributed.destroy_process_group()
+    leave()
