@@ -19,9 +19,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import ParallelismConfig
 from loguru import logger
 from models import SIZES, config, moe, tiny_llama
 from processes import leave
+from test_ecosystem import Tokens, arguments
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import parallel as torch_parallel
@@ -37,6 +39,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import lora_lite as ll
+from lora_lite.trainer import AdapterTrainer
 
 WORLD, SECONDS = 2, 600  # for all jobs; alone on two cores they take 90
 BATCH = torch.arange(96).reshape(4, 24) * 7 % 96
@@ -396,14 +399,55 @@ def by_torch() -> None:
         model.model.layers[0].mlp.down_proj(torch.ones(4, 64))
 
 
+def by_trainer() -> None:
+    """transformers' Trainer: batches are the same in all processes, and losses and values those of one."""
+    model = parted("llama")
+    cfg = ll.LoRAConfig(r=4, **EVERYWHERE)
+    torch.manual_seed(5)
+    adapter = ll.attach(model, cfg)
+    batches: list[torch.Tensor] = []
+    seen = model.register_forward_pre_hook(
+        lambda module, args, options: batches.append(options["input_ids"].clone()), with_kwargs=True
+    )
+    options = {"max_grad_norm": 0.05, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "save_only_model": True}
+    with pytest.MonkeyPatch.context() as patch:  # Accelerate asks for an accelerator; what it does needs none
+        patch.setattr(ParallelismConfig, "_validate_accelerator", lambda *_: None)
+        args = arguments(FOLDER / "trained", max_steps=3, save_steps=3, logging_steps=1, **options)
+        trainer = AdapterTrainer(model, args, train_dataset=Tokens())
+        trainer.train()
+    seen.remove()
+    for batch in batches:
+        same_in_all_processes(batch)
+    logs = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+    alone = whole("llama").train()
+    torch.manual_seed(5)
+    one = ll.attach(alone, cfg)
+    optimizer, wanted = torch.optim.AdamW(one.parameters(), lr=args.learning_rate, eps=1e-4, weight_decay=0), []
+    for batch in batches[:3]:
+        loss = alone(input_ids=batch, labels=batch).loss
+        loss.backward()
+        wanted.append((loss.item(), float(torch.nn.utils.clip_grad_norm_(list(one.parameters()), 0.05))))
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(torch.tensor(logs), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+    assert wanted[0][1] > 0.05  # the norm over all processes is clipped
+    again = whole("llama")
+    file = ll.load(again, FOLDER / "trained" / "checkpoint-3" / "default.safetensors").state_dict()
+    for key, tensor in one.named_tensors():
+        torch.testing.assert_close(full(dict(adapter.named_tensors())[key]), tensor, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(file, one.state_dict(), rtol=1e-4, atol=2e-6)
+
+
 def member(rank: int) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     torch.set_num_threads(1)
     logger.disable("lora_lite")
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, and not used: the group is there
     store = f"file://{FOLDER}/rendezvous"
     dist.init_process_group("gloo", store, timeout=timedelta(seconds=60), rank=rank, world_size=WORLD)
-    jobs = (training, files, life, positions, refusals, afterwards, room, by_torch)
+    jobs = (training, files, life, positions, refusals, afterwards, room, by_torch, by_trainer)
     for job in jobs if len(sys.argv) == 2 else [job for job in jobs if job.__name__ in sys.argv[2:]]:
         try:
             job()
