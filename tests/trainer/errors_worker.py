@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from loguru import logger
-from models import config, tiny_llama
+from models import config, perturb, tiny_llama
 from processes import leave
 from safetensors.torch import load_file
 from torch import nn
@@ -82,6 +82,7 @@ def raises() -> None:
     if KIND == "fsdp":
         audits()
         beside_a_whole_one()
+        on_a_history()
     else:
         fresh = sharded(tiny_llama())
         with fails(1, "is not a file"):
@@ -144,6 +145,24 @@ def beside_a_whole_one() -> None:
     with fails(1, "both1/whole.safetensors"):
         restore_all(model, both, together=True)
     restore_all(model, FOLDER / "both0", together=True)
+
+
+def on_a_history() -> None:
+    """The first process saves a whole adapter alone, and digests the history on sharded layers, whose tensors are
+    buffers, which fully_shard leaves whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    from lora_lite.trainer.files import restore_all, save_all
+
+    model = tiny_llama()
+    for block in range(2):
+        perturb(ll.attach(model, config("lora", target_names=rf"layers\.{block}\..*up_proj")))
+        if block == 0:
+            ll.freeze_into(model)
+    fully_shard(model.model.layers[0])
+    assert [adapter.is_sharded for adapter in ll.adapters(model).values()] == [True, False]
+    save_all(model, FOLDER / "kept", dist.get_rank() == 0, together=True)
+    restore_all(model, FOLDER / "kept", together=True)
 
 
 @ll.register
