@@ -471,4 +471,4 @@ def member(rank: int) -> None:
 
 if __name__ == "__main__":
     write_folders()
-    mp.spawn(member, nprocs=WORLD)
+    mp.start_processes(member, nprocs=WORLD, start_method="fork")  # their imports are done

@@ -790,4 +790,5 @@ if __name__ == "__main__":
     elif name == "killed":
         killed(Path(folder))
     else:
-        mp.spawn(member, args=({"ddp": ddp, "fsdp": fsdp}[name], folder), nprocs=WORLD)
+        job = {"ddp": ddp, "fsdp": fsdp}[name]
+        mp.start_processes(member, args=(job, folder), nprocs=WORLD, start_method="fork")

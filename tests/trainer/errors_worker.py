@@ -1,6 +1,5 @@
 """One of two processes in which one of them fails: python errors_worker.py zero|fsdp attach|raises FOLDER."""
 
-import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import conftest  # noqa: F401  puts the folders of the tests on the path
 import pytest
 import torch
 import torch.distributed as dist
-from loguru import logger
 from models import config, perturb, tiny_llama
-from processes import leave
+from processes import in_two
 from safetensors.torch import load_file
 from torch import nn
 
@@ -187,15 +185,8 @@ class Broken:
         return y + layer.lora_d
 
 
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(150, exit=True)  # whatever hangs says where
-    logger.disable("lora_lite")
-    torch.set_num_threads(1)
+def main() -> None:
     if KIND == "zero":
-        import deepspeed
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     else:
         dist.init_process_group("gloo")
@@ -206,4 +197,12 @@ if __name__ == "__main__":
         ll.attach(model, ll.AdapterConfig(variant="broken"))  # of DDP and FSDP2 it comes before any collective call
         print("attached", flush=True)
         dist.all_reduce(torch.ones(1))  # as the next step of a training
-    leave()
+
+
+if __name__ == "__main__":
+    if KIND == "zero":
+        import deepspeed
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
+    in_two(main, 150)

@@ -132,7 +132,9 @@ def test_online_dpo_calls_a_head_and_trains_it(tmp_path: Path) -> None:
     start = ll.adapters(model)["default"].state_dict()["lm_head.lora_B"].clone()
     trainer = trainer_of("online_dpo", model, tmp_path)
     trainer.train()
-    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=5e-5)  # of four digits: the reference has the head as it was
+    assert logged(trainer, "loss")[0] == pytest.approx(
+        math.log(2), abs=5e-5
+    )  # of four digits: the reference has the head as it was
     assert not torch.equal(ll.adapters(model)["default"].state_dict()["lm_head.lora_B"], start)
 
 
