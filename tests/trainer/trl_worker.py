@@ -1,6 +1,5 @@
 """One of two processes in which TRL's trainers run, with torchrun's variables: ddp, zero2 or zero3, then a folder."""
 
-import faulthandler
 import json
 import os
 import sys
@@ -10,11 +9,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  puts the folders of the tests on the path
 import pytest
-import torch
 from datasets import load_from_disk
-from loguru import logger
 from models import config, perturb, tiny_llama
-from processes import two_on_cpu
+from processes import in_two, two_on_cpu
 from trl_tiny import KINDS, logged, trainer_of, trl_arguments
 
 import lora_lite as ll
@@ -80,14 +77,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(280, exit=True)  # whatever hangs says where
-    logger.disable("lora_lite")
-    torch.set_num_threads(1)
     if JOB != "ddp":
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         two_on_cpu()
-    main()
-    torch.distributed.destroy_process_group()
+    in_two(main)
