@@ -45,11 +45,11 @@ EXPECTED: list[tuple[str, dict[str, Any], Rows]] = [
     ("falcon", FALCON | {"new_decoder_architecture": True}, BY_HEAD),
     ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, BY_GROUP),
 ]
-SAME = """
-    apertus cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_oss
-    hunyuan_v1_dense jais2 nemotron olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss stablelm
-    starcoder2
-""".split()
+SAME = [
+    *("apertus", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2"),
+    *("gpt_bigcode", "gpt_oss", "hunyuan_v1_dense", "jais2", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "stablelm", "starcoder2"),
+]
 """Rotary pairs half a head apart in llama.cpp too, or neighbours in both; q, k and v apart, or one below the other."""
 LAYERS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -60,7 +60,9 @@ def rows(kind: str, config: dict[str, Any], layer: str, d_out: int) -> list[int]
     return list(range(d_out)) if order is None else order.tolist()
 
 
-@pytest.mark.parametrize(("kind", "config", "expected"), EXPECTED, ids=lambda value: value if type(value) is str else "")
+@pytest.mark.parametrize(
+    ("kind", "config", "expected"), EXPECTED, ids=lambda value: value if type(value) is str else ""
+)
 def test_the_rows_of_a_type(kind: str, config: dict[str, Any], expected: Rows) -> None:
     for layer in LAYERS:
         wanted = expected.get(layer, list(range(32)))
