@@ -16,12 +16,11 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hostile_gguf
-import jaxtyping
 import pytest
 import torch
 from models import OneLinear, config, perturb, tiny_llama
@@ -894,18 +893,18 @@ CASES: dict[str, list[Case]] = {
 # ---- the law ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _without_type_checks() -> Iterator[None]:
-    """Users have none: a type check's own error must not stand in for ours."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def untouched(model: Any) -> dict[str, Any]:
+    """The model before the first case: each leaves it so."""
+    return snapshot(model)
 
 
 def disk(folder: Path) -> dict[str, Any]:
@@ -942,12 +941,14 @@ def problem_with(message: str) -> str | None:
         for name, damage, right in CASES[reader]
     ],
 )
-def test_a_hostile_file(reader: str, damage: Damage, right: str, model: Any, tmp_path: Path, request: Any) -> None:
+def test_a_hostile_file(
+    reader: str, damage: Damage, right: str, model: Any, untouched: Any, tmp_path: Path, request: Any
+) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     file = copied(reader, folder)
     damage(file, random.Random(request.node.callspec.id))
-    before, held = snapshot(model), disk(tmp_path)
+    held = disk(tmp_path)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     start, clock = memory()["VmRSS"], time.process_time()
@@ -969,7 +970,7 @@ def test_a_hostile_file(reader: str, damage: Damage, right: str, model: Any, tmp
         assert all(torch.equal(loaded[key], value) for key, value in written.items())
     if ll.adapters(model):
         ll.detach(model)
-    assert same_snapshot(before, snapshot(model))
+    assert same_snapshot(untouched, snapshot(model))
     assert disk(tmp_path) == held
     assert not (folder / MARKER).exists()
 
