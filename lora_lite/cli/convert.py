@@ -98,7 +98,7 @@ def _class_of(config: Mapping[str, Any], record: BaseRecord | None) -> Any:
     named = config.get("architectures")
     names = [*([] if record is None else [record.class_name]), *(named if isinstance(named, list) else [])]
     for name in names:
-        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
         is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         if is_model and getattr(kind.config_class, "model_type", None) == config.get("model_type"):
             return kind
