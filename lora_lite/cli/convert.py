@@ -53,7 +53,7 @@ def convert(
             kind = "folder of PEFT's" if to == PEFT else "file of ours"
             raise ConfigError(f"{target} would be a {kind}\n  say what it is to be, --to {' or '.join(NAMES)}")
     # Known before the base takes its minute to load.
-    texts = FORMATS[to].options if to in FORMATS else frozenset()
+    texts = set(FORMATS[to].options) if to in FORMATS else set()
     if unknown := sorted(options.keys() - texts) if to in NAMES else []:
         wanted = f"wanted one of {sorted(texts) or 'none'}"
         cure = "\n  say it as --per-expert" if unknown[0] == "per_expert" else ""
