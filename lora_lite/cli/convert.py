@@ -53,7 +53,7 @@ def convert(
             kind = "folder of PEFT's" if to == PEFT else "file of ours"
             raise ConfigError(f"{target} would be a {kind}\n  say what it is to be, --to {' or '.join(NAMES)}")
     # Known before the base takes its minute to load.
-    texts = FORMATS[to].options if to in FORMATS else frozenset()
+    texts = set(FORMATS[to].options) if to in FORMATS else set()
     if unknown := sorted(options.keys() - texts) if to in NAMES else []:
         wanted = f"wanted one of {sorted(texts) or 'none'}"
         cure = "\n  say it as --per-expert" if unknown[0] == "per_expert" else ""
@@ -98,7 +98,7 @@ def _class_of(config: Mapping[str, Any], record: BaseRecord | None) -> Any:
     named = config.get("architectures")
     names = [*([] if record is None else [record.class_name]), *(named if isinstance(named, list) else [])]
     for name in names:
-        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
         is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         if is_model and getattr(kind.config_class, "model_type", None) == config.get("model_type"):
             return kind

@@ -855,6 +855,10 @@ def test_convert_checks_its_wishes_before_it_opens_the_base(tmp_path: Path) -> N
         ([ours, new, "--rank", 2, "--to", "gguf-control-vector"], "rank and energy make a LoRA, and it holds none"),
         ([ours, new, "--to", "mlx", "--per-expert"], "format='mlx' has no option 'per_expert': wanted one of none"),
         ([ours, new, "--to", "mlx", "--set", "prefix=a"], "--set prefix: format='mlx' has no such option: wanted one"),
+        ([ours, new, "--to", "kohya", "--set", "prefix=a"], "prefix='a': wanted one of lora_unet"),
+        ([ours, new, "--to", "kohya", "--set", "names=a"], "names='a': wanted 'diffusers' or 'original'"),
+        ([ours, new, "--to", "diffusers", "--set", "prefix=a b"], "prefix='a b': wanted a component's name"),
+        ([ours, new, "--to", "gguf", "--set", "modelfile="], "modelfile='': wanted the name of Ollama's base model"),
         ([ours, new, "--set", "prefix=a"], "--set prefix: format='peft' has no such option: wanted one of none"),
         (
             [ours, new, "--set", "per_expert=false"],

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,20 +31,23 @@ OURS, PEFT = "lora-lite", "peft"
 
 def check_wishes(
     format: str,
-    options: Iterable[str] = (),
+    options: Mapping[str, Any],
     rank: int | None = None,
     energy: float | int | None = None,
     max_error: float | int | None = None,
 ) -> Format | None:
     """The format of that name, None for ours and PEFT's, before a model is looked at. ConfigError for an unknown one,
-    for an option that it hasn't, and for a cut to a LoRA that it can't hold."""
+    for an option that it hasn't, or not with this value, and for a cut to a LoRA that it can't hold."""
     if format not in (OURS, PEFT, *FORMATS):
         raise ConfigError(f"format={format!r}: wanted one of {', '.join((OURS, PEFT, *FORMATS))}")
     check_cut(rank, energy, max_error)
     known, is_cut = FORMATS.get(format), rank is not None or energy is not None
-    allowed = known.options if known is not None else frozenset({"per_expert"} if format == PEFT else ())
-    if unknown := sorted(set(options) - allowed):
+    allowed = set(known.options) if known is not None else {"per_expert"} if format == PEFT else set()
+    if unknown := sorted(options.keys() - allowed):
         raise ConfigError(f"format={format!r} has no option {unknown[0]!r}: wanted one of {sorted(allowed) or 'none'}")
+    for option, check in known.options.items() if known is not None else ():
+        if option in options:
+            check(options[option])
     if is_cut and format == OURS:
         raise ConfigError("a file of ours holds every method as it is\n  leave rank and energy out")
     if is_cut and known is not None and "lora" not in known.variants:
