@@ -59,10 +59,12 @@ def two_processes(script: str, *arguments: str | Path, folder: Path, timeout: fl
     return Ended(**json.loads(ended.read_text()), logs=[log.read_text() for log in logs])
 
 
-def in_two(job: Callable[[], None], seconds: int = 280) -> None:
+def in_two(job: Callable[[], None], seconds: int = 280) -> list[int]:
     """Do a job in two processes with torchrun's variables, which fork from this one: its imports, most of the time of a
-    short job, are done once."""
-    folder, ranks, ends = Path(os.environ[LOGS]), {}, {}
+    short job, are done once. Returns their exit codes."""
+    folder = Path(os.environ[LOGS])
+    ranks: dict[int, int] = {}
+    ends: dict[int, tuple[int, float]] = {}
     for rank in range(2):
         log = (folder / f"log{rank}").open("w")
         if (process := os.fork()) == 0:
@@ -83,8 +85,9 @@ def in_two(job: Callable[[], None], seconds: int = 280) -> None:
     while len(ends) < 2:
         process, status = os.wait()
         ends[ranks[process]] = os.waitstatus_to_exitcode(status), time.monotonic()
-    (first, start), (second, end) = ends[0], ends[1]
-    (folder / "ended.json").write_text(json.dumps({"codes": [first, second], "apart": abs(start - end)}))
+    codes, times = zip(*(ends[rank] for rank in range(2)), strict=True)
+    (folder / "ended.json").write_text(json.dumps({"codes": codes, "apart": max(times) - min(times)}))
+    return list(codes)
 
 
 def two_on_cpu() -> None:
