@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,32 @@ def code(file: Path) -> str:
         or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
     ]
     return "\n".join(text.splitlines()[max(last) :]).strip()
+
+
+LABEL = re.compile(r"(Identity|Base|Departs|Checked) +(.*)")
+
+
+def split(document: str) -> tuple[str, dict[str, str]]:
+    """A method's docstring: its equation as it stands, and what it says under each label as prose."""
+    equation: list[str] = []
+    labels: dict[str, str] = {}
+    label = ""
+    for line in document.partition("\n\n")[2].splitlines():
+        if match := LABEL.match(line):
+            label = match[1]
+            labels[label] = match[2]
+        elif label:
+            labels[label] += f" {line.strip()}"
+        else:
+            equation.append(line)
+    return textwrap.dedent("\n".join(equation)).strip(), labels
+
+
+def prose(text: str) -> str:
+    """Words of a docstring as Markdown: nothing in them is markup but `code`."""
+    return "`".join(
+        part if n % 2 else re.sub(r"([\\*_<>\[\]|$#~^])", r"\\\1", part) for n, part in enumerate(text.split("`"))
+    )
 
 
 def shown(field: "dataclasses.Field[Any]") -> str:
@@ -97,9 +124,13 @@ def page(name: str, row: dict[str, str]) -> str:
     document = inspect.getdoc(module) or ""
     peft = re.search(r"PEFT(?:'s)? (\w+Config(?:\([^)]*\)*)?)", document)
     file = Path(inspect.getfile(module))
-    pair = f"::::{{container}} pair\n```text\n{document}\n```\n\n```python\n{code(file)}\n```\n::::"
+    equation, labels = split(document)
+    said = "\n\n".join(f"**{label}** {prose(text)}" for label, text in labels.items())
+    left = f":::{{container}} equation\n```text\n{equation}\n```\n\n{said}\n:::"
+    pair = f"::::{{container}} pair\n{left}\n\n```python\n{code(file)}\n```\n::::"
     abilities = [f"{heading}\n: {row[column]}\n" for column, heading in COLUMNS.items()]
     return "\n".join([
+        "---\nhide-toc: true\n---\n",
         f"# {link[1] if link is not None else title}",
         f"\n`{name}`: {sentence}.",
         f"\nPaper: <{link[2]}>" if link is not None else "",

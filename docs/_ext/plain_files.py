@@ -12,10 +12,11 @@ PAGES = {"DEVELOPER.md": "developer", "CHANGELOG.md": "changelog", "AGENTS.md": 
 
 def as_page(app: Sphinx, name: str, source: list[str]) -> None:
     """The links of a page, as they are in a checkout, to pages of the site; and a file's text in the page of its own."""
-    for file, page in PAGES.items():
-        if name == page:
-            source[0] = re.sub(r"\]\(docs/", "](", (ROOT / file).read_text())
-        source[0] = source[0].replace(f"](../{file}", f"]({page}.md").replace(f"]({file}", f"]({page}.md")
+    files = {page: file for file, page in PAGES.items()}
+    if name in files:
+        source[0] = (ROOT / files[name]).read_text().replace("](docs/", "](")
+    for page, file in files.items():
+        source[0] = re.sub(rf"\]\((?:\.\./)?{re.escape(file)}", f"]({page}.md", source[0])
     # A file of the sources has no page: its path is what helps.
     source[0] = re.sub(r"\[([^\]]+)\]\((?:\.\./)*(?:lora_lite|tests|examples|benchmarks)/[^)]*\)", r"\1", source[0])
 
@@ -24,7 +25,6 @@ def write_llms_txt(app: Sphinx, error: Exception | None) -> None:
     """llms.txt for whoever fetches the site: the links lead to the pages' sources, which are served as text."""
     if error is None and app.builder.name == "html":
         text = re.sub(r"\]\(docs/([\w/-]+)\.md\)", r"](_sources/\1.md.txt)", (ROOT / "llms.txt").read_text())
-        text = re.sub(r"\]\(AGENTS\.md\)", "](AGENTS.md)", text)
         (Path(app.outdir) / "llms.txt").write_text(text)
         (Path(app.outdir) / "AGENTS.md").write_text((ROOT / "AGENTS.md").read_text())
 

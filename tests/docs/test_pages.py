@@ -155,3 +155,22 @@ def test_a_command_that_is_none_is_found() -> None:
     for line in ("lora-lite inspect a --nothing", "make nothing", "python examples/nothing.py", "nothing"):
         with pytest.raises(AssertionError):
             test_a_command_of_a_page_is_one(block, line)
+
+
+BEGINNING, *FAULTS = blocks(DOCS / "found_wrong.md", "python")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the libraries' own, some of which are part of the fault
+@pytest.mark.parametrize("block", FAULTS, ids=lambda block: block.heading)
+def test_what_is_wrong_elsewhere_still_is(block: Block) -> None:
+    """Each reproduction asserts its fault on the pinned versions: one that is mended goes from the page."""
+    scope: dict[str, Any] = {}
+    BEGINNING.run(scope, {})
+    block.run(scope, {})
+
+
+def test_each_fault_names_its_law() -> None:
+    sections = re.split(r"^## ", (DOCS / "found_wrong.md").read_text(), flags=re.M)[1:]
+    assert len(sections) == len(FAULTS) >= 8
+    assert all(re.search(r"\bThe laws?: ", section) or "`tests/" in section for section in sections)
