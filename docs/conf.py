@@ -22,11 +22,14 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|transformers|jaxtyping|accelerate|lightning)\b.*"),
     # The standard library's.
     (r"py:.*", r"(collections|contextlib|typing|pathlib|os|enum)\b.*|Any|None"),
+    # Annotations that stay strings: of jaxtyping's shapes, and a type behind TYPE_CHECKING.
+    (r"py:class", r"Tensor|Prompt"),
     # Types of this library's rooms that aren't public; that all public names have a page is a test.
     (r"py:.*", r"lora_lite\.(base|compose|core|families|measure|merging|trainer)\..*"),
 ]
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_block", "attrs_inline"]
 myst_heading_anchors = 4
+smartquotes = False  # a quote in prose is often code
 nb_execution_mode = "off"  # the notebooks hold what they gave; a test runs them anew
 copybutton_prompt_text = "$ "
 

@@ -50,7 +50,9 @@ def trains(scope: dict[str, Any]) -> bool:
 
 
 def rows_are_their_own(scope: dict[str, Any]) -> bool:
-    return torch.allclose(scope["each"][0], scope["wanted"][0], atol=1e-5) and list(ll.adapters(scope["model"])) == ["default"]
+    return torch.allclose(scope["each"][0], scope["wanted"][0], atol=1e-5) and list(ll.adapters(scope["model"])) == [
+        "default"
+    ]
 
 
 def without_training(scope: dict[str, Any]) -> bool:
@@ -76,7 +78,9 @@ RESULTS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "Two adapters, each row of a batch by its own": rows_are_their_own,
     "Take one direction out, add another": without_training,
     "Several methods in one adapter": lambda scope: scope["adapter"].variant == "lora + norm",
-    "Write a variant": lambda scope: scope["adapter"].variant == "gain" and len(list(scope["adapter"].parameters())) == 14,
+    "Write a variant": lambda scope: (
+        scope["adapter"].variant == "gain" and len(list(scope["adapter"].parameters())) == 14
+    ),
     "Find out why nothing matches": lambda scope: "q_proj" in scope["reason"],
 }
 
@@ -101,7 +105,7 @@ def test_a_task_is_done_from_the_page_alone(task: str, tmp_path: Path, monkeypat
 def test_the_pages_calls_and_errors_are_there() -> None:
     names = set(re.findall(r"\bll\.([A-Za-z_]\w*)", AGENTS.read_text()))
     assert not sorted(name for name in names if not hasattr(ll, name))
-    assert {name for name in ll.errors.__all__} <= names
+    assert set(ll.errors.__all__) <= names
 
 
 def test_llms_txt_has_its_form_and_its_links_lead_somewhere() -> None:

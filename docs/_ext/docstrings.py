@@ -84,7 +84,9 @@ def as_rst(lines: Sequence[str]) -> list[str]:
         elif all(line.startswith("    ") for line in block):
             text += ["::", "", *block, ""]
         else:
-            begins = next((n for n, line in enumerate(block) if n and ENTRY.match(line) and is_definitions(block[n:])), None)
+            begins = next(
+                (n for n, line in enumerate(block) if n and ENTRY.match(line) and is_definitions(block[n:])), None
+            )
             text += [*map(escape, (line.strip() for line in block[:begins])), ""]
             text += [*definitions(block[begins:]), ""] if begins is not None else []
     return text

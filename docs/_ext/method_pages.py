@@ -16,13 +16,22 @@ from typing import Any
 from sphinx.application import Sphinx
 
 import lora_lite as ll
+from lora_lite.core.variant import needs_data
 
 DOCS = Path(__file__).parents[1]
 FOLDER = "methods"
 COLUMNS = {"trained": "trained numbers", "base": "base", "layers": "layers", "fresh": "a fresh adapter is"}
 COLUMNS |= {"merges": "merges into the weights", "PEFT folder": "PEFT folder"}
 TABLES = {  # of the arena: the line above the rows, and what its columns are
-    "At about equal parameters": ["rank", "trained", "learning rate", "loss", "difference from LoRA", "95 % interval", ""],
+    "At about equal parameters": [
+        "rank",
+        "trained",
+        "learning rate",
+        "loss",
+        "difference from LoRA",
+        "95 % interval",
+        "",
+    ],
     "At an equal divergence": ["divergence at scale 1", "scale", "loss", "difference from LoRA", "95 % interval", ""],
 }
 
@@ -100,7 +109,9 @@ def arena(name: str) -> list[str]:
     parts: list[str] = []
     for title, columns in TABLES.items():
         block = re.search(rf"^{title}.*\n.*\n((?:.+\n)+)", text, re.M)
-        line = next((line for line in block[1].splitlines() if line.split()[0] == name), "") if block is not None else ""
+        line = (
+            next((line for line in block[1].splitlines() if line.split()[0] == name), "") if block is not None else ""
+        )
         numbers = re.split(r" {2,}", line.strip())[1:]
         if block is None or not numbers:
             continue
@@ -129,37 +140,47 @@ def page(name: str, row: dict[str, str]) -> str:
     left = f":::{{container}} equation\n```text\n{equation}\n```\n\n{said}\n:::"
     pair = f"::::{{container}} pair\n{left}\n\n```python\n{code(file)}\n```\n::::"
     abilities = [f"{heading}\n: {row[column]}\n" for column, heading in COLUMNS.items()]
-    return "\n".join([
-        "---\nhide-toc: true\n---\n",
-        f"# {link[1] if link is not None else title}",
-        f"\n`{name}`: {sentence}.",
-        f"\nPaper: <{link[2]}>" if link is not None else "",
-        f"\nIn PEFT: `{peft[1]}`" if peft is not None else "",
-        f"\nFile: `{file.relative_to(DOCS.parent)}`",
-        f"\n```python\nll.attach(model, ll.{config.__name__}())\n```\n" if config.variant == name and plain(config) else "",
-        pair,
-        "\n## Fields\n",
-        *fields(config),
-        "\nAnd those of every config: {py:class}`lora_lite.BaseConfig`.",
-        "\n## What it can do\n",
-        *abilities,
-        "Found by running it on small layers: `make table` ([how to read it](../methods.md)).",
-        "\n## Results\n",
-        *arena(name),
-        "\n## Classes\n",
-        f"```{{eval-rst}}\n.. autoclass:: lora_lite.{config.__name__}\n   :no-index-entry:\n```" if own(config, module) else "",
-        f"```{{eval-rst}}\n.. autoclass:: lora_lite.{variant.__name__}\n```" if variant.__name__ in ll.__all__ else "",
-        "",
-    ])
+    return "\n".join(
+        [
+            "---\nhide-toc: true\n---\n",
+            f"# {link[1] if link is not None else title}",
+            f"\n`{name}`: {sentence}.",
+            f"\nPaper: <{link[2]}>" if link is not None else "",
+            f"\nIn PEFT: `{peft[1]}`" if peft is not None else "",
+            f"\nFile: `{file.relative_to(DOCS.parent)}`",
+            f"\n```python\n{line}\n```\n" if (line := attach_line(name)) else "",
+            pair,
+            "\n## Fields\n",
+            *fields(config),
+            "\nAnd those of every config: {py:class}`lora_lite.BaseConfig`.",
+            "\n## What it can do\n",
+            *abilities,
+            "Found by running it on small layers: `make table` ([how to read it](../methods.md)).",
+            "\n## Results\n",
+            *arena(name),
+            "\n## Classes\n",
+            f"```{{eval-rst}}\n.. autoclass:: lora_lite.{config.__name__}\n   :no-index-entry:\n```"
+            if own(config, module)
+            else "",
+            f"```{{eval-rst}}\n.. autoclass:: lora_lite.{variant.__name__}\n```"
+            if variant.__name__ in ll.__all__
+            else "",
+            "",
+        ]
+    )
 
 
-def plain(config: type[Any]) -> bool:
-    """The config can be made without a field."""
+def attach_line(name: str) -> str:
+    """The call that attaches a method by its defaults; "" for one that wants more than that."""
+    config = ll.config_for(name)
     try:
-        config()
+        cfg: Any = config()
     except (TypeError, ll.ConfigError):
-        return False
-    return True
+        return ""
+    if cfg.variant != name or name in ("history", "tokens"):  # made by `freeze_into`; of no tokens by default
+        return ""
+    data = ", calibration_data=data" if needs_data(cfg) else ""
+    return f"ll.attach(model, ll.{config.__name__}(){data})"
 
 
 def own(config: type[Any], module: Any) -> bool:

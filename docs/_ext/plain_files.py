@@ -11,7 +11,7 @@ PAGES = {"DEVELOPER.md": "developer", "CHANGELOG.md": "changelog", "AGENTS.md": 
 
 
 def as_page(app: Sphinx, name: str, source: list[str]) -> None:
-    """The links of a page, as they are in a checkout, to pages of the site; and a file's text in the page of its own."""
+    """A page's links as they are in a checkout, to pages of the site; and a file's text in the page of its own."""
     files = {page: file for file, page in PAGES.items()}
     if name in files:
         source[0] = (ROOT / files[name]).read_text().replace("](docs/", "](")

@@ -1,4 +1,4 @@
-"""The site's notebooks, run: `python tests/docs/notebooks.py` writes what they give into the files that the site shows."""
+"""The site's notebooks, run: `python tests/docs/notebooks.py` writes what they give into the site's files."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ FOLDER = ROOT / "docs" / "notebooks"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BEFORE = """import os, sys, warnings
 os.environ |= {{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed says what it looked for otherwise
 sys.path.insert(0, {root!r})
 warnings.simplefilter("ignore")
 import loguru, transformers
@@ -21,6 +22,21 @@ loguru.logger.remove()
 transformers.logging.disable_progress_bar()
 """
 """Quiet and offline, and with the library of this checkout: what a reader sees as well, without lines of a log."""
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """What a cell printed as one text, without stderr: a kernel gives it in pieces, by the time."""
+    whole: list[Any] = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if whole and output.output_type == whole[-1].output_type == "stream":
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+        if "execution_count" in output:
+            output.execution_count = None
+    return whole
 
 
 def run(file: Path, model: str) -> Any:
@@ -39,11 +55,8 @@ def run(file: Path, model: str) -> Any:
         cell.source = cell.source.replace(model, MODEL)
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)  # the times of the run
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = joined(cell.outputs)
             cell.execution_count = None
-            for output in cell.outputs:
-                if "execution_count" in output:
-                    output.execution_count = None
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
 

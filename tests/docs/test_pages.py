@@ -3,18 +3,20 @@
 import ast
 import re
 import shlex
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import IDS, tiny_llama
+from models import IDS, calibration, tiny_llama
 from pages import DOCS, MODEL, ROOT, Block, blocks, pages
 from typer.main import get_command
 
 import lora_lite as ll
 from lora_lite.cli.commands import app
+from lora_lite.core.variant import needs_data
 
 WITH_PYTHON = [page for page in pages() if any(blocks(page, "python"))]
 OTHERS = {"distributed.md", "formats.md", "found_wrong.md"}
@@ -55,7 +57,13 @@ def test_the_page_of_processes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = tiny_llama()
     adapter = ll.attach(model, ll.AdaLoRAConfig(init_r=2, target_r=1, total_step=10))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
-    scope = {"model": model, "adapter": adapter, "optimizer": optimizer, "folder": "dcp", "accelerator": Accelerator(cpu=True)}
+    scope = {
+        "model": model,
+        "adapter": adapter,
+        "optimizer": optimizer,
+        "folder": "dcp",
+        "accelerator": Accelerator(cpu=True),
+    }
     scope["loss"] = model(input_ids=IDS, labels=IDS).loss
     loop.run(scope, {})
     assert adapter.steps == 1
@@ -107,6 +115,25 @@ def test_the_pages_blocks_are_of_known_languages(page: Path) -> None:
     assert not set(every) - set(known)
 
 
+@pytest.mark.parametrize("name", sorted(ll.REGISTRY))
+def test_the_line_of_a_methods_page_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS / "_ext"))
+    from method_pages import attach_line, code, split
+
+    document = sys.modules[ll.REGISTRY[name].__module__].__doc__ or ""
+    equation, labels = split(document)
+    assert equation
+    assert {"Identity", "Base", "Departs", "Checked"} == set(labels)
+    ast.parse(code(Path(sys.modules[ll.REGISTRY[name].__module__].__file__ or "")))
+    line = attach_line(name)
+    assert line or name in {"history", "tokens"}
+    if line:
+        cfg: Any = ll.config_for(name)()
+        model = tiny_llama(bias=True, hidden_size=128, intermediate_size=256)
+        exec(line, {"ll": ll, "model": model, "data": calibration(model, cfg) if needs_data(cfg) else None})
+        assert ll.adapters(model)["default"].variant == name
+
+
 def commands() -> list[tuple[Block, str]]:
     lines = [
         (block, line.partition(" #")[0].strip())
@@ -117,7 +144,9 @@ def commands() -> list[tuple[Block, str]]:
     return [(block, line) for block, line in lines if line]
 
 
-@pytest.mark.parametrize(("block", "line"), commands(), ids=lambda value: value if isinstance(value, str) else value.page.stem)
+@pytest.mark.parametrize(
+    ("block", "line"), commands(), ids=lambda value: value if isinstance(value, str) else value.page.stem
+)
 def test_a_command_of_a_page_is_one(block: Block, line: str) -> None:
     """Its program, subcommand and options are known, and the files of this repository that it names exist."""
     program, *words = shlex.split(line)
@@ -145,7 +174,9 @@ def test_a_table_of_figures_has_its_command(page: Path) -> None:
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
 def test_a_test_that_a_page_names_exists(page: Path) -> None:
     for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?[`\[]", page.read_text()):
-        names = {node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.FunctionDef)}
+        names = {
+            node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.FunctionDef)
+        }
         assert not name or name in names
 
 

@@ -1,4 +1,4 @@
-"""The site is built without a warning, every link and anchor in it leads somewhere, and it asks for nothing elsewhere."""
+"""The site is built without a warning, each link and anchor leads somewhere, and it asks for nothing elsewhere."""
 
 import re
 import subprocess
@@ -15,7 +15,6 @@ from sphinx.util.inventory import InventoryFile
 import lora_lite as ll
 import lora_lite.trainer
 
-pytestmark = pytest.mark.slow
 FETCHED = {("script", "src"), ("link", "href"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("video", "src")}
 NO_FETCH = {"canonical", "license", "index", "search", "next", "prev", "author"}
 """Relations of a <link> that no browser follows by itself."""
@@ -41,20 +40,27 @@ class Page(HTMLParser):
                 self.fetched.add(attributes[name])
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built anew as `make docs` does, and without a network where that can be had."""
-    out = tmp_path_factory.mktemp("site")
+def build(out: Path) -> None:
+    """The site, built anew as `make docs` does."""
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-n", "-b", "html", str(DOCS), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     warnings = [line for line in done.stderr.splitlines() if re.search(r"(WARNING|ERROR|CRITICAL): ", line)]
     assert done.returncode == 0, "\n".join(warnings) or done.stderr[-3000:]
-    return out
 
 
-@pytest.fixture(scope="module")
-def read(site: Path) -> dict[Path, Page]:
-    return {file.resolve(): Page(file) for file in sorted(site.rglob("*.html"))}
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_is_whole(tmp_path: Path) -> None:
+    """One test, so that several processes don't build it at once."""
+    site = tmp_path.resolve()
+    build(site)
+    read = {file: Page(file) for file in sorted(site.rglob("*.html"))}
+    assert len(read) > 100
+    assert not sorted(set(broken(site, read)))
+    assert not sorted(fetched_from_elsewhere(site, read))
+    assert not sorted(public_names() - entries(site))
+    check_method_pages(site)
+    for link in re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text()):
+        assert (site / link).is_file(), link
 
 
 def broken(site: Path, read: dict[Path, Page]) -> Iterator[str]:
@@ -74,47 +80,54 @@ def broken(site: Path, read: dict[Path, Page]) -> Iterator[str]:
                     yield f"{file.relative_to(site)}: {link}"
 
 
-def test_every_link_and_anchor_leads_somewhere(site: Path, read: dict[Path, Page]) -> None:
-    assert len(read) > 100
-    assert not sorted(set(broken(site.resolve(), read)))
-
-
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
-    texts = {"a.html": '<a href="b.html#x">', "b.html": '<p id="y"><a href="c.html"><a href="https://a b">', "d.html": ""}
+    texts = {
+        "a.html": '<a href="b.html#x">',
+        "b.html": '<p id="y"><a href="c.html"><a href="https://a b">',
+        "d.html": "",
+    }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     pages = {file.resolve(): Page(file) for file in tmp_path.glob("*.html")}
-    assert sorted(set(broken(tmp_path.resolve(), pages))) == ["a.html: b.html#x", "b.html: c.html", "b.html: https://a b"]
+    assert sorted(set(broken(tmp_path.resolve(), pages))) == [
+        "a.html: b.html#x",
+        "b.html: c.html",
+        "b.html: https://a b",
+    ]
 
 
-def test_no_page_fetches_anything_from_elsewhere(site: Path, read: dict[Path, Page]) -> None:
+def fetched_from_elsewhere(site: Path, read: dict[Path, Page]) -> set[str]:
     """No CDN, no fonts, no trackers: scripts, styles, images, and what a style names."""
     away = {f"{file.name}: {link}" for file, page in read.items() for link in page.fetched if urlsplit(link).netloc}
     for style in site.rglob("*.css"):
         links = re.findall(r"""(?:@import\s+|url\()\s*['"]?((?:https?:)?//[^'")]+)""", style.read_text())
         away |= {f"{style.name}: {link}" for link in links}
-    assert not sorted(away)
+    return away
 
 
-def test_every_public_name_has_an_entry(site: Path) -> None:
+def test_what_is_fetched_from_elsewhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<script src="https://cdn.org/a.js"></script><img src="a.png"><a href="https://b.org">'
+    )
+    (tmp_path / "a.css").write_text("@import 'https://fonts.org/a'; p { background: url(//c.org/a.png) url(a.png) }")
+    away = fetched_from_elsewhere(tmp_path, {tmp_path / "a.html": Page(tmp_path / "a.html")})
+    assert away == {"a.html: https://cdn.org/a.js", "a.css: https://fonts.org/a", "a.css: //c.org/a.png"}
+
+
+def public_names() -> set[str]:
+    names = {f"lora_lite.{name}" for name in ll.__all__ if name != "__version__"}
+    return names | {f"lora_lite.trainer.{name}" for name in lora_lite.trainer.__all__}
+
+
+def entries(site: Path) -> set[str]:
+    """Every Python name that has an entry in the API or on a method's page."""
     with (site / "objects.inv").open("rb") as file:
         inventory = InventoryFile.load(file, "", lambda base, path: path)
-    entries = {name for kind, names in inventory.data.items() if kind.startswith("py:") for name in names}
-    wanted = {f"lora_lite.{name}" for name in ll.__all__ if name != "__version__"}
-    wanted |= {f"lora_lite.trainer.{name}" for name in lora_lite.trainer.__all__}
-    assert not sorted(wanted - entries)
+    return {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
 
 
-def test_each_method_has_a_page_with_its_equation_and_code(site: Path) -> None:
+def check_method_pages(site: Path) -> None:
     for name in ll.REGISTRY:
         text = (site / "methods" / f"{name}.html").read_text()
-        assert 'class="pair docutils container"' in text, name
-        assert "Identity" in text, name
-        assert "What it can do" in text, name
-        assert "arena" in text, name
-
-
-def test_llms_txt_is_at_the_root(site: Path) -> None:
-    text = (site / "llms.txt").read_text()
-    for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (site / link).is_file(), link
+        for part in ('class="pair docutils container"', "Identity", "What it can do", "The arena"):
+            assert part in text, (name, part)
