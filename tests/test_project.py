@@ -12,6 +12,7 @@ from capabilities import is_identity, listed, row, rows, section, smollm2
 from contrasts import FITTED, NEUTRAL, chats
 from jaxtyping import TypeCheckError
 from models import IDS, OneLinear, config, moe, perturb, tiny_llama
+from pages import python_blocks
 from test_ecosystem import Tokens, arguments
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +21,7 @@ import lora_lite as ll
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = python_blocks(ROOT / "README.md")
 FIRST, EXAMPLE, SEVERAL, STARTS, OWN_VARIANT, ABLITERATION, STEERING, POLES, *REST = BLOCKS
 HISTORY, MANY, MERGING, TRAINER, OTHER_KINDS = REST
 

@@ -67,7 +67,9 @@ def definitions(lines: Sequence[str]) -> Iterator[str]:
 
 def is_definitions(block: Sequence[str]) -> bool:
     column = ENTRY.match(block[0])
-    return column is not None and all(ENTRY.match(line) or line.startswith("    ") for line in block)
+    return column is not None and all(
+        ENTRY.match(line) or line.startswith("    ") for line in block
+    )
 
 
 def as_rst(lines: Sequence[str]) -> list[str]:
@@ -85,25 +87,40 @@ def as_rst(lines: Sequence[str]) -> list[str]:
             text += ["::", "", *block, ""]
         else:
             begins = next(
-                (n for n, line in enumerate(block) if n and ENTRY.match(line) and is_definitions(block[n:])), None
+                (
+                    n
+                    for n, line in enumerate(block)
+                    if n and ENTRY.match(line) and is_definitions(block[n:])
+                ),
+                None,
             )
             text += [*map(escape, (line.strip() for line in block[:begins])), ""]
             text += [*definitions(block[begins:]), ""] if begins is not None else []
     return text
 
 
-def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def process(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
     lines[:] = as_rst(lines)
 
 
-def public(app: Sphinx, env: Any, node: pending_xref, content: nodes.Element) -> nodes.Element | None:
+def public(
+    app: Sphinx, env: Any, node: pending_xref, content: nodes.Element
+) -> nodes.Element | None:
     """A class by the name under which the site has it: lora_lite.core.config.BaseConfig is lora_lite.BaseConfig."""
     target = str(node.get("reftarget", ""))
     name = target.rpartition(".")[2]
-    if node.get("refdomain") != "py" or target == f"lora_lite.{name}" or name not in ll.__all__:
+    if (
+        node.get("refdomain") != "py"
+        or target == f"lora_lite.{name}"
+        or name not in ll.__all__
+    ):
         return None
     domain = env.get_domain("py")
-    return domain.resolve_xref(env, node.get("refdoc"), app.builder, "obj", f"lora_lite.{name}", node, content)
+    return domain.resolve_xref(
+        env, node.get("refdoc"), app.builder, "obj", f"lora_lite.{name}", node, content
+    )
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

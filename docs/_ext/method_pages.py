@@ -20,7 +20,12 @@ from lora_lite.core.variant import needs_data
 
 DOCS = Path(__file__).parents[1]
 FOLDER = "methods"
-COLUMNS = {"trained": "trained numbers", "base": "base", "layers": "layers", "fresh": "a fresh adapter is"}
+COLUMNS = {
+    "trained": "trained numbers",
+    "base": "base",
+    "layers": "layers",
+    "fresh": "a fresh adapter is",
+}
 COLUMNS |= {"merges": "merges into the weights", "PEFT folder": "PEFT folder"}
 TABLES = {  # of the arena: the line above the rows, and what its columns are
     "At about equal parameters": [
@@ -32,14 +37,27 @@ TABLES = {  # of the arena: the line above the rows, and what its columns are
         "95 % interval",
         "",
     ],
-    "At an equal divergence": ["divergence at scale 1", "scale", "loss", "difference from LoRA", "95 % interval", ""],
+    "At an equal divergence": [
+        "divergence at scale 1",
+        "scale",
+        "loss",
+        "difference from LoRA",
+        "95 % interval",
+        "",
+    ],
 }
 
 
 def rows() -> dict[str, dict[str, str]]:
     """Each method's row of docs/methods.md, by the names of its columns."""
-    lines = [line for line in (DOCS / "methods.md").read_text().splitlines() if line.startswith("|")]
-    names, _, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    lines = [
+        line
+        for line in (DOCS / "methods.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    names, _, *cells = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+    )
     return {row[0].strip("`"): dict(zip(names, row, strict=True)) for row in cells}
 
 
@@ -77,7 +95,8 @@ def split(document: str) -> tuple[str, dict[str, str]]:
 def prose(text: str) -> str:
     """Words of a docstring as Markdown: nothing in them is markup but `code`."""
     return "`".join(
-        part if n % 2 else re.sub(r"([\\*_<>\[\]|$#~^])", r"\\\1", part) for n, part in enumerate(text.split("`"))
+        part if n % 2 else re.sub(r"([\\*_<>\[\]|$#~^])", r"\\\1", part)
+        for n, part in enumerate(text.split("`"))
     )
 
 
@@ -105,25 +124,44 @@ def arena(name: str) -> list[str]:
     """What the arena's last run says of a method."""
     text = (DOCS / "arena.md").read_text()
     run = re.search(r"<!-- arena -->\n```\n(.*?)\n\n", text, re.S)
-    command = re.search(r"make arena[^\n]*(?:\n  [^\n]*)*", run[1]) if run is not None else None
+    command = (
+        re.search(r"make arena[^\n]*(?:\n  [^\n]*)*", run[1]) if run is not None else None
+    )
     parts: list[str] = []
     for title, columns in TABLES.items():
         block = re.search(rf"^{title}.*\n.*\n((?:.+\n)+)", text, re.M)
         line = (
-            next((line for line in block[1].splitlines() if line.split()[0] == name), "") if block is not None else ""
+            next((line for line in block[1].splitlines() if line.split()[0] == name), "")
+            if block is not None
+            else ""
         )
         numbers = re.split(r" {2,}", line.strip())[1:]
         if block is None or not numbers:
             continue
         heading = block[0].splitlines()[0]
         # A method without a rank has an empty cell, which a split by spaces doesn't show.
-        wanted = columns if len(columns) == len(numbers) else [column for column in columns if column != "rank"]
-        cells = [f"{column} {number}".strip() for column, number in zip(wanted, numbers, strict=False)]
+        wanted = (
+            columns
+            if len(columns) == len(numbers)
+            else [column for column in columns if column != "rank"]
+        )
+        cells = [
+            f"{column} {number}".strip()
+            for column, number in zip(wanted, numbers, strict=False)
+        ]
         parts.append(f"- {heading.split(';')[0].split(' (')[0]}: {'; '.join(cells)}")
     if not parts:
         return ["The last run of [the arena](../arena.md) (`make arena`) left it out."]
-    made = f", of `{' '.join(command[0].split()).split(' --')[0]}`" if command is not None else ""
-    return [f"From [the arena](../arena.md){made}: losses in nats a token, smaller is better.", "", *parts]
+    made = (
+        f", of `{' '.join(command[0].split()).split(' --')[0]}`"
+        if command is not None
+        else ""
+    )
+    return [
+        f"From [the arena](../arena.md){made}: losses in nats a token, smaller is better.",
+        "",
+        *parts,
+    ]
 
 
 def page(name: str, row: dict[str, str]) -> str:
@@ -177,7 +215,10 @@ def attach_line(name: str) -> str:
         cfg: Any = config()
     except (TypeError, ll.ConfigError):
         return ""
-    if cfg.variant != name or name in ("history", "tokens"):  # made by `freeze_into`; of no tokens by default
+    if cfg.variant != name or name in (
+        "history",
+        "tokens",
+    ):  # made by `freeze_into`; of no tokens by default
         return ""
     data = ", calibration_data=data" if needs_data(cfg) else ""
     return f"ll.attach(model, ll.{config.__name__}(){data})"
@@ -193,14 +234,22 @@ def write(app: Sphinx) -> None:
     folder.mkdir(exist_ok=True)
     table = rows()
     pages = {f"{name}.md": page(name, table[name]) for name in sorted(ll.REGISTRY)}
-    unlinked = {name: re.sub(r"\[(.+?)\]\(.+?\)", r"\1", table[name]["method"]) for name in sorted(ll.REGISTRY)}
-    lines = [f"| [`{name}`](./{name}.md) | {what} | {table[name]['trained']} |" for name, what in unlinked.items()]
+    unlinked = {
+        name: re.sub(r"\[(.+?)\]\(.+?\)", r"\1", table[name]["method"])
+        for name in sorted(ll.REGISTRY)
+    }
+    lines = [
+        f"| [`{name}`](./{name}.md) | {what} | {table[name]['trained']} |"
+        for name, what in unlinked.items()
+    ]
     text = (
-        "# One page each\n\nEquation on the left, code on the right. *Trained*: numbers in SmolLM2-135M by the config's "
-        "defaults (`make table`).\n\n| method | what it is | trained |\n|---|---|---|\n"
+        "# One page each\n\nEquation on the left, code on the right. *Trained*: numbers in SmolLM2-135M by the "
+        "config's defaults (`make table`).\n\n| method | what it is | trained |\n|---|---|---|\n"
     )
     tree = "\n".join(f"{name} <{name}>" for name in sorted(ll.REGISTRY))
-    pages["index.md"] = f"{text}{chr(10).join(lines)}\n\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
+    pages["index.md"] = (
+        f"{text}{chr(10).join(lines)}\n\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"
+    )
     for file in folder.glob("*.md"):
         if file.name not in pages:
             file.unlink()

@@ -18,13 +18,21 @@ def as_page(app: Sphinx, name: str, source: list[str]) -> None:
     for page, file in files.items():
         source[0] = re.sub(rf"\]\((?:\.\./)?{re.escape(file)}", f"]({page}.md", source[0])
     # A file of the sources has no page: its path is what helps.
-    source[0] = re.sub(r"\[([^\]]+)\]\((?:\.\./)*(?:lora_lite|tests|examples|benchmarks)/[^)]*\)", r"\1", source[0])
+    source[0] = re.sub(
+        r"\[([^\]]+)\]\((?:\.\./)*(?:lora_lite|tests|examples|benchmarks)/[^)]*\)",
+        r"\1",
+        source[0],
+    )
 
 
 def write_llms_txt(app: Sphinx, error: Exception | None) -> None:
     """llms.txt for whoever fetches the site: the links lead to the pages' sources, which are served as text."""
     if error is None and app.builder.name == "html":
-        text = re.sub(r"\]\(docs/([\w/-]+)\.md\)", r"](_sources/\1.md.txt)", (ROOT / "llms.txt").read_text())
+        text = re.sub(
+            r"\]\(docs/([\w/-]+)\.md\)",
+            r"](_sources/\1.md.txt)",
+            (ROOT / "llms.txt").read_text(),
+        )
         (Path(app.outdir) / "llms.txt").write_text(text)
         (Path(app.outdir) / "AGENTS.md").write_text((ROOT / "AGENTS.md").read_text())
 

@@ -100,10 +100,11 @@ def test_the_page_of_formats_runs(small: str, tmp_path: Path, monkeypatch: pytes
     model = ll.load_base(small)
     ll.attach(model, ll.LoRAConfig(r=2, layers=[0]))
     for block in blocks(DOCS / "formats.md", "python"):
-        write, read = block.text.strip().splitlines()
-        exec(write, {"ll": ll, "model": model})
-        ll.detach(model)
-        exec(read, {"ll": ll, "model": model})
+        write, read = ast.parse(block.text).body
+        for statement in (write, read):
+            exec(ast.unparse(statement), {"ll": ll, "model": model})
+            if statement is write:
+                ll.detach(model)
     assert ll.adapters(model)["default"].variant == "lora"
 
 
