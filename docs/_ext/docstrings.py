@@ -21,15 +21,14 @@ ERRORS = re.compile(r" *((?:[A-Z]\w+(?:Error|Exception|Interrupt))(?:, [A-Z]\w+)
 
 def escape(text: str) -> str:
     """Prose as reStructuredText: `code`, and no other character means anything."""
-    parts = re.split(r"`([^`]+)`", text)
-    plain = [re.sub(r"([\\*|_`])", r"\\\1", part) for part in parts[::2]]
-    code = [f"``{part}``" for part in parts[1::2]] + [""]
-    joined = "".join(
+    joined = ""
+    for n, part in enumerate(re.split(r"`([^`]+)`", text)):
+        is_code = n % 2 == 1
         # A space that isn't shown, where code touches a letter.
-        f"{before}{chr(92) + ' ' if after and before[-1:].isalnum() else ''}{after}"
-        for before, after in zip(plain, code, strict=True)
-    )
-    return re.sub(r"(``[^`]+``)(?=\w)", r"\1\\ ", joined)
+        touches = (joined[-1:].isalnum() if is_code else part[:1].isalnum()) and joined
+        piece = f"``{part}``" if is_code else re.sub(r"([\\*|_`])", r"\\\1", part)
+        joined += f"\\ {piece}" if touches else piece
+    return joined
 
 
 def blocks(lines: Sequence[str]) -> Iterator[list[str]]:
@@ -102,7 +101,26 @@ def as_rst(lines: Sequence[str]) -> list[str]:
 def process(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
+    if obj is ll.REGISTRY:  # Sphinx shows a dict's own
+        lines[:] = ["The class of each method, by its name; `register` adds one."]
+    if isinstance(obj, type) and issubclass(obj, ll.BaseConfig):
+        # A config of a family (directions, rotations, ...) says there what it shares with others.
+        for parent in obj.__mro__[1:]:
+            if ".families." in parent.__module__:
+                lines += ["", *(parent.__doc__ or "").splitlines()[:1]]
+                lines += textwrap.dedent(
+                    "\n".join((parent.__doc__ or "").splitlines()[1:])
+                ).splitlines()
     lines[:] = as_rst(lines)
+
+
+def signature(
+    app: Sphinx, what: str, name: str, obj: Any, *rest: Any
+) -> tuple[str, None] | None:
+    """Without the twenty fields of a config, which the docstring and a method's page have."""
+    if isinstance(obj, type) and issubclass(obj, ll.BaseConfig):
+        return "(*, ...)", None
+    return None
 
 
 def public(
@@ -125,5 +143,6 @@ def public(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-process-signature", signature)
     app.connect("missing-reference", public)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
