@@ -206,3 +206,19 @@ def test_each_fault_names_its_law() -> None:
     sections = re.split(r"^## ", (DOCS / "found_wrong.md").read_text(), flags=re.M)[1:]
     assert len(sections) == len(FAULTS) >= 8
     assert all(re.search(r"\bThe laws?: ", section) or "`tests/" in section for section in sections)
+
+
+@pytest.mark.slow
+def test_the_start_shows_what_the_model_says(
+    smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the real model, by the first words of each line: up to there the likeliest tokens lead by far."""
+    monkeypatch.chdir(tmp_path)
+    start = DOCS / "start.md"
+    scope: dict[str, Any] = {}
+    for block in blocks(start, "python"):
+        block.run(scope, {MODEL: smollm2})
+    printed = [line.split()[:7] for line in capsys.readouterr().out.splitlines()]
+    shown = [line for block in blocks(start, "text") for line in block.text.splitlines()]
+    assert len(shown) == 5
+    assert all(line.split()[:7] in printed for line in shown)
