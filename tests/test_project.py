@@ -11,14 +11,14 @@ import torch
 from capabilities import is_identity, listed, row, rows, section
 from jaxtyping import TypeCheckError
 from models import IDS, OneLinear, config, tiny_llama
+from pages import python_blocks
 from transformers import AutoModelForCausalLM
 
 import lora_lite as ll
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-FIRST, EXAMPLE, OWN_VARIANT = BLOCKS
+FIRST, EXAMPLE, OWN_VARIANT = python_blocks(ROOT / "README.md")
 
 
 def test_the_readmes_first_screen_is_what_the_model_says(smollm2: str, capsys: pytest.CaptureFixture[str]) -> None:
