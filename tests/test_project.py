@@ -48,6 +48,20 @@ def test_the_readmes_method_is_one() -> None:
     assert ll.adapters(scope["model"])["default"].variant == "gain"  # type: ignore[arg-type]
 
 
+def test_the_readmes_three_numbers_are_those_of_the_page_on_costs() -> None:
+    table = (ROOT / "docs/guides/cost.md").read_text()
+    kept, load, token = re.findall(r"^\| .* \| (0\.\d\d) \|$", README, re.M)
+    rows = {row[0]: row for row in (line.strip("| ").split(" | ") for line in table.splitlines() if " | " in line)}
+    assert rows["kept for the backward, above the base / PEFT's"][1] == kept
+    assert rows["attach; load / PEFT's"][1].split("; ")[1] == load
+    *_, ours, theirs = rows["decoding a token / base, batch 1"]
+    assert f"{float(ours) / float(theirs):.2f}" == token
+
+
+def test_the_version_is_in_the_citation() -> None:
+    assert f"\nversion: {ll.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_the_readme_is_one_screen_of_words_with_links_that_lead_somewhere() -> None:
     assert len(README.split()) <= 900
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("https://")]
