@@ -157,8 +157,10 @@ class Neutral:
         try:
             c = next(search)
             while True:
+                before = len(self.points)
                 kl = yield from self.damage({name: c}, {name: version})
-                yield {"kind": "point", "adapter": name, "c": c, "kl": finite(kl)}
+                if len(self.points) != before:
+                    yield {"kind": "curve", "adapter": name, "points": [[c, finite(kl)]]}
                 c = search.send(kl)
         except StopIteration as end:
             result = result_of(end.value, target, TOLERANCE)
@@ -175,10 +177,11 @@ class Neutral:
 
 def budgets(neutral: Neutral, versions: Mapping[str, str], target: float) -> Steps:
     """The curve of each adapter as far as it is known, then the c of its budget, on both sides of 0."""
+    for name, version in versions.items():
+        points = [[c, finite(kl)] for c, kl in neutral.curve(version)]
+        yield {"kind": "curve", "adapter": name, "points": points}
     for limit in (FURTHEST, -FURTHEST):
         for name, version in versions.items():
-            for c, known in neutral.curve(version):
-                yield {"kind": "point", "adapter": name, "c": c, "kl": finite(known)}
             yield from neutral.budget(name, version, target, limit)
 
 

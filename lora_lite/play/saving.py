@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapter import get_adapter
+from ..errors import LoraLiteError
 from ..io.formats.save import save_as
 
 SUFFIXES = {"lora-lite": ".safetensors", "peft": ".zip", "gguf-control-vector": ".gguf", "gguf": ".gguf"}
@@ -28,6 +29,8 @@ def saved(model: Any, name: str, label: str, c: float, format: str, rank: int | 
         adapter.scale = c
         try:
             save_as(model, path, format, name, rank)
+        except LoraLiteError as error:  # it names the adapter as the model does
+            raise type(error)(str(error).replace(repr(name), repr(label))) from error
         finally:
             adapter.scale = 0.0
         contents = _zipped(path) if path.is_dir() else path.read_bytes()
