@@ -62,7 +62,7 @@ class Decoder:
         self.groups, self.caches = [list(range(len(rows)))], [None]
         self.accepts = inspect.signature(model.forward).parameters
 
-    def read(self, last: bool = False) -> Float[Tensor, "b t v"]:
+    def read(self, last: bool = False) -> Float[Tensor, "b n v"]:
         """The prompts: float32 logits of every position, or of the last alone."""
         positions = (self.mask.cumsum(1) - 1).clamp_min(0)  # (b, t), as generate counts
         try:
@@ -83,7 +83,7 @@ class Decoder:
         return self._forward(ids, self.mask.sum(1, keepdim=True) - 1, False)[:, -1]
 
     @torch.no_grad()
-    def _forward(self, ids: Int[Tensor, "b t"], positions: Int[Tensor, "b t"], last: bool) -> Float[Tensor, "b t v"]:
+    def _forward(self, ids: Int[Tensor, "b t"], positions: Int[Tensor, "b t"], last: bool) -> Float[Tensor, "b n v"]:
         parts: list[Tensor] = []
         for i, rows in enumerate(self.groups):
             options: dict[str, Any] = {"position_ids": positions[rows]} if "position_ids" in self.accepts else {}

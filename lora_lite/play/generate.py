@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.adapter import adapters
+from ..errors import ConfigError
 from .forward import Decoder, Row, divergence
 from .jobs import Event, Steps
 from .texts import Spelling, chat_ids, pieces
@@ -59,10 +60,14 @@ def write(
                     columns: where two distributions agree, so do their tokens
 
     Raises:
-        ConfigError: for what `chat_ids` refuses.
+        ConfigError: for what `chat_ids` refuses, or more tokens than the model reads.
     """
     started = time.perf_counter()
     ids = {column.system: chat_ids(tokenizer, prompt, column.system) for column in columns}
+    longest, room = max(map(len, ids.values())), getattr(model.config, "max_position_embeddings", None)
+    if room is not None and longest + max_new_tokens > room:
+        problem = f"the prompt has {longest} tokens and the answer may have {max_new_tokens}; this model reads {room}"
+        raise ConfigError(f"{problem}\n  write a shorter prompt, or ask for fewer tokens")
     rows = [Row(ids[column.system], column.scales) for column in columns]
     compared = [column for column in columns if column.compared]
     shadows = {column.key: len(columns) + i for i, column in enumerate(compared)}
