@@ -22,8 +22,11 @@ HEADERS = {
 }
 
 
+TOO_LARGE = f"the request is larger than {MOST_BYTES >> 10} kB: write less"
+
+
 class TooLargeError(Exception):
-    """A body that is longer than it said, or than it may be."""
+    """A body that is longer than it may be, whatever it has said."""
 
 
 class Guard:
@@ -36,12 +39,9 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} is spoken")  # uvicorn is told to speak none
-        answered = False
 
         async def guarded(message: Message) -> None:
-            nonlocal answered
             if message["type"] == "http.response.start":
-                answered = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers[name] = value
@@ -51,11 +51,7 @@ class Guard:
             status, text = problem
             await JSONResponse({"error": text}, status)(scope, receive, guarded)
             return
-        try:
-            await self.app(scope, _limited(receive), guarded)
-        except TooLargeError:
-            if not answered:
-                await JSONResponse({"error": _TOO_LARGE}, 413)(scope, receive, guarded)
+        await self.app(scope, _limited(receive), guarded)
 
     def _problem(self, scope: Scope) -> tuple[int, str] | None:
         """(status, sentence) for a request that is refused."""
@@ -76,11 +72,8 @@ class Guard:
             return 415, "wanted application/json"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:12]) > MOST_BYTES:
-            return 413, _TOO_LARGE
+            return 413, TOO_LARGE
         return None
-
-
-_TOO_LARGE = f"the request is larger than {MOST_BYTES >> 10} kB: write less"
 
 
 def _limited(receive: Receive) -> Receive:

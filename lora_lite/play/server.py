@@ -18,7 +18,7 @@ from ..errors import BaseModelError, LoraLiteError
 from .fields import MOST_TEXT, Fields, parse
 from .fit import DIRECTIONS, METHODS, Recipe
 from .generate import MOST_NEW_TOKENS
-from .guard import Guard
+from .guard import TOO_LARGE, Guard, TooLargeError
 from .jobs import BusyError, Event, Job, Priority, Steps, Worker, sentence
 from .playground import MOST_COLUMNS, Playground
 from .saving import SUFFIXES, saved
@@ -50,7 +50,8 @@ def application(play: Playground, worker: Worker, port: int) -> Guard:
     }
     for name, answer in calls.items():
         routes.append(Route(f"/api/{name}", _call(worker, answer), methods=["POST"]))
-    handlers: dict[Any, Any] = {LoraLiteError: _refused, 404: _missing, 405: _missing, Exception: _failed}
+    handlers: dict[Any, Any] = {LoraLiteError: _refused, TooLargeError: _refused, Exception: _failed}
+    handlers |= {404: _missing, 405: _missing}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), port)
 
 
@@ -226,6 +227,8 @@ def _stream(worker: Worker, priority: Priority, steps_of: Callable[[Fields], Ste
 
 
 async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, TooLargeError):
+        return JSONResponse({"error": TOO_LARGE}, 413)
     return JSONResponse({"error": sentence(error)}, 503 if isinstance(error, BusyError) else 400)
 
 
