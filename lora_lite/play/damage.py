@@ -24,7 +24,7 @@ from .texts import chat_ids
 ANSWER = 12  # tokens of each neutral answer
 BATCH = 4  # requests in a forward, so that a step takes less than a second
 FURTHEST = 2.0  # the end of a slider
-TOLERANCE = 0.05  # the fraction of the budget by which its c may miss it
+TOLERANCE = 0.025  # the budget's c costs 95 to 100 % of it: the search aims at the middle, and may miss by this much
 MOST_POINTS = 5000  # remembered
 
 Number = Generator[None, None, float]
@@ -152,8 +152,10 @@ class Neutral:
         return sorted([(0.0, 0.0), *known])
 
     def budget(self, name: str, version: str, target: float, limit: float) -> Steps:
-        """`calibrate_scale`, step by step: the c of this adapter alone, on one side of 0, that costs `target` nats."""
-        search = root_search(target, limit, tolerance=TOLERANCE, max_evaluations=12)
+        """`calibrate_scale`, step by step: the c of this adapter alone, on one side of 0, that costs `target` nats or
+        a little less."""
+        aim = target * (1 - TOLERANCE)
+        search = root_search(aim, limit, tolerance=TOLERANCE, max_evaluations=12)
         try:
             c = next(search)
             while True:
@@ -163,7 +165,7 @@ class Neutral:
                     yield {"kind": "curve", "adapter": name, "points": [[c, finite(kl)]]}
                 c = search.send(kl)
         except StopIteration as end:
-            result = result_of(end.value, target, TOLERANCE)
+            result = result_of(end.value, aim, TOLERANCE)
         yield {
             "kind": "budget",
             "adapter": name,

@@ -101,9 +101,10 @@ def test_the_budget_is_that_of_calibrate_scale(limit: float, play: Any) -> None:
     name = fitted(play)
     events = drive(play.neutral.budget(name, play.entry(name).version, 0.05, limit))
     batches = [play.neutral.inputs(i) for i in range(play.neutral.batches)]
-    options: Any = {"limit": limit, "tolerance": 0.05, "max_evaluations": 12, "positions": answer_positions}
-    wanted = ll.calibrate_scale(play.model, batches, 0.05, name=name, **options)
+    options: Any = {"limit": limit, "tolerance": 0.025, "max_evaluations": 12, "positions": answer_positions}
+    wanted = ll.calibrate_scale(play.model, batches, 0.05 * 0.975, name=name, **options)
     assert events[-1]["c"] == pytest.approx(wanted.c, rel=1e-4)
+    assert events[-1]["kl"] <= 0.05
     assert (events[-1]["met"], events[-1]["pole"]) == (wanted.met, limit / 2)
     assert len(events) == wanted.evaluations + 1
 

@@ -4,23 +4,21 @@ import asyncio
 import io
 import json
 import socket
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from playing import LINES, playground
 from safetensors.torch import load_file
+from serving import Running
 from starlette.testclient import TestClient
 
 import lora_lite as ll
-from lora_lite.play import server
+from lora_lite.play import jobs, server
 from lora_lite.play.fields import MOST_BYTES
 from lora_lite.play.jobs import Worker
 from lora_lite.play.saving import slug
@@ -281,56 +279,18 @@ def test_a_body_that_is_too_large(client: TestClient) -> None:
     refused(wrong, 413, "larger than 256 kB")
 
 
+def test_too_many_are_told_to_wait(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MOST_JOBS", 0)
+    for answer in (client.post("/api/write", json=WRITE), client.get("/api/state")):
+        refused(answer, 503, "requests are under way on this machine\n  wait a moment and try again")
+
+
 def test_a_mistake_of_the_server_tells_nothing(client: TestClient, play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(play, "state", lambda: 1 / 0)
     refused(client.get("/api/state"), 500, "the server made a mistake: ZeroDivisionError\n  its terminal shows where")
 
 
 # ---- a real server ----------------------------------------------------------------------------------
-
-
-class Running:
-    """`serve` on a free port, in a thread."""
-
-    def __init__(self, play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.servers: list[uvicorn.Server] = []
-        ready = threading.Event()
-        monkeypatch.setattr(uvicorn.Server, "install_signal_handlers", lambda self: None, raising=False)
-        original = uvicorn.Server.__init__
-
-        def keeping(server: uvicorn.Server, config: Any) -> None:
-            original(server, config)
-            self.servers.append(server)
-
-        monkeypatch.setattr(uvicorn.Server, "__init__", keeping)
-
-        def started(address: str) -> None:
-            self.address = address
-            ready.set()
-
-        self.thread = threading.Thread(target=lambda: server.serve(play, 0, started), daemon=True)
-        self.thread.start()
-        assert ready.wait(30)
-        self.port = int(self.address.rsplit(":", 1)[1].strip("/"))
-        while not (self.servers and self.servers[0].started):
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.servers[0].should_exit = True
-        self.thread.join(20)
-        assert not self.thread.is_alive()
-
-    def raw(self, request: bytes) -> bytes:
-        """The answer to bytes as they are."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
-            answer = b""
-            with suppress(ConnectionError):  # it may hang up before it has read all
-                connection.sendall(request)
-                while part := connection.recv(65536):
-                    answer += part
-                    if answer.startswith(b"HTTP/1.1 4") and b"}" in answer:
-                        break
-            return answer or b"HTTP/1.1 000"
 
 
 @pytest.fixture

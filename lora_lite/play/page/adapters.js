@@ -64,7 +64,8 @@ function card(a) {
     n.facts, element("div", { className: "actions" }, n.toBudget), files(a));
 }
 
-const rounded = (c) => Number(c.toFixed(2));
+// Towards 0, so that it stays within the budget.
+const rounded = (c) => Math.trunc(c * (Math.abs(c) < 0.1 ? 1000 : 100)) / (Math.abs(c) < 0.1 ? 1000 : 100);
 
 export function set(a, c) {
   a.c = c;
