@@ -5,8 +5,6 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..base.load import load_base
 from ..errors import BaseModelError
 from .playground import Playground
@@ -51,6 +49,4 @@ def playground(model_id: str, dtype: str = "auto", quantization: str | None = No
     except OSError as error:
         first = str(error).splitlines()[0]
         raise BaseModelError(f"{model_id} can't be opened from this disk: {first}") from error
-    # The page's forwards are short: more threads than cores wait for each other.
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     return Playground(model, tokenizer, Path(model_id).name if Path(model_id).is_dir() else model_id)

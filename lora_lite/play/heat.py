@@ -11,7 +11,7 @@ from .fit import Fitter, Recipe
 from .jobs import Steps
 
 BATCHES = 1
-"""Of the neutral requests: a cell's damage is measured on four of them, so that a map takes minutes."""
+"""A cell's damage is measured on the first batch of neutral requests alone, so that a map takes a minute or two."""
 MOST_ROWS = 16
 SCALES = {"steer": (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0), "abliteration": (0.25, 0.5, 0.75, 1.0)}
 

@@ -137,7 +137,7 @@ class Playground:
         yield from write(self.model, self.tokenizer, columns, prompt, **options)
 
     def measure(self, scales: Scales, target: float) -> Steps:
-        """What the sliders cost, what the fits among them do on the lines that they haven't seen, and the budgets."""
+        """The cost of the sliders, the effect of the fits among them on their held-out lines, and the budgets."""
         on = self.scales(scales)
         versions = self.versions(on)
         kl = yield from self.neutral.damage(on, versions)

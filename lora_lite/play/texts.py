@@ -6,7 +6,7 @@ from ..errors import ConfigError
 from ..measure.prompts import prompt_batches
 
 MOST_TOKENS = 512
-"""Of a prompt with its system prompt: the rows of a forward are in memory together."""
+"""The longest prompt, with its system prompt: the rows of a forward are in memory together."""
 
 
 def chat_ids(tokenizer: Any, prompt: str, system: str | None = None) -> list[int]:
@@ -42,7 +42,7 @@ class Spelling:
         self.text = ""
 
     def add(self, token: int) -> str:
-        """What the token adds; nothing in the middle of a character, which comes with its last token."""
+        """The text that the token adds; nothing in the middle of a character, which comes with its last token."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False)
         if text.endswith("�"):

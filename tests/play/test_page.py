@@ -233,7 +233,7 @@ def test_the_map_is_walked_by_arrows_and_fits_on_a_click(page: Page) -> None:
 
 def test_an_ablation_and_the_other_direction(page: Page) -> None:
     page.get_by_label("Method").select_option("Ablation")
-    page.get_by_label("Direction").select_option("First principal, of pairs")
+    page.get_by_label("Direction").select_option("Principal, of pairs")
     page.get_by_label("Block", exact=True).fill("0")
     fit(page)
     expect(page.locator(".card .says")).to_have_text("abliteration, the direction of block 0")

@@ -74,7 +74,7 @@ export function map() {
         cells.set(key(layer, c), button);
         return element("td", {}, button);
       })));
-    const head = element("tr", {}, element("th", { scope: "col", textContent: "block" }), ...cs.map((c) => element("th", { scope: "col", textContent: `c = ${show(c)}` })));
+    const head = element("tr", {}, element("th", { scope: "col", textContent: "block, c" }), ...cs.map((c) => element("th", { scope: "col", textContent: show(c) })));
     for await (const event of stream) {
       if ($("map").hidden || !$("map-table").contains(rows[0])) {
         $("map-table").replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
