@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from importlib import resources
 from typing import Any
 
@@ -208,7 +209,7 @@ def _stream(worker: Worker, priority: Priority, steps_of: Callable[[Fields], Ste
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
         def deliver(event: Event | None) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the server has ended, and its loop with it
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = Job(priority, steps, deliver)

@@ -82,7 +82,9 @@ def test_the_page_and_its_files(client: TestClient) -> None:
     assert sum(sizes) < 300_000
 
 
-def test_a_fit_is_written_with_measured_and_saved(client: TestClient, tiny_chat: str, tmp_path: Path) -> None:
+def test_a_fit_is_written_with_measured_and_saved(
+    client: TestClient, play: Any, tiny_chat: str, tmp_path: Path
+) -> None:
     assert client.get("/api/state").json()["adapters"] == []
     name = fit(client)
     (listed,) = client.get("/api/state").json()["adapters"]
@@ -107,6 +109,7 @@ def test_a_fit_is_written_with_measured_and_saved(client: TestClient, tiny_chat:
             assert adapter.scale == 0.5
         assert len(load_file(file)) == 3 if ending == ".safetensors" else adapter.variant == "steer"
     refused(client.post("/api/save", json={"adapter": name, "c": 0.5, "format": "gguf"}), 400, "can't hold 'steer'")
+    assert ll.adapters(play.model)[name].scale == 0.0
     no = client.post("/api/save", json={"adapter": name, "c": 0.5, "format": "peft"})
     refused(no, 400, "'Mine' has a scale, which PEFT can't hold")
     renamed = client.post("/api/rename", json={"adapter": name, "label": "Ünder né"}).json()
