@@ -9,6 +9,7 @@ import torch
 from models import perturb
 from playing import divergences, drive, fitted, playground, recipe, texts
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
 from lora_lite.play import generate
@@ -107,6 +108,21 @@ def test_a_sweep_is_each_scale_by_itself(play: Any) -> None:
     events = drive(play.sweep({name: 9.0}, name, cs, PROMPT, max_new_tokens=NEW))
     assert list(texts(events).values()) == [alone(play, {name: c}) for c in cs]
     assert events[-1]["columns"]["1"]["mean"] == 0.0 < events[-1]["columns"]["3"]["mean"]
+
+
+def test_rows_of_other_lengths_have_their_own_positions(real_tokenizer: Any) -> None:
+    """GPT-2 adds a vector for each absolute position, so that padding on the left would show."""
+    sizes: Any = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(real_tokenizer), **sizes)).eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_()
+    columns = [Column("base"), Column("system", system="You speak little, and only of the sea and of ships.")]
+    events = drive(write(model, real_tokenizer, columns, PROMPT, max_new_tokens=NEW))
+    for column in columns:
+        ids = torch.tensor([chat_ids(real_tokenizer, PROMPT, column.system)])
+        options: Any = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
+        tokens = model.generate(ids, pad_token_id=0, **options)[0, ids.shape[1] :]
+        assert texts(events)[column.key] == real_tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 class Experts(nn.Module):

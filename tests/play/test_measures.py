@@ -72,6 +72,7 @@ def test_the_answers_are_the_bases_own(play: Any) -> None:
 
 
 def test_a_short_answer_counts_its_own_tokens_alone(play: Any) -> None:
+    fitted(play)  # a system prompt's damage is the base's, whatever is attached
     play.model.generation_config.eos_token_id = result_of_first(play)
     kl = result(play.neutral.system_damage("You are a pirate."))
     assert {len(answer) for part in play.neutral.answers for answer in part} != {ANSWER}
@@ -144,6 +145,7 @@ def test_the_effect_is_that_of_the_held_out_lines(play: Any) -> None:
 
 def test_a_fit_is_that_of_contrast_without_the_held_out_lines(play: Any) -> None:
     assert LINES.held_out("positive") == ("A held line.",)
+    assert LINES.fitted("positive") == tuple(line for line in LINES.positive if line != "A held line.")
     name = fitted(play)
     block = play.fitter.blocks[1]
     means = {}
