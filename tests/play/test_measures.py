@@ -146,6 +146,7 @@ def test_the_effect_is_that_of_the_held_out_lines(play: Any) -> None:
 def test_a_fit_is_that_of_contrast_without_the_held_out_lines(play: Any) -> None:
     assert LINES.held_out("positive") == ("A held line.",)
     assert LINES.fitted("positive") == tuple(line for line in LINES.positive if line != "A held line.")
+    fitted(play, recipe(0, lines=Lines(("Yes.", "Good."), ("No.", "Bad."))), "Beside it, which is off while we read")
     name = fitted(play)
     block = play.fitter.blocks[1]
     means = {}
