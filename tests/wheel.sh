@@ -10,7 +10,7 @@ cd "$place"
 "${PYTHON:-python3}" -m venv env
 env/bin/python -m pip install -q --no-compile --disable-pip-version-check -c "$constraints" "$wheel"
 env/bin/python - <<'PY'
-import importlib.util, sys
+import importlib.resources, importlib.util, sys
 import torch
 import lora_lite as ll
 from lora_lite.core.variant import needs_data
@@ -41,6 +41,8 @@ for variant, method in ll.REGISTRY.items():
     ll.detach(model)
     ll.load(model, "adapter.safetensors")
     ll.detach(model)
+page = importlib.resources.files("lora_lite.play")
+assert all((page / name).is_file() for name in ("neutral.json", "presets.json", "page/index.html", "page/main.js"))
 print(f"lora_lite {ll.__version__} works from its wheel, with no extras")
 PY
 status=0

@@ -242,6 +242,25 @@ def convert(
     print(convert_adapter(source, target, base, to, rank, max_error, energy, pairs, per_expert))
 
 
+@app.command(cls=Command)
+def play(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or the name of one in the hub's cache.")],
+    adapters: Annotated[list[Path] | None, typer.Argument(help="Adapters: files or folders of any format.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0 is any free one.")] = 8421,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16, ...")] = "auto",
+    quantization: Annotated[Literal["nf4", "fp4", "int8"] | None, typer.Option(help="By bitsandbytes.")] = None,
+) -> None:
+    """Open a page in the browser in which a model and its adapters answer side by side.
+
+    The page works without a network, and only on this machine. It can make steering vectors and ablations of two lists
+    of sentences, measure what they cost, and save them. Ctrl-C ends it.
+    """
+    from ..play.command import run
+
+    run(model, adapters or [], port=port, open_browser=open_browser, dtype=dtype, quantization=quantization)
+
+
 HOW = "exact: ranks add up. svd: the best of a rank or energy. ties, dare, magnitude: sums of a density of each delta."
 
 

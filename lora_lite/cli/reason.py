@@ -4,6 +4,7 @@ from ..errors import LoraLiteError
 
 # Packages that a command may lack, and the extra that has them.
 EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "demo", "transformers": "hf", "accelerate": "hf"}
+EXTRAS |= {"starlette": "play", "uvicorn": "play"}
 EXTRAS |= {"bitsandbytes": "bnb", "gguf": "gguf", "diffusers": "diffusers"}
 
 

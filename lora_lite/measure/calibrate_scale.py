@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ def calibrate_scale(
         return float(kl.quantile(0.95) if statistic == "p95" else kl.mean())
 
     points = find_root(divergence, target_kl, limit, tolerance=tolerance, max_evaluations=max_evaluations)
-    result = _result(points, target_kl, tolerance)
+    result = result_of(points, target_kl, tolerance)
     if apply:
         for adapter in chosen:
             adapter.scale = result.c
@@ -104,7 +104,22 @@ def calibrate_scale(
 def find_root(
     f: Callable[[float], float], target: float, limit: float, *, tolerance: float, max_evaluations: int
 ) -> dict[float, float]:
-    """Search x between 0 and limit with f(x) = target > 0, for an f that grows from f(0) = 0 about with x².
+    """`root_search` with the values of f. Returns its points."""
+    search = root_search(target, limit, tolerance=tolerance, max_evaluations=max_evaluations)
+    try:
+        x = next(search)
+        while True:
+            x = search.send(f(x))
+    except StopIteration as end:
+        points: dict[float, float] = end.value
+        return points
+
+
+def root_search(
+    target: float, limit: float, *, tolerance: float, max_evaluations: int
+) -> Generator[float, float, dict[float, float]]:
+    """Search x between 0 and limit with f(x) = target > 0, for an f that grows from f(0) = 0 about with x²: yields x,
+    and is sent f(x), so that whoever evaluates f can do other things in between.
 
     |x| doubles from FIRST until f is above the target. Then the bracket is cut where a line through the roots of f at
     its ends meets the root of the target. f may jump, fall, or be infinite, but not NaN. Returns {x: f(x)} in order: 0,
@@ -114,7 +129,7 @@ def find_root(
     moved = ""  # the ends of the bracket that have moved: "l" or "h" each
     x = math.copysign(min(FIRST, abs(limit)), limit)
     while x not in points and len(points) <= max_evaluations:  # it comes again at the limit, or if f jumps over target
-        points[x] = f(x)
+        points[x] = yield x
         if abs(points[x] - target) <= tolerance * target:
             break
         if points[x] < target:
@@ -144,7 +159,7 @@ def _check(target_kl: Any, statistic: Any, limit: Any, tolerance: Any, max_evalu
             raise ConfigError(f"calibrate_scale({field}={got!r}): wanted {wanted}")
 
 
-def _result(points: dict[float, float], target: float, tolerance: float) -> Calibrated:
+def result_of(points: dict[float, float], target: float, tolerance: float) -> Calibrated:
     """The point nearest to the target; if that misses it, the furthest one that is within the budget."""
     curve = sorted(points.items(), key=lambda point: abs(point[0]))
     c, kl = min(curve, key=lambda point: abs(point[1] - target))

@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,14 +90,33 @@ def contrast(
     """
     check_sides(data)
     _check_options(rank, method, center, winsorize)
-    options = {"where": where, "what": what, "positions": positions, "progress": progress}
+    options: dict[str, Any] = {"where": where, "what": what, "positions": positions, "progress": progress}
     is_plain = center == "mean" and rank == 1 and method == "difference"  # so no vector has to be kept
     options["reduce"] = "std" if is_plain else ("std", "samples")
     options["transform"] = None if winsorize is None else partial(_clamped, quantile=winsorize)
-    positive_side, negative_side = _capture_sides(model, data, rank, method, options)
+    sides = {side: capture(model, data[side], **options) for side in ("positive", "negative")}
+    return contrast_of(sides, rank=rank, method=method, center=center, projected=projected)
+
+
+def contrast_of(
+    captured: Mapping[str, Mapping[str, Statistics]],
+    *,
+    rank: int = 1,
+    method: str = "difference",
+    center: str = "mean",
+    projected: bool = False,
+) -> dict[str, Contrast]:
+    """`contrast` of two sides that were captured already: {"positive": {path: Statistics}, "negative": ...}, with "std"
+    and, but for the difference of means, "samples".
+
+    Raises:
+        ConfigError, BaseModelError: as `contrast`.
+    """
+    _check_options(rank, method, center, None)
+    _check_counts(captured, rank, method)
     contrasts = {}
-    for path, positive in positive_side.items():
-        sides = (positive, negative_side[path])
+    for path, positive in captured["positive"].items():
+        sides = (positive, captured["negative"][path])
         p, n = (side.mean if center == "mean" else geometric_median(side.kept_samples()) for side in sides)  # (d,)
         if (p - n).norm() <= ROUNDING * max(p.norm(), n.norm()):
             raise BaseModelError(f"{path}: both sides have the same centre, so no direction\n  give sides that differ")
@@ -148,9 +167,8 @@ def _check_options(rank: int, method: str, center: str, winsorize: float | None)
         raise ConfigError(f"method={method!r} finds one direction, by no centres; got rank={rank}, center={center!r}")
 
 
-def _capture_sides(model: nn.Module, data: Any, rank: int, method: str, options: Any) -> list[dict[str, Statistics]]:
-    """Each side by `capture(**options)`, the positive one first. Raises ConfigError for too few vectors or no pairs."""
-    sides = {name: capture(model, data[name], **options) for name in ("positive", "negative")}
+def _check_counts(sides: Mapping[str, Mapping[str, Statistics]], rank: int, method: str) -> None:
+    """Raises ConfigError for too few vectors, or no pairs."""
     counts = {name: next(iter(side.values())).count for name, side in sides.items()}  # the same at all modules
     for name, count in counts.items():
         if count < max(2, rank):
@@ -161,7 +179,6 @@ def _capture_sides(model: nn.Module, data: Any, rank: int, method: str, options:
     if (rank > 1 or method == "pca") and counts["positive"] != counts["negative"]:
         taken = "method 'pca'" if method == "pca" else f"rank {rank}"
         raise ConfigError(f"calibration_data has {counts} vectors: {taken} is taken of pairs, so wanted equal numbers")
-    return list(sides.values())
 
 
 def _clamped(vectors: Float[Tensor, "n d"], quantile: float) -> Float[Tensor, "n d"]:

@@ -1,0 +1,113 @@
+// The page: what happens on a click or a key, and its state in the address.
+
+import { $, Latest, ask, complain, events, later, say, show } from "/base.js";
+import * as adapters from "/adapters.js";
+import * as fit from "/fit.js";
+import * as text from "/write.js";
+
+const FIELDS = { p: "prompt", t: "temperature", seed: "seed", n: "tokens", s: "system", b: "budget", name: "label", m: "method", d: "direction", l: "layer" };
+
+// ---- the address -----------------------------------------------------------------------------------
+
+function remember() {
+  const link = new URLSearchParams(Object.entries(FIELDS).map(([key, id]) => [key, $(id).value]));
+  if (!$("system-details").open) link.delete("s");
+  link.set("c", JSON.stringify(Object.fromEntries([...adapters.adapters.values()].map((a) => [a.label, a.c]))));
+  if ($("preset").value) link.set("set", $("preset").selectedOptions[0].textContent);
+  else for (const side of ["positive", "negative"]) link.set(side, $(side).value);
+  history.replaceState(null, "", `#${link}`);
+}
+
+const soon = later(250, remember);
+
+/** The page as a link has it. Nothing is fitted before a click. */
+function recall() {
+  const link = new URLSearchParams(location.hash.slice(1));
+  if (![...link.keys()].length) return;
+  const preset = [...$("preset").options].find((option) => option.textContent === link.get("set"));
+  if (preset) fit.choose(preset.value);
+  for (const side of ["positive", "negative"]) if (link.has(side)) { $("preset").value = ""; $(side).value = link.get(side); }
+  for (const [key, id] of Object.entries(FIELDS)) if (link.has(key)) $(id).value = link.get(key);
+  $("system-details").open = Boolean(link.get("s"));
+  try {
+    const scales = Object.entries(JSON.parse(link.get("c") ?? "{}")).filter(([, c]) => Number.isFinite(c) && Math.abs(c) <= 8);
+    adapters.want(Object.fromEntries(scales));
+    const missing = scales.map(([label]) => label).filter((label) => ![...known].includes(label));
+    if (missing.length) say(`This link has sentences for ${missing.join(", ")}: press Fit to make it.`);
+  } catch {
+    complain("The scales in this link can’t be read. The rest of it is here.");
+  }
+}
+
+let known = new Set();
+
+// ---- the system prompt's figures --------------------------------------------------------------------
+
+const comparing = new Latest();
+
+function compare() {
+  const system = $("system").value.trim();
+  $("system-figures").textContent = $("f-system").textContent = "";
+  if (!system || !$("system-details").open) return comparing.stop();
+  return comparing.run(async (signal) => {
+    $("system-figures").textContent = "Measuring what it costs…";
+    const fitted = [...adapters.adapters.values()].find((a) => a.fitted);
+    for await (const event of events("/api/system", { system, adapter: fitted?.id ?? "" }, signal)) {
+      const effect = event.effect === null || !fitted ? "" : `, effect ${show(event.effect, true)}`;
+      $("f-system").textContent = `Damage ${show(event.kl)} nats${effect}`;
+      $("system-figures").textContent = `This prompt: damage ${show(event.kl)} nats a token on the same answers, at the same tokens${effect ? `${effect} nats on the lines that ${fitted.label} hasn’t seen` : ""}.`;
+    }
+  }).catch(() => {});
+}
+
+// ---- clicks and keys --------------------------------------------------------------------------------
+
+function on(id, kind, work) {
+  $(id).addEventListener(kind, (event) => { if (kind === "submit") event.preventDefault(); work(event); });
+}
+
+function stop() {
+  text.stop(); text.stopSweep(); fit.stopFit(); comparing.stop();
+  say("Stopped.");
+}
+
+async function start() {
+  let state;
+  try {
+    state = await ask("/api/state");
+  } catch (error) {
+    $("model").textContent = "";
+    return complain(error.message);
+  }
+  $("model").textContent = `${state.model}, ${state.blocks} blocks, ${state.dtype}`;
+  $("system-details").hidden = !state.system;
+  known = new Set(state.adapters.map((a) => a.label));
+  fit.setUp(state);
+  const again = later(400, () => { if ($("live").checked && text.written) text.write(); });
+  recall();
+  adapters.setUp(state, () => { soon(); again(); });
+  on("ask", "submit", () => text.write());
+  on("sweep", "submit", () => text.sweep());
+  on("fit", "submit", () => fit.fit());
+  on("map-go", "click", () => fit.map());
+  on("map-table", "keydown", fit.walk);
+  on("stop", "click", stop);
+  on("copy", "click", async () => {
+    remember();
+    try { await navigator.clipboard.writeText(location.href); say("The link is copied: it holds the prompt, the scales and the sentences."); } catch { say("The address of this page is the link."); }
+  });
+  on("system-details", "toggle", compare);
+  const measureSystem = later(600, compare);
+  on("system", "input", measureSystem);
+  document.addEventListener("fitted", () => { soon(); compare(); if ($("live").checked && text.written) text.write(); });
+  document.addEventListener("input", soon);
+  document.addEventListener("change", soon);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); text.write(); }
+    else if (event.key === "Escape") stop();
+  });
+  compare();
+  document.body.dataset.ready = "yes";
+}
+
+start();

@@ -1,0 +1,94 @@
+"""The command: a model and adapters from the disk, the page's address, and what it says where it can't."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from models import perturb
+from typer.testing import CliRunner
+
+import lora_lite as ll
+from lora_lite.cli.commands import app
+from lora_lite.cli.reason import reason
+from lora_lite.play import command
+
+
+@pytest.fixture
+def adapter(tiny_chat: str, tmp_path: Path) -> Path:
+    model = ll.load_base(tiny_chat, "float32")
+    perturb(ll.attach(model, ll.LoRAConfig(r=2)), 0.3)
+    ll.adapters(model)["default"].scale = 0.75
+    ll.save(model, tmp_path / "mine.safetensors")
+    ll.save_peft(model, tmp_path / "folder", rank=4)
+    return tmp_path / "mine.safetensors"
+
+
+@pytest.mark.slow
+def test_it_serves_the_page_of_a_model_and_its_adapters(adapter: Path, tiny_chat: str) -> None:
+    given = [tiny_chat, str(adapter), str(adapter.parent / "folder"), "--no-open", "--port", "0", "--dtype", "float32"]
+    environment = os.environ | {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}  # no network
+    with subprocess.Popen(
+        [sys.executable, "-m", "lora_lite", "play", *given], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        address = re.match(r"(http://127\.0\.0\.1:\d+/)  \(Ctrl-C ends it\)\n", process.stdout.readline())
+        assert address is not None
+        with httpx.Client(trust_env=False, timeout=60) as client:
+            state = client.get(f"{address[1]}api/state").json()
+            listed = [(entry["label"], entry["start"], entry["fitted"]) for entry in state["adapters"]]
+            assert listed == [("mine", 0.75, False), ("folder", 1.0, False)]
+            scales = {entry["id"]: entry["start"] for entry in state["adapters"]}
+            body = {"prompt": "Hi.", "scales": scales, "tokens": 3}
+            lines = client.post(f"{address[1]}api/write", json=body).text.splitlines()
+            assert json.loads(lines[-1])["kind"] == "end"
+            assert json.loads(lines[1])["tokens"][1][2] > 0
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (0, 130, -signal.SIGINT)
+
+
+def test_the_browser_is_opened_unless_it_is_not_wanted(tiny_chat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.setattr(command, "serve", lambda play, port, ready: ready(f"http://127.0.0.1:{port}/"))
+    command.run(tiny_chat, [], port=5, dtype="float32")
+    command.run(tiny_chat, [], port=6, dtype="float32", open_browser=False)
+    assert opened == ["http://127.0.0.1:5/"]
+
+
+def line(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["play", *arguments])
+    return done.exit_code, done.stderr.strip()
+
+
+def test_one_line_says_what_is_wrong(tiny_chat: str, tmp_path: Path, adapter: Path) -> None:
+    code, said = line(str(tmp_path / "none"), "--no-open")
+    assert code == 2
+    assert re.fullmatch(r"lora-lite: .*none can't be opened from this disk: .*", said.splitlines()[-1])
+    code, said = line(tiny_chat, str(tmp_path / "none.safetensors"), "--no-open")
+    assert code == 2
+    assert "none.safetensors" in said
+    code, said = line(tiny_chat, *[str(adapter)] * 9, "--no-open")
+    assert (code, said.splitlines()[-1]) == (2, "lora-lite: 8 adapters are on the page")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, said = line(tiny_chat, "--no-open", "--port", str(taken.getsockname()[1]))
+    assert code == 2
+    assert re.fullmatch(r"lora-lite: port \d+ can't be taken: .*in use.*", said.splitlines()[-1])
+    assert reason(ModuleNotFoundError(name="starlette")) == "starlette is not installed; pip install 'lora-lite[play]'"
+
+
+def test_a_model_that_is_not_on_this_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*address: Any) -> None:
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(ll.BaseModelError, match="someone/nothing can't be opened from this disk"):
+        command.playground("someone/nothing")
