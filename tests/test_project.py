@@ -10,9 +10,17 @@ import pytest
 import torch
 from capabilities import is_identity, listed, row, rows, section
 from jaxtyping import TypeCheckError
+<<<<<<< HEAD
 from models import IDS, OneLinear, config, tiny_llama
 from pages import python_blocks
 from transformers import AutoModelForCausalLM
+=======
+from models import IDS, OneLinear, config, moe, perturb, tiny_llama
+from pages import pages, python_blocks
+from test_ecosystem import Tokens, arguments
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+>>>>>>> d21
 
 import lora_lite as ll
 
@@ -134,7 +142,7 @@ def test_a_variant_is_at_most_100_lines() -> None:
 
 
 def test_the_files_that_the_documents_name_exist() -> None:
-    documents = [ROOT / name for name in ("README.md", "DEVELOPER.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+    documents = [ROOT / name for name in ("README.md", "DEVELOPER.md", "CHANGELOG.md", "AGENTS.md")] + pages()
     named = {
         (document.name, path)
         for document in documents

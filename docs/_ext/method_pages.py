@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 import lora_lite as ll
 from lora_lite.core.variant import needs_data
@@ -46,6 +47,17 @@ TABLES = {  # of the arena: the line above the rows, and what its columns are
         "",
     ],
 }
+
+INDEX = """# One page each
+
+Equation on the left, code on the right. Each method is checked against its paper's formula on explicit matrices and,
+where PEFT has it, against PEFT on the same parameters: outputs, gradients, steps of training.
+
+*Base*: `any` reads no weight, so it goes on layers that any library has quantised; others read the weight, dequantised
+where that is allowed. *Trained*: numbers in SmolLM2-135M by the config's defaults (`make table`).
+[What each can do](../methods.md) has the rest.
+
+"""
 
 
 def rows() -> dict[str, dict[str, str]]:
@@ -233,19 +245,18 @@ def write(app: Sphinx) -> None:
     folder = DOCS / FOLDER
     folder.mkdir(exist_ok=True)
     table = rows()
+    if missing := sorted(ll.REGISTRY.keys() - table.keys()):
+        raise ExtensionError(f"no row in docs/methods.md for {missing}: run `make table`")
     pages = {f"{name}.md": page(name, table[name]) for name in sorted(ll.REGISTRY)}
     unlinked = {
         name: re.sub(r"\[(.+?)\]\(.+?\)", r"\1", table[name]["method"])
         for name in sorted(ll.REGISTRY)
     }
     lines = [
-        f"| [`{name}`](./{name}.md) | {what} | {table[name]['trained']} |"
+        f"| [`{name}`](./{name}.md) | {what} | {table[name]['base']} | {table[name]['trained']} |"
         for name, what in unlinked.items()
     ]
-    text = (
-        "# One page each\n\nEquation on the left, code on the right. *Trained*: numbers in SmolLM2-135M by the "
-        "config's defaults (`make table`).\n\n| method | what it is | trained |\n|---|---|---|\n"
-    )
+    text = INDEX + "| method | what it is | base | trained |\n|---|---|---|---|\n"
     tree = "\n".join(f"{name} <{name}>" for name in sorted(ll.REGISTRY))
     pages["index.md"] = (
         f"{text}{chr(10).join(lines)}\n\n```{{toctree}}\n:hidden:\n\n{tree}\n```\n"

@@ -1,4 +1,4 @@
-"""Every page of the built site in Chromium, at three widths: none may be wider than its window. Three are kept as pictures.
+"""Every page of the built site in Chromium, at three widths: none may be wider than its window. Three are kept.
 
 make docs && python tests/docs/shots.py     writes docs/_static/shots
 """

@@ -57,7 +57,8 @@ def test_the_site_is_built_without_a_warning_and_is_whole(tmp_path: Path) -> Non
     assert len(read) > 100
     assert not sorted(set(broken(site, read)))
     assert not sorted(fetched_from_elsewhere(site, read))
-    assert not sorted(public_names() - entries(site))
+    missing = sorted(public_names() - entries(site))
+    assert not missing, f"no entry for {missing}: add them to a page of docs/api"
     check_method_pages(site)
     for link in re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text()):
         assert (site / link).is_file(), link
