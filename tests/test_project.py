@@ -10,17 +10,9 @@ import pytest
 import torch
 from capabilities import is_identity, listed, row, rows, section
 from jaxtyping import TypeCheckError
-<<<<<<< HEAD
 from models import IDS, OneLinear, config, tiny_llama
-from pages import python_blocks
-from transformers import AutoModelForCausalLM
-=======
-from models import IDS, OneLinear, config, moe, perturb, tiny_llama
 from pages import pages, python_blocks
-from test_ecosystem import Tokens, arguments
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
->>>>>>> d21
+from transformers import AutoModelForCausalLM
 
 import lora_lite as ll
 
