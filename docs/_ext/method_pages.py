@@ -195,7 +195,11 @@ def page(name: str, row: dict[str, str]) -> str:
     said = "\n\n".join(f"**{label}** {prose(text)}" for label, text in labels.items())
     left = f":::{{container}} equation\n```text\n{equation}\n```\n\n{said}\n:::"
     pair = f"::::{{container}} pair\n{left}\n\n```python\n{code(file)}\n```\n::::"
-    abilities = [f"{heading}\n: {row[column]}\n" for column, heading in COLUMNS.items()]
+    abilities = [
+        f"| {' | '.join(COLUMNS.values())} |",
+        "|---" * len(COLUMNS) + "|",
+        f"| {' | '.join(row[column] for column in COLUMNS)} |\n",
+    ]
     return "\n".join(
         [
             "---\nhide-toc: true\n---\n",
