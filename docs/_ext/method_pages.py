@@ -28,26 +28,30 @@ COLUMNS = {
     "fresh": "a fresh adapter is",
 }
 COLUMNS |= {"merges": "merges into the weights", "PEFT folder": "PEFT folder"}
-TABLES = {  # of the arena: the line above the rows, and what its columns are
-    "At about equal parameters": [
-        "rank",
-        "trained",
-        "learning rate",
-        "loss",
-        "difference from LoRA",
-        "95 % interval",
-        "",
-    ],
-    "At an equal divergence": [
-        "divergence at scale 1",
-        "scale",
-        "loss",
-        "difference from LoRA",
-        "95 % interval",
-        "",
-    ],
+DIFFERENCE = r"(?:\s+([+-][\d.]+)\s+([+-][\d.]+ [+-][\d.]+)\s+(\S.*))?"
+APART = ["difference from LoRA", "95 % interval", ""]
+TABLES = {  # of the arena: the line above the rows, what a row is, and what its parts are
+    "At about equal parameters": (
+        rf"(?:(\d+)\s+)?([\d.]+(?: [kMG])?)\s+([\d.]+e[-+]\d+\*?)\s+([\d.]+){DIFFERENCE}",
+        ["rank", "trained", "learning rate", "loss", *APART],
+    ),
+    "At an equal divergence": (
+        rf"([\d.]+)\s+([\d.]+)\s+([\d.]+){DIFFERENCE}",
+        ["KL at scale 1", "scale", "loss", *APART],
+    ),
+    "Costs": (
+        r"([\d.]+)\s+([\d.]+ [\d.]+)\s+([\d.]+ \w?B)(?:\s+([\d.]+))?\s+([\d.]+ \w?B)(?:\s+([\d.]+))?\s+([\d.]+ \w?B)",
+        [
+            "step / LoRA's",
+            "quartiles",
+            "kept for the backward",
+            "/ PEFT's",
+            "peak",
+            "/ PEFT's",
+            "file",
+        ],
+    ),
 }
-
 INDEX = """# One page each
 
 Equation on the left, code on the right. Each method is checked against its paper's formula on explicit matrices and,
@@ -132,45 +136,47 @@ def fields(config: type[Any]) -> list[str]:
     return ["| field | default |", "|---|---|", *table]
 
 
-def arena(name: str) -> list[str]:
-    """What the arena's last run says of a method."""
-    text = (DOCS / "arena.md").read_text()
-    run = re.search(r"<!-- arena -->\n```\n(.*?)\n\n", text, re.S)
-    command = (
-        re.search(r"make arena[^\n]*(?:\n  [^\n]*)*", run[1]) if run is not None else None
-    )
-    parts: list[str] = []
-    for title, columns in TABLES.items():
+def arena_rows(text: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """The arena's tables: for each the cells of each method, by what they are."""
+    tables: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for title, (row, columns) in TABLES.items():
         block = re.search(rf"^{title}.*\n.*\n((?:.+\n)+)", text, re.M)
-        line = (
-            next((line for line in block[1].splitlines() if line.split()[0] == name), "")
-            if block is not None
-            else ""
-        )
-        numbers = re.split(r" {2,}", line.strip())[1:]
-        if block is None or not numbers:
-            continue
-        heading = block[0].splitlines()[0]
-        # A method without a rank has an empty cell, which a split by spaces doesn't show.
-        wanted = (
-            columns
-            if len(columns) == len(numbers)
-            else [column for column in columns if column != "rank"]
-        )
-        cells = [
-            f"{column} {number}".strip()
-            for column, number in zip(wanted, numbers, strict=False)
-        ]
-        parts.append(f"- {heading.split(';')[0].split(' (')[0]}: {'; '.join(cells)}")
+        for line in block[1].splitlines() if block is not None else ():
+            name, _, rest = line.partition(" ")
+            cells = re.fullmatch(row, rest.strip())
+            if cells is None:
+                raise ExtensionError(f"docs/arena.md: under {title!r} a row is {line!r}")
+            tables.setdefault(title, {})[name] = [
+                (column, cell)
+                for column, cell in zip(columns, cells.groups(), strict=True)
+                if cell is not None
+            ]
+    return tables
+
+
+def arena(name: str) -> list[str]:
+    """What the arena's last run says of a method, as tables."""
+    parts: list[str] = []
+    for title, rows_of in arena_rows((DOCS / "arena.md").read_text()).items():
+        if name in rows_of:
+            columns, cells = zip(*rows_of[name], strict=True)
+            rule = "|---" * len(cells)
+            parts += [
+                f"{title}:",
+                "",
+                f"| {' | '.join(columns)} |",
+                f"{rule}|",
+                f"| {' | '.join(cells)} |",
+                "",
+            ]
     if not parts:
         return ["The last run of [the arena](../arena.md) (`make arena`) left it out."]
-    made = (
-        f", of `{' '.join(command[0].split()).split(' --')[0]}`"
-        if command is not None
-        else ""
+    about = (
+        "losses in nats a token; bytes above the base's; a star says that the best learning rate "
+        "was at the end of those that were tried."
     )
     return [
-        f"From [the arena](../arena.md){made}: losses in nats a token, smaller is better.",
+        f"Of the last run of [the arena](../arena.md) (`make arena`): {about}",
         "",
         *parts,
     ]
@@ -189,7 +195,11 @@ def page(name: str, row: dict[str, str]) -> str:
     said = "\n\n".join(f"**{label}** {prose(text)}" for label, text in labels.items())
     left = f":::{{container}} equation\n```text\n{equation}\n```\n\n{said}\n:::"
     pair = f"::::{{container}} pair\n{left}\n\n```python\n{code(file)}\n```\n::::"
-    abilities = [f"{heading}\n: {row[column]}\n" for column, heading in COLUMNS.items()]
+    abilities = [
+        f"| {' | '.join(COLUMNS.values())} |",
+        "|---" * len(COLUMNS) + "|",
+        f"| {' | '.join(row[column] for column in COLUMNS)} |\n",
+    ]
     return "\n".join(
         [
             "---\nhide-toc: true\n---\n",

@@ -76,3 +76,19 @@ def test_code_is_what_is_below_the_imports() -> None:
     text = code(Path(sys.modules["lora_lite.variants.lora"].__file__ or ""))
     assert text.startswith("@dataclass(frozen=True, kw_only=True)\nclass LoRAConfig")
     assert text.rstrip().endswith("dropout)")
+
+
+def test_the_arenas_rows_are_read_whole() -> None:
+    """Every number of a row is in a cell, in its order: none is lost, or taken for another column's."""
+    from method_pages import TABLES, arena_rows
+
+    text = (DOCS / "arena.md").read_text()
+    tables = arena_rows(text)
+    assert list(tables) == list(TABLES)
+    for rows in tables.values():
+        assert {"lora", "dora"} <= rows.keys()
+        for name, cells in rows.items():
+            words = [name, *(word for _, cell in cells for word in cell.split())]
+            assert words in [line.split() for line in text.splitlines()]
+    reference = dict(tables["At about equal parameters"]["lora"])
+    assert list(reference) == ["rank", "trained", "learning rate", "loss"]  # it isn't compared with itself
