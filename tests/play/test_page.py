@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playing import playground
 from playwright.sync_api import Page, expect, sync_playwright
-from serving import Running
+from serving import Running, endless
 
 import lora_lite as ll
 from lora_lite.play.playground import Playground
@@ -368,9 +369,17 @@ def test_a_server_that_has_gone(browser: Any, tiny_chat: str, monkeypatch: pytes
     own = Running(playground(tiny_chat), monkeypatch)
     page = browser.new_page()
     visit(page, own)
-    own.stop()
+    closed = threading.Event()
+    monkeypatch.setattr(own.play, "write", lambda *given, **options: endless(closed))
     page.get_by_role("button", name="Write").click()
-    expect(page.get_by_role("alert")).to_contain_text("The server doesn’t answer.")
+    expect(page.locator("#strip i").first).to_be_visible()
+    own.stop()
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The server doesn’t answer.")  # in the middle of a text
+    assert closed.is_set()
+    page.get_by_role("button", name="Dismiss").click()
+    page.get_by_role("button", name="Write").click()
+    expect(alert).to_contain_text("The server doesn’t answer.")
     page.close()
 
 
