@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playing import playground
@@ -55,9 +56,8 @@ def page(browser: Any, running: Running) -> Iterator[Page]:
     visit(page, running)
     yield page
     context.close()
-    play = running.play
-    for name in list(play.entries):
-        play.remove(name)
+    for entry in httpx.get(f"{running.address}api/state").json()["adapters"]:  # on the thread that owns the model
+        httpx.post(f"{running.address}api/remove", json={"adapter": entry["id"]})
     refusals = "Failed to load resource: the server responded with a status of 4"
     assert not [error for error in errors if not error.startswith((refusals, "Failed to load resource: net::"))]
     own = (running.address, "data:", f"blob:{running.address.rstrip('/')}")
@@ -328,7 +328,7 @@ def test_a_link_opens_the_same_page_and_fits_on_a_click_alone(page: Page, runnin
     page.get_by_role("button", name="Copy link").click()
     fragment = page.evaluate("location.hash")
     assert parse_qs(fragment[1:])["c"] == [json.dumps({"Days": -1.25}, separators=(",", ":"))]
-    running.play.remove(next(iter(running.play.entries)))
+    httpx.post(f"{running.address}api/remove", json={"adapter": next(iter(running.play.entries))})
     visit(page, running, fragment)
     expect(page.locator("#status")).to_contain_text("This link has sentences for Days: press Fit to make it.")
     assert page.locator(".card").count() == 0
