@@ -36,7 +36,7 @@ from arena_report import Report, Result, text, write_section
 from arena_statistics import mean_loss
 from arena_task import Task, read_task, token_losses
 from arena_trials import Arena, write
-from common import DTYPE, Dtype, load, plain_errors, set_up
+from common import Base, BaseDtype, load, plain_errors, set_up
 from smollm2 import smollm2_folder
 
 QUICK = ["lora", "dora", "pissa", "ia3", "vera"]
@@ -58,9 +58,9 @@ def main(
     ranks: Annotated[str | None, typer.Option(help="By commas: each method that has one, at each of these.")] = None,
     kl_budget: Annotated[float, typer.Option(min=1e-4, help="Nats per token of neutral text, at most.")] = 0.05,
     equal_time: Annotated[bool, typer.Option(help="Seeds at the reference's training time, too.")] = True,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    model: Base = None,
     data: Annotated[Path | None, typer.Option(help="JSONL with prompt/completion or question/answer.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
+    dtype: BaseDtype = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 4,
     max_length: Annotated[int, typer.Option(min=2, help="Longer rows, in tokens, are left out.")] = 112,
     held_out: Annotated[int, typer.Option(min=2, help="Rows that methods are compared on.")] = HELD_OUT_ROWS,

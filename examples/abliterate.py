@@ -24,10 +24,10 @@ import typer
 from abliterate_report import Block, describe, plot_directions, plot_front, show_directions, show_front
 from budget import Budget, seconds_of
 from common import (
-    DTYPE,
     INTERRUPTED,
     MINUTES,
-    Dtype,
+    Base,
+    BaseDtype,
     check_reload,
     load,
     logits_of,
@@ -58,12 +58,12 @@ def main(
     positive: Annotated[Path, typer.Option(help="Prompts, JSONL or .txt.")] = SHIPPED / "french.jsonl",
     negative: Annotated[Path, typer.Option(help="What they are contrasted with.")] = SHIPPED / "english.jsonl",
     neutral: Annotated[Path, typer.Option(help="Prompts that shouldn't change.")] = SHIPPED / "neutral.jsonl",
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    model: Base = None,
     quantization: Annotated[Literal["nf4", "fp4", "int8"] | None, typer.Option(help="Of the base.")] = None,
     positive_words: Annotated[str | None, typer.Option(help="First words, by commas. Default: the model's.")] = None,
     negative_words: Annotated[str | None, typer.Option(help="The same of the other side.")] = None,
     markers: Annotated[str | None, typer.Option(help="By commas: count held-out answers with one of them.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
+    dtype: BaseDtype = "auto",
     minutes: Annotated[float, typer.Option(min=0.0, help=MINUTES)] = 5.0,
     answer_tokens: Annotated[
         int | None, typer.Option(min=1, help=f"Of an answer. Default: up to {MOST_TOKENS}.")

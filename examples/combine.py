@@ -17,8 +17,14 @@ import torch
 import transformers
 import typer
 from batches import Example, batches, encode
-from common import Dtype, load, plain_errors, set_up
-from finetune import DTYPE, History, Task, measure, train
+from common import (
+    Base,
+    BaseDtype,
+    load,
+    plain_errors,
+    set_up,
+)
+from finetune import History, Task, measure, train
 from learning_rates import learning_rate
 from loguru import logger
 from pairs import INSTRUCTION, Pair, read_jsonl, split, stdlib_pairs
@@ -39,10 +45,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     first: Annotated[Path | None, typer.Option(help="JSONL of the first skill, as finetune.py's --data.")] = None,
     second: Annotated[Path | None, typer.Option(help="JSONL of the second skill.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    model: Base = None,
     r: Annotated[int, typer.Option(min=1, help="Rank of each adapter.")] = 8,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
+    dtype: BaseDtype = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps for each skill.")] = 40,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs in a step.")] = 4,
     rows: Annotated[int, typer.Option(min=1, help="Held-out pairs of each skill to measure the loss on.")] = 32,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
@@ -21,7 +21,16 @@ import lora_lite as ll
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 Dtype = Literal["auto", "bfloat16", "float32"]
-DTYPE = "Of the base. auto: the faster of the checkpoint's and float32, measured on a CPU."
+
+# Options that several commands have.
+Base = Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")]
+BaseDtype = Annotated[
+    Dtype, typer.Option(help="Of the base. auto: the faster of the checkpoint's and float32, measured on a CPU.")
+]
+Rank = Annotated[int, typer.Option(min=1, help="Rank.")]
+LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
+MostTokens = Annotated[int, typer.Option(min=1, help="Of an answer, at most.")]
 MINUTES = "Sizes that no option gives are fitted to this time."
 
 

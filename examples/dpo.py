@@ -19,7 +19,19 @@ from typing import Annotated, Any, cast
 
 import transformers
 import typer
-from common import DTYPE, Dtype, check_reload, load, logits_of, plain_errors, set_up
+from common import (
+    Base,
+    BaseDtype,
+    LearningRate,
+    MostTokens,
+    Rank,
+    Steps,
+    check_reload,
+    load,
+    logits_of,
+    plain_errors,
+    set_up,
+)
 from datasets import Dataset
 from jsonl import DataError
 from loguru import logger
@@ -57,17 +69,17 @@ def reversed_pairs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @app.command()
 def main(
     poles: Annotated[bool, typer.Option(help="Train at c = +1 and at c = -1 at once.")] = False,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
-    r: Annotated[int, typer.Option(min=1, help="Rank.")] = 8,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    model: Base = None,
+    r: Rank = 8,
+    lr: LearningRate = 3e-4,
     beta: Annotated[float, typer.Option(help="How much it costs to leave the reference.")] = 0.1,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 30,
+    dtype: BaseDtype = "auto",
+    steps: Steps = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs in a step.")] = 4,
     prompts: Annotated[int | None, typer.Option(min=1, help="Questions to draw answers to. Default: all.")] = None,
     held_out: Annotated[int | None, typer.Option(min=1, help="Held-out questions. Default: all.")] = None,
     answers: Annotated[int, typer.Option(min=2, help="Answers that are drawn to each question.")] = 4,
-    tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 32,
+    tokens: MostTokens = 32,
     seed: Annotated[int, typer.Option(help="Of the answers, the adapter and the order of the pairs.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Default: runs/dpo, or runs/dpo-poles.")] = None,
 ) -> None:

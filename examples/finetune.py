@@ -24,10 +24,10 @@ import transformers
 import typer
 from batches import IGNORED, Batch, Example, batches, encode
 from common import (
-    DTYPE,
     INTERRUPTED,
     MINUTES,
-    Dtype,
+    Base,
+    BaseDtype,
     check_reload,
     load,
     logits_of,
@@ -89,11 +89,11 @@ class DivergedError(Exception):
 def main(
     variant: Annotated[str, typer.Option(help=f"The method: {', '.join(TRAINED)}.")] = "lora",
     quantization: Annotated[Literal["nf4", "fp4", "int8"] | None, typer.Option(help="Of the base.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    model: Base = None,
     data: Annotated[Path | None, typer.Option(help="JSONL with prompt/completion or question/answer.")] = None,
     r: Annotated[int | None, typer.Option(help="Rank. Default: the method's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the method's.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
+    dtype: BaseDtype = "auto",
     minutes: Annotated[float, typer.Option(min=0.0, help=MINUTES)] = 5.0,
     steps: Annotated[int | None, typer.Option(min=1, help=f"Optimiser steps. Default: up to {MOST_STEPS}.")] = None,
     batch_size: Annotated[

@@ -12,7 +12,19 @@ from typing import Annotated, Any, cast
 
 import transformers
 import typer
-from common import DTYPE, Dtype, check_reload, load, logits_of, plain_errors, set_up
+from common import (
+    Base,
+    BaseDtype,
+    LearningRate,
+    MostTokens,
+    Rank,
+    Steps,
+    check_reload,
+    load,
+    logits_of,
+    plain_errors,
+    set_up,
+)
 from datasets import Dataset
 from loguru import logger
 from preferences import Progress, questions, quiet, reward, scores, settings, show, user
@@ -32,16 +44,16 @@ class Trainer(AdapterCheckpoints, GRPOTrainer):
 
 @app.command()
 def main(
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
-    r: Annotated[int, typer.Option(min=1, help="Rank.")] = 8,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    model: Base = None,
+    r: Rank = 8,
+    lr: LearningRate = 1e-3,
     beta: Annotated[float, typer.Option(help="The price of a nat of divergence from the reference.")] = 0.04,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20,
+    dtype: BaseDtype = "auto",
+    steps: Steps = 20,
     groups: Annotated[int, typer.Option(min=1, help="Questions in a step.")] = 2,
     answers: Annotated[int, typer.Option(min=2, help="Answers to each of them.")] = 6,
     held_out: Annotated[int | None, typer.Option(min=1, help="Held-out questions. Default: all.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 24,
+    tokens: MostTokens = 24,
     seed: Annotated[int, typer.Option(help="Of the answers, the adapter and the order of the questions.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("runs", "grpo"),
 ) -> None:

@@ -23,15 +23,17 @@ def train(settings: dict[str, Any]) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     torch.manual_seed(0)
     adapter = ll.attach(model, ll.LoRAConfig(r=8))  # before the model is wrapped
+    first = 0
     if (checkpoint := ray.train.get_checkpoint()) is not None:  # a worker was lost, and Ray starts again
         with checkpoint.as_directory() as folder:
             ll.restore(model, Path(folder) / "adapter.safetensors")
+            first = int((Path(folder) / "steps").read_text())
     wrapped = prepare_model(model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     tokens = AutoTokenizer.from_pretrained(settings["model"])(settings["text"], return_tensors="pt").input_ids[0]
     rows = tokens[: len(tokens) // 64 * 64].view(-1, 64)
-    for step in range(settings["steps"]):
+    for step in range(first, settings["steps"]):
         batch = rows[[(world * step + rank) % len(rows)]].to(next(model.parameters()).device)
         optimizer.zero_grad()
         loss = wrapped(input_ids=batch, labels=batch).loss
@@ -39,8 +41,9 @@ def train(settings: dict[str, Any]) -> None:
         optimizer.step()
         with tempfile.TemporaryDirectory() as folder:
             saved = None
-            if rank == 0 and step + 1 == settings["steps"]:
+            if rank == 0:
                 ll.save(model, Path(folder) / "adapter.safetensors", resume=True)
+                (Path(folder) / "steps").write_text(str(step + 1))
                 saved = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"loss": loss.item()}, checkpoint=saved)
 
@@ -63,7 +66,12 @@ def main(arguments: list[str] | None = None) -> Path:
         train,
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(num_workers=args.workers, use_gpu=args.gpu),
-        run_config=ray.train.RunConfig(storage_path=str(args.out.resolve()), name="lora"),
+        run_config=ray.train.RunConfig(
+            storage_path=str(args.out.resolve()),
+            name="lora",
+            failure_config=ray.train.FailureConfig(max_failures=1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
     ).fit()
     assert result.checkpoint is not None
     print(f"loss {result.metrics['loss']:.4f}; the adapter is in {result.checkpoint.path}")

@@ -24,10 +24,10 @@ import transformers
 import typer
 from budget import Budget, seconds_of
 from common import (
-    DTYPE,
     INTERRUPTED,
     MINUTES,
-    Dtype,
+    Base,
+    BaseDtype,
     check_reload,
     load,
     logits_of,
@@ -72,7 +72,7 @@ def main(
     positive: Annotated[Path, typer.Option(help="Prompts, JSONL or .txt: c > 0.")] = SHIPPED / "french.jsonl",
     negative: Annotated[Path, typer.Option(help="What they are contrasted with.")] = SHIPPED / "english.jsonl",
     neutral: Annotated[Path, typer.Option(help="Prompts to measure divergence on.")] = SHIPPED / "neutral.jsonl",
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    model: Base = None,
     quantization: Annotated[Literal["nf4", "fp4", "int8"] | None, typer.Option(help="Of the base.")] = None,
     positive_words: Annotated[str | None, typer.Option(help="First words, by commas. Default: the model's.")] = None,
     negative_words: Annotated[str | None, typer.Option(help="The same of the other side.")] = None,
@@ -82,7 +82,7 @@ def main(
     step: Annotated[float | None, typer.Option(help="Of the sweep. Default: down to a quarter of --most.")] = None,
     break_kl: Annotated[float, typer.Option(min=0.0, help="Nats beyond which c has broken down.")] = 1.0,
     max_kl: Annotated[float, typer.Option(help="Nats to calibrate c to: the vector's and each round's.")] = 0.1,
-    dtype: Annotated[Dtype, typer.Option(help=DTYPE)] = "auto",
+    dtype: BaseDtype = "auto",
     minutes: Annotated[float, typer.Option(min=0.0, help=MINUTES)] = 5.0,
     answer_tokens: Annotated[
         int | None, typer.Option(min=1, help=f"Of an answer. Default: up to {MOST_TOKENS}.")

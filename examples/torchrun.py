@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: imported later, its defaults hold that to the end
 from smollm2 import smollm2_folder
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(arguments)
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dist.init_process_group(dist.get_default_backend_for_device(device))
     rank = dist.get_rank()
     if device.type != "cpu":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from loguru import logger
@@ -50,6 +51,15 @@ def _fresh_state() -> Iterator[None]:
     yield
     REGISTRY.clear()
     REGISTRY.update(before)
+
+
+@pytest.fixture(scope="module")
+def without_type_checks() -> Iterator[None]:
+    """Users have none: a type check's own error must not stand in for ours."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

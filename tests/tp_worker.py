@@ -19,13 +19,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import ParallelismConfig
 from loguru import logger
 from models import SIZES, config, moe, tiny_llama
+from processes import leave
+from test_ecosystem import Tokens, arguments
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor import parallel as torch_parallel
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -36,6 +41,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import lora_lite as ll
+from lora_lite.trainer import AdapterTrainer
 
 WORLD, SECONDS = 2, 600  # for all jobs; alone on two cores they take 90
 BATCH = torch.arange(96).reshape(4, 24) * 7 % 96
@@ -58,6 +64,7 @@ def write_folders() -> None:
         "qwen3": Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)),
         "phi3": Phi3ForCausalLM(Phi3Config(**sizes)),
         "mixtral": moe("mixtral"),
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=32)),
     }
     with torch.no_grad():
         for name, parameter in models["qwen2"].named_parameters():
@@ -71,7 +78,7 @@ def whole(name: str, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=torch.float32, **options)
 
 
-def parted(name: str, plan: Any = "auto") -> Any:
+def tensor_parallel(name: str, plan: Any = "auto") -> Any:
     """The model of a folder as a plan parts it; "auto" is its own."""
     return whole(name, distributed_config=DistributedConfig(tp_plan=plan, tp_size=WORLD))
 
@@ -82,9 +89,9 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def both(name: str, cfg: Any, seed: int = 5, **options: Any) -> Iterator[tuple[Any, ll.Adapter]]:
     """The model in one process, then in two, with an adapter. The second process draws other numbers."""
-    for load in (whole, parted):
+    for load in (whole, tensor_parallel):
         model = load(name)
-        torch.manual_seed(seed + (dist.get_rank() if load is parted else 0))
+        torch.manual_seed(seed + (dist.get_rank() if load is tensor_parallel else 0))
         yield model, ll.attach(model, cfg, **options)
 
 
@@ -186,7 +193,7 @@ def contents(file: Path) -> tuple[Any, bytes]:
 
 
 def files() -> None:
-    """A file is that of one process, byte for byte; a whole file's values are parted by load and restore."""
+    """A file is that of one process, byte for byte; a whole file's values are sharded by load and restore."""
     cfg = ll.LoRAConfig(r=4, bias=True, target_names=("_proj$", "lm_head"), target_roles=())
     for name in ("qwen3", "uneven"):
         mine, theirs = FOLDER / f"{name}.one.{dist.get_rank()}", FOLDER / f"{name}.two"
@@ -227,7 +234,7 @@ def files() -> None:
 def life() -> None:
     """Off is the base bit for bit, detach leaves nothing, scales and several adapters add up, generation goes on."""
     cfg = ll.LoRAConfig(r=4, target_names=("_proj$", "lm_head"), target_roles=())
-    base = parted("llama")
+    base = tensor_parallel("llama")
     plain, keys = base(input_ids=BATCH).logits, list(base.state_dict())
     (alone, _), (model, _) = both("llama", cfg)
     assert torch.equal(model(input_ids=BATCH).logits, plain)  # the identity at the start
@@ -279,28 +286,28 @@ def positions() -> None:
 
 def refusals() -> None:
     """Everything that isn't right on parts is refused by name, before anything changes."""
-    model = parted("qwen3")
+    model = tensor_parallel("qwen3")
     modules, keys = [vars(module).copy() for module in model.modules()], list(model.state_dict())
     for variant in sorted(ll.REGISTRY.keys() - {"lora", "history", "norm", "tokens", "bias"}):
         with pytest.raises(ll.TargetError, match=rf"_proj: '{variant}' isn't two factors .*\n  use lora, or leave"):
             ll.plan(model, config(variant))
     with pytest.raises(ll.TargetError, match=r"q_proj: 'bias' isn't two factors"):
-        ll.plan(parted("biases"), config("bias"))
+        ll.plan(tensor_parallel("biases"), config("bias"))
     hooked = r"each process has the whole layer, and a part of its gradients alone\n.*load the model without tp_plan"
     for method, named, reason in (
         ("norm", r"self_attn\.q_norm", hooked),
-        ("tokens", "embed_tokens", "tensor parallelism has parted this embedding, and adapters go on its linear"),
+        ("tokens", "embed_tokens", "tensor parallelism has sharded this embedding, and adapters go on its linear"),
     ):
         with pytest.raises(ll.TargetError, match=f"{named}: {reason}"):
             ll.attach(model, config(method))
-    with pytest.raises(ll.TargetError, match=r"embed_tokens: tensor parallelism has parted this embedding"):
+    with pytest.raises(ll.TargetError, match=r"embed_tokens: tensor parallelism has sharded this embedding"):
         ll.attach(model, ll.LoRAConfig(r=2, kinds="embedding", target_names="embed_tokens"))
     assert list(model.state_dict()) == keys
     assert modules == [vars(module) for module in model.modules()]
-    with pytest.raises(ll.TargetError, match=r"parted as \(_StridedShard.*, and factors follow parts of its rows"):
-        ll.attach(parted("phi3", {"model.layers.*.mlp.gate_up_proj": "packed_colwise"}), ll.LoRAConfig(r=2))
-    experts = parted("mixtral")
-    with pytest.raises(ll.TargetError, match=r"mlp\.experts\S*: tensor parallelism has parted this experts"):
+    with pytest.raises(ll.TargetError, match=r"placed as \(_StridedShard.*, and factors follow shards of its rows"):
+        ll.attach(tensor_parallel("phi3", {"model.layers.*.mlp.gate_up_proj": "packed_colwise"}), ll.LoRAConfig(r=2))
+    experts = tensor_parallel("mixtral")
+    with pytest.raises(ll.TargetError, match=r"mlp\.experts\S*: tensor parallelism has sharded this experts"):
         ll.attach(experts, ll.LoRAConfig(r=2, kinds="experts"))
 
 
@@ -309,7 +316,7 @@ def afterwards() -> None:
     one_process = r"sharded by tensor parallelism\n  save it, and"
     sharded = "sharded by tensor parallelism"
     sharded_weight = r"sharded by tensor parallelism\n  lora_lite\.save the adapter"
-    model = parted("llama")
+    model = tensor_parallel("llama")
     adapter = ll.attach(model, ll.LoRAConfig(r=2, **EVERYWHERE))
     up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     file = FOLDER / "afterwards"
@@ -368,7 +375,7 @@ def by_torch() -> None:
         return torch_parallel.parallelize_module(whole(name), mesh, plan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "parted", parallelized)
+        patch.setitem(globals(), "tensor_parallel", parallelized)
         trains_as_one("llama", cfg)
     odd = {"model.layers.0.mlp.up_proj": styles.ColwiseParallel(use_local_output=False)}
     model = torch_parallel.parallelize_module(whole("llama"), mesh, odd)
@@ -379,8 +386,12 @@ def by_torch() -> None:
     small = torch_parallel.parallelize_module(
         torch.nn.Sequential(torch.nn.Linear(8, 1)), mesh, {"0": styles.ColwiseParallel()}
     )
-    with pytest.raises(ll.TargetError, match=r"0: it is too small for 2 processes: the last has no part of it\n"):
+    with pytest.raises(ll.TargetError, match=r"0: it is too small for 2 processes: the last has no shard of it\n"):
         ll.attach(small, ll.LoRAConfig(r=1, target_names="0"))
+    transposed = whole("gpt2")
+    distribute_module(transposed.transformer.h[0].mlp.c_fc, mesh, by_columns)
+    with pytest.raises(ll.TargetError, match=r"mlp\.c_fc: tensor parallelism has sharded this Conv1D, and"):
+        ll.attach(transposed, ll.LoRAConfig(r=2, target_names="c_fc"))
     norms = {"model.norm": styles.SequenceParallel()}
     with pytest.raises(
         ll.TargetError, match=r"model\.norm: each process computes it for a part of the tokens .*\n  leave"
@@ -395,22 +406,69 @@ def by_torch() -> None:
         model.model.layers[0].mlp.down_proj(torch.ones(4, 64))
 
 
+def by_columns(name: str, module: torch.nn.Module, mesh: Any) -> None:
+    for key, tensor in module.named_parameters():
+        shard = distribute_tensor(tensor.detach(), mesh, [Shard(tensor.ndim - 1)])
+        module.register_parameter(key, torch.nn.Parameter(shard))
+
+
+def by_trainer() -> None:
+    """transformers' Trainer: batches are the same in all processes, and losses and values those of one."""
+    model = tensor_parallel("llama")
+    cfg = ll.LoRAConfig(r=4, **EVERYWHERE)
+    torch.manual_seed(5)
+    adapter = ll.attach(model, cfg)
+    batches: list[torch.Tensor] = []
+    seen = model.register_forward_pre_hook(
+        lambda module, args, options: batches.append(options["input_ids"].clone()), with_kwargs=True
+    )
+    options = {"max_grad_norm": 0.05, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "save_only_model": True}
+    with pytest.MonkeyPatch.context() as patch:  # Accelerate asks for an accelerator; what it does needs none
+        patch.setattr(ParallelismConfig, "_validate_accelerator", lambda *_: None)
+        args = arguments(FOLDER / "trained", max_steps=3, save_steps=3, logging_steps=1, **options)
+        trainer = AdapterTrainer(model, args, train_dataset=Tokens())
+        trainer.train()
+    seen.remove()
+    for batch in batches:
+        same_in_all_processes(batch)
+    logs = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+    alone = whole("llama").train()
+    torch.manual_seed(5)
+    one = ll.attach(alone, cfg)
+    optimizer, wanted = torch.optim.AdamW(one.parameters(), lr=args.learning_rate, eps=1e-4, weight_decay=0), []
+    for batch in batches[:3]:
+        loss = alone(input_ids=batch, labels=batch).loss
+        loss.backward()
+        wanted.append((loss.item(), float(torch.nn.utils.clip_grad_norm_(list(one.parameters()), 0.05))))
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(torch.tensor(logs), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+    assert wanted[0][1] > 0.05  # the norm over all processes is clipped
+    again = whole("llama")
+    file = ll.load(again, FOLDER / "trained" / "checkpoint-3" / "default.safetensors").state_dict()
+    for key, tensor in one.named_tensors():
+        torch.testing.assert_close(full(dict(adapter.named_tensors())[key]), tensor, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(file, one.state_dict(), rtol=1e-4, atol=2e-6)
+
+
 def member(rank: int) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     torch.set_num_threads(1)
     logger.disable("lora_lite")
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, and not used: the group is there
     store = f"file://{FOLDER}/rendezvous"
     dist.init_process_group("gloo", store, timeout=timedelta(seconds=60), rank=rank, world_size=WORLD)
-    jobs = (training, files, life, positions, refusals, afterwards, room, by_torch)
+    jobs = (training, files, life, positions, refusals, afterwards, room, by_torch, by_trainer)
     for job in jobs if len(sys.argv) == 2 else [job for job in jobs if job.__name__ in sys.argv[2:]]:
         try:
             job()
         except Exception as error:
             raise RuntimeError(job.__name__) from error
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
     write_folders()
-    mp.spawn(member, nprocs=WORLD)
+    mp.start_processes(member, nprocs=WORLD, start_method="fork")  # their imports are done

@@ -1,6 +1,5 @@
 """One of two processes in which transformers' Trainer runs, with torchrun's variables."""
 
-import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 import conftest  # noqa: F401  puts the folders of the tests on the path
 import pytest
 import torch
-from loguru import logger
 from models import IDS, config, tiny_llama
-from processes import two_on_cpu
+from processes import in_two, two_on_cpu
 from safetensors.torch import load_file
 from test_audit import SMALL
 from test_ecosystem import Tokens, arguments
@@ -69,6 +67,8 @@ def zero_trainer(variant: str, run: str, steps: int, **overrides: Any) -> Adapte
 
 def zero() -> None:
     """Attach on a partitioned model, train, save and resume: the same losses, and files of whole tensors."""
+    deepspeed.init_distributed(dist_backend="gloo")
+    two_on_cpu()
     for variant in ("lora", "dora"):
         whole = zero_trainer(variant, f"{variant}-whole", 4)
         whole.train()
@@ -128,17 +128,9 @@ def same_outputs(alone: Any, trainer: AdapterTrainer) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(280, exit=True)  # whatever hangs says where
-    logger.disable("lora_lite")
-    torch.set_num_threads(1)
-    if JOB == "ddp":
-        ddp()
-    else:
+    if JOB == "zero":
         import deepspeed
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
-        deepspeed.init_distributed(dist_backend="gloo")
-        two_on_cpu()
-        zero()
-    torch.distributed.destroy_process_group()
+    in_two({"ddp": ddp, "zero": zero}[JOB])

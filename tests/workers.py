@@ -30,6 +30,7 @@ from models import trained as moved
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from trainer.processes import leave
 
 import lora_lite as ll
 from lora_lite.io.adapter_file import read_file
@@ -697,7 +698,7 @@ def member(rank: int, job: Callable[[str, Path], None], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     through(covering(), job, folder)
-    dist.destroy_process_group()
+    leave()
 
 
 def killed(folder: Path, points: int = 16) -> None:
@@ -789,4 +790,5 @@ if __name__ == "__main__":
     elif name == "killed":
         killed(Path(folder))
     else:
-        mp.spawn(member, args=({"ddp": ddp, "fsdp": fsdp}[name], folder), nprocs=WORLD)
+        job = {"ddp": ddp, "fsdp": fsdp}[name]
+        mp.start_processes(member, args=(job, folder), nprocs=WORLD, start_method="fork")

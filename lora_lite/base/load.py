@@ -183,7 +183,7 @@ def load_as_recorded(folder: str, record: BaseRecord | None, **kwargs: Any) -> A
 def devices() -> list[str]:
     """The names of the devices that torch sees."""
     names = [f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"]
-    kind = torch.accelerator.current_accelerator()
+    kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is not None:
         name_of = getattr(torch.get_device_module(kind), "get_device_name", lambda _: kind.type)
         names += [f"{kind.type}:{i} ({name_of(i)})" for i in range(torch.accelerator.device_count())]
@@ -229,7 +229,7 @@ def _is_no_cast_warning(record: logging.LogRecord) -> bool:
 
 
 def _accelerator() -> Any:
-    kind = torch.accelerator.current_accelerator()
+    kind = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
 
 
@@ -329,7 +329,7 @@ def _stored_config(model_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _on_cpu(device_map: Any) -> bool:
     """True if the whole model will be on the CPU, and stay there."""
     # Beside an accelerator, a model without a device_map is moved to it: by `.to()`, a trainer, or from_pretrained.
-    if torch.accelerator.current_accelerator() is None:
+    if torch.accelerator.current_accelerator(check_available=True) is None:
         return device_map is not None or torch.get_default_device().type == "cpu"
     devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     return all(str(device) == "cpu" for device in devices)

@@ -29,7 +29,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def is_parallel(module: Any) -> bool:
-    """Has tensor parallelism parted this module, or hooked it?"""
+    """Has tensor parallelism sharded this module, or hooked it?"""
     return not module.__dict__.keys().isdisjoint(MARKS)
 
 
@@ -61,13 +61,13 @@ def bounds(size: int, mesh: Any, rank: int | None = None) -> tuple[int, int]:
 
 
 def has_empty_part(tensor: Any) -> bool:
-    """Has a process no number of this DTensor, which is parted along one axis?"""
+    """Has a process no number of this DTensor, which is sharded along one axis?"""
     start, stop = bounds(tensor.shape[tensor.placements[0].dim], tensor.device_mesh, tensor.device_mesh.size() - 1)
     return start == stop
 
 
 def mesh_of(model: Any) -> Any:
-    """The DeviceMesh of the processes that tensor parallelism has parted a model over; None of any other model."""
+    """The DeviceMesh of the processes that tensor parallelism has sharded a model over; None of any other model."""
     parameters = (p for module in model.modules() if is_parallel(module) for p in module.parameters(recurse=False))
     return next((parameter.device_mesh for parameter in parameters if is_dtensor(parameter)), None)
 

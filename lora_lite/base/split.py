@@ -1,4 +1,4 @@
-"""A linear layer that tensor parallelism has parted: each process multiplies by a part of W, and adds a part of B A.
+"""A linear layer that tensor parallelism has sharded: each process multiplies by a part of W, and adds a part of B A.
 
     over outputs   W (o/n, i): x is whole, y a part     A whole        B (o/n, r)
     over inputs    W (o, i/n): x is a part, y whole     A (r, i/n)     B whole        h = Σ_processes A x
@@ -32,14 +32,14 @@ CURE = "leave it out with exclude_names, or load the model without tp_plan and s
 
 @dataclass(frozen=True)
 class Split:
-    """How a layer's weight (d_out, d_in) is parted. It holds no tensor, and no process group."""
+    """How a layer's weight (d_out, d_in) is sharded. It holds no tensor, and no process group."""
 
     over_outputs: bool
     d_in: int
     d_out: int
 
-    def part(self, value: Tensor, mesh: Any, axis: int | None) -> Tensor:
-        """This process's part of a tensor, along an axis, as a DTensor; for None the whole of it in each process.
+    def shard(self, value: Tensor, mesh: Any, axis: int | None) -> Tensor:
+        """A tensor as a DTensor, sharded along an axis, or for None replicated.
 
         All processes call it together, and get the numbers of the first: their random generators may differ.
         """
@@ -47,8 +47,8 @@ class Split:
 
         if is_dtensor(value):
             return value
-        part = distribute_tensor(value.detach(), mesh, [Replicate() if axis is None else Shard(axis)])
-        return nn.Parameter(part, value.requires_grad) if isinstance(value, nn.Parameter) else part
+        sharded = distribute_tensor(value.detach(), mesh, [Replicate() if axis is None else Shard(axis)])
+        return nn.Parameter(sharded, value.requires_grad) if isinstance(value, nn.Parameter) else sharded
 
     def local(self, path: str, mesh: Any, x: Any, y: Any) -> tuple[Tensor, Tensor]:
         """The input and the output of a call, as this process has them.
@@ -83,18 +83,18 @@ class Split:
         and shift. All processes call it together."""
         from torch.distributed.tensor import Replicate, Shard
 
-        group, one = mesh.get_group(), Replicate()
+        group, replicate, shard = mesh.get_group(), Replicate(), Shard(x.ndim - 1)
         with no_autocast(x) or nullcontext():
             if dropout:
                 x = self._dropped(x, dropout, mesh)
-            if not self.over_outputs and x.shape[-1] == self.d_in:  # a layer that parts its input itself
-                x = _moved(x, mesh, self.d_in, one, Shard(x.ndim - 1))
+            if not self.over_outputs and x.shape[-1] == self.d_in:  # a layer that shards its input itself
+                x = _redistributed(x, mesh, self.d_in, replicate, shard)
             h = F.linear(x, a.to(x.dtype))  # (*b, r)
             h = _SumOfGradients.apply(h, group) if self.over_outputs else _Sum.apply(h, group)
             change = F.linear((h * s).to(h.dtype), b.to(h.dtype))
             change = change if shift is None else change + shift.to(change.dtype)
             if self.over_outputs and y.shape[-1] == self.d_out:  # one that gathers its output, as a head does
-                change = _moved(change, mesh, self.d_out, Shard(x.ndim - 1), one)
+                change = _redistributed(change, mesh, self.d_out, shard, replicate)
             return y + change
 
     def _dropped(self, x: Tensor, p: float, mesh: Any) -> Tensor:
@@ -118,7 +118,7 @@ def shows_part(module: nn.Module, before: bool) -> bool:
 
 
 def is_block_of_parts(layer: BaseLayer) -> bool:
-    """Is it the residual stream of a block that has parted layers in it, and is parted in no other way?"""
+    """Is it the residual stream of a block that has sharded layers in it, and is sharded in no other way?"""
     if layer.kind is not BLOCK or not is_dtensor(layer.stored):
         return False
     parameters: Any = [p for p in layer.module.parameters() if is_dtensor(p)]
@@ -127,10 +127,10 @@ def is_block_of_parts(layer: BaseLayer) -> bool:
 
 
 def split_of(layer: BaseLayer) -> Split:
-    """How the weight of a layer is parted, whose module is_parallel.
+    """How the weight of a layer is sharded, whose module is_parallel.
 
     Raises:
-        TargetError: for a layer that isn't parted over its outputs or its inputs, in equal parts but for the last.
+        TargetError: for a layer that isn't sharded over its outputs or its inputs, in equal shards but for the last.
     """
     from torch.distributed.tensor import Shard
 
@@ -140,24 +140,25 @@ def split_of(layer: BaseLayer) -> Split:
     elif layer.kind is not LINEAR or layer.by_weight:
         category = layer.kind.category
         name = type(layer.module).__name__ if category == LINEAR.category else category  # such as Conv1D
-        problem = f"tensor parallelism has parted this {name}, and adapters go on its linear layers"
+        problem = f"tensor parallelism has sharded this {name}, and adapters go on its linear layers"
     elif len(weight.placements) > 1 or type(weight.placements[0]) is not Shard:
-        problem = f"its weight is parted as {weight.placements}, and factors follow parts of its rows or columns alone"
+        problem = f"its weight is placed as {weight.placements}, and factors follow shards of its rows or columns alone"
     elif has_empty_part(weight):
-        problem = f"it is too small for {weight.device_mesh.size()} processes: the last has no part of it"
+        problem = f"it is too small for {weight.device_mesh.size()} processes: the last has no shard of it"
     else:
         return Split(weight.placements[0].dim == 0, layer.d_in, layer.d_out)
     raise TargetError(f"{layer.path}: {problem}\n  {CURE}")
 
 
-def _moved(t: Tensor, mesh: Any, size: int, there: Any, to: Any) -> Tensor:
-    """A tensor whose last axis, of this size, is whole or parted, the other way; and so its gradient."""
+def _redistributed(local: Tensor, mesh: Any, size: int, placement: Any, target: Any) -> Tensor:
+    """This process's local tensor of one whose last axis has this size, from one placement to the other; the gradient
+    goes back."""
     from torch.distributed.tensor import DTensor
 
-    shape = torch.Size((*t.shape[:-1], size))
+    shape = torch.Size((*local.shape[:-1], size))
     stride = torch.empty(shape, device="meta").stride()
-    whole = DTensor.from_local(t.contiguous(), mesh, [there], run_check=False, shape=shape, stride=stride)
-    return whole.redistribute(placements=[to]).to_local()
+    placed = DTensor.from_local(local.contiguous(), mesh, [placement], run_check=False, shape=shape, stride=stride)
+    return placed.redistribute(placements=[target]).to_local()
 
 
 class _Sum(torch.autograd.Function):

@@ -42,7 +42,7 @@ app = typer.Typer(
 
 
 class Command(TyperCommand):
-    """A command that ends with one line on stderr and exit code 2 when something is wrong; --debug shows everything."""
+    """A command that ends with the reason on stderr and exit code 2 where something is wrong; --debug shows all."""
 
     def invoke(self, ctx: Any) -> Any:
         debug = ctx.find_root().params["debug"]
@@ -239,8 +239,7 @@ def convert(
     pairs = {key: value for key, _, value in (option.partition("=") for option in options or ())}
     if wrong := [option for option in options or () if "=" not in option]:
         raise ConfigError(f"--set {wrong[0]}: wanted an option and its value, as prefix=unet")
-    given = pairs | ({"per_expert": True} if per_expert else {})
-    print(convert_adapter(source, target, base, to, rank, max_error, energy, given))
+    print(convert_adapter(source, target, base, to, rank, max_error, energy, pairs, per_expert))
 
 
 @app.command(cls=Command)

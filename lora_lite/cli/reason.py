@@ -1,4 +1,4 @@
-"""An error in one line, for a person."""
+"""An error in a few words, for a person."""
 
 from ..errors import LoraLiteError
 
@@ -9,10 +9,10 @@ EXTRAS |= {"bitsandbytes": "bnb", "gguf": "gguf", "diffusers": "diffusers"}
 
 
 def reason(error: Exception) -> str:
-    """One line for a person."""
+    """The message of an error of ours, all its lines: those below the first say what to do next. Of any other, one."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         cure = f"; pip install 'lora-lite[{EXTRAS[package]}]'" if package in EXTRAS else ""
         return f"{package} is not installed{cure}"
-    first = (str(error).strip().splitlines() or ["no reason given"])[0]  # the lines below it say what to do next
-    return first if isinstance(error, LoraLiteError) else f"{type(error).__name__}: {first}"
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return "\n".join(lines) if isinstance(error, LoraLiteError) else f"{type(error).__name__}: {lines[0]}"

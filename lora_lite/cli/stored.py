@@ -71,11 +71,28 @@ def read_adapter(path: Path) -> StoredAdapter:
     """
     stored = read_stored(path)
     if not isinstance(stored, StoredAdapter):
-        raise CheckpointError(
-            f"{path} holds tensors, and no config that says what to make of them\n"
-            f"  load it with lora_lite.load(model, path, cfg=...) and save it again"
-        )
+        raise _without_config(path)
     return stored
+
+
+def read_record(path: Path) -> BaseRecord:
+    """The record of the base in a file of ours, whose layers aren't looked at: those of a convolution, no size tells.
+
+    Raises:
+        CheckpointError: for tensors that come without an adapter's config, and what is damaged.
+        VariantError: for an unknown method.
+    """
+    headers = read_any(path)
+    if len(headers) != 1 or METADATA not in headers[0].metadata:
+        raise _without_config(path)
+    return checked(headers[0]).base
+
+
+def _without_config(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds tensors, and no config that says what to make of them\n"
+        f"  load it with lora_lite.load(model, path, cfg=...) and save it again"
+    )
 
 
 def _ours(file: AdapterFile) -> StoredAdapter:

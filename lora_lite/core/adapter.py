@@ -264,7 +264,7 @@ class Adapter:
             )
         # Of the tensors as they are: another library may have partitioned them, and a copy would broadcast.
         check_shapes(tensors, self.shapes(), f"adapter {self.name!r}")
-        with sharding.gathered(mine.values(), modifier_rank=0):  # ZeRO-3: whole for the copy, then parted again
+        with sharding.gathered(mine.values(), modifier_rank=0):  # ZeRO-3: whole for the copy, then sharded again
             for key, tensor in mine.items():
                 tensor.copy_(sharding.sharded_like(tensor, tensors[key].to(tensor.device, tensor.dtype)))
 

@@ -56,7 +56,7 @@ def register_hooks(site: Site) -> None:
         handles.append(after(partial(_stream_hook, name)))
         return
     if site.parts is not None:
-        handles.append(after(partial(_parted_hook, name), with_kwargs=True))
+        handles.append(after(partial(_sharded_hook, name), with_kwargs=True))
         return
     if variant.forward_input is not None:
         handles.append(before(partial(_input_hook, name), with_kwargs=True))  # x may come by keyword
@@ -163,7 +163,7 @@ def _input_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     return ((new, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): new})
 
 
-def _parted_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+def _sharded_hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     """A layer of which each process computes a part."""
     site, scale = _called(module, name)
     if scale is None:

@@ -1,4 +1,4 @@
-"""An adapter on a layer that tensor parallelism has parted: which of its tensors go in parts, and its forward there.
+"""An adapter on a layer that tensor parallelism has sharded: which of its tensors are sharded, and its forward there.
 
 A method goes there whose `low_rank` gives two of its own tensors as they are, A and B, at a number s: then a part of
 them is that of a smaller layer, and nothing else has to be known of the method.
@@ -28,7 +28,7 @@ ONE = Scale(1.0, False, True)
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of an adapter at a parted layer: the axis along which each of its tensors is parted."""
+    """The parts of an adapter at a sharded layer: the axis along which each of its tensors is sharded."""
 
     split: Split
     axes: dict[str, int | None]  # None of a tensor that each process has whole
@@ -36,7 +36,7 @@ class Parts:
     def part(self, site: Site, name: str, value: Tensor) -> Tensor:
         """This process's part of one of the site's tensors, as it goes on the layer."""
         stored: Any = site.base.stored
-        return self.split.part(value, stored.device_mesh, self.axes[name])
+        return self.split.shard(value, stored.device_mesh, self.axes[name])
 
     def output(
         self, module: nn.Module, site: Site, scale: Scale, x: Float[Tensor, "*b _"], y: Float[Tensor, "*b _"]
@@ -77,17 +77,17 @@ def check_tokens_are_whole(model: nn.Module) -> None:
 
 
 def parts_of(site: Site) -> Parts | None:
-    """How the tensors of a new site are parted, whose module is_parallel; None of a block, whose stream is whole.
+    """How the tensors of a new site are sharded, whose module is_parallel; None of a block, whose stream is whole.
 
     Raises:
-        TargetError: for a layer or a method that can't be parted.
+        TargetError: for a layer or a method that can't be sharded.
     """
     if site.base.kind is BLOCK:
         return None
     split = split_of(site.base)
     axes = _axes(site, split)
     if axes is None:
-        problem = f"{site.cfg.variant!r} isn't two factors A and B alone, which could be parted with this layer"
+        problem = f"{site.cfg.variant!r} isn't two factors A and B alone, which could be sharded with this layer"
         raise TargetError(f"{site.path}: {problem} (tensor parallelism)\n  use lora, or {CURE}")
     return Parts(split, axes)
 

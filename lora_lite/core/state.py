@@ -162,7 +162,7 @@ class Site:
     base_weight: str  # the variant's use of the weight: "unused", "read" or "dense"
     stacked: bool  # each tensor is (experts, ...), over the experts that the layer fuses
     specs: dict[str, Any]  # the `ParamSpec` of each tensor
-    parts: Any = None  # the `Parts` of its tensors, on a layer that tensor parallelism has parted (core/split.py)
+    parts: Any = None  # the `Parts` of its tensors, on a layer that tensor parallelism has sharded (core/split.py)
     state: AdapterState = field(init=False)  # set by the transaction: sites are checked before an adapter exists
     method: Method = field(init=False)  # as is this
     number: int = 1  # of the methods of its adapter at this weight: two on one layer act in the config's order

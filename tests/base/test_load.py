@@ -312,18 +312,28 @@ def test_the_config_of_the_caller_says_the_checkpoints_dtype(tiny: str, timed: T
 
 
 def test_another_device_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     assert base._on_cpu(None)
     assert base._on_cpu("auto")
     with torch.device("meta"):
         assert not base._on_cpu(None)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     assert not base._on_cpu(None)
     assert base._on_cpu("cpu")
     assert base._on_cpu({"": torch.device("cpu")})
     assert not base._on_cpu("auto")
     assert not base._on_cpu({"": 0})
     assert not base._on_cpu({"model": "cpu", "lm_head": "cuda:0"})
+
+
+def test_a_build_for_cuda_runs_on_a_machine_without_a_gpu(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch of the package index, on Linux without a driver: the accelerator that it was built for isn't there."""
+    built_for = torch.device("cuda")
+    device = lambda check_available=False: None if check_available else built_for  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", device)
+    assert base._on_cpu(None)
+    assert len(base.devices()) == 1
+    assert ll.load_base(tiny, quantization="nf4").device.type == "cpu"
 
 
 def test_a_faster_dtype_that_does_not_work_gives_way_to_the_checkpoints(

@@ -2,25 +2,15 @@
 it was."""
 
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import jaxtyping
 import pytest
 from mutate import damaged
 from readers import READERS, read, starts
 
 CASES = 1000
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _without_type_checks() -> Iterator[None]:
-    """Users have none: a type check's own error must not stand in for ours."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+pytestmark = pytest.mark.usefixtures("without_type_checks")
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -39,12 +39,12 @@ def text(value: bytes) -> bytes:
 
 def joined(parts: Parts) -> bytes:
     tensors, fields = parts.counts or (len(parts.infos), len(parts.fields))
-    out = b"GGUF" + struct.pack("<IQQ", parts.version, tensors, fields)
+    out = bytearray(b"GGUF" + struct.pack("<IQQ", parts.version, tensors, fields))
     out += b"".join(text(key) + struct.pack("<I", kind) + value for key, kind, value in parts.fields)
     for info in parts.infos:
         sizes = struct.pack(f"<I{len(info.sizes)}Q", len(info.sizes), *info.sizes)
         out += text(info.name) + sizes + struct.pack("<IQ", info.kind, info.offset)
-    return out + bytes(-len(out) % 32) + parts.data
+    return bytes(out + bytes(-len(out) % 32) + parts.data)
 
 
 def numbers(raw: bytes) -> list[tuple[str, int, int]]:

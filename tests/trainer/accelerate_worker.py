@@ -1,6 +1,5 @@
 """One of two processes under Accelerate: python accelerate_worker.py FOLDER."""
 
-import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from loguru import logger
 from models import config, tiny_llama
+from processes import in_two
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_lite as ll
@@ -78,8 +77,4 @@ def save_into(accelerator: Accelerator, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(150, exit=True)  # whatever hangs says where
-    logger.disable("lora_lite")
-    torch.set_num_threads(1)
-    main()
-    dist.destroy_process_group()
+    in_two(main, 150)

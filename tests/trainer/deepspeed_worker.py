@@ -1,6 +1,5 @@
 """One of two processes in which DeepSpeed trains an adapter: python deepspeed_worker.py JOB FOLDER."""
 
-import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import deepspeed.ops
 import pytest
 import torch
 import torch.distributed as dist
-from loguru import logger
 from models import config, perturb, tiny_llama
-from processes import two_on_cpu
+from processes import in_two, two_on_cpu
 
 import lora_lite as ll
 
@@ -245,18 +243,18 @@ def same_file(one: Path, other: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(280, exit=True)  # whatever hangs says where
-    logger.disable("lora_lite")
-    torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     jobs: dict[str, Any] = {
         "plain": plain,
         "cpu-adam": lambda _: cpu_adam(),
         "accelerate": lambda stage: (accelerated(stage, False), accelerated(stage, True)),
         "trainer": lambda stage: trained(stage, offload=True),
     }
-    two_on_cpu()
     name, _, stage = JOB.partition(" ")
-    jobs[name](int(stage or 0))
-    dist.destroy_process_group()
+
+    def job() -> None:
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        two_on_cpu()
+        jobs[name](int(stage or 0))
+
+    in_two(job)

@@ -1,6 +1,5 @@
 """One of two processes in which one of them fails: python errors_worker.py zero|fsdp attach|raises FOLDER."""
 
-import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import conftest  # noqa: F401  puts the folders of the tests on the path
 import pytest
 import torch
 import torch.distributed as dist
-from loguru import logger
-from models import config, tiny_llama
+from models import config, perturb, tiny_llama
+from processes import in_two
 from safetensors.torch import load_file
 from torch import nn
 
@@ -81,6 +80,7 @@ def raises() -> None:
     if KIND == "fsdp":
         audits()
         beside_a_whole_one()
+        on_a_history()
     else:
         fresh = sharded(tiny_llama())
         with fails(1, "is not a file"):
@@ -145,6 +145,24 @@ def beside_a_whole_one() -> None:
     restore_all(model, FOLDER / "both0", together=True)
 
 
+def on_a_history() -> None:
+    """The first process saves a whole adapter alone, and digests the history on sharded layers, whose tensors are
+    buffers, which fully_shard leaves whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    from lora_lite.trainer.files import restore_all, save_all
+
+    model = tiny_llama()
+    for block in range(2):
+        perturb(ll.attach(model, config("lora", target_names=rf"layers\.{block}\..*up_proj")))
+        if block == 0:
+            ll.freeze_into(model)
+    fully_shard(model.model.layers[0])
+    assert [adapter.is_sharded for adapter in ll.adapters(model).values()] == [True, False]
+    save_all(model, FOLDER / "kept", dist.get_rank() == 0, together=True)
+    restore_all(model, FOLDER / "kept", together=True)
+
+
 @ll.register
 class Broken:
     """A method whose start fails in the second process, between the others' reads of partitioned weights."""
@@ -167,15 +185,8 @@ class Broken:
         return y + layer.lora_d
 
 
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(150, exit=True)  # whatever hangs says where
-    logger.disable("lora_lite")
-    torch.set_num_threads(1)
+def main() -> None:
     if KIND == "zero":
-        import deepspeed
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     else:
         dist.init_process_group("gloo")
@@ -186,4 +197,12 @@ if __name__ == "__main__":
         ll.attach(model, ll.AdapterConfig(variant="broken"))  # of DDP and FSDP2 it comes before any collective call
         print("attached", flush=True)
         dist.all_reduce(torch.ones(1))  # as the next step of a training
-    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if KIND == "zero":
+        import deepspeed
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # both processes would compile it
+    in_two(main, 150)

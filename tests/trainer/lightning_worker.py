@@ -1,6 +1,5 @@
 """One of two processes under Lightning's DDP: python lightning_worker.py FOLDER."""
 
-import faulthandler
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import conftest  # noqa: F401  puts the folders of the tests on the path
 import torch
 import torch.distributed as dist
-from loguru import logger
+from processes import in_two
 from test_lightning import fit, module, values
 
 import lora_lite as ll
@@ -37,8 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(150, exit=True)  # whatever hangs says where
-    logger.disable("lora_lite")
-    torch.set_num_threads(1)
-    main()
-    dist.destroy_process_group()
+    in_two(main, 150)

@@ -1,13 +1,25 @@
 """Two gloo processes with torchrun's variables, each of which has to end within a time."""
 
+import faulthandler
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from loguru import logger
+
+LOGS = "LORA_LITE_TEST_LOGS"  # the folder of what the processes print
 
 
 @dataclass
@@ -19,36 +31,63 @@ class Ended:
     apart: float  # seconds between the end of the first and that of the last
 
 
-def two_processes(script: str, *arguments: str | Path, folder: Path, timeout: float = 300, **env: str) -> Ended:
-    """Run a script of this folder; TimeoutError for a process that doesn't end. Nobody ends the other one
-    when the first has failed, as a launcher would."""
+def two_processes(script: str, *arguments: str | Path, folder: Path, timeout: float = 300) -> Ended:
+    """Run a script of this folder, which ends with `in_two`; TimeoutError for processes that don't end. Nobody ends the
+    other one when the first has failed, as a launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **env}
-    logs = [folder / f"log{rank}" for rank in range(2)]
-    with ExitStack() as stack:
-        processes = []
-        for rank, log in enumerate(logs):
-            output = stack.enter_context(log.open("w"))
-            env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = stack.enter_context(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-            stack.callback(process.kill)
-            processes.append(process)
-        ends: dict[int, float] = {}
-        deadline = time.monotonic() + timeout
-        while len(ends) < 2:
-            for rank, process in enumerate(processes):
-                if process.poll() is not None:
-                    ends.setdefault(rank, time.monotonic())
-            if time.monotonic() > deadline:
-                tails = "\n".join(log.read_text()[-3000:] for log in logs)
-                raise TimeoutError(f"{2 - len(ends)} of 2 processes run after {timeout} s\n{tails}")
-            time.sleep(0.05)
-    codes = [process.returncode for process in processes]
-    return Ended(codes, [log.read_text() for log in logs], abs(ends[0] - ends[1]))
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", LOGS: str(folder)}
+    logs, ended = [folder / f"log{rank}" for rank in range(2)], folder / "ended.json"
+    ended.unlink(missing_ok=True)
+    with (folder / "log").open("w") as output:
+        first = subprocess.Popen(
+            command, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            first.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            tails = "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
+            raise TimeoutError(f"processes run after {timeout} s\n{tails}") from error
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
+    assert first.returncode == 0, (folder / "log").read_text()[-3000:]
+    return Ended(**json.loads(ended.read_text()), logs=[log.read_text() for log in logs])
+
+
+def in_two(job: Callable[[], None], seconds: int = 280) -> list[int]:
+    """Do a job in two processes with torchrun's variables, which fork from this one: its imports, most of the time of a
+    short job, are done once. Returns their exit codes."""
+    folder = Path(os.environ[LOGS])
+    ranks: dict[int, int] = {}
+    ends: dict[int, tuple[int, float]] = {}
+    for rank in range(2):
+        log = (folder / f"log{rank}").open("w")
+        if (process := os.fork()) == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+            faulthandler.dump_traceback_later(seconds, exit=True)  # whatever hangs says where
+            logger.disable("lora_lite")
+            torch.set_num_threads(1)
+            try:
+                job()
+                leave()
+            except BaseException:
+                traceback.print_exc()
+                sys.stdout.flush()
+                os._exit(1)
+        ranks[process] = rank
+    while len(ends) < 2:
+        process, status = os.wait()
+        ends[ranks[process]] = os.waitstatus_to_exitcode(status), time.monotonic()
+    codes, times = zip(*(ends[rank] for rank in range(2)), strict=True)
+    (folder / "ended.json").write_text(json.dumps({"codes": codes, "apart": max(times) - min(times)}))
+    return list(codes)
 
 
 def two_on_cpu() -> None:
@@ -58,6 +97,21 @@ def two_on_cpu() -> None:
     from accelerate.utils import DistributedType
 
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)  # type: ignore[method-assign]
+
+
+def leave() -> NoReturn:
+    """End this process, one of a group, with code 0 and without the interpreter's own end.
+
+    Gloo's threads end with the group, and that outlives its destruction: functions of torch.distributed.nn.functional
+    and deepspeed.comm.torch, imported once it is there, have it as a default argument. A thread that lets go of a
+    collective call's tensor while the interpreter ends is unwound through C++, which aborts the process now and then:
+    "terminate called without an active exception".
+    """
+    dist.barrier()  # nobody's connection ends while another process needs it
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def both_pass(*arguments: str | Path, folder: Path, **options: float) -> None:

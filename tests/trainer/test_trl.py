@@ -126,6 +126,18 @@ def test_an_adapter_on_a_head_that_the_loss_reads_stops_the_first_step(kind: str
     assert torch.equal(ll.adapters(model)["default"].state_dict()["lm_head.lora_B"], start)
 
 
+def test_online_dpo_calls_a_head_and_trains_it(tmp_path: Path) -> None:
+    model = model_for("online_dpo", target_names="_proj$|lm_head")
+    perturb(ll.adapters(model)["default"])
+    start = ll.adapters(model)["default"].state_dict()["lm_head.lora_B"].clone()
+    trainer = trainer_of("online_dpo", model, tmp_path)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(
+        math.log(2), abs=5e-5
+    )  # of four digits: the reference has the head as it was
+    assert not torch.equal(ll.adapters(model)["default"].state_dict()["lm_head.lora_B"], start)
+
+
 def with_a_frozen_head(kind: str) -> Any:
     """A model for this trainer, with an earlier adapter on its head."""
     model = model_for(kind)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -12,15 +11,12 @@ from trl_tiny import PAIRS
 JOBS = ("ddp", "zero2", "zero3")
 
 
-def figures_of(job: str, folder: Path) -> Any:
-    both_pass("trl_worker.py", job, folder, folder=folder)
-    return json.loads((folder / f"{job}.json").read_text())
-
-
 @pytest.mark.slow
 def test_the_figures_are_those_of_ddp(tmp_path: Path) -> None:
-    Dataset.from_list(PAIRS * 2).save_to_disk(tmp_path / "pairs")
-    ddp, *sharded = (figures_of(job, tmp_path) for job in JOBS)
+    for job in JOBS:  # one each: the log-probabilities of another would be taken from there
+        Dataset.from_list(PAIRS * 2).save_to_disk(tmp_path / f"pairs-{job}")
+    both_pass("trl_worker.py", tmp_path, folder=tmp_path, timeout=600)
+    ddp, *sharded = (json.loads((tmp_path / f"{job}.json").read_text()) for job in JOBS)
     assert ddp["start"]["rewards/margins"][0] == 0 != ddp["dpo"]["rewards/margins"][0]
     for job, figures in zip(JOBS[1:], sharded, strict=True):
         assert figures.keys() == ddp.keys() - ({"start"} if job == "zero3" else set())

@@ -63,8 +63,6 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None) -> Co
     prefix      the component; None: `component_of` the model; "": none, as a model's save_lora_adapter writes it
     """
     prefix = component_of(root) if prefix is None else prefix
-    if not isinstance(prefix, str) or not all(part.isidentifier() for part in prefix.split(".") if prefix):
-        raise ConfigError(f"prefix={prefix!r}: wanted a component's name, such as 'unet', or '' for none")
     kinds = {piece.cfg.variant for piece in pieces.values()}
     if len(kinds) > 1:
         cure = "give rank= or energy= to write what they change as a plain LoRA"
@@ -89,6 +87,12 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None) -> Co
     return {file: to_bytes(whole, metadata={"format": "pt", DIFFUSERS_SETTINGS: described})}
 
 
+def _check_prefix(prefix: Any) -> None:
+    parts = prefix.split(".") if isinstance(prefix, str) and prefix else []
+    if not isinstance(prefix, str | None) or not all(part.isidentifier() for part in parts):
+        raise ConfigError(f"prefix={prefix!r}: wanted a component's name, such as 'unet', or '' for none")
+
+
 def _values(site: Site, piece: Piece) -> dict[str, Tensor]:
     b, s = piece.tensors["lora_B"], site.cfg.scaling
     tensors = {"lora_A": piece.tensors["lora_A"], "lora_B": b if s == 1 else b * s}
@@ -98,4 +102,4 @@ def _values(site: Site, piece: Piece) -> dict[str, Tensor]:
 
 
 # Not known by anything in it: `load` gives what has diffusers' settings to load_peft, which reads more of it.
-FORMAT = Format("diffusers", "file of diffusers", ("lora", "dora"), read, write, options=frozenset({"prefix"}))
+FORMAT = Format("diffusers", "file of diffusers", ("lora", "dora"), read, write, options={"prefix": _check_prefix})

@@ -1,6 +1,6 @@
 """A format of adapter files: how one is known, read and written; and what all readers of them ask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ class Format:
     write: Callable[..., Contents]
     is_path: Callable[[Path], bool] = never  # by the first bytes of a file, or the names in a folder; raises nothing
     is_header: Callable[[Header], bool] = never  # by the keys of a safetensors file
-    options: frozenset[str] = field(default=frozenset())  # further arguments of `write`
+    options: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
+    """Further arguments of `write`, each with its check, which raises ConfigError before a model is looked at."""
     place: Callable[[nn.Module, Piece], str] = on_its_layer  # where `read` gives a piece back: its path there
 
 

@@ -160,16 +160,17 @@ def _check_place(path: Path, modelfile: Any) -> None:
         raise CheckpointError(f"{path} is a folder; GGUF is one file, such as {path / 'adapter.gguf'}")
     if modelfile is None:
         return
-    if (
-        not isinstance(modelfile, str)
-        or not modelfile
-        or set(modelfile) & set("\r\n")
-        or modelfile != modelfile.strip()
-    ):
-        raise ConfigError(f"modelfile={modelfile!r}: wanted the name of Ollama's base model, such as 'llama3.2:1b'")
     other = path.parent / MODELFILE
     if other.exists() and other.read_bytes() != _modelfile(path, modelfile).encode():
         raise CheckpointError(f"{other} exists, and says something else\n  name a folder without one")
+
+
+def _check_modelfile(modelfile: Any) -> None:
+    if modelfile is None:
+        return
+    is_line = isinstance(modelfile, str) and not set(modelfile) & set("\r\n")
+    if not is_line or not modelfile or modelfile != modelfile.strip():
+        raise ConfigError(f"modelfile={modelfile!r}: wanted the name of Ollama's base model, such as 'llama3.2:1b'")
 
 
 def _modelfile(path: Path, base: str) -> str:
@@ -184,4 +185,4 @@ def _is_tied(root: nn.Module, names: Named) -> bool:
     return bool(says_so) or (len(weights) == 2 and weights[0] is weights[1])
 
 
-FORMAT = Format("gguf", "GGUF LoRA", ("lora",), read, write, is_path=is_path, options=frozenset({"modelfile"}))
+FORMAT = Format("gguf", "GGUF LoRA", ("lora",), read, write, is_path=is_path, options={"modelfile": _check_modelfile})

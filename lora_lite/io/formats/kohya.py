@@ -140,10 +140,6 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names
                 "original": SGM's of a UNet, BFL's of Flux, as sd-scripts trains them
     """
     prefix = component_of(root) if prefix is None else prefix
-    if f"{prefix}_" not in PREFIXES:
-        raise ConfigError(f"prefix={prefix!r}: wanted one of {', '.join(p.removesuffix('_') for p in PREFIXES)}")
-    if names not in ("diffusers", "original"):
-        raise ConfigError(f"names={names!r}: wanted 'diffusers' or 'original'")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; kohya's format is one file, such as {path / 'adapter.safetensors'}")
     for p, piece in pieces.items():
@@ -156,6 +152,16 @@ def write(root: nn.Module, pieces: Pieces, path: Path, prefix: Any = None, names
         by_end = in_file(parts[0], place) if len(parts) == 1 else fused(parts, name)
         tensors |= {f"{prefix}_{name}.{end}": tensor.cpu().contiguous().clone() for end, tensor in by_end.items()}
     return {path: to_bytes(tensors, metadata={"format": "pt"})}
+
+
+def _check_prefix(prefix: Any) -> None:
+    if prefix is not None and f"{prefix}_" not in PREFIXES:
+        raise ConfigError(f"prefix={prefix!r}: wanted one of {', '.join(p.removesuffix('_') for p in PREFIXES)}")
+
+
+def _check_names(names: Any) -> None:
+    if names not in ("diffusers", "original"):
+        raise ConfigError(f"names={names!r}: wanted 'diffusers' or 'original'")
 
 
 def _places(known: Names, pieces: Pieces, names: str) -> dict[str, Place]:
@@ -181,5 +187,5 @@ FORMAT = Format(
     read,
     write,
     is_header=is_header,
-    options=frozenset({"prefix", "names"}),
+    options={"prefix": _check_prefix, "names": _check_names},
 )

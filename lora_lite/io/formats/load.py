@@ -24,6 +24,7 @@ from ...core.variant import ParamSpec, lookup
 from ...errors import CheckpointError, ConfigError
 from ..peft.folder import CONFIG as PEFT_SETTINGS
 from ..peft.folder import DIFFUSERS_SETTINGS
+from ..peft.folder import PICKLE as PEFT_PICKLE
 from ..peft.folder import WEIGHTS as PEFT_WEIGHTS
 from ..peft.load import load_peft
 from ..safetensors import Header, check_numbers, read_any
@@ -47,8 +48,8 @@ def by_path(path: Path, cfg: BaseConfig | None = None) -> Loader | None:
         return partial(load_pieces, known)
     if cfg is not None:
         return None
-    if (path / PEFT_SETTINGS).is_file() and (path / PEFT_WEIGHTS).is_file():
-        return load_peft
+    if (path / PEFT_SETTINGS).is_file() and any((path / name).is_file() for name in (PEFT_WEIGHTS, PEFT_PICKLE)):
+        return load_peft  # of a pickle, it says what to do
     if any(path.glob(f"*/{PEFT_SETTINGS}")) and not any(path.glob("*.safetensors")):
         return load_peft  # which names the adapters in it
     return None
@@ -78,9 +79,8 @@ def check_ours(path: Path) -> None:
     """CheckpointError for a file that only `load` reads, on a model: neither ours nor a folder of PEFT's."""
     if (loader := loader_of(path)) is None or (loader is load_peft and path.is_dir()):
         return
-    # in the one line that the command shows
     convert = f"lora-lite convert {shlex.quote(str(path))} adapter.safetensors --base BASE"
-    raise CheckpointError(f"{path} is another program's adapter; make a file of ours of it: {convert}")
+    raise CheckpointError(f"{path} is another program's adapter\n  make a file of ours of it: {convert}")
 
 
 def _by_path(path: Path) -> Format | None:

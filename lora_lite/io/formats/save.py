@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,32 @@ from .format import Contents, Format, Piece, Pieces
 from .table import FORMATS
 
 OURS, PEFT = "lora-lite", "peft"
+
+
+def check_wishes(
+    format: str,
+    options: Mapping[str, Any],
+    rank: int | None = None,
+    energy: float | int | None = None,
+    max_error: float | int | None = None,
+) -> Format | None:
+    """The format of that name, None for ours and PEFT's, before a model is looked at. ConfigError for an unknown one,
+    for an option that it hasn't, or not with this value, and for a cut to a LoRA that it can't hold."""
+    if format not in (OURS, PEFT, *FORMATS):
+        raise ConfigError(f"format={format!r}: wanted one of {', '.join((OURS, PEFT, *FORMATS))}")
+    check_cut(rank, energy, max_error)
+    known, is_cut = FORMATS.get(format), rank is not None or energy is not None
+    allowed = set(known.options) if known is not None else {"per_expert"} if format == PEFT else set()
+    if unknown := sorted(options.keys() - allowed):
+        raise ConfigError(f"format={format!r} has no option {unknown[0]!r}: wanted one of {sorted(allowed) or 'none'}")
+    for option, check in known.options.items() if known is not None else ():
+        if option in options:
+            check(options[option])
+    if is_cut and format == OURS:
+        raise ConfigError("a file of ours holds every method as it is\n  leave rank and energy out")
+    if is_cut and known is not None and "lora" not in known.variants:
+        raise ConfigError(f"format={format!r}: rank and energy make a LoRA, and it holds none\n  leave them out")
+    return known
 
 
 def save_as(
@@ -57,23 +83,13 @@ def save_as(
         ConfigError: for an unknown format or option.
         TargetError: for an unknown name.
     """
-    if format not in (OURS, PEFT, *FORMATS):
-        raise ConfigError(f"format={format!r}: wanted one of {', '.join((OURS, PEFT, *FORMATS))}")
-    check_cut(rank, energy, max_error)
-    known, is_cut = FORMATS.get(format), rank is not None or energy is not None
-    allowed = known.options if known is not None else frozenset({"per_expert"} if format == PEFT else ())
-    if unknown := sorted(options.keys() - allowed):
-        raise ConfigError(f"format={format!r} has no option {unknown[0]!r}: wanted one of {sorted(allowed) or 'none'}")
+    known, is_cut = check_wishes(format, options, rank, energy, max_error), rank is not None or energy is not None
     if known is None and format == PEFT:
         return save_peft(model, path, name, rank, max_error, energy, **options) or 0.0
     if known is None:
-        if is_cut:
-            raise ConfigError("a file of ours holds every method as it is\n  leave rank and energy out")
         save(model, path, name)
         return 0.0
     root, session = session_of(model)
-    if is_cut and "lora" not in known.variants:
-        raise ConfigError(f"format={format!r}: rank and energy make a LoRA, and it holds none\n  leave them out")
     check_unmerged(session, "export")
     adapter = get_adapter(model, name)
     layers, path = adapted_layers(model, [adapter]), Path(path)

@@ -181,7 +181,8 @@ def test_what_reads_files_without_a_model_names_the_conversion(format: str, tmp_
     model.save_pretrained(tmp_path / "base")
     ll.attach(model, config("lora"))
     path, _ = saved(model, tmp_path, format)
-    match = rf"is another program's adapter; .*lora-lite convert {re.escape(str(path))} adapter.safetensors --base BASE"
+    command = f"lora-lite convert {path} adapter.safetensors --base BASE"
+    match = rf"is another program's adapter\n  make a file of ours of it: {re.escape(command)}"
     for read in (inspect, partial(ll.merge_checkpoint, tmp_path / "base", out_dir=tmp_path / "out")):
         if format == "diffusers":  # a folder that says all, as PEFT's does
             read(path)

@@ -1,6 +1,7 @@
 """llama.cpp with our GGUF files: it computes what the adapter computes here, to the noise of the base."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,14 +12,19 @@ import pytest
 import torch
 from models import config, perturb, tiny_llama
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
 from lora_lite.io.gguf import read_gguf
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is compiled, in about half an hour")
 
+import llama_cpp_models
+from llama_cpp_models import TYPES, tiny
 from llama_cpp_runs import Base, kl, write_base
 from test_gguf import gpt_neox, phi3
+
+from lora_lite.io.formats.gguf_names import ARCHITECTURES, named_layers
 
 IDS = list(range(3, 27))
 NOISE = 2e-5
@@ -140,6 +146,74 @@ def test_llama_cpps_own_converter(name: str, tmp_path: Path) -> None:
     ll.load(model, tmp_path / "theirs.gguf")
     assert torch.equal(logits(model), before)
 
+
+# ---- every type of model, of llama.cpp's own conversion ----------------------------------------------
+
+GELU = {"gemma", "gemma2", "gemma3_text", "phi", "gpt2", "gpt_bigcode", "starcoder2", "gpt_neox", "bloom", "falcon"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each type: the model of transformers, and what llama.cpp makes of it."""
+    source = os.environ.get("LLAMA_CPP_SOURCE")
+    if source is None:
+        pytest.skip("LLAMA_CPP_SOURCE names no checkout of llama.cpp")
+    parent = tmp_path_factory.mktemp("types")
+    for kind in TYPES:
+        tiny(kind).save_pretrained(parent / kind)
+    packages = os.pathsep.join((source, f"{source}/gguf-py", os.environ.get("PYTHONPATH", "")))
+    command = [sys.executable, llama_cpp_models.__file__, *(parent / kind for kind in TYPES)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": packages}, capture_output=True, text=True)
+    missing = [kind for kind in TYPES if not (parent / kind / "base.gguf").exists()]
+    assert (done.returncode, missing) == (0, []), done.stderr
+    return parent
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # transformers warns of its own models
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_type_of_llama_cpps_own_conversion(
+    kind: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA of every linear layer, one of the embedding, and a control vector."""
+    model, base = tiny(kind), Base(folders / kind / "base.gguf")
+    before, noise = logits(model), 5e-3 if kind in GELU else 1e-4
+    modules, names = dict(model.named_modules()), named_layers(model).by_name
+    embedding = names["token_embd.weight"]
+    is_tied = model.config.tie_word_embeddings
+    linear = [path for path, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = [path for path in linear if not (is_tied and path == "lm_head")]
+    assert set(linear) <= set(names.values())
+    lora = config("lora", target_names=f"^({'|'.join(map(re.escape, linear))})$")
+    adapters: list[tuple[Any, dict[str, Any], str]] = [(lora, {}, "gguf")]
+    if not is_tied:
+        adapters.append((config("lora", kinds="embedding", target_names=re.escape(embedding)), {}, "gguf"))
+    directions = {"directions": 0.5 * torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(3))}
+    steer = ll.SteerConfig(kinds="block", layers=[1, 2])
+    adapters.append((steer, {"calibration_data": directions}, "gguf-control-vector"))
+    line = f"{kind}: base {(base.logits(IDS) - before).abs().max():.1e}"
+    for cfg, data, form in adapters:
+        adapter = ll.attach(model, cfg, **data)
+        if form == "gguf":
+            perturb(adapter, 0.05)
+        ll.save_as(model, tmp_path / "a.gguf", form)
+        with base.lora(tmp_path / "a.gguf") if form == "gguf" else base.control_vector(tmp_path / "a.gguf"):
+            after = logits(model)
+            worst, effect = (base.logits(IDS) - after).abs().max(), (after - before).abs().max()
+        line += f", {worst:.1e} of {effect:.2f}"
+        assert worst < noise < effect / 50, line
+        ll.detach(model)
+    torch.testing.assert_close(base.logits(IDS), before, rtol=0, atol=noise)
+    base.close()
+    with capsys.disabled():
+        print(line)
+
+
+def test_every_type_has_a_model() -> None:
+    assert list(TYPES) == list(ARCHITECTURES)
+
+
+# ---- a real model -----------------------------------------------------------------------------------
 
 TEXT = "The capital of France is Paris, and the river that runs through it is the Seine. In spring the chestnut trees"
 
