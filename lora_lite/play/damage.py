@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ..core.adapter import adapters
 from ..measure.calibrate_scale import result_of, root_search
 from ..measure.evaluate import divergences
 from .forward import Decoder, Row, Scales, at_scales, divergence
@@ -99,7 +100,7 @@ class Neutral:
         their versions. `batches`: on the first few alone."""
         count = self.batches if batches is None else batches
         on = {name: c for name, c in scales.items() if c}
-        key = (count, *sorted((versions[name], c) for name, c in on.items()))
+        key = (count, *((versions[name], on[name]) for name in adapters(self.model) if name in on))  # in their order
         if not on:
             return 0.0
         if key not in self.points:
@@ -143,12 +144,8 @@ class Neutral:
 
     def curve(self, version: str) -> list[tuple[float, float]]:
         """(c, KL) of an adapter alone, as far as it is known, by c."""
-        known = [
-            (key[1][1], kl)
-            for key, kl in self.points.items()
-            if key[0] == self.batches and len(key) == 2
-            if key[1][0] == version
-        ]
+        alone = {key[1]: kl for key, kl in self.points.items() if key[0] == self.batches and len(key) == 2}
+        known = [(c, kl) for (of, c), kl in alone.items() if of == version]
         return sorted([(0.0, 0.0), *known])
 
     def budget(self, name: str, version: str, target: float, limit: float) -> Steps:

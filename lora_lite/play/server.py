@@ -79,7 +79,7 @@ def serve(play: Playground, port: int, ready: Callable[[str], None]) -> None:
                 http="h11",
                 ws="none",
                 lifespan="off",
-                log_level="warning",
+                log_level="critical",  # errors are logged by `sentence`; a stream that Ctrl-C cuts off is none
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,

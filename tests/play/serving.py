@@ -10,6 +10,17 @@ import pytest
 import uvicorn
 
 from lora_lite.play import server
+from lora_lite.play.jobs import Steps
+
+
+def endless(closed: threading.Event) -> Steps:
+    """A job that goes on until somebody ends it."""
+    try:
+        while True:
+            yield {"kind": "prompt", "columns": [{"key": "adapted", "tokens": [["Hi", 0.5]]}]}
+            time.sleep(0.02)
+    finally:
+        closed.set()
 
 
 class Running:

@@ -64,24 +64,21 @@ def test_the_browser_is_opened_unless_it_is_not_wanted(tiny_chat: str, monkeypat
     assert opened == ["http://127.0.0.1:5/"]
 
 
-def line(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, ["play", *arguments])
-    return done.exit_code, done.stderr.strip()
-
-
-def test_one_line_says_what_is_wrong(tiny_chat: str, tmp_path: Path, adapter: Path) -> None:
-    code, said = line(str(tmp_path / "none"), "--no-open")
-    assert code == 2
-    assert re.fullmatch(r"lora-lite: .*none can't be opened from this disk: .*", said.splitlines()[-1])
-    code, said = line(tiny_chat, str(tmp_path / "none.safetensors"), "--no-open")
-    assert code == 2
-    assert "none.safetensors" in said
-    code, said = line(tiny_chat, *[str(adapter)] * 9, "--no-open")
-    assert (code, said.splitlines()[-1]) == (2, "lora-lite: 8 adapters are on the page")
+def test_a_sentence_says_what_is_wrong(tiny_chat: str, tmp_path: Path, adapter: Path) -> None:
+    wrong = [
+        ([str(tmp_path / "none")], r"none can't be opened from this disk: "),
+        ([tiny_chat, str(tmp_path / "none.safetensors")], r"none\.safetensors"),
+        ([tiny_chat, *[str(adapter)] * 9], r"8 adapters are on the page\n  remove one first"),
+    ]
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        code, said = line(tiny_chat, "--no-open", "--port", str(taken.getsockname()[1]))
-    assert code == 2
-    assert re.fullmatch(r"lora-lite: port \d+ can't be taken: .*in use.*", said.splitlines()[-1])
+        port = str(taken.getsockname()[1])
+        wrong.append(
+            ([tiny_chat, "--port", port], rf"port {port} can't be taken: .*in use.*\n  name another with --port")
+        )
+        for given, words in wrong:
+            done = CliRunner().invoke(app, ["play", *given, "--no-open"])
+            assert done.exit_code == 2
+            assert re.search(f"lora-lite: .*{words}", done.stderr), done.stderr
     assert reason(ModuleNotFoundError(name="starlette")) == "starlette is not installed; pip install 'lora-lite[play]'"
 
 

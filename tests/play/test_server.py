@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import socket
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import httpx
 import pytest
 from playing import LINES, playground
 from safetensors.torch import load_file
-from serving import Running
+from serving import Running, endless
 from starlette.testclient import TestClient
 
 import lora_lite as ll
@@ -339,11 +340,14 @@ def test_bytes_that_no_browser_sends(running: Running) -> None:
     assert httpx.get(running.address).status_code == 200
 
 
-def test_a_client_that_goes_ends_its_job(running: Running, play: Any) -> None:
-    with httpx.stream("POST", f"{running.address}api/write", json=WRITE | {"tokens": 64}) as answer:
+def test_a_client_that_goes_ends_its_job(running: Running, play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = threading.Event()
+    monkeypatch.setattr(play, "write", lambda *given, **options: endless(closed))
+    with httpx.stream("POST", f"{running.address}api/write", json=WRITE) as answer:
         next(answer.iter_lines())
-    later = httpx.post(f"{running.address}api/write", json=WRITE, timeout=20)
-    assert json.loads(later.text.splitlines()[-1])["kind"] == "end"
+        assert not closed.is_set()
+    assert closed.wait(10)
+    assert httpx.get(f"{running.address}api/state").status_code == 200
 
 
 def test_fifty_requests_together(running: Running) -> None:
