@@ -149,7 +149,9 @@ def link(app: Sphinx, document: nodes.document) -> None:
             if name in ll.__all__ and not isinstance(parent, pending_xref):
                 options = {"refdomain": "py", "reftype": "obj", "refdoc": app.env.docname}
                 target = f"lora_lite.{name}"
-                reference = pending_xref("", literal.deepcopy(), reftarget=target, **options)
+                reference = pending_xref(
+                    "", literal.deepcopy(), reftarget=target, **options
+                )
                 parent.replace(literal, reference)
 
 
