@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from docutils import nodes
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import desc_content, pending_xref
 from sphinx.application import Sphinx
 
 import lora_lite as ll
@@ -141,8 +141,23 @@ def public(
     )
 
 
+def link(app: Sphinx, document: nodes.document) -> None:
+    """A public name that a docstring has as code leads to its entry."""
+    for content in document.findall(desc_content):
+        for literal in list(content.findall(nodes.literal)):
+            name, parent = literal.astext(), literal.parent
+            if name in ll.__all__ and not isinstance(parent, pending_xref):
+                options = {"refdomain": "py", "reftype": "obj", "refdoc": app.env.docname}
+                target = f"lora_lite.{name}"
+                reference = pending_xref(
+                    "", literal.deepcopy(), reftarget=target, **options
+                )
+                parent.replace(literal, reference)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process)
     app.connect("autodoc-process-signature", signature)
     app.connect("missing-reference", public)
+    app.connect("doctree-read", link)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -3,12 +3,14 @@
 import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from docutils import nodes
 from docutils.core import publish_doctree
 from pages import DOCS
+from sphinx.addnodes import desc_content, pending_xref
 
 import lora_lite as ll
 
@@ -92,3 +94,14 @@ def test_the_arenas_rows_are_read_whole() -> None:
             assert words in [line.split() for line in text.splitlines()]
     reference = dict(tables["At about equal parameters"]["lora"])
     assert list(reference) == ["rank", "trained", "learning rate", "loss"]  # it isn't compared with itself
+
+
+def test_a_public_name_in_a_docstring_is_a_link() -> None:
+    from docstrings import link
+
+    document = tree("As `detach` does, and `nothing`.")
+    link(SimpleNamespace(env=SimpleNamespace(docname="api/attach")), document)
+    assert not list(document.findall(pending_xref))  # outside of an entry it is code
+    document[0].replace_self(desc_content("", document[0].deepcopy()))
+    link(SimpleNamespace(env=SimpleNamespace(docname="api/attach")), document)
+    assert [node["reftarget"] for node in document.findall(pending_xref)] == ["lora_lite.detach"]
