@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -147,7 +147,7 @@ def select(model: nn.Module, cfg: BaseConfig) -> Selection:
     if cfg.tied_weights == "as_base":
         targets = _first_holders(targets, known)
     if not targets:
-        raise TargetError(_nothing_found(model, cfg, reachable, left_out))
+        raise TargetError(_nothing_found(model, cfg, reachable, left_out, every))
     return Selection({t: known[t] for t in targets}, left_out, asked, all(layer.is_plain for layer in layers))
 
 
@@ -357,13 +357,21 @@ def _bare(path: str, block: nn.Module, linear: set[str], d_model: int | None) ->
     return sorted(out, key=lambda entry: -entry[3])
 
 
-def _nothing_found(model: nn.Module, cfg: BaseConfig, everything: list[Target], left_out: list[LeftOut]) -> str:
+def _nothing_found(
+    model: nn.Module, cfg: BaseConfig, everything: list[Target], left_out: list[LeftOut], every: Iterable[BaseLayer]
+) -> str:
     filters = {name: getattr(cfg, name) for name in cfg.FILTERS if getattr(cfg, name)}
     if cfg.kinds == ("linear",):  # the default says nothing
         del filters["kinds"]
     given = ", ".join(f"{name}={value!r}" for name, value in filters.items()) or f"the defaults of {cfg.variant!r}"
     unasked = "".join(f"  left out by default: {path} ({reason})\n" for path, reason in left_out[:3])
-    noun = "norms" if tuple(cfg.kinds) == ("norm",) else "blocks" if cfg.on_blocks else "linear layers"
+    named = [layer for layer in every if cfg.target_names and _named(layer.path, cfg)]
+    others = [(layer.path, layer.kind.category) for layer in named if layer.kind.category not in cfg.kinds]
+    unasked += "".join(
+        f"  {path} is a layer of kinds={kind!r}, which this config doesn't name\n" for path, kind in others[:3]
+    )
+    noun = {"linear": "linear layers", "norm": "norms"}.get(",".join(cfg.kinds), f"layers of kinds={tuple(cfg.kinds)}")
+    noun = "blocks" if cfg.on_blocks else noun
     nearest = ", ".join(_nearest(cfg, everything)) or "none"
     searched = f"{len(everything)} {noun} searched; nearest: {nearest}"
     if cfg.NEEDS_BIAS and not everything:

@@ -69,8 +69,8 @@ def calibrate_scale(
     apply        leave the adapter's scale at c; otherwise it is afterwards as it was. It is so after an error, too
     batches, positions    as in `capture`; a generator is read once, into memory
 
-    |c| doubles from 1 until the divergence is above the target; then `find_root` cuts the bracket. Where the adapted
-    model overflows, the divergence is infinite. The base runs once for each batch.
+    |c| doubles from 1 until the divergence is above the target; then the bracket is cut. Where the adapted model
+    overflows, the divergence is infinite. The base runs once for each batch.
 
     Where the target can't be met (too little divergence up to the limit, or a jump over the target) or the divergence
     falls as c grows, nothing is raised: the result says so, and a warning is logged. Its c then is within the budget.

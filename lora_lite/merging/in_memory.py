@@ -21,6 +21,7 @@ from ..core.scaled import check_in_use
 from ..core.state import Session, Site, check_unmerged, session_of, sites_at, sites_of
 from ..errors import ConfigError, QuantizedWeightError, TargetError
 from ..measure.calls import check_called, check_choice
+from .dequantized import record_dense
 from .merged_weights import MergedLayer, changes
 
 CHOICES = (None, "dequantize", "requantize")
@@ -109,6 +110,7 @@ def _merge_for_good(root: nn.Module, chosen: Sequence[Adapter], layers: Sequence
             uninstall(site.module, site.slot)
     for adapter in chosen:
         detach(root, adapter.name)
+    record_dense(root)
 
 
 def unmerge(model: nn.Module) -> None:

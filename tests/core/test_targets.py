@@ -148,6 +148,15 @@ def test_no_match_lists_the_nearest_names() -> None:
         ll.plan(nn.ReLU(), ll.LoRAConfig())
 
 
+def test_a_name_of_a_layer_of_another_kind_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    match = r"1 linear layers searched; nearest: 2\n  0 is a layer of kinds='conv', which this config doesn't name\n"
+    with pytest.raises(ll.TargetError, match=match):
+        ll.plan(model, ll.LoRAConfig(target_names="0"))
+    with pytest.raises(ll.TargetError, match=r"0 layers of kinds=\('embedding',\) searched"):
+        ll.plan(model, ll.LoRAConfig(target_names="0", kinds="embedding"))
+
+
 def test_a_model_without_blocks_is_adapted_whole() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     assert [t.path for t in ll.plan(model, ll.LoRAConfig(r=2))] == ["0", "2"]

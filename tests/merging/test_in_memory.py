@@ -10,10 +10,11 @@ import torch
 from models import BUT_THREE, IDS, OneLinear, acts_everywhere, attach, config, moe, perturb, quantized, tiny_llama
 from test_laws import logits, same_snapshot, snapshot
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
-from lora_lite.base.layer import layer_of, quantization_of
+from lora_lite.base.layer import find_layers, layer_of, quantization_of
 from lora_lite.core.effective import Affine
 from lora_lite.core.swap import Swap
 
@@ -293,6 +294,27 @@ def test_a_quantised_model_for_good(tiny: str) -> None:
     ll.merge(model, quantized="dequantize", keep=False)
     assert quantization_of(model) is None
     assert not any("lora" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("names", [(), (r"q_proj$",)], ids=["all layers", "some layers"])
+def test_a_folder_of_layers_that_became_dense_opens_as_they_are(
+    tiny: str, tmp_path: Path, quantization: str, names: tuple[str, ...]
+) -> None:
+    model = quantized(tiny, quantization)
+    perturb(ll.attach(model, ll.LoRAConfig(r=4, target_names=names)))
+    ll.merge(model, quantized="dequantize", keep=False)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype)
+    assert {name: type(m) for name, m in again.named_modules()} == {name: type(m) for name, m in model.named_modules()}
+    layers = [find_layers(dict(m.named_modules())).items() for m in (model, again)]
+    weights, saved = (
+        {path: layer.dense_weight() for path, layer in of if layer.kind.category == "linear"} for of in layers
+    )
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[path], saved[path]) for path in weights)
+    kept = quantization_of(again)
+    assert (kept.quant_type if kept is not None else None) == (quantization if names else None)
 
 
 def test_conv1d_keeps_its_layout() -> None:
