@@ -5,6 +5,8 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..base.load import load_base
 from ..errors import BaseModelError
 from .playground import Playground
@@ -49,4 +51,6 @@ def playground(model_id: str, dtype: str = "auto", quantization: str | None = No
     except OSError as error:
         first = str(error).splitlines()[0]
         raise BaseModelError(f"{model_id} can't be opened from this disk: {first}") from error
+    # The server and the browser have the last core: threads that compete for one wait many times as long as they work.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
     return Playground(model, tokenizer, Path(model_id).name if Path(model_id).is_dir() else model_id)

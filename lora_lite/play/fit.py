@@ -19,7 +19,7 @@ from .effect import SIDES, Lines, batch_of
 from .forward import at_scales
 from .jobs import Event
 
-MOST_SENTENCES = 1000  # whose activations are remembered: a refit at another layer runs no forward
+MOST_SENTENCES = 400  # of one fit; their activations are remembered, so that one at another layer runs no forward
 METHODS = ("steer", "abliteration")
 DIRECTIONS = ("difference", "pca")
 

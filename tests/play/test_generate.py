@@ -9,7 +9,7 @@ import torch
 from models import perturb
 from playing import divergences, drive, fitted, playground, recipe, texts
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora_lite as ll
 from lora_lite.play import generate
@@ -110,19 +110,52 @@ def test_a_sweep_is_each_scale_by_itself(play: Any) -> None:
     assert events[-1]["columns"]["1"]["mean"] == 0.0 < events[-1]["columns"]["3"]["mean"]
 
 
-def test_rows_of_other_lengths_have_their_own_positions(real_tokenizer: Any) -> None:
-    """GPT-2 adds a vector for each absolute position, so that padding on the left would show."""
-    sizes: Any = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(real_tokenizer), **sizes)).eval()
+LLAMA = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA |= {"intermediate_size": 128, "max_position_embeddings": 256, "head_dim": 16, "pad_token_id": 0}
+DELTA = {f"linear_{what}": 16 for what in ("key_head_dim", "value_head_dim")}
+DELTA |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
+DELTA |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},  # a vector for each absolute position
+    "opt": LLAMA | {"ffn_dim": 128, "word_embed_proj_dim": 64},  # the same, counted from 2
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},  # ALiBi
+    "gemma2": LLAMA | {"sliding_window": 16, "tie_word_embeddings": False},
+    "lfm2": LLAMA | {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": LLAMA | DELTA | {"layer_types": ["linear_attention", "full_attention"]},  # a recurrent state
+}
+"""Models of other kinds, in which padding on the left would show where it weren't masked."""
+
+
+def model_of(kind: str, tokenizer: Any, **sizes: Any) -> Any:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes)).eval()
     with torch.no_grad():
-        model.transformer.wpe.weight.normal_()
-    columns = [Column("base"), Column("system", system="You speak little, and only of the sea and of ships.")]
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_rows_of_other_lengths_on_other_kinds_of_model(kind: str, real_tokenizer: Any) -> None:
+    model = model_of(kind, real_tokenizer, **OTHERS[kind])
+    columns = [Column("base"), Column("same", compared=True), Column("system", system="You speak only of ships.")]
     events = drive(write(model, real_tokenizer, columns, PROMPT, max_new_tokens=NEW))
+    said = texts(events)
     for column in columns:
         ids = torch.tensor([chat_ids(real_tokenizer, PROMPT, column.system)])
         options: Any = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
-        tokens = model.generate(ids, pad_token_id=0, **options)[0, ids.shape[1] :]
-        assert texts(events)[column.key] == real_tokenizer.decode(tokens, skip_special_tokens=True)
+        with torch.no_grad():
+            tokens = model.generate(ids, pad_token_id=0, **options)[0, ids.shape[1] :]
+        assert said[column.key] == real_tokenizer.decode(tokens, skip_special_tokens=True)
+    assert said["base"] == said["same"] != said["system"]
+    assert set(divergences(events, "same")) == {0.0}
+
+
+def test_a_model_without_keys_and_values_is_refused(real_tokenizer: Any) -> None:
+    model = model_of("mamba", real_tokenizer, hidden_size=32, num_hidden_layers=1, state_size=8)
+    with pytest.raises(ll.BaseModelError, match="MambaForCausalLM gives no keys and values to go on from"):
+        drive(write(model, real_tokenizer, [Column("base")], PROMPT, max_new_tokens=2))
 
 
 class Experts(nn.Module):
@@ -189,7 +222,7 @@ def test_an_adapter_that_goes_ends_the_text_with_a_sentence(play: Any) -> None:
         drive(steps)
 
 
-def test_what_the_model_can_not_read_is_refused(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_model_can_not_read_is_refused(play: Any) -> None:
     with pytest.raises(ll.ConfigError, match="may have 200; this model reads 128\n  write a shorter prompt"):
         drive(play.write({}, PROMPT, "", max_new_tokens=200))
     with pytest.raises(ll.ConfigError, match="tokens: wanted 1 to 512"):
@@ -197,10 +230,6 @@ def test_what_the_model_can_not_read_is_refused(play: Any, monkeypatch: pytest.M
     play.tokenizer.chat_template = None
     with pytest.raises(ll.ConfigError, match="no chat template, so there is no place for a system prompt"):
         chat_ids(play.tokenizer, "Hi.", "Be brief.")
-    forward = play.model.forward
-    monkeypatch.setattr(play.model, "forward", lambda **given: forward(**given | {"use_cache": False}))
-    with pytest.raises(ll.BaseModelError, match="gives no keys and values to go on from"):
-        drive(play.write({}, PROMPT, "", max_new_tokens=4))
 
 
 def test_a_character_of_several_tokens_comes_whole(real_tokenizer: Any) -> None:

@@ -364,6 +364,7 @@ def test_errors_are_sentences(page: Page) -> None:
     page.get_by_role("button", name="Fit", exact=True).click()
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("the positive list has 1 sentences: wanted 2 to 200")
+    expect(alert).to_be_in_viewport()  # also where the page was scrolled to its end
     page.get_by_label("More like this").fill("Same.\nSame.")
     page.get_by_label("Less like this").fill("Same.\nSame.")
     page.get_by_role("button", name="Fit", exact=True).click()

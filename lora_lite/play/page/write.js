@@ -92,7 +92,7 @@ function describe(bars) {
 function table(bars) {
   describe(bars);
   $("kl-table").tBodies[0].replaceChildren(...bars.map(([text, kl, part]) => element("tr", {},
-    element("td", { className: "token", textContent: text || "(end)" }), element("td", { textContent: part }),
+    element("td", { className: "token", textContent: text.replaceAll("\n", "↵") || "(end)" }), element("td", { textContent: part }),
     element("td", { textContent: show(kl) }))));
 }
 
