@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.adapter import adapters
 from ..measure.calibrate_scale import result_of, root_search
 from ..measure.evaluate import divergences
-from .forward import Decoder, Row, Scales, at_scales, divergence
+from .forward import Decoder, Row, Scales, at_scales, divergence, reading
 from .generate import stop_tokens
 from .jobs import Event, Steps
 from .texts import chat_ids
@@ -89,11 +89,9 @@ class Neutral:
             before, after = longest - len(prompt), ANSWER - len(answer)
             rows.append([0] * before + prompt + answer + [0] * after)
             masks.append([0] * before + [1] * (len(prompt) + len(answer)) + [0] * after)
-        device = next(self.model.parameters()).device
-        return {
-            "input_ids": torch.tensor(rows, device=device),
-            "attention_mask": torch.tensor(masks, device=device),
-        }
+        ids, attended = torch.tensor(rows), torch.tensor(masks)  # (b, t) each
+        is_answer = attended.bool() & (torch.arange(ids.shape[1]) >= longest)
+        return reading(self.model, ids, attended, is_answer)
 
     def damage(self, scales: Scales, versions: Mapping[str, str], batches: int | None = None) -> Number:
         """The mean KL(base ‖ adapted) in nats of all adapters at these scales, inf where it overflows; remembered by

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from models import perturb
-from playing import divergences, drive, fitted, playground, recipe, texts
+from playing import attached, divergences, drive, fitted, playground, recipe, texts
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
 from lora_lite.play import generate
 from lora_lite.play.generate import Column, gumbel, stop_tokens, write
-from lora_lite.play.playground import Entry
 from lora_lite.play.texts import Spelling, chat_ids, pieces
 
 PROMPT, NEW = "Tell me about the sea.", 8
@@ -43,10 +42,7 @@ def columns_of(play: Any, scales: dict[str, float], **options: Any) -> list[dict
 
 @pytest.mark.parametrize("variant", METHODS)
 def test_each_column_is_what_the_model_writes_alone(variant: str, play: Any) -> None:
-    cfg: Any = ll.config_for(variant)
-    perturb(ll.attach(play.model, cfg(), "a1"), 0.3)
-    ll.adapters(play.model)["a1"].scale = 0.0
-    play.entries["a1"] = Entry("a1", "One", "one", 1.0, variant)
+    attached(play, variant)
     events = columns_of(play, {"a1": 0.7}, system="You speak little, and you rhyme.")
     said = texts(events)
     assert said["base"] == alone(play, {})

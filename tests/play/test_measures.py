@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from playing import LINES, PROMPTS, drive, fitted, playground, recipe, result
+from playing import LINES, PROMPTS, as_written, attached, drive, fitted, playground, recipe, result
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
 from lora_lite.play import fit as fits
@@ -13,7 +14,7 @@ from lora_lite.play import playground as pages
 from lora_lite.play.damage import ANSWER, answer_positions, neutral_prompts
 from lora_lite.play.effect import REQUEST, Lines, batch_of
 from lora_lite.play.heat import SCALES, layers_of, spread
-from lora_lite.play.texts import chat_ids
+from lora_lite.play.texts import chat_ids, word_ids
 
 
 @pytest.fixture
@@ -59,6 +60,44 @@ def test_damage_is_the_mean_over_the_answers(play: Any, monkeypatch: pytest.Monk
     again = fitted(play, label="The same lines", replaces=name)
     assert result(play.neutral.damage({again: 1.0}, play.versions({again: 1.0}))) == kl
     assert calls == []
+
+
+def absolute(tokenizer: Any) -> Any:
+    """GPT-2 adds a vector for each absolute position, so that padding on the left would show."""
+    sizes: Any = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_()
+    return pages.Playground(model, tokenizer, "absolute", PROMPTS)
+
+
+@pytest.mark.parametrize("variant", ["lora", "reft", "absolute"])
+def test_texts_are_read_as_they_would_be_written(variant: str, tiny_chat: str, real_tokenizer: Any) -> None:
+    """Reft acts on the prompt's first and last tokens: what comes after the prompt mustn't be taken for it."""
+    play = absolute(real_tokenizer) if variant == "absolute" else playground(tiny_chat)
+    name = attached(play, "lora" if variant == "absolute" else variant)
+    versions, scales = play.versions({name: 0.7}), {name: 0.7}
+    kl = result(play.neutral.damage(scales, versions))
+    answers, parts = [answer for batch in play.neutral.answers for answer in batch], []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = chat_ids(play.tokenizer, prompt)
+        base, moved = as_written(play, ids, answer, {}), as_written(play, ids, answer, scales)
+        parts.append((base.exp() * (base - moved)).sum(-1))
+    assert kl == pytest.approx(float(torch.cat(parts).mean()), rel=1e-3)
+    lines = Lines(
+        (*LINES.positive, "Two.", "A held line that is longer than the other."), (*LINES.negative, "No.", "Off.")
+    )
+    moved_by = result(play.effects.effect(lines, scales, versions))
+    prefix, wanted = chat_ids(play.tokenizer, REQUEST), 0.0
+    for side, sign in (("positive", 1), ("negative", -1)):
+        for given, adapted in ((scales, 1), ({}, -1)):
+            logp = []
+            for line in lines.held_out(side):
+                words = word_ids(play.tokenizer, line)
+                written = as_written(play, prefix, words, given)
+                logp.append(written.gather(1, torch.tensor(words)[:, None]))
+            wanted += sign * adapted * float(torch.cat(logp).mean())
+    assert moved_by == pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_answers_are_the_bases_own(play: Any) -> None:
