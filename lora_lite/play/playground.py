@@ -15,7 +15,7 @@ from .damage import FURTHEST, Neutral, budgets, finite
 from .effect import Effects
 from .fit import Fitter, Recipe
 from .forward import Scales
-from .generate import Column, write
+from .generate import Column, Room, write
 from .heat import SCALES, heat, layers_of
 from .jobs import Event, Steps
 
@@ -47,6 +47,7 @@ class Playground:
         self.entries: dict[str, Entry] = {}
         self.neutral, self.effects = Neutral(model, tokenizer, prompts), Effects(model, tokenizer)
         self.fitter = Fitter(model, tokenizer)
+        self.room = Room()
         self._count = 0
 
     # ---- adapters ---------------------------------------------------------------------------------
@@ -128,13 +129,13 @@ class Playground:
         columns = [Column("base"), Column("adapted", self.scales(scales), compared=True)]
         if system:
             columns.append(Column("system", system=system))
-        yield from write(self.model, self.tokenizer, columns, prompt, **options)
+        yield from write(self.model, self.tokenizer, columns, prompt, room=self.room, **options)
 
     def sweep(self, scales: Scales, name: str, cs: Sequence[float], prompt: str, **options: Any) -> Steps:
         """A column for each c of one adapter, the others at their sliders; all in one forward."""
         rest = self.scales(scales)
         columns = [Column(str(i), rest | {self.entry(name).id: c}, compared=True) for i, c in enumerate(cs)]
-        yield from write(self.model, self.tokenizer, columns, prompt, **options)
+        yield from write(self.model, self.tokenizer, columns, prompt, room=self.room, **options)
 
     def measure(self, scales: Scales, target: float) -> Steps:
         """The cost of the sliders, the effect of the fits among them on their held-out lines, and the budgets."""

@@ -185,6 +185,35 @@ def test_an_adapter_that_goes_ends_the_text_with_a_sentence(play: Any) -> None:
         drive(steps)
 
 
+def test_a_text_that_waits_keeps_the_logits_of_one_token(play: Any) -> None:
+    name = steered(play)
+    steps = play.write({name: 1.0}, PROMPT, "", max_new_tokens=NEW)
+    assert next(steps)["kind"] == "prompt"
+    logits = steps.gi_yieldfrom.gi_frame.f_locals["logits"]
+    assert logits.untyped_storage().nbytes() == 3 * 4 * play.model.config.vocab_size
+
+
+def test_texts_wait_for_room_for_their_keys_and_values(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "MOST_KEPT", 10)
+    first, second = (play.write({}, PROMPT, "", max_new_tokens=NEW) for _ in range(2))
+    assert next(first)["kind"] == "prompt"
+    assert play.room.kept > 10
+    assert [next(second) for _ in range(3)] == [None] * 3
+    first.close()  # whoever asked has gone
+    assert play.room.kept == 0
+    assert drive(second)[-1]["kind"] == "end"
+    assert play.room.kept == 0
+
+
+def test_a_step_reads_so_many_tokens_at_most(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = steered(play)
+    rows = 3 * len(chat_ids(play.tokenizer, PROMPT))
+    monkeypatch.setattr(generate, "MOST_READ", rows)
+    drive(play.write({name: 1.0}, PROMPT, "", max_new_tokens=1))
+    with pytest.raises(ll.ConfigError, match=r"9 columns are 18 rows, and a prompt of \d+ .*\n  write one of .* fewer"):
+        drive(play.sweep({}, name, [i / 8 for i in range(9)], PROMPT, max_new_tokens=1))
+
+
 def test_what_the_model_can_not_read_is_refused(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ll.ConfigError, match="may have 200; this model reads 128\n  write a shorter prompt"):
         drive(play.write({}, PROMPT, "", max_new_tokens=200))
