@@ -98,7 +98,7 @@ class Neutral:
         their versions. `batches`: on the first few alone."""
         count = self.batches if batches is None else batches
         on = {name: c for name, c in scales.items() if c}
-        key = (count, *((versions[name], on[name]) for name in adapters(self.model) if name in on))  # in their order
+        key = self._key(on, versions, count)
         if not on:
             return 0.0
         if key not in self.points:
@@ -112,6 +112,10 @@ class Neutral:
                 yield
             self._remember(key, torch.cat(parts))
         return self.points[key]
+
+    def _key(self, on: Scales, versions: Mapping[str, str], batches: int) -> tuple[Any, ...]:
+        """What a damage is remembered by: adapters in the model's order."""
+        return batches, *((versions[name], on[name]) for name in adapters(self.model) if name in on)
 
     def system_damage(self, system: str) -> Number:
         """The same of a system prompt, at the same tokens of the same answers, with every adapter off."""
@@ -136,7 +140,8 @@ class Neutral:
         return logits[answer_positions(inputs)].float()
 
     def _remember(self, key: tuple[Any, ...], kl: Tensor) -> None:
-        self.points[key] = float(kl.mean()) if kl.isfinite().all() else math.inf
+        # By rounding, a mean of next to nothing may be less than that.
+        self.points[key] = max(0.0, float(kl.mean())) if kl.isfinite().all() else math.inf
         while len(self.points) > MOST_POINTS:
             del self.points[next(iter(self.points))]
 
@@ -154,9 +159,9 @@ class Neutral:
         try:
             c = next(search)
             while True:
-                before = len(self.points)
+                is_new = self._key({name: c}, {name: version}, self.batches) not in self.points
                 kl = yield from self.damage({name: c}, {name: version})
-                if len(self.points) != before:
+                if is_new:
                     yield {"kind": "curve", "adapter": name, "points": [[c, finite(kl)]]}
                 c = search.send(kl)
         except StopIteration as end:
