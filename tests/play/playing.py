@@ -76,6 +76,7 @@ def recipe(layer: int = 1, method: str = "steer", direction: str = "difference",
     return Recipe(lines, method, direction, layer)
 
 
-def fitted(play: Playground, made_of: Recipe | None = None, label: str = "Mine", replaces: str | None = None) -> str:
-    """The id of a fit."""
+def fitted(play: Playground, made_of: Recipe | None = None, label: str = "", replaces: str | None = None) -> str:
+    """The id of a fit; each has a label of its own, if none is given."""
+    label = label or f"Mine {len(play.entries) + 1}"
     return str(drive(play.fit(made_of or recipe(), label, replaces))[-1]["id"])
