@@ -82,12 +82,13 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """End after the running step; jobs under way are closed."""
+    def stop(self, timeout: float | None = None) -> bool:
+        """End after the running step; jobs under way are closed. Returns if it has ended within so many seconds."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def count(self, *, calls: bool = False) -> int:
         """How many jobs are under way, or how many calls; those that nobody waits for don't count."""
