@@ -21,6 +21,8 @@ from .jobs import Event, Steps
 from .texts import MOST_TOKENS, Spelling, chat_ids, pieces
 
 MOST_NEW_TOKENS = 256
+OF_THE_BATCH = {"lily"}
+"""Methods by which a row depends on the others, and on its padding."""
 MOST_READ = 4 * MOST_TOKENS
 """Tokens of all rows' prompts, which are read in one step: a text's four longest rows. Their logits are in memory."""
 MOST_KEPT = 32 << 10
@@ -117,6 +119,9 @@ def write(
             names = ", ".join(f"{adapter.variant}" for adapter in adapters(model).values())
             why = f"in one forward, rows can't be told apart with these methods ({names}): each column goes by itself"
             yield {"kind": "note", "text": f"{why}, which is slower"}
+        on = {name for column in columns for name, c in column.scales.items() if c}
+        if OF_THE_BATCH & {cfg.variant for name in on for cfg in adapters(model)[name].configs}:
+            yield {"kind": "note", "text": "lily mixes by all tokens of a forward: each column depends on the others"}
         stops = stop_tokens(model, tokenizer)
         first = None
         for step in range(max_new_tokens):

@@ -185,6 +185,15 @@ def test_an_adapter_that_goes_ends_the_text_with_a_sentence(play: Any) -> None:
         drive(steps)
 
 
+def test_columns_that_depend_on_each_other_say_so(play: Any) -> None:
+    name = attached(play, "lily")
+    events = columns_of(play, {name: 0.7}, system="Be brief.")
+    assert [event["text"] for event in events if event["kind"] == "note"] == [
+        "lily mixes by all tokens of a forward: each column depends on the others"
+    ]
+    assert "note" not in {event["kind"] for event in columns_of(play, {name: 0.0})}
+
+
 def test_a_text_that_waits_keeps_the_logits_of_one_token(play: Any) -> None:
     name = steered(play)
     steps = play.write({name: 1.0}, PROMPT, "", max_new_tokens=NEW)
