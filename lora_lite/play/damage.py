@@ -114,7 +114,7 @@ class Neutral:
         return self.points[key]
 
     def _key(self, on: Scales, versions: Mapping[str, str], batches: int) -> tuple[Any, ...]:
-        """What a damage is remembered by: adapters in the model's order."""
+        """The key that a damage is remembered by: adapters in the model's order."""
         return batches, *((versions[name], on[name]) for name in adapters(self.model) if name in on)
 
     def system_damage(self, system: str) -> Number:
