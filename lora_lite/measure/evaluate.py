@@ -142,6 +142,7 @@ def _logits(model: nn.Module, inputs: dict[str, Any], mask: Tensor) -> Float[Ten
     """The logits at the positions in float32. The model leaves out earlier ones if it can: the head is large."""
     t = mask.shape[1]
     tail = t - int(mask.any(0).long().argmax())  # tokens from the first position looked at in any row
-    can_skip = tail < t and "logits_to_keep" in inspect.signature(model.forward).parameters
+    # Labels are of all positions, and a loss of fewer logits is refused.
+    can_skip = tail < t and "labels" not in inputs and "logits_to_keep" in inspect.signature(model.forward).parameters
     logits: Tensor = model(**inputs, **({"logits_to_keep": tail} if can_skip else {})).logits  # (b, tail or t, v)
     return logits[mask[:, -logits.shape[1] :].to(logits.device)].float()

@@ -1,6 +1,7 @@
 """The command `lora-lite play`: load, say where the page is, serve."""
 
 import os
+import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ def run(
     def ready(address: str) -> None:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         if open_browser:
-            webbrowser.open(address)
+            # A browser of the terminal stays in this call until its user leaves it.
+            threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
 
     serve(play, port, ready)
 

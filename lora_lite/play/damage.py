@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.adapter import adapters
 from ..measure.calibrate_scale import result_of, root_search
 from ..measure.evaluate import divergences
-from .forward import Decoder, Row, Scales, at_scales, divergence
+from .forward import Decoder, Row, Scales, at_scales, divergence, reading
 from .generate import stop_tokens
 from .jobs import Event, Steps
 from .texts import chat_ids
@@ -89,18 +89,16 @@ class Neutral:
             before, after = longest - len(prompt), ANSWER - len(answer)
             rows.append([0] * before + prompt + answer + [0] * after)
             masks.append([0] * before + [1] * (len(prompt) + len(answer)) + [0] * after)
-        device = next(self.model.parameters()).device
-        return {
-            "input_ids": torch.tensor(rows, device=device),
-            "attention_mask": torch.tensor(masks, device=device),
-        }
+        ids, attended = torch.tensor(rows), torch.tensor(masks)  # (b, t) each
+        is_answer = attended.bool() & (torch.arange(ids.shape[1]) >= longest)
+        return reading(self.model, ids, attended, is_answer)
 
     def damage(self, scales: Scales, versions: Mapping[str, str], batches: int | None = None) -> Number:
         """The mean KL(base ‖ adapted) in nats of all adapters at these scales, inf where it overflows; remembered by
         their versions. `batches`: on the first few alone."""
         count = self.batches if batches is None else batches
         on = {name: c for name, c in scales.items() if c}
-        key = (count, *((versions[name], on[name]) for name in adapters(self.model) if name in on))  # in their order
+        key = self._key(on, versions, count)
         if not on:
             return 0.0
         if key not in self.points:
@@ -114,6 +112,10 @@ class Neutral:
                 yield
             self._remember(key, torch.cat(parts))
         return self.points[key]
+
+    def _key(self, on: Scales, versions: Mapping[str, str], batches: int) -> tuple[Any, ...]:
+        """The key that a damage is remembered by: adapters in the model's order."""
+        return batches, *((versions[name], on[name]) for name in adapters(self.model) if name in on)
 
     def system_damage(self, system: str) -> Number:
         """The same of a system prompt, at the same tokens of the same answers, with every adapter off."""
@@ -138,7 +140,8 @@ class Neutral:
         return logits[answer_positions(inputs)].float()
 
     def _remember(self, key: tuple[Any, ...], kl: Tensor) -> None:
-        self.points[key] = float(kl.mean()) if kl.isfinite().all() else math.inf
+        # By rounding, a mean of next to nothing may be less than that.
+        self.points[key] = max(0.0, float(kl.mean())) if kl.isfinite().all() else math.inf
         while len(self.points) > MOST_POINTS:
             del self.points[next(iter(self.points))]
 
@@ -156,9 +159,9 @@ class Neutral:
         try:
             c = next(search)
             while True:
-                before = len(self.points)
+                is_new = self._key({name: c}, {name: version}, self.batches) not in self.points
                 kl = yield from self.damage({name: c}, {name: version})
-                if len(self.points) != before:
+                if is_new:
                     yield {"kind": "curve", "adapter": name, "points": [[c, finite(kl)]]}
                 c = search.send(kl)
         except StopIteration as end:

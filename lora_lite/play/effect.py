@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from .damage import Number
-from .forward import Scales, at_scales
+from .forward import Scales, at_scales, reading
 from .texts import chat_ids, word_ids
 
 REQUEST = "Write a sentence."
@@ -85,9 +85,9 @@ class Effects:
 
     @torch.no_grad()
     def _mean_log_probability(self, batch: dict[str, Tensor], is_word: Bool[Tensor, "b t"], on: Scales) -> float:
-        device = next(self.model.parameters()).device
+        inputs = reading(self.model, batch["input_ids"], batch["attention_mask"], is_word)
         with at_scales(self.model, on):
-            logits = self.model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
-        before = is_word[:, 1:].to(device)  # the position that each token comes after
+            logits = self.model(**inputs, use_cache=False).logits
+        before = is_word[:, 1:].to(logits.device)  # the position that each token comes after
         logp = logits[:, :-1][before].float().log_softmax(-1)  # (n, v)
-        return float(logp.gather(1, batch["input_ids"].to(device)[:, 1:][before][:, None]).double().mean())
+        return float(logp.gather(1, inputs["input_ids"][:, 1:][before][:, None]).double().mean())

@@ -81,8 +81,7 @@ class Fields:
         value = self._take(name, {})
         if not isinstance(value, dict) or len(value) > 8:
             raise ConfigError(f"{name}: wanted the scale of each adapter")
-        inner = Fields(dict(value))
-        return {key: inner.number(key, -MOST_SCALE, MOST_SCALE) for key in value}
+        return {key: Fields({"c": c}).number("c", -MOST_SCALE, MOST_SCALE) for key, c in value.items()}
 
     def numbers(self, name: str, most: int) -> list[float]:
         value = self._take(name, None)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..core.adapter import adapters
 from ..core.scaled import scaled
+from ..core.variant import lookup
 from ..errors import BaseModelError, ConfigError, TargetError
 from ..measure.evaluate import contiguous_into_head
 
@@ -45,6 +46,33 @@ def at_scales(model: nn.Module, *rows: Scales) -> Iterator[None]:
         yield
 
 
+def accepts(model: Any, argument: str) -> bool:
+    """Does the model's forward take an argument of this name?"""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def positions_of(attended: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """The position of each token in its row, whatever the padding before it, as generate counts."""
+    return (attended.cumsum(1) - 1).clamp_min(0)
+
+
+def reading(
+    model: Any, ids: Int[Tensor, "b t"], attended: Int[Tensor, "b t"], is_answer: Bool[Tensor, "b t"]
+) -> dict[str, Tensor]:
+    """The arguments of one forward over prompts with their answers, which reads them as a Decoder would write them.
+
+    Where an adapter acts at positions, labels say which tokens are the answer: without them, a row is all prompt.
+    """
+    inputs = {"input_ids": ids, "attention_mask": attended}
+    if accepts(model, "position_ids"):
+        inputs["position_ids"] = positions_of(attended)
+    configs = [cfg for adapter in adapters(model).values() for cfg in adapter.configs]
+    if any(lookup(cfg.variant).positions(cfg) is not None for cfg in configs):
+        inputs["labels"] = ids.where(is_answer, -100)
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
 class Decoder:
     """Some rows, padded on the left, that grow by a token at each step.
 
@@ -60,11 +88,10 @@ class Decoder:
         attended = [[0] * n + [1] * (longest - n) for n in padding]
         self.ids, self.mask = torch.tensor(ids, device=device), torch.tensor(attended, device=device)  # (b, t) each
         self.groups, self.caches = [list(range(len(rows)))], [None]
-        self.accepts = inspect.signature(model.forward).parameters
 
     def read(self, last: bool = False) -> Float[Tensor, "b n v"]:
         """The prompts: float32 logits of every position, or of the last alone."""
-        positions = (self.mask.cumsum(1) - 1).clamp_min(0)  # (b, t), as generate counts
+        positions = positions_of(self.mask)  # (b, t)
         try:
             return self._forward(self.ids, positions, last)
         except TargetError:
@@ -86,8 +113,8 @@ class Decoder:
     def _forward(self, ids: Int[Tensor, "b t"], positions: Int[Tensor, "b t"], last: bool) -> Float[Tensor, "b n v"]:
         parts: list[Tensor] = []
         for i, rows in enumerate(self.groups):
-            options: dict[str, Any] = {"position_ids": positions[rows]} if "position_ids" in self.accepts else {}
-            if last and "logits_to_keep" in self.accepts:
+            options: dict[str, Any] = {"position_ids": positions[rows]} if accepts(self.model, "position_ids") else {}
+            if last and accepts(self.model, "logits_to_keep"):
                 options["logits_to_keep"] = 1
             if (cache := self.caches[i]) is not None:
                 options["past_key_values"] = cache

@@ -5,7 +5,8 @@ next-token distributions at each token are of the same text, and KL(base ‖ ada
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,15 @@ from ..core.adapter import adapters
 from ..errors import ConfigError
 from .forward import Decoder, Row, divergence
 from .jobs import Event, Steps
-from .texts import Spelling, chat_ids, pieces
+from .texts import MOST_TOKENS, Spelling, chat_ids, pieces
 
 MOST_NEW_TOKENS = 256
+OF_THE_BATCH = {"lily"}
+"""Methods by which a row depends on the others, and on its padding."""
+MOST_READ = 4 * MOST_TOKENS
+"""Tokens of all rows' prompts, which are read in one step: a text's four longest rows. Their logits are in memory."""
+MOST_KEPT = 32 << 10
+"""Tokens whose keys and values are in memory, of all texts under way: 0.8 GB on SmolLM2-135M."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,26 @@ class _Writing:
     ended: str = ""
 
 
+class Room:
+    """The memory for keys and values, which the texts under way share."""
+
+    def __init__(self) -> None:
+        self.kept = 0  # tokens
+
+    def wait_for(self, tokens: int) -> Steps:
+        """Steps that do nothing, until the others leave so much room, or all of it."""
+        while self.kept and self.kept + tokens > MOST_KEPT:
+            yield None
+
+    @contextmanager
+    def taken(self, tokens: int) -> Iterator[None]:
+        self.kept += tokens
+        try:
+            yield
+        finally:
+            self.kept -= tokens
+
+
 def write(
     model: Any,
     tokenizer: Any,
@@ -53,53 +80,67 @@ def write(
     seed: int = 0,
     temperature: float = 0.0,
     max_new_tokens: int = 64,
+    room: Room | None = None,
 ) -> Steps:
     """The events of a text: "prompt" with the tokens of the prompt and their KL, "tokens" for each step, "end".
 
     temperature     0: the likeliest token. Above it, tokens are drawn by adding Gumbel noise, which is the same in all
                     columns: where two distributions agree, so do their tokens
+    room            that it shares with other texts
 
     Raises:
-        ConfigError: for what `chat_ids` refuses, or more tokens than the model reads.
+        ConfigError: for what `chat_ids` refuses, or more tokens than the model reads, or than one step may read.
     """
     started = time.perf_counter()
     ids = {column.system: chat_ids(tokenizer, prompt, column.system) for column in columns}
-    longest, room = max(map(len, ids.values())), getattr(model.config, "max_position_embeddings", None)
-    if room is not None and longest + max_new_tokens > room:
-        problem = f"the prompt has {longest} tokens and the answer may have {max_new_tokens}; this model reads {room}"
+    longest, context = max(map(len, ids.values())), getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest + max_new_tokens > context:
+        problem = (
+            f"the prompt has {longest} tokens and the answer may have {max_new_tokens}; this model reads {context}"
+        )
         raise ConfigError(f"{problem}\n  write a shorter prompt, or ask for fewer tokens")
     rows = [Row(ids[column.system], column.scales) for column in columns]
     compared = [column for column in columns if column.compared]
     shadows = {column.key: len(columns) + i for i, column in enumerate(compared)}
     rows += [Row(ids[column.system]) for column in compared]
-    decoder = Decoder(model, rows)
+    if len(rows) * longest > MOST_READ:
+        problem = f"{len(columns)} columns are {len(rows)} rows, and a prompt of {longest} tokens is too long for them"
+        raise ConfigError(f"{problem}\n  write one of {MOST_READ // len(rows)} at most, or ask for fewer columns")
     writings = [_Writing(c, i, shadows.get(c.key), Spelling(tokenizer), []) for i, c in enumerate(columns)]
-    logits = decoder.read(last=not compared)  # (b, t, v)
-    yield {"kind": "prompt", "columns": [_prompt(tokenizer, ids, w, logits) for w in writings if w.shadow is not None]}
-    if decoder.apart:
-        names = ", ".join(f"{adapter.variant}" for adapter in adapters(model).values())
-        why = f"in one forward, rows can't be told apart with these methods ({names}): each column goes by itself"
-        yield {"kind": "note", "text": f"{why}, which is slower"}
-    logits, generator = logits[:, -1], torch.Generator().manual_seed(seed)  # (b, v)
-    stops = stop_tokens(model, tokenizer)
-    first = None
-    for step in range(max_new_tokens):
-        tokens, written = [next(iter(stops), 0)] * len(rows), []
-        noise = gumbel(logits.shape[-1], generator) if temperature else None
-        for writing in writings:
-            if not writing.ended:
-                tokens[writing.row], event = _next(writing, logits, noise, temperature, stops)
-                if writing.shadow is not None:
-                    tokens[writing.shadow] = tokens[writing.row]
-                written.append(event)
-        first = time.perf_counter() - started if first is None else first
-        yield {"kind": "tokens", "step": step, "tokens": written}
-        if all(writing.ended for writing in writings):
-            break
-        if step + 1 < max_new_tokens:
-            logits = decoder.step(tokens)
-    seconds = {"first": first, "seconds": time.perf_counter() - started}
-    yield {"kind": "end", "columns": {w.column.key: _ending(w) for w in writings}, **seconds}
+    room, size = room or Room(), len(rows) * (longest + max_new_tokens)
+    yield from room.wait_for(size)
+    with room.taken(size):
+        decoder = Decoder(model, rows)
+        logits = decoder.read(last=not compared)  # (b, t, v)
+        prompts = [_prompt(tokenizer, ids, w, logits) for w in writings if w.shadow is not None]
+        logits, generator = logits[:, -1].clone(), torch.Generator().manual_seed(seed)  # (b, v); a view would keep all
+        yield {"kind": "prompt", "columns": prompts}
+        if decoder.apart:
+            names = ", ".join(f"{adapter.variant}" for adapter in adapters(model).values())
+            why = f"in one forward, rows can't be told apart with these methods ({names}): each column goes by itself"
+            yield {"kind": "note", "text": f"{why}, which is slower"}
+        on = {name for column in columns for name, c in column.scales.items() if c}
+        if OF_THE_BATCH & {cfg.variant for name in on for cfg in adapters(model)[name].configs}:
+            yield {"kind": "note", "text": "lily mixes by all tokens of a forward: each column depends on the others"}
+        stops = stop_tokens(model, tokenizer)
+        first = None
+        for step in range(max_new_tokens):
+            tokens, written = [next(iter(stops), 0)] * len(rows), []
+            noise = gumbel(logits.shape[-1], generator) if temperature else None
+            for writing in writings:
+                if not writing.ended:
+                    tokens[writing.row], event = _next(writing, logits, noise, temperature, stops)
+                    if writing.shadow is not None:
+                        tokens[writing.shadow] = tokens[writing.row]
+                    written.append(event)
+            first = time.perf_counter() - started if first is None else first
+            yield {"kind": "tokens", "step": step, "tokens": written}
+            if all(writing.ended for writing in writings):
+                break
+            if step + 1 < max_new_tokens:
+                logits = decoder.step(tokens)
+        seconds = {"first": first, "seconds": time.perf_counter() - started}
+        yield {"kind": "end", "columns": {w.column.key: _ending(w) for w in writings}, **seconds}
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:

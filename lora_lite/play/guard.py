@@ -22,6 +22,8 @@ HEADERS = {
 }
 
 
+NAMES = ("127.0.0.1", "localhost")
+
 TOO_LARGE = f"the request is larger than {MOST_BYTES >> 10} kB: write less"
 
 
@@ -34,7 +36,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self.app = app
-        self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
+        # Browsers leave the port out where it is http's own.
+        self.hosts = {f"{name}{end}" for name in NAMES for end in ([f":{port}"] if port != 80 else [":80", ""])}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -20,7 +20,7 @@ Steps = Generator[Event | None, None, None]
 Result = TypeVar("Result")
 
 MOST_JOBS = 64
-"""That may be under way together; beyond it, `submit` refuses."""
+"""That may be under way together, and as many calls beside them; beyond it, `submit` refuses."""
 
 
 class BusyError(LoraLiteError, RuntimeError):
@@ -30,7 +30,7 @@ class BusyError(LoraLiteError, RuntimeError):
 class Priority(IntEnum):
     """The most urgent first."""
 
-    WRITE, FIT, DAMAGE, MAP = range(4)
+    CALL, WRITE, FIT, DAMAGE, MAP = range(5)
 
 
 class Job:
@@ -47,7 +47,7 @@ class Job:
     def run_step(self) -> bool:
         """Runs one step. Returns if there may be another."""
         if self.cancelled.is_set():
-            self.steps.close()  # what the job has put on the model comes off, on the thread that owns it
+            self.close()
             return False
         try:
             event = next(self.steps)
@@ -62,6 +62,13 @@ class Job:
             self.deliver(event)
         return True
 
+    def close(self) -> None:
+        """Take off what it has put on the model; on the thread that owns it, which goes on whatever happens."""
+        try:
+            self.steps.close()
+        except Exception as error:
+            logger.opt(exception=error).error("a job failed as it was closed")
+
 
 class Worker:
     """The thread. Everything that touches the model goes through `submit` or `call`."""
@@ -75,17 +82,19 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """End after the running step; jobs under way are closed."""
+    def stop(self, timeout: float | None = None) -> bool:
+        """End after the running step; jobs under way are closed. Returns if it has ended within so many seconds."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
-    @property
-    def count(self) -> int:
-        """How many jobs are under way."""
-        return sum(map(len, self._queues.values()))
+    def count(self, *, calls: bool = False) -> int:
+        """How many jobs are under way, or how many calls; those that nobody waits for don't count."""
+        with self._changed:
+            queues = [queue for priority, queue in self._queues.items() if (priority == Priority.CALL) == calls]
+            return sum(not job.cancelled.is_set() for queue in queues for job in queue)
 
     def submit(self, job: Job) -> None:
         """Put a job in line.
@@ -94,13 +103,13 @@ class Worker:
             BusyError: where MOST_JOBS are under way.
         """
         with self._changed:
-            if self.count >= MOST_JOBS:
+            if self.count(calls=job.priority == Priority.CALL) >= MOST_JOBS:
                 raise BusyError(f"{MOST_JOBS} requests are under way on this machine\n  wait a moment and try again")
             self._queues[job.priority].append(job)
             self._changed.notify()
 
     def call(self, function: Callable[[], Result]) -> "Future[Result]":
-        """The function's result, of one step in between."""
+        """The function's result, of one step that comes before the others."""
         future: Future[Result] = Future()
 
         def steps() -> Steps:
@@ -112,29 +121,30 @@ class Worker:
                 future.set_exception(error)
             yield None
 
-        self.submit(Job(Priority.WRITE, steps(), lambda event: None))
+        self.submit(Job(Priority.CALL, steps(), lambda event: None))
         return future
 
     def _run(self) -> None:
-        while (queue := self._next_queue()) is not None:
-            job = queue[0]  # it stays in line, so that `count` has it
+        while (job := self._next_job()) is not None:
             again = job.run_step()
             with self._changed:
-                queue.popleft()
+                queue = self._queues[job.priority]
+                queue.remove(job)  # it stayed in line, so that `count` had it
                 if again:
                     queue.append(job)
         for queue in self._queues.values():
             for job in queue:
-                job.steps.close()
+                job.close()
 
-    def _next_queue(self) -> deque[Job] | None:
-        """The jobs of the most urgent priority that has some; None at the end."""
+    def _next_job(self) -> Job | None:
+        """One to be closed, or else the first of the most urgent; None at the end."""
         with self._changed:
-            while not (self._stopping or self.count):
+            while not (self._stopping or any(self._queues.values())):
                 self._changed.wait()
             if self._stopping:
                 return None
-            return next(queue for queue in self._queues.values() if queue)
+            jobs = [job for queue in self._queues.values() for job in queue]
+            return next((job for job in jobs if job.cancelled.is_set()), jobs[0])
 
 
 def sentence(error: Exception) -> str:

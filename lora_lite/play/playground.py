@@ -1,9 +1,11 @@
 """The model with its adapters, as the page sees them, and the jobs that the page can ask for."""
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,22 @@ from ..errors import ConfigError
 from ..io.checkpoint import load
 from .damage import FURTHEST, Neutral, budgets, finite
 from .effect import Effects
+from .fields import MOST_SCALE
 from .fit import Fitter, Recipe
 from .forward import Scales
-from .generate import Column, write
+from .generate import Column, Room, write
 from .heat import SCALES, heat, layers_of
 from .jobs import Event, Steps
 
 MOST_ADAPTERS = 8
 MOST_COLUMNS = 9  # of a sweep
+LEAST_16_BIT = 0.005  # nats of a budget: adapters that do nothing have been seen to cost 0.001 in bfloat16
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An adapter on the page. Its name on the model is its id, which is never used again; `label` is what people read.
+    """An adapter on the page. Its name on the model is its id, which is never used again, not by another server either:
+    a page may outlive one. `label` is what people read, and what a link names it by.
 
     version     what its divergences are remembered by: two fits of one recipe share it
     start       where its slider starts
@@ -47,7 +52,8 @@ class Playground:
         self.entries: dict[str, Entry] = {}
         self.neutral, self.effects = Neutral(model, tokenizer, prompts), Effects(model, tokenizer)
         self.fitter = Fitter(model, tokenizer)
-        self._count = 0
+        self.room = Room()
+        self._count, self._process = 0, secrets.token_hex(2)
 
     # ---- adapters ---------------------------------------------------------------------------------
 
@@ -56,13 +62,27 @@ class Playground:
         self._check_room()
         name = self._new_id()
         adapter = load(self.model, path, name)
-        start, adapter.scale = adapter.scale, 0.0
-        label = path.stem if path.suffix else path.name
-        self.entries[name] = Entry(name, label, f"file {name}", start, f"{adapter.variant}, {adapter.counts()}")
+        saved, adapter.scale = adapter.scale, 0.0
+        start = max(-MOST_SCALE, min(MOST_SCALE, saved))
+        says = f"{adapter.variant}, {adapter.counts()}"
+        if start != saved:
+            says += f"; its file has c = {saved:g}, beyond this page's {start:g}"
+        label = self._free_label(path.stem if path.suffix else path.name)
+        self.entries[name] = Entry(name, label, f"file {name}", start, says)
 
     def _new_id(self) -> str:
         self._count += 1
-        return f"a{self._count}"
+        return f"a{self._count}_{self._process}"
+
+    def _free_label(self, label: str) -> str:
+        """The label, with a number where others have it."""
+        taken = {entry.label for entry in self.entries.values()}
+        return next(free for i in count(1) if (free := label if i == 1 else f"{label} {i}") not in taken)
+
+    def _check_label(self, label: str, name: str | None) -> None:
+        """Raises ConfigError for a label that another adapter than this one has."""
+        if any(entry.label == label and entry.id != name for entry in self.entries.values()):
+            raise ConfigError(f"another adapter is called {label!r}\n  choose another name")
 
     def _check_room(self) -> None:
         if len(self.entries) >= MOST_ADAPTERS:
@@ -80,7 +100,9 @@ class Playground:
         del self.entries[name]
 
     def rename(self, name: str, label: str) -> None:
-        self.entries[name] = replace(self.entry(name), label=label)
+        entry = self.entry(name)
+        self._check_label(label, name)
+        self.entries[name] = replace(entry, label=label)
 
     def scales(self, given: Mapping[str, float]) -> dict[str, float]:
         """Raises ConfigError for an adapter that isn't there."""
@@ -128,16 +150,26 @@ class Playground:
         columns = [Column("base"), Column("adapted", self.scales(scales), compared=True)]
         if system:
             columns.append(Column("system", system=system))
-        yield from write(self.model, self.tokenizer, columns, prompt, **options)
+        yield from write(self.model, self.tokenizer, columns, prompt, room=self.room, **options)
 
     def sweep(self, scales: Scales, name: str, cs: Sequence[float], prompt: str, **options: Any) -> Steps:
         """A column for each c of one adapter, the others at their sliders; all in one forward."""
         rest = self.scales(scales)
         columns = [Column(str(i), rest | {self.entry(name).id: c}, compared=True) for i, c in enumerate(cs)]
-        yield from write(self.model, self.tokenizer, columns, prompt, **options)
+        yield from write(self.model, self.tokenizer, columns, prompt, room=self.room, **options)
 
     def measure(self, scales: Scales, target: float) -> Steps:
-        """The cost of the sliders, the effect of the fits among them on their held-out lines, and the budgets."""
+        """The cost of the sliders, the effect of the fits among them on their held-out lines, and the budgets.
+
+        Raises:
+            ConfigError: for a budget that is lost in the rounding of 16 bits.
+        """
+        dtype = next(self.model.parameters()).dtype
+        if dtype.itemsize == 2 and target < LEAST_16_BIT:
+            problem = (
+                f"a budget of {target:g} nats is too near to what the rounding of {dtype_name(dtype)} costs by itself"
+            )
+            raise ConfigError(f"{problem}\n  write {LEAST_16_BIT:g} or more, or start the page with --dtype float32")
         on = self.scales(scales)
         versions = self.versions(on)
         kl = yield from self.neutral.damage(on, versions)
@@ -162,12 +194,14 @@ class Playground:
 
     def fit(self, recipe: Recipe, label: str, replaces: str | None) -> Steps:
         """A new adapter, or another in the place of one; the old one stays until the new one is on the model."""
+        self._check_label(label, replaces)
         if replaces is None:
             self._check_room()
         captured = yield from self.fitter.prepare(recipe.lines)
         old = None if replaces is None else self.entry(replaces)
         if old is None:
             self._check_room()
+        self._check_label(label, replaces)
         name = self._new_id()
         self.fitter.attach(recipe, captured, name)
         where = f"block {recipe.layer}" if recipe.method == "steer" else f"the direction of block {recipe.layer}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from .playground import MOST_COLUMNS, Playground
 from .saving import SUFFIXES, saved
 
 HOST = "127.0.0.1"
+AT_ONCE, PATIENCE = 0.5, 30.0  # seconds for the running step at the end: before it is told of, and after that
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -88,8 +90,21 @@ def serve(play: Playground, port: int, ready: Callable[[str], None]) -> None:
         )
         server.run(sockets=[listener])
     finally:
-        worker.stop()
         listener.close()
+        _end(worker)
+
+
+def _end(worker: Worker) -> None:
+    """The end of the worker, or of the process, where the running step takes too long or Ctrl-C is pressed again."""
+    try:
+        has_ended = worker.stop(AT_ONCE)
+        if not has_ended:
+            print("ending after the running step; Ctrl-C ends it at once", flush=True)
+            has_ended = worker.stop(PATIENCE)
+    except KeyboardInterrupt:
+        has_ended = False
+    if not has_ended:
+        os._exit(130)  # an interpreter that ends as usual under a thread in a forward aborts
 
 
 # ---- what a request asks for ------------------------------------------------------------------------

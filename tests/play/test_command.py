@@ -7,19 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import webbrowser
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from models import perturb
 from typer.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite.cli.commands import app
 from lora_lite.cli.reason import reason
-from lora_lite.play import command
+from lora_lite.play import command, server
+from lora_lite.play.jobs import Worker
 
 
 @pytest.fixture
@@ -56,12 +59,65 @@ def test_it_serves_the_page_of_a_model_and_its_adapters(adapter: Path, tiny_chat
 
 
 def test_the_browser_is_opened_unless_it_is_not_wanted(tiny_chat: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", opened.append)
+    opened, is_open, left = list[str](), threading.Event(), threading.Event()
+
+    def in_the_terminal(address: str) -> None:
+        opened.append(address)
+        is_open.set()
+        left.wait(10)
+
+    monkeypatch.setattr(webbrowser, "open", in_the_terminal)
     monkeypatch.setattr(command, "serve", lambda play, port, ready: ready(f"http://127.0.0.1:{port}/"))
     command.run(tiny_chat, [], port=5, dtype="float32")
+    assert is_open.wait(10)
+    assert not left.is_set()  # the server goes on
     command.run(tiny_chat, [], port=6, dtype="float32", open_browser=False)
+    left.set()
     assert opened == ["http://127.0.0.1:5/"]
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_in_a_long_step(
+    presses: int, tiny_chat: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers, done, begun = list[Worker](), threading.Event(), threading.Event()
+
+    def application(play: Any, worker: Worker, port: int) -> str:
+        workers.append(worker)
+        return "application"
+
+    def step() -> None:
+        begun.set()
+        done.wait(10)
+
+    def interrupted(running: uvicorn.Server, sockets: Any) -> None:
+        workers[0].call(step)
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    def press_again(text: str, flush: bool) -> None:
+        print(text)
+        if presses == 2:
+            raise KeyboardInterrupt
+
+    for owner, name, value in (
+        (server, "AT_ONCE", 0.01),
+        (server, "PATIENCE", 0.05 if presses == 1 else 10),
+        (server, "application", application),
+        (uvicorn.Server, "run", interrupted),
+        (os, "_exit", leave),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    monkeypatch.setattr(server, "print", press_again, raising=False)
+    with pytest.raises(SystemExit, match="130"):
+        server.serve(command.playground(tiny_chat), 0, lambda address: None)
+    assert "ending after the running step; Ctrl-C ends it at once" in capsys.readouterr().out
+    assert begun.is_set()
+    assert not done.is_set()
+    done.set()
 
 
 def test_a_sentence_says_what_is_wrong(tiny_chat: str, tmp_path: Path, adapter: Path) -> None:

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from models import perturb
-from playing import divergences, drive, fitted, playground, recipe, texts
+from playing import attached, divergences, drive, fitted, playground, recipe, texts
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora_lite as ll
 from lora_lite.play import generate
 from lora_lite.play.generate import Column, gumbel, stop_tokens, write
-from lora_lite.play.playground import Entry
 from lora_lite.play.texts import Spelling, chat_ids, pieces
 
 PROMPT, NEW = "Tell me about the sea.", 8
@@ -43,10 +42,7 @@ def columns_of(play: Any, scales: dict[str, float], **options: Any) -> list[dict
 
 @pytest.mark.parametrize("variant", METHODS)
 def test_each_column_is_what_the_model_writes_alone(variant: str, play: Any) -> None:
-    cfg: Any = ll.config_for(variant)
-    perturb(ll.attach(play.model, cfg(), "a1"), 0.3)
-    ll.adapters(play.model)["a1"].scale = 0.0
-    play.entries["a1"] = Entry("a1", "One", "one", 1.0, variant)
+    attached(play, variant)
     events = columns_of(play, {"a1": 0.7}, system="You speak little, and you rhyme.")
     said = texts(events)
     assert said["base"] == alone(play, {})
@@ -222,7 +218,45 @@ def test_an_adapter_that_goes_ends_the_text_with_a_sentence(play: Any) -> None:
         drive(steps)
 
 
-def test_what_the_model_can_not_read_is_refused(play: Any) -> None:
+def test_columns_that_depend_on_each_other_say_so(play: Any) -> None:
+    name = attached(play, "lily")
+    events = columns_of(play, {name: 0.7}, system="Be brief.")
+    assert [event["text"] for event in events if event["kind"] == "note"] == [
+        "lily mixes by all tokens of a forward: each column depends on the others"
+    ]
+    assert "note" not in {event["kind"] for event in columns_of(play, {name: 0.0})}
+
+
+def test_a_text_that_waits_keeps_the_logits_of_one_token(play: Any) -> None:
+    name = steered(play)
+    steps = play.write({name: 1.0}, PROMPT, "", max_new_tokens=NEW)
+    assert next(steps)["kind"] == "prompt"
+    logits = steps.gi_yieldfrom.gi_frame.f_locals["logits"]
+    assert logits.untyped_storage().nbytes() == 3 * 4 * play.model.config.vocab_size
+
+
+def test_texts_wait_for_room_for_their_keys_and_values(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "MOST_KEPT", 10)
+    first, second = (play.write({}, PROMPT, "", max_new_tokens=NEW) for _ in range(2))
+    assert next(first)["kind"] == "prompt"
+    assert play.room.kept > 10
+    assert [next(second) for _ in range(3)] == [None] * 3
+    first.close()  # whoever asked has gone
+    assert play.room.kept == 0
+    assert drive(second)[-1]["kind"] == "end"
+    assert play.room.kept == 0
+
+
+def test_a_step_reads_so_many_tokens_at_most(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = steered(play)
+    rows = 3 * len(chat_ids(play.tokenizer, PROMPT))
+    monkeypatch.setattr(generate, "MOST_READ", rows)
+    drive(play.write({name: 1.0}, PROMPT, "", max_new_tokens=1))
+    with pytest.raises(ll.ConfigError, match=r"9 columns are 18 rows, and a prompt of \d+ .*\n  write one of .* fewer"):
+        drive(play.sweep({}, name, [i / 8 for i in range(9)], PROMPT, max_new_tokens=1))
+
+
+def test_what_the_model_can_not_read_is_refused(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ll.ConfigError, match="may have 200; this model reads 128\n  write a shorter prompt"):
         drive(play.write({}, PROMPT, "", max_new_tokens=200))
     with pytest.raises(ll.ConfigError, match="tokens: wanted 1 to 512"):

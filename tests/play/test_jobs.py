@@ -22,10 +22,12 @@ class Gate:
     """A job that keeps the thread in its first step until it is opened, so that others can be put in line."""
 
     def __init__(self, worker: Worker) -> None:
-        self.open = threading.Event()
+        self.open, self.begun = threading.Event(), threading.Event()
         worker.submit(Job(Priority.WRITE, self.steps(), lambda event: None))
+        assert self.begun.wait(10)
 
     def steps(self) -> Steps:
+        self.begun.set()
         self.open.wait(10)
         yield None
 
@@ -67,7 +69,7 @@ def test_the_most_urgent_first_and_equals_in_turn(worker: Worker) -> None:
     assert all(ended.wait(10) for _, _, ended in jobs)
     assert log == ["v0", "w0", "v1", "w1", "f0", "f1", "d0", "d1", "m0", "m1"]
     assert jobs[0][1] == [{"i": 0}, {"i": 1}, None]
-    assert worker.count == 0
+    assert worker.count() == 0
 
 
 def test_a_click_comes_in_between(worker: Worker) -> None:
@@ -134,6 +136,58 @@ def test_too_many_jobs_are_refused(worker: Worker) -> None:
     with pytest.raises(BusyError, match="64 requests are under way on this machine\n  wait a moment"):
         submit(worker, Priority.WRITE, counting([], "w", 1))
     gate.open.set()
+
+
+def test_what_nobody_waits_for_takes_no_place(worker: Worker) -> None:
+    def writing() -> Steps:
+        while not done.is_set():
+            time.sleep(0.001)
+            yield None
+
+    def measuring() -> Steps:
+        closed.append(1)
+        yield None
+
+    done, closed = threading.Event(), []
+    submit(worker, Priority.WRITE, writing())
+    for _ in range(2 * MOST_JOBS):  # a page gives up each measure for the next
+        job, _, _ = submit(worker, Priority.DAMAGE, measuring())
+        job.cancel()
+    assert worker.call(lambda: 5).result(10) == 5
+    done.set()
+    assert worker.call(lambda: worker.count()).result(10) <= 1
+    assert closed == []
+
+
+def test_calls_have_places_of_their_own_before_the_others(worker: Worker) -> None:
+    gate, log = Gate(worker), []
+    for _ in range(MOST_JOBS - 1):
+        submit(worker, Priority.WRITE, counting(log, "w", 1))
+    calls = [worker.call(lambda: len(log)) for _ in range(MOST_JOBS)]
+    with pytest.raises(BusyError, match="64 requests are under way"):
+        worker.call(lambda: 1)
+    gate.open.set()
+    assert {call.result(10) for call in calls} == {0}
+
+
+def test_a_job_that_fails_as_it_is_closed_is_told_of(worker: Worker, log: list[str]) -> None:
+    def failing() -> Steps:
+        try:
+            while True:
+                yield {"i": 0}
+                time.sleep(0.001)
+        finally:
+            raise KeyError("detach")
+
+    for _ in range(2):
+        job, events, _ = submit(worker, Priority.MAP, failing())
+        while not events:
+            time.sleep(0.001)
+        job.cancel()
+        assert worker.call(lambda: 3).result(10) == 3
+    submit(worker, Priority.MAP, failing())
+    worker.stop()
+    assert len([line for line in log if "a job failed as it was closed" in line]) >= 2
 
 
 def test_a_call_that_is_given_up_never_runs(worker: Worker) -> None:

@@ -1,19 +1,22 @@
 """Damage, effect, budget, fit and map, against what the library and plain sums say."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from playing import LINES, PROMPTS, drive, fitted, playground, recipe, result
+from playing import LINES, PROMPTS, as_written, attached, drive, fitted, playground, recipe, result
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lite as ll
+from lora_lite.play import damage
 from lora_lite.play import fit as fits
 from lora_lite.play import playground as pages
 from lora_lite.play.damage import ANSWER, answer_positions, neutral_prompts
 from lora_lite.play.effect import REQUEST, Lines, batch_of
 from lora_lite.play.heat import SCALES, layers_of, spread
-from lora_lite.play.texts import chat_ids
+from lora_lite.play.texts import chat_ids, word_ids
 
 
 @pytest.fixture
@@ -59,6 +62,44 @@ def test_damage_is_the_mean_over_the_answers(play: Any, monkeypatch: pytest.Monk
     again = fitted(play, label="The same lines", replaces=name)
     assert result(play.neutral.damage({again: 1.0}, play.versions({again: 1.0}))) == kl
     assert calls == []
+
+
+def absolute(tokenizer: Any) -> Any:
+    """GPT-2 adds a vector for each absolute position, so that padding on the left would show."""
+    sizes: Any = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_()
+    return pages.Playground(model, tokenizer, "absolute", PROMPTS)
+
+
+@pytest.mark.parametrize("variant", ["lora", "reft", "absolute"])
+def test_texts_are_read_as_they_would_be_written(variant: str, tiny_chat: str, real_tokenizer: Any) -> None:
+    """Reft acts on the prompt's first and last tokens: what comes after the prompt mustn't be taken for it."""
+    play = absolute(real_tokenizer) if variant == "absolute" else playground(tiny_chat)
+    name = attached(play, "lora" if variant == "absolute" else variant)
+    versions, scales = play.versions({name: 0.7}), {name: 0.7}
+    kl = result(play.neutral.damage(scales, versions))
+    answers, parts = [answer for batch in play.neutral.answers for answer in batch], []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = chat_ids(play.tokenizer, prompt)
+        base, moved = as_written(play, ids, answer, {}), as_written(play, ids, answer, scales)
+        parts.append((base.exp() * (base - moved)).sum(-1))
+    assert kl == pytest.approx(float(torch.cat(parts).mean()), rel=1e-3)
+    lines = Lines(
+        (*LINES.positive, "Two.", "A held line that is longer than the other."), (*LINES.negative, "No.", "Off.")
+    )
+    moved_by = result(play.effects.effect(lines, scales, versions))
+    prefix, wanted = chat_ids(play.tokenizer, REQUEST), 0.0
+    for side, sign in (("positive", 1), ("negative", -1)):
+        for given, adapted in ((scales, 1), ({}, -1)):
+            logp = []
+            for line in lines.held_out(side):
+                words = word_ids(play.tokenizer, line)
+                written = as_written(play, prefix, words, given)
+                logp.append(written.gather(1, torch.tensor(words)[:, None]))
+            wanted += sign * adapted * float(torch.cat(logp).mean())
+    assert moved_by == pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_answers_are_the_bases_own(play: Any) -> None:
@@ -185,6 +226,61 @@ def test_a_refit_takes_the_place_of_the_old_one(play: Any) -> None:
         lines = Lines((*LINES.positive, "One more."), LINES.negative)
         fitted(play, recipe(direction="pca", lines=lines), "Mine again", third)
     assert set(ll.adapters(play.model)) == {second, third}
+
+
+def test_labels_are_one_adapters_own(play: Any, tmp_path: Path) -> None:
+    """A link names adapters by them."""
+    first, second = fitted(play, label="One"), fitted(play, label="Two")
+    for steps in (lambda: play.rename(second, "One"), lambda: fitted(play, label="One"),
+                  lambda: fitted(play, label="One", replaces=second)):  # fmt: skip
+        with pytest.raises(ll.ConfigError, match="another adapter is called 'One'\n  choose another name"):
+            steps()
+    play.rename(first, "One")
+    running = play.fit(recipe(lines=Lines(("Yes.", "Good."), ("No.", "Bad."))), "Three", None)
+    next(running)
+    play.rename(first, "Three")  # meanwhile
+    with pytest.raises(ll.ConfigError, match="another adapter is called 'Three'"):
+        drive(running)
+    ll.save(play.model, tmp_path / "Two.safetensors", second)
+    play.load(tmp_path / "Two.safetensors")
+    play.load(tmp_path / "Two.safetensors")
+    assert [entry["label"] for entry in play.listed()] == ["Three", "Two", "Two 2", "Two 3"]
+
+
+def test_a_page_of_a_server_that_has_ended_names_no_adapter_of_the_next(play: Any) -> None:
+    name = fitted(play)
+    other = playground_like(play)
+    fitted(other)
+    with pytest.raises(ll.ConfigError, match="not on the page any more\n  load the page again"):
+        other.scales({name: 1.0})
+
+
+def test_a_files_scale_that_is_beyond_the_sliders(play: Any, tmp_path: Path) -> None:
+    name = fitted(play)
+    ll.adapters(play.model)[name].scale = -12.0
+    ll.save(play.model, tmp_path / "far.safetensors", name)
+    play.load(tmp_path / "far.safetensors")
+    listed = play.listed()[-1]
+    assert listed["start"] == -8.0
+    assert listed["says"].endswith("; its file has c = -12, beyond this page's -8")
+
+
+def test_rounding_is_no_damage(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = fitted(play)
+    monkeypatch.setattr(damage, "divergences", lambda *given, **options: torch.tensor([-3e-6, 1e-6]).double())
+    assert result(play.neutral.damage({name: 0.1}, play.versions({name: 0.1}))) == 0.0
+    play.model.bfloat16()
+    with pytest.raises(ll.ConfigError, match=r"0.002 nats is too near to .* bfloat16 .*\n  write 0.005 or more"):
+        drive(play.measure({name: 0.1}, 0.002))
+
+
+def test_the_curve_goes_on_when_no_more_is_remembered(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = fitted(play)
+    monkeypatch.setattr(damage, "MOST_POINTS", 2)
+    events = drive(play.neutral.budget(name, play.entry(name).version, 0.05, 2.0))
+    assert len(events) > 4
+    assert {event["kind"] for event in events[:-1]} == {"curve"}
+    assert len(play.neutral.points) == 2
 
 
 def test_names_and_numbers_of_adapters(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
