@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -440,3 +441,30 @@ def test_the_first_token_of_the_real_model(browser: Any, smollm2: str, monkeypat
     assert text(page, "base")
     page.close()
     running.stop()
+
+
+# ---- states that cross ------------------------------------------------------------------------------
+
+
+def move(page: Page, label: str, c: float) -> None:
+    field = page.get_by_label(f"Scale of {label}, as a number")
+    field.fill(str(c))
+    field.blur()
+
+
+def test_a_cell_fits_what_the_map_was_drawn_of(page: Page, running: Running) -> None:
+    page.get_by_label("Preset").select_option("French / English")
+    lines = page.get_by_label("More like this").input_value().splitlines()
+    page.get_by_role("button", name="Draw the map").click()
+    mapped(page)
+    expect(page.locator("#map-of")).to_have_text("Of French / English: steering vector, mean difference.")
+    page.get_by_label("Preset").select_option("Formal / casual")
+    page.get_by_label("Method").select_option("Ablation")
+    page.locator("#map-table button").first.click()
+    expect(page.locator(".card h3 span").first).to_have_text("French / English")
+    (entry,) = running.play.entries.values()
+    assert entry.recipe is not None
+    assert (entry.label, entry.recipe.method, entry.recipe.layer) == ("French / English", "steer", 0)
+    assert list(entry.recipe.lines.positive) == lines
+    expect(page.get_by_role("slider")).to_have_value("-1")
+    assert page.get_by_label("Method").input_value() == "abliteration"  # the form stays as it was written

@@ -33,17 +33,16 @@ const recipe = () => ({
   direction: $("direction").value, layer: $("layer").valueAsNumber,
 });
 
-/** Fit what the form says; `c` is where the slider goes, the adapter's own place if null. */
-export function fit(c = null) {
+/** Fit what the form says, or another recipe; `c` is where the slider goes, the adapter's own place if null. */
+export function fit(c = null, given = recipe(), label = $("label").value.trim()) {
   complain("");
-  const label = $("label").value.trim();
   const old = [...adapters.values()].find((a) => a.label === label && a.method);
   $("progress").hidden = false;
   $("progress").removeAttribute("value");
   say("Fitting…");
   const started = performance.now();
   return fitting.run(async (signal) => {
-    for await (const event of events("/api/fit", { ...recipe(), label, replaces: old?.id ?? "" }, signal)) {
+    for await (const event of events("/api/fit", { ...given, label, replaces: old?.id ?? "" }, signal)) {
       if (event.kind === "progress") { $("progress").max = event.of; $("progress").value = event.done; }
       else if (event.kind === "fitted") {
         list(event.adapters, c);
@@ -60,7 +59,8 @@ export const stopFit = () => { fitting.stop(); mapping.stop(); };
 
 export function map() {
   complain("");
-  const body = recipe(), cs = state.map_scales[body.method], cells = new Map();
+  const body = recipe(), label = $("label").value.trim(), cs = state.map_scales[body.method], cells = new Map();
+  const words = ["method", "direction"].map((id) => $(id).selectedOptions[0].textContent.toLowerCase());
   const key = (layer, c) => `${layer} ${c}`;
   return mapping.run(async (signal) => {
     say("Drawing the map…");
@@ -70,7 +70,7 @@ export function map() {
       ...cs.map((c) => {
         const button = element("button", { type: "button", disabled: true, textContent: "…", tabIndex: -1 });
         button.setAttribute("aria-label", `block ${layer}, c = ${show(c)}: not measured yet`);
-        button.addEventListener("click", () => { $("layer").value = layer; $("method").value = body.method; chosen(cells, button); fit(c); });
+        button.addEventListener("click", () => { $("layer").value = layer; chosen(cells, button); fit(c, { ...body, layer }, label); });
         cells.set(key(layer, c), button);
         return element("td", {}, button);
       })));
@@ -78,6 +78,7 @@ export function map() {
     for await (const event of stream) {
       if ($("map").hidden || !$("map-table").contains(rows[0])) {
         $("map-table").replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
+        $("map-of").textContent = `Of ${label}: ${words.join(", ")}.`;
         $("map").hidden = false;
       }
       if (event.kind === "cell") paint(cells.get(key(event.layer, event.c)), event, cells);
