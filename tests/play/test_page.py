@@ -468,3 +468,16 @@ def test_a_cell_fits_what_the_map_was_drawn_of(page: Page, running: Running) -> 
     assert list(entry.recipe.lines.positive) == lines
     expect(page.get_by_role("slider")).to_have_value("-1")
     assert page.get_by_label("Method").input_value() == "abliteration"  # the form stays as it was written
+
+
+def test_the_map_is_hatched_by_the_budget_of_now(page: Page) -> None:
+    fit(page)
+    measured(page)
+    page.get_by_role("button", name="Draw the map").click()
+    mapped(page)
+    hatched = page.locator("#map-table button.over")
+    for budget, count in (("0.001", 12), ("10", 0)):
+        page.locator("#budget").fill(budget)
+        page.locator("#budget").blur()
+        expect(hatched).to_have_count(count)
+        assert page.locator("#map-table button[aria-label*='over the budget']").count() == count

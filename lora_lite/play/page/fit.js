@@ -4,7 +4,7 @@ import { $, Latest, complain, element, events, say, show } from "/base.js";
 import { adapters, budget, list } from "/adapters.js";
 
 const fitting = new Latest(), mapping = new Latest();
-let state, presets;
+let state, presets, repaint = () => {};
 
 export const lines = (side) => $(side).value.split("\n").map((line) => line.trim()).filter(Boolean);
 
@@ -16,6 +16,7 @@ export function setUp(given) {
   $("layer").value = Math.round(0.45 * (state.blocks - 1));
   for (const side of ["positive", "negative"]) $(side).addEventListener("input", () => { $("preset").value = ""; });
   $("preset").addEventListener("change", () => choose($("preset").value));
+  $("budget").addEventListener("change", () => repaint());
   choose("0");
 }
 
@@ -59,7 +60,7 @@ export const stopFit = () => { fitting.stop(); mapping.stop(); };
 
 export function map() {
   complain("");
-  const body = recipe(), label = $("label").value.trim(), cs = state.map_scales[body.method], cells = new Map();
+  const body = recipe(), label = $("label").value.trim(), cs = state.map_scales[body.method], cells = new Map(), drawn = [];
   const words = ["method", "direction"].map((id) => $(id).selectedOptions[0].textContent.toLowerCase());
   const key = (layer, c) => `${layer} ${c}`;
   return mapping.run(async (signal) => {
@@ -80,8 +81,9 @@ export function map() {
         $("map-table").replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
         $("map-of").textContent = `Of ${label}: ${words.join(", ")}.`;
         $("map").hidden = false;
+        repaint = () => drawn.forEach((cell) => paint(cells.get(key(cell.layer, cell.c)), cell, cells)); // for another budget
       }
-      if (event.kind === "cell") paint(cells.get(key(event.layer, event.c)), event, cells);
+      if (event.kind === "cell") { drawn.push(event); paint(cells.get(key(event.layer, event.c)), event, cells); }
       else if (event.kind === "end") say(`The map is drawn: ${cells.size} cells in ${((performance.now() - started) / 1000).toFixed(0)} s.`);
     }
   });
