@@ -481,3 +481,48 @@ def test_the_map_is_hatched_by_the_budget_of_now(page: Page) -> None:
         page.locator("#budget").blur()
         expect(hatched).to_have_count(count)
         assert page.locator("#map-table button[aria-label*='over the budget']").count() == count
+
+
+def test_a_fit_that_was_given_up_after_it_was_put_on(
+    page: Page, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(page)
+    measured(page)
+    original, put_on = running.play.fit, threading.Event()
+
+    def silent(*given: Any) -> Iterator[dict[str, Any] | None]:
+        for event in original(*given):
+            if event is not None and event["kind"] == "fitted":
+                put_on.set()
+                while True:
+                    time.sleep(0.01)
+                    yield None
+            yield event
+
+    for given_up in ("page.keyboard", "another fit"):
+        put_on.clear()
+        monkeypatch.setattr(running.play, "fit", silent)
+        page.get_by_role("button", name="Fit", exact=True).click()
+        assert put_on.wait(20)
+        monkeypatch.setattr(running.play, "fit", original)
+        if given_up == "page.keyboard":
+            page.keyboard.press("Escape")
+        page.get_by_role("button", name="Fit", exact=True).click()
+        expect(page.locator("#status")).to_contain_text("Fitted")
+        expect(page.get_by_role("alert")).to_be_hidden()
+        measured(page)
+        cards = page.locator(".card").evaluate_all("cards => cards.map((card) => card.id.slice(5))")
+        assert cards == list(running.play.entries)
+        assert len(cards) == 1
+        page.evaluate("document.getElementById('status').textContent = ''")
+
+
+def test_an_adapter_that_another_tab_took_away_goes_here_too(page: Page, running: Running) -> None:
+    fit(page)
+    measured(page)
+    httpx.post(f"{running.address}api/remove", json={"adapter": next(iter(running.play.entries))})
+    page.get_by_role("button", name="Write").click()
+    expect(page.get_by_role("alert")).to_contain_text("this adapter is not on the page any more")
+    expect(page.locator(".card")).to_have_count(0)
+    write(page)
+    expect(page.get_by_role("alert")).to_be_hidden()

@@ -1,6 +1,6 @@
 // The adapters: a slider each with what it costs beside it, the damage of all together, names, files.
 
-import { $, Latest, ask, complain, download, element, events, later, say, show } from "/base.js";
+import { $, Latest, ask, complain, download, element, events, failed, later, say, show } from "/base.js";
 
 export const adapters = new Map(); // id -> {id, label, says, fitted, c, curve: Map(c -> kl), poles: {1: budget, -1: budget}, nodes}
 const wanted = new Map(); // label -> c, of the link that this page was opened with
@@ -15,6 +15,7 @@ export function setUp(state, onMove) {
   moved = onMove;
   $("neutral").textContent = state.neutral;
   list(state.adapters);
+  document.addEventListener("failed", sync);
   $("budget").addEventListener("change", () => { for (const a of adapters.values()) { a.poles = {}; refresh(a); } measure(); moved(); });
 }
 
@@ -41,6 +42,15 @@ export function list(listed, c = null) {
   $("sweep-go").disabled = adapters.size === 0;
   adapters.forEach(refresh);
   measure();
+}
+
+/** Ask the server what it has, after an error or a fit that was given up: another tab, or that fit, may have changed it. */
+export async function sync() {
+  const names = (list) => JSON.stringify(list.map(({ id, label }) => [id, label]));
+  try {
+    const now = (await ask("/api/state")).adapters;
+    if (names(now) !== names([...adapters.values()])) list(now);
+  } catch { /* the server has gone: the error that led here says so */ }
 }
 
 function card(a) {
@@ -169,7 +179,7 @@ function files(a) {
   const name = element("input", { type: "text", value: a.label, maxLength: 40 });
   const button = (text, work) => {
     const node = element("button", { type: "button", className: "small", textContent: text });
-    node.addEventListener("click", async () => { complain(""); try { await work(); } catch (error) { complain(error.message); } });
+    node.addEventListener("click", async () => { complain(""); try { await work(); } catch (error) { failed(error); } });
     return node;
   };
   const save = button("Save", async () => {

@@ -30,6 +30,12 @@ export function complain(text) {
   box.append(element("p", { textContent: text.split("\n").map((line) => line.trim()).join(". ") }), close);
 }
 
+/** An error as a sentence. Whoever keeps a list of the server's looks if it still holds. */
+export function failed(error) {
+  complain(error.message);
+  document.dispatchEvent(new Event("failed"));
+}
+
 const LOST = "The server doesn’t answer. It was stopped, or this machine slept: start it again in its terminal, then load this page again.";
 
 async function request(path, body, signal) {
@@ -82,7 +88,7 @@ export class Latest {
       try {
         await work(control.signal);
       } catch (error) {
-        if (error.name !== "AbortError") complain(error.message);
+        if (error.name !== "AbortError") failed(error);
       } finally {
         if (this.control === control) this.control = null;
       }

@@ -1,10 +1,10 @@
 // Two lists of sentences become an adapter; the map over blocks and scales.
 
 import { $, Latest, complain, element, events, say, show } from "/base.js";
-import { adapters, budget, list } from "/adapters.js";
+import { adapters, budget, list, sync } from "/adapters.js";
 
 const fitting = new Latest(), mapping = new Latest();
-let state, presets, repaint = () => {};
+let state, presets, repaint = () => {}, last = Promise.resolve();
 
 export const lines = (side) => $(side).value.split("\n").map((line) => line.trim()).filter(Boolean);
 
@@ -37,21 +37,25 @@ const recipe = () => ({
 /** Fit what the form says, or another recipe; `c` is where the slider goes, the adapter's own place if null. */
 export function fit(c = null, given = recipe(), label = $("label").value.trim()) {
   complain("");
-  const old = [...adapters.values()].find((a) => a.label === label && a.method);
   $("progress").hidden = false;
   $("progress").removeAttribute("value");
   say("Fitting…");
-  const started = performance.now();
-  return fitting.run(async (signal) => {
+  const started = performance.now(), before = last;
+  let arrived = false;
+  last = fitting.run(async (signal) => {
+    await before; // it was given up, but may have been put on before that
+    const old = [...adapters.values()].find((a) => a.label === label && a.method);
     for await (const event of events("/api/fit", { ...given, label, replaces: old?.id ?? "" }, signal)) {
       if (event.kind === "progress") { $("progress").max = event.of; $("progress").value = event.done; }
       else if (event.kind === "fitted") {
+        arrived = true;
         list(event.adapters, c);
         say(`Fitted ${label} in ${((performance.now() - started) / 1000).toFixed(1)} s.`);
         document.dispatchEvent(new CustomEvent("fitted"));
       }
     }
-  }).finally(() => { $("progress").hidden = true; });
+  }).finally(async () => { $("progress").hidden = true; if (!arrived) await sync(); });
+  return last;
 }
 
 export const stopFit = () => { fitting.stop(); mapping.stop(); };
