@@ -526,3 +526,16 @@ def test_an_adapter_that_another_tab_took_away_goes_here_too(page: Page, running
     expect(page.locator(".card")).to_have_count(0)
     write(page)
     expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_the_progress_is_of_the_last_fit(page: Page, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = threading.Event()
+    monkeypatch.setattr(running.play, "fit", lambda *given: endless(closed))
+    for _ in range(2):
+        page.get_by_role("button", name="Fit", exact=True).click()
+        expect(page.locator("#progress")).to_be_visible()
+    assert closed.wait(20)
+    page.wait_for_timeout(200)
+    expect(page.locator("#progress")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#progress")).to_be_hidden()

@@ -95,6 +95,7 @@ export class Latest {
     })();
     return done;
   }
+  get busy() { return Boolean(this.control); }
   stop() {
     this.control?.abort();
     this.control = null;

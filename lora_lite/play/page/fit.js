@@ -54,7 +54,7 @@ export function fit(c = null, given = recipe(), label = $("label").value.trim())
         document.dispatchEvent(new CustomEvent("fitted"));
       }
     }
-  }).finally(async () => { $("progress").hidden = true; if (!arrived) await sync(); });
+  }).finally(async () => { $("progress").hidden = !fitting.busy; if (!arrived) await sync(); });
   return last;
 }
 
