@@ -539,3 +539,25 @@ def test_the_progress_is_of_the_last_fit(page: Page, running: Running, monkeypat
     expect(page.locator("#progress")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#progress")).to_be_hidden()
+
+
+def test_a_system_prompt_is_measured_on_the_lines_of_the_fit_that_is_on(page: Page) -> None:
+    fit(page)
+    fit(page, "Past / present")
+    measured(page)
+    move(page, "Formal / casual", 0)
+    page.get_by_text("Compare with a system prompt").click()
+    page.get_by_label("System prompt, of the base alone").fill("Speak like a sailor.")
+    for column in ("#f-system", "#f-adapted"):
+        expect(page.locator(column)).to_contain_text(re.compile(r"effect [+−]?[\d.]+ on Past / present"))
+    move(page, "Past / present", 0)
+    expect(page.locator("#f-system")).to_contain_text("Damage")
+    expect(page.locator("#f-system")).not_to_contain_text("effect")
+    move(page, "Formal / casual", 1)
+    for column in ("#f-system", "#f-adapted"):
+        expect(page.locator(column)).to_contain_text(re.compile(r"effect [+−]?[\d.]+ on Formal / casual"))
+    expect(page.locator("#system-figures")).to_contain_text("the lines that Formal / casual hasn’t seen")
+    move(page, "Past / present", 1)  # of two that are on, neither is shown
+    expect(page.locator("#f-system")).not_to_contain_text("effect")
+    expect(page.locator("#f-adapted")).to_contain_text("Damage")
+    expect(page.locator("#f-adapted")).not_to_contain_text("effect")

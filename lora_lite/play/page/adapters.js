@@ -5,7 +5,7 @@ import { $, Latest, ask, complain, download, element, events, failed, later, say
 export const adapters = new Map(); // id -> {id, label, says, fitted, c, curve: Map(c -> kl), poles: {1: budget, -1: budget}, nodes}
 const wanted = new Map(); // label -> c, of the link that this page was opened with
 const measuring = new Latest();
-let furthest = 2, moved = () => {}, damage = null;
+let furthest = 2, moved = () => {}, damage = null, judge = "";
 
 export const scales = () => Object.fromEntries([...adapters.values()].map(({ id, c }) => [id, c]));
 export const budget = () => $("budget").valueAsNumber || 0.1;
@@ -137,9 +137,17 @@ function meter(kl, exact) {
   $("f-adapted").textContent = `Damage ${exact ? "" : "about "}${show(kl)} nats${effects()}`;
 }
 
+/** The fit whose lines the columns are measured on: the one that is on, if no other fit is. */
+export function judged() {
+  const on = [...adapters.values()].filter((a) => a.fitted && a.c);
+  return on.length === 1 ? on[0] : undefined;
+}
+
+export const effectOn = (value, label) => `, effect ${show(value, true)} on ${label}`;
+
 function effects() {
-  const known = [...adapters.values()].filter((a) => a.effect?.c === a.c && a.c);
-  return known.length === 1 ? `, effect ${show(known[0].effect.value, true)}` : "";
+  const a = judged();
+  return a?.effect?.c === a?.c && a ? effectOn(a.effect.value, a.label) : "";
 }
 
 function estimate() {
@@ -150,6 +158,9 @@ function estimate() {
 }
 
 export function measure() {
+  const now = JSON.stringify([judged()?.id, judged()?.label]);
+  if (now !== judge) document.dispatchEvent(new Event("judged"));
+  judge = now;
   if (adapters.size === 0) { measuring.stop(); $("f-adapted").textContent = ""; return; }
   estimate();
   measuring.run(async (signal) => {

@@ -51,11 +51,11 @@ function compare() {
   if (!system || !$("system-details").open) return comparing.stop();
   return comparing.run(async (signal) => {
     $("system-figures").textContent = "Measuring what it costs…";
-    const fitted = [...adapters.adapters.values()].find((a) => a.fitted);
-    for await (const event of events("/api/system", { system, adapter: fitted?.id ?? "" }, signal)) {
-      const effect = event.effect === null || !fitted ? "" : `, effect ${show(event.effect, true)}`;
+    const a = adapters.judged(), label = a?.label;
+    for await (const event of events("/api/system", { system, adapter: a?.id ?? "" }, signal)) {
+      const effect = event.effect === null ? "" : adapters.effectOn(event.effect, label);
       $("f-system").textContent = `Damage ${show(event.kl)} nats${effect}`;
-      $("system-figures").textContent = `This prompt: damage ${show(event.kl)} nats a token on the same answers, at the same tokens${effect ? `${effect} nats on the lines that ${fitted.label} hasn’t seen` : ""}.`;
+      $("system-figures").textContent = `This prompt: damage ${show(event.kl)} nats a token on the same answers, at the same tokens${effect ? `, effect ${show(event.effect, true)} nats on the lines that ${label} hasn’t seen` : ""}.`;
     }
   }).catch(() => {});
 }
@@ -99,7 +99,8 @@ async function start() {
   on("system-details", "toggle", compare);
   const measureSystem = later(600, compare);
   on("system", "input", measureSystem);
-  document.addEventListener("fitted", () => { soon(); compare(); if ($("live").checked && text.written) text.write(); });
+  document.addEventListener("fitted", () => { soon(); if ($("live").checked && text.written) text.write(); });
+  document.addEventListener("judged", compare);
   document.addEventListener("input", soon);
   document.addEventListener("change", soon);
   document.addEventListener("keydown", (event) => {
