@@ -561,3 +561,11 @@ def test_a_system_prompt_is_measured_on_the_lines_of_the_fit_that_is_on(page: Pa
     expect(page.locator("#f-system")).not_to_contain_text("effect")
     expect(page.locator("#f-adapted")).to_contain_text("Damage")
     expect(page.locator("#f-adapted")).not_to_contain_text("effect")
+
+
+def test_a_budget_that_is_not_reached_moves_nothing(page: Page, running: Running) -> None:
+    visit(page, running, "#b=10")
+    fit(page)
+    measured(page)
+    expect(page.locator("#status")).to_have_text("Formal / casual, budget of 10 nats: not reached at c = 2.")
+    assert page.get_by_role("slider").input_value() == "0.5"

@@ -171,7 +171,11 @@ export function measure() {
       else if (event.kind === "curve") event.points.forEach(([c, kl]) => a.curve.set(c, kl));
       else if (event.kind === "budget") {
         a.poles[event.pole] = event;
-        if (a.toBudget && event.pole > 0) { say(`${a.label} stands at its budget.`); set(a, rounded(event.c)); }
+        if (a.toBudget && event.pole > 0) {
+          a.toBudget = false;
+          say(event.met ? `${a.label} stands at its budget.` : `${a.label}, budget of ${show(budget())} nats: ${inWords(event)}.`);
+          if (event.met) set(a, rounded(event.c));
+        }
       }
       else if (event.kind === "effect") { a.effect = { c: event.c, value: event.effect }; if (damage !== null) meter(damage, true); }
       if (a) refresh(a);
