@@ -569,3 +569,18 @@ def test_a_budget_that_is_not_reached_moves_nothing(page: Page, running: Running
     measured(page)
     expect(page.locator("#status")).to_have_text("Formal / casual, budget of 10 nats: not reached at c = 2.")
     assert page.get_by_role("slider").input_value() == "0.5"
+
+
+def test_a_link_keeps_the_scale_that_a_slider_starts_at(page: Page, running: Running) -> None:
+    fit(page)
+    measured(page)
+    move(page, "Formal / casual", 0.5)
+    page.get_by_role("button", name="Copy link").click()
+    visit(page, running, page.evaluate("location.hash"))
+    measured(page)
+    expect(page.locator("body[data-measured]")).to_be_attached()
+    assert page.get_by_role("slider").input_value() == "0.5"
+    page.get_by_role("button", name="Fit", exact=True).click()  # again, under the same name
+    expect(page.locator("#status")).to_contain_text("Fitted")
+    measured(page)
+    assert page.get_by_role("slider").input_value() == "0.5"

@@ -27,11 +27,11 @@ export function list(listed, c = null) {
   const byLabel = new Map([...before.values()].map((a) => [a.label, a]));
   adapters.clear();
   for (const entry of listed) {
-    const old = before.get(entry.id);
-    const start = old?.c ?? c ?? wanted.get(entry.label) ?? byLabel.get(entry.label)?.c ?? entry.start;
+    const old = before.get(entry.id), former = byLabel.get(entry.label);
+    const given = old?.c ?? c ?? wanted.get(entry.label) ?? former?.c;
     wanted.delete(entry.label);
-    const toBudget = !old && c === null && start === entry.start && Boolean(entry.method); // a fresh fit goes to its budget
-    adapters.set(entry.id, { curve: new Map([[0, 0]]), poles: {}, effect: null, toBudget, ...old, ...entry, c: start });
+    const toBudget = given === undefined ? Boolean(entry.method) : c === null && Boolean(former?.toBudget); // a fresh fit
+    adapters.set(entry.id, { curve: new Map([[0, 0]]), poles: {}, effect: null, toBudget, ...old, ...entry, c: given ?? entry.start });
   }
   $("cards").replaceChildren(...[...adapters.values()].map(card));
   $("none").hidden = adapters.size > 0;
