@@ -584,3 +584,20 @@ def test_a_link_keeps_the_scale_that_a_slider_starts_at(page: Page, running: Run
     expect(page.locator("#status")).to_contain_text("Fitted")
     measured(page)
     assert page.get_by_role("slider").input_value() == "0.5"
+
+
+def test_an_unknown_damage_is_no_number(page: Page, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(scales: dict[str, float], target: float) -> Iterator[dict[str, Any]]:
+        yield {"kind": "damage", "kl": None}
+        for name in scales:
+            yield {"kind": "curve", "adapter": name, "points": [[1.0, None]]}
+
+    monkeypatch.setattr(running.play, "measure", overflowing)
+    fit(page)
+    slider = page.get_by_role("slider")
+    expect(slider).to_have_attribute("aria-valuetext", "0.5, damage not measured")
+    move(page, "Formal / casual", 1)
+    expect(slider).to_have_attribute("aria-valuetext", "1, damage too large to measure")
+    expect(page.locator(".facts")).to_contain_text("Damage alone: too large to measure.")
+    expect(page.locator("#damage-text")).to_have_text("Too large to measure, over the budget.")
+    expect(page.locator("#f-adapted")).to_have_text("Damage too large to measure")

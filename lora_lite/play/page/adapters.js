@@ -1,6 +1,6 @@
 // The adapters: a slider each with what it costs beside it, the damage of all together, names, files.
 
-import { $, Latest, ask, complain, download, element, events, failed, later, say, show } from "/base.js";
+import { $, Latest, ask, complain, download, element, events, failed, later, nats, say, show } from "/base.js";
 
 export const adapters = new Map(); // id -> {id, label, says, fitted, c, curve: Map(c -> kl), poles: {1: budget, -1: budget}, nodes}
 const wanted = new Map(); // label -> c, of the link that this page was opened with
@@ -90,15 +90,15 @@ function refresh(a) {
   const { range, number, ticks, facts, toBudget } = a.nodes;
   range.value = a.c;
   number.value = Number(a.c.toFixed(3));
-  range.setAttribute("aria-valuetext", `${show(a.c)}, damage about ${show(along(a, a.c) ?? 0)} nats`);
+  const alone = along(a, a.c), about = a.curve.has(a.c) ? "" : "about ";
+  range.setAttribute("aria-valuetext", `${show(a.c)}, damage ${alone === undefined ? "not measured" : about + nats(alone)}`);
   const poles = [-1, 1].filter((pole) => a.poles[pole]).map((pole) => a.poles[pole]);
   ticks.replaceChildren(...poles.filter((p) => p.met).map((p) => {
     const tick = element("span", { className: p.pole < 0 ? "tick low" : "tick", textContent: show(Number(p.c.toFixed(2))), title: `the budget of ${show(budget())} nats` });
     tick.style.left = `calc(${(100 * (p.c + furthest)) / (2 * furthest)}% + ${(-8 * p.c) / furthest}px)`; // a thumb is 16 px wide
     return tick;
   }));
-  const alone = along(a, a.c);
-  const lines = [alone === undefined ? "Damage alone: measuring…" : `Damage alone: ${a.curve.has(a.c) ? "" : "about "}${show(alone)} nats.`];
+  const lines = [alone === undefined ? "Damage alone: measuring…" : `Damage alone: ${about}${nats(alone)}.`];
   lines.push(poles.length < 2 ? `Budget of ${show(budget())} nats: measuring…` : `Budget of ${show(budget())} nats: ${poles.map(inWords).join(", ")}.`);
   if (a.fitted) lines.push(a.effect?.c === a.c ? `Effect on lines it hasn’t seen: ${show(a.effect.value, true)} nats a token.` : "Effect on lines it hasn’t seen: measuring…");
   facts.replaceChildren(...lines.map((line) => element("p", { textContent: line })));
@@ -130,11 +130,11 @@ function meter(kl, exact) {
   $("meter").classList.toggle("over", kl === null || kl > limit);
   $("meter").setAttribute("aria-valuemax", 2 * limit);
   $("meter").setAttribute("aria-valuenow", Math.min(kl ?? 2 * limit, 2 * limit));
-  const times = kl === null ? "over" : kl > limit ? `${show(kl / limit)} times` : `${show((100 * kl) / limit)} % of`;
-  const text = `${exact ? "" : "About "}${show(kl)} nats a token, ${times} the budget.`;
+  const times = kl > limit ? `${show(kl / limit)} times` : `${show((100 * kl) / limit)} % of`;
+  const text = kl === null ? "Too large to measure, over the budget." : `${exact ? "" : "About "}${show(kl)} nats a token, ${times} the budget.`;
   $("meter").setAttribute("aria-valuetext", text);
   $("damage-text").textContent = text;
-  $("f-adapted").textContent = `Damage ${exact ? "" : "about "}${show(kl)} nats${effects()}`;
+  $("f-adapted").textContent = `Damage ${exact ? "" : "about "}${nats(kl)}${effects()}`;
 }
 
 /** The fit whose lines the columns are measured on: the one that is on, if no other fit is. */

@@ -15,6 +15,8 @@ export function show(value, signed = false) {
   return (signed && value > 0 ? "+" : "") + (Math.abs(value) < 0.0005 ? "0" : text).replace("-", "−");
 }
 
+export const nats = (value) => show(value) + (value === null ? "" : " nats");
+
 /** The level of a divergence, as in the legend. */
 export const level = (kl) => (kl === null ? 4 : [0.05, 0.2, 0.7, 2].filter((edge) => kl >= edge).length);
 

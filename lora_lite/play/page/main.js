@@ -1,6 +1,6 @@
 // The page: what happens on a click or a key, and its state in the address.
 
-import { $, Latest, ask, complain, events, later, say, show } from "/base.js";
+import { $, Latest, ask, complain, events, later, nats, say, show } from "/base.js";
 import * as adapters from "/adapters.js";
 import * as fit from "/fit.js";
 import * as text from "/write.js";
@@ -54,7 +54,7 @@ function compare() {
     const a = adapters.judged(), label = a?.label;
     for await (const event of events("/api/system", { system, adapter: a?.id ?? "" }, signal)) {
       const effect = event.effect === null ? "" : adapters.effectOn(event.effect, label);
-      $("f-system").textContent = `Damage ${show(event.kl)} nats${effect}`;
+      $("f-system").textContent = `Damage ${nats(event.kl)}${effect}`;
       $("system-figures").textContent = `This prompt: damage ${show(event.kl)} nats a token on the same answers, at the same tokens${effect ? `, effect ${show(event.effect, true)} nats on the lines that ${label} hasn’t seen` : ""}.`;
     }
   }).catch(() => {});
