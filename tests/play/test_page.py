@@ -601,3 +601,33 @@ def test_an_unknown_damage_is_no_number(page: Page, running: Running, monkeypatc
     expect(page.locator(".facts")).to_contain_text("Damage alone: too large to measure.")
     expect(page.locator("#damage-text")).to_have_text("Too large to measure, over the budget.")
     expect(page.locator("#f-adapted")).to_have_text("Damage too large to measure")
+
+
+def test_the_damage_of_another_scale_is_not_shown(
+    page: Page, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, let_go = threading.Event(), threading.Event()
+
+    def late(scales: dict[str, float], target: float) -> Iterator[dict[str, Any] | None]:
+        if 1.0 in scales.values():
+            asked.set()
+            while not let_go.wait(0.01):
+                yield None
+            yield {"kind": "damage", "kl": 3.21}
+
+    fit(page)
+    measured(page)
+    monkeypatch.setattr(running.play, "measure", late)
+    move(page, "Formal / casual", 1)
+    assert asked.wait(20)
+    page.evaluate("""() => {
+        const line = document.getElementById("damage-text");
+        window.seen = [];
+        new MutationObserver(() => window.seen.push(line.textContent)).observe(line, { childList: true });
+    }""")
+    move(page, "Formal / casual", 0.3)
+    let_go.set()
+    page.wait_for_timeout(600)
+    seen = page.evaluate("window.seen")
+    assert seen
+    assert not [line for line in seen if "3.21" in line]

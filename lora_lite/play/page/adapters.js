@@ -80,6 +80,7 @@ const rounded = (c) => Math.trunc(c * (Math.abs(c) < 0.1 ? 1000 : 100)) / (Math.
 export function set(a, c) {
   a.c = c;
   a.toBudget = false;
+  measuring.stop(); // its figures are of the scale before
   refresh(a);
   estimate();
   soon();
