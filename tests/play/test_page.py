@@ -631,3 +631,41 @@ def test_the_damage_of_another_scale_is_not_shown(
     seen = page.evaluate("window.seen")
     assert seen
     assert not [line for line in seen if "3.21" in line]
+
+
+def test_an_error_outlives_the_rewrite_of_a_slider(
+    page: Page, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(scales: dict[str, float], target: float) -> Iterator[dict[str, Any]]:
+        raise ll.ConfigError("no figures today")
+        yield {}
+
+    fit(page)
+    measured(page)
+    write(page)
+    before = text(page, "adapted")
+    monkeypatch.setattr(running.play, "measure", refused)
+    move(page, "Formal / casual", 2.5)
+    expect(page.locator("#t-adapted")).not_to_have_text(before)
+    done(page)
+    expect(page.get_by_role("alert")).to_contain_text("no figures today")
+    expect(page.locator(".facts")).to_contain_text("Damage alone: not measured.")
+    expect(page.locator(".facts")).not_to_contain_text("measuring")
+    expect(page.locator("#damage-text")).to_have_text("Not measured.")
+    monkeypatch.undo()
+    move(page, "Formal / casual", 1)  # a measurement that works takes its own error away
+    measured(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    for typed, taken in (("20", "10"), ("0", "0.1"), ("0.0001", "0.001")):
+        page.locator("#budget").fill(typed)
+        page.locator("#budget").blur()
+        expect(page.locator("#budget")).to_have_value(taken)
+
+
+def test_a_scale_beyond_the_curve_beside_another_is_not_measured(page: Page) -> None:
+    fit(page)
+    fit(page, "Past / present")
+    measured(page)
+    move(page, "Formal / casual", 5)
+    expect(page.locator(".facts").first).to_contain_text("Damage alone: not measured.")
+    measured(page)

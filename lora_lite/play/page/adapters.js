@@ -5,10 +5,10 @@ import { $, Latest, ask, complain, download, element, events, failed, later, nat
 export const adapters = new Map(); // id -> {id, label, says, fitted, c, curve: Map(c -> kl), poles: {1: budget, -1: budget}, nodes}
 const wanted = new Map(); // label -> c, of the link that this page was opened with
 const measuring = new Latest();
-let furthest = 2, moved = () => {}, damage = null, judge = "";
+let furthest = 2, moved = () => {}, damage = null, judge = "", unknown = "measuring…"; // or why a figure isn't there
 
 export const scales = () => Object.fromEntries([...adapters.values()].map(({ id, c }) => [id, c]));
-export const budget = () => $("budget").valueAsNumber || 0.1;
+export const budget = () => Math.min($("budget").max, Math.max($("budget").min, $("budget").valueAsNumber || 0.1));
 
 export function setUp(state, onMove) {
   furthest = state.furthest;
@@ -16,7 +16,13 @@ export function setUp(state, onMove) {
   $("neutral").textContent = state.neutral;
   list(state.adapters);
   document.addEventListener("failed", sync);
-  $("budget").addEventListener("change", () => { for (const a of adapters.values()) { a.poles = {}; refresh(a); } measure(); moved(); });
+  $("budget").value = budget(); // a link may have any
+  $("budget").addEventListener("change", () => {
+    $("budget").value = budget();
+    for (const a of adapters.values()) { a.poles = {}; refresh(a); }
+    measure();
+    moved();
+  });
 }
 
 export function want(values) { Object.entries(values).forEach(([label, c]) => wanted.set(label, c)); }
@@ -40,7 +46,6 @@ export function list(listed, c = null) {
   $("sweep-adapter").replaceChildren(...[...adapters.values()].map((a) => new Option(a.label, a.id)));
   if (adapters.has(chosen)) $("sweep-adapter").value = chosen;
   $("sweep-go").disabled = adapters.size === 0;
-  adapters.forEach(refresh);
   measure();
 }
 
@@ -81,6 +86,7 @@ export function set(a, c) {
   a.c = c;
   a.toBudget = false;
   measuring.stop(); // its figures are of the scale before
+  unknown = "measuring…";
   refresh(a);
   estimate();
   soon();
@@ -99,9 +105,9 @@ function refresh(a) {
     tick.style.left = `calc(${(100 * (p.c + furthest)) / (2 * furthest)}% + ${(-8 * p.c) / furthest}px)`; // a thumb is 16 px wide
     return tick;
   }));
-  const lines = [alone === undefined ? "Damage alone: measuring…" : `Damage alone: ${about}${nats(alone)}.`];
-  lines.push(poles.length < 2 ? `Budget of ${show(budget())} nats: measuring…` : `Budget of ${show(budget())} nats: ${poles.map(inWords).join(", ")}.`);
-  if (a.fitted) lines.push(a.effect?.c === a.c ? `Effect on lines it hasn’t seen: ${show(a.effect.value, true)} nats a token.` : "Effect on lines it hasn’t seen: measuring…");
+  const lines = [alone === undefined ? `Damage alone: ${unknown}` : `Damage alone: ${about}${nats(alone)}.`];
+  lines.push(poles.length < 2 ? `Budget of ${show(budget())} nats: ${unknown}` : `Budget of ${show(budget())} nats: ${poles.map(inWords).join(", ")}.`);
+  if (a.fitted) lines.push(a.effect?.c === a.c ? `Effect on lines it hasn’t seen: ${show(a.effect.value, true)} nats a token.` : `Effect on lines it hasn’t seen: ${unknown}`);
   facts.replaceChildren(...lines.map((line) => element("p", { textContent: line })));
   toBudget.disabled = !a.poles[a.c < 0 ? -1 : 1];
 }
@@ -154,7 +160,7 @@ function effects() {
 function estimate() {
   const on = [...adapters.values()].filter((a) => a.c);
   const kl = on.length === 0 ? 0 : on.length === 1 ? along(on[0], on[0].c) : undefined;
-  if (kl === undefined) $("damage-text").textContent = "Measuring…";
+  if (kl === undefined) $("damage-text").textContent = unknown[0].toUpperCase() + unknown.slice(1);
   else meter(kl, on.length === 0);
 }
 
@@ -163,11 +169,14 @@ export function measure() {
   if (now !== judge) document.dispatchEvent(new Event("judged"));
   judge = now;
   if (adapters.size === 0) { measuring.stop(); $("f-adapted").textContent = ""; return; }
+  unknown = "measuring…";
   estimate();
+  adapters.forEach(refresh);
+  let exact = false;
   measuring.run(async (signal) => {
     for await (const event of events("/api/measure", { scales: scales(), budget: budget() }, signal)) {
       const a = adapters.get(event.adapter);
-      if (event.kind === "damage") meter(event.kl, true);
+      if (event.kind === "damage") { exact = true; meter(event.kl, true); }
       else if (!a) continue;
       else if (event.kind === "curve") event.points.forEach(([c, kl]) => a.curve.set(c, kl));
       else if (event.kind === "budget") {
@@ -182,6 +191,11 @@ export function measure() {
       if (a) refresh(a);
     }
     document.body.dataset.measured = JSON.stringify(scales());
+  }).then(() => {
+    if (measuring.busy) return;
+    unknown = "not measured.";
+    adapters.forEach(refresh);
+    if (!exact) estimate();
   });
 }
 

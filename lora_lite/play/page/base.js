@@ -22,7 +22,10 @@ export const level = (kl) => (kl === null ? 4 : [0.05, 0.2, 0.7, 2].filter((edge
 
 export function say(text) { $("status").textContent = text; }
 
+let source = null; // the requests that the error on the page is of
+
 export function complain(text) {
+  source = null;
   const box = $("problem");
   box.replaceChildren();
   box.hidden = !text;
@@ -81,16 +84,18 @@ export async function* events(path, body, signal) {
   }
 }
 
-/** Requests of one kind: a new one ends the last. `run(async (signal) => …)` shows what goes wrong as a sentence. */
+/** Requests of one kind: a new one ends the last and takes its error away. `run(async (signal) => …)` shows what goes wrong
+    as a sentence. */
 export class Latest {
   run(work) {
     this.stop();
+    if (source === this) complain("");
     const control = (this.control = new AbortController());
     const done = (async () => {
       try {
         await work(control.signal);
       } catch (error) {
-        if (error.name !== "AbortError") failed(error);
+        if (error.name !== "AbortError") { failed(error); source = this; }
       } finally {
         if (this.control === control) this.control = null;
       }

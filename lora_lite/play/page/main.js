@@ -49,15 +49,15 @@ function compare() {
   const system = $("system").value.trim();
   $("system-figures").textContent = $("f-system").textContent = "";
   if (!system || !$("system-details").open) return comparing.stop();
+  const waiting = $("system-figures").textContent = "Measuring what it costs…";
   return comparing.run(async (signal) => {
-    $("system-figures").textContent = "Measuring what it costs…";
     const a = adapters.judged(), label = a?.label;
     for await (const event of events("/api/system", { system, adapter: a?.id ?? "" }, signal)) {
       const effect = event.effect === null ? "" : adapters.effectOn(event.effect, label);
       $("f-system").textContent = `Damage ${nats(event.kl)}${effect}`;
       $("system-figures").textContent = `This prompt: damage ${show(event.kl)} nats a token on the same answers, at the same tokens${effect ? `, effect ${show(event.effect, true)} nats on the lines that ${label} hasn’t seen` : ""}.`;
     }
-  }).catch(() => {});
+  }).then(() => { if (!comparing.busy && $("system-figures").textContent === waiting) $("system-figures").textContent = "Not measured."; });
 }
 
 // ---- clicks and keys --------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ async function start() {
   $("system-details").hidden = !state.system;
   known = new Set(state.adapters.map((a) => a.label));
   fit.setUp(state);
-  const again = later(400, () => { if ($("live").checked && text.written) text.write(); });
+  const again = later(400, () => { if ($("live").checked && text.written) text.write(true); });
   recall();
   adapters.setUp(state, () => { soon(); again(); });
   on("ask", "submit", () => text.write());
@@ -99,7 +99,7 @@ async function start() {
   on("system-details", "toggle", compare);
   const measureSystem = later(600, compare);
   on("system", "input", measureSystem);
-  document.addEventListener("fitted", () => { soon(); if ($("live").checked && text.written) text.write(); });
+  document.addEventListener("fitted", () => { soon(); if ($("live").checked && text.written) text.write(true); });
   document.addEventListener("judged", compare);
   document.addEventListener("input", soon);
   document.addEventListener("change", soon);

@@ -25,8 +25,9 @@ function token(text, kl) {
   return span;
 }
 
-export function write() {
-  complain("");
+/** `live`: after a slider, which takes no other error away. */
+export function write(live = false) {
+  if (!live) complain("");
   const system = $("system-details").open ? $("system").value : "";
   $("a-system").hidden = !system.trim();
   written = true;
