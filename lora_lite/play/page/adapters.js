@@ -5,7 +5,7 @@ import { $, Latest, ask, complain, download, element, events, failed, later, nat
 export const adapters = new Map(); // id -> {id, label, says, fitted, c, curve: Map(c -> kl), poles: {1: budget, -1: budget}, nodes}
 const wanted = new Map(); // label -> c, of the link that this page was opened with
 const measuring = new Latest();
-let furthest = 2, moved = () => {}, damage = null, judge = "", unknown = "measuring…"; // or why a figure isn't there
+let furthest = 2, moved = () => {}, damage = null, exact = false, judge = "", unknown = "measuring…"; // or why a figure isn't there
 
 export const scales = () => Object.fromEntries([...adapters.values()].map(({ id, c }) => [id, c]));
 export const budget = () => Math.min($("budget").max, Math.max($("budget").min, $("budget").valueAsNumber || 0.1));
@@ -130,7 +130,7 @@ function along(a, c) {
 
 // ---- the damage of all -----------------------------------------------------------------------------
 
-function meter(kl, exact) {
+function meter(kl, measured) {
   const limit = budget(), part = kl === null ? 1 : Math.min(1, kl / (2 * limit));
   damage = kl;
   $("meter-bar").style.width = `${100 * part}%`;
@@ -138,10 +138,10 @@ function meter(kl, exact) {
   $("meter").setAttribute("aria-valuemax", 2 * limit);
   $("meter").setAttribute("aria-valuenow", Math.min(kl ?? 2 * limit, 2 * limit));
   const times = kl > limit ? `${show(kl / limit)} times` : `${show((100 * kl) / limit)} % of`;
-  const text = kl === null ? "Too large to measure, over the budget." : `${exact ? "" : "About "}${show(kl)} nats a token, ${times} the budget.`;
+  const text = kl === null ? "Too large to measure, over the budget." : `${measured ? "" : "About "}${show(kl)} nats a token, ${times} the budget.`;
   $("meter").setAttribute("aria-valuetext", text);
   $("damage-text").textContent = text;
-  $("f-adapted").textContent = `Damage ${exact ? "" : "about "}${nats(kl)}${effects()}`;
+  $("f-adapted").textContent = `Damage ${measured ? "" : "about "}${nats(kl)}${effects()}`;
 }
 
 /** The fit whose lines the columns are measured on: the one that is on, if no other fit is. */
@@ -160,8 +160,11 @@ function effects() {
 function estimate() {
   const on = [...adapters.values()].filter((a) => a.c);
   const kl = on.length === 0 ? 0 : on.length === 1 ? along(on[0], on[0].c) : undefined;
-  if (kl === undefined) $("damage-text").textContent = unknown[0].toUpperCase() + unknown.slice(1);
-  else meter(kl, on.length === 0);
+  if (kl !== undefined) return meter(kl, on.length === 0);
+  const text = unknown[0].toUpperCase() + unknown.slice(1);
+  $("damage-text").textContent = text;
+  $("meter").setAttribute("aria-valuetext", text);
+  $("f-adapted").textContent = "";
 }
 
 export function measure() {
@@ -172,31 +175,38 @@ export function measure() {
   unknown = "measuring…";
   estimate();
   adapters.forEach(refresh);
-  let exact = false;
+  exact = false;
   measuring.run(async (signal) => {
-    for await (const event of events("/api/measure", { scales: scales(), budget: budget() }, signal)) {
-      const a = adapters.get(event.adapter);
-      if (event.kind === "damage") { exact = true; meter(event.kl, true); }
-      else if (!a) continue;
-      else if (event.kind === "curve") event.points.forEach(([c, kl]) => a.curve.set(c, kl));
-      else if (event.kind === "budget") {
-        a.poles[event.pole] = event;
-        if (a.toBudget && event.pole > 0) {
-          a.toBudget = false;
-          say(event.met ? `${a.label} stands at its budget.` : `${a.label}, budget of ${show(budget())} nats: ${inWords(event)}.`);
-          if (event.met) set(a, rounded(event.c));
-        }
+    try {
+      for await (const event of events("/api/measure", { scales: scales(), budget: budget() }, signal)) take(event);
+      document.body.dataset.measured = JSON.stringify(scales());
+    } finally {
+      if (!signal.aborted) {
+        unknown = "not measured.";
+        adapters.forEach(refresh);
+        if (!exact) estimate();
       }
-      else if (event.kind === "effect") { a.effect = { c: event.c, value: event.effect }; if (damage !== null) meter(damage, true); }
-      if (a) refresh(a);
     }
-    document.body.dataset.measured = JSON.stringify(scales());
-  }).then(() => {
-    if (measuring.busy) return;
-    unknown = "not measured.";
-    adapters.forEach(refresh);
-    if (!exact) estimate();
   });
+}
+
+function take(event) {
+  const a = adapters.get(event.adapter);
+  if (event.kind === "damage") { exact = true; meter(event.kl, true); }
+  else if (!a) return;
+  else if (event.kind === "curve") event.points.forEach(([c, kl]) => a.curve.set(c, kl));
+  else if (event.kind === "budget") {
+    a.poles[event.pole] = event;
+    if (a.toBudget && event.pole > 0) {
+      a.toBudget = false;
+      say(event.met ? `${a.label} stands at its budget.` : `${a.label}, budget of ${show(budget())} nats: ${inWords(event)}.`);
+      if (event.met) set(a, rounded(event.c));
+    }
+  } else if (event.kind === "effect") {
+    a.effect = { c: event.c, value: event.effect };
+    meter(damage, true);
+  }
+  if (a) refresh(a);
 }
 
 const soon = later(300, measure);
