@@ -669,3 +669,18 @@ def test_a_scale_beyond_the_curve_beside_another_is_not_measured(page: Page) -> 
     move(page, "Formal / casual", 5)
     expect(page.locator(".facts").first).to_contain_text("Damage alone: not measured.")
     measured(page)
+
+
+def test_a_number_under_the_hand_is_left_alone(page: Page) -> None:
+    fit(page)
+    field = page.get_by_label("Scale of Formal / casual, as a number")
+    measured(page)
+    field.fill("1.5")
+    page.evaluate("document.getElementById('budget').dispatchEvent(new Event('change'))")  # all is measured again
+    measured(page)
+    page.wait_for_timeout(300)
+    field.blur()
+    expect(page.get_by_role("slider")).to_have_value("1.5")
+    field.fill("9")
+    page.keyboard.press("Enter")
+    expect(field).to_have_value("8")

@@ -85,6 +85,7 @@ const rounded = (c) => Math.trunc(c * (Math.abs(c) < 0.1 ? 1000 : 100)) / (Math.
 export function set(a, c) {
   a.c = c;
   a.toBudget = false;
+  a.nodes.number.value = Number(c.toFixed(3));
   measuring.stop(); // its figures are of the scale before
   unknown = "measuring…";
   refresh(a);
@@ -96,7 +97,7 @@ export function set(a, c) {
 function refresh(a) {
   const { range, number, ticks, facts, toBudget } = a.nodes;
   range.value = a.c;
-  number.value = Number(a.c.toFixed(3));
+  if (document.activeElement !== number) number.value = Number(a.c.toFixed(3)); // or somebody types there
   const alone = along(a, a.c), about = a.curve.has(a.c) ? "" : "about ";
   range.setAttribute("aria-valuetext", `${show(a.c)}, damage ${alone === undefined ? "not measured" : about + nats(alone)}`);
   const poles = [-1, 1].filter((pole) => a.poles[pole]).map((pole) => a.poles[pole]);
