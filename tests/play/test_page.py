@@ -684,3 +684,18 @@ def test_a_number_under_the_hand_is_left_alone(page: Page) -> None:
     field.fill("9")
     page.keyboard.press("Enter")
     expect(field).to_have_value("8")
+
+
+def test_the_table_is_of_the_text_that_is_shown(page: Page) -> None:
+    page.get_by_label("Tokens").fill("4")
+    write(page)
+    page.get_by_text("As a table").click()
+    rows, bars = page.locator("#kl-table tbody tr"), page.locator("#strip i")
+    page.get_by_label("Prompt", exact=True).fill("Another one, which is longer.")
+    page.get_by_label("Tokens").fill("64")
+    page.get_by_role("button", name="Write").click()
+    expect(page.locator("#strip i.answer").nth(5)).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    expect(rows).to_have_count(bars.count())
+    assert 5 < page.locator("#strip i.answer").count()
