@@ -699,3 +699,15 @@ def test_the_table_is_of_the_text_that_is_shown(page: Page) -> None:
     expect(page.locator("#status")).to_have_text("Stopped.")
     expect(rows).to_have_count(bars.count())
     assert 5 < page.locator("#strip i.answer").count()
+
+
+def test_a_link_that_is_pasted_into_the_same_tab_opens(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill("Mine.")
+    page.evaluate("window.kept = true")
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")  # a place on the page is no link to another
+    page.get_by_role("link", name="below").click()
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.kept")
+    page.evaluate("location.hash = 'p=Another.'")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("Another.")

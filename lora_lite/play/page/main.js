@@ -16,9 +16,14 @@ function remember() {
   if ($("preset").value) link.set("set", $("preset").selectedOptions[0].textContent);
   else for (const side of ["positive", "negative"]) link.set(side, $(side).value);
   history.replaceState(null, "", `#${link}`);
+  written = location.hash;
 }
 
+let written = location.hash;
 const soon = later(250, remember);
+
+// Another link in the same tab is another page; a jump to a place on this one (#ask) is not.
+addEventListener("hashchange", () => { if (location.hash.includes("=") && location.hash !== written) location.reload(); });
 
 /** The page as a link has it. Nothing is fitted before a click. */
 function recall() {
