@@ -711,3 +711,11 @@ def test_a_link_that_is_pasted_into_the_same_tab_opens(page: Page) -> None:
     assert page.evaluate("window.kept")
     page.evaluate("location.hash = 'p=Another.'")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("Another.")
+
+
+def test_a_link_tells_files_from_fits(page: Page, running: Running) -> None:
+    visit(page, running, "#c=%7B%22my-lora%22:1,%22Terse / wordy%22:0.4%7D&set=Terse %2F wordy")
+    expect(page.locator("#status")).to_have_text(
+        "This link has sentences for Terse / wordy: press Fit to make it. It has a scale of my-lora too, "
+        "which isn’t on this page."
+    )

@@ -38,7 +38,9 @@ function recall() {
     const scales = Object.entries(JSON.parse(link.get("c") ?? "{}")).filter(([, c]) => Number.isFinite(c) && Math.abs(c) <= 8);
     adapters.want(Object.fromEntries(scales));
     const missing = scales.map(([label]) => label).filter((label) => ![...known].includes(label));
-    if (missing.length) say(`This link has sentences for ${missing.join(", ")}: press Fit to make it.`);
+    const label = $("label").value, others = missing.filter((other) => other !== label).join(", ");
+    if (missing.includes(label)) say(`This link has sentences for ${label}: press Fit to make it.${others && ` It has a scale of ${others} too, which isn’t on this page.`}`);
+    else if (others) say(`This link has a scale of ${others}, which isn’t on this page.`);
   } catch {
     complain("The scales in this link can’t be read. The rest of it is here.");
   }
