@@ -719,3 +719,12 @@ def test_a_link_tells_files_from_fits(page: Page, running: Running) -> None:
         "This link has sentences for Terse / wordy: press Fit to make it. It has a scale of my-lora too, "
         "which isn’t on this page."
     )
+
+
+def test_a_long_name_leaves_room(page: Page) -> None:
+    page.locator("#label").fill("A rather long name of forty letters, all")
+    page.get_by_role("button", name="Fit", exact=True).click()
+    expect(page.locator(".card .says")).to_have_text(re.compile("steer, block"))
+    says = page.locator(".card .says").bounding_box()
+    assert says is not None
+    assert says["height"] < 30
