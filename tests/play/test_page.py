@@ -286,10 +286,12 @@ def test_it_saves_a_folder_or_says_why_not(page: Page, tmp_path: Path) -> None:
 def test_names_change_and_adapters_go(page: Page) -> None:
     fit(page)
     page.get_by_text("Save, rename, remove").click()
-    page.locator(".card").get_by_label("Name").fill("Sir")
+    page.locator(".card").get_by_label("Name").fill("Sir ")
     page.get_by_role("button", name="Rename").click()
     expect(page.get_by_role("heading", name="Sir")).to_be_visible()
     assert page.evaluate("document.activeElement.id") == "h-adapters"
+    expect(page.locator("#status")).to_have_text("Renamed to Sir.")
+    expect(page).to_have_url(re.compile("c=%7B%22Sir%22"))  # the address has the new name
     page.get_by_text("Save, rename, remove").click()
     page.get_by_role("button", name="Remove").click()
     expect(page.locator("#none")).to_be_visible()

@@ -47,6 +47,7 @@ export function list(listed, c = null) {
   if (adapters.has(chosen)) $("sweep-adapter").value = chosen;
   $("sweep-go").disabled = adapters.size === 0;
   measure();
+  document.dispatchEvent(new Event("listed"));
 }
 
 /** Ask the server what it has, after an error or a fit that was given up: another tab, or that fit, may have changed it. */
@@ -231,7 +232,7 @@ function files(a) {
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
     say(`Saved ${file}, at c = ${show(a.c)}.`);
   });
-  const rename = button("Rename", async () => { list((await ask("/api/rename", { adapter: a.id, label: name.value })).adapters); say(`Renamed to ${name.value}.`); $("h-adapters").focus(); });
+  const rename = button("Rename", async () => { list((await ask("/api/rename", { adapter: a.id, label: name.value })).adapters); say(`Renamed to ${adapters.get(a.id).label}.`); $("h-adapters").focus(); });
   const remove = button("Remove", async () => { list((await ask("/api/remove", { adapter: a.id })).adapters); say(`Removed ${a.label}.`); $("h-adapters").focus(); moved(); });
   return element("details", {}, element("summary", { textContent: "Save, rename, remove" }),
     element("div", { className: "fields" }, element("label", {}, "Format ", format), element("label", {}, "As a LoRA of rank ", rank)),

@@ -106,8 +106,9 @@ async function start() {
   on("system-details", "toggle", compare);
   const measureSystem = later(600, compare);
   on("system", "input", measureSystem);
-  document.addEventListener("fitted", () => { soon(); if ($("live").checked && text.written) text.write(true); });
+  document.addEventListener("fitted", () => { if ($("live").checked && text.written) text.write(true); });
   document.addEventListener("judged", compare);
+  document.addEventListener("listed", soon); // the address names adapters by their labels
   document.addEventListener("input", soon);
   document.addEventListener("change", soon);
   document.addEventListener("keydown", (event) => {
