@@ -256,7 +256,7 @@ def test_a_step_reads_so_many_tokens_at_most(play: Any, monkeypatch: pytest.Monk
         drive(play.sweep({}, name, [i / 8 for i in range(9)], PROMPT, max_new_tokens=1))
 
 
-def test_what_the_model_can_not_read_is_refused(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_model_can_not_read_is_refused(play: Any) -> None:
     with pytest.raises(ll.ConfigError, match="may have 200; this model reads 128\n  write a shorter prompt"):
         drive(play.write({}, PROMPT, "", max_new_tokens=200))
     with pytest.raises(ll.ConfigError, match="tokens: wanted 1 to 512"):

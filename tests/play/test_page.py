@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,13 +283,23 @@ def test_it_saves_a_folder_or_says_why_not(page: Page, tmp_path: Path) -> None:
     assert len(zipfile.ZipFile(tmp_path / "a.zip").namelist()) == 2
 
 
-def test_names_change_and_adapters_go(page: Page) -> None:
+def test_names_change_and_adapters_go(page: Page, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = running.play.rename
+
+    def slow(name: str, label: str) -> None:
+        time.sleep(0.6)  # the address is written in between, with the old name
+        original(name, label)
+
+    monkeypatch.setattr(running.play, "rename", slow)
     fit(page)
+    measured(page)
     page.get_by_text("Save, rename, remove").click()
-    page.locator(".card").get_by_label("Name").fill("Sir")
+    page.locator(".card").get_by_label("Name").fill("Sir ")
     page.get_by_role("button", name="Rename").click()
     expect(page.get_by_role("heading", name="Sir")).to_be_visible()
     assert page.evaluate("document.activeElement.id") == "h-adapters"
+    expect(page.locator("#status")).to_have_text("Renamed to Sir.")
+    expect(page).to_have_url(re.compile("c=%7B%22Sir%22"))  # the address has the new name
     page.get_by_text("Save, rename, remove").click()
     page.get_by_role("button", name="Remove").click()
     expect(page.locator("#none")).to_be_visible()
@@ -441,3 +452,290 @@ def test_the_first_token_of_the_real_model(browser: Any, smollm2: str, monkeypat
     assert text(page, "base")
     page.close()
     running.stop()
+
+
+# ---- states that cross ------------------------------------------------------------------------------
+
+
+def move(page: Page, label: str, c: float) -> None:
+    field = page.get_by_label(f"Scale of {label}, as a number")
+    field.fill(str(c))
+    field.blur()
+
+
+def test_a_cell_fits_what_the_map_was_drawn_of(page: Page, running: Running) -> None:
+    page.get_by_label("Preset").select_option("French / English")
+    lines = page.get_by_label("More like this").input_value().splitlines()
+    page.get_by_role("button", name="Draw the map").click()
+    mapped(page)
+    expect(page.locator("#map-of")).to_have_text("Of French / English: steering vector, mean difference.")
+    page.get_by_label("Preset").select_option("Formal / casual")
+    page.get_by_label("Method").select_option("Ablation")
+    page.locator("#map-table button").first.click()
+    expect(page.locator(".card h3 span").first).to_have_text("French / English")
+    (entry,) = running.play.entries.values()
+    assert entry.recipe is not None
+    assert (entry.label, entry.recipe.method, entry.recipe.layer) == ("French / English", "steer", 0)
+    assert list(entry.recipe.lines.positive) == lines
+    expect(page.get_by_role("slider")).to_have_value("-1")
+    assert page.get_by_label("Method").input_value() == "abliteration"  # the form stays as it was written
+
+
+def test_the_map_is_hatched_by_the_budget_of_now(page: Page) -> None:
+    fit(page)
+    measured(page)
+    page.get_by_role("button", name="Draw the map").click()
+    mapped(page)
+    hatched = page.locator("#map-table button.over")
+    for budget, count in (("0.001", 12), ("10", 0)):
+        page.locator("#budget").fill(budget)
+        page.locator("#budget").blur()
+        expect(hatched).to_have_count(count)
+        assert page.locator("#map-table button[aria-label*='over the budget']").count() == count
+
+
+def test_a_fit_that_was_given_up_after_it_was_put_on(
+    page: Page, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(page)
+    measured(page)
+    original, put_on = running.play.fit, threading.Event()
+
+    def silent(*given: Any) -> Iterator[dict[str, Any] | None]:
+        for event in original(*given):
+            if event is not None and event["kind"] == "fitted":
+                put_on.set()
+                while True:
+                    time.sleep(0.01)
+                    yield None
+            yield event
+
+    for given_up in ("page.keyboard", "another fit"):
+        put_on.clear()
+        monkeypatch.setattr(running.play, "fit", silent)
+        page.get_by_role("button", name="Fit", exact=True).click()
+        assert put_on.wait(20)
+        monkeypatch.setattr(running.play, "fit", original)
+        if given_up == "page.keyboard":
+            page.keyboard.press("Escape")
+        page.get_by_role("button", name="Fit", exact=True).click()
+        expect(page.locator("#status")).to_contain_text("Fitted")
+        expect(page.get_by_role("alert")).to_be_hidden()
+        measured(page)
+        cards = page.locator(".card").evaluate_all("cards => cards.map((card) => card.id.slice(5))")
+        assert cards == list(running.play.entries)
+        assert len(cards) == 1
+        page.evaluate("document.getElementById('status').textContent = ''")
+
+
+def test_an_adapter_that_another_tab_took_away_goes_here_too(page: Page, running: Running) -> None:
+    fit(page)
+    measured(page)
+    httpx.post(f"{running.address}api/remove", json={"adapter": next(iter(running.play.entries))})
+    page.get_by_role("button", name="Write").click()
+    expect(page.get_by_role("alert")).to_contain_text("this adapter is not on the page any more")
+    expect(page.locator(".card")).to_have_count(0)
+    write(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_the_progress_is_of_the_last_fit(page: Page, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = threading.Event()
+    monkeypatch.setattr(running.play, "fit", lambda *given: endless(closed))
+    for _ in range(2):
+        page.get_by_role("button", name="Fit", exact=True).click()
+        expect(page.locator("#progress")).to_be_visible()
+    assert closed.wait(20)
+    page.wait_for_timeout(200)
+    expect(page.locator("#progress")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#progress")).to_be_hidden()
+
+
+def test_a_system_prompt_is_measured_on_the_lines_of_the_fit_that_is_on(page: Page) -> None:
+    fit(page)
+    fit(page, "Past / present")
+    measured(page)
+    move(page, "Formal / casual", 0)
+    page.get_by_text("Compare with a system prompt").click()
+    page.get_by_label("System prompt, of the base alone").fill("Speak like a sailor.")
+    for column in ("#f-system", "#f-adapted"):
+        expect(page.locator(column)).to_contain_text(re.compile(r"effect [+−]?[\d.]+ on Past / present"))
+    move(page, "Past / present", 0)
+    expect(page.locator("#f-system")).to_contain_text("Damage")
+    expect(page.locator("#f-system")).not_to_contain_text("effect")
+    move(page, "Formal / casual", 1)
+    for column in ("#f-system", "#f-adapted"):
+        expect(page.locator(column)).to_contain_text(re.compile(r"effect [+−]?[\d.]+ on Formal / casual"))
+    expect(page.locator("#system-figures")).to_contain_text("the lines that Formal / casual hasn’t seen")
+    move(page, "Past / present", 1)  # of two that are on, neither is shown
+    expect(page.locator("#f-system")).not_to_contain_text("effect")
+    expect(page.locator("#f-adapted")).to_contain_text("Damage")
+    expect(page.locator("#f-adapted")).not_to_contain_text("effect")
+
+
+def test_a_budget_that_is_not_reached_moves_nothing(page: Page, running: Running) -> None:
+    visit(page, running, "#b=10")
+    fit(page)
+    measured(page)
+    expect(page.locator("#status")).to_have_text("Formal / casual, budget of 10 nats: not reached at c = 2.")
+    assert page.get_by_role("slider").input_value() == "0.5"
+
+
+def test_a_link_keeps_the_scale_that_a_slider_starts_at(page: Page, running: Running) -> None:
+    fit(page)
+    measured(page)
+    move(page, "Formal / casual", 0.5)
+    page.get_by_role("button", name="Copy link").click()
+    visit(page, running, page.evaluate("location.hash"))
+    measured(page)
+    expect(page.locator("body[data-measured]")).to_be_attached()
+    assert page.get_by_role("slider").input_value() == "0.5"
+    page.get_by_role("button", name="Fit", exact=True).click()  # again, under the same name
+    expect(page.locator("#status")).to_contain_text("Fitted")
+    measured(page)
+    assert page.get_by_role("slider").input_value() == "0.5"
+
+
+def test_an_unknown_damage_is_no_number(page: Page, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(scales: dict[str, float], target: float) -> Iterator[dict[str, Any]]:
+        yield {"kind": "damage", "kl": None}
+        for name in scales:
+            yield {"kind": "curve", "adapter": name, "points": [[1.0, None]]}
+
+    monkeypatch.setattr(running.play, "measure", overflowing)
+    fit(page)
+    slider = page.get_by_role("slider")
+    expect(slider).to_have_attribute("aria-valuetext", "0.5, damage not measured")
+    move(page, "Formal / casual", 1)
+    expect(slider).to_have_attribute("aria-valuetext", "1, damage too large to measure")
+    expect(page.locator(".facts")).to_contain_text("Damage alone: too large to measure.")
+    expect(page.locator("#damage-text")).to_have_text("Too large to measure, over the budget.")
+    expect(page.locator("#f-adapted")).to_have_text("Damage too large to measure")
+
+
+def test_the_damage_of_another_scale_is_not_shown(
+    page: Page, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, let_go = threading.Event(), threading.Event()
+
+    def late(scales: dict[str, float], target: float) -> Iterator[dict[str, Any] | None]:
+        if 1.0 in scales.values():
+            asked.set()
+            while not let_go.wait(0.01):
+                yield None
+            yield {"kind": "damage", "kl": 3.21}
+
+    fit(page)
+    measured(page)
+    monkeypatch.setattr(running.play, "measure", late)
+    move(page, "Formal / casual", 1)
+    assert asked.wait(20)
+    page.evaluate("""() => {
+        const line = document.getElementById("damage-text");
+        window.seen = [];
+        new MutationObserver(() => window.seen.push(line.textContent)).observe(line, { childList: true });
+    }""")
+    move(page, "Formal / casual", 0.3)
+    let_go.set()
+    page.wait_for_timeout(600)
+    seen = page.evaluate("window.seen")
+    assert seen
+    assert not [line for line in seen if "3.21" in line]
+
+
+def test_an_error_outlives_the_rewrite_of_a_slider(
+    page: Page, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(scales: dict[str, float], target: float) -> Iterator[dict[str, Any]]:
+        raise ll.ConfigError("no figures today")
+        yield {}
+
+    fit(page)
+    measured(page)
+    write(page)
+    before = text(page, "adapted")
+    monkeypatch.setattr(running.play, "measure", refused)
+    move(page, "Formal / casual", 2.5)
+    expect(page.locator("#t-adapted")).not_to_have_text(before)
+    done(page)
+    expect(page.get_by_role("alert")).to_contain_text("no figures today")
+    expect(page.locator(".facts")).to_contain_text("Damage alone: not measured.")
+    expect(page.locator(".facts")).not_to_contain_text("measuring")
+    expect(page.locator("#damage-text")).to_have_text("Not measured.")
+    monkeypatch.undo()
+    move(page, "Formal / casual", 1)  # a measurement that works takes its own error away
+    measured(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    for typed, taken in (("20", "10"), ("0", "0.1"), ("0.0001", "0.001")):
+        page.locator("#budget").fill(typed)
+        page.locator("#budget").blur()
+        expect(page.locator("#budget")).to_have_value(taken)
+
+
+def test_a_scale_beyond_the_curve_beside_another_is_not_measured(page: Page) -> None:
+    fit(page)
+    fit(page, "Past / present")
+    measured(page)
+    move(page, "Formal / casual", 5)
+    expect(page.locator(".facts").first).to_contain_text("Damage alone: not measured.")
+    measured(page)
+
+
+def test_a_number_under_the_hand_is_left_alone(page: Page) -> None:
+    fit(page)
+    field = page.get_by_label("Scale of Formal / casual, as a number")
+    measured(page)
+    field.fill("1.5")
+    page.evaluate("document.getElementById('budget').dispatchEvent(new Event('change'))")  # all is measured again
+    measured(page)
+    page.wait_for_timeout(300)
+    field.blur()
+    expect(page.get_by_role("slider")).to_have_value("1.5")
+    field.fill("9")
+    page.keyboard.press("Enter")
+    expect(field).to_have_value("8")
+
+
+def test_the_table_is_of_the_text_that_is_shown(page: Page) -> None:
+    page.get_by_label("Tokens").fill("4")
+    write(page)
+    page.get_by_text("As a table").click()
+    rows, bars = page.locator("#kl-table tbody tr"), page.locator("#strip i")
+    page.get_by_label("Prompt", exact=True).fill("Another one, which is longer.")
+    page.get_by_label("Tokens").fill("64")
+    page.get_by_role("button", name="Write").click()
+    expect(page.locator("#strip i.answer").nth(5)).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    expect(rows).to_have_count(bars.count())
+    assert page.locator("#strip i.answer").count() > 5
+
+
+def test_a_link_that_is_pasted_into_the_same_tab_opens(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill("Mine.")
+    page.evaluate("window.kept = true")
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")  # a place on the page is no link to another
+    page.get_by_role("link", name="below").click()
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.kept")
+    page.evaluate("location.hash = 'p=Another.'")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("Another.")
+
+
+def test_a_link_tells_files_from_fits(page: Page, running: Running) -> None:
+    visit(page, running, "#c=%7B%22my-lora%22:1,%22Terse / wordy%22:0.4%7D&set=Terse %2F wordy")
+    expect(page.locator("#status")).to_have_text(
+        "This link has sentences for Terse / wordy: press Fit to make it. It has a scale of my-lora too, "
+        "which isn’t on this page."
+    )
+
+
+def test_a_long_name_leaves_room(page: Page) -> None:
+    page.locator("#label").fill("A rather long name of forty letters, all")
+    page.get_by_role("button", name="Fit", exact=True).click()
+    expect(page.locator(".card .says")).to_have_text(re.compile("steer, block"))
+    says = page.locator(".card .says").bounding_box()
+    assert says is not None
+    assert says["height"] < 30

@@ -15,12 +15,17 @@ export function show(value, signed = false) {
   return (signed && value > 0 ? "+" : "") + (Math.abs(value) < 0.0005 ? "0" : text).replace("-", "−");
 }
 
+export const nats = (value) => show(value) + (value === null ? "" : " nats");
+
 /** The level of a divergence, as in the legend. */
 export const level = (kl) => (kl === null ? 4 : [0.05, 0.2, 0.7, 2].filter((edge) => kl >= edge).length);
 
 export function say(text) { $("status").textContent = text; }
 
+let source = null; // the requests that the error on the page is of
+
 export function complain(text) {
+  source = null;
   const box = $("problem");
   box.replaceChildren();
   box.hidden = !text;
@@ -28,6 +33,12 @@ export function complain(text) {
   const close = element("button", { type: "button", className: "small", textContent: "Dismiss" });
   close.addEventListener("click", () => complain(""));
   box.append(element("p", { textContent: text.split("\n").map((line) => line.trim()).join(". ") }), close);
+}
+
+/** An error as a sentence. Whoever keeps a list of the server's looks if it still holds. */
+export function failed(error) {
+  complain(error.message);
+  document.dispatchEvent(new Event("failed"));
 }
 
 const LOST = "The server doesn’t answer. It was stopped, or this machine slept: start it again in its terminal, then load this page again.";
@@ -73,22 +84,25 @@ export async function* events(path, body, signal) {
   }
 }
 
-/** Requests of one kind: a new one ends the last. `run(async (signal) => …)` shows what goes wrong as a sentence. */
+/** Requests of one kind: a new one ends the last and takes its error away. `run(async (signal) => …)` shows what goes wrong
+    as a sentence. */
 export class Latest {
   run(work) {
     this.stop();
+    if (source === this) complain("");
     const control = (this.control = new AbortController());
     const done = (async () => {
       try {
         await work(control.signal);
       } catch (error) {
-        if (error.name !== "AbortError") complain(error.message);
+        if (error.name !== "AbortError") { failed(error); source = this; }
       } finally {
         if (this.control === control) this.control = null;
       }
     })();
     return done;
   }
+  get busy() { return Boolean(this.control); }
   stop() {
     this.control?.abort();
     this.control = null;

@@ -1,10 +1,10 @@
 // Two lists of sentences become an adapter; the map over blocks and scales.
 
 import { $, Latest, complain, element, events, say, show } from "/base.js";
-import { adapters, budget, list } from "/adapters.js";
+import { adapters, budget, list, sync } from "/adapters.js";
 
 const fitting = new Latest(), mapping = new Latest();
-let state, presets;
+let state, presets, repaint = () => {}, last = Promise.resolve();
 
 export const lines = (side) => $(side).value.split("\n").map((line) => line.trim()).filter(Boolean);
 
@@ -16,6 +16,7 @@ export function setUp(given) {
   $("layer").value = Math.round(0.45 * (state.blocks - 1));
   for (const side of ["positive", "negative"]) $(side).addEventListener("input", () => { $("preset").value = ""; });
   $("preset").addEventListener("change", () => choose($("preset").value));
+  $("budget").addEventListener("change", () => repaint());
   choose("0");
 }
 
@@ -33,25 +34,28 @@ const recipe = () => ({
   direction: $("direction").value, layer: $("layer").valueAsNumber,
 });
 
-/** Fit what the form says; `c` is where the slider goes, the adapter's own place if null. */
-export function fit(c = null) {
+/** Fit what the form says, or another recipe; `c` is where the slider goes, the adapter's own place if null. */
+export function fit(c = null, given = recipe(), label = $("label").value.trim()) {
   complain("");
-  const label = $("label").value.trim();
-  const old = [...adapters.values()].find((a) => a.label === label && a.method);
   $("progress").hidden = false;
   $("progress").removeAttribute("value");
   say("Fitting…");
-  const started = performance.now();
-  return fitting.run(async (signal) => {
-    for await (const event of events("/api/fit", { ...recipe(), label, replaces: old?.id ?? "" }, signal)) {
+  const started = performance.now(), before = last;
+  let arrived = false;
+  last = fitting.run(async (signal) => {
+    await before; // it was given up, but may have been put on before that
+    const old = [...adapters.values()].find((a) => a.label === label && a.method);
+    for await (const event of events("/api/fit", { ...given, label, replaces: old?.id ?? "" }, signal)) {
       if (event.kind === "progress") { $("progress").max = event.of; $("progress").value = event.done; }
       else if (event.kind === "fitted") {
+        arrived = true;
         list(event.adapters, c);
         say(`Fitted ${label} in ${((performance.now() - started) / 1000).toFixed(1)} s.`);
         document.dispatchEvent(new CustomEvent("fitted"));
       }
     }
-  }).finally(() => { $("progress").hidden = true; });
+  }).finally(async () => { $("progress").hidden = !fitting.busy; if (!arrived) await sync(); });
+  return last;
 }
 
 export const stopFit = () => { fitting.stop(); mapping.stop(); };
@@ -60,7 +64,8 @@ export const stopFit = () => { fitting.stop(); mapping.stop(); };
 
 export function map() {
   complain("");
-  const body = recipe(), cs = state.map_scales[body.method], cells = new Map();
+  const body = recipe(), label = $("label").value.trim(), cs = state.map_scales[body.method], cells = new Map(), drawn = [];
+  const words = ["method", "direction"].map((id) => $(id).selectedOptions[0].textContent.toLowerCase());
   const key = (layer, c) => `${layer} ${c}`;
   return mapping.run(async (signal) => {
     say("Drawing the map…");
@@ -70,7 +75,7 @@ export function map() {
       ...cs.map((c) => {
         const button = element("button", { type: "button", disabled: true, textContent: "…", tabIndex: -1 });
         button.setAttribute("aria-label", `block ${layer}, c = ${show(c)}: not measured yet`);
-        button.addEventListener("click", () => { $("layer").value = layer; $("method").value = body.method; chosen(cells, button); fit(c); });
+        button.addEventListener("click", () => { $("layer").value = layer; chosen(cells, button); fit(c, { ...body, layer }, label); });
         cells.set(key(layer, c), button);
         return element("td", {}, button);
       })));
@@ -78,9 +83,11 @@ export function map() {
     for await (const event of stream) {
       if ($("map").hidden || !$("map-table").contains(rows[0])) {
         $("map-table").replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
+        $("map-of").textContent = `Of ${label}: ${words.join(", ")}.`;
         $("map").hidden = false;
+        repaint = () => drawn.forEach((cell) => paint(cells.get(key(cell.layer, cell.c)), cell, cells)); // for another budget
       }
-      if (event.kind === "cell") paint(cells.get(key(event.layer, event.c)), event, cells);
+      if (event.kind === "cell") { drawn.push(event); paint(cells.get(key(event.layer, event.c)), event, cells); }
       else if (event.kind === "end") say(`The map is drawn: ${cells.size} cells in ${((performance.now() - started) / 1000).toFixed(0)} s.`);
     }
   });

@@ -1,6 +1,6 @@
 // The page: what happens on a click or a key, and its state in the address.
 
-import { $, Latest, ask, complain, events, later, say, show } from "/base.js";
+import { $, Latest, ask, complain, events, later, nats, say, show } from "/base.js";
 import * as adapters from "/adapters.js";
 import * as fit from "/fit.js";
 import * as text from "/write.js";
@@ -16,9 +16,14 @@ function remember() {
   if ($("preset").value) link.set("set", $("preset").selectedOptions[0].textContent);
   else for (const side of ["positive", "negative"]) link.set(side, $(side).value);
   history.replaceState(null, "", `#${link}`);
+  written = location.hash;
 }
 
+let written = location.hash;
 const soon = later(250, remember);
+
+// Another link in the same tab is another page; a jump to a place on this one (#ask) is not.
+addEventListener("hashchange", () => { if (location.hash.includes("=") && location.hash !== written) location.reload(); });
 
 /** The page as a link has it. Nothing is fitted before a click. */
 function recall() {
@@ -33,7 +38,9 @@ function recall() {
     const scales = Object.entries(JSON.parse(link.get("c") ?? "{}")).filter(([, c]) => Number.isFinite(c) && Math.abs(c) <= 8);
     adapters.want(Object.fromEntries(scales));
     const missing = scales.map(([label]) => label).filter((label) => ![...known].includes(label));
-    if (missing.length) say(`This link has sentences for ${missing.join(", ")}: press Fit to make it.`);
+    const label = $("label").value, others = missing.filter((other) => other !== label).join(", ");
+    if (missing.includes(label)) say(`This link has sentences for ${label}: press Fit to make it.${others && ` It has a scale of ${others} too, which isn’t on this page.`}`);
+    else if (others) say(`This link has a scale of ${others}, which isn’t on this page.`);
   } catch {
     complain("The scales in this link can’t be read. The rest of it is here.");
   }
@@ -49,15 +56,15 @@ function compare() {
   const system = $("system").value.trim();
   $("system-figures").textContent = $("f-system").textContent = "";
   if (!system || !$("system-details").open) return comparing.stop();
+  const waiting = $("system-figures").textContent = "Measuring what it costs…";
   return comparing.run(async (signal) => {
-    $("system-figures").textContent = "Measuring what it costs…";
-    const fitted = [...adapters.adapters.values()].find((a) => a.fitted);
-    for await (const event of events("/api/system", { system, adapter: fitted?.id ?? "" }, signal)) {
-      const effect = event.effect === null || !fitted ? "" : `, effect ${show(event.effect, true)}`;
-      $("f-system").textContent = `Damage ${show(event.kl)} nats${effect}`;
-      $("system-figures").textContent = `This prompt: damage ${show(event.kl)} nats a token on the same answers, at the same tokens${effect ? `${effect} nats on the lines that ${fitted.label} hasn’t seen` : ""}.`;
+    const a = adapters.judged(), label = a?.label;
+    for await (const event of events("/api/system", { system, adapter: a?.id ?? "" }, signal)) {
+      const effect = event.effect === null ? "" : adapters.effectOn(event.effect, label);
+      $("f-system").textContent = `Damage ${nats(event.kl)}${effect}`;
+      $("system-figures").textContent = `This prompt: damage ${show(event.kl)} nats a token on the same answers, at the same tokens${effect ? `, effect ${show(event.effect, true)} nats on the lines that ${label} hasn’t seen` : ""}.`;
     }
-  }).catch(() => {});
+  }).then(() => { if (!comparing.busy && $("system-figures").textContent === waiting) $("system-figures").textContent = "Not measured."; });
 }
 
 // ---- clicks and keys --------------------------------------------------------------------------------
@@ -83,7 +90,7 @@ async function start() {
   $("system-details").hidden = !state.system;
   known = new Set(state.adapters.map((a) => a.label));
   fit.setUp(state);
-  const again = later(400, () => { if ($("live").checked && text.written) text.write(); });
+  const again = later(400, () => { if ($("live").checked && text.written) text.write(true); });
   recall();
   adapters.setUp(state, () => { soon(); again(); });
   on("ask", "submit", () => text.write());
@@ -99,7 +106,9 @@ async function start() {
   on("system-details", "toggle", compare);
   const measureSystem = later(600, compare);
   on("system", "input", measureSystem);
-  document.addEventListener("fitted", () => { soon(); compare(); if ($("live").checked && text.written) text.write(); });
+  document.addEventListener("fitted", () => { if ($("live").checked && text.written) text.write(true); });
+  document.addEventListener("judged", compare);
+  document.addEventListener("listed", soon); // the address names adapters by their labels
   document.addEventListener("input", soon);
   document.addEventListener("change", soon);
   document.addEventListener("keydown", (event) => {

@@ -25,8 +25,9 @@ function token(text, kl) {
   return span;
 }
 
-export function write() {
-  complain("");
+/** `live`: after a slider, which takes no other error away. */
+export function write(live = false) {
+  if (!live) complain("");
   const system = $("system-details").open ? $("system").value : "";
   $("a-system").hidden = !system.trim();
   written = true;
@@ -35,25 +36,28 @@ export function write() {
     say("Writing…");
     const bars = [];
     let first = true;
-    for await (const event of events("/api/write", { ...options(), scales: scales(), system }, signal)) {
-      if (event.kind === "prompt") {
-        for (const key of ["base", "adapted", "system"]) { $(`t-${key}`).replaceChildren(); }
-        event.columns[0].tokens.forEach(([text, kl]) => bars.push([text, kl, "prompt"]));
-        draw(bars);
-      } else if (event.kind === "note") {
-        say(event.text);
-      } else if (event.kind === "tokens") {
-        if (first) document.body.dataset.first = Math.round(performance.now() - started);
-        first = false;
-        for (const [key, text, kl] of event.tokens) {
-          $(`t-${key}`).append(key === "adapted" ? token(text, kl) : text);
-          if (key === "adapted") { bars.push([text, kl, "answer"]); grow(bars); }
+    try {
+      for await (const event of events("/api/write", { ...options(), scales: scales(), system }, signal)) {
+        if (event.kind === "prompt") {
+          for (const key of ["base", "adapted", "system"]) { $(`t-${key}`).replaceChildren(); }
+          event.columns[0].tokens.forEach(([text, kl]) => bars.push([text, kl, "prompt"]));
+          draw(bars);
+        } else if (event.kind === "note") {
+          say(event.text);
+        } else if (event.kind === "tokens") {
+          if (first) document.body.dataset.first = Math.round(performance.now() - started);
+          first = false;
+          for (const [key, text, kl] of event.tokens) {
+            $(`t-${key}`).append(key === "adapted" ? token(text, kl) : text);
+            if (key === "adapted") { bars.push([text, kl, "answer"]); grow(bars); }
+          }
+        } else if (event.kind === "end") {
+          finish(event);
         }
-      } else if (event.kind === "end") {
-        finish(event);
       }
+    } finally {
+      if (bars.length) table(bars); // also of a text that was stopped
     }
-    table(bars);
   });
 }
 
@@ -78,6 +82,7 @@ function bar([text, kl, part]) {
 
 function draw(bars) {
   $("where").hidden = false;
+  $("kl-table").tBodies[0].replaceChildren();
   $("strip").replaceChildren(...bars.map(bar), element("b"));
   describe(bars);
 }
