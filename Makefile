@@ -8,6 +8,7 @@
 # make test   every law and every unit, in four minutes; make test-all adds what takes long: real models, trainers, processes, PEFT
 # make test-quant  every method on the layers of other libraries' quantisers: a quarter of an hour
 # make docs   the site into docs/_build, offline; a warning is an error
+# make format  ruff's formatter and the linter's own corrections; make clean removes the environment and all that is built
 # make release  sdist and wheel, their metadata, and the wheel with its extras under each Python of PYTHONS
 # make check  formatter, linter, types, all tests, and the wheel in an empty environment: what CI runs
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import DoraCaching
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -147,6 +148,16 @@ def decoder(model: Any, ids: Tensor, batch: int) -> Callable[[], None]:
         given.update(input_ids=out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=out.past_key_values)
 
     return token
+
+
+def within_cache(token: Callable[[], None]) -> Callable[[], None]:
+    """A decoder with PEFT's own cache of what DoRA computes from the weights, which is off by default."""
+
+    def run() -> None:
+        with DoraCaching():
+            token()
+
+    return run
 
 
 def stack() -> nn.Sequential:

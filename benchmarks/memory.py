@@ -18,6 +18,7 @@ def memory(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     least = floor(plain, ids, ll.adapters(model)["default"].targets)
     lora = saved(model, ids) - frozen
     theirs = saved(peft(), ids) - frozen
+    dora = saved(ours("dora"), ids) - frozen
     dropped = saved(ours(dropout=0.05), ids) - frozen
     yield Ratio("LoRA: kept for backward / floor", lora / least, 1.05, group="memory")
     yield Ratio("LoRA: kept / PEFT", lora / theirs, group="memory")
@@ -25,10 +26,12 @@ def memory(ids: Tensor, rounds: int) -> Iterator[Ratio]:
         yield Ratio(
             "LoRA: kept / PEFT with bf16 adapters", lora / (saved(peft(bf16=True), ids) - frozen), group="memory"
         )
+        bf16 = peft(bf16=True, use_dora=True)
+        yield Ratio("DoRA: kept / PEFT with bf16 adapters", dora / (saved(bf16, ids) - frozen), group="memory")
     yield Ratio("LoRA with dropout: kept / without", dropped / lora, 1.10, group="memory")
     yield Ratio(
         "DoRA: kept / PEFT",
-        (saved(ours("dora"), ids) - frozen) / (saved(peft(use_dora=True), ids) - frozen),
+        dora / (saved(peft(use_dora=True), ids) - frozen),
         0.22,
         group="memory",
     )

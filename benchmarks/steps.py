@@ -21,6 +21,7 @@ from contenders import (
     stack_peft,
     stored_in,
     train_step,
+    within_cache,
 )
 from gpu_costs import Rates, Sizes
 from measure import Ratio, floor, interleaved, saved
@@ -80,11 +81,12 @@ def decoding(ids: Tensor, rounds: int) -> Iterator[Ratio]:
     """A round is a token: all contenders are at the same one."""
     merged = ours()
     models = {"base": base(), "lora": ours(), "dora": ours("dora"), "merged": merged, "PEFT": peft()}
-    models |= {"PEFT DoRA": peft(use_dora=True), "bare hook": bare()}
+    models |= {"PEFT DoRA": peft(use_dora=True), "PEFT DoRA, cached": peft(use_dora=True), "bare hook": bare()}
     floors = (Sizes.of(models["base"], RANK).decode_floor(),)
     with ll.merged(merged):
         for batch in (1, 8):
             runs = {name: decoder(model, ids, batch) for name, model in models.items()}
+            runs["PEFT DoRA, cached"] = within_cache(runs["PEFT DoRA, cached"])
             times = interleaved(runs, NEW_TOKENS, f"decoding, batch {batch}", warm=2)  # the prompt, and one token
             yield times.ratio(f"decode LoRA / base, batch {batch}", "lora", "base", None, "decoding", floors)
             yield times.ratio(f"decode LoRA / bare hook, batch {batch}", "lora", "bare hook", 1.05, "decoding")
@@ -94,7 +96,10 @@ def decoding(ids: Tensor, rounds: int) -> Iterator[Ratio]:
             yield times.ratio(f"decode within merged / base, batch {batch}", "merged", "base", 1.01, "decoding")
             yield times.ratio(f"decode DoRA / base, batch {batch}", "dora", "base", None, "decoding")
             yield times.ratio(f"decode DoRA / PEFT, batch {batch}", "dora", "PEFT DoRA", group="decoding")
-            for name in ("PEFT", "PEFT DoRA", "bare hook"):
+            yield times.ratio(
+                f"decode DoRA / PEFT, cached, batch {batch}", "dora", "PEFT DoRA, cached", group="decoding"
+            )
+            for name in ("PEFT", "PEFT DoRA", "PEFT DoRA, cached", "bare hook"):
                 yield times.ratio(f"decode {name} / base, batch {batch}", name, "base", group="peers")
 
 

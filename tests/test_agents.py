@@ -57,7 +57,9 @@ def rows_are_their_own(scope: dict[str, Any]) -> bool:
 
 def without_training(scope: dict[str, Any]) -> bool:
     moved = ll.kl_divergence(scope["model"], scope["batches"], "steer").mean()
-    return scope["c"] > 0 and list(ll.adapters(scope["model"])) == ["steer"] and float(moved) > 0
+    with ll.disabled(scope["model"]):
+        was_ablated = not torch.equal(scope["ablated"], scope["model"](**scope["batch"]).logits)
+    return was_ablated and scope["c"] > 0 and list(ll.adapters(scope["model"])) == ["steer"] and float(moved) > 0
 
 
 def sweep(scope: dict[str, Any]) -> bool:

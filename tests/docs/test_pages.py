@@ -144,7 +144,7 @@ def test_the_line_of_a_methods_page_runs(name: str, monkeypatch: pytest.MonkeyPa
 def commands() -> list[tuple[Block, str]]:
     lines = [
         (block, line.partition(" #")[0].strip())
-        for page in [*pages(), ROOT / "AGENTS.md"]
+        for page in [*pages(), *(ROOT / name for name in ("AGENTS.md", "CONTRIBUTING.md", "README.md"))]
         for block in blocks(page, "sh", "bash")
         for line in block.text.splitlines()
     ]

@@ -39,9 +39,9 @@ Call = Callable[[Any], Tensor]
 DOCUMENTS = {"docs/methods.md": "matrix", "README.md": "list"}
 FENCES = "<!-- methods: written by make table -->", "<!-- end of methods -->"
 READS = {
-    "unused": "No weight is read: on any layer, quantised by any library",
-    "read": "The weight is read, dequantised where it has to be",
-    "dense": "A dense weight is read",
+    "unused": "On any base, whatever library quantised it (the weight isn't read)",
+    "read": "On dense and quantised bases (the weight is read, dequantised if need be)",
+    "dense": "On dense bases (the weight is read as it is)",
 }
 
 
