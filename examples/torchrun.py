@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before there is a group: imported later, its defaults hold that to the end
 from smollm2 import smollm2_folder
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (

@@ -100,15 +100,14 @@ def two_on_cpu() -> None:
 
 
 def leave() -> NoReturn:
-    """End this process, one of a group, with code 0 and without the interpreter's own end.
+    """End this process, one of a group, with code 0, with the group as it is and without the interpreter's own end.
 
-    Gloo's threads end with the group, and that outlives its destruction: functions of torch.distributed.nn.functional
-    and deepspeed.comm.torch, imported once it is there, have it as a default argument. A thread that lets go of a
-    collective call's tensor while the interpreter ends is unwound through C++, which aborts the process now and then:
-    "terminate called without an active exception".
+    Gloo's threads need the interpreter's lock to let go of a collective call's tensor. Whoever drops the last reference
+    to the group (`destroy_process_group`, or a DDP model as it goes) holds that lock and waits for those threads: now
+    and then for ever. Where the group lives on, as a default argument of torch's own functions, a thread is unwound
+    through C++ as the interpreter ends, which aborts the process: "terminate called without an active exception".
     """
     dist.barrier()  # nobody's connection ends while another process needs it
-    dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
