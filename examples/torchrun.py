@@ -7,6 +7,7 @@ On machines without an accelerator the processes talk by gloo, with accelerators
 """
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     if args.fsdp or rank == 0:  # sharded tensors are gathered: there all processes call it, and the first one writes
         ll.save(model, args.out / "adapter.safetensors")  # to load anywhere
     dist.barrier()
+    time.sleep(
+        1
+    )  # gloo's threads let go of the barrier now: they need Python's lock, which a group's end holds as it waits
     dist.destroy_process_group()
     return losses
 
