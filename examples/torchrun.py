@@ -95,9 +95,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
     if args.fsdp or rank == 0:  # sharded tensors are gathered: there all processes call it, and the first one writes
         ll.save(model, args.out / "adapter.safetensors")  # to load anywhere
     dist.barrier()
-    time.sleep(
-        1
-    )  # gloo's threads let go of the barrier now: they need Python's lock, which a group's end holds as it waits
+    # Gloo's threads let go of the barrier in this time: they need Python's lock, which a group's end holds as it waits.
+    time.sleep(1)
     dist.destroy_process_group()
     return losses
 
