@@ -33,6 +33,7 @@ Number = Generator[None, None, float]
 
 
 def neutral_prompts() -> list[str]:
+    """The everyday requests that are shipped."""
     text = resources.files(__package__).joinpath("neutral.json").read_text(encoding="utf-8")
     prompts: list[str] = json.loads(text)
     return prompts
@@ -60,6 +61,7 @@ class Neutral:
 
     @property
     def batches(self) -> int:
+        """How many forwards measure a divergence."""
         return math.ceil(len(self.prompts) / BATCH)
 
     def prepare(self, batch: int) -> Iterator[None]:

@@ -45,6 +45,7 @@ class Fields:
             raise ConfigError(f"the request has a field {brief(sorted(self.values)[0], 40)!r}, which is not known")
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
+        """A finite number from low to high. Raises ConfigError for anything else."""
         value = self._take(name, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         # An integer may be too long for a float.
@@ -53,15 +54,18 @@ class Fields:
         return float(value)
 
     def whole(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        """An integer from low to high. Raises ConfigError for anything else."""
         value = self._take(name, default)
         if type(value) is not int or not low <= value <= high:
             raise ConfigError(f"{name}: wanted a whole number from {low} to {high}")
         return value
 
     def whole_or_none(self, name: str, low: int, high: int) -> int | None:
+        """An integer from low to high, or null. Raises ConfigError for anything else."""
         return self.whole(name, low, high) if self.values.get(name) is not None else self._take(name, None)
 
     def text(self, name: str, most: int = MOST_TEXT, *, empty: bool = False) -> str:
+        """A text of so many characters at most. Raises ConfigError for anything else."""
         return _text(name, self._take(name, ""), most, empty)
 
     def label(self, name: str) -> str:
@@ -72,18 +76,21 @@ class Fields:
         return label
 
     def choice(self, name: str, choices: Collection[str]) -> str:
+        """One of the choices. Raises ConfigError for anything else."""
         value = self._take(name, None)
         if not isinstance(value, str) or value not in choices:
             raise ConfigError(f"{name}: wanted one of {', '.join(choices)}")
         return value
 
     def scales(self, name: str = "scales") -> dict[str, float]:
+        """The scale of each adapter, by its id. Raises ConfigError for anything else."""
         value = self._take(name, {})
         if not isinstance(value, dict) or len(value) > 8:
             raise ConfigError(f"{name}: wanted the scale of each adapter")
         return {key: Fields({"c": c}).number("c", -MOST_SCALE, MOST_SCALE) for key, c in value.items()}
 
     def numbers(self, name: str, most: int) -> list[float]:
+        """Some scales, at most so many. Raises ConfigError for anything else."""
         value = self._take(name, None)
         if not isinstance(value, list) or not 0 < len(value) <= most:
             raise ConfigError(f"{name}: wanted 1 to {most} numbers")

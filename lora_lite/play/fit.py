@@ -35,6 +35,7 @@ class Recipe:
 
     @property
     def version(self) -> str:
+        """A hash of all that the fit depends on."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
 

@@ -64,6 +64,7 @@ class Room:
 
     @contextmanager
     def taken(self, tokens: int) -> Iterator[None]:
+        """Within the block, so many tokens of the room are in use."""
         self.kept += tokens
         try:
             yield

@@ -80,6 +80,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="lora-lite play", daemon=True)
 
     def start(self) -> None:
+        """Start the one thread that runs every step."""
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> bool:

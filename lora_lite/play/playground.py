@@ -95,11 +95,13 @@ class Playground:
         return self.entries[name]
 
     def remove(self, name: str) -> None:
+        """Take an adapter off the model and the page. Raises ConfigError for one that isn't there."""
         self.entry(name)
         detach(self.model, name)
         del self.entries[name]
 
     def rename(self, name: str, label: str) -> None:
+        """Give an adapter another label. Raises ConfigError for one that another has."""
         entry = self.entry(name)
         self._check_label(label, name)
         self.entries[name] = replace(entry, label=label)
@@ -109,6 +111,7 @@ class Playground:
         return {self.entry(name).id: c for name, c in given.items()}
 
     def versions(self, scales: Scales) -> dict[str, str]:
+        """The version of each of these adapters: measurements are remembered by it."""
         return {name: self.entry(name).version for name in scales}
 
     def state(self) -> dict[str, Any]:
