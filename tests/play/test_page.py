@@ -132,15 +132,14 @@ def test_columns_colours_and_the_strip(page: Page) -> None:
     page.get_by_label("Tokens").fill("12")
     write(page)
     tokens = page.locator("#t-adapted .k")
-    assert tokens.count() == 12
+    expect(tokens).to_have_count(12)
     assert "KL" in (tokens.first.get_attribute("title") or "")
     levels = {(token.get_attribute("class") or "")[-2:] for token in tokens.all()}
     assert levels - {"k0"}
-    assert page.locator("#t-base .k").count() == 0
-    answers = page.locator("#strip i.answer").count()
-    prompts = page.locator("#strip i.prompt").count()
+    expect(page.locator("#t-base .k")).to_have_count(0)
+    expect(page.locator("#strip i.answer")).to_have_count(12)
     page.get_by_text("As a table").click()
-    assert page.locator("#kl-table tbody tr").count() == answers + prompts == 12 + prompts
+    expect(page.locator("#kl-table tbody tr")).to_have_count(page.locator("#strip i").count())
     expect(page.locator("#strip-text")).to_contain_text("Most at")
     thickness = "e => getComputedStyle(e).textDecorationThickness"
     assert page.locator(".legend .k4").evaluate(thickness) == "4px"  # not by colour alone
@@ -695,6 +694,36 @@ def test_a_number_under_the_hand_is_left_alone(page: Page) -> None:
     field.fill("9")
     page.keyboard.press("Enter")
     expect(field).to_have_value("8")
+
+
+def test_a_click_takes_the_place_of_the_rewrite_that_a_slider_asked_for(page: Page) -> None:
+    fit(page)
+    measured(page)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/api/write") else None)
+    write(page)
+    move(page, "Formal / casual", 1.5)
+    write(page)
+    page.wait_for_timeout(600)
+    assert len(asked) == 2
+
+
+def test_done_is_said_when_the_table_is_there(page: Page, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, let_go = running.play.write, threading.Event()
+
+    def lingering(*given: Any, **options: Any) -> Iterator[dict[str, Any] | None]:
+        yield from original(*given, **options)
+        while not let_go.wait(0.01):
+            yield None
+
+    monkeypatch.setattr(running.play, "write", lingering)
+    page.get_by_role("button", name="Write").click()
+    expect(page.locator("#strip i.answer").nth(5)).to_be_attached()
+    page.wait_for_timeout(300)
+    expect(page.locator("#status")).to_have_text("Writing…")
+    let_go.set()
+    done(page)
+    assert page.locator("#kl-table tbody tr").count() == page.locator("#strip i").count() > 5
 
 
 def test_the_table_is_of_the_text_that_is_shown(page: Page) -> None:

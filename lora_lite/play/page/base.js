@@ -109,7 +109,9 @@ export class Latest {
   }
 }
 
+/** `work`, so long after the last call; `cancel` forgets a call. */
 export function later(milliseconds, work) {
   let timer;
-  return () => { clearTimeout(timer); timer = setTimeout(work, milliseconds); };
+  const cancel = () => clearTimeout(timer);
+  return Object.assign(() => { cancel(); timer = setTimeout(work, milliseconds); }, { cancel });
 }

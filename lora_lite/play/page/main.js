@@ -91,9 +91,10 @@ async function start() {
   known = new Set(state.adapters.map((a) => a.label));
   fit.setUp(state);
   const again = later(400, () => { if ($("live").checked && text.written) text.write(true); });
+  const write = () => { again.cancel(); text.write(); }; // it has the scales of now
   recall();
   adapters.setUp(state, () => { soon(); again(); });
-  on("ask", "submit", () => text.write());
+  on("ask", "submit", write);
   on("sweep", "submit", () => text.sweep());
   on("fit", "submit", () => fit.fit());
   on("map-go", "click", () => fit.map());
@@ -112,7 +113,7 @@ async function start() {
   document.addEventListener("input", soon);
   document.addEventListener("change", soon);
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); text.write(); }
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); write(); }
     else if (event.key === "Escape") stop();
   });
   compare();

@@ -35,7 +35,7 @@ export function write(live = false) {
   return writing.run(async (signal) => {
     say("Writing…");
     const bars = [];
-    let first = true;
+    let first = true, end = null;
     try {
       for await (const event of events("/api/write", { ...options(), scales: scales(), system }, signal)) {
         if (event.kind === "prompt") {
@@ -52,12 +52,13 @@ export function write(live = false) {
             if (key === "adapted") { bars.push([text, kl, "answer"]); grow(bars); }
           }
         } else if (event.kind === "end") {
-          finish(event);
+          end = event;
         }
       }
     } finally {
       if (bars.length) table(bars); // also of a text that was stopped
     }
+    if (end) finish(end);
   });
 }
 
