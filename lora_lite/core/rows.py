@@ -46,17 +46,17 @@ class Batch:
             TargetError: where rows can't be told apart in it.
         """
         count, size = torch.Size(shape).numel(), self.size if self.tokens is None else self.tokens.numel()
-        if is_compiling() or torch._C._current_autograd_node() is not None:  # checked in the first run
+        is_flat = tuple(shape) in ((count,), (1, count))  # a mixture of experts gives its layers all tokens in one row
+        if not is_compiling() and torch._C._current_autograd_node() is not None:  # checked in the first run
             is_known = count % size == 0
         elif self.tokens is not None:
-            is_known = tuple(shape[:2]) == tuple(self.tokens.shape) or tuple(shape) in ((count,), (1, count))
-            is_known = is_known and count == size
-        elif (call := self.calls.get(get_ident())) is None:  # a part of the model is called, such as an encoder
+            is_known = count == size and (is_flat or tuple(shape[:2]) == tuple(self.tokens.shape))
+        elif is_compiling() or (call := self.calls.get(get_ident())) is None:  # or a part is called, such as an encoder
             is_known = bool(shape) and (shape[0] == size or (self.is_generating and shape[0] % size == 0))
-        else:  # a mixture of experts gives its layers all tokens in one row
+            is_known = is_known or (is_compiling() and is_flat and count % size == 0)
+        else:
             n, lengths = call
-            is_flat = tuple(shape) in ((count,), (1, count)) and count in {n * t for t in lengths}
-            is_known = bool(shape) and (shape[0] == n or is_flat)
+            is_known = bool(shape) and (shape[0] == n or (is_flat and count in {n * t for t in lengths}))
         if not is_known:
             what = f"{size} rows" if self.tokens is None else f"{' x '.join(map(str, self.tokens.shape))} tokens"
             raise TargetError(

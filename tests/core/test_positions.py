@@ -425,10 +425,11 @@ def test_masks_are_forgotten_in_the_end_and_then_it_says_so() -> None:
 
 
 PROCESS = """
+from dataclasses import replace
 import torch
 from test_positions import ALORA, IDS, REFT, attached, marked
-for cfg in (ALORA, REFT):
-    model, adapter = attached(cfg)
+for cfg in (replace(ALORA, exclude_names="(k|o|gate|up)_proj"), REFT):
+    model, adapter = attached(cfg, num_hidden_layers=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for ids in (IDS, IDS.roll(2, 1)):
         for c in (1.0, 0.0, -0.5):
@@ -437,7 +438,7 @@ for cfg in (ALORA, REFT):
             torch.testing.assert_close(
                 compiled(input_ids=ids, **more).logits, model(input_ids=ids, **more).logits, rtol=1e-4, atol=1e-5
             )
-    adapter.scale = 1.0
+    model, adapter = attached(cfg)
     for layer in model.model.layers:
         layer.compile(backend="aot_eager")
     for ids in (IDS, IDS.roll(2, 1)):

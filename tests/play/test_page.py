@@ -441,6 +441,7 @@ def test_the_first_token_of_the_real_model(browser: Any, smollm2: str, monkeypat
     running, page = Running(play, monkeypatch), browser.new_page()
     visit(page, running)
     fit(page)
+    page.get_by_label("Tokens").fill("8")
     milliseconds = []
     for _ in range(5):
         page.get_by_role("button", name="Write").click()

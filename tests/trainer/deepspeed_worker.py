@@ -1,6 +1,7 @@
-"""One of two processes in which DeepSpeed trains an adapter: python deepspeed_worker.py JOB FOLDER."""
+"""Pairs of processes in which DeepSpeed trains an adapter, one for a job: python deepspeed_worker.py FOLDER JOB..."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from processes import in_two, two_on_cpu
 
 import lora_lite as ll
 
-JOB, FOLDER = sys.argv[1], Path(sys.argv[2])
+FOLDER, JOBS = Path(sys.argv[1]), sys.argv[2:]
 BATCH = torch.arange(48).reshape(4, 12)
 
 
@@ -250,11 +251,13 @@ if __name__ == "__main__":
         "accelerate": lambda stage: (accelerated(stage, False), accelerated(stage, True)),
         "trainer": lambda stage: trained(stage, offload=True),
     }
-    name, _, stage = JOB.partition(" ")
 
-    def job() -> None:
+    def job(name: str, stage: str) -> None:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         two_on_cpu()
         jobs[name](int(stage or 0))
 
-    in_two(job)
+    for wanted in JOBS:
+        name, _, stage = wanted.partition(" ")
+        if in_two(partial(job, name, stage)) != [0, 0]:
+            break
