@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.load import load_as_recorded
 from ..compose.combine import combine as combine_attached
 from ..core.targets import Target
 from ..errors import ConfigError
 from ..io.checkpoint import load, load_onto_stand_in, save
+from .bases import open_base
 from .norms import is_free
 from .stored import OURS, StoredAdapter, read_adapter
 
@@ -39,7 +39,7 @@ def combine(parts: Sequence[str], out: Path, base_dir: Path | None = None, **how
         for name, adapter in zip(weights, adapters, strict=True):
             load_onto_stand_in(model, adapter.path, name)
     else:
-        model = load_as_recorded(str(base_dir), adapters[0].record, device_map="cpu")
+        model = open_base(base_dir, adapters[0].record)
         for name, adapter in zip(weights, adapters, strict=True):
             load(model, adapter.path, name=name)
     combined = combine_attached(model, weights, INTO, **how)

@@ -4,16 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base.fingerprint import BaseRecord
-from ..base.load import load_as_recorded
-from ..errors import BaseModelError, ConfigError
+from ..errors import ConfigError
 from ..io.checkpoint import load
 from ..io.formats.load import loader_of
 from ..io.formats.save import OURS, PEFT, check_wishes, save_as
 from ..io.formats.table import FORMATS
 from ..io.peft.save import save_peft
-from ..io.safetensors import read_json
 from . import stored
+from .bases import open_base
 from .stored import read_record
 
 NAMES = (OURS, PEFT, *FORMATS)
@@ -60,7 +58,7 @@ def convert(
         raise ConfigError(f"--set {unknown[0]}: format={to!r} has no such option: {wanted}{cure}")
     further: dict[str, Any] = {**options, **({"per_expert": True} if per_expert else {})}
     check_wishes(to, further, rank, energy, max_error)
-    model = _base(base_dir, record)
+    model = open_base(base_dir, record)
     adapter = load(model, source)
     layers = len(adapter.targets)
     cut: dict[str, Any] = {"rank": rank, "energy": energy, "max_error": max_error}
@@ -73,33 +71,3 @@ def convert(
     says = {OURS: stored.OURS, PEFT: stored.PEFT} | {name: known.says for name, known in FORMATS.items()}
     proof = f"\nread back: its ΔW differs from the adapter's by {error:.1e} at most in a layer" if to in FORMATS else ""
     return line.format(says[to]) + proof
-
-
-def _base(folder: Path, record: BaseRecord | None) -> Any:
-    """The model of a folder that transformers or diffusers has written."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if (name := config.get("_class_name")) is None:
-        if (folder / "model_index.json").is_file():
-            raise BaseModelError(f"{folder} is a pipeline\n  name the folder of the component that the adapter is on")
-        return load_as_recorded(str(folder), record, device_map="cpu", auto_class=_class_of(config, record))
-    import diffusers
-
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):  # a folder may name anything
-        raise BaseModelError(f"{folder}: {name!r} is no model of diffusers")
-    return kind.from_pretrained(folder)
-
-
-def _class_of(config: Mapping[str, Any], record: BaseRecord | None) -> Any:
-    """The class of transformers that the adapter was on, or else that the folder was written from, which may be a text
-    encoder; None where it isn't one for this config, and load_base's own choice is right."""
-    import transformers
-
-    named = config.get("architectures")
-    names = [*([] if record is None else [record.class_name]), *(named if isinstance(named, list) else [])]
-    for name in names:
-        kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-        is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-        if is_model and getattr(kind.config_class, "model_type", None) == config.get("model_type"):
-            return kind
-    return None

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..base.load import load_as_recorded, load_base
 from ..errors import BaseModelError, ConfigError
 from ..io.checkpoint import load
-from ..io.safetensors import read_header, write_tensors
+from ..io.safetensors import read_header, read_json, write_tensors
+from .bases import class_of
 from .stored import read_adapter
 
 WINDOW = 512  # tokens that a forward sees at most
@@ -43,12 +44,12 @@ def verify_merge(
     the dtype, as recorded.
 
     Raises:
-        ConfigError: for a text of less than two tokens, or an unknown base_weights.
+        ConfigError: for an unknown base_weights, and what `tokens` refuses.
         BaseModelError: for logits that aren't finite; and what load_base and load raise.
     """
     if base_weights not in ("original", "as_trained"):
         raise ConfigError(f"base_weights={base_weights!r}: wanted 'original' or 'as_trained'")
-    ids, as_trained = tokens(base_dir, text), base_weights == "as_trained"
+    ids, as_trained = tokens(base_dir, adapter, text), base_weights == "as_trained"
     record = read_adapter(adapter).record if as_trained else None
     with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
         paths = []
@@ -68,11 +69,11 @@ def verify_merge(
     return Verification(len(kl), float(kl.mean()), float(kl.max()), logit)
 
 
-def tokens(base_dir: Path, text: str) -> Int64[Tensor, "1 n"]:
+def tokens(base_dir: Path, adapter: Path, text: str) -> Int64[Tensor, "1 n"]:
     """The ids of the text's tokens, by the base's tokenizer.
 
     Raises:
-        ConfigError: for fewer than two tokens.
+        ConfigError: for fewer than two tokens, and an adapter of a model that gives no next token.
         OSError: for a folder without a tokenizer.
     """
     from transformers import AutoTokenizer
@@ -80,6 +81,10 @@ def tokens(base_dir: Path, text: str) -> Int64[Tensor, "1 n"]:
     ids: Tensor = AutoTokenizer.from_pretrained(base_dir)(text, return_tensors="pt").input_ids
     if ids.shape[1] < 2:
         raise ConfigError(f"the text has {ids.shape[1]} tokens; wanted two or more")
+    kind = class_of(read_json(base_dir / "config.json"), read_adapter(adapter).record)
+    if kind is not None and not kind.can_generate():
+        problem = f"{adapter}: a merge is verified by next tokens, and a {kind.__name__} gives none"
+        raise ConfigError(f"{problem}\n  merge without --verify, and compare the outputs that you use")
     return ids
 
 

@@ -45,9 +45,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import lora_lite as ll
+from lora_lite.cli.bases import class_of
 from lora_lite.cli.commands import app
 from lora_lite.cli.compare import compare
-from lora_lite.cli.convert import _class_of
 from lora_lite.cli.reason import reason as reason_of
 from lora_lite.cli.report import inspect
 from lora_lite.cli.tables import shortened
@@ -834,9 +834,9 @@ def test_convert_opens_the_class_that_the_adapter_was_on(base: Path, tmp_path: P
     shown("convert", tmp_path / "a.safetensors", tmp_path / "peft", "--base", base)
     assert any("score" in key for key in load_file(tmp_path / "peft" / "adapter_model.safetensors"))
     config_of = {"architectures": ["LlamaModel", "path", 3], "model_type": "llama"}
-    assert _class_of(config_of, None) is LlamaModel
-    assert _class_of(config_of | {"model_type": "qwen2"}, None) is None
-    assert _class_of({"architectures": "LlamaModel", "model_type": "llama"}, None) is None
+    assert class_of(config_of, None) is LlamaModel
+    assert class_of(config_of | {"model_type": "qwen2"}, None) is None
+    assert class_of({"architectures": "LlamaModel", "model_type": "llama"}, None) is None
 
 
 def test_convert_checks_its_wishes_before_it_opens_the_base(tmp_path: Path) -> None:

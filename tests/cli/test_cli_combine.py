@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import config, tiny_llama, trained
+from models import config, perturb, tiny_llama, trained
 from safetensors.torch import load_file
 from test_cli import peft_folder, run, saved, shown
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import lora_lite as ll
 from lora_lite.io.adapter_file import read_file
@@ -52,6 +53,19 @@ def test_files_are_combined_as_adapters_are(
     assert text == f"{out}: lora-lite file, {combined}\n"
     recorded, live = read_file(out).base, combined.adapter.base_record
     assert (recorded.class_name, recorded.fingerprint) == (live.class_name, live.fingerprint)
+
+
+def test_adapters_of_a_classifier_are_combined_on_it(base: Path, tmp_path: Path) -> None:
+    """Its head, which an adapter is on, is in no language model."""
+    parts = []
+    for variant, names in (("lora", r"q_proj$|score$"), ("dora", r"q_proj$")):
+        model = LlamaForSequenceClassification.from_pretrained(base)
+        perturb(ll.attach(model, config(variant, r=2, target_names=names)), 0.2)
+        parts.append(tmp_path / f"{variant}.safetensors")
+        ll.save(model, parts[-1])
+    out = tmp_path / "both.safetensors"
+    shown("combine", f"{parts[0]}=1.0", f"{parts[1]}=0.5", "--out", out, "--base", base, columns=None)
+    assert any("score" in key for key in load_file(out))
 
 
 @pytest.mark.parametrize("variant", ["beft", "bias", "steer", "lora", "full"])

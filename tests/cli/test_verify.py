@@ -10,7 +10,8 @@ from models import attach, config, perturb, quantized, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import lora_lite as ll
 from lora_lite.base import load as base_module
@@ -18,6 +19,7 @@ from lora_lite.base.fingerprint import BaseRecord
 from lora_lite.base.layer import layer_of, quantization_of
 from lora_lite.base.load import load_as_recorded
 from lora_lite.base.storage import Quantization
+from lora_lite.cli.commands import app
 from lora_lite.cli.convert import convert
 from lora_lite.cli.verify import verify_merge
 
@@ -142,6 +144,19 @@ def test_a_base_that_cant_be_as_recorded_is_an_error(tiny: str) -> None:
     unknown = recorded(replace(live, quant_type="unknown (GGUF)"))
     with pytest.raises(ll.BaseModelError, match=r"trained on unknown \(GGUF\) weights, which can't be made again"):
         load_as_recorded(tiny, unknown)
+
+
+def test_a_model_without_next_tokens_is_refused_before_the_work(base: Path, tmp_path: Path) -> None:
+    """A language model's head on such a base would start at random, another time in each of the two."""
+    model = LlamaForSequenceClassification(tiny_llama().config)
+    attach(model, config("lora", target_names="q_proj"))
+    ll.save(model, tmp_path / "a.safetensors")
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["merge", base, tmp_path / "a.safetensors", tmp_path / "out", "--verify", tmp_path / "text.txt"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 2
+    assert "a merge is verified by next tokens, and a LlamaForSequenceClassification gives none" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_arguments(base: Path, tmp_path: Path) -> None:
