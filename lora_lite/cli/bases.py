@@ -10,8 +10,8 @@ from ..errors import BaseModelError
 from ..io.safetensors import read_json
 
 
-def open_base(folder: Path, record: BaseRecord | None) -> Any:
-    """The model of a folder that transformers or diffusers has written, on the CPU, as the record of an adapter says.
+def open_base(folder: Path, *records: BaseRecord | None) -> Any:
+    """The model of a folder that transformers or diffusers has written, on the CPU, as an adapter's first record says.
 
     Raises:
         BaseModelError: for a pipeline, and a class that diffusers lacks; and what load_as_recorded raises.
@@ -20,7 +20,7 @@ def open_base(folder: Path, record: BaseRecord | None) -> Any:
     if (name := config.get("_class_name")) is None:
         if (folder / "model_index.json").is_file():
             raise BaseModelError(f"{folder} is a pipeline\n  name the folder of the component that the adapter is on")
-        return load_as_recorded(str(folder), record, device_map="cpu", auto_class=class_of(config, record))
+        return load_as_recorded(str(folder), records[0], device_map="cpu", auto_class=class_of(config, *records))
     import diffusers
 
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
@@ -29,14 +29,15 @@ def open_base(folder: Path, record: BaseRecord | None) -> Any:
     return kind.from_pretrained(folder)
 
 
-def class_of(config: Mapping[str, Any], record: BaseRecord | None) -> Any:
-    """The class of transformers that the adapter was on, or else that the folder was written from, which may be a text
-    encoder; None where it isn't one for this config, and load_base's own choice is right."""
+def class_of(config: Mapping[str, Any], *records: BaseRecord | None) -> Any:
+    """The class of transformers that the adapters were on, or else that the folder was written from, which may be a
+    text encoder. Of several, it is the folder's own where one of them is, and else the first. None where none is one
+    for this config, and load_base's own choice is right."""
     import transformers
 
     named = config.get("architectures")
-    names = [*([] if record is None else [record.class_name]), *(named if isinstance(named, list) else [])]
-    for name in names:
+    own, on = named if isinstance(named, list) else [], [record.class_name for record in records if record is not None]
+    for name in [*(name for name in own if name in on), *on, *own]:
         kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
         is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         if is_model and getattr(kind.config_class, "model_type", None) == config.get("model_type"):

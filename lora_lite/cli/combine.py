@@ -39,7 +39,7 @@ def combine(parts: Sequence[str], out: Path, base_dir: Path | None = None, **how
         for name, adapter in zip(weights, adapters, strict=True):
             load_onto_stand_in(model, adapter.path, name)
     else:
-        model = open_base(base_dir, adapters[0].record)
+        model = open_base(base_dir, *(adapter.record for adapter in adapters))
         for name, adapter in zip(weights, adapters, strict=True):
             load(model, adapter.path, name=name)
     combined = combine_attached(model, weights, INTO, **how)

@@ -158,7 +158,7 @@ def merge(
     """
     text = None if verify is None else verify.read_text(encoding="utf-8")
     if text is not None:
-        tokens(base, adapter, text)  # what can't be verified should be known before the work
+        tokens(base, text)  # what can't be verified should be known before the work
     with _bar("merging", bars.DownloadColumn(), bars.TransferSpeedColumn()) as bar:
         task = bar.add_task("", total=None)
         report = merge_checkpoint(

@@ -49,7 +49,7 @@ def verify_merge(
     """
     if base_weights not in ("original", "as_trained"):
         raise ConfigError(f"base_weights={base_weights!r}: wanted 'original' or 'as_trained'")
-    ids, as_trained = tokens(base_dir, adapter, text), base_weights == "as_trained"
+    ids, as_trained = tokens(base_dir, text), base_weights == "as_trained"
     record = read_adapter(adapter).record if as_trained else None
     with tempfile.TemporaryDirectory(prefix="lora-lite-") as folder:
         paths = []
@@ -69,22 +69,25 @@ def verify_merge(
     return Verification(len(kl), float(kl.mean()), float(kl.max()), logit)
 
 
-def tokens(base_dir: Path, adapter: Path, text: str) -> Int64[Tensor, "1 n"]:
+def tokens(base_dir: Path, text: str) -> Int64[Tensor, "1 n"]:
     """The ids of the text's tokens, by the base's tokenizer.
 
     Raises:
-        ConfigError: for fewer than two tokens, and an adapter of a model that gives no next token.
+        ConfigError: for fewer than two tokens, and a base that is no causal language model.
         OSError: for a folder without a tokenizer.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
-    ids: Tensor = AutoTokenizer.from_pretrained(base_dir)(text, return_tensors="pt").input_ids
+    config = read_json(base_dir / "config.json")
+    kind = class_of(config)
+    is_causal = kind is None or (kind.can_generate() and kind.config_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+    if config.get("is_encoder_decoder") or not is_causal:
+        problem = f"{base_dir}: a merge is verified by the next tokens of a causal language model"
+        cure = "merge without --verify, and compare the outputs that you use"
+        raise ConfigError(f"{problem}, which a {kind.__name__ if kind else 'encoder-decoder'} isn't\n  {cure}")
+    ids: Tensor = transformers.AutoTokenizer.from_pretrained(base_dir)(text, return_tensors="pt").input_ids
     if ids.shape[1] < 2:
         raise ConfigError(f"the text has {ids.shape[1]} tokens; wanted two or more")
-    kind = class_of(read_json(base_dir / "config.json"), read_adapter(adapter).record)
-    if kind is not None and not kind.can_generate():
-        problem = f"{adapter}: a merge is verified by next tokens, and a {kind.__name__} gives none"
-        raise ConfigError(f"{problem}\n  merge without --verify, and compare the outputs that you use")
     return ids
 
 

@@ -89,6 +89,7 @@ def _enter(batch: Batch, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     rows, tensors = _rows(args, kwargs)
     n = len(rows)
     batch.check(n, rows.shape[:-1] if rows.is_floating_point() else rows.shape)
+    batch.is_called = True
     if not is_compiling():
         batch.calls[get_ident()] = n, {t.shape[1] for t in tensors if t.ndim > 1 and len(t) == n}
 
@@ -96,6 +97,7 @@ def _enter(batch: Batch, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping
 def _leave(batch: Batch, root: nn.Module, args: tuple[Any, ...], y: Any) -> None:
     if not is_compiling():
         batch.calls.pop(get_ident(), None)
+    batch.is_called = not is_compiling() and bool(batch.calls)
 
 
 def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:

@@ -24,6 +24,7 @@ class Batch:
     def __init__(self, size: int, tokens: Int[Tensor, "b t"] | None = None) -> None:
         self.size, self.tokens = size, tokens
         self.calls: dict[int, tuple[int, set[int]]] = {}  # by thread: the rows of the running call, their lengths
+        self.is_called = False  # for graphs, which know no threads: is a call of the whole model running?
         self.generating: set[int] = set()  # threads in `generate`, which may repeat the rows
         self.readers: set[int] = set()  # modules whose forward runs once for each group of rows
         self.groups: dict[tuple[int, int], Mapping[int, float]] = {}  # by thread and such a module: scales
@@ -51,9 +52,11 @@ class Batch:
             is_known = count % size == 0
         elif self.tokens is not None:
             is_known = count == size and (is_flat or tuple(shape[:2]) == tuple(self.tokens.shape))
-        elif is_compiling() or (call := self.calls.get(get_ident())) is None:  # or a part is called, such as an encoder
+        elif is_compiling():  # whose rows are as many as the block has, or a multiple: `check` is in the graph
             is_known = bool(shape) and (shape[0] == size or (self.is_generating and shape[0] % size == 0))
-            is_known = is_known or (is_compiling() and is_flat and count % size == 0)
+            is_known = is_known or (is_flat and self.is_called and count % size == 0)
+        elif (call := self.calls.get(get_ident())) is None:  # a part of the model is called, such as an encoder
+            is_known = bool(shape) and (shape[0] == size or (self.is_generating and shape[0] % size == 0))
         else:
             n, lengths = call
             is_known = bool(shape) and (shape[0] == n or (is_flat and count in {n * t for t in lengths}))

@@ -21,6 +21,15 @@ UP = "model.layers.0.mlp.up_proj"
 NOT_THROUGH = r"q_proj: adapters can't be trained through this layer \(.*\): {}\n  train on the 16-bit base.*load puts"
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ of quanto's one operation for 4 bits, which tests/quant goes through, is compiled for half a minute."""
+    from optimum.quanto.library.extensions.cpp import ext
+
+    library = SimpleNamespace(unpack=lambda t, bits: torch.cat([t >> i & 2**bits - 1 for i in range(0, 8, bits)]))
+    monkeypatch.setattr(ext, "_lib", library)
+
+
 def torchao(name: str, dtype: torch.dtype = torch.float32) -> Any:
     import torchao.quantization as ao
 
@@ -31,10 +40,7 @@ def torchao(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def quanto(name: str, dtype: torch.dtype = torch.float32) -> Any:
     from optimum import quanto as oq
-    from optimum.quanto.library.extensions.cpp import ext
 
-    # The C++ of this one operation, which tests/quant goes through, is compiled for half a minute.
-    ext._lib = SimpleNamespace(unpack=lambda t, bits: torch.cat([t >> i & 2**bits - 1 for i in range(0, 8, bits)]))
     model = tiny_llama(dtype)
     oq.quantize(model, weights=getattr(oq, name), exclude="lm_head")
     oq.freeze(model)

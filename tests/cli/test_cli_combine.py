@@ -68,6 +68,17 @@ def test_adapters_of_a_classifier_are_combined_on_it(base: Path, tmp_path: Path)
     assert any("score" in key for key in load_file(out))
 
 
+def test_adapters_of_a_trunk_and_of_the_whole_are_combined_in_any_order(base: Path, tmp_path: Path) -> None:
+    parts, whole = [], tiny_llama()
+    for i, (model, names) in enumerate(((whole.model, "q_proj"), (tiny_llama(), "q_proj|lm_head"))):
+        perturb(ll.attach(model, config("lora", target_names=names)), 0.2, i)
+        parts.append(f"{tmp_path / str(i)}.safetensors=1.0")
+        ll.save(model, tmp_path / f"{i}.safetensors")
+    for i, order in enumerate((parts, parts[::-1])):
+        shown("combine", *order, "--out", tmp_path / f"both{i}.safetensors", "--base", base, columns=None)
+        assert any("lm_head" in key for key in load_file(tmp_path / f"both{i}.safetensors"))
+
+
 @pytest.mark.parametrize("variant", ["beft", "bias", "steer", "lora", "full"])
 def test_a_shift_without_a_base_is_that_with_it(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer's own bias is in no sum, whatever is in memory that nobody has written to."""

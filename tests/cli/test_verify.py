@@ -1,5 +1,6 @@
 """A merged checkpoint beside base and adapter, on a text."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from models import attach, config, perturb, quantized, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 import lora_lite as ll
@@ -146,17 +152,35 @@ def test_a_base_that_cant_be_as_recorded_is_an_error(tiny: str) -> None:
         load_as_recorded(tiny, unknown)
 
 
-def test_a_model_without_next_tokens_is_refused_before_the_work(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["classifier", "trunk", "encoder-decoder"])
+def test_a_base_without_next_tokens_is_refused_before_the_work(kind: str, tmp_path: Path) -> None:
     """A language model's head on such a base would start at random, another time in each of the two."""
-    model = LlamaForSequenceClassification(tiny_llama().config)
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    bart = BartConfig(vocab_size=100, encoder_attention_heads=2, decoder_attention_heads=2, **small)
+    models: dict[str, Callable[[], Any]] = {
+        "classifier": lambda: LlamaForSequenceClassification(tiny_llama().config),
+        "trunk": lambda: tiny_llama().model,
+        "encoder-decoder": lambda: BartForConditionalGeneration(bart),
+    }
+    model = models[kind]()
+    model.save_pretrained(tmp_path / "base")
     attach(model, config("lora", target_names="q_proj"))
     ll.save(model, tmp_path / "a.safetensors")
     (tmp_path / "text.txt").write_text(TEXT)
-    arguments = ["merge", base, tmp_path / "a.safetensors", tmp_path / "out", "--verify", tmp_path / "text.txt"]
-    result = CliRunner().invoke(app, list(map(str, arguments)))
+    folders = [with_tokenizer(tmp_path / "base"), tmp_path / "a.safetensors", tmp_path / "out"]
+    result = CliRunner().invoke(app, [*map(str, ["merge", *folders, "--verify", tmp_path / "text.txt"])])
     assert result.exit_code == 2
-    assert "a merge is verified by next tokens, and a LlamaForSequenceClassification gives none" in result.stderr
+    message = f"verified by the next tokens of a causal language model, which a {type(model).__name__} isn't"
+    assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_class_is_verified_on_a_language_model(base: Path, tmp_path: Path) -> None:
+    for model in (tiny_llama().model, LlamaForSequenceClassification.from_pretrained(base)):
+        perturb(attach(model, config("lora", target_names="q_proj")))
+        ll.save(model, tmp_path / "a.safetensors")
+        ll.merge_checkpoint(base, tmp_path / "a.safetensors", tmp_path / type(model).__name__)
+        assert verify_merge(base, tmp_path / "a.safetensors", tmp_path / type(model).__name__, TEXT).max_kl < 1e-5
 
 
 def test_bad_arguments(base: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ BUILD = (
 @pytest.mark.parametrize("stage", [2, 3])
 def test_training_goes_on_from_a_checkpoint_to_the_same_bits(stage: int, tmp_path: Path) -> None:
     jobs = [f"{way} {stage}" for way in ("plain", "accelerate", "trainer")]
-    both_pass("deepspeed_worker.py", tmp_path, *jobs, folder=tmp_path, timeout=600)
+    both_pass("deepspeed_worker.py", tmp_path, *jobs, folder=tmp_path, timeout=900)
 
 
 @pytest.mark.skipif(

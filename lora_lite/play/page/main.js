@@ -73,11 +73,6 @@ function on(id, kind, work) {
   $(id).addEventListener(kind, (event) => { if (kind === "submit") event.preventDefault(); work(event); });
 }
 
-function stop() {
-  text.stop(); text.stopSweep(); fit.stopFit(); comparing.stop();
-  say("Stopped.");
-}
-
 async function start() {
   let state;
   try {
@@ -92,6 +87,10 @@ async function start() {
   fit.setUp(state);
   const again = later(400, () => { if ($("live").checked && text.written) text.write(true); });
   const write = () => { again.cancel(); text.write(); }; // it has the scales of now
+  const stop = () => {
+    again.cancel(); text.stop(); text.stopSweep(); fit.stopFit(); comparing.stop();
+    say("Stopped.");
+  };
   recall();
   adapters.setUp(state, () => { soon(); again(); });
   on("ask", "submit", write);

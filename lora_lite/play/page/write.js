@@ -35,7 +35,7 @@ export function write(live = false) {
   return writing.run(async (signal) => {
     say("Writing…");
     const bars = [];
-    let first = true, end = null;
+    let first = true, ended = false;
     try {
       for await (const event of events("/api/write", { ...options(), scales: scales(), system }, signal)) {
         if (event.kind === "prompt") {
@@ -52,13 +52,14 @@ export function write(live = false) {
             if (key === "adapted") { bars.push([text, kl, "answer"]); grow(bars); }
           }
         } else if (event.kind === "end") {
-          end = event;
+          ended = true;
+          table(bars);
+          finish(event);
         }
       }
     } finally {
-      if (bars.length) table(bars); // also of a text that was stopped
+      if (bars.length && !ended) table(bars); // also of a text that was stopped
     }
-    if (end) finish(end);
   });
 }
 
