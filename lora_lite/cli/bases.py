@@ -36,8 +36,9 @@ def class_of(config: Mapping[str, Any], *records: BaseRecord | None) -> Any:
     import transformers
 
     named = config.get("architectures")
-    own, on = named if isinstance(named, list) else [], [record.class_name for record in records if record is not None]
-    for name in [*(name for name in own if name in on), *on, *own]:
+    of_folder = named if isinstance(named, list) else []
+    of_adapters = [record.class_name for record in records if record is not None]
+    for name in [*(name for name in of_folder if name in of_adapters), *of_adapters, *of_folder]:
         kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
         is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         if is_model and getattr(kind.config_class, "model_type", None) == config.get("model_type"):
