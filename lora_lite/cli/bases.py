@@ -10,8 +10,9 @@ from ..errors import BaseModelError
 from ..io.safetensors import read_json
 
 
-def open_base(folder: Path, *records: BaseRecord | None) -> Any:
-    """The model of a folder that transformers or diffusers has written, on the CPU, as an adapter's first record says.
+def open_base(folder: Path, record: BaseRecord | None, *others: BaseRecord | None) -> Any:
+    """The model of a folder that transformers or diffusers has written, on the CPU, as an adapter's record says; the
+    records of others on it have a say in its class alone.
 
     Raises:
         BaseModelError: for a pipeline, and a class that diffusers lacks; and what load_as_recorded raises.
@@ -20,12 +21,16 @@ def open_base(folder: Path, *records: BaseRecord | None) -> Any:
     if (name := config.get("_class_name")) is None:
         if (folder / "model_index.json").is_file():
             raise BaseModelError(f"{folder} is a pipeline\n  name the folder of the component that the adapter is on")
-        return load_as_recorded(str(folder), records[0], device_map="cpu", auto_class=class_of(config, *records))
+        kind = class_of(config, record, *others)
+        return load_as_recorded(str(folder), record, device_map="cpu", auto_class=kind)
     import diffusers
 
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):  # a folder may name anything
-        raise BaseModelError(f"{folder}: {name!r} is no model of diffusers")
+        raise BaseModelError(
+            f"{folder}: {name!r} is no model of this diffusers ({diffusers.__version__})\n"
+            f"  name the folder of a component such as unet or transformer, or install the release that has it"
+        )
     return kind.from_pretrained(folder)
 
 

@@ -784,7 +784,7 @@ def test_convert_opens_a_base_of_diffusers(tmp_path: Path) -> None:
     assert torch.equal(output(other), output(model))
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "logging"}')
-    for folder, reason in ((tmp_path, "is a pipeline"), (tmp_path / "unet", "'logging' is no model of diffusers")):
+    for folder, reason in ((tmp_path, "is a pipeline"), (tmp_path / "unet", "'logging' is no model of this diffusers")):
         result = run("convert", tmp_path / "a.safetensors", tmp_path / "new", "--base", folder)
         assert result.exit_code == 2
         assert reason in result.stderr

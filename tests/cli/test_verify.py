@@ -14,7 +14,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    CLIPVisionConfig,
     LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 from typer.testing import CliRunner
@@ -152,7 +155,7 @@ def test_a_base_that_cant_be_as_recorded_is_an_error(tiny: str) -> None:
         load_as_recorded(tiny, unknown)
 
 
-@pytest.mark.parametrize("kind", ["classifier", "trunk", "encoder-decoder"])
+@pytest.mark.parametrize("kind", ["classifier", "trunk", "encoder-decoder", "vision"])
 def test_a_base_without_next_tokens_is_refused_before_the_work(kind: str, tmp_path: Path) -> None:
     """A language model's head on such a base would start at random, another time in each of the two."""
     small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -161,6 +164,12 @@ def test_a_base_without_next_tokens_is_refused_before_the_work(kind: str, tmp_pa
         "classifier": lambda: LlamaForSequenceClassification(tiny_llama().config),
         "trunk": lambda: tiny_llama().model,
         "encoder-decoder": lambda: BartForConditionalGeneration(bart),
+        "vision": lambda: LlavaForConditionalGeneration(
+            LlavaConfig(
+                text_config=tiny_llama().config,
+                vision_config=CLIPVisionConfig(hidden_size=24, intermediate_size=16, num_hidden_layers=1),
+            )
+        ),
     }
     model = models[kind]()
     model.save_pretrained(tmp_path / "base")

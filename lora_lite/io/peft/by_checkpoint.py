@@ -74,7 +74,7 @@ def places(root: nn.Module, layers: Layers) -> dict[str, dict[str, Int[Tensor, "
     starts = torch.tensor([0, *heights]).cumsum(0)  # all layers are numbered at once: a checkpoint may join some
     columns = {
         path if layer.kind.prefix else file_key(path, "weight"): _column(layer, start)
-        for (path, layer), start in zip(every.items(), starts.tolist(), strict=False)
+        for (path, layer), start in zip(every.items(), starts[:-1].tolist(), strict=True)
     }
     parts: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
     order, does = list(every), f"the checkpoints of a {type(root).__name__}"
